@@ -1,0 +1,35 @@
+"""Self-guided data selection for instruction tuning: a `datasets.map` transform and a Trainer callback."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .callback import IFDSelectionCallback
+    from .columns import IFD_COLUMNS, IFDScorer
+    from .formats import ALPACA, WIZARDLM, TemplateFormat
+    from .report import write_report
+    from .selection import Cherry, Selection
+
+_HOME = {
+    "IFDSelectionCallback": "callback",
+    "IFDScorer": "columns",
+    "IFD_COLUMNS": "columns",
+    "ALPACA": "formats",
+    "WIZARDLM": "formats",
+    "TemplateFormat": "formats",
+    "Cherry": "selection",
+    "Selection": "selection",
+    "write_report": "report",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    # torch and transformers take seconds to import: `ifd-trainer --help` does not wait for them.
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,461 @@
+"""When to score and select: at the start of each epoch of a Trainer run.
+
+`IFDSelectionCallback` only decides when. Tokens come from `encoding`, scores from `scorer`, the choice from
+`selection`, the plan of steps from `schedule`; `loop` makes the trainer follow.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+
+from .encoding import IGNORE, EncodedPair, Encoder, EndOfTurn, Status, answer_span, direct_prefix, shared_suffix
+from .history import FOLDER, History
+from .loop import EpochSelector, attach, batch_order, metrics_set_aside
+from .schedule import Schedule, as_schedule
+from .scorer import Scores, score_pairs, token_progress
+from .selection import Cherry, Selection
+
+logger = logging.getLogger(__name__)
+
+_TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "seq_lengths"}
+_STATE_VERSION = 1
+_CHUNK = 8192  # pool rows encoded and scored at a time
+
+
+class IFDSelectionCallback(EpochSelector, ExportableState):
+    """Before each epoch, score the pool with the model as it is and train on the rows with the highest IFD.
+
+        trainer = SFTTrainer(model=..., args=SFTConfig(...), train_dataset=ds)
+        trainer.add_callback(IFDSelectionCallback(trainer, keep=0.10))
+        trainer.train()
+
+    The pool is the trainer's prepared training set; an answer is the last run of `labels != -100`, without the
+    template's end-of-turn tokens. IFD = cas / das (arXiv 2308.12032) with the response header that all prompts share
+    before the direct answer. Rows with IFD >= `max_ifd` and unscorable rows are dropped. Steps, `max_steps`, the
+    learning rate schedule and `state.epoch` follow the planned budgets. Scoring leaves no trace in the random state
+    or the modules' modes.
+
+    What was selected is logged through `trainer.log` (keys `ifd/...`) and written to `<output_dir>/ifd_history`; see
+    `ifd_trainer.history`.
+
+    Args:
+        trainer: the trainer that this callback is added to.
+        keep: rows per epoch: a fraction of the pool (float), a number of rows (int), a list with one entry per
+            epoch, or a `Schedule`.
+        max_ifd: rows at or above this score are dropped; float("inf") for no limit.
+        seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
+        score: rank by "ifd" or "ifd_ppl".
+        order: "shuffle" (another one each epoch), "descending" or "ascending" score.
+        on_shortfall: "repeat", "relax" or "error" when fewer rows are eligible than planned; see `Cherry`.
+        id_column: column of row ids in the training set; "row_id" or "id" if there is one, else the position.
+        header: text that precedes a direct answer, if it is not to be found from the prompts.
+        min_answer_tokens: rows with fewer answer tokens are not scored.
+        token_budget: tokens of a scoring batch; see `score_pairs`.
+        warn_share: warn when more than this share of the scored rows has a score of 1 or more.
+
+    Raises:
+        TypeError: without a trainer.
+        ValueError: for a configuration in which selection cannot be exact.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        keep: float | int | Sequence[float | int] | Schedule = 0.10,
+        max_ifd: float = 1.0,
+        seed: int | None = None,
+        *,
+        score: Literal["ifd", "ifd_ppl"] = "ifd",
+        order: Literal["shuffle", "descending", "ascending"] = "shuffle",
+        on_shortfall: Literal["repeat", "relax", "error"] = "repeat",
+        id_column: str | None = None,
+        header: str | None = None,
+        min_answer_tokens: int = 1,
+        token_budget: int | None = None,
+        warn_share: float = 0.5,
+    ) -> None:
+        if order not in ("shuffle", "descending", "ascending"):
+            raise ValueError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
+        self.policy = Cherry(max_ifd=max_ifd, score=score, on_shortfall=on_shortfall)
+        self.schedule = as_schedule(keep)
+        attach(trainer)
+        self.trainer = trainer
+        self.seed = trainer.args.seed if seed is None else seed
+        self.order, self.id_column, self.header = order, id_column, header
+        self.token_budget, self.warn_share = token_budget, warn_share
+        self.tokenizer = _tokenizer_of(trainer)
+        # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
+        self.encoder = Encoder(self.tokenizer, min_answer_tokens=min_answer_tokens)
+        self.history: History | None = None
+        self._prefix: list[int] | None = None
+        self._fingerprint: str | None = None
+        self._epoch: int | None = None  # the epoch that was selected last
+        self._next_epoch = 0
+        self._restored: dict[str, Any] | None = None
+        self._training_since: float | None = None
+
+    # ---- what the loop asks -------------------------------------------------------------------------------------
+
+    def budget(self, epoch: int) -> int:
+        return self.schedule.budget(epoch, len(self.trainer.train_dataset))
+
+    def start(self, epoch: int, state: transformers.TrainerState) -> None:
+        self._next_epoch, self._epoch, self._restored = epoch, None, None
+        self._prefix, self._fingerprint = self._direct_prefix(), _fingerprint(self.trainer.train_dataset)
+        folder = Path(self.trainer.args.output_dir) / FOLDER
+        self.history = History(folder, self._settings())
+        if state.global_step > 0:
+            self._restore(state)
+        logger.info("Selection plan: %s", self.plan)
+
+    # ---- events -------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state is not self.trainer.state:
+            raise ValueError(
+                "This IFDSelectionCallback was made for another trainer. Make one for each: "
+                "trainer.add_callback(IFDSelectionCallback(trainer, ...))."
+            )
+        if state.is_world_process_zero:
+            self.history.save()
+            self.history.save_pool(self._pool_texts())
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        if self._restored is not None and self._restored["epoch"] == epoch:
+            self.sampler.order = _decode(self._restored["order"]).tolist()  # inside an epoch nothing is scored again
+        else:
+            self._select(epoch)
+        self._epoch, self._training_since = epoch, time.perf_counter()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._note(seconds_training=time.perf_counter() - self._training_since)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
+        loss = next((value for key, value in (metrics or {}).items() if key.endswith("_loss")), None)
+        if loss is not None and self._epoch is not None:
+            self._note(eval_loss=float(loss))
+
+    # ---- scoring and selecting ----------------------------------------------------------------------------------
+
+    def _select(self, epoch: int) -> None:
+        """Score the pool, choose and order this epoch's rows, log and record them."""
+        began = time.perf_counter()
+        scores = self.score_pool(f"IFD, epoch {epoch}")
+        seconds = time.perf_counter() - began
+        ids = self._row_ids()
+        rng = np.random.default_rng([self.seed, epoch])
+        selection = self.policy(scores.columns(), self.budget(epoch), ids=ids, rng=rng)
+        self.sampler.order = self._agree(selection, epoch)
+        self._warn(scores, selection, epoch)
+        record = self._record(epoch, scores, selection, seconds)
+        logged = {f"ifd/{key}": record[key] for key in _LOGGED if record[key] is not None}
+        with metrics_set_aside(self.trainer):
+            self.trainer.log(logged)
+        if self.trainer.state.is_world_process_zero:
+            self.history.add(record, _rows(ids, scores, selection))
+
+    def score_pool(self, description: str = "IFD") -> Scores:
+        """Scores of all pool rows with the model as it is now; rows are shared out over processes."""
+        trainer, pool = self.trainer, self.trainer.train_dataset
+        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        mine = np.arange(rank, len(pool), world)
+        parts = []
+        for start in range(0, len(mine), _CHUNK):
+            pairs = self._encode(mine[start : start + _CHUNK])
+            show = trainer.is_local_process_zero() and not trainer.args.disable_tqdm
+            with token_progress(pairs, description, show) as bar:
+                parts.append(
+                    score_pairs(
+                        trainer.model,
+                        pairs,
+                        device=trainer.args.device,
+                        token_budget=self.token_budget,
+                        progress=bar.update,
+                    )
+                )
+        columns = {name: np.concatenate([part.columns()[name] for part in parts]) for name in parts[0].columns()}
+        if world > 1:
+            columns = _gather(columns, len(pool), world)
+        return Scores(**columns)
+
+    def _encode(self, positions: np.ndarray) -> list[EncodedPair]:
+        trim = EndOfTurn(self.tokenizer)
+        pairs = []
+        for ids, labels in _token_rows(self.trainer.train_dataset, positions):
+            start, end = answer_span(labels)
+            ids = list(ids[:end])
+            pairs.append(self.encoder.pair(ids[: trim(ids, start)], start, self._prefix))
+        return pairs
+
+    def _direct_prefix(self) -> list[int]:
+        """Tokens before a direct answer: the header that all prompts share, or BOS, else EOS.
+
+        Where the shared tokens end with the chat template's assistant header or with the Alpaca header, that alone is
+        taken, so that scores agree with those of `IFDScorer` on the raw rows.
+        """
+        pool = self.trainer.train_dataset
+        prompts = set()
+        for ids, labels in _token_rows(pool, np.arange(len(pool))):
+            start, _ = answer_span(labels)
+            prompts.add(tuple(ids[:start]))
+        if prompts == {()}:
+            raise ValueError(
+                "No row of the training set has a prompt that is masked out: labels hold no -100 before the answer, so "
+                "there is nothing to condition on. Use a prompt-completion data set, or `messages` with "
+                "assistant_only_loss=True."
+            )
+        if self.header is not None:
+            return direct_prefix(self.tokenizer, self.header, special=False)
+        suffix = shared_suffix(prompts)
+        if not suffix:
+            return direct_prefix(self.tokenizer, "", special=False)
+        for header in _known_headers(self.tokenizer):
+            if header and suffix[-len(header) :] == header:
+                suffix = header
+                break
+        bos = self.tokenizer.bos_token_id
+        starts_with_bos = bos is not None and all(prompt[:1] == (bos,) for prompt in prompts)
+        return [bos, *suffix] if starts_with_bos and suffix[0] != bos else suffix
+
+    def _agree(self, selection: Selection, epoch: int) -> list[int]:
+        """This epoch's order, the same on every process."""
+        lengths = np.array([len(ids) for ids, _ in _token_rows(self.trainer.train_dataset, selection.kept)])
+        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+        order = batch_order(self.trainer, selection.kept, lengths, self.order, seed)
+        if self.trainer.accelerator.num_processes > 1:
+            shared = [order]
+            torch.distributed.broadcast_object_list(shared, src=0)
+            order = shared[0]
+        return order
+
+    def _row_ids(self) -> np.ndarray:
+        pool = self.trainer.train_dataset
+        columns = getattr(pool, "column_names", None) or []
+        if self.id_column is not None and self.id_column not in columns:
+            raise ValueError(f"id_column {self.id_column!r} is not among the training set's columns {sorted(columns)}.")
+        name = self.id_column or next((name for name in ("row_id", "id") if name in columns), None)
+        if name is None:
+            return np.arange(len(pool))
+        ids = np.asarray(pool[name])
+        if len(np.unique(ids)) != len(ids):
+            raise ValueError(f"The row ids in column {name!r} are not unique. Rename the column, or pass id_column.")
+        return ids
+
+    def _warn(self, scores: Scores, selection: Selection, epoch: int) -> None:
+        scored = scores.ifd_status == Status.OK.value
+        share = float(np.mean(scores.columns()[self.policy.score][scored] >= 1)) if scored.any() else 0.0
+        if share > self.warn_share:
+            logger.warning(
+                "Epoch %d: %.0f %% of the scored rows have %s >= 1, that is, their prompt does not help. Is the prompt "
+                "format one the model knows? A chat template on a base model has this effect.",
+                epoch,
+                100 * share,
+                self.policy.score,
+            )
+        if selection.shortfall:
+            logger.warning(
+                "Epoch %d: %d rows are planned, %d are eligible; %d were filled (on_shortfall=%r).",
+                epoch,
+                len(selection.kept),
+                selection.eligible,
+                selection.shortfall,
+                self.policy.on_shortfall,
+            )
+
+    # ---- records ------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "policy": repr(self.policy),
+            "schedule": repr(self.schedule),
+            "order": self.order,
+            "seed": self.seed,
+            "score": self.policy.score,
+            "max_ifd": self.policy.max_ifd if np.isfinite(self.policy.max_ifd) else None,
+            "direct_prefix": self.tokenizer.decode(self._prefix),
+            "model": str(getattr(self.trainer.model.config, "name_or_path", "")),
+            "pool": len(self.trainer.train_dataset),
+            "fingerprint": self._fingerprint,
+            "plan": [vars(plan) for plan in self.plan.epochs],
+            "max_steps": self.plan.max_steps,
+        }
+
+    def _record(self, epoch: int, scores: Scores, selection: Selection, seconds: float) -> dict[str, Any]:
+        values = scores.columns()[self.policy.score]
+        kept = np.zeros(len(scores), dtype=bool)
+        kept[selection.kept] = True
+        dropped = ~kept & np.isfinite(values)
+        reasons, counts = np.unique(selection.reasons.astype(str), return_counts=True)
+        return {
+            "epoch": epoch,
+            "step": self.trainer.state.global_step,
+            "seed": self.seed,
+            "pool": len(scores),
+            "budget": len(selection.kept),
+            "kept": int(kept.sum()),
+            "eligible": selection.eligible,
+            "shortfall": selection.shortfall,
+            "cut": selection.cut,
+            "mean_kept": float(values[kept].mean()),
+            "mean_dropped": float(values[dropped].mean()) if dropped.any() else None,
+            "overlap": self._overlap(epoch, kept),
+            "reasons": dict(zip(reasons.tolist(), counts.tolist(), strict=True)),
+            "seconds_scoring": seconds,
+            "seconds_training": None,
+            "eval_loss": None,
+        }
+
+    def _overlap(self, epoch: int, kept: np.ndarray) -> float | None:
+        """Share of this epoch's kept rows that the epoch before kept too."""
+        if self.history.record(epoch - 1) is None or not self.history.rows_path(epoch - 1).exists():
+            return None
+        before = self.history.rows(epoch - 1)["times"].to_numpy() > 0
+        return float((before & kept).sum() / kept.sum())
+
+    def _note(self, **values: float) -> None:
+        record = self.history.record(self._epoch)
+        if record is not None and self.trainer.state.is_world_process_zero:
+            record.update(values)
+            self.history.save()
+
+    def _pool_texts(self) -> pd.DataFrame:
+        pool = self.trainer.train_dataset
+        spans = [(list(ids), answer_span(labels)) for ids, labels in _token_rows(pool, np.arange(len(pool)))]
+        texts = {
+            "row_id": self._row_ids(),
+            "prompt": self.tokenizer.batch_decode([ids[:start] for ids, (start, _) in spans]),
+            "answer": self.tokenizer.batch_decode([ids[start:end] for ids, (start, end) in spans]),
+        }
+        columns = [name for name in getattr(pool, "column_names", []) if name not in _TOKEN_COLUMNS | texts.keys()]
+        return pd.DataFrame(texts | {name: list(pool[name]) for name in columns})
+
+    # ---- checkpoint state ---------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, inside `trainer_state.json`: the epoch, its exact order, and what it depends on."""
+        if self._epoch is None:
+            return {"args": {}, "attributes": {}}
+        saved = {
+            "version": _STATE_VERSION,
+            "epoch": self._epoch,
+            "order": _encode(np.asarray(self.sampler.order, dtype=np.int64)),
+            **{key: self.history.settings[key] for key in _MUST_MATCH},
+        }
+        return {"args": {}, "attributes": {"selection": saved}}
+
+    def _restore(self, state: transformers.TrainerState) -> None:
+        blob = state.stateful_callbacks.get(type(self).__name__)
+        saved = (blob or {}).get("attributes", {}).get("selection")
+        if saved is None or saved.get("version") != _STATE_VERSION:
+            raise ValueError(
+                "The checkpoint holds no selection state: it was written without this callback, or by another version "
+                "of it. Start training anew, or resume without IFDSelectionCallback."
+            )
+        settings = self.history.settings
+        differs = {key: (saved[key], settings[key]) for key in _MUST_MATCH if saved[key] != settings[key]}
+        if differs:
+            found = "; ".join(f"{key}: {then!r} in the checkpoint, {now!r} now" for key, (then, now) in differs.items())
+            raise ValueError(
+                f"The run cannot be resumed exactly: {found}. Resume with the settings and the data set of the "
+                "checkpoint, or start training anew."
+            )
+        if self.trainer.args.ignore_data_skip:
+            logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
+        self._restored = saved
+        if (self.history.folder / "history.json").exists():
+            epochs = History.load(self.history.folder).epochs
+            self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]
+
+
+_LOGGED = ("pool", "eligible", "kept", "cut", "mean_kept", "mean_dropped", "overlap", "shortfall", "seconds_scoring")
+_MUST_MATCH = ("policy", "schedule", "order", "seed", "direct_prefix", "fingerprint", "plan", "max_steps")
+
+
+def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:
+    """One row for each pool row: what was measured and decided."""
+    times = np.bincount(selection.kept, minlength=len(scores))
+    return pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons.astype(str), "times": times})
+
+
+def _token_rows(pool: Any, positions: np.ndarray) -> Any:
+    """(input_ids, labels) of pool rows, a thousand at a time."""
+    for start in range(0, len(positions), 1000):
+        part = positions[start : start + 1000].tolist()
+        if hasattr(pool, "column_names"):
+            missing = [name for name in ("input_ids", "labels") if name not in pool.column_names]
+            if missing:
+                raise ValueError(
+                    f"Selection reads input_ids and labels, but the prepared training set has {pool.column_names}. "
+                    "Do not use skip_prepare_dataset, or tokenise the data set with labels yourself."
+                )
+            rows = pool.select_columns(["input_ids", "labels"])[part]
+            yield from zip(rows["input_ids"], rows["labels"], strict=True)
+        else:
+            for position in part:
+                row = pool[position]
+                yield list(row["input_ids"]), list(row["labels"])
+
+
+def _fingerprint(pool: Any) -> str:
+    """A digest of all token ids and labels in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids, labels in _token_rows(pool, np.arange(len(pool))):
+        digest.update(np.asarray([len(ids), *ids, *labels], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _known_headers(tokenizer: Any) -> list[list[int]]:
+    """Token ids of the response headers that the transform uses: the chat template's, and Alpaca's."""
+    headers = []
+    if getattr(tokenizer, "chat_template", None):
+        user = [{"role": "user", "content": "x"}]
+        opened = tokenizer.apply_chat_template(user, add_generation_prompt=True, tokenize=False)
+        closed = tokenizer.apply_chat_template(user, tokenize=False)
+        headers.append(opened[len(closed) :] if opened.startswith(closed) else "")
+    headers.append("### Response:")
+    return [tokenizer(header, add_special_tokens=False)["input_ids"] for header in headers if header]
+
+
+def _tokenizer_of(trainer: Trainer) -> Any:
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    if tokenizer is None or not hasattr(tokenizer, "all_special_ids"):
+        raise ValueError("The trainer has no tokenizer: pass processing_class=tokenizer to the trainer.")
+    return tokenizer
+
+
+def _gather(columns: dict[str, np.ndarray], rows: int, world: int) -> dict[str, np.ndarray]:
+    """Columns of all processes in pool order; process r scored the rows r, r + world, ..."""
+    shares: list[Any] = [None] * world
+    torch.distributed.all_gather_object(shares, columns)
+    whole = {}
+    for name, values in columns.items():
+        whole[name] = np.empty(rows, dtype=values.dtype)
+        for rank, share in enumerate(shares):
+            whole[name][rank::world] = share[name]
+    return whole
+
+
+def _encode(array: np.ndarray) -> str:
+    return base64.b64encode(zlib.compress(array.tobytes())).decode("ascii")
+
+
+def _decode(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.int64)
+
+
+assert IGNORE == -100  # what transformers and TRL write into labels

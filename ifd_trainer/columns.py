@@ -1,0 +1,228 @@
+"""The `datasets.map` transform: its columns, its model, its fingerprint.
+
+`datasets.map` caches by the pickle of the callable. The pickle of an `IFDScorer` holds a digest of the weights and
+the options, never the weights: equal weights and options hit the cache, changed weights miss it, and hashing costs
+one read of the weights at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .encoding import EncodedPair, Encoder
+from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
+from .scorer import Scores, score_pairs
+
+IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
+_WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt")
+_SCORES_VERSION = 1  # raised when the same weights and options would give other scores
+
+
+class IFDScorer:
+    """Attach IFD columns to a data set: `ds.map(IFDScorer(model), batched=True)`.
+
+    For each row, with the answer's N tokens a_i and the prompt Q (arXiv 2308.12032):
+
+        cas = -1/N * sum_i log P(a_i | Q, a_<i)    das = -1/N * sum_i log P(a_i | header, a_<i)
+        ifd = cas / das                            ifd_ppl = exp(cas - das)
+
+    Columns: `cas`, `das` (nats per token), `ifd`, `ifd_ppl` (float64, null unless `ifd_status` is "ok"),
+    `answer_tokens` (int64) and `ifd_status` (`Status`). All other columns stay as they are. End-of-turn tokens are
+    not part of the answer.
+
+    Args:
+        model: a hub name, a local path, or a loaded causal LM.
+        tokenizer: needed with a loaded model unless `model.config.name_or_path` leads to one.
+        format: a `PromptFormat` or its name; detected from the columns by default.
+        definition: "paper" (default), "cherry" or "superfiltering": what precedes and bounds the direct answer; see
+            `ifd_trainer.encoding`.
+        max_length: most tokens of prompt and answer; by default the model's context window ("cherry": 512,
+            "superfiltering": 1024).
+        min_answer_tokens: rows with fewer answer tokens are `too_short`.
+        score_truncated: score the part of a too long answer that fits, as the paper does, instead of `truncated`.
+        device: "cuda", "mps" or "cpu" by default, the first there is. With `map(with_rank=True, num_proc=N)` each
+            process takes the device of its rank.
+        dtype: by default the checkpoint's own on an accelerator (bfloat16 if it says float16 and the device can),
+            float32 on a CPU, where bfloat16 is slower.
+        token_budget: tokens of a batch; see `score_pairs`.
+        revision, trust_remote_code: passed to `from_pretrained`.
+
+    Raises:
+        ValueError: for a format that cannot be told from the columns, `map` without `batched=True`, or options that
+            contradict each other.
+
+    >>> from datasets import load_dataset                                                    # doctest: +SKIP
+    >>> ds = load_dataset("json", data_files="alpaca.json", split="train")                   # doctest: +SKIP
+    >>> ds = ds.map(IFDScorer("HuggingFaceTB/SmolLM2-135M", format="alpaca"), batched=True)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        format: str | PromptFormat | None = None,
+        definition: str = "paper",
+        max_length: int | None = None,
+        min_answer_tokens: int = 1,
+        score_truncated: bool = False,
+        device: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        token_budget: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+        self.format = format
+        self.options = {
+            "definition": definition,
+            "max_length": max_length,
+            "min_answer_tokens": min_answer_tokens,
+            "score_truncated": score_truncated,
+        }
+        self.device, self.dtype, self.token_budget = device, dtype, token_budget
+        self.hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.tokenizer = tokenizer
+        self._model = None if self.name is not None else model
+        self._encoder: Encoder | None = None
+        Encoder(None, **self.options)  # a wrong definition is an error here, not after the model has loaded
+
+    def __call__(self, batch: Mapping[str, list], rank: int | None = None) -> dict[str, pd.Series]:
+        """Columns for a batch of rows, as `datasets.map(batched=True)` passes and takes them."""
+        self._need_batch(batch)
+        scores = self.score(self.encode(batch, rank))
+        return {
+            name: pd.Series(pd.arrays.FloatingArray(np.nan_to_num(values), np.isnan(values)))
+            if values.dtype.kind == "f"
+            else pd.Series(values)
+            for name, values in scores.columns().items()
+        }
+
+    def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
+        """Render and tokenise a batch; loads the model on first use."""
+        self._load(rank)
+        format = self.format
+        if format is None and self.options["definition"] == "superfiltering":
+            format = SUPERFILTERING
+        format = resolve_format(format, batch)
+        columns = list(batch)
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        examples, error = _render(rows, format, self._encoder.tokenizer)
+        if rows and error is not None and all(example is None for example in examples):
+            raise ValueError(
+                f"None of {len(rows)} rows can be rendered as {format.name!r}; the first one: {error}. Check the "
+                "columns, or pass another format."
+            )
+        return self._encoder(examples)
+
+    def score(self, pairs: list[EncodedPair]) -> Scores:
+        """Scores of encoded rows."""
+        return score_pairs(self._model, pairs, token_budget=self.token_budget)
+
+    def _need_batch(self, batch: Mapping[str, list]) -> None:
+        if any(not isinstance(value, (list, np.ndarray)) for value in batch.values()):
+            raise ValueError("IFDScorer scores batches: call `dataset.map(scorer, batched=True)`.")
+
+    def _load(self, rank: int | None) -> None:
+        if self._encoder is not None:
+            return
+        if self._model is None:
+            if self.name is None:
+                raise ValueError(
+                    "This IFDScorer was sent to another process, and a loaded model does not travel. Pass a name or a "
+                    "path instead of a loaded model to use num_proc."
+                )
+            device = self.device or default_device(rank)
+            config = AutoConfig.from_pretrained(self.name, **self.hub)
+            dtype = self.dtype or default_dtype(config, device)
+            self._model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, **self.hub).to(device)
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            source = self.name or self._model.config.name_or_path
+            if not source:
+                raise ValueError("Pass the tokenizer too: the loaded model does not say where it came from.")
+            tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
+        options = dict(self.options)
+        if options["max_length"] is None and options["definition"] == "paper":
+            options["max_length"] = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self._encoder = Encoder(tokenizer, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is pickled is what identifies the scores: options and a digest of the weights. Nothing that is loaded
+        # on use belongs here, or a second `map` with the same scorer would miss the cache of the first.
+        if self.name is not None:
+            weights = checkpoint_digest(self.name, self.hub["revision"])
+        else:
+            weights = weights_digest(self._model) if self._model is not None else self._weights
+        state = {key: value for key, value in vars(self).items() if key not in ("_model", "_encoder")}
+        return state | {"_weights": weights, "_version": _SCORES_VERSION}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _model=None, _encoder=None)
+
+    def __repr__(self) -> str:
+        model = self.name or type(self._model).__name__
+        return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r})"
+
+
+def default_device(rank: int | None = None) -> str:
+    """The accelerator of this rank, or "cpu"."""
+    if torch.cuda.is_available():
+        return f"cuda:{(rank or 0) % torch.cuda.device_count()}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_dtype(config: Any, device: str) -> torch.dtype:
+    """float32 on a CPU; on an accelerator the checkpoint's dtype, with bfloat16 in place of float16 where it runs."""
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    dtype = getattr(config, "dtype", None) or torch.float32
+    if dtype == torch.float16 and torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return dtype
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """A digest of all parameters and buffers, in their order, bit for bit."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        data = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+        digest.update(memoryview(data))
+    return digest.hexdigest()
+
+
+def checkpoint_digest(name: str, revision: str | None = None) -> str:
+    """A digest of a checkpoint's files (local path), or the commit that a hub name stands for."""
+    if not os.path.isdir(name):
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        return f"{name}@{getattr(config, '_commit_hash', None) or revision}"
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in _WEIGHT_FILES and path.is_file():
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(2**24):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _render(rows: list[dict], format: PromptFormat, tokenizer: Any) -> tuple[list[Example | None], Exception | None]:
+    """Examples, None where a row is malformed, and the first error."""
+    examples, first = [], None
+    for row in rows:
+        try:
+            examples.append(format.render(row, tokenizer))
+        except MalformedRow as error:
+            first = first or error
+            examples.append(None)
+    return examples, first

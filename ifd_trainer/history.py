@@ -1,0 +1,107 @@
+"""What a run selected, epoch by epoch, on disk beside its checkpoints.
+
+    history.json          settings, and one record for each epoch (counts, means, seconds, held-out loss)
+    epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on
+    pool.parquet          the pool's texts and its columns other than token ids, for reports
+
+Files are replaced atomically: a reader, or a run that is killed, never sees half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+FOLDER = "ifd_history"
+VERSION = 1
+
+
+@dataclass
+class History:
+    """The history of one run, in memory and in `folder`.
+
+    Attributes:
+        folder: where the files are, usually `<output_dir>/ifd_history`.
+        settings: what was selected and how; written once.
+        epochs: one record for each epoch, in order.
+    """
+
+    folder: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> History:
+        """Read a history; `folder` may be the run's output folder too.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: when the file is damaged or of another version.
+        """
+        folder = Path(folder)
+        if not (folder / "history.json").exists() and (folder / FOLDER / "history.json").exists():
+            folder = folder / FOLDER
+        path = folder / "history.json"
+        if not path.exists():
+            raise FileNotFoundError(f"No selection history in {folder}: it is written by a run with the callback.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}); the run has to be repeated.") from error
+        if content.get("version") != VERSION:
+            raise ValueError(f"{path} has version {content.get('version')}, this program reads version {VERSION}.")
+        return cls(folder, content["settings"], content["epochs"])
+
+    def record(self, epoch: int) -> dict[str, Any] | None:
+        """The record of an epoch, or None."""
+        return next((record for record in self.epochs if record["epoch"] == epoch), None)
+
+    def add(self, record: dict[str, Any], rows: pd.DataFrame) -> None:
+        """Write an epoch's record and rows; records of this and later epochs (of a run cut short) give way."""
+        self.epochs = [old for old in self.epochs if old["epoch"] < record["epoch"]] + [record]
+        write_atomically(self.rows_path(record["epoch"]), lambda path: rows.to_parquet(path, index=False))
+        self.save()
+
+    def save(self) -> None:
+        """Write `history.json`."""
+        content = {"version": VERSION, "settings": self.settings, "epochs": self.epochs}
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_atomically(self.folder / "history.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def save_pool(self, pool: pd.DataFrame) -> None:
+        """Write the pool's texts."""
+        write_atomically(self.folder / "pool.parquet", lambda path: pool.to_parquet(path, index=False))
+
+    def rows_path(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:03d}.parquet"
+
+    def rows(self, epoch: int) -> pd.DataFrame:
+        """Row id, scores, status, reason and `times` (how often trained on) of every pool row in an epoch."""
+        return pd.read_parquet(self.rows_path(epoch))
+
+    def pool(self) -> pd.DataFrame | None:
+        """Row ids with the pool's texts and columns, if they were written."""
+        path = self.folder / "pool.parquet"
+        return pd.read_parquet(path) if path.exists() else None
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(temporary_path)`, then put the file in the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

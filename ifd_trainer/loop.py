@@ -1,0 +1,254 @@
+"""Everything that touches Trainer internals.
+
+A Trainer builds its train loader once and fixes steps, learning rate schedule and progress bar before the first
+epoch. `attach` gives a trainer five small overrides with which each epoch may train on rows of its own:
+
+- `_get_train_sampler` hands out a `SelectionSampler`, an explicit list of row indices;
+- `set_initial_training_values` takes the number of steps from the plan of all epochs;
+- `_init_training_state` finds epoch and step of a checkpoint in that plan;
+- `_run_epoch` runs the planned number of steps of its epoch;
+- `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback that holds a trainer.
+
+The state lives in the sampler in the main process: data loader workers, persistent or not, only see indices.
+Measured on transformers 5.20 to 5.23; a missing hook is a clear error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import IterableDataset, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from .schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
+
+SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
+_HOOKS = ("_get_train_sampler", "set_initial_training_values", "_init_training_state", "_run_epoch")
+# Positions in the tuple that `set_initial_training_values` returns.
+_EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS, _TUPLE_SIZE = 0, 1, 3, 5, 6, 7
+
+
+class SelectionSampler(Sampler[int]):
+    """Yields an explicit list of indices. Not a RandomSampler: accelerate replaces those by its own."""
+
+    def __init__(self, size: int) -> None:
+        self.order: list[int] = list(range(size))
+        self._planned: int | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(self.order))  # a copy: prefetching workers go on while the next epoch is selected
+
+    def __len__(self) -> int:
+        return len(self.order) if self._planned is None else self._planned
+
+    @contextlib.contextmanager
+    def of_size(self, size: int) -> Iterator[None]:
+        """Report another length, to ask a prepared data loader how many batches that would be."""
+        self._planned = size
+        try:
+            yield
+        finally:
+            self._planned = None
+
+
+class EpochSelector(TrainerCallback):
+    """A callback that chooses the rows of each epoch; `attach` lets the trainer follow it."""
+
+    sampler: SelectionSampler
+    plan: TrainingPlan
+
+    @abstractmethod
+    def budget(self, epoch: int) -> int:
+        """Rows that an epoch trains on."""
+
+    @abstractmethod
+    def start(self, epoch: int, state: transformers.TrainerState) -> None:
+        """Training starts (or resumes) at `epoch`; `state` is the trainer's, from the checkpoint on a resume."""
+
+
+class SelectiveTrainer:
+    """Overrides, mixed in before the trainer's own class by `attach`."""
+
+    @property
+    def _selector(self) -> EpochSelector | None:
+        found = [c for c in self.callback_handler.callbacks if isinstance(c, EpochSelector)]
+        if len(found) > 1:
+            raise ValueError(f"A trainer follows one selection callback, found {len(found)}: remove the others.")
+        return found[0] if found else None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        selector = self._selector
+        if selector is None:
+            return super()._get_train_sampler(train_dataset)
+        check_supported(self)  # again: arguments may have changed since `attach`
+        selector.sampler = SelectionSampler(selector.budget(0))
+        return selector.sampler
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+        values = list(super().set_initial_training_values(args, dataloader))
+        selector = self._selector
+        if selector is None:
+            return tuple(values)
+        if len(values) != _TUPLE_SIZE:
+            raise unsupported_version("Trainer.set_initial_training_values returns another tuple")
+
+        def of_epoch(epoch: int) -> EpochPlan:
+            budget = selector.budget(epoch)
+            batches = self._batches(dataloader, budget)
+            if not batches:
+                raise ValueError(
+                    f"Epoch {epoch} is planned with {budget} rows, fewer than one global batch, and "
+                    "dataloader_drop_last=True would drop them all. Raise keep, lower the batch size, or set "
+                    "dataloader_drop_last=False."
+                )
+            return plan_epoch(epoch, budget, batches, args.gradient_accumulation_steps)
+
+        selector.plan = plan = plan_training(of_epoch, args.num_train_epochs, args.max_steps)
+        values[_EPOCHS], values[_TRAIN_SAMPLES] = len(plan.epochs), plan.rows
+        values[_UPDATES_PER_EPOCH] = plan.epochs[0].updates
+        values[_STEPS_IN_EPOCH], values[_MAX_STEPS] = plan.epochs[0].batches, plan.max_steps
+        return tuple(values)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: Any, trial
+    ) -> tuple[int, int]:
+        result = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        selector = self._selector
+        if selector is None:
+            return result
+        epoch, updates = selector.plan.position(self.state.global_step)
+        selector.start(epoch, self.state)
+        # The trainer stores states of the callbacks that it found here.
+        self.state.stateful_callbacks.setdefault(type(selector).__name__, selector.state())
+        skip = 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
+        return epoch, skip
+
+    def _load_callback_state(self) -> None:
+        selector, stored = self._selector, self.state.stateful_callbacks
+        name = type(selector).__name__
+        mine = stored.pop(name, None) if selector is not None else None
+        super()._load_callback_state()
+        if mine is not None:
+            stored[name] = mine
+
+    def _run_epoch(self, **kwargs: Any) -> Any:
+        selector = self._selector
+        if selector is not None:
+            plan, loader = selector.plan.epochs[kwargs["epoch"]], kwargs["train_dataloader"]
+            batches = self._batches(loader, len(selector.sampler))
+            if batches != plan.batches:
+                raise RuntimeError(
+                    f"Epoch {plan.epoch} has {batches} batches, but {plan.batches} were planned. The train data loader "
+                    "was changed after training began; with a selection callback it has to stay."
+                )
+            kwargs["steps_in_epoch"], kwargs["num_update_steps_per_epoch"] = plan.batches, plan.updates
+        return super()._run_epoch(**kwargs)
+
+    def _batches(self, dataloader: Any, rows: int) -> int:
+        """Batches that this process runs for `rows` rows, asked of the prepared loader itself."""
+        with self._selector.sampler.of_size(rows):
+            return len(dataloader) * max(1, self.get_sp_size())
+
+
+def attach(trainer: Trainer) -> None:
+    """Let `trainer` follow an `EpochSelector` among its callbacks; without one it behaves as before.
+
+    Raises:
+        TypeError: when `trainer` is no Trainer.
+        ImportError: when this version of transformers lacks a hook.
+        ValueError: for a configuration in which a selection could not be exact; the message has the fix.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"The callback needs the trainer it selects for: IFDSelectionCallback(trainer, ...), got {trainer!r}."
+        )
+    missing = [name for name in _HOOKS if not hasattr(Trainer, name)]
+    if missing:
+        raise unsupported_version(f"Trainer has no {', '.join(missing)}")
+    check_supported(trainer)
+    if not isinstance(trainer, SelectiveTrainer):
+        cls = type(trainer)
+        trainer.__class__ = type(cls.__name__, (SelectiveTrainer, cls), {"__module__": cls.__module__})
+
+
+def check_supported(trainer: Trainer) -> None:
+    """Raise for what selection cannot do exactly, before the first step."""
+    args, dataset = trainer.args, trainer.train_dataset
+    if dataset is None:
+        raise ValueError("The trainer has no train_dataset to select from.")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "Selection needs a data set with a length, got a streaming one. Load it with streaming=False, or score and "
+            "select it beforehand with `ifd-trainer score` and `ifd-trainer select`."
+        )
+    if getattr(args, "packing", False):
+        raise ValueError(
+            "packing=True joins rows before they can be selected. Set packing=False (padding_free=True avoids padding "
+            "as well)."
+        )
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy='batch_rebalance' orders rows by itself. Use 'random' or 'group_by_length'."
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches=True sends batches from one process, which fails on rows of unequal length. Set "
+            "accelerator_config={'dispatch_batches': False}."
+        )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "Selection inside an FSDP or DeepSpeed run is not supported yet. Use DDP, or score and select beforehand."
+        )
+
+
+def unsupported_version(what: str) -> ImportError:
+    """The error for a transformers release whose internals are not the ones this module knows."""
+    return ImportError(
+        f"{what} in transformers {transformers.__version__}; selection works with {SUPPORTED}. Install one of those."
+    )
+
+
+def batch_order(trainer: Trainer, kept: np.ndarray, lengths: np.ndarray, order: str, seed: int) -> list[int]:
+    """The order in which an epoch visits the kept rows.
+
+    Args:
+        kept: positions in the pool, highest score first.
+        lengths: tokens of each kept row, for `group_by_length`.
+        order: "shuffle", "descending" or "ascending" score.
+        seed: of the shuffle and of the grouping by length; another one for each epoch.
+    """
+    args = trainer.args
+    generator = torch.Generator().manual_seed(seed)
+    if getattr(args, "train_sampling_strategy", None) == "group_by_length":
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        grouped = get_length_grouped_indices(lengths.tolist(), batch, generator=generator)
+        return kept[np.asarray(grouped)].tolist()
+    if order == "shuffle":
+        return kept[torch.randperm(len(kept), generator=generator).numpy()].tolist()
+    return (kept if order == "descending" else kept[::-1]).tolist()
+
+
+@contextlib.contextmanager
+def metrics_set_aside(trainer: Trainer) -> Iterator[None]:
+    """Let `trainer.log` be called without it averaging and clearing the metrics that TRL has gathered so far."""
+    metrics = getattr(trainer, "_metrics", None)
+    if not isinstance(metrics, dict):
+        yield
+        return
+    trainer._metrics = {mode: copy.copy(values) for mode, values in metrics.items()}
+    for values in trainer._metrics.values():
+        values.clear()
+    try:
+        yield
+    finally:
+        trainer._metrics = metrics

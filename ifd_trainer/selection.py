@@ -1,0 +1,147 @@
+"""Scores to kept rows: pure, seeded, each dropped row with its reason.
+
+A policy is a frozen dataclass that maps score columns and a budget to a `Selection`. It sees nothing but arrays, so
+ten million rows cost a sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .encoding import Status
+
+KEPT = "kept"
+RELAXED = "kept_above_limit"  # kept although its score is at or above the limit: on_shortfall="relax"
+ABOVE_LIMIT = "above_limit"  # score >= max_ifd: the prompt does not help
+BELOW_CUT = "below_cut"  # eligible, but the budget was spent on harder rows
+
+
+class ShortfallError(ValueError):
+    """Fewer eligible rows than the budget asks for."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a policy decided about n rows.
+
+    Attributes:
+        kept: (budget,) positions to train on, highest score first; a row occurs more than once only after a
+            shortfall, the repeats behind the first pass.
+        reasons: (n,) `kept`, `kept_above_limit`, `above_limit`, `below_cut`, or the status of an unscorable row.
+        cut: lowest score kept.
+        eligible: number of rows that were scorable and under the limit.
+        shortfall: budget minus eligible, 0 if there were enough.
+    """
+
+    kept: np.ndarray
+    reasons: np.ndarray
+    cut: float
+    eligible: int
+    shortfall: int
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Positions kept, each once, highest score first."""
+        _, first = np.unique(self.kept, return_index=True)
+        return self.kept[np.sort(first)]
+
+
+@dataclass(frozen=True)
+class Cherry:
+    """Keep the rows with the highest IFD under a limit: the paper's "cherry" samples.
+
+    A row is eligible when its status is `ok` and its score < `max_ifd`; of these the highest `budget` are kept. Ties
+    are broken by row id, lowest first. Source: arXiv 2308.12032, section 2.3.
+
+    Args:
+        max_ifd: rows at or above are dropped, their prompt does not help; `float("inf")` switches this off.
+        score: the column to rank by, "ifd" or "ifd_ppl".
+        on_shortfall: what to do with fewer eligible rows than the budget. "repeat" repeats eligible rows, each as
+            often as any other give or take one, chosen by the seed; "relax" fills with rows at or above the limit,
+            the nearest first; "error" raises.
+
+    >>> columns = {"ifd": np.array([0.2, 0.9, 1.3]), "ifd_status": np.array(["ok", "ok", "ok"])}
+    >>> selection = Cherry()(columns, budget=1)
+    >>> selection.kept.tolist(), selection.reasons.tolist()
+    ([1], ['below_cut', 'kept', 'above_limit'])
+    """
+
+    max_ifd: float = 1.0
+    score: Literal["ifd", "ifd_ppl"] = "ifd"
+    on_shortfall: Literal["repeat", "relax", "error"] = "repeat"
+
+    def __post_init__(self) -> None:
+        if not self.max_ifd > 0:
+            raise ValueError(f"max_ifd must be positive, got {self.max_ifd}; use float('inf') for no limit.")
+        if self.score not in ("ifd", "ifd_ppl"):
+            raise ValueError(f"score must be 'ifd' or 'ifd_ppl', got {self.score!r}.")
+        if self.on_shortfall not in ("repeat", "relax", "error"):
+            raise ValueError(f"on_shortfall must be 'repeat', 'relax' or 'error', got {self.on_shortfall!r}.")
+
+    def __call__(
+        self,
+        columns: Mapping[str, np.ndarray],
+        budget: int,
+        *,
+        ids: np.ndarray | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Selection:
+        """Select `budget` of n rows.
+
+        Args:
+            columns: arrays (n,): the score column, NaN for none, and `ifd_status`.
+            budget: number of rows to train on, at least 1.
+            ids: (n,) row ids that break ties; positions by default.
+            rng: chooses what is repeated after a shortfall; seed 0 by default.
+
+        Raises:
+            ShortfallError: when no row is eligible, or on a shortfall with on_shortfall="error".
+        """
+        if budget < 1:
+            raise ValueError(f"The budget must be at least one row, got {budget}.")
+        score = np.asarray(columns[self.score], dtype=np.float64)
+        status = np.asarray(columns["ifd_status"]).astype(str)
+        ids = np.arange(len(score)) if ids is None else np.asarray(ids)
+        scored = (status == Status.OK.value) & np.isfinite(score)
+        eligible = scored & (score < self.max_ifd)
+        ranked = _rank(score, ids, eligible)
+        shortfall = max(budget - len(ranked), 0)
+        if shortfall and (self.on_shortfall == "error" or not len(ranked)):
+            raise ShortfallError(self._explain(budget, eligible, scored))
+        kept = ranked[:budget]
+        relaxed = _rank(-score, ids, scored & ~eligible)[:shortfall] if self.on_shortfall == "relax" else ranked[:0]
+        kept = np.concatenate([kept, relaxed])
+        kept = np.concatenate([kept, _repeats(kept, budget - len(kept), rng)])
+        reasons = status.astype(object)
+        reasons[scored] = ABOVE_LIMIT
+        reasons[eligible] = BELOW_CUT
+        reasons[kept] = KEPT
+        reasons[relaxed] = RELAXED
+        return Selection(kept, reasons, float(score[kept].min()), len(ranked), shortfall)
+
+    def _explain(self, budget: int, eligible: np.ndarray, scored: np.ndarray) -> str:
+        return (
+            f"{budget} rows are to be kept, but only {eligible.sum()} of {len(scored)} are eligible: "
+            f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {self.score} >= {self.max_ifd}. "
+            "Lower `keep`, raise `max_ifd` (float('inf') switches the limit off), or look at the prompt format: with a "
+            "chat template that the model was not trained on, prompts often do not help."
+        )
+
+
+def _rank(score: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Positions under the mask, highest score first, ties by id."""
+    positions = np.flatnonzero(mask)
+    return positions[np.lexsort((ids[positions], -score[positions]))]
+
+
+def _repeats(rows: np.ndarray, missing: int, rng: np.random.Generator | None) -> np.ndarray:
+    """`missing` repeats of `rows`, each as often as any other give or take one."""
+    if missing <= 0:
+        return rows[:0]
+    rng = rng or np.random.default_rng(0)
+    rounds, rest = divmod(missing, len(rows))
+    return np.concatenate([np.tile(rows, rounds), rows[np.sort(rng.permutation(len(rows))[:rest])]])
