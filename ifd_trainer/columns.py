@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,9 @@ class IFDScorer:
             )
         return self._encoder(examples)
 
-    def score(self, pairs: list[EncodedPair]) -> Scores:
-        """Scores of encoded rows."""
-        return score_pairs(self._model, pairs, token_budget=self.token_budget)
+    def score(self, pairs: list[EncodedPair], progress: Callable[[int], Any] | None = None) -> Scores:
+        """Scores of encoded rows; `progress` as in `score_pairs`."""
+        return score_pairs(self._model, pairs, token_budget=self.token_budget, progress=progress)
 
     def _need_batch(self, batch: Mapping[str, list]) -> None:
         if any(not isinstance(value, (list, np.ndarray)) for value in batch.values()):

@@ -71,6 +71,11 @@ class EncodedPair:
         return cls(status=status)
 
 
+def token_count(pairs: Iterable[EncodedPair]) -> int:
+    """Tokens in both segments of all scorable rows."""
+    return sum(len(pair.conditioned.ids) + len(pair.direct.ids) for pair in pairs if pair.conditioned)
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Examples to encoded pairs under one definition.

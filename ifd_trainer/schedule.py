@@ -125,7 +125,7 @@ def plan_training(of_epoch: Callable[[int], EpochPlan], num_train_epochs: float,
 
 
 def _check(keep: float | int) -> None:
-    ok = isinstance(keep, int) and keep >= 1 or isinstance(keep, float) and 0 < keep <= 1
+    ok = (isinstance(keep, int) and keep >= 1) or (isinstance(keep, float) and 0 < keep <= 1)
     if not ok or isinstance(keep, bool):
         raise ValueError(
             f"keep must be a fraction in (0, 1] given as a float, or a number of rows given as an int, got {keep!r}."

