@@ -21,18 +21,19 @@ $(READY): pyproject.toml recipes/constraints.txt
 demo: $(READY)  ## fine-tune a 135M model with selection inside the loop; MODEL=name or path for another
 	$(BIN)/ifd-trainer train recipes/demo.yaml --model "$(DEMO_MODEL)" $(ARGS)
 
-test: $(READY) style  ## style checks and the whole test suite
+test: $(READY) quality  ## style checks and the whole test suite
 	$(BIN)/python recipes/demo_model.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
-style: $(READY)  ## ruff: lint and format
-	$(BIN)/ruff check .
+style: $(READY)  ## format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+quality: $(READY)  ## check format and lint; changes nothing
 	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 
-quality: $(READY)  ## which published definition each score agrees with, on the demo rows
-	$(BIN)/python tests/benchmarks/quality.py --model "$(DEMO_MODEL)" $(ARGS)
-
-bench: $(READY)  ## scoring speed against one row at a time and plain padded batches
+bench: $(READY)  ## scoring speed against one row at a time and against plain padded batches
 	$(BIN)/python tests/benchmarks/scoring.py --model "$(DEMO_MODEL)" $(ARGS)
 
 clean:  ## remove the environment, runs and caches

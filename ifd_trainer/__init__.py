@@ -15,17 +15,27 @@ if TYPE_CHECKING:
     from .selection import Cherry, Selection
 
 _HOME = {
-    "IFDSelectionCallback": "callback",
-    "IFDScorer": "columns",
-    "IFD_COLUMNS": "columns",
     "ALPACA": "formats",
-    "WIZARDLM": "formats",
-    "TemplateFormat": "formats",
     "Cherry": "selection",
+    "IFDScorer": "columns",
+    "IFDSelectionCallback": "callback",
+    "IFD_COLUMNS": "columns",
     "Selection": "selection",
+    "TemplateFormat": "formats",
+    "WIZARDLM": "formats",
     "write_report": "report",
 }
-__all__ = sorted(_HOME)
+__all__ = [
+    "ALPACA",
+    "IFD_COLUMNS",
+    "WIZARDLM",
+    "Cherry",
+    "IFDScorer",
+    "IFDSelectionCallback",
+    "Selection",
+    "TemplateFormat",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> object:

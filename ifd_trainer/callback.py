@@ -137,7 +137,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
         if self._restored is not None and self._restored["epoch"] == epoch:
-            self.sampler.order = _decode(self._restored["order"]).tolist()  # inside an epoch nothing is scored again
+            self.sampler.order = _decode(
+                self._restored["positions"]
+            ).tolist()  # inside an epoch nothing is scored again
         else:
             self._select(epoch)
         self._epoch, self._training_since = epoch, time.perf_counter()
@@ -147,7 +149,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
         loss = next((value for key, value in (metrics or {}).items() if key.endswith("_loss")), None)
-        if loss is not None and self._epoch is not None:
+        if loss is not None and self._epoch is not None and self.trainer.is_in_train:
             self._note(eval_loss=float(loss))
 
     # ---- scoring and selecting ----------------------------------------------------------------------------------
@@ -205,8 +207,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def _direct_prefix(self) -> list[int]:
         """Tokens before a direct answer: the header that all prompts share, or BOS, else EOS.
 
-        Where the shared tokens end with the chat template's assistant header or with the Alpaca header, that alone is
-        taken, so that scores agree with those of `IFDScorer` on the raw rows.
+        Where that is the chat template's assistant header or the Alpaca header, that alone is taken, so that scores
+        agree with those of `IFDScorer` on the raw rows.
         """
         pool = self.trainer.train_dataset
         prompts = set()
@@ -221,13 +223,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             )
         if self.header is not None:
             return direct_prefix(self.tokenizer, self.header, special=False)
-        suffix = shared_suffix(prompts)
+        known = (header for header in _known_headers(self.tokenizer) if _share_opened(prompts, header) >= 0.9)
+        suffix = next(known, None) or shared_suffix(prompts)
         if not suffix:
             return direct_prefix(self.tokenizer, "", special=False)
-        for header in _known_headers(self.tokenizer):
-            if header and suffix[-len(header) :] == header:
-                suffix = header
-                break
         bos = self.tokenizer.bos_token_id
         starts_with_bos = bos is not None and all(prompt[:1] == (bos,) for prompt in prompts)
         return [bos, *suffix] if starts_with_bos and suffix[0] != bos else suffix
@@ -353,7 +352,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         saved = {
             "version": _STATE_VERSION,
             "epoch": self._epoch,
-            "order": _encode(np.asarray(self.sampler.order, dtype=np.int64)),
+            "positions": _encode(np.asarray(self.sampler.order, dtype=np.int64)),
             **{key: self.history.settings[key] for key in _MUST_MATCH},
         }
         return {"args": {}, "attributes": {"selection": saved}}
@@ -369,7 +368,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         settings = self.history.settings
         differs = {key: (saved[key], settings[key]) for key in _MUST_MATCH if saved[key] != settings[key]}
         if differs:
-            found = "; ".join(f"{key}: {then!r} in the checkpoint, {now!r} now" for key, (then, now) in differs.items())
+            found = "; ".join(
+                f"{key.replace('fingerprint', 'training set')}: {then!r} in the checkpoint, {now!r} now"
+                for key, (then, now) in differs.items()
+            )
             raise ValueError(
                 f"The run cannot be resumed exactly: {found}. Resume with the settings and the data set of the "
                 "checkpoint, or start training anew."
@@ -429,6 +431,12 @@ def _known_headers(tokenizer: Any) -> list[list[int]]:
         headers.append(opened[len(closed) :] if opened.startswith(closed) else "")
     headers.append("### Response:")
     return [tokenizer(header, add_special_tokens=False)["input_ids"] for header in headers if header]
+
+
+def _share_opened(prompts: set[tuple[int, ...]], header: list[int]) -> float:
+    """Share of prompts that end with `header`, or with a start of it: its end may have merged with the answer."""
+    starts = [tuple(header[:size]) for size in range(1, len(header) + 1)]
+    return sum(any(prompt[-len(start) :] == start for start in starts) for prompt in prompts) / len(prompts)
 
 
 def _tokenizer_of(trainer: Trainer) -> Any:

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ifd-trainer: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ifd-trainer: interrupted", file=sys.stderr)
+        print("ifd-trainer: interrupted; what is saved stays: run the same command again to go on", file=sys.stderr)
         return 130
 
 
@@ -208,8 +208,9 @@ def _score_parts(rows: object, scorer: IFDScorer, parts: object, size: int) -> p
             if parts.done(part):
                 continue
             pairs = scorer.encode(rows[start : start + size])
-            tokens, before, count = token_count(pairs), bar.n, min(size, len(rows) - start)
-            scores = scorer.score(pairs, lambda done, per=count / max(tokens, 1): bar.update(done * per))
+            before, count = bar.n, min(size, len(rows) - start)
+            rows_per_token = count / max(token_count(pairs), 1)
+            scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
             bar.update(before + count - bar.n)  # exact again, and the rows without a score
             parts.save(part, pd.DataFrame(scores.columns()))
     return pd.concat(parts.read(len(starts)), ignore_index=True)

@@ -8,14 +8,16 @@ one read of the weights at most.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import torch
+from datasets.formatting.formatting import LazyRow
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .encoding import EncodedPair, Encoder
@@ -23,7 +25,11 @@ from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolv
 from .scorer import Scores, score_pairs
 
 IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
+_ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt")
+# What a config says about a model's origin and use, not about its numbers.
+_NOT_IN_DIGEST = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+_PID = os.getpid()
 _SCORES_VERSION = 1  # raised when the same weights and options would give other scores
 
 
@@ -96,16 +102,11 @@ class IFDScorer:
         self._encoder: Encoder | None = None
         Encoder(None, **self.options)  # a wrong definition is an error here, not after the model has loaded
 
-    def __call__(self, batch: Mapping[str, list], rank: int | None = None) -> dict[str, pd.Series]:
+    def __call__(self, batch: Mapping[str, list], rank: int | None = None) -> dict[str, list]:
         """Columns for a batch of rows, as `datasets.map(batched=True)` passes and takes them."""
         self._need_batch(batch)
         scores = self.score(self.encode(batch, rank))
-        return {
-            name: pd.Series(pd.arrays.FloatingArray(np.nan_to_num(values), np.isnan(values)))
-            if values.dtype.kind == "f"
-            else pd.Series(values)
-            for name, values in scores.columns().items()
-        }
+        return {name: _Column(values) for name, values in scores.columns().items()}
 
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
         """Render and tokenise a batch; loads the model on first use."""
@@ -128,8 +129,18 @@ class IFDScorer:
         """Scores of encoded rows; `progress` as in `score_pairs`."""
         return score_pairs(self._model, pairs, token_budget=self.token_budget, progress=progress)
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that scores, loaded on first use."""
+        self._load(None)
+        return self._model
+
     def _need_batch(self, batch: Mapping[str, list]) -> None:
-        if any(not isinstance(value, (list, np.ndarray)) for value in batch.values()):
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"IFDScorer takes Python values, got a {type(batch).__name__}: call it on `dataset.with_format(None)`."
+            )
+        if isinstance(batch, LazyRow) or any(isinstance(value, str) for value in batch.values()):
             raise ValueError("IFDScorer scores batches: call `dataset.map(scorer, batched=True)`.")
 
     def _load(self, rank: int | None) -> None:
@@ -142,6 +153,9 @@ class IFDScorer:
                     "path instead of a loaded model to use num_proc."
                 )
             device = self.device or default_device(rank)
+            if os.getpid() != _PID and torch.device(device).type == "cpu":
+                # A forked worker waits forever for OpenMP threads that its parent had and a fork does not copy.
+                torch.set_num_threads(1)
             config = AutoConfig.from_pretrained(self.name, **self.hub)
             dtype = self.dtype or default_dtype(config, device)
             self._model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, **self.hub).to(device)
@@ -191,9 +205,23 @@ def default_dtype(config: Any, device: str) -> torch.dtype:
     return dtype
 
 
+class _Column(list):
+    """Values of a column, None for NaN, with their Arrow type: a batch of nulls does not tell `datasets` its type."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        super().__init__(None if value != value else value for value in values.tolist())
+        self.type = _ARROW_TYPES[values.dtype.kind]
+
+    def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
+        return pa.array(list(self), type or self.type)
+
+
 def weights_digest(model: torch.nn.Module) -> str:
-    """A digest of all parameters and buffers, in their order, bit for bit."""
+    """A digest of all parameters and buffers, in their order, bit for bit, and of the model's config."""
     digest = hashlib.blake2b(digest_size=16)
+    if hasattr(model, "config"):
+        config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_IN_DIGEST}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         data = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from .formats import Example
+from .formats import Example, common_prefix_length
 
 DEFINITIONS = ("paper", "cherry", "superfiltering")
 DEFAULT_MAX_LENGTH = {"cherry": 512, "superfiltering": 1024}
@@ -125,20 +125,19 @@ class Encoder:
 
     def pair(self, ids: list[int], start: int, prefix: list[int]) -> EncodedPair:
         """The pair for `ids` whose answer begins at `start`, with `prefix` before the direct answer."""
-        answer = ids[start:]
+        prefix = header_before(ids[:start], prefix)
+        # Without a prompt the first answer token has nothing before it: the row is its own direct answer, IFD 1.
+        before, answer = ids[:start] or prefix, ids[start:]
         if not answer:
             return EncodedPair.unscorable(Status.EMPTY_ANSWER)
-        if self.max_length is not None and len(ids) > self.max_length:
-            if start >= self.max_length:
+        if self.max_length is not None and len(before) + len(answer) > self.max_length:
+            if len(before) >= self.max_length:
                 return EncodedPair.unscorable(Status.PROMPT_TOO_LONG)
             if not self.score_truncated:
                 return EncodedPair.unscorable(Status.TRUNCATED)
-            answer = ids[start : self.max_length]
+            answer = answer[: self.max_length - len(before)]
         if len(answer) < self.min_answer_tokens:
             return EncodedPair.unscorable(Status.TOO_SHORT)
-        prefix = header_before(ids[:start], prefix)
-        # Without a prompt the first answer token has nothing before it: the row is its own direct answer, IFD 1.
-        before = ids[:start] or prefix
         return EncodedPair(Segment(before + answer, len(before)), Segment(prefix + answer, len(prefix)))
 
     def _cherry(self, examples: Sequence[Example], special: bool) -> Iterator[EncodedPair]:
@@ -175,13 +174,13 @@ class Encoder:
         answers = self._tokenize([example.answer for example in examples], special)
         limit = self.max_length
         for example, prompt, whole, answer in zip(examples, prompts, wholes, answers, strict=True):
-            given = Segment(whole[:limit], len(prompt))
+            given = Segment(whole[:limit], max(len(prompt), 1))
             alone = Segment(answer[: max(limit - min(len(prompt), limit) + 1, 0)], 1)
             if not example.answer:
                 yield EncodedPair.unscorable(Status.EMPTY_ANSWER)
-            elif given.scored <= 0:
+            elif len(prompt) >= limit:
                 yield EncodedPair.unscorable(Status.PROMPT_TOO_LONG)
-            elif alone.scored <= 0:
+            elif given.scored <= 0 or alone.scored <= 0:
                 yield EncodedPair.unscorable(Status.TOO_SHORT)
             else:
                 yield self._checked(given, alone)
@@ -249,18 +248,6 @@ class EndOfTurn:
         return self._blank[token]
 
 
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading items that two sequences share.
-
-    >>> common_prefix_length([1, 2, 3], [1, 2, 4, 5])
-    2
-    """
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
 def answer_span(labels: Sequence[int]) -> tuple[int, int]:
     """The last run of labels other than -100, as (start, end); (n, n) if there is none.
 
@@ -304,14 +291,16 @@ def shared_suffix(prompts: Iterable[Sequence[int]], share: float = 0.9) -> list[
 def header_before(prompt: Sequence[int], header: Sequence[int]) -> list[int]:
     """The part of `header` that stands before this answer: its longest start with which `prompt` ends.
 
-    All of it, unless its last tokens merged with the answer's first; then the merged token is the answer's.
+    All of it, unless its last tokens merged with the answer's first; then the merged token is the answer's. The
+    header's first tokens may be missing from the prompt's end: a BOS, or a token that reads otherwise inside a text.
 
     >>> header_before([7, 7, 1, 2], header=[1, 2, 3])
     [1, 2]
     """
-    for size in range(min(len(header), len(prompt)), 0, -1):
-        if list(prompt[-size:]) == list(header[:size]):
-            return list(header[:size])
+    for first in range(len(header)):
+        for size in range(len(header), first, -1):
+            if list(prompt[-(size - first) :]) == list(header[first:size]):
+                return list(header[:size])
     return list(header)
 
 

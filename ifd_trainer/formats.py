@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os.path
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -113,7 +112,8 @@ class PromptCompletionFormat:
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> Example:
         prompt, completion = row[self.prompt], row[self.completion]
         if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-            return _render_chat(list(prompt), list(completion or []), row, tokenizer)
+            answer = [] if completion is None else _chat_messages(completion)
+            return _render_chat(_chat_messages(prompt), answer, row, tokenizer)
         return Example(text_of(prompt), text_of(completion))
 
 
@@ -133,10 +133,7 @@ class ChatFormat:
         return (self.messages,)
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> Example:
-        turns = row[self.messages]
-        if not isinstance(turns, Sequence) or isinstance(turns, str):
-            raise MalformedRow(f"expected a list of messages, got {type(turns).__name__}")
-        messages = [_chat_message(turn) for turn in turns]
+        messages = _chat_messages(row[self.messages])
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         if last is None:
             return Example("", "")
@@ -230,7 +227,7 @@ def to_prompt_completion(row: Mapping[str, Any], format: PromptFormat) -> dict[s
     Text formats give two texts; chats stay messages, so that TRL applies the template and masks the prompt.
     """
     if isinstance(format, ChatFormat):
-        messages = [_chat_message(turn) for turn in row[format.messages]]
+        messages = _chat_messages(row[format.messages])
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
         return {"prompt": messages[:last], "completion": messages[last : last + 1]}
     if isinstance(format, PromptCompletionFormat):
@@ -239,10 +236,16 @@ def to_prompt_completion(row: Mapping[str, Any], format: PromptFormat) -> dict[s
     return {"prompt": example.prompt, "completion": example.answer}
 
 
+def _chat_messages(turns: Any) -> list[dict[str, Any]]:
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise MalformedRow(f"expected a list of messages, got {type(turns).__name__}")
+    return [_chat_message(turn) for turn in turns]
+
+
 def _chat_message(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise MalformedRow(f"expected a message with role and content, got {type(turn).__name__}")
-    if "role" in turn:
+    if turn.get("role") is not None:
         return {key: value for key, value in turn.items() if value is not None}
     if "from" not in turn:
         raise MalformedRow(f"a message needs 'role' and 'content' (or 'from' and 'value'), got keys {sorted(turn)}")
@@ -255,8 +258,11 @@ def _render_chat(prompt: list, answer: list, row: Mapping[str, Any], tokenizer: 
             "The rows are chat messages, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or "
             "use a text format such as 'prompt-completion'."
         )
-    tools = row.get("tools")
-    options = {"tools": json.loads(tools) if isinstance(tools, str) and tools else tools or None, "tokenize": False}
+    tools = row.get("tools") or None
+    try:
+        options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "tokenize": False}
+    except json.JSONDecodeError as error:
+        raise MalformedRow(f"'tools' is not JSON: {error}") from error
     options.update(row.get("chat_template_kwargs") or {})
     try:
         opened = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options) if prompt else ""
@@ -265,6 +271,18 @@ def _render_chat(prompt: list, answer: list, row: Mapping[str, Any], tokenizer: 
     except Exception as error:  # templates raise jinja2 errors, KeyError, TypeError: all of them mean this row
         raise MalformedRow(f"the chat template cannot render the row: {error}") from error
     # Some templates render a finished turn unlike an open one; the answer begins where the two part.
-    shared = len(os.path.commonprefix([opened, whole]))
+    shared = common_prefix_length(opened, whole)
     header = opened[len(closed) :] if opened.startswith(closed) else ""  # e.g. "<|im_start|>assistant\n"
     return Example(whole[:shared], whole[shared:], header, special_tokens=False)
+
+
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading items that two sequences share.
+
+    >>> common_prefix_length([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -7,7 +7,7 @@ epoch. `attach` gives a trainer five small overrides with which each epoch may t
 - `set_initial_training_values` takes the number of steps from the plan of all epochs;
 - `_init_training_state` finds epoch and step of a checkpoint in that plan;
 - `_run_epoch` runs the planned number of steps of its epoch;
-- `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback that holds a trainer.
+- `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer.
 
 The state lives in the sampler in the main process: data loader workers, persistent or not, only see indices.
 Measured on transformers 5.20 to 5.23; a missing hook is a clear error.
@@ -27,6 +27,7 @@ import transformers
 from torch.utils.data import IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import has_length
 
 from .schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
 
@@ -99,6 +100,11 @@ class SelectiveTrainer:
             return tuple(values)
         if len(values) != _TUPLE_SIZE:
             raise unsupported_version("Trainer.set_initial_training_values returns another tuple")
+        if not self._follows(dataloader):
+            raise ValueError(
+                "The train data loader does not use the selection's sampler: it comes from a streaming data set, or "
+                "from a get_train_dataloader of your own. Let the trainer build it from trainer.train_dataset."
+            )
 
         def of_epoch(epoch: int) -> EpochPlan:
             budget = selector.budget(epoch)
@@ -112,7 +118,9 @@ class SelectiveTrainer:
             return plan_epoch(epoch, budget, batches, args.gradient_accumulation_steps)
 
         selector.plan = plan = plan_training(of_epoch, args.num_train_epochs, args.max_steps)
-        values[_EPOCHS], values[_TRAIN_SAMPLES] = len(plan.epochs), plan.rows
+        cut = sum(epoch.updates for epoch in plan.epochs) - plan.max_steps  # of a last epoch that is not finished
+        values[_EPOCHS] = len(plan.epochs)
+        values[_TRAIN_SAMPLES] = plan.rows - cut * self.get_total_train_batch_size(args)
         values[_UPDATES_PER_EPOCH] = plan.epochs[0].updates
         values[_STEPS_IN_EPOCH], values[_MAX_STEPS] = plan.epochs[0].batches, plan.max_steps
         return tuple(values)
@@ -127,6 +135,8 @@ class SelectiveTrainer:
         if selector is None:
             return result
         epoch, updates = selector.plan.position(self.state.global_step)
+        if self.state.global_step >= selector.plan.max_steps:
+            epoch, updates = len(selector.plan.epochs), 0  # finished: without this, one more step would be made
         selector.start(epoch, self.state)
         # The trainer stores states of the callbacks that it found here.
         self.state.stateful_callbacks.setdefault(type(selector).__name__, selector.state())
@@ -153,6 +163,10 @@ class SelectiveTrainer:
                 )
             kwargs["steps_in_epoch"], kwargs["num_update_steps_per_epoch"] = plan.batches, plan.updates
         return super()._run_epoch(**kwargs)
+
+    def _follows(self, dataloader: Any) -> bool:
+        """Whether the length of the loader is that of the selection's sampler."""
+        return hasattr(self._selector, "sampler") and has_length(dataloader) and self._batches(dataloader, 0) == 0
 
     def _batches(self, dataloader: Any, rows: int) -> int:
         """Batches that this process runs for `rows` rows, asked of the prepared loader itself."""

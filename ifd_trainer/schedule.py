@@ -120,7 +120,8 @@ def plan_training(of_epoch: Callable[[int], EpochPlan], num_train_epochs: float,
     whole = int(num_train_epochs)
     total = sum(plan.updates for plan in epochs[:whole])
     if len(epochs) > whole:
-        total += math.ceil((num_train_epochs - whole) * epochs[whole].updates)
+        # 2.1 - 2 is a little more than 0.1: without rounding, a tenth of ten updates would be two.
+        total += math.ceil(round((num_train_epochs - whole) * epochs[whole].updates, 6))
     return TrainingPlan(tuple(epochs), total)
 
 

@@ -117,6 +117,7 @@ class Cherry:
         kept = np.concatenate([kept, relaxed])
         kept = np.concatenate([kept, _repeats(kept, budget - len(kept), rng)])
         reasons = status.astype(object)
+        reasons[(status == Status.OK.value) & ~scored] = Status.NONFINITE.value
         reasons[scored] = ABOVE_LIMIT
         reasons[eligible] = BELOW_CUT
         reasons[kept] = KEPT

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -96,7 +97,10 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
         key, equals, value = word.partition("=")
         arguments.append(aliases.get(key, key) + equals + value)
     config = ["--config", recipe] if recipe is not None else []
-    script, sft, model, selection = make_parser().parse_args_and_config([*config, *arguments])
+    parser = make_parser()
+    if not torch.cuda.is_available():
+        parser.set_defaults_with_config(bf16=False)  # TRL's default is True, which a CPU refuses
+    script, sft, model, selection = parser.parse_args_and_config([*config, *arguments])
     if not script.dataset_name or not model.model_name_or_path:
         raise ValueError("A run needs a model and a data set: --model NAME_OR_PATH --dataset FILE_OR_NAME.")
     return Recipe(script, sft, model, selection, Path(recipe).resolve().parent if recipe else Path.cwd())

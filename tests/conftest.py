@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+settings.register_profile("ifd_trainer", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("ifd_trainer")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -32,12 +36,13 @@ CORPUS = [
 ]
 
 
-def build_tokenizer(bos: bool = True, add_bos: bool = False) -> PreTrainedTokenizerFast:
+def build_tokenizer(bos: bool = True, add_bos: bool = False, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of about 400 tokens with a chat template.
 
     Args:
         bos: whether there is a BOS token at all.
         add_bos: whether it is put in front of every text, as Llama's tokenizer does.
+        extra: texts to learn merges from, beside the corpus.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,7 +54,7 @@ def build_tokenizer(bos: bool = True, add_bos: bool = False) -> PreTrainedTokeni
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    tokenizer.train_from_iterator(CORPUS * 3 + list(extra), trainer)
     if add_bos:
         from tokenizers.processors import TemplateProcessing
 
@@ -95,7 +100,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return build_model(len(tokenizer))
 
@@ -106,6 +111,18 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("no folder of real rows beside the repository")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def real_model_path() -> Path:
+    """Folder of the 135M model: $IFD_TEST_MODEL, else where the recipes put it."""
+    named = os.environ.get("IFD_TEST_MODEL")
+    candidates = [Path(named)] if named else []
+    candidates.append(Path.home() / ".cache" / "ifd_trainer" / "smollm2-135m")
+    for path in candidates:
+        if path.is_dir():
+            return path
+    pytest.skip("no folder with the 135M model; set IFD_TEST_MODEL")
 
 
 def reference_nll(model: torch.nn.Module, ids: list[int], start: int) -> float:

@@ -1,0 +1,109 @@
+"""Score columns as plain data frames, and numbers as text: what plots, tables and the page share.
+
+Rows are data frames with the columns `cas`, `das` (nats per token), `ifd`, `ifd_ppl`, `answer_tokens`, `ifd_status`
+and, where a policy has chosen, `reason` (or `ifd_reason`) and `times`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from . import ifd as equations
+from .encoding import Status
+from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED
+
+MISSING = "-"
+
+
+def normalised(frame: pd.DataFrame) -> pd.DataFrame:
+    """A copy with the columns that this module reads, as floats and plain strings; NaN where there is no score.
+
+    `kept`, `reason` and `times` are there only if a policy has chosen.
+    """
+    if not {"ifd", "ifd_ppl"} & set(frame.columns) and not {"cas", "das"} <= set(frame.columns):
+        raise ValueError(
+            f"The rows have no IFD columns (`ifd`, or `cas` and `das`), only {list(frame.columns)}. Score them first: "
+            'ds.map(IFDScorer("model"), batched=True), or `ifd-trainer score`.'
+        )
+    name = next((name for name in ("row_id", "id") if name in frame), None)
+    rows = pd.DataFrame({"row_id": np.arange(len(frame)) if name is None else frame[name].to_numpy()})
+    for name in ("cas", "das", "ifd", "ifd_ppl", "answer_tokens"):
+        rows[name] = _floats(frame[name]) if name in frame else np.nan
+    for name, equation in (("ifd", equations.ifd), ("ifd_ppl", equations.ifd_ppl)):
+        if name not in frame:
+            rows[name] = equation(rows["cas"], rows["das"])
+    any_score = rows["ifd"].notna() | rows["ifd_ppl"].notna()
+    status = frame["ifd_status"].astype(str).to_numpy() if "ifd_status" in frame else Status.OK.value
+    rows["ifd_status"] = np.where((status == Status.OK.value) & ~any_score, Status.NONFINITE.value, status)
+    rows.loc[rows["ifd_status"] != Status.OK.value, ["cas", "das", "ifd", "ifd_ppl"]] = np.nan
+    return _with_choice(rows, frame)
+
+
+def _with_choice(rows: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """Add `reason`, `times` and `kept`, if `frame` says what a policy decided."""
+    for name in ("ifd_reason", "reason"):  # a data set may have a column `reason` of its own
+        if name in frame and frame[name].isin([KEPT, RELAXED, BELOW_CUT, ABOVE_LIMIT]).any():
+            rows["reason"] = frame[name].astype(str).to_numpy()
+            kept = frame[name].isin([KEPT, RELAXED]).to_numpy()
+            rows["times"] = np.nan_to_num(_floats(frame["times"])).astype(int) if "times" in frame else kept.astype(int)
+            rows["kept"] = rows["times"] > 0
+            break
+    return rows
+
+
+def _floats(series: pd.Series) -> np.ndarray:
+    values = pd.to_numeric(series, errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def by_epoch(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], most: int | None = None) -> dict[Any, pd.DataFrame]:
+    """Normalised rows by epoch (None for rows that belong to none); `most` of them, the first and the last included."""
+    epochs = dict(rows) if isinstance(rows, Mapping) else {None: rows}
+    chosen = list(epochs)
+    if most is not None and len(chosen) > most:
+        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
+    return {epoch: normalised(epochs[epoch]) for epoch in chosen}
+
+
+def epoch_name(epoch: Any, alone: str = "") -> str:
+    """`epoch 3`, or `alone` for rows that belong to no epoch."""
+    return alone if epoch is None else f"epoch {epoch}"
+
+
+def cut_of(rows: pd.DataFrame, score: str) -> float | None:
+    """Lowest score kept."""
+    lowest = rows.loc[rows["kept"], score].min() if "kept" in rows else np.nan
+    return float(lowest) if pd.notna(lowest) else None
+
+
+def spearman(x: pd.Series, y: pd.Series) -> float | None:
+    """Spearman's rank correlation; None where it is not defined. (`Series.corr("spearman")` would need scipy.)"""
+    both = pd.DataFrame({"x": x, "y": y}).dropna().rank()
+    if len(both) < 3 or (both.nunique() < 2).any():
+        return None
+    return float(both["x"].corr(both["y"]))
+
+
+def number_text(value: Any, digits: int = 3) -> str:
+    """A number with so many digits, "-" where there is none."""
+    known = value is not None and np.isfinite(value)
+    return f"{round(value, digits) + 0.0:.{digits}f}" if known else MISSING  # + 0.0: no "-0.00"
+
+
+def percent_text(value: float | None) -> str:
+    """A share as per cent, "-" where there is none."""
+    return MISSING if value is None or not np.isfinite(value) else f"{100 * value:.0f} %"
+
+
+def count_text(value: int | None) -> str:
+    """A count with separators, "-" where there is none."""
+    return MISSING if value is None else f"{value:,}"
+
+
+def rows_text(count: int) -> str:
+    """`1 row`, `2,000 rows`."""
+    return "1 row" if count == 1 else f"{count:,} rows"

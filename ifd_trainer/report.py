@@ -1,0 +1,702 @@
+"""Tables in the terminal, and one HTML page, from a history or from score columns.
+
+epoch_table, label_table      a run in numbers
+write_report                  tables, plots and rows on one page that needs no other file
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from .encoding import Status
+from .frames import (
+    count_text,
+    cut_of,
+    epoch_name,
+    normalised,
+    number_text,
+    percent_text,
+    rows_text,
+    spearman,
+)
+from .history import History, write_atomically
+from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
+from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED
+from .texts import plain, shortened, text_columns
+
+_SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}
+_REASONS = {
+    KEPT: "kept",
+    RELAXED: "kept, though at or above the limit",
+    BELOW_CUT: "dropped: below the cut",
+    ABOVE_LIMIT: "dropped: at or above the limit",
+    Status.EMPTY_ANSWER.value: "no score: the answer has no token",
+    Status.TOO_SHORT.value: "no score: too few answer tokens",
+    Status.TRUNCATED.value: "no score: the answer does not fit in max_length",
+    Status.PROMPT_TOO_LONG.value: "no score: the prompt fills max_length",
+    Status.NONFINITE.value: "no score: the loss is not finite, or the direct score is 0",
+    Status.MALFORMED.value: "no score: the format cannot render the row",
+}
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def epoch_table(history: History) -> Table:
+    """What each epoch kept and cost, for the terminal.
+
+    Columns: pool and kept rows, repeats (where a budget was larger than the rows kept), mean score of the kept and
+    of the dropped rows, share of the kept rows that the epoch before kept too, seconds, held-out loss; "-" where a
+    number is not known.
+
+    >>> from rich import print
+    >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
+    """
+    headers, rows = _epoch_cells(history)
+    table = Table(title="Selection by epoch", box=SIMPLE_HEAD, pad_edge=False, padding=0)  # fits in 80 columns
+    for header in headers:
+        table.add_column(header.replace(" ", "\n"), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
+    score = _SCORE_NAMES.get(history.settings.get("score"), "IFD")
+    repeats = any((record.get("budget") or 0) > (record.get("kept") or 0) for record in history.epochs)
+    headers = ["epoch", "pool", "kept", *(["repeats"] if repeats else []), f"{score} kept"]
+    headers += [f"{score} dropped", "overlap", "cut", "scoring s", "training s", "held-out loss"]
+    rows = []
+    for record in history.epochs:
+        kept, budget = record.get("kept"), record.get("budget")
+        extra = [count_text(max(budget - kept, 0) if None not in (kept, budget) else None)] if repeats else []
+        rows.append(
+            [str(record["epoch"]), count_text(record.get("pool")), count_text(kept), *extra]
+            + [number_text(record.get("mean_kept")), number_text(record.get("mean_dropped"))]
+            + [percent_text(record.get("overlap")), number_text(record.get("cut"))]
+            + [number_text(record.get(f"seconds_{part}"), 1) for part in ("scoring", "training")]
+            + [number_text(record.get("eval_loss"), 4)]
+        )
+    return headers, rows
+
+
+def label_table(history: History, label: str) -> pd.DataFrame:
+    """The share of each label's rows that was kept, epoch by epoch.
+
+    Args:
+        history: of a run.
+        label: a column of `history.pool()`, for example "quality".
+
+    Returns:
+        One row for each value of the label, the most frequent first: `rows` (how many rows of the pool have it) and
+        for each epoch with rows on disk a column `epoch 0`, `epoch 1`, ... with values in [0, 1]. Rows without a
+        label are counted under "(none)". A row that is repeated in an epoch counts once.
+
+    Raises:
+        ValueError: when there is no `pool.parquet`, or no such column in it.
+    """
+    pool = history.pool()
+    if pool is None:
+        raise ValueError(f"{history.folder} holds no pool.parquet, so the rows' labels are not known.")
+    if label not in pool:
+        raise ValueError(f"The pool has no column {label!r}; its columns are {sorted(map(str, pool.columns))}.")
+    epochs, _ = _read_epochs(history)
+    return _label_shares(epochs, _labels(pool[label].set_axis(pool["row_id"].map(str))))
+
+
+def label_rich_table(history: History, label: str) -> Table:
+    """`label_table` for the terminal, with a last line for all rows."""
+    shares = label_table(history, label)
+    table = Table(title=Text(f"Share of rows kept, by {label}"))
+    table.add_column(Text(label))
+    for column in shares.columns:
+        table.add_column(column, justify="right")
+    for value, cells in _label_cells(shares):
+        table.add_row(Text(value), *cells)
+    return table
+
+
+def _labels(series: pd.Series) -> pd.Series:
+    values = [plain(value) or "(none)" for value in series]
+    return pd.Series(values, index=series.index, name=series.name, dtype=object)
+
+
+def _label_shares(epochs: Mapping[Any, pd.DataFrame], labels: pd.Series) -> pd.DataFrame:
+    """`labels` is indexed by the rows' keys."""
+    counts = labels.value_counts()
+    table = pd.DataFrame({"rows": counts.loc[sorted(counts.index, key=lambda value: (-counts[value], value))]})
+    table.index.name = labels.name
+    for epoch, rows in epochs.items():
+        if "kept" in rows:
+            kept = labels.reindex(rows.loc[rows["kept"], "key"]).value_counts()
+            table[epoch_name(epoch, "kept")] = kept.reindex(table.index, fill_value=0) / table["rows"]
+    return table
+
+
+def _label_cells(shares: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    totals = [(shares[column] * shares["rows"]).sum() / shares["rows"].sum() for column in shares.columns[1:]]
+    lines = [
+        (value, [count_text(int(row.iloc[0])), *map(percent_text, row.iloc[1:])]) for value, row in shares.iterrows()
+    ]
+    return [*lines, ("all rows", [count_text(int(shares["rows"].sum())), *map(percent_text, totals)])]
+
+
+# ---- the page -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Subject:
+    """What the page is about, whatever it was made from.
+
+    Attributes:
+        epochs: normalised rows by epoch, with `key`; one frame under None for a data set.
+        details: texts and the pool's columns, indexed by key; None if not known.
+        labels: the label of each row, indexed by key; None without a label.
+    """
+
+    title: str
+    score: str
+    epochs: dict[Any, pd.DataFrame]
+    details: pd.DataFrame | None
+    labels: pd.Series | None
+    folder: Path
+    max_ifd: float | None = None
+    history: History | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> pd.DataFrame | None:
+        return next(reversed(self.epochs.values()), None)
+
+    @property
+    def any_score(self) -> bool:
+        return any(rows[self.score].notna().any() for rows in self.epochs.values())
+
+
+def write_report(
+    source: History | pd.DataFrame | str | os.PathLike | Any,
+    folder: str | os.PathLike | None = None,
+    *,
+    label: str | None = None,
+    texts: pd.DataFrame | Any | None = None,
+    rows: int = 10,
+) -> Path:
+    """Write `report.html`, which needs no other file, and its plots as PNG files in `report_files` beside it.
+
+    Args:
+        source: a `History`, the folder of a run or of its history, or a data frame or data set with the columns of
+            `IFDScorer` (and `reason` or `ifd_reason`, if rows were selected).
+        folder: where the report goes; by default the history's folder, or `ifd_report` for a data set.
+        label: a column whose values are compared by the share of their rows that was kept; by default `quality` or
+            `label`, if there is one.
+        texts: a data frame or data set with the rows' texts (prompt and answer or completion; instruction, input and
+            output; or messages) and other columns, for sources that have none; rows are matched by `row_id` or `id`.
+        rows: most rows in each table of rows.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        FileNotFoundError: when a folder holds no history.
+        ValueError: for rows without IFD columns, an unknown label, or texts that cannot be matched.
+
+    >>> write_report("outputs/run")  # doctest: +SKIP
+    PosixPath('outputs/run/ifd_history/report.html')
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}.")
+    subject = _subject(source, label, texts)
+    folder = Path(folder) if folder is not None else subject.folder
+    plots = _plots(subject) if subject.any_score else []
+    for plot in plots:
+        write_atomically(folder / "report_files" / f"{plot.name}.png", lambda path, png=plot.png: path.write_bytes(png))
+    for name in set(_PLOTS) - {plot.name for plot in plots}:
+        (folder / "report_files" / f"{name}.png").unlink(missing_ok=True)  # of an earlier report in this place
+    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(template).render(_content(subject, plots, rows))
+    write_atomically(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    return folder / "report.html"
+
+
+def _content(subject: _Subject, plots: list[_Plot], rows: int) -> dict[str, Any]:
+    """What the template shows."""
+    history = subject.history
+    return {
+        "title": subject.title,
+        "facts": _facts(subject),
+        "notes": subject.notes + _observations(subject),
+        "scored": subject.any_score,
+        "any_rows": any(len(rows) for rows in subject.epochs.values()),
+        "chosen": subject.last is not None and "kept" in subject.last,
+        "score": _SCORE_NAMES[subject.score],
+        "epochs": _epoch_cells(history) if history is not None and history.epochs else None,
+        "of_history": history is not None,
+        "reasons": _reason_cells(subject),
+        "plots": {plot.name: plot for plot in plots},
+        "label": subject.labels.name if subject.labels is not None else None,
+        "labels": _label_lines(subject),
+        "sections": _sections(subject, rows),
+    }
+
+
+# ---- the page: where it comes from ---
+
+
+def _subject(source: Any, label: str | None, texts: Any) -> _Subject:
+    if isinstance(source, (str, os.PathLike)):
+        source = History.load(source)
+    texts = _frame(texts) if texts is not None else None
+    subject = _subject_of_history(source, texts) if isinstance(source, History) else _subject_of_rows(source, texts)
+    known = [] if subject.details is None else list(subject.details.columns)
+    if label is not None and label not in known:
+        raise ValueError(
+            f"There is no column {label!r} to take labels from; the columns are {sorted(map(str, known))}. "
+            "Pass another label, or the column in `texts`."
+        )
+    label = label or next((name for name in ("quality", "label") if name in known), None)
+    subject.labels = _labels(subject.details[label]) if label is not None else None
+    return subject
+
+
+def _subject_of_history(history: History, texts: pd.DataFrame | None) -> _Subject:
+    epochs, notes = _read_epochs(history)
+    pool = history.pool()
+    if pool is not None:
+        details = _details(pool, pool["row_id"].map(str))
+    else:
+        details = None
+        if texts is None:
+            notes.append("pool.parquet is missing: rows are listed without their texts and labels.")
+    if texts is not None:
+        given = _details(texts, _ids(texts).map(str))
+        details = given if details is None else _replaced(details, given)
+    settings = history.settings
+    return _Subject(
+        title="What was selected, epoch by epoch",
+        score=settings.get("score") if settings.get("score") in _SCORE_NAMES else "ifd",
+        epochs=epochs,
+        details=details,
+        labels=None,
+        folder=history.folder,
+        max_ifd=settings.get("max_ifd"),
+        history=history,
+        notes=notes,
+    )
+
+
+def _subject_of_rows(source: Any, texts: pd.DataFrame | None) -> _Subject:
+    frame = _frame(source).reset_index(drop=True)
+    rows = normalised(frame)
+    rows["key"] = rows.index.map(str)  # ids of a data set need not be unique
+    details = _details(frame, rows["key"])
+    if texts is not None:
+        by_id = "row_id" in frame or "id" in frame
+        if not by_id and len(texts) != len(frame):
+            raise ValueError(f"{len(frame)} rows and {len(texts)} texts, without a column `row_id` or `id` to match.")
+        given = _details(texts, _ids(texts).map(str) if by_id else rows["key"])
+        given = given.reindex(rows["row_id"].map(str)).set_axis(details.index) if by_id else given
+        details = _replaced(details, given)
+    chosen = "reason" in rows
+    return _Subject(
+        title="Scores of a data set" + (" and what was selected" if chosen else ""),
+        score=_score_of(rows),
+        epochs={None: rows},
+        details=details,
+        labels=None,
+        folder=Path("ifd_report"),
+    )
+
+
+def _read_epochs(history: History) -> tuple[dict[int, pd.DataFrame], list[str]]:
+    """Rows of each epoch that can be read, and a note on each that cannot."""
+    epochs, notes = {}, []
+    for record in history.epochs:
+        epoch = record["epoch"]
+        try:
+            rows = normalised(history.rows(epoch))
+        except FileNotFoundError:
+            notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} is missing; plots and rows leave it out.")
+        except (OSError, ValueError):
+            notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} cannot be read; plots and rows leave it out.")
+        else:
+            epochs[epoch] = rows.assign(key=rows["row_id"].map(str))
+    return epochs, notes
+
+
+def _frame(data: Any) -> pd.DataFrame:
+    if isinstance(data, pd.DataFrame):
+        return data
+    if hasattr(data, "to_pandas"):
+        return data.to_pandas()
+    raise TypeError(
+        f"A report is made from a History, a folder, a pandas data frame or a data set, not from "
+        f"{type(data).__name__}. Of a DatasetDict, pass one of its splits."
+    )
+
+
+def _ids(texts: pd.DataFrame) -> pd.Series:
+    name = next((name for name in ("row_id", "id") if name in texts), None)
+    if name is None:
+        raise ValueError(f"`texts` has no column `row_id` or `id`, only {list(texts.columns)}: rows cannot be matched.")
+    if texts[name].duplicated().any():
+        raise ValueError(f"The column {name!r} of `texts` holds the same id twice: rows cannot be matched.")
+    return texts[name]
+
+
+def _details(frame: pd.DataFrame, keys: pd.Series) -> pd.DataFrame:
+    """The frame's columns by key, its texts as `instruction`, `input` and `answer`."""
+    texts = text_columns(frame)
+    rest = frame.drop(columns=[name for name in ("instruction", "input", "answer") if name in frame])
+    parts = [rest.reset_index(drop=True), *([texts] if texts is not None else [])]
+    return pd.concat(parts, axis=1).set_axis(pd.Index(keys.to_numpy(), dtype=object), axis=0)
+
+
+def _replaced(details: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
+    """The columns of `given` in the place of those in `details`; rows that only `given` has are left out."""
+    kept = details.drop(columns=[name for name in given.columns if name in details])
+    return kept.join(given)
+
+
+def _score_of(rows: pd.DataFrame) -> str:
+    """The score that rows of a data set were selected by: the one in which kept rows and rows below the cut part."""
+    if rows["ifd"].notna().any() and "reason" in rows:
+        kept, below = rows[rows["kept"]], rows[rows["reason"] == BELOW_CUT]
+        parts = [name for name in _SCORE_NAMES if not kept[name].min() < below[name].max()]
+        return parts[0] if parts else "ifd"
+    return "ifd" if rows["ifd"].notna().any() or not rows["ifd_ppl"].notna().any() else "ifd_ppl"
+
+
+# ---- the page: what it says ---
+
+
+def _facts(subject: _Subject) -> list[tuple[str, str]]:
+    """What this was, in plain words: (name, text)."""
+    if subject.history is not None:
+        return _settings_in_words(subject.history.settings, len(subject.history.epochs))
+    rows = subject.last
+    facts = [
+        ("Rows", f"{len(rows):,}, of which {rows[subject.score].notna().sum():,} have a score"),
+        ("Score", _SCORE_NAMES[subject.score]),
+    ]
+    if "kept" in rows:
+        facts.append(("Kept", f"{rows['kept'].sum():,} rows, cut at {number_text(cut_of(rows, subject.score))}"))
+    values = rows[subject.score]
+    if values.notna().any():
+        facts.append(("Median and mean score", f"{number_text(values.median())} and {number_text(values.mean())}"))
+    return facts
+
+
+def _settings_in_words(settings: Mapping[str, Any], recorded: int) -> list[tuple[str, str]]:
+    policy = str(settings.get("policy") or "")
+    plan = settings.get("plan") or []
+    facts = [("Model", settings.get("model") or "not recorded")]
+    if settings.get("pool"):
+        facts.append(("Pool", rows_text(settings["pool"])))
+    if policy.startswith("Cherry("):
+        limit = settings.get("max_ifd")
+        below = f"of those below {limit:g}" if limit is not None else "without a limit"
+        facts.append(("Rule", f"the rows with the highest {_score_in_words(settings.get('score'))}, {below}"))
+    if shortfall := re.search(r"on_shortfall='(\w+)'", policy):
+        facts.append(("With too few such rows", _SHORTFALL.get(shortfall[1], shortfall[1])))
+    facts.append(("Policy", policy or "not recorded"))
+    if plan:
+        facts.append(("Rows to train on", _budgets_in_words(plan, settings.get("pool"))))
+    if settings.get("schedule"):
+        facts.append(("Schedule", str(settings["schedule"])))
+    if settings.get("max_steps"):
+        facts.append(("Optimizer updates", f"{settings['max_steps']:,} planned"))
+    facts.append(("Epochs", f"{recorded} recorded" + (f" of {len(plan)} planned" if plan else "")))
+    if settings.get("order"):
+        facts.append(("Order of rows", _ORDERS.get(settings["order"], settings["order"])))
+    if settings.get("direct_prefix"):
+        facts.append(("Text before a direct answer", repr(settings["direct_prefix"])))
+    if settings.get("seed") is not None:
+        facts.append(("Seed", str(settings["seed"])))
+    return facts
+
+
+_SHORTFALL = {
+    "repeat": "rows are repeated",
+    "relax": "the nearest rows at or above the limit are taken too",
+    "error": "the run stops",
+}
+_ORDERS = {
+    "shuffle": "shuffled anew in each epoch",
+    "descending": "highest score first",
+    "ascending": "lowest score first",
+}
+
+
+def _score_in_words(score: str | None) -> str:
+    return "perplexity ratio exp(cas - das)" if score == "ifd_ppl" else "IFD = cas / das"
+
+
+def _budgets_in_words(plan: list[Mapping[str, Any]], pool: int | None) -> str:
+    budgets = [epoch["budget"] for epoch in plan]
+    listed = [f"{epoch['budget']:,} in epoch {epoch['epoch']}" for epoch in plan[:12]]
+    if len(set(budgets)) == 1:
+        share = f" ({100 * budgets[0] / pool:.1f} % of the pool)" if pool else ""
+        epochs = "one epoch" if len(plan) == 1 else f"each of {len(plan)} epochs"
+        return f"{rows_text(budgets[0])}{share} in {epochs}"
+    return ", ".join(listed) + (f", and so on to {budgets[-1]:,}" if len(budgets) > 12 else "")
+
+
+def _observations(subject: _Subject) -> list[str]:
+    """What a reader should know of these rows before trusting the numbers."""
+    notes = []
+    for record in subject.history.epochs if subject.history is not None else []:
+        budget, kept, shortfall = (record.get(name) or 0 for name in ("budget", "kept", "shortfall"))
+        relaxed = (record.get("reasons") or {}).get(RELAXED, 0)
+        if shortfall:
+            ways = [f"{rows_text(relaxed)} at or above the limit"] if relaxed else []
+            ways += [f"{budget - kept:,} repeats"] if budget > kept else []
+            notes.append(
+                f"Epoch {record['epoch']}: {budget:,} rows were planned, {budget - shortfall:,} were eligible; the "
+                f"rest was filled with {' and '.join(ways) or 'other rows'}."
+            )
+    for epoch, rows in subject.epochs.items():
+        scores = rows[subject.score].dropna()
+        if len(scores) and (scores >= 1).mean() > 0.5:
+            notes.append(
+                f"{epoch_name(epoch, 'In this data set').capitalize()}: {percent_text((scores >= 1).mean())} of the "
+                "scored rows are at 1 or more: their prompt does not help. Is the prompt format one that the model knows?"
+            )
+    return notes + _duplicate_note(subject)
+
+
+def _duplicate_note(subject: _Subject) -> list[str]:
+    if subject.details is None or subject.last is None or "answer" not in subject.details:
+        return []
+    texts = subject.details[["instruction", "input", "answer"]].fillna("")
+    double = texts.duplicated(keep=False) & (texts["answer"] != "")
+    if not double.any():
+        return []
+    note = f"{rows_text(int(double.sum()))} have the same prompt and answer as another row"
+    if "kept" in subject.last:
+        kept = set(subject.last.loc[subject.last["kept"], "key"]) & set(double.index[double])
+        where = f" in the last epoch ({epoch_name(next(reversed(subject.epochs)))})" if subject.history else ""
+        note += f"; {len(kept):,} of them were kept{where}"
+    return [note + "."]
+
+
+def _reason_cells(subject: _Subject) -> tuple[list[str], list[list[str]]]:
+    """Counts by reason, one column for each epoch; of a data set without reasons, counts by status."""
+    if subject.history is not None:
+        counts = {epoch_name(record["epoch"]): record.get("reasons") or {} for record in subject.history.epochs}
+        for epoch, rows in subject.epochs.items():
+            counts[epoch_name(epoch)] = counts[epoch_name(epoch)] or _reason_counts(rows)
+    else:
+        counts = {"rows": _reason_counts(subject.last)}
+    words = {Status.OK.value: "has a score"} | _REASONS
+    found = set().union(*counts.values())
+    order = [*(reason for reason in words if reason in found), *sorted(found - words.keys())]
+    lines = [[words.get(name, name), *(count_text(int(of.get(name, 0))) for of in counts.values())] for name in order]
+    return ["", *counts], lines
+
+
+def _reason_counts(rows: pd.DataFrame) -> dict[str, int]:
+    return rows["reason" if "reason" in rows else "ifd_status"].value_counts().to_dict()
+
+
+def _label_lines(subject: _Subject) -> tuple[list[str], list[list[str]]] | None:
+    """The kept share of each label (the 30 most frequent), with the median score in the last epoch."""
+    if subject.labels is None or subject.last is None or subject.labels.empty:
+        return None
+    shares = _label_shares(subject.epochs, subject.labels)
+    scores = subject.last.set_index("key")[subject.score]
+    medians = scores.groupby(subject.labels.reindex(scores.index).to_numpy()).median()
+    medians.loc["all rows"] = scores.median()
+    cells = _label_cells(shares)
+    shown = cells[:30] + cells[-1:] if len(cells) > 31 else cells
+    where = f", {epoch_name(next(reversed(subject.epochs)))}" if subject.history is not None else ""
+    headers = [str(subject.labels.name), "rows", f"median {_SCORE_NAMES[subject.score]}{where}"]
+    headers += [f"kept, {name}" if name != "kept" else name for name in shares.columns[1:]]
+    headers = [re.sub(r"epoch (\d)", "epoch\N{NO-BREAK SPACE}\\1", header) for header in headers]
+    return headers, [[value, row[0], number_text(medians.get(value)), *row[1:]] for value, row in shown]
+
+
+# ---- the page: plots ---
+
+_PLOTS = ("kept_flow", "ifd_histogram", "cas_das", "ifd_length", "kept_by_label")
+
+
+@dataclass(frozen=True)
+class _Plot:
+    name: str
+    title: str
+    caption: str
+    png: bytes
+    width: int  # on the page, half the file's pixels
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.png).decode("ascii")
+
+
+def _plots(subject: _Subject) -> list[_Plot]:
+    """The plots that these rows allow, each with a caption that says how to read it."""
+    epochs, score, limit = subject.epochs, subject.score, subject.max_ifd
+    chosen = all("kept" in rows for rows in epochs.values())
+    colors = " Blue rows were kept, grey ones not; orange ones are at or above the limit." if chosen else ""
+    ends = " The first and the last epoch are shown." if len(epochs) > 2 else ""
+    plots = []
+    if chosen and len(epochs) > 1:
+        plots.append(_plot("kept_flow", "What stays and what changes", _FLOW_CAPTION, plot_kept_flow(epochs)))
+    if len(epochs) > 5:
+        colors += f" Five of {len(epochs)} epochs are shown."
+    figure = plot_ifd_histogram(epochs, score=score, max_ifd=limit)
+    plots.append(_plot("ifd_histogram", "Distribution", "How many rows have which score." + colors, figure))
+    if any((rows["cas"].notna() & rows["das"].notna()).any() for rows in epochs.values()):
+        figure = plot_cas_das(epochs, score=score, max_ifd=limit)
+        plots.append(_plot("cas_das", "With and without the prompt", _CAS_DAS_CAPTION + ends, figure))
+    if any((rows["answer_tokens"] > 0).any() for rows in epochs.values()):
+        figure = plot_ifd_length(epochs, score=score)
+        plots.append(_plot("ifd_length", "Score and answer length", _length_caption(subject) + ends, figure))
+    if subject.labels is not None and chosen and len(subject.labels):
+        shares = _label_shares(epochs, subject.labels)
+        figure = plot_kept_by_label(shares)
+        plots.append(_plot("kept_by_label", f"Kept, by {shares.index.name}", _LABEL_CAPTION, figure))
+    return plots
+
+
+_FLOW_CAPTION = (
+    "Above the axis, the rows that an epoch trains on; below it, rows that the epoch before trained on and this one "
+    "does not. Tall blue parts mean that scoring again changed little."
+)
+_CAS_DAS_CAPTION = (
+    "Each point is a row. Further to the right the answer is harder to predict alone, further up it is harder to "
+    "predict after its prompt. Above the solid line the prompt does not help; rows near it have the highest scores."
+)
+_LABEL_CAPTION = (
+    "Of each label's rows, the share that was kept. Bars that pass the dashed line belong to labels that are kept "
+    "more often than the pool as a whole."
+)
+
+
+def _length_caption(subject: _Subject) -> str:
+    ends = dict.fromkeys([next(iter(subject.epochs)), next(reversed(subject.epochs))])
+    values = [
+        (epoch, number_text(spearman(rows["answer_tokens"].where(rows["answer_tokens"] > 0), rows[subject.score]), 2))
+        for epoch, rows in ((epoch, subject.epochs[epoch]) for epoch in ends)
+    ]
+    text = " and ".join(value + (f" in {epoch_name(epoch)}" if epoch is not None else "") for epoch, value in values)
+    return (
+        f"Spearman's rank correlation of score and answer length is {text}. Near 1 the highest scores are those of "
+        "the longest answers, near -1 those of the shortest, and near 0 length plays no part."
+    )
+
+
+def _plot(name: str, title: str, caption: str, figure: Figure) -> _Plot:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # Labels may be in scripts that the plot font lacks; the page's table shows them in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(file, format="png", dpi="figure", facecolor="white")
+    return _Plot(name, title, caption, file.getvalue(), int(figure.get_figwidth() * figure.dpi / 2))
+
+
+# ---- the page: rows ---
+
+
+@dataclass(frozen=True)
+class _RowTable:
+    title: str
+    total: int
+    headers: list[str]
+    rows: list[dict[str, Any]]  # cells, and the texts where they are known
+
+
+@dataclass(frozen=True)
+class _Section:
+    title: str
+    tables: list[_RowTable]
+
+
+def _sections(subject: _Subject, most: int) -> list[_Section]:
+    """Tables of rows: of the last epoch, then of the first."""
+    names = list(dict.fromkeys([*reversed(subject.epochs)][:1] + [*subject.epochs][:1]))
+    sections = []
+    for name in names:
+        rows = subject.epochs[name]
+        if rows.empty:
+            continue
+        which = {0: " (the last)", 1: " (the first)"}[len(sections)] if len(names) > 1 else ""
+        tables = [
+            _row_table(subject, title, part, most, shown, reason=title == _UNSCORABLE)
+            for title, part, shown in _parts(rows, subject.score, most)
+        ]
+        sections.append(_Section(f"Rows of {epoch_name(name)}{which}" if name is not None else "Rows", tables))
+    return sections
+
+
+_UNSCORABLE = "Rows without a score"
+
+
+def _parts(rows: pd.DataFrame, score: str, most: int) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """(title, all rows of that kind, those to show) for each table."""
+    ranked = rows[rows[score].notna()].sort_values([score, "key"], ascending=[False, True])
+    unscored = rows[rows[score].isna()]
+    if ranked.empty:
+        parts = []
+    elif "kept" not in rows:
+        under = ranked[ranked[score] < 1]
+        parts = [("Highest scores below 1", under, under.head(most))]
+        low = under.iloc[most:].tail(most)[::-1]
+        parts.append(("Lowest scores", under, low))
+        over = ranked[ranked[score] >= 1]
+        parts.append(("Scores of 1 or more: the prompt does not help", over, over.head(most)))
+    else:
+        kept, above = ranked[ranked["kept"]], ranked[~ranked["kept"] & (ranked["reason"] == ABOVE_LIMIT)]
+        below = ranked[~ranked["kept"] & (ranked["reason"] != ABOVE_LIMIT)]
+        parts = [
+            ("Kept, highest scores", kept, kept.head(most)),
+            ("Kept, lowest scores", kept, kept.iloc[most:].tail(most)[::-1]),
+            ("Dropped, just below the cut", below, below.head(most)),
+            ("Dropped, at or above the limit", above, above.head(most)),
+        ]
+    return [*parts, (_UNSCORABLE, unscored, unscored.head(most))]
+
+
+def _row_table(
+    subject: _Subject, title: str, part: pd.DataFrame, most: int, shown: pd.DataFrame, reason: bool
+) -> _RowTable:
+    scores = ["why"] if reason else [_SCORE_NAMES[subject.score], "cas", "das"]
+    repeated = "times" in part and (part["times"] > 1).any()
+    headers = ["row", *scores, "tokens", *(["times"] if repeated else [])]
+    headers += [str(subject.labels.name)] if subject.labels is not None else []
+    lines = []
+    for row in shown.to_dict("records"):
+        words = _REASONS.get(row["ifd_status"], row["ifd_status"]).removeprefix("no score: ")
+        cells = [str(row["row_id"])]
+        cells += [words] if reason else [number_text(row[name]) for name in (subject.score, "cas", "das")]
+        cells += [number_text(row["answer_tokens"], 0), *([str(row["times"])] if repeated else [])]
+        cells += [str(subject.labels.get(row["key"], "(none)"))] if subject.labels is not None else []
+        lines.append({"cells": cells, "texts": _texts_of(subject.details, row["key"])})
+    return _RowTable(title, len(part), headers, lines)
+
+
+def _texts_of(details: pd.DataFrame | None, key: str) -> dict[str, str] | None:
+    if details is None or "answer" not in details or key not in details.index:
+        return None
+    row = details.loc[key]
+    texts = {name: plain(row[name]) for name in ("instruction", "input", "answer")}
+    return {
+        "instruction": shortened(texts["instruction"], 400),
+        "input": shortened(texts["input"], 240, lines=5),
+        "answer": shortened(texts["answer"], 500),
+    }

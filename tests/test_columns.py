@@ -1,0 +1,437 @@
+"""The `datasets.map` transform: columns and their types, bad rows, the cache, several processes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+from pathlib import Path
+
+import dill
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import build_model, build_tokenizer, reference_nll
+from datasets import Dataset, load_from_disk
+from datasets.fingerprint import Hasher
+
+from ifd_trainer import columns
+from ifd_trainer.columns import IFD_COLUMNS, IFDScorer, default_device, default_dtype, weights_digest
+from ifd_trainer.formats import ALPACA, TemplateFormat
+
+NAN = float("nan")
+GOOD = {
+    "instruction": ["Name three colours.", "Add the numbers.", "Who sat on the mat?"],
+    "output": ["Red, green and blue.", "The sum is 42.", "The cat."],
+}
+ARROW = {
+    "cas": pa.float64(),
+    "das": pa.float64(),
+    "ifd": pa.float64(),
+    "ifd_ppl": pa.float64(),
+    "answer_tokens": pa.int64(),
+    "ifd_status": pa.string(),
+}
+
+
+@pytest.fixture
+def scorer(model, tokenizer) -> IFDScorer:
+    return IFDScorer(model, tokenizer)
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[int]:
+    """Rows of each batch that was scored, appended as it happens."""
+    sizes, score_pairs = [], columns.score_pairs
+
+    def counting(model, pairs, **options):
+        sizes.append(len(pairs))
+        return score_pairs(model, pairs, **options)
+
+    monkeypatch.setattr(columns, "score_pairs", counting)
+    return sizes
+
+
+@pytest.fixture
+def on_disk(tmp_path) -> Dataset:
+    """A data set with a cache folder of its own: one in memory is never cached."""
+    Dataset.from_dict(GOOD).save_to_disk(tmp_path / "rows")
+    return load_from_disk(tmp_path / "rows")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, model, tokenizer) -> Path:
+    return save(tmp_path / "model", model, tokenizer)
+
+
+def save(folder: Path, model, tokenizer) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def batch_of(outputs: list, instructions: list | None = None) -> dict[str, list]:
+    return {"instruction": instructions or ["Name three colours."] * len(outputs), "output": outputs}
+
+
+# ---- columns ----------------------------------------------------------------------------------------------------
+
+
+def test_map_appends_the_columns_with_their_types(scorer):
+    rows = Dataset.from_dict(GOOD | {"id": [7, 8, 9], "tags": [["a"], [], ["b"]]})
+    scored = rows.map(scorer, batched=True)
+    assert scored.column_names == [*rows.column_names, *IFD_COLUMNS]
+    assert {name: scored.data.schema.field(name).type for name in IFD_COLUMNS} == ARROW
+    assert scored.select_columns(rows.column_names).to_dict() == rows.to_dict()
+
+
+def test_values_are_those_of_the_definition(scorer, model, tokenizer):
+    row = Dataset.from_dict(GOOD).map(scorer, batched=True)[0]
+    prompt = tokenizer("Name three colours.\n\n### Response:")["input_ids"]
+    header = tokenizer("### Response:")["input_ids"]
+    answer = tokenizer("Red, green and blue.")["input_ids"]
+    cas = reference_nll(model, prompt + answer, len(prompt))
+    das = reference_nll(model, header + answer, len(header))
+    assert row["cas"] == pytest.approx(cas, rel=1e-5)
+    assert row["das"] == pytest.approx(das, rel=1e-5)
+    assert row["ifd"] == pytest.approx(cas / das, rel=1e-5)
+    assert row["ifd_ppl"] == pytest.approx(math.exp(cas - das), rel=1e-5)
+    assert (row["answer_tokens"], row["ifd_status"]) == (len(answer), "ok")
+
+
+@pytest.mark.parametrize("bad", [["", None], ["", ""]])
+@pytest.mark.parametrize("first", [True, False])
+def test_types_hold_when_a_whole_batch_has_no_scores(scorer, bad, first):
+    good = ["Red.", "Green."]
+    outputs = bad + good if first else good + bad
+    scored = Dataset.from_dict(batch_of(outputs)).map(scorer, batched=True, batch_size=2)
+    assert {name: scored.data.schema.field(name).type for name in IFD_COLUMNS} == ARROW
+    empty = [not output for output in outputs]
+    assert scored["ifd_status"] == ["empty_answer" if e else "ok" for e in empty]
+    for name in ("cas", "das", "ifd", "ifd_ppl"):
+        assert [value is None for value in scored[name]] == empty
+    assert [tokens == 0 for tokens in scored["answer_tokens"]] == empty
+
+
+def test_types_hold_when_no_row_of_the_data_set_has_a_score(scorer):
+    scored = Dataset.from_dict(batch_of(["", ""])).map(scorer, batched=True, batch_size=1)
+    assert {name: scored.data.schema.field(name).type for name in IFD_COLUMNS} == ARROW
+
+
+def test_scored_again_the_columns_are_replaced(scorer):
+    once = Dataset.from_dict(GOOD).map(scorer, batched=True)
+    twice = once.map(scorer, batched=True)
+    assert twice.column_names == once.column_names
+    assert twice["ifd"] == once["ifd"]
+
+
+def test_an_empty_data_set_stays_empty(scorer):
+    assert len(Dataset.from_dict({"instruction": [], "output": []}).map(scorer, batched=True)) == 0
+
+
+@pytest.mark.parametrize("format", ["numpy", "torch", "pandas", "arrow"])
+def test_the_output_format_of_a_data_set_survives(scorer, format):
+    rows = Dataset.from_dict(GOOD | {"number": [1, 2, 3]})
+    if format in ("pandas", "arrow"):  # their batches are tables: the transform says what it wants
+        with pytest.raises(ValueError, match=r"with_format\(None\)"):
+            rows.with_format(format).map(scorer, batched=True)
+    else:
+        scored = rows.with_format(format).map(scorer, batched=True)
+        assert scored.format["type"] == format
+        assert scored.with_format(None)["ifd"] == rows.map(scorer, batched=True)["ifd"]
+
+
+# ---- bad rows ---------------------------------------------------------------------------------------------------
+
+
+def status_of(scorer: IFDScorer, batch: dict[str, list]) -> list[str]:
+    return scorer(batch)["ifd_status"]
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "status", "tokens"),
+    [
+        (None, {}, "empty_answer", 0),
+        (NAN, {}, "empty_answer", 0),
+        ("", {}, "empty_answer", 0),
+        ("<|im_end|>\n", {}, "empty_answer", 0),
+        (77, {}, "ok", 2),
+        (7.5, {}, "ok", 3),
+        (["Red."], {}, "malformed", 0),
+        ("7", {"min_answer_tokens": 2}, "too_short", 0),
+        ("7" * 60, {"max_length": 50}, "truncated", 0),
+        ("7" * 60, {"max_length": 50, "score_truncated": True}, "ok", None),
+        ("7" * 600, {}, "truncated", 0),  # the model's context is 512 tokens
+    ],
+)
+def test_status_of_an_output(model, tokenizer, output, options, status, tokens):
+    scorer = IFDScorer(model, tokenizer, **options)
+    scored = scorer(batch_of(["Red.", "The cat sat.", output]))
+    assert scored["ifd_status"][2] == status
+    assert (scored["ifd"][2] is None) == (status != "ok")
+    assert tokens is None or scored["answer_tokens"][2] == tokens
+
+
+def test_status_of_a_prompt_without_room_for_an_answer(model, tokenizer):
+    scorer = IFDScorer(model, tokenizer, max_length=30)
+    assert status_of(scorer, batch_of(["Red.", "Red."], ["Add.", "7" * 40])) == ["ok", "prompt_too_long"]
+
+
+@pytest.mark.parametrize("instruction", [None, NAN, ""])
+def test_a_row_without_an_instruction_is_scored_with_the_bare_template(scorer, instruction):
+    assert status_of(scorer, batch_of(["Red."], [instruction])) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [None, "hello", 5, {"role": "user"}, ["hello"], [{"content": "x"}], [{"role": "assistant"}], [{"role": None}]],
+)
+def test_malformed_chats(scorer, bad):
+    good = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    assert status_of(scorer, {"messages": [good, bad]}) == ["ok", "malformed"]
+
+
+def test_a_chat_without_an_assistant_turn_is_empty(scorer):
+    good = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    assert status_of(scorer, {"messages": [good, good[:1], []]}) == ["ok", "empty_answer", "empty_answer"]
+
+
+def test_a_template_that_raises_makes_that_row_malformed(model):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    good = [{"role": "user", "content": "Hi "}, {"role": "assistant", "content": "Hello."}]
+    bad = [{"role": "system", "content": "Be brief."}, *good]
+    assert status_of(IFDScorer(model, tokenizer), {"messages": [good, bad]}) == ["ok", "malformed"]
+
+
+@pytest.mark.parametrize("bad", [None, "", ["x"], "7" * 600])
+@pytest.mark.parametrize("position", [0, 1, 3])
+def test_a_bad_row_leaves_the_others_exactly_as_they_are(scorer, bad, position):
+    outputs = list(GOOD["output"])
+    expected = scorer(batch_of(outputs))
+    outputs.insert(position, bad)
+    found = scorer(batch_of(outputs))
+    for name in IFD_COLUMNS:
+        assert found[name][:position] + found[name][position + 1 :] == expected[name]
+
+
+def test_a_first_batch_of_malformed_rows_only_names_format_and_columns(scorer):
+    rows = Dataset.from_dict({"messages": ["hello", "you"], "id": [1, 2]})
+    with pytest.raises(ValueError, match=r"None of 2 rows can be rendered as 'messages'.*got str.*columns"):
+        rows.map(scorer, batched=True)
+
+
+def test_columns_that_fit_no_format_are_named(scorer):
+    with pytest.raises(ValueError, match=r"Cannot tell the format from the columns \['question', 'reply'\]"):
+        Dataset.from_dict({"question": ["a"], "reply": ["b"]}).map(scorer, batched=True)
+
+
+# ---- wrong use --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        GOOD,
+        {"messages": [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]]},
+        {
+            "prompt": [[{"role": "user", "content": "Hi"}]],
+            "completion": [[{"role": "assistant", "content": "Hello."}]],
+        },
+    ],
+    ids=["texts", "messages", "prompt-completion"],
+)
+def test_map_without_batched_says_so(scorer, rows):
+    with pytest.raises(ValueError, match="batched=True"):
+        Dataset.from_dict(rows).map(scorer)
+
+
+def test_unknown_definition_is_refused_before_a_model_loads():
+    with pytest.raises(ValueError, match="Unknown definition 'ifd'"):
+        IFDScorer("no/such-model", definition="ifd")
+
+
+def test_a_loaded_model_without_a_tokenizer_needs_one(model):
+    model.config.name_or_path = ""
+    with pytest.raises(ValueError, match="Pass the tokenizer too"):
+        IFDScorer(model)(batch_of(["Red."]))
+
+
+def test_a_loaded_model_finds_its_tokenizer_where_it_came_from(checkpoint, model):
+    model.config.name_or_path = str(checkpoint)
+    found, expected = IFDScorer(model)(batch_of(["Red."])), IFDScorer(model, build_tokenizer())(batch_of(["Red."]))
+    assert found["ifd"][0] == expected["ifd"][0]
+
+
+# ---- options ----------------------------------------------------------------------------------------------------
+
+
+def test_a_path_scores_as_the_loaded_model(scorer, checkpoint):
+    found, expected = IFDScorer(checkpoint)(GOOD), scorer(GOOD)
+    np.testing.assert_allclose(found["ifd"], expected["ifd"], rtol=1e-6)
+
+
+def test_superfiltering_uses_its_own_prompt_unless_told_otherwise(model, tokenizer):
+    bare = IFDScorer(model, tokenizer, definition="superfiltering")(GOOD)
+    named = IFDScorer(model, tokenizer, definition="superfiltering", format="superfiltering")(GOOD)
+    alpaca = IFDScorer(model, tokenizer, definition="superfiltering", format="alpaca")(GOOD)
+    assert bare["cas"] == named["cas"] != alpaca["cas"]
+
+
+def test_a_format_with_other_column_names(model, tokenizer):
+    format = TemplateFormat("qa", ALPACA.prompt, ALPACA.prompt_with_input, "### Response:", "q", "context", "a")
+    renamed = {"q": GOOD["instruction"], "a": GOOD["output"], "instruction": ["x"] * 3}
+    found = IFDScorer(model, tokenizer, format=format)(renamed)
+    assert found["ifd"] == IFDScorer(model, tokenizer, format="alpaca")(GOOD)["ifd"]
+
+
+def test_default_device_and_dtype(model):
+    assert default_device() in ("cpu", "mps") or default_device().startswith("cuda:")
+    assert default_dtype(model.config, "cpu") is torch.float32
+
+
+# ---- the cache --------------------------------------------------------------------------------------------------
+
+
+def test_the_same_scorer_hits_the_cache(on_disk, scorer, forwards):
+    first = on_disk.map(scorer, batched=True)
+    second = on_disk.map(scorer, batched=True)
+    assert forwards == [3]
+    assert second._fingerprint == first._fingerprint
+    assert second["ifd"] == first["ifd"]
+
+
+def test_a_new_scorer_with_equal_weights_hits_the_cache(on_disk, tokenizer, forwards):
+    for _ in range(2):
+        on_disk.map(IFDScorer(build_model(len(tokenizer)), build_tokenizer()), batched=True)
+    assert forwards == [3]
+
+
+def test_changed_weights_miss_the_cache(on_disk, model, tokenizer, forwards):
+    before = on_disk.map(IFDScorer(model, tokenizer), batched=True)
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(10.0))
+    after = on_disk.map(IFDScorer(model, tokenizer), batched=True)
+    assert forwards == [3, 3]
+    assert after._fingerprint != before._fingerprint
+
+
+def test_weights_changed_under_the_same_scorer_miss_the_cache(on_disk, model, scorer, forwards):
+    before = on_disk.map(scorer, batched=True)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    after = on_disk.map(scorer, batched=True)
+    assert forwards == [3, 3]
+    assert after["cas"] != before["cas"]
+
+
+def test_the_same_weights_in_another_architecture_miss_the_cache(model, tokenizer):
+    other = build_model(len(tokenizer), rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    other.load_state_dict(model.state_dict())
+    assert Hasher.hash(IFDScorer(other, tokenizer)) != Hasher.hash(IFDScorer(model, tokenizer))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "alpaca"},
+        {"definition": "cherry"},
+        {"max_length": 100},
+        {"min_answer_tokens": 2},
+        {"score_truncated": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_changed_options_miss_the_cache(on_disk, model, tokenizer, forwards, options):
+    on_disk.map(IFDScorer(model, tokenizer), batched=True)
+    on_disk.map(IFDScorer(model, tokenizer, **options), batched=True)
+    assert forwards == [3, 3]
+
+
+def test_another_chat_template_misses_the_cache(model, tokenizer):
+    other = build_tokenizer()
+    other.chat_template = "{{ messages }}"
+    assert Hasher.hash(IFDScorer(model, other)) != Hasher.hash(IFDScorer(model, tokenizer))
+
+
+def test_a_path_hits_the_cache_until_its_files_change(on_disk, checkpoint, tokenizer, forwards):
+    for _ in range(2):
+        on_disk.map(IFDScorer(str(checkpoint)), batched=True)
+    assert forwards == [3]
+    save(checkpoint, build_model(len(tokenizer), seed=1), tokenizer)
+    on_disk.map(IFDScorer(str(checkpoint)), batched=True)
+    assert forwards == [3, 3]
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_use_does_not_change_the_hash(model, tokenizer, checkpoint, loaded):
+    scorer = IFDScorer(model, tokenizer) if loaded else IFDScorer(checkpoint)
+    before = Hasher.hash(scorer)
+    scorer(GOOD)
+    scorer({"messages": [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]]})
+    assert Hasher.hash(scorer) == before
+
+
+def test_the_pickle_holds_no_weights(tokenizer):
+    model = build_model(len(tokenizer), hidden_size=256, intermediate_size=512)
+    assert sum(p.numel() for p in model.parameters()) > 1_000_000
+    assert len(dill.dumps(IFDScorer(model, tokenizer))) < 100_000
+
+
+def test_an_unpickled_scorer_has_the_hash_of_the_first(scorer):
+    assert Hasher.hash(pickle.loads(pickle.dumps(scorer))) == Hasher.hash(scorer)
+
+
+def test_weights_digest_reads_names_shapes_dtypes_and_values():
+    def digest(**buffers):
+        module = torch.nn.Module()
+        for name, value in buffers.items():
+            module.register_buffer(name, value)
+        return weights_digest(module)
+
+    zeros = torch.zeros(2, 3)
+    others = [
+        digest(a=zeros),
+        digest(b=zeros),
+        digest(a=zeros.T.contiguous()),
+        digest(a=zeros.int()),
+        digest(a=-zeros),
+        digest(a=zeros, b=zeros),
+        digest(a=torch.tensor(0.0)),
+    ]
+    assert len(set(others)) == len(others)
+    assert digest(a=zeros.T) == digest(a=zeros.T.contiguous())
+    assert digest(a=zeros.bfloat16()) == digest(a=zeros.bfloat16().clone())
+
+
+# ---- several processes ------------------------------------------------------------------------------------------
+
+
+def test_two_processes_give_the_scores_of_one(on_disk, checkpoint):
+    # Threads of this process are busy first: forked workers hang if they wait for threads that were not copied.
+    torch.randn(600, 600) @ torch.randn(600, 600)
+    torch.randn(300_000).exp()
+    one = on_disk.map(IFDScorer(str(checkpoint)), batched=True, load_from_cache_file=False)
+    two = on_disk.map(IFDScorer(str(checkpoint)), batched=True, num_proc=2, with_rank=True)
+    assert two.column_names == one.column_names
+    assert (two["ifd_status"], two["answer_tokens"]) == (one["ifd_status"], one["answer_tokens"])
+    for name in ("cas", "das", "ifd", "ifd_ppl"):
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-6)
+
+
+def test_a_loaded_model_in_several_processes_is_refused(on_disk, scorer, caplog):
+    caplog.set_level(logging.CRITICAL)
+    with pytest.raises(ValueError, match=r"a loaded model does not travel.*num_proc"):
+        on_disk.map(scorer, batched=True, num_proc=2)
+
+
+def test_repr_names_what_was_asked_for(scorer):
+    assert repr(IFDScorer("org/model", format="alpaca")) == (
+        "IFDScorer('org/model', format='alpaca', definition='paper')"
+    )
+    assert repr(scorer) == "IFDScorer('LlamaForCausalLM', format=None, definition='paper')"

@@ -1,0 +1,601 @@
+"""Scores against a loop over single tokens with full logits, on token ids put together here and not by the package."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model, build_tokenizer, reference_nll
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from ifd_trainer.encoding import EncodedPair, Encoder, Segment, Status
+from ifd_trainer.formats import ALPACA, MESSAGES, PROMPT_COMPLETION, SHAREGPT, WIZARDLM, Example
+from ifd_trainer.scorer import Scores, answer_nll, borrowed, lm_head, score_pairs, token_progress
+
+MERGES = ('### Response:"Yes."',) * 40
+TOKENIZERS = {
+    "no BOS added": build_tokenizer(),
+    "BOS added": build_tokenizer(add_bos=True),
+    "no BOS": build_tokenizer(bos=False),
+    "merging": build_tokenizer(add_bos=True, extra=MERGES),
+}
+NO_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:"
+)
+CHAT_HEADER = "<|im_start|>assistant\n"
+# name: (format, row, prompt, answer, header, whether the tokenizer may add a BOS)
+ROWS = {
+    "alpaca": (
+        ALPACA,
+        {"instruction": "Name three colours.", "input": "", "output": "Red, green and blue."},
+        NO_INPUT.format("Name three colours."),
+        "Red, green and blue.",
+        "### Response:",
+        True,
+    ),
+    "alpaca with input": (
+        ALPACA,
+        {"instruction": "Add the numbers.", "input": "12 and 30", "output": "The sum is 42."},
+        WITH_INPUT.format("Add the numbers.", "12 and 30"),
+        "The sum is 42.",
+        "### Response:",
+        True,
+    ),
+    "alpaca with a quote": (
+        ALPACA,
+        {"instruction": "What did he say?", "input": None, "output": '"Yes."'},
+        NO_INPUT.format("What did he say?"),
+        '"Yes."',
+        "### Response:",
+        True,
+    ),
+    "wizardlm": (
+        WIZARDLM,
+        {"instruction": "Who sat on the mat?", "output": "The cat."},
+        "Who sat on the mat?\n\n### Response:",
+        "The cat.",
+        "### Response:",
+        True,
+    ),
+    "prompt-completion": (
+        PROMPT_COMPLETION,
+        {"prompt": "The cat sat on ", "completion": "the mat."},
+        "The cat sat on ",
+        "the mat.",
+        "",
+        True,
+    ),
+    "prompt-completion chat": (
+        PROMPT_COMPLETION,
+        {
+            "prompt": [{"role": "user", "content": "Hi!"}],
+            "completion": [{"role": "assistant", "content": "Hello 🙂"}],
+        },
+        f"<|im_start|>user\nHi!<|im_end|>\n{CHAT_HEADER}",
+        "Hello 🙂<|im_end|>\n",
+        CHAT_HEADER,
+        False,
+    ),
+    "messages": (
+        MESSAGES,
+        {
+            "messages": [
+                {"role": "user", "content": "Name a colour."},
+                {"role": "assistant", "content": "Red."},
+                {"role": "user", "content": "Another."},
+                {"role": "assistant", "content": "Blue."},
+            ]
+        },
+        "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\nRed.<|im_end|>\n"
+        f"<|im_start|>user\nAnother.<|im_end|>\n{CHAT_HEADER}",
+        "Blue.<|im_end|>\n",
+        CHAT_HEADER,
+        False,
+    ),
+    "sharegpt": (
+        SHAREGPT,
+        {"conversations": [{"from": "human", "value": "مرحبا"}, {"from": "gpt", "value": "你好, hello."}]},
+        f"<|im_start|>user\nمرحبا<|im_end|>\n{CHAT_HEADER}",
+        "你好, hello.<|im_end|>\n",
+        CHAT_HEADER,
+        False,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def shared_model() -> LlamaForCausalLM:
+    return build_model(400)
+
+
+@pytest.fixture(params=["auto", "padded"])
+def engine(request) -> str:
+    return request.param
+
+
+def paper_segments(tokenizer, prompt: str, answer: str, header: str, special: bool) -> list[tuple[list[int], int]]:
+    """The definition in words: one tokenisation; the same answer tokens, without end-of-turn, behind the header."""
+    alone = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+    whole = tokenizer(prompt + answer, add_special_tokens=special)["input_ids"]
+    start = len(alone)
+    while alone[:start] != whole[:start]:
+        start -= 1
+    if answer.endswith("<|im_end|>\n"):
+        whole = whole[:-2]
+    none = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    before = tokenizer(header, add_special_tokens=special)["input_ids"] if header else none
+    if header:
+        before = before[: len(before) - (len(alone) - start)]  # without what merged into the answer's first token
+    return [(whole, start), (before + whole[start:], len(before))]
+
+
+def cherry_segments(tokenizer, prompt: str, counted: str, answer: str, max_length: int) -> list[tuple[list[int], int]]:
+    """As in the published program: the prompt is counted, the direct text is cut at what is left and four tokens."""
+    used = min(len(tokenizer(counted)["input_ids"]), max_length)
+    direct = tokenizer("### Response:" + answer)["input_ids"][: max_length - used + 4]
+    whole = tokenizer(prompt + answer)["input_ids"][:max_length]
+    return [(whole, len(tokenizer(prompt)["input_ids"])), (direct, len(tokenizer("### Response:")["input_ids"]))]
+
+
+def superfiltering_segments(tokenizer, prompt: str, answer: str, max_length: int) -> list[tuple[list[int], int]]:
+    """As in the published program: the answer alone, in which a first token has nothing to be predicted from."""
+    size = len(tokenizer(prompt)["input_ids"])
+    whole = tokenizer(prompt + answer)["input_ids"][:max_length]
+    return [(whole, size), (tokenizer(answer)["input_ids"][: max_length - size + 1], 1)]
+
+
+def assert_scores(scores: Scores, model, expected: list[list[tuple[list[int], int]]]) -> None:
+    assert scores.ifd_status.tolist() == ["ok"] * len(expected)
+    cas, das = np.array([[reference_nll(model, *segment) for segment in pair] for pair in expected]).T
+    np.testing.assert_allclose(scores.cas, cas, rtol=1e-5)
+    np.testing.assert_allclose(scores.das, das, rtol=1e-5)
+    np.testing.assert_allclose(scores.ifd, cas / das, rtol=1e-5)
+    np.testing.assert_allclose(scores.ifd_ppl, np.exp(cas - das), rtol=2e-5)
+    assert scores.answer_tokens.tolist() == [len(ids) - start for (ids, start), _ in expected]
+
+
+def some_segments(count: int = 12, seed: int = 0) -> list[Segment]:
+    """Segments of 2 to 40 tokens, some with a common beginning."""
+    rng = np.random.default_rng(seed)
+    head = rng.integers(4, 400, 20).tolist()
+    segments = []
+    for i in range(count):
+        ids = head[: rng.integers(0, 20)] * (i % 2) + rng.integers(4, 400, rng.integers(2, 20)).tolist()
+        segments.append(Segment(ids, int(rng.integers(1, len(ids)))))
+    return segments
+
+
+def expected_nll(model, segments: list[Segment]) -> list[float]:
+    return [reference_nll(model, segment.ids, segment.start) for segment in segments]
+
+
+# ---- every format and definition --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+def test_paper_scores_of_every_format(shared_model, kind, name):
+    tokenizer = TOKENIZERS[kind]
+    format, row, *texts = ROWS[name]
+    pairs = Encoder(tokenizer)([format.render(row, tokenizer)])
+    assert_scores(score_pairs(shared_model, pairs), shared_model, [paper_segments(tokenizer, *texts)])
+
+
+@pytest.mark.parametrize("budget", [1, 64, 10**6])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_paper_scores_of_a_mixed_batch(shared_model, engine, budget, side):
+    tokenizer = build_tokenizer()
+    tokenizer.padding_side = side
+    pairs = Encoder(tokenizer)([format.render(row, tokenizer) for format, row, *_ in ROWS.values()])
+    scores = score_pairs(shared_model, pairs, token_budget=budget, engine=engine)
+    assert_scores(scores, shared_model, [paper_segments(tokenizer, *texts) for _, _, *texts in ROWS.values()])
+    assert tokenizer.padding_side == side
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+@pytest.mark.parametrize("max_length", [512, 70])
+def test_cherry_scores(shared_model, kind, max_length):
+    tokenizer = TOKENIZERS[kind]
+    rows = [
+        ({"instruction": "Name three colours.", "output": "Red, green."}, "Name three colours."),
+        ({"instruction": "What did he say?", "output": '"Yes."'}, "What did he say?"),
+    ]
+    if tokenizer("")["input_ids"]:  # without a BOS the program skips what it cuts
+        rows.append(({"instruction": "Count.", "output": "one two three " * 40}, "Count."))
+    pairs = Encoder(tokenizer, "cherry", max_length)([WIZARDLM.render(row) for row, _ in rows])
+    expected = [
+        cherry_segments(tokenizer, f"{counted}\n\n### Response:", counted, row["output"], max_length)
+        for row, counted in rows
+    ]
+    assert_scores(score_pairs(shared_model, pairs), shared_model, expected)
+
+
+def test_cherry_scores_of_alpaca_rows(shared_model):
+    tokenizer = TOKENIZERS["BOS added"]
+    format, row, prompt, answer, _, _ = ROWS["alpaca with input"]
+    pairs = Encoder(tokenizer, "cherry")([format.render(row)])
+    expected = cherry_segments(tokenizer, prompt, prompt, answer, 512)
+    assert_scores(score_pairs(shared_model, pairs), shared_model, [expected])
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+@pytest.mark.parametrize("max_length", [1024, 30])
+def test_superfiltering_scores(shared_model, kind, max_length):
+    tokenizer = TOKENIZERS[kind]
+    texts = [("Name three colours.\n", "Red, green."), ("Add.\n12, 30\n", "42."), ("Count.\n", "one two three " * 9)]
+    pairs = Encoder(tokenizer, "superfiltering", max_length)([Example(*text) for text in texts])
+    expected = [superfiltering_segments(tokenizer, *text, max_length) for text in texts]
+    assert_scores(score_pairs(shared_model, pairs), shared_model, expected)
+
+
+# ---- batches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64, 10**6, None])
+def test_nll_of_any_segments_in_any_batches(shared_model, engine, budget):
+    segments = some_segments()
+    found = answer_nll(shared_model, segments, token_budget=budget, engine=engine)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected_nll(shared_model, segments), rtol=1e-5)
+
+
+def test_nll_of_token_probabilities_worked_by_hand():
+    # p(7) = 1/2, p(8) = 1/4, p(9) = 1/4 at every position.
+    model = Fixed({7: math.log(2), 8: 0.0, 9: 0.0})
+    found = answer_nll(model, [Segment([7, 7, 8], 1), Segment([7, 8, 9, 8], 2)])
+    np.testing.assert_allclose(found, [1.5 * math.log(2), 2 * math.log(2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_order_of_rows_does_not_matter(shared_model, engine, seed):
+    segments = some_segments()
+    order = np.random.default_rng(seed).permutation(len(segments))
+    expected = answer_nll(shared_model, segments, token_budget=64, engine=engine)
+    found = answer_nll(shared_model, [segments[i] for i in order], token_budget=64, engine=engine)
+    np.testing.assert_allclose(found, expected[order], rtol=1e-6)
+
+
+def test_equal_rows_get_equal_scores(shared_model, engine):
+    segments = some_segments(3) * 3
+    found = answer_nll(shared_model, segments, engine=engine)
+    np.testing.assert_allclose(found, np.tile(expected_nll(shared_model, segments[:3]), 3), rtol=1e-5)
+
+
+def test_a_token_that_pads_elsewhere_is_scored_like_any_other(shared_model, engine):
+    segments = [Segment([5, 0, 0, 6, 0], 1), Segment([0, 0], 1), Segment([5, 6, 7, 8, 9, 10, 11], 3)]
+    found = answer_nll(shared_model, segments, engine=engine)
+    np.testing.assert_allclose(found, expected_nll(shared_model, segments), rtol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [[], [EncodedPair(status=Status.EMPTY_ANSWER)] * 2])
+def test_nothing_to_score(shared_model, pairs):
+    scores = score_pairs(shared_model, pairs)
+    assert len(scores) == len(pairs)
+    assert np.isnan(scores.cas).all()
+    assert scores.ifd_status.tolist() == ["empty_answer"] * len(pairs)
+
+
+def test_progress_counts_every_token_once(shared_model, engine):
+    pairs = [EncodedPair(a, b) for a, b in zip(some_segments(6), some_segments(6, seed=1), strict=True)]
+    pairs.insert(2, EncodedPair(status=Status.TRUNCATED))
+    done = []
+    score_pairs(shared_model, pairs, token_budget=64, progress=done.append, engine=engine)
+    total = sum(len(pair.conditioned.ids) + len(pair.direct.ids) for pair in pairs if pair.conditioned)
+    assert len(done) > 1
+    assert sum(done) == total
+    with token_progress(pairs, "x", enabled=False) as bar:
+        assert bar.total == total
+
+
+def test_bfloat16_scores_are_near_those_of_float32(shared_model):
+    segments = some_segments()
+    found = answer_nll(build_model(400).to(torch.bfloat16), segments)
+    np.testing.assert_allclose(found, expected_nll(shared_model, segments), rtol=0.05)
+
+
+# ---- rows without a score ---------------------------------------------------------------------------------------
+
+
+def pairs_of(segments: list[Segment]) -> list[EncodedPair]:
+    return [EncodedPair(a, b) for a, b in zip(segments[0::2], segments[1::2], strict=True)]
+
+
+def test_scores_are_nan_and_carry_the_status_where_there_is_no_pair(shared_model):
+    good = pairs_of(some_segments(4))
+    bad = [EncodedPair(status=status) for status in Status if status is not Status.OK]
+    scores = score_pairs(shared_model, [good[0], *bad, good[1]])
+    assert scores.ifd_status.tolist() == ["ok", *(pair.status.value for pair in bad), "ok"]
+    for name in ("cas", "das", "ifd", "ifd_ppl"):
+        assert np.isnan(scores.columns()[name]).tolist() == [False, *[True] * len(bad), False]
+    assert scores.answer_tokens[1:-1].tolist() == [0] * len(bad)
+
+
+def test_rows_without_a_pair_change_no_score(shared_model, engine):
+    good = pairs_of(some_segments(8))
+    bad = EncodedPair(status=Status.MALFORMED)
+    expected = score_pairs(shared_model, good, engine=engine)
+    found = score_pairs(shared_model, [good[0], bad, *good[1:3], bad, good[3]], engine=engine)
+    for name, values in found.columns().items():
+        assert values[[0, 2, 3, 5]].tolist() == expected.columns()[name].tolist()
+
+
+def test_nan_weights_make_every_row_nonfinite(engine):
+    model = build_model(400)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(math.nan)
+    scores = score_pairs(model, pairs_of(some_segments(4)), engine=engine)
+    assert scores.ifd_status.tolist() == ["nonfinite"] * 2
+    assert np.isnan(np.stack([scores.cas, scores.das, scores.ifd, scores.ifd_ppl])).all()
+    assert (scores.answer_tokens > 0).all()
+
+
+@pytest.mark.parametrize("budget", [64, 10**6])
+def test_a_token_without_a_finite_embedding_spoils_its_own_row_only(engine, budget):
+    model = build_model(400)
+    segments = some_segments(10)
+    expected = score_pairs(model, pairs_of(segments), token_budget=budget, engine=engine)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[399] = math.nan
+    segments[4] = Segment([*segments[4].ids[:3], 399, *segments[4].ids[3:]], 2)
+    assert all(399 not in segment.ids for i, segment in enumerate(segments) if i != 4)
+    found = score_pairs(model, pairs_of(segments), token_budget=budget, engine=engine)
+    assert found.ifd_status.tolist() == ["ok", "ok", "nonfinite", "ok", "ok"]
+    others = [0, 1, 3, 4]
+    np.testing.assert_allclose(found.cas[others], expected.cas[others], rtol=1e-6)
+    np.testing.assert_allclose(found.das[others], expected.das[others], rtol=1e-6)
+
+
+class Fixed(nn.Module):
+    """The same logits at every position, minus infinity for all other tokens; no config, no LM head."""
+
+    def __init__(self, logits: dict[int, float], vocabulary: int = 16) -> None:
+        super().__init__()
+        values = torch.full((vocabulary,), -math.inf)
+        for token, value in logits.items():
+            values[token] = value
+        self.logits = nn.Parameter(values)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+
+
+def test_an_answer_that_the_model_knows_by_heart_is_nonfinite():
+    model = Fixed({7: 100.0, 8: 0.0})
+    known, unknown = Segment([8, 7, 7], 1), Segment([7, 8, 8], 1)
+    scores = score_pairs(model, [EncodedPair(known, known), EncodedPair(unknown, unknown), EncodedPair(known, unknown)])
+    assert scores.ifd_status.tolist() == ["nonfinite", "ok", "ok"]
+    np.testing.assert_allclose(scores.ifd, [np.nan, 1.0, 0.0], atol=1e-7)
+
+
+def test_an_impossible_token_is_nonfinite():
+    possible, impossible = Segment([7, 7, 8], 1), Segment([7, 3], 1)
+    scores = score_pairs(Fixed({7: 0.0, 8: 0.0}), [EncodedPair(impossible, possible), EncodedPair(possible, possible)])
+    assert scores.ifd_status.tolist() == ["nonfinite", "ok"]
+
+
+# ---- models of other kinds --------------------------------------------------------------------------------------
+
+
+class HeadAsFunction(LlamaForCausalLM):
+    """Multiplies with the head's weight without calling the head, so that a hook on it never runs."""
+
+    def forward(self, input_ids=None, position_ids=None, use_cache=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+        return SimpleNamespace(logits=nn.functional.linear(hidden, self.lm_head.weight))
+
+
+class NoHead(LlamaForCausalLM):
+    def get_output_embeddings(self):
+        return None
+
+
+class RefusesToTell(LlamaForCausalLM):
+    def get_output_embeddings(self):
+        raise NotImplementedError
+
+
+class SoftCapped(LlamaForCausalLM):
+    """Changes its logits after the head, as Gemma and Cohere models do."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = 3.0 * torch.tanh(out.logits / 3.0)
+        return out
+
+
+@pytest.mark.parametrize("kind", [HeadAsFunction, NoHead, RefusesToTell, SoftCapped])
+def test_models_with_unusual_heads(shared_model, engine, kind):
+    model = kind(shared_model.config).eval()
+    model.load_state_dict(shared_model.state_dict())
+    segments = some_segments()
+    found = answer_nll(model, segments, token_budget=64, engine=engine)
+    np.testing.assert_allclose(found, expected_nll(model, segments), rtol=1e-5)
+
+
+def test_lm_head(shared_model):
+    assert lm_head(shared_model) is shared_model.lm_head
+    assert lm_head(Fixed({7: 0.0})) is None
+    assert lm_head(RefusesToTell(shared_model.config)) is None
+
+
+def test_tied_embeddings(engine):
+    model = build_model(400, tie_word_embeddings=True)
+    segments = some_segments()
+    found = answer_nll(model, segments, engine=engine)
+    np.testing.assert_allclose(found, expected_nll(model, segments), rtol=1e-5)
+
+
+def test_lora_adapters_are_part_of_the_model(engine):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(build_model(400), config)
+    segments = some_segments()
+    found = answer_nll(model, segments, token_budget=64, engine=engine)
+    np.testing.assert_allclose(found, expected_nll(model, segments), rtol=1e-5)
+    assert not np.allclose(found, expected_nll(build_model(400), segments), rtol=1e-3)
+
+
+def test_virtual_tokens_of_prompt_tuning_stand_in_front(engine):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(build_model(400), config)
+    segments = some_segments(4)
+    found = answer_nll(model, segments, token_budget=64, engine=engine)
+    expected = []
+    for segment in segments:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([segment.ids])).logits[0, 5:].double()
+        losses = -torch.log_softmax(logits, -1)[torch.arange(len(segment.ids) - 1), segment.ids[1:]]
+        expected.append(losses[segment.start - 1 :].mean().item())
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# ---- no trace ---------------------------------------------------------------------------------------------------
+
+
+def test_every_module_gets_its_own_mode_back(engine):
+    model = build_model(400).train()
+    model.model.layers[0].eval()
+    model.lm_head.eval()
+    before = [module.training for module in model.modules()]
+    answer_nll(model, some_segments(), engine=engine)
+    assert [module.training for module in model.modules()] == before
+    assert len(set(before)) == 2
+
+
+def test_modes_come_back_after_an_error():
+    model = build_model(400).train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+
+    def fail() -> None:
+        with borrowed(model):
+            assert not any(module.training for module in model.modules())
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
+    assert [module.training for module in model.modules()] == before
+
+
+def test_dropout_is_off_while_scoring(engine):
+    model = build_model(400, attention_dropout=0.9).train()
+    segments = some_segments()
+    found = answer_nll(model, segments, engine=engine)
+    assert model.training
+    np.testing.assert_allclose(found, expected_nll(model, segments), rtol=1e-5)
+
+
+def random_states() -> list[str]:
+    return [str(random.getstate()), str(np.random.get_state()), str(torch.get_rng_state().tolist())]  # noqa: NPY002
+
+
+def test_random_states_are_as_before_even_if_the_model_draws(engine):
+    model, drawn = build_model(400), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: drawn.append(torch.rand(3)))
+    before = random_states()
+    answer_nll(model, some_segments(), engine=engine)
+    assert drawn
+    assert random_states() == before
+
+
+def test_gradients_and_config_are_as_before(engine):
+    model = build_model(400)
+    model.lm_head.weight.requires_grad_(False)
+    model.model.embed_tokens.weight.grad = torch.ones_like(model.model.embed_tokens.weight)
+    wanted = [p.requires_grad for p in model.parameters()]
+    config, attention = model.config.to_dict(), model.config._attn_implementation
+    answer_nll(model, some_segments(), engine=engine)
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert (model.model.embed_tokens.weight.grad == 1).all()
+    assert (model.config.to_dict(), model.config._attn_implementation) == (config, attention)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_no_hook_and_no_cache_setting_is_left_behind(engine, use_cache):
+    model = build_model(400)
+    model.config.use_cache = use_cache
+    answer_nll(model, some_segments(), engine=engine)
+    assert model.config.use_cache is use_cache
+    assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
+
+
+def test_weights_and_later_losses_are_as_before(engine):
+    model = build_model(400)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.tensor([some_segments(1)[0].ids])
+    loss = model(input_ids=ids, labels=ids).loss
+    answer_nll(model, some_segments(), engine=engine)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, loss)
+
+
+# ---- out of memory ----------------------------------------------------------------------------------------------
+
+
+def small_memory(model: nn.Module, tokens: int) -> list[int]:
+    """Let `model` run out of memory above a number of tokens; the sizes that did fit."""
+    sizes: list[int] = []
+
+    def allocate(module, args, kwargs):
+        size = kwargs["input_ids"].numel()
+        if size > tokens:
+            raise torch.OutOfMemoryError("on purpose")
+        sizes.append(size)
+
+    model.register_forward_pre_hook(allocate, with_kwargs=True)
+    return sizes
+
+
+def warnings_of(caplog) -> list[str]:
+    return [record.message for record in caplog.records if record.name.startswith("ifd_trainer")]
+
+
+@pytest.mark.parametrize("tokens", [45, 80, 150])
+def test_out_of_memory_halves_batches_with_one_warning(shared_model, engine, caplog, tokens):
+    caplog.set_level(logging.WARNING)
+    model, segments = build_model(400), some_segments(20)
+    answer_nll(model, segments[:1], engine=engine)
+    sizes = small_memory(model, tokens)
+    found = answer_nll(model, segments, token_budget=10**6, engine=engine)
+    np.testing.assert_allclose(found, expected_nll(shared_model, segments), rtol=1e-5)
+    assert len(sizes) > 1
+    assert len(warnings_of(caplog)) == 1
+    assert "memory" in warnings_of(caplog)[0]
+
+
+def test_enough_memory_gives_no_warning(shared_model, engine, caplog):
+    caplog.set_level(logging.WARNING)
+    answer_nll(shared_model, some_segments(20), engine=engine)
+    assert warnings_of(caplog) == []
+
+
+def test_a_single_row_that_does_not_fit_is_a_clear_error(engine):
+    model = build_model(400).train()
+    small_memory(model, 3)
+    with pytest.raises(torch.OutOfMemoryError, match=r"single row.*max_length"):
+        answer_nll(model, some_segments(), engine=engine)
+    assert model.training
+
+
+def test_progress_counts_every_token_once_when_batches_are_halved(engine):
+    model, segments, done = build_model(400), some_segments(20), []
+    small_memory(model, 100)
+    answer_nll(model, segments, token_budget=10**6, progress=done.append, engine=engine)
+    assert sum(done) == sum(len(segment.ids) for segment in segments)
