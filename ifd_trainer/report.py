@@ -474,7 +474,7 @@ def _observations(subject: _Subject) -> list[str]:
         if len(scores) and (scores >= 1).mean() > 0.5:
             notes.append(
                 f"{epoch_name(epoch, 'In this data set').capitalize()}: {percent_text((scores >= 1).mean())} of the "
-                "scored rows are at 1 or more: their prompt does not help. Is the prompt format one that the model knows?"
+                "scored rows are at 1 or more: their prompt does not help. Is the prompt format one the model knows?"
             )
     return notes + _duplicate_note(subject)
 

@@ -17,7 +17,8 @@ from PIL import Image
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from ifd_trainer import plots, report
+from ifd_trainer import plots as plotting
+from ifd_trainer import report
 from ifd_trainer.history import History
 from ifd_trainer.plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
 from ifd_trainer.report import epoch_table, label_rich_table, label_table, write_report
@@ -650,7 +651,7 @@ def test_scatter_draws_every_row_and_labels_its_axes(history):
 
 
 def test_large_pools_are_sampled_without_touching_global_random_state(monkeypatch):
-    monkeypatch.setattr(plots, "_MOST_POINTS", 30)
+    monkeypatch.setattr(plotting, "_MOST_POINTS", 30)
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     first, second = plot_cas_das(scores()), plot_cas_das(scores())
     assert "30 of 72 rows drawn" in texts_in(first)

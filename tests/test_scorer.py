@@ -528,10 +528,13 @@ def test_gradients_and_config_are_as_before(engine):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_no_hook_and_no_cache_setting_is_left_behind(engine, use_cache):
-    model = build_model(400)
+def test_no_key_value_cache_is_built_and_no_setting_or_hook_is_left_behind(engine, use_cache):
+    model, caches = build_model(400), []
     model.config.use_cache = use_cache
+    watch = model.register_forward_hook(lambda module, inputs, output: caches.append(output.past_key_values))
     answer_nll(model, some_segments(), engine=engine)
+    watch.remove()
+    assert set(caches) == {None}
     assert model.config.use_cache is use_cache
     assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
 

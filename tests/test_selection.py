@@ -7,7 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ifd_trainer.encoding import Status
@@ -144,19 +144,21 @@ def test_counts_and_reasons_add_up(data):
 # ---- too few rows -----------------------------------------------------------------------------------------------
 
 
-@given(data=scores_and_budget, seed=st.integers(0, 3))
-def test_repeats_are_even(data, seed):
-    scores, budget = data
-    eligible = [i for i, score in enumerate(scores) if score < 1]
-    if len(eligible) not in range(1, budget):
-        return
-    selection = select(scores, budget, rng=np.random.default_rng(seed))
-    times = np.bincount(selection.kept, minlength=len(scores))
-    assert times.sum() == budget
-    assert set(np.flatnonzero(times)) == set(eligible)
-    assert times[eligible].max() - times[eligible].min() <= 1
-    first = selection.kept[: len(eligible)].tolist()
-    assert sorted(first) == eligible  # every row once before any row twice
+@given(
+    eligible=st.lists(st.sampled_from([0.1, 0.5, 0.9]), min_size=1, max_size=12),
+    others=st.lists(st.sampled_from([NAN, 1.0, 1.4]), max_size=4),
+    missing=st.integers(1, 40),
+    seed=st.integers(0, 3),
+)
+@example(eligible=[0.5] * 12, others=[], missing=11, seed=0)
+def test_repeats_are_even(eligible, others, missing, seed):
+    count = len(eligible)
+    selection = select([*eligible, *others], count + missing, rng=np.random.default_rng(seed))
+    times = np.bincount(selection.kept, minlength=count + len(others))
+    assert times.sum() == count + missing
+    assert (times[count:] == 0).all()
+    assert times[:count].max() - times[:count].min() <= 1
+    assert sorted(selection.kept[:count].tolist()) == list(range(count))  # every row once before any row twice
 
 
 def test_the_generator_decides_which_rows_are_repeated_once_more():
