@@ -295,6 +295,12 @@ def _attending(model: nn.Module, spans: Sequence[Span], device: torch.device) ->
         _Active.spans = None
 
 
+def _attends_to_all(config: Any) -> bool:
+    """Whether every layer sees all earlier tokens; windows and chunks longer than the probe would not show in it."""
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return layers == {"full_attention"} and getattr(config, "attention_chunk_size", None) is None
+
+
 def _prepared(span: Span, device: torch.device) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
     """Start, end, key positions and mask; the last two are None for a span without a path: plain causal attention."""
     if not len(span.path):
@@ -319,6 +325,8 @@ def streams(model: nn.Module) -> bool:
         exact = False
         # Whatever such a model raises here, the padded engine scores it or raises it again.
         with borrowed(model), contextlib.suppress(Exception):
+            if not _attends_to_all(_config(model)):
+                raise _NotExact
             expected = _padded_nll(model, segments, device)
             found = _stream_nll(model, segments, device)
             exact = bool(np.allclose(found, expected, rtol=_PROBE_TOLERANCE, atol=0))

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import build_model, build_tokenizer, reference_nll
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -301,11 +302,16 @@ def around(trainer, look, **options):
     return before.notes, after.notes
 
 
+def draw(module, inputs):
+    torch.rand(1)
+
+
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_the_global_random_states_are_untouched(tmp_path, strategy):
     trainer = sft_trainer(
         tmp_path, 12, model=build_model(len(TOKENIZER), attention_dropout=0.1), train_sampling_strategy=strategy
     )
+    trainer.model.model.norm.register_forward_pre_hook(draw)  # some models draw in eval mode too
     before, after = around(trainer, random_states, keep=11)  # a shortfall: repeats are drawn
     assert before == after
     assert before[0] != before[1]  # the training itself draws

@@ -278,6 +278,13 @@ def test_a_resumed_history_goes_on_from_the_checkpoint(tmp_path, whole):
         assert history.rows(epoch).equals(whole.callback.history.rows(epoch))
 
 
+def test_records_of_epochs_after_the_checkpoint_are_taken_back(tmp_path, whole):
+    trainer, _ = selecting(tmp_path, save_strategy="steps", save_steps=1)
+    trainer.add_callback(Stop(6))
+    train(trainer, resume_from_checkpoint=str(copy_of(whole, tmp_path, 5)))
+    assert [record["epoch"] for record in History.load(tmp_path).epochs] == [0, 1]
+
+
 def test_a_resume_without_its_history_trains_the_same_rows(tmp_path, whole):
     checkpoint = copy_of(whole, tmp_path, 5)
     shutil.rmtree(tmp_path / "ifd_history")

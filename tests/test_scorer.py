@@ -12,11 +12,20 @@ import pytest
 import torch
 from conftest import build_model, build_tokenizer, reference_nll
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from ifd_trainer.encoding import EncodedPair, Encoder, Segment, Status
 from ifd_trainer.formats import ALPACA, MESSAGES, PROMPT_COMPLETION, SHAREGPT, WIZARDLM, Example
-from ifd_trainer.scorer import Scores, answer_nll, borrowed, lm_head, score_pairs, token_progress
+from ifd_trainer.scorer import Scores, answer_nll, borrowed, lm_head, score_pairs, streams, token_progress
 
 MERGES = ('### Response:"Yes."',) * 40
 TOKENIZERS = {
@@ -602,3 +611,39 @@ def test_progress_counts_every_token_once_when_batches_are_halved(engine):
     small_memory(model, 100)
     answer_nll(model, segments, token_budget=10**6, progress=done.append, engine=engine)
     assert sum(done) == sum(len(segment.ids) for segment in segments)
+
+
+SMALL = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.4,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "stream"),
+    [
+        (LlamaConfig(**SMALL), True),
+        (Qwen2Config(**SMALL), True),
+        (GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.4), True),
+        (MistralConfig(**SMALL, sliding_window=16), False),
+        (Gemma2Config(**SMALL, head_dim=8), False),  # soft-capped scores and a sliding window
+        (MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=4), False),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, bool) else None,
+)
+def test_the_engine_is_chosen_so_that_every_architecture_gets_its_own_numbers(config, stream):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rng = np.random.default_rng(0)
+    preamble = rng.integers(5, 400, 30).tolist()
+    segments = [Segment(preamble + rng.integers(5, 400, size).tolist(), 30) for size in (3, 9, 20, 40)]
+    assert streams(model) is stream
+    expected = [reference_nll(model, segment.ids, segment.start) for segment in segments]
+    np.testing.assert_allclose(answer_nll(model, segments, device="cpu"), expected, rtol=1e-5)
