@@ -434,9 +434,13 @@ def _known_headers(tokenizer: Any) -> list[list[int]]:
 
 
 def _share_opened(prompts: set[tuple[int, ...]], header: list[int]) -> float:
-    """Share of prompts that end with `header`, or with a start of it: its end may have merged with the answer."""
-    starts = [tuple(header[:size]) for size in range(1, len(header) + 1)]
-    return sum(any(prompt[-len(start) :] == start for start in starts) for prompt in prompts) / len(prompts)
+    """Share of prompts that end with `header`, or with a start of it: its end may have merged with the answer.
+
+    The first token may be another one inside a text (SentencePiece puts a space before a text); then two of the
+    tokens after it have to be there.
+    """
+    parts = [tuple(header[first:end]) for first in (0, 1) for end in range(2 * first + 1, len(header) + 1)]
+    return sum(any(prompt[-len(part) :] == part for part in parts) for prompt in prompts) / len(prompts)
 
 
 def _tokenizer_of(trainer: Trainer) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import string
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import build_model, build_tokenizer, reference_nll
+from conftest import CORPUS, build_model, build_tokenizer, reference_nll
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 from torch.utils.data import DataLoader
 from training import (
     INF,
@@ -33,7 +36,7 @@ from training import (
     training_logs,
     weights_of,
 )
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from ifd_trainer import IFDScorer, IFDSelectionCallback
 from ifd_trainer.history import History
@@ -207,6 +210,23 @@ GENERATION_TEMPLATE = (
 MERGING = build_tokenizer(extra=('### Response:"Yes."',) * 40)
 
 
+def metaspace_tokenizer():
+    """A tokenizer that puts a space before a text, as SentencePiece does: a header alone begins with another token."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Punctuation()]
+    )
+    inner.decoder = decoders.Metaspace()
+    special = ["<|endoftext|>", "<unk>", "<|im_end|>", "<s>"]
+    letters = list(string.printable)
+    inner.train_from_iterator(
+        CORPUS * 3, BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=letters, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>"
+    )
+
+
 def raw_and_prepared(kind):
     """(rows for the transform, its format, rows for the trainer, tokenizer)."""
     raw = raw_rows(15, with_input=True, quotes=True)
@@ -221,11 +241,16 @@ def raw_and_prepared(kind):
             remove_columns=["prompt", "completion"],
         )
         return rows, None, rows, tokenizer
-    tokenizer = {"alpaca": TOKENIZER, "alpaca_merging": MERGING, "alpaca_bos": build_tokenizer(add_bos=True)}[kind]
+    tokenizer = {
+        "alpaca": TOKENIZER,
+        "alpaca_merging": MERGING,
+        "alpaca_bos": build_tokenizer(add_bos=True),
+        "alpaca_metaspace": metaspace_tokenizer(),
+    }[kind]
     return Dataset.from_list(raw), "alpaca", alpaca_rows(raw), tokenizer
 
 
-@pytest.mark.parametrize("kind", ["alpaca", "alpaca_merging", "alpaca_bos", "chat", "messages"])
+@pytest.mark.parametrize("kind", ["alpaca", "alpaca_merging", "alpaca_bos", "alpaca_metaspace", "chat", "messages"])
 def test_scores_in_the_loop_are_those_of_the_transform(tmp_path, kind):
     raw, format, rows, tokenizer = raw_and_prepared(kind)
     model = build_model(len(tokenizer))
