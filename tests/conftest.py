@@ -118,7 +118,8 @@ def real_model_path() -> Path:
     """Folder of the 135M model: $IFD_TEST_MODEL, else where the recipes put it."""
     named = os.environ.get("IFD_TEST_MODEL")
     candidates = [Path(named)] if named else []
-    candidates.append(Path.home() / ".cache" / "ifd_trainer" / "smollm2-135m")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    candidates.append(cache / "ifd_trainer" / "smollm2-135m")
     for path in candidates:
         if path.is_dir():
             return path
