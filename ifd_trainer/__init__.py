@@ -12,14 +12,19 @@ if TYPE_CHECKING:
     from .columns import IFD_COLUMNS, IFDScorer
     from .formats import ALPACA, WIZARDLM, TemplateFormat
     from .report import write_report
+    from .schedule import Anneal, Constant, Curriculum, PerEpoch
     from .selection import Cherry, Selection
 
 _HOME = {
     "ALPACA": "formats",
+    "Anneal": "schedule",
     "Cherry": "selection",
+    "Constant": "schedule",
+    "Curriculum": "schedule",
     "IFDScorer": "columns",
     "IFDSelectionCallback": "callback",
     "IFD_COLUMNS": "columns",
+    "PerEpoch": "schedule",
     "Selection": "selection",
     "TemplateFormat": "formats",
     "WIZARDLM": "formats",
@@ -29,9 +34,13 @@ __all__ = [
     "ALPACA",
     "IFD_COLUMNS",
     "WIZARDLM",
+    "Anneal",
     "Cherry",
+    "Constant",
+    "Curriculum",
     "IFDScorer",
     "IFDSelectionCallback",
+    "PerEpoch",
     "Selection",
     "TemplateFormat",
     "write_report",

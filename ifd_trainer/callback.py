@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import math
 import time
 import zlib
 from collections.abc import Sequence
@@ -25,14 +26,15 @@ from transformers.trainer_callback import ExportableState
 from .encoding import IGNORE, EncodedPair, Encoder, EndOfTurn, Status, answer_span, direct_prefix, shared_suffix
 from .history import FOLDER, History
 from .loop import EpochSelector, attach, batch_order, metrics_set_aside
-from .schedule import Schedule, as_schedule
+from .schedule import Rhythm, Schedule, Turn, as_schedule
 from .scorer import Scores, score_pairs, token_progress
-from .selection import Cherry, Selection
+from .selection import NOT_SCORED, Cherry, Selection
 
 logger = logging.getLogger(__name__)
 
 _TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "seq_lengths"}
 _STATE_VERSION = 1
+_STATUSES = [status.value for status in Status]
 _CHUNK = 8192  # pool rows encoded and scored at a time
 
 
@@ -54,12 +56,15 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     Args:
         trainer: the trainer that this callback is added to.
-        keep: rows per epoch: a fraction of the pool (float), a number of rows (int), a list with one entry per
-            epoch, or a `Schedule`.
+        keep: rows per epoch: a fraction of the pool (float), a number of rows (int), or a list with one entry per
+            epoch.
         max_ifd: rows at or above this score are dropped; float("inf") for no limit.
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
         score: rank by "ifd" or "ifd_ppl".
         order: "shuffle" (another one each epoch), "descending" or "ascending" score.
+        schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
+        every, warmup_epochs, freeze_after: select in each `every`-th epoch only; train on the whole pool for the first
+            epochs; stop scoring from an epoch on. See `Rhythm`.
         on_shortfall: "repeat", "relax" or "error" when fewer rows are eligible than planned; see `Cherry`.
         id_column: column of row ids in the training set; "row_id" or "id" if there is one, else the position.
         header: text that precedes a direct answer, if it is not to be found from the prompts.
@@ -79,6 +84,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         max_ifd: float = 1.0,
         seed: int | None = None,
         *,
+        schedule: Schedule | None = None,
+        every: int = 1,
+        warmup_epochs: int = 0,
+        freeze_after: int | None = None,
         score: Literal["ifd", "ifd_ppl"] = "ifd",
         order: Literal["shuffle", "descending", "ascending"] = "shuffle",
         on_shortfall: Literal["repeat", "relax", "error"] = "repeat",
@@ -91,7 +100,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if order not in ("shuffle", "descending", "ascending"):
             raise ValueError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
         self.policy = Cherry(max_ifd=max_ifd, score=score, on_shortfall=on_shortfall)
-        self.schedule = as_schedule(keep)
+        self.rhythm = Rhythm(as_schedule(keep if schedule is None else schedule), every, warmup_epochs, freeze_after)
         attach(trainer)
         self.trainer = trainer
         self.seed = trainer.args.seed if seed is None else seed
@@ -106,15 +115,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self._epoch: int | None = None  # the epoch that was selected last
         self._next_epoch = 0
         self._restored: dict[str, Any] | None = None
+        self._scores: Scores | None = None  # the last ones, and the epoch they are from
+        self._scored_at: int | None = None
         self._training_since: float | None = None
 
     # ---- what the loop asks -------------------------------------------------------------------------------------
 
     def budget(self, epoch: int) -> int:
-        return self.schedule.budget(epoch, len(self.trainer.train_dataset))
+        return self._turn(epoch).budget
 
     def start(self, epoch: int, state: transformers.TrainerState) -> None:
         self._next_epoch, self._epoch, self._restored = epoch, None, None
+        self._scores = self._scored_at = None
         self._prefix, self._fingerprint = self._direct_prefix(), _fingerprint(self.trainer.train_dataset)
         folder = Path(self.trainer.args.output_dir) / FOLDER
         self.history = History(folder, self._settings())
@@ -154,14 +166,20 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     # ---- scoring and selecting ----------------------------------------------------------------------------------
 
+    def _turn(self, epoch: int) -> Turn:
+        args = self.trainer.args
+        epochs = None if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+        return self.rhythm.turn(epoch, len(self.trainer.train_dataset), epochs)
+
     def _select(self, epoch: int) -> None:
-        """Score the pool, choose and order this epoch's rows, log and record them."""
-        began = time.perf_counter()
-        scores = self.score_pool(f"IFD, epoch {epoch}")
-        seconds = time.perf_counter() - began
+        """Score the pool if it is this epoch's turn, choose and order its rows, log and record them."""
+        turn, began = self._turn(epoch), time.perf_counter()
+        if turn.score:
+            self._scores, self._scored_at = self.score_pool(f"IFD, epoch {epoch}"), epoch
+        seconds = time.perf_counter() - began if turn.score else 0.0
         ids = self._row_ids()
-        rng = np.random.default_rng([self.seed, epoch])
-        selection = self.policy(scores.columns(), self.budget(epoch), ids=ids, rng=rng)
+        selection = self._choose(turn, ids)
+        scores = Scores.unscored(len(ids), NOT_SCORED) if turn.rows == "all" else self._scores
         self.sampler.order = self._agree(selection, epoch)
         self._warn(scores, selection, epoch)
         record = self._record(epoch, scores, selection, seconds)
@@ -170,6 +188,17 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             self.trainer.log(logged)
         if self.trainer.state.is_world_process_zero:
             self.history.add(record, _rows(ids, scores, selection))
+
+    def _choose(self, turn: Turn, ids: np.ndarray) -> Selection:
+        """The rows of a turn, from the last scores; the same turn and scores give the same rows."""
+        if turn.rows == "all":
+            return Selection.everything(len(ids))
+        columns = self._scores.columns()
+        rng = np.random.default_rng([self.seed, turn.chosen])
+        selection = self.policy(columns, turn.of, ids=ids, rng=rng)
+        if turn.of == turn.budget:
+            return selection
+        return selection.ranks(columns[self.policy.score], turn.first, turn.budget)
 
     def score_pool(self, description: str = "IFD") -> Scores:
         """Scores of all pool rows with the model as it is now; rows are shared out over processes."""
@@ -281,7 +310,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def _settings(self) -> dict[str, Any]:
         return {
             "policy": repr(self.policy),
-            "schedule": repr(self.schedule),
+            "schedule": repr(self.rhythm.schedule),
+            "every": self.rhythm.every,
+            "warmup_epochs": self.rhythm.warmup_epochs,
+            "freeze_after": self.rhythm.freeze_after,
             "order": self.order,
             "seed": self.seed,
             "score": self.policy.score,
@@ -309,8 +341,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "kept": int(kept.sum()),
             "eligible": selection.eligible,
             "shortfall": selection.shortfall,
-            "cut": selection.cut,
-            "mean_kept": float(values[kept].mean()),
+            "cut": selection.cut if np.isfinite(selection.cut) else None,
+            "scored_at": self._scored_at if np.isfinite(values).any() else None,
+            "mean_kept": float(values[kept].mean()) if np.isfinite(values).any() else None,
             "mean_dropped": float(values[dropped].mean()) if dropped.any() else None,
             "overlap": self._overlap(epoch, kept),
             "reasons": dict(zip(reasons.tolist(), counts.tolist(), strict=True)),
@@ -355,6 +388,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "positions": _encode(np.asarray(self.sampler.order, dtype=np.int64)),
             **{key: self.history.settings[key] for key in _MUST_MATCH},
         }
+        if self.rhythm.remembers and self._scores is not None:
+            saved["scores"] = {"epoch": self._scored_at, **_encode_scores(self._scores)}
         return {"args": {}, "attributes": {"selection": saved}}
 
     def _restore(self, state: transformers.TrainerState) -> None:
@@ -379,13 +414,16 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.trainer.args.ignore_data_skip:
             logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
         self._restored = saved
+        if "scores" in saved:
+            self._scores, self._scored_at = _decode_scores(saved["scores"]), saved["scores"]["epoch"]
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs
             self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]
 
 
 _LOGGED = ("pool", "eligible", "kept", "cut", "mean_kept", "mean_dropped", "overlap", "shortfall", "seconds_scoring")
-_MUST_MATCH = ("policy", "schedule", "order", "seed", "direct_prefix", "fingerprint", "plan", "max_steps")
+_RHYTHM = ("schedule", "every", "warmup_epochs", "freeze_after")
+_MUST_MATCH = ("policy", *_RHYTHM, "order", "seed", "direct_prefix", "fingerprint", "plan", "max_steps")
 
 
 def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:
@@ -466,8 +504,25 @@ def _encode(array: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(array.tobytes())).decode("ascii")
 
 
-def _decode(text: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.int64)
+def _decode(text: str, dtype: type = np.int64) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=dtype)
+
+
+def _encode_scores(scores: Scores) -> dict[str, str]:
+    """What `_decode_scores` needs: the ratios follow from the two losses."""
+    codes = np.array([_STATUSES.index(status) for status in scores.ifd_status], dtype=np.int64)
+    return {
+        "cas": _encode(scores.cas),
+        "das": _encode(scores.das),
+        "answer_tokens": _encode(scores.answer_tokens),
+        "status": _encode(codes),
+    }
+
+
+def _decode_scores(saved: dict[str, str]) -> Scores:
+    status = np.array(_STATUSES, dtype=object)[_decode(saved["status"])]
+    cas, das = _decode(saved["cas"], np.float64), _decode(saved["das"], np.float64)
+    return Scores.from_nll(cas, das, _decode(saved["answer_tokens"]), status)
 
 
 assert IGNORE == -100  # what transformers and TRL write into labels

@@ -31,6 +31,11 @@ the highest IFD. RECIPE.yaml is TRL's flat YAML; every key can be given or overr
   --eval_dataset FILE      held-out rows; with --eval_strategy epoch their loss is shown for each epoch
   --format NAME            {formats}; told from the columns by default
   --keep N [N ...]         rows per epoch: a fraction (0.1), a number (1000), or one entry for each epoch
+  --every K, --warmup_epochs N, --freeze_after N
+                           select each K epochs; train on all rows for N epochs first; score nothing from epoch N on
+  --curriculum easy_to_hard|hard_to_easy, --tiers N, --tier_mode tiers|growing|shrinking
+                           train on tiers of the kept rows, one after the other
+  --anneal_share X         train on all rows for the last share X of the epochs
   --max_ifd X              drop rows with a score of X or more (default 1.0; inf for no limit)
   --score ifd|ifd_ppl      what to rank by (default ifd)
   --order shuffle|descending|ascending

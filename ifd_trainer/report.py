@@ -36,7 +36,7 @@ from .frames import (
 )
 from .history import History, write_atomically
 from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
-from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED
+from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED
 from .texts import plain, shortened, text_columns
 
 _SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}
@@ -44,6 +44,7 @@ _REASONS = {
     KEPT: "kept",
     RELAXED: "kept, though at or above the limit",
     BELOW_CUT: "dropped: below the cut",
+    OTHER_TIER: "not in this epoch's tiers",
     ABOVE_LIMIT: "dropped: at or above the limit",
     Status.EMPTY_ANSWER.value: "no score: the answer has no token",
     Status.TOO_SHORT.value: "no score: too few answer tokens",

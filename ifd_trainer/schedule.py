@@ -8,14 +8,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 
 class Schedule(Protocol):
-    """Anything that says how many rows of a pool an epoch trains on."""
+    """Anything that says how many rows of a pool an epoch trains on; `turn`, if there is one, says more."""
 
     def budget(self, epoch: int, pool: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one epoch does.
+
+    Attributes:
+        budget: rows to train on.
+        rows: "selected" now, the "same" as in the epoch before, or "all" of the pool, scorable or not.
+        score: whether the pool is scored with the model as it is; if not, the last scores stand.
+        first, of: the rows are those at the ranks first to first + budget of the `of` rows with the highest scores.
+        chosen: the epoch whose choice this is; an earlier one for the "same" rows.
+    """
+
+    budget: int
+    rows: Literal["selected", "same", "all"] = "selected"
+    score: bool = True
+    first: int = 0
+    of: int = 0
+    chosen: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,147 @@ class PerEpoch:
 
     def budget(self, epoch: int, pool: int) -> int:
         return _rows(self.keep[min(epoch, len(self.keep) - 1)], pool)
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Tiers of the rows with the highest scores, one after the other, from easy to hard or from hard to easy.
+
+    Of the pool, the `keep` rows with the highest scores are divided by score into `tiers` parts of equal size, give or
+    take one row. Stage s (0, 1, ..., tiers - 1; each takes `epochs_per_tier` epochs, the last one all that remain)
+    trains on
+
+        mode "tiers":      tier s alone
+        mode "growing":    tiers 0 to s
+        mode "shrinking":  tiers s to the last
+
+    where tier 0 is the easiest ("easy_to_hard") or the hardest ("hard_to_easy").
+
+    >>> curriculum = Curriculum(keep=30, tiers=3, mode="growing")
+    >>> [curriculum.budget(epoch, pool=100) for epoch in range(4)]
+    [10, 20, 30, 30]
+    """
+
+    keep: float | int = 1.0
+    tiers: int = 3
+    direction: Literal["easy_to_hard", "hard_to_easy"] = "easy_to_hard"
+    mode: Literal["tiers", "growing", "shrinking"] = "tiers"
+    epochs_per_tier: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.keep)
+        if self.direction not in ("easy_to_hard", "hard_to_easy"):
+            raise ValueError(f"direction must be 'easy_to_hard' or 'hard_to_easy', got {self.direction!r}.")
+        if self.mode not in ("tiers", "growing", "shrinking"):
+            raise ValueError(f"mode must be 'tiers', 'growing' or 'shrinking', got {self.mode!r}.")
+        if self.tiers < 1 or self.epochs_per_tier < 1:
+            raise ValueError(
+                f"tiers and epochs_per_tier must be at least 1, got {self.tiers} and {self.epochs_per_tier}."
+            )
+
+    def budget(self, epoch: int, pool: int) -> int:
+        return self.turn(epoch, pool).budget
+
+    def turn(self, epoch: int, pool: int) -> Turn:
+        """The ranks (0 is the highest score) that an epoch trains on."""
+        of = _rows(self.keep, pool)
+        if of < self.tiers:
+            raise ValueError(f"{of} rows cannot be divided into {self.tiers} tiers; raise keep or lower tiers.")
+        stage = min(epoch // self.epochs_per_tier, self.tiers - 1)
+        low, high = {"tiers": (stage, stage + 1), "growing": (0, stage + 1), "shrinking": (stage, self.tiers)}[
+            self.mode
+        ]
+        if self.direction == "easy_to_hard":  # tier 0 holds the lowest scores, that is, the last ranks
+            low, high = self.tiers - high, self.tiers - low
+        first, end = low * of // self.tiers, high * of // self.tiers
+        return Turn(end - first, first=first, of=of)
+
+
+@dataclass(frozen=True)
+class Anneal:
+    """Another schedule, and the whole pool for the last share of the epochs (at least one epoch).
+
+    Source: the annealing of InfoBatch (arXiv 2303.04947), which trains on the full set at the end.
+
+    Args:
+        schedule: a schedule, or what `keep` takes.
+        share: of the epochs, in (0, 1]; rounded, but one epoch at least.
+
+    >>> Anneal(0.1, share=0.25).full_from(epochs=4)
+    3
+    """
+
+    schedule: Schedule | float | int
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {self.share}.")
+        object.__setattr__(self, "schedule", as_schedule(self.schedule))
+
+    def budget(self, epoch: int, pool: int) -> int:
+        return self.schedule.budget(epoch, pool)
+
+    def full_from(self, epochs: int) -> int:
+        """The first epoch that trains on the whole pool."""
+        return epochs - max(1, round(self.share * epochs))
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """A schedule and when it scores: what each epoch of a run does.
+
+    Args:
+        schedule: rows per epoch.
+        every: select in each `every`-th epoch; the epochs between train on the same rows in another order.
+        warmup_epochs: train on the whole pool first for so many epochs.
+        freeze_after: from this epoch on nothing is scored again, the last scores stand (the first epoch that selects
+            always scores). A fully trained model is a worse scorer (arXiv 2308.12032, appendix G).
+    """
+
+    schedule: Schedule
+    every: int = 1
+    warmup_epochs: int = 0
+    freeze_after: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}.")
+        if self.warmup_epochs < 0 or (self.freeze_after is not None and self.freeze_after < 0):
+            raise ValueError(f"warmup_epochs and freeze_after cannot be negative, got {self}.")
+
+    def turn(self, epoch: int, pool: int, epochs: int | None = None) -> Turn:
+        """What `epoch` does.
+
+        Args:
+            epochs: epochs of the run; None if `max_steps` decides.
+
+        Raises:
+            ValueError: for `Anneal` without a number of epochs.
+        """
+        schedule = self.schedule
+        if isinstance(schedule, Anneal):
+            if epochs is None:
+                raise ValueError("Anneal needs to know the number of epochs: set num_train_epochs, not max_steps.")
+            if epoch >= schedule.full_from(epochs):
+                return Turn(pool, "all", score=False)
+            schedule = schedule.schedule
+        if epoch < self.warmup_epochs:
+            return Turn(pool, "all", score=False)
+        since = (epoch - self.warmup_epochs) % self.every
+        chosen = epoch - since  # the epoch that selected the rows of this one
+        turn = schedule.turn(chosen, pool) if hasattr(schedule, "turn") else None
+        turn = turn or Turn(schedule.budget(chosen, pool))
+        turn = replace(turn, of=turn.of or turn.budget, chosen=chosen)
+        if since:
+            return replace(turn, rows="same", score=False)
+        frozen = self.freeze_after is not None and epoch >= self.freeze_after and epoch > self.warmup_epochs
+        return replace(turn, score=not frozen)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether an epoch may need scores or rows of an earlier one."""
+        return self.every > 1 or self.freeze_after is not None
 
 
 def as_schedule(keep: float | int | Sequence[float | int] | Schedule) -> Schedule:

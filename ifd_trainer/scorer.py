@@ -63,6 +63,12 @@ class Scores:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
+    def unscored(cls, rows: int, status: str) -> Scores:
+        """No scores at all, for one reason."""
+        blank = np.full(rows, np.nan)
+        return cls.from_nll(blank, blank, np.zeros(rows, dtype=np.int64), np.full(rows, status, dtype=object))
+
+    @classmethod
     def from_nll(cls, cas: np.ndarray, das: np.ndarray, tokens: np.ndarray, status: np.ndarray) -> Scores:
         """Scores from the two mean losses; a row whose ratio is not finite becomes `nonfinite`."""
         ratio, ppl = equations.ifd(cas, das), equations.ifd_ppl(cas, das)

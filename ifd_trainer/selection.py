@@ -18,6 +18,8 @@ KEPT = "kept"
 RELAXED = "kept_above_limit"  # kept although its score is at or above the limit: on_shortfall="relax"
 ABOVE_LIMIT = "above_limit"  # score >= max_ifd: the prompt does not help
 BELOW_CUT = "below_cut"  # eligible, but the budget was spent on harder rows
+OTHER_TIER = "other_tier"  # among the rows of a curriculum, but not in this epoch's tiers
+NOT_SCORED = "not_scored"  # status in an epoch that trains on all rows without scoring any
 
 
 class ShortfallError(ValueError):
@@ -42,6 +44,19 @@ class Selection:
     cut: float
     eligible: int
     shortfall: int
+
+    @classmethod
+    def everything(cls, rows: int) -> Selection:
+        """All rows of a pool, whatever their scores."""
+        return cls(np.arange(rows), np.full(rows, KEPT, dtype=object), float("nan"), rows, 0)
+
+    def ranks(self, score: np.ndarray, first: int, count: int) -> Selection:
+        """Only the kept rows at the ranks first to first + count, counted from the highest score; a tier."""
+        ordered = self.kept[np.argsort(-score[self.kept], kind="stable")]
+        part = ordered[first : first + count]
+        reasons = self.reasons.copy()
+        reasons[np.setdiff1d(self.kept, part)] = OTHER_TIER
+        return Selection(part, reasons, float(score[part].min()), self.eligible, self.shortfall)
 
     @property
     def rows(self) -> np.ndarray:

@@ -18,6 +18,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, 
 from .callback import IFDSelectionCallback
 from .files import load_rows
 from .formats import FORMATS, MalformedRow, resolve_format, to_prompt_completion
+from .schedule import Anneal, Curriculum, Schedule, as_schedule
 
 
 @dataclass
@@ -38,6 +39,25 @@ class SelectionConfig:
             "epoch (1.0 0.5 0.1)."
         },
     )
+    every: int = field(default=1, metadata={"help": "Select in each so many epochs; between, train on the same rows."})
+    warmup_epochs: int = field(default=0, metadata={"help": "Train on all rows for so many epochs first."})
+    freeze_after: int | None = field(default=None, metadata={"help": "From this epoch on, score nothing again."})
+    curriculum: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on tiers of the kept rows, one after the other.",
+            "choices": ["easy_to_hard", "hard_to_easy"],
+        },
+    )
+    tiers: int = field(default=3, metadata={"help": "Tiers of the curriculum."})
+    tier_mode: str = field(
+        default="tiers",
+        metadata={
+            "help": "One tier at a time, growing from the first, or shrinking to the last.",
+            "choices": ["tiers", "growing", "shrinking"],
+        },
+    )
+    anneal_share: float = field(default=0.0, metadata={"help": "Train on all rows for this last share of the epochs."})
     max_ifd: float = field(
         default=1.0, metadata={"help": "Rows with a score at or above this are dropped; inf for no limit."}
     )
@@ -64,6 +84,16 @@ class SelectionConfig:
         entries = self.keep if isinstance(self.keep, (list, tuple)) else [self.keep]
         numbers = [_number(entry) for entry in entries]
         return numbers[0] if len(numbers) == 1 else numbers
+
+    def schedule(self) -> Schedule:
+        """The schedule that `keep`, `curriculum` and `anneal_share` describe together."""
+        keep = self.budgets()
+        if self.curriculum and isinstance(keep, list):
+            raise ValueError("A curriculum takes one `keep`, which it divides into tiers; a list was given.")
+        schedule = (
+            Curriculum(keep, self.tiers, self.curriculum, self.tier_mode) if self.curriculum else as_schedule(keep)
+        )
+        return Anneal(schedule, self.anneal_share) if self.anneal_share else schedule
 
 
 @dataclass
@@ -131,7 +161,10 @@ def build_trainer(recipe: Recipe) -> SFTTrainer:
     )
     callback = IFDSelectionCallback(
         trainer,
-        keep=selection.budgets(),
+        schedule=selection.schedule(),
+        every=selection.every,
+        warmup_epochs=selection.warmup_epochs,
+        freeze_after=selection.freeze_after,
         max_ifd=selection.max_ifd,
         score=selection.score,
         order=selection.order,
