@@ -23,7 +23,7 @@ import transformers
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from .encoding import IGNORE, EncodedPair, Encoder, EndOfTurn, Status, answer_span, direct_prefix, shared_suffix
+from .encoding import IGNORE, EncodedPair, Encoder, EndOfTurn, Status, answer_span, direct_prefix, share_out, shared_suffix
 from .history import FOLDER, History
 from .loop import EpochSelector, attach, batch_order, metrics_set_aside
 from .schedule import Rhythm, Schedule, Turn, as_schedule
@@ -181,7 +181,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         selection = self._choose(turn, ids)
         scores = Scores.unscored(len(ids), NOT_SCORED) if turn.rows == "all" else self._scores
         self.sampler.order = self._agree(selection, epoch)
-        self._warn(scores, selection, epoch)
+        if self.trainer.state.is_world_process_zero:
+            self._warn(scores, selection, epoch)
         record = self._record(epoch, scores, selection, seconds)
         logged = {f"ifd/{key}": record[key] for key in _LOGGED if record[key] is not None}
         with metrics_set_aside(self.trainer):
@@ -204,10 +205,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """Scores of all pool rows with the model as it is now; rows are shared out over processes."""
         trainer, pool = self.trainer, self.trainer.train_dataset
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        mine = np.arange(rank, len(pool), world)
-        parts = []
-        for start in range(0, len(mine), _CHUNK):
-            pairs = self._encode(mine[start : start + _CHUNK])
+        parts, scored = [], []
+        for start in range(0, len(pool), _CHUNK * world):
+            shares = self._shares(np.arange(start, min(start + _CHUNK * world, len(pool))), world)
+            scored.append(shares)
+            pairs = self._encode(shares[rank])
             show = trainer.is_local_process_zero() and not trainer.args.disable_tqdm
             with token_progress(pairs, description, show) as bar:
                 parts.append(
@@ -217,12 +219,21 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                         device=trainer.args.device,
                         token_budget=self.token_budget,
                         progress=bar.update,
+                        forwards=(lambda batches: max(_from_all(batches, world))) if world > 1 else None,
                     )
                 )
         columns = {name: np.concatenate([part.columns()[name] for part in parts]) for name in parts[0].columns()}
         if world > 1:
-            columns = _gather(columns, len(pool), world)
+            columns = _gather(columns, [np.concatenate(shares) for shares in zip(*scored, strict=True)])
         return Scores(**columns)
+
+    def _shares(self, positions: np.ndarray, world: int) -> list[np.ndarray]:
+        """The rows that each process scores: about the same number of tokens, the same answer on every process."""
+        if world == 1:
+            return [positions]
+        spans = ((len(ids), answer_span(labels)) for ids, labels in _token_rows(self.trainer.train_dataset, positions))
+        tokens = [length + end - start for length, (start, end) in spans]  # of both segments of a row
+        return [positions[share] for share in share_out(tokens, world)]
 
     def _encode(self, positions: np.ndarray) -> list[EncodedPair]:
         trim = EndOfTurn(self.tokenizer)
@@ -488,16 +499,18 @@ def _tokenizer_of(trainer: Trainer) -> Any:
     return tokenizer
 
 
-def _gather(columns: dict[str, np.ndarray], rows: int, world: int) -> dict[str, np.ndarray]:
-    """Columns of all processes in pool order; process r scored the rows r, r + world, ..."""
-    shares: list[Any] = [None] * world
-    torch.distributed.all_gather_object(shares, columns)
-    whole = {}
-    for name, values in columns.items():
-        whole[name] = np.empty(rows, dtype=values.dtype)
-        for rank, share in enumerate(shares):
-            whole[name][rank::world] = share[name]
-    return whole
+def _from_all(value: Any, world: int) -> list[Any]:
+    """The value that each process has, in the order of their ranks."""
+    values: list[Any] = [None] * world
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _gather(columns: dict[str, np.ndarray], shares: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Columns of all processes in pool order; process r scored the rows shares[r]."""
+    found = _from_all(columns, len(shares))
+    order = np.argsort(np.concatenate(shares))
+    return {name: np.concatenate([part[name] for part in found])[order] for name in columns}
 
 
 def _encode(array: np.ndarray) -> str:

@@ -219,6 +219,11 @@ def check_supported(trainer: Trainer) -> None:
             "dispatch_batches=True sends batches from one process, which fails on rows of unequal length. Set "
             "accelerator_config={'dispatch_batches': False}."
         )
+    if args.world_size > 1 and not (args.accelerator_config.even_batches or args.dataloader_drop_last):
+        raise ValueError(
+            "even_batches=False gives some processes a batch more than others, which then wait for ever. Leave "
+            "accelerator_config['even_batches'] at True, or set dataloader_drop_last=True."
+        )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
             "Selection inside an FSDP or DeepSpeed run is not supported yet. Use DDP, or score and select beforehand."

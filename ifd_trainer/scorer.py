@@ -88,6 +88,7 @@ def score_pairs(
     token_budget: int | None = None,
     progress: Callable[[int], Any] | None = None,
     engine: Engine = "auto",
+    forwards: Callable[[int], int] | None = None,
 ) -> Scores:
     """Score encoded rows.
 
@@ -99,6 +100,8 @@ def score_pairs(
             whenever the device runs out of memory.
         progress: called with the number of tokens done after each batch.
         engine: "auto", "stream" or "padded".
+        forwards: for processes that have to run the same number of forwards: called with the number of batches before
+            the first one, returns how many forwards to run, at least as many. Those without a batch run on two tokens.
 
     Returns:
         Scores of the n rows, in their order.
@@ -107,7 +110,15 @@ def score_pairs(
         torch.OutOfMemoryError: when one row alone does not fit.
     """
     segments = [segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct)]
-    nll = answer_nll(model, segments, device=device, token_budget=token_budget, progress=progress, engine=engine)
+    nll = answer_nll(
+        model,
+        segments,
+        device=device,
+        token_budget=token_budget,
+        progress=progress,
+        engine=engine,
+        forwards=forwards,
+    )
     status = np.array([pair.status.value for pair in pairs], dtype=object)
     scored = status == Status.OK.value
     cas, das = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
@@ -124,6 +135,7 @@ def answer_nll(
     token_budget: int | None = None,
     progress: Callable[[int], Any] | None = None,
     engine: Engine = "auto",
+    forwards: Callable[[int], int] | None = None,
 ) -> np.ndarray:
     """Mean negative log-likelihood of each segment's scored tokens.
 
@@ -141,17 +153,21 @@ def answer_nll(
     out = np.empty(len(segments), dtype=np.float64)
     with borrowed(model):
         if engine == "auto":
-            engine = "stream" if segments and device.type == "cpu" and streams(model) else "padded"
+            tried = segments or forwards is not None  # trying out takes forwards: all processes do it, or none
+            engine = "stream" if tried and device.type == "cpu" and streams(model) else "padded"
         if engine == "stream":
             batches = stream_batches([segment.ids for segment in segments], token_budget, scored, scored_budget)
         else:
             lengths = [len(segment.ids) for segment in segments]
             batches = token_budget_batches(lengths, token_budget, scored, scored_budget)
         run = _stream_nll if engine == "stream" else _padded_nll
+        idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
         for batch, nll in _halving(lambda batch: run(model, [segments[i] for i in batch], device), batches, device):
             out[batch] = nll
             if progress is not None:
                 progress(sum(len(segments[i].ids) for i in batch))
+        for _ in range(idle):
+            run(model, [Segment([0, 0], 1)], device)
     return out
 
 

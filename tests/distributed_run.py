@@ -1,0 +1,153 @@
+"""What each of several processes does in `test_distributed.py`: small runs with the callback, one after another.
+
+Launched by `torch.distributed.run`; writes what every run did to `<folder>/rank<r>.json`. Imported by the tests too,
+so that a run in a single process is built by the same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import build_model
+from training import INF, TOKENIZER, raw_rows, select, sft_trainer, text_rows, tokenised, train, weights_of
+from transformers import Trainer
+
+import ifd_trainer.callback as callback_module
+from ifd_trainer import IFDSelectionCallback
+from ifd_trainer.encoding import token_count
+
+ROWS = 24
+RESUME_FROM = 5  # inside the second epoch: a global batch is 4 rows, so epochs of 16, 12 and 20 rows have 4, 3, 5 steps
+
+# Arguments of the callback, and of the trainer.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "base": ({"keep": [16, 12, 20]}, {"save_strategy": "steps", "save_steps": RESUME_FROM}),
+    "uneven": ({"keep": [9, 14, 7], "order": "descending"}, {}),
+    "accumulation": ({"keep": [18, 11]}, {"gradient_accumulation_steps": 2, "num_train_epochs": 2}),
+    "workers": ({"keep": [12, 7]}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}),
+    "group_by_length": ({"keep": [14, 10]}, {"train_sampling_strategy": "group_by_length", "num_train_epochs": 2}),
+    "bf16": ({"keep": [12, 9]}, {"bf16": True, "num_train_epochs": 2}),
+    "split_batches": ({"keep": [10, 7]}, {"accelerator_config": {"split_batches": True}, "num_train_epochs": 2}),
+    "drop_last": ({"keep": [11, 9]}, {"dataloader_drop_last": True, "num_train_epochs": 2}),
+    "max_steps": ({"keep": [9, 6]}, {"max_steps": 4}),
+    "in_step": ({"keep": [12, 8], "token_budget": 64}, {"num_train_epochs": 2}),
+    "one_row": ({"keep": 1.0}, {"num_train_epochs": 1}),
+}
+
+
+def build(case: str, folder: Path, **config: Any) -> tuple[Trainer, IFDSelectionCallback]:
+    """The trainer of a case with its callback; the same rows, weights and seeds in every process."""
+    options, settings = CASES[case]
+    dropout = 0.1 if case == "base" else 0.0
+    trainer = sft_trainer(
+        folder,
+        text_rows(raw_rows(1 if case == "one_row" else ROWS)),
+        model=build_model(len(TOKENIZER), attention_dropout=dropout),
+        **{**settings, **config},
+    )
+    return trainer, select(trainer, **{"max_ifd": INF, **options})
+
+
+class Watch:
+    """Counts what scoring does on this process, and keeps the scores and the order of each epoch."""
+
+    def __init__(self, trainer: Trainer, callback: IFDSelectionCallback, in_step: bool = False) -> None:
+        self.forwards: list[int] = []
+        self.tokens: list[int] = []
+        self.ifd: list[list[float]] = []
+        self.orders: list[list[int]] = []
+        ids = tokenised(trainer)["row_id"]
+        scoring = False
+        score_pool, score_pairs, select = callback.score_pool, callback_module.score_pairs, callback._select
+
+        def forward(module: torch.nn.Module, inputs: Any) -> None:
+            if scoring:
+                self.forwards[-1] += 1
+                if in_step:  # as a sharded model gathers its weights: every process has to be in the same forward
+                    torch.distributed.all_reduce(torch.ones(1))
+
+        def counted_pairs(model: torch.nn.Module, pairs: Any, **options: Any) -> Any:
+            self.tokens[-1] += token_count(pairs)
+            return score_pairs(model, pairs, **options)
+
+        def counted_pool(*arguments: Any) -> Any:
+            nonlocal scoring
+            self.forwards.append(0)
+            self.tokens.append(0)
+            scoring, callback_module.score_pairs = True, counted_pairs
+            try:
+                scores = score_pool(*arguments)
+            finally:
+                scoring, callback_module.score_pairs = False, score_pairs
+            self.ifd.append(scores.ifd.tolist())
+            return scores
+
+        def selected(epoch: int) -> None:
+            select(epoch)
+            self.orders.append([ids[position] for position in callback.sampler.order])
+
+        trainer.model.register_forward_pre_hook(forward)
+        callback.score_pool, callback._select = counted_pool, selected
+
+
+def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> dict[str, Any]:
+    """Train one case; what happened on this process."""
+    trainer, callback = build(case, folder, **config)
+    watch = Watch(trainer, callback, in_step=case == "in_step" and trainer.accelerator.num_processes > 1)
+    seen = train(trainer, resume_from_checkpoint=str(resume) if resume else None)
+    digest = hashlib.sha256()
+    for tensor in weights_of(trainer.model).values():
+        digest.update(tensor.float().numpy().tobytes())
+    state = trainer.state
+    epochs = sorted({update.epoch for update in seen.updates})
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "orders": watch.orders,
+        "forwards": watch.forwards,
+        "tokens": watch.tokens,
+        "ifd": watch.ifd,
+        # For each epoch, each update, each batch: the row ids that were in it.
+        "batches": [[update.batches for update in seen.updates if update.epoch == epoch] for epoch in epochs],
+        "leftovers": seen.leftovers,
+        "global_step": state.global_step,
+        "max_steps": state.max_steps,
+        "epoch": state.epoch,
+        "learning_rates": [*seen.learning_rates(), seen.final_learning_rate],
+        "weights": digest.hexdigest(),
+        "recorded": len(callback.history.epochs),
+    }
+
+
+def main(folder: Path) -> None:
+    """All cases, and the first one again from its checkpoint."""
+    rank = int(os.environ["RANK"])
+    found: dict[str, Any] = {}
+    for case in CASES:
+        print(f"rank {rank}: {case}", flush=True)
+        found[case] = run(case, folder / case)
+    print(f"rank {rank}: resumed", flush=True)
+    checkpoint = folder / "base" / f"checkpoint-{RESUME_FROM}"
+    found["resumed"] = run("base", folder / "base", resume=checkpoint, save_strategy="no")
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+def fail(folder: Path) -> None:
+    """One process fails while the others are about to score."""
+    trainer, callback = build("base", folder)
+    if int(os.environ["RANK"]) == 1:
+
+        def broken(*arguments: Any) -> None:
+            raise OSError("this process has lost its data")
+
+        callback.score_pool = broken
+    trainer.train()
+
+
+if __name__ == "__main__":
+    {"all": main, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))
