@@ -307,6 +307,33 @@ def test_progress_counts_every_token_once(shared_model, engine):
         assert bar.total == total
 
 
+@pytest.mark.parametrize("count", [0, 6])
+def test_forwards_that_other_processes_need_change_no_score(engine, count):
+    model, segments, asked, ran = build_model(400), some_segments(count), [], []
+    pairs = [EncodedPair(segment, segment) for segment in segments]
+    streams(model)  # so that its trial is not counted
+    model.register_forward_pre_hook(lambda *_: ran.append(len(asked)))
+
+    def forwards(batches):
+        asked.append(batches)
+        return batches + 3
+
+    scores = score_pairs(model, pairs, token_budget=64, engine=engine, forwards=forwards)
+    assert len(asked) == 1
+    assert ran == [1] * (asked[0] + 3)  # asked before the first forward
+    np.testing.assert_allclose(scores.cas, expected_nll(model, segments), rtol=1e-5)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_process_without_rows_tries_the_engines_like_the_others(counted):
+    ran = [[], []]
+    for calls, segments in zip(ran, (some_segments(2), []), strict=True):
+        model = build_model(400)
+        model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(0))
+        answer_nll(model, segments, forwards=(lambda batches: 1) if counted else None)
+    assert (len(ran[0]) == len(ran[1])) is counted
+
+
 def test_bfloat16_scores_are_near_those_of_float32(shared_model):
     segments = some_segments()
     found = answer_nll(build_model(400).to(torch.bfloat16), segments)
