@@ -23,7 +23,17 @@ import transformers
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from .encoding import IGNORE, EncodedPair, Encoder, EndOfTurn, Status, answer_span, direct_prefix, share_out, shared_suffix
+from .encoding import (
+    IGNORE,
+    EncodedPair,
+    Encoder,
+    EndOfTurn,
+    Status,
+    answer_span,
+    direct_prefix,
+    share_out,
+    shared_suffix,
+)
 from .history import FOLDER, History
 from .loop import EpochSelector, attach, batch_order, metrics_set_aside
 from .schedule import Rhythm, Schedule, Turn, as_schedule
