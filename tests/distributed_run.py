@@ -6,6 +6,7 @@ so that a run in a single process is built by the same code.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -19,10 +20,13 @@ from training import INF, TOKENIZER, raw_rows, select, sft_trainer, text_rows, t
 from transformers import Trainer
 
 import ifd_trainer.callback as callback_module
+import ifd_trainer.history as history_module
 from ifd_trainer import IFDSelectionCallback
 from ifd_trainer.encoding import token_count
 
 ROWS = 24
+CHUNK = callback_module._CHUNK
+CASE_LIMIT = 60  # seconds; a case takes one or two
 RESUME_FROM = 5  # inside the second epoch: a global batch is 4 rows, so epochs of 16, 12 and 20 rows have 4, 3, 5 steps
 
 # Arguments of the callback, and of the trainer.
@@ -59,7 +63,8 @@ class Watch:
 
     def __init__(self, trainer: Trainer, callback: IFDSelectionCallback, in_step: bool = False) -> None:
         self.forwards: list[int] = []
-        self.tokens: list[int] = []
+        self.tokens: list[list[int]] = []  # in each chunk of each epoch
+        self.longest = 0  # tokens of a row's two segments
         self.ifd: list[list[float]] = []
         self.orders: list[list[int]] = []
         ids = tokenised(trainer)["row_id"]
@@ -73,13 +78,14 @@ class Watch:
                     torch.distributed.all_reduce(torch.ones(1))
 
         def counted_pairs(model: torch.nn.Module, pairs: Any, **options: Any) -> Any:
-            self.tokens[-1] += token_count(pairs)
+            self.tokens[-1].append(token_count(pairs))
+            self.longest = max([self.longest, *(token_count([pair]) for pair in pairs)])
             return score_pairs(model, pairs, **options)
 
         def counted_pool(*arguments: Any) -> Any:
             nonlocal scoring
             self.forwards.append(0)
-            self.tokens.append(0)
+            self.tokens.append([])
             scoring, callback_module.score_pairs = True, counted_pairs
             try:
                 scores = score_pool(*arguments)
@@ -99,8 +105,12 @@ class Watch:
 def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> dict[str, Any]:
     """Train one case; what happened on this process."""
     trainer, callback = build(case, folder, **config)
+    callback_module._CHUNK = 5 if case == "in_step" else CHUNK
     watch = Watch(trainer, callback, in_step=case == "in_step" and trainer.accelerator.num_processes > 1)
-    seen = train(trainer, resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        seen = train(trainer, resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        callback_module._CHUNK = CHUNK
     digest = hashlib.sha256()
     for tensor in weights_of(trainer.model).values():
         digest.update(tensor.float().numpy().tobytes())
@@ -111,6 +121,7 @@ def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> d
         "orders": watch.orders,
         "forwards": watch.forwards,
         "tokens": watch.tokens,
+        "longest": watch.longest,
         "ifd": watch.ifd,
         # For each epoch, each update, each batch: the row ids that were in it.
         "batches": [[update.batches for update in seen.updates if update.epoch == epoch] for epoch in epochs],
@@ -120,20 +131,30 @@ def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> d
         "epoch": state.epoch,
         "learning_rates": [*seen.learning_rates(), seen.final_learning_rate],
         "weights": digest.hexdigest(),
-        "recorded": len(callback.history.epochs),
     }
 
 
 def main(folder: Path) -> None:
     """All cases, and the first one again from its checkpoint."""
     rank = int(os.environ["RANK"])
-    found: dict[str, Any] = {}
-    for case in CASES:
-        print(f"rank {rank}: {case}", flush=True)
-        found[case] = run(case, folder / case)
-    print(f"rank {rank}: resumed", flush=True)
+    written: list[str] = []
+    write = history_module.write_atomically
+
+    def noted(path: Path, *rest: Any) -> None:
+        written.append(path.name)
+        write(path, *rest)
+
+    history_module.write_atomically = noted
     checkpoint = folder / "base" / f"checkpoint-{RESUME_FROM}"
-    found["resumed"] = run("base", folder / "base", resume=checkpoint, save_strategy="no")
+    runs = {case: (case, {}) for case in CASES}
+    runs["resumed"] = ("base", {"resume": checkpoint, "save_strategy": "no"})
+    found: dict[str, Any] = {}
+    for name, (case, options) in runs.items():
+        print(f"rank {rank}: {name}", flush=True)
+        faulthandler.dump_traceback_later(CASE_LIMIT, exit=True)  # says where a case hangs, and ends the launch
+        found[name] = {**run(case, folder / case, **options), "written": sorted(set(written))}
+        faulthandler.cancel_dump_traceback_later()
+        written.clear()
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 

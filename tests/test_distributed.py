@@ -6,44 +6,59 @@ is ended with all its processes, and its output shown.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
+from collections import Counter
+from itertools import chain, cycle, islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import distributed_run
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT
-from distributed_run import CASES, RESUME_FROM, ROWS
-from training import raw_rows, select, sft_trainer
+from distributed_run import CASES, RESUME_FROM
+from training import PEAK, select, sft_trainer
+from trl import SFTConfig
+
+from ifd_trainer.history import History
 
 BATCH, WORLD = 2, 2
-ALL = pytest.mark.parametrize("case", CASES)
+LAUNCH_LIMIT = 240  # seconds; a launch takes about 25 on two cores
+# Updates in each epoch, by hand: a global batch holds 4 rows, with split_batches 2.
+UPDATES = {
+    "base": [4, 3, 5],
+    "uneven": [3, 4, 2],
+    "accumulation": [3, 2],
+    "workers": [3, 2, 2],
+    "group_by_length": [4, 3],
+    "bf16": [3, 3],
+    "split_batches": [5, 4],
+    "drop_last": [2, 2],
+    "max_steps": [3, 1],
+    "in_step": [3, 2],
+    "one_row": [1],
+}
+each_case = pytest.mark.parametrize("case", CASES)
 
 
-def launch(task: str, folder: Path, limit: float) -> tuple[int, str]:
-    """The exit code and the output of two processes; fails the test when they take longer than `limit` seconds."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        "OMP_NUM_THREADS": "1",
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    }
+# ---- launching --------------------------------------------------------------------------------------------------
+
+
+def launch(task: str, folder: Path, limit: float = LAUNCH_LIMIT) -> tuple[int, str]:
+    """Exit code and output of two processes; a failure, with the output, when they take more than `limit` seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
-    script = ROOT / "tests" / "distributed_run.py"
-    output = folder / f"{task}.txt"  # not a pipe, which a process that outlives its parent would hold open
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    output = folder / f"{task}.txt"  # not a pipe, which a process that outlives its parent would keep open
     with output.open("w") as sink:
         process = subprocess.Popen(
-            [*command, str(script), task, str(folder)],
+            [*command, str(ROOT / "tests" / "distributed_run.py"), task, str(folder)],
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         )
         try:
             code = process.wait(limit)
@@ -53,26 +68,162 @@ def launch(task: str, folder: Path, limit: float) -> tuple[int, str]:
             end(process)
     text = output.read_text(errors="replace")
     if code is None:
-        pytest.fail(f"Not done after {limit} s:\n{text[-6000:]}")
+        pytest.fail(f"Two processes were not done after {limit} s:\n{text[-8000:]}")
     return code, text
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a launcher and its workers, which it puts into sessions of their own."""
-    workers = descendants(process.pid)
-    for pid in (process.pid, *workers):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    """Kill a launcher with its workers, which are in process groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
     process.wait()
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes that `pid` started, and those that they started."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    found = [pid]
-    for parent in found:
-        found += [child for child, its_parent in pairs if its_parent == parent]
-    return found[1:]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the runs of the launch are."""
+    folder = tmp_path_factory.mktemp("distributed")
+    code, text = launch("all", folder)
+    if code:
+        pytest.fail(f"The launch failed with exit code {code}:\n{text[-8000:]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What each process did, by case."""
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+# ---- what is expected -------------------------------------------------------------------------------------------
+
+
+def dealt(case: str, order: list[int]) -> list[list[list[int]]]:
+    """The batches of each process for an epoch's order: filled up with its first rows, or cut with drop_last."""
+    _, settings = CASES[case]
+    batch = BATCH // WORLD if "accelerator_config" in settings else BATCH
+    whole = batch * WORLD
+    full, rest = divmod(len(order), whole)
+    up = bool(rest) and not settings.get("dataloader_drop_last")
+    rows = list(islice(cycle(order), (full + up) * whole))
+    firsts = range(0, len(rows), whole)
+    return [[rows[first + rank * batch :][:batch] for first in firsts] for rank in range(WORLD)]
+
+
+def updates(run: dict) -> list[list[list[int]]]:
+    """The batches of each update of a run, in order."""
+    return list(chain(*run["batches"]))
+
+
+# ---- tests ------------------------------------------------------------------------------------------------------
+
+
+@each_case
+def test_both_processes_take_the_same_steps_in_the_same_order(ranks, case):
+    one, other = (found[case] for found in ranks)
+    assert one["processes"] == other["processes"] == WORLD
+    for key in ("orders", "ifd", "global_step", "max_steps", "epoch", "learning_rates", "weights", "leftovers"):
+        assert one[key] == other[key], key
+    assert [len(epoch) for epoch in one["batches"]] == UPDATES[case]
+    assert one["global_step"] == one["max_steps"] == sum(UPDATES[case])
+    assert one["epoch"] == pytest.approx(1.5 if case == "max_steps" else len(UPDATES[case]))
+    steps = sum(UPDATES[case])
+    assert one["learning_rates"] == pytest.approx([PEAK * (steps - step) / steps for step in range(steps + 1)])
+    assert one["leftovers"] == []
+
+
+@each_case
+def test_each_process_trains_on_its_part_of_the_order_and_the_documented_repeats(ranks, case):
+    step = CASES[case][1].get("gradient_accumulation_steps", 1)
+    for epoch, order in enumerate(ranks[0][case]["orders"]):
+        assert len(set(order)) == len(order)
+        for found, batches in zip(ranks, dealt(case, order), strict=True):
+            expected = [batches[start : start + step] for start in range(0, len(batches), step)]
+            assert found[case]["batches"][epoch] == expected[: UPDATES[case][epoch]]
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"drop_last", "max_steps"}))
+def test_the_order_is_trained_and_only_its_first_rows_are_repeated(ranks, case):
+    for epoch, order in enumerate(ranks[0][case]["orders"]):
+        trained = Counter(row for found in ranks for update in found[case]["batches"][epoch] for row in chain(*update))
+        missing = -len(order) % (BATCH if case == "split_batches" else BATCH * WORLD)
+        assert trained == Counter(order) + Counter(islice(cycle(order), missing))
+
+
+@each_case
+def test_scoring_takes_the_same_forwards_on_each_process_and_shares_the_tokens(ranks, case):
+    one, other = (found[case] for found in ranks)
+    assert one["forwards"] == other["forwards"]
+    assert all(count > 0 for count in one["forwards"])
+    for chunks in zip(one["tokens"], other["tokens"], strict=True):
+        tokens = np.array(chunks)  # (processes, chunks)
+        assert tokens.shape[1] == (3 if case == "in_step" else 1)
+        assert np.abs(tokens[0] - tokens[1]).max() <= one["longest"]
+    if case == "one_row":
+        assert [0] in (one["tokens"][0], other["tokens"][0])
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"bf16"}))
+def test_the_selection_is_that_of_a_single_process(ranks, case, tmp_path):
+    alone = distributed_run.run(case, tmp_path, per_device_train_batch_size=BATCH * WORLD)
+    assert alone["processes"] == 1
+    found = ranks[0][case]
+    # Later epochs start from the same weights only where batches, and what dropout draws, are the same.
+    epochs = len(alone["orders"]) if case == "in_step" else 1
+    for epoch in range(epochs):
+        np.testing.assert_allclose(found["ifd"][epoch], alone["ifd"][epoch], rtol=0, atol=1e-5)
+        assert found["orders"][epoch] == alone["orders"][epoch]
+
+
+def test_in_bf16_scores_differ_from_those_of_a_single_process_by_its_rounding(ranks, tmp_path):
+    alone = distributed_run.run("bf16", tmp_path, per_device_train_batch_size=BATCH * WORLD)
+    ifd, found = np.array(alone["ifd"][0]), np.array(ranks[0]["bf16"]["ifd"][0])
+    # A matrix product of 8 bits depends on what else is in the batch.
+    np.testing.assert_allclose(found, ifd, rtol=2**-8, atol=0)
+    cut = np.sort(ifd)[-len(alone["orders"][0])]
+    clear = {100 + row for row in np.flatnonzero(np.abs(ifd / cut - 1) > 2**-7)}  # row ids count from 100
+    assert clear & set(ranks[0]["bf16"]["orders"][0]) == clear & set(alone["orders"][0])
+    assert len(clear) > len(ifd) // 2
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(ranks):
+    for found in ranks:
+        whole, resumed = found["base"], found["resumed"]
+        assert updates(resumed) == updates(whole)[RESUME_FROM:]
+        assert resumed["orders"] == whole["orders"][2:]  # the second epoch goes on, and is not scored again
+        assert resumed["ifd"] == whole["ifd"][2:]
+        assert resumed["learning_rates"] == whole["learning_rates"][RESUME_FROM:]
+        for key in ("global_step", "max_steps", "epoch", "weights"):
+            assert resumed[key] == whole[key], key
+
+
+def test_only_the_main_process_writes_the_history(folder, ranks):
+    for case, epochs in UPDATES.items():
+        files = {f"epoch-{epoch:03d}.parquet" for epoch in range(len(epochs))} | {"history.json", "pool.parquet"}
+        assert set(ranks[0][case]["written"]) == files
+        assert ranks[1][case]["written"] == []
+        history = History.load(folder / case)
+        assert [record["epoch"] for record in history.epochs] == list(range(len(epochs)))
+        for epoch, order in enumerate(ranks[0][case]["orders"]):
+            rows = history.rows(epoch)
+            assert set(rows.loc[rows["times"] > 0, "row_id"]) == set(order)
+            assert rows["ifd"].tolist() == ranks[0][case]["ifd"][epoch]
+
+
+def test_a_process_that_fails_ends_the_launch(tmp_path):
+    code, text = launch("fail", tmp_path, limit=120)
+    assert code != 0
+    assert "OSError: this process has lost its data" in text
+
+
+def test_uneven_batches_are_refused(tmp_path, monkeypatch):
+    trainer = sft_trainer(tmp_path, accelerator_config={"even_batches": False})
+    select(trainer)  # harmless with one process
+    monkeypatch.setattr(SFTConfig, "world_size", WORLD)
+    with pytest.raises(ValueError, match="even_batches=False gives some processes a batch more than others"):
+        select(trainer)
+    trainer.args.dataloader_drop_last = True
+    select(trainer)
