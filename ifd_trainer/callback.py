@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import logging
 import math
 import time
@@ -36,13 +35,13 @@ from .encoding import (
 )
 from .history import FOLDER, History
 from .loop import EpochSelector, attach, batch_order, metrics_set_aside
+from .pool import Pool, TrainingRow
 from .schedule import Rhythm, Schedule, Turn, as_schedule
 from .scorer import Scores, score_pairs, token_progress
 from .selection import NOT_SCORED, Cherry, Selection
 
 logger = logging.getLogger(__name__)
 
-_TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "seq_lengths"}
 _STATE_VERSION = 1
 _STATUSES = [status.value for status in Status]
 _CHUNK = 8192  # pool rows encoded and scored at a time
@@ -61,17 +60,25 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     learning rate schedule and `state.epoch` follow the planned budgets. Scoring leaves no trace in the random state
     or the modules' modes.
 
+    With `packing=True` (strategy "bfd") the pool is the examples inside the packed rows, known by their position
+    there, and a row of the plan is a packed row: a fraction `keep` is one of the packed rows of the whole pool (that
+    is, of its tokens), an int `keep` a number of packed rows. Examples are taken from the highest score downwards, as
+    many as best-fit decreasing packs into exactly that number of rows of at most `max_length` tokens, anew in each
+    epoch; only if all eligible ones leave rows empty does `on_shortfall` say what fills them. Examples stay whole, and
+    the first token of one is never predicted from the one before it.
+
     What was selected is logged through `trainer.log` (keys `ifd/...`) and written to `<output_dir>/ifd_history`; see
     `ifd_trainer.history`.
 
     Args:
         trainer: the trainer that this callback is added to.
         keep: rows per epoch: a fraction of the pool (float), a number of rows (int), or a list with one entry per
-            epoch.
+            epoch. With packing, packed rows.
         max_ifd: rows at or above this score are dropped; float("inf") for no limit.
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
         score: rank by "ifd" or "ifd_ppl".
-        order: "shuffle" (another one each epoch), "descending" or "ascending" score.
+        order: "shuffle" (another one each epoch), "descending" or "ascending" score (packed rows go by the
+            mean rank of their examples).
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
         every, warmup_epochs, freeze_after: select in each `every`-th epoch only; train on the whole pool for the first
             epochs; stop scoring from an epoch on. See `Rhythm`.
@@ -131,13 +138,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     # ---- what the loop asks -------------------------------------------------------------------------------------
 
+    @property
+    def pool(self) -> Pool:
+        """What is selected from."""
+        return self.trainer.selection_pool
+
     def budget(self, epoch: int) -> int:
         return self._turn(epoch).budget
 
     def start(self, epoch: int, state: transformers.TrainerState) -> None:
         self._next_epoch, self._epoch, self._restored = epoch, None, None
         self._scores = self._scored_at = None
-        self._prefix, self._fingerprint = self._direct_prefix(), _fingerprint(self.trainer.train_dataset)
+        self._prefix, self._fingerprint = self._direct_prefix(), self.pool.fingerprint()
         folder = Path(self.trainer.args.output_dir) / FOLDER
         self.history = History(folder, self._settings())
         if state.global_step > 0:
@@ -159,9 +171,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
         if self._restored is not None and self._restored["epoch"] == epoch:
-            self.sampler.order = _decode(
-                self._restored["positions"]
-            ).tolist()  # inside an epoch nothing is scored again
+            self.sampler.order = self._restored_order()  # inside an epoch nothing is scored again
         else:
             self._select(epoch)
         self._epoch, self._training_since = epoch, time.perf_counter()
@@ -179,7 +189,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def _turn(self, epoch: int) -> Turn:
         args = self.trainer.args
         epochs = None if args.max_steps > 0 else math.ceil(args.num_train_epochs)
-        return self.rhythm.turn(epoch, len(self.trainer.train_dataset), epochs)
+        try:
+            turn = self.rhythm.turn(epoch, self.pool.training_rows, epochs)
+        except ValueError as error:
+            if not self.pool.packed:
+                raise
+            raise ValueError(f"{error} With packing=True, rows are packed rows.") from error
+        if self.pool.packed and turn.rows != "all" and turn.of != turn.budget:
+            raise ValueError(
+                "A curriculum divides examples into tiers, which packing=True joins into rows of several. Set "
+                "packing=False, or use another schedule."
+            )
+        return turn
 
     def _select(self, epoch: int) -> None:
         """Score the pool if it is this epoch's turn, choose and order its rows, log and record them."""
@@ -194,7 +215,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.trainer.state.is_world_process_zero:
             self._warn(scores, selection, epoch)
         record = self._record(epoch, scores, selection, seconds)
-        logged = {f"ifd/{key}": record[key] for key in _LOGGED if record[key] is not None}
+        logged = {f"ifd/{key}": record[key] for key in _LOGGED if record.get(key) is not None}
         with metrics_set_aside(self.trainer):
             self.trainer.log(logged)
         if self.trainer.state.is_world_process_zero:
@@ -205,15 +226,19 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if turn.rows == "all":
             return Selection.everything(len(ids))
         columns = self._scores.columns()
-        rng = np.random.default_rng([self.seed, turn.chosen])
-        selection = self.policy(columns, turn.of, ids=ids, rng=rng)
+
+        def choose(rows: int) -> Selection:
+            rng = np.random.default_rng([self.seed, turn.chosen])
+            return self.policy(columns, rows, ids=ids, rng=rng)
+
+        selection = self.pool.choose(turn.of, choose)
         if turn.of == turn.budget:
             return selection
         return selection.ranks(columns[self.policy.score], turn.first, turn.budget)
 
     def score_pool(self, description: str = "IFD") -> Scores:
         """Scores of all pool rows with the model as it is now; rows are shared out over processes."""
-        trainer, pool = self.trainer, self.trainer.train_dataset
+        trainer, pool = self.trainer, self.pool
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
         parts, scored = [], []
         for start in range(0, len(pool), _CHUNK * world):
@@ -241,14 +266,14 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """The rows that each process scores: about the same number of tokens, the same answer on every process."""
         if world == 1:
             return [positions]
-        spans = ((len(ids), answer_span(labels)) for ids, labels in _token_rows(self.trainer.train_dataset, positions))
+        spans = ((len(ids), answer_span(labels)) for ids, labels in self.pool.tokens(positions))
         tokens = [length + end - start for length, (start, end) in spans]  # of both segments of a row
         return [positions[share] for share in share_out(tokens, world)]
 
     def _encode(self, positions: np.ndarray) -> list[EncodedPair]:
         trim = EndOfTurn(self.tokenizer)
         pairs = []
-        for ids, labels in _token_rows(self.trainer.train_dataset, positions):
+        for ids, labels in self.pool.tokens(positions):
             start, end = answer_span(labels)
             ids = list(ids[:end])
             pairs.append(self.encoder.pair(ids[: trim(ids, start)], start, self._prefix))
@@ -260,9 +285,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         Where that is the chat template's assistant header or the Alpaca header, that alone is taken, so that scores
         agree with those of `IFDScorer` on the raw rows.
         """
-        pool = self.trainer.train_dataset
         prompts = set()
-        for ids, labels in _token_rows(pool, np.arange(len(pool))):
+        for ids, labels in self.pool.tokens():
             start, _ = answer_span(labels)
             prompts.add(tuple(ids[:start]))
         if prompts == {()}:
@@ -281,11 +305,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         starts_with_bos = bos is not None and all(prompt[:1] == (bos,) for prompt in prompts)
         return [bos, *suffix] if starts_with_bos and suffix[0] != bos else suffix
 
-    def _agree(self, selection: Selection, epoch: int) -> list[int]:
+    def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
         """This epoch's order, the same on every process."""
-        lengths = np.array([len(ids) for ids, _ in _token_rows(self.trainer.train_dataset, selection.kept)])
+        rows = self.pool.arrange(selection.kept, self.budget(epoch))
+        lengths = self.pool.lengths(selection.kept)
         seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
-        order = batch_order(self.trainer, selection.kept, lengths, self.order, seed)
+        order = batch_order(self.trainer, rows, lengths, self.order, seed)
         if self.trainer.accelerator.num_processes > 1:
             shared = [order]
             torch.distributed.broadcast_object_list(shared, src=0)
@@ -293,17 +318,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return order
 
     def _row_ids(self) -> np.ndarray:
-        pool = self.trainer.train_dataset
-        columns = getattr(pool, "column_names", None) or []
-        if self.id_column is not None and self.id_column not in columns:
-            raise ValueError(f"id_column {self.id_column!r} is not among the training set's columns {sorted(columns)}.")
-        name = self.id_column or next((name for name in ("row_id", "id") if name in columns), None)
-        if name is None:
-            return np.arange(len(pool))
-        ids = np.asarray(pool[name])
-        if len(np.unique(ids)) != len(ids):
-            raise ValueError(f"The row ids in column {name!r} are not unique. Rename the column, or pass id_column.")
-        return ids
+        return self.pool.ids(self.id_column)
 
     def _warn(self, scores: Scores, selection: Selection, epoch: int) -> None:
         scored = scores.ifd_status == Status.OK.value
@@ -341,7 +356,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "max_ifd": self.policy.max_ifd if np.isfinite(self.policy.max_ifd) else None,
             "direct_prefix": self.tokenizer.decode(self._prefix),
             "model": str(getattr(self.trainer.model.config, "name_or_path", "")),
-            "pool": len(self.trainer.train_dataset),
+            "pool": len(self.pool),
+            "packed_rows": self.pool.training_rows if self.pool.packed else None,
             "fingerprint": self._fingerprint,
             "plan": [vars(plan) for plan in self.plan.epochs],
             "max_steps": self.plan.max_steps,
@@ -359,6 +375,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "seed": self.seed,
             "pool": len(scores),
             "budget": len(selection.kept),
+            "packed_rows": len(self.sampler.order) if self.pool.packed else None,
             "kept": int(kept.sum()),
             "eligible": selection.eligible,
             "shortfall": selection.shortfall,
@@ -387,15 +404,13 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             self.history.save()
 
     def _pool_texts(self) -> pd.DataFrame:
-        pool = self.trainer.train_dataset
-        spans = [(list(ids), answer_span(labels)) for ids, labels in _token_rows(pool, np.arange(len(pool)))]
+        spans = [(list(ids), answer_span(labels)) for ids, labels in self.pool.tokens()]
         texts = {
             "row_id": self._row_ids(),
             "prompt": self.tokenizer.batch_decode([ids[:start] for ids, (start, _) in spans]),
             "answer": self.tokenizer.batch_decode([ids[start:end] for ids, (start, end) in spans]),
         }
-        columns = [name for name in getattr(pool, "column_names", []) if name not in _TOKEN_COLUMNS | texts.keys()]
-        return pd.DataFrame(texts | {name: list(pool[name]) for name in columns})
+        return pd.DataFrame(texts | self.pool.columns(without=texts))
 
     # ---- checkpoint state ---------------------------------------------------------------------------------------
 
@@ -406,12 +421,16 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         saved = {
             "version": _STATE_VERSION,
             "epoch": self._epoch,
-            "positions": _encode(np.asarray(self.sampler.order, dtype=np.int64)),
+            **{name: _encode(array) for name, array in self.pool.to_arrays(self.sampler.order).items()},
             **{key: self.history.settings[key] for key in _MUST_MATCH},
         }
         if self.rhythm.remembers and self._scores is not None:
             saved["scores"] = {"epoch": self._scored_at, **_encode_scores(self._scores)}
         return {"args": {}, "attributes": {"selection": saved}}
+
+    def _restored_order(self) -> list[TrainingRow]:
+        names = [name for name in ("positions", "bins") if name in self._restored]
+        return self.pool.from_arrays({name: _decode(self._restored[name]) for name in names})
 
     def _restore(self, state: transformers.TrainerState) -> None:
         blob = state.stateful_callbacks.get(type(self).__name__)
@@ -442,7 +461,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]
 
 
-_LOGGED = ("pool", "eligible", "kept", "cut", "mean_kept", "mean_dropped", "overlap", "shortfall", "seconds_scoring")
+_LOGGED = ("pool", "eligible", "kept", "packed_rows", "cut", "mean_kept", "mean_dropped", "overlap", "shortfall")
+_LOGGED += ("seconds_scoring",)
 _RHYTHM = ("schedule", "every", "warmup_epochs", "freeze_after")
 _MUST_MATCH = ("policy", *_RHYTHM, "order", "seed", "direct_prefix", "fingerprint", "plan", "max_steps")
 
@@ -451,33 +471,6 @@ def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame
     """One row for each pool row: what was measured and decided."""
     times = np.bincount(selection.kept, minlength=len(scores))
     return pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons.astype(str), "times": times})
-
-
-def _token_rows(pool: Any, positions: np.ndarray) -> Any:
-    """(input_ids, labels) of pool rows, a thousand at a time."""
-    for start in range(0, len(positions), 1000):
-        part = positions[start : start + 1000].tolist()
-        if hasattr(pool, "column_names"):
-            missing = [name for name in ("input_ids", "labels") if name not in pool.column_names]
-            if missing:
-                raise ValueError(
-                    f"Selection reads input_ids and labels, but the prepared training set has {pool.column_names}. "
-                    "Do not use skip_prepare_dataset, or tokenise the data set with labels yourself."
-                )
-            rows = pool.select_columns(["input_ids", "labels"])[part]
-            yield from zip(rows["input_ids"], rows["labels"], strict=True)
-        else:
-            for position in part:
-                row = pool[position]
-                yield list(row["input_ids"]), list(row["labels"])
-
-
-def _fingerprint(pool: Any) -> str:
-    """A digest of all token ids and labels in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for ids, labels in _token_rows(pool, np.arange(len(pool))):
-        digest.update(np.asarray([len(ids), *ids, *labels], dtype=np.int64).tobytes())
-    return digest.hexdigest()
 
 
 def _known_headers(tokenizer: Any) -> list[list[int]]:

@@ -1,9 +1,10 @@
 """Everything that touches Trainer internals.
 
 A Trainer builds its train loader once and fixes steps, learning rate schedule and progress bar before the first
-epoch. `attach` gives a trainer five small overrides with which each epoch may train on rows of its own:
+epoch. `attach` gives a trainer six small overrides with which each epoch may train on rows of its own:
 
 - `_get_train_sampler` hands out a `SelectionSampler`, an explicit list of row indices;
+- `_get_dataloader` reads, with packing, bins of examples instead of the rows that TRL packed;
 - `set_initial_training_values` takes the number of steps from the plan of all epochs;
 - `_init_training_state` finds epoch and step of a checkpoint in that plan;
 - `_run_epoch` runs the planned number of steps of its epoch;
@@ -29,22 +30,23 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import has_length
 
+from .pool import PackedPool, Pool, TrainingRow
 from .schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
 
 SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
-_HOOKS = ("_get_train_sampler", "set_initial_training_values", "_init_training_state", "_run_epoch")
+_HOOKS = ("_get_train_sampler", "_get_dataloader", "set_initial_training_values", "_init_training_state", "_run_epoch")
 # Positions in the tuple that `set_initial_training_values` returns.
 _EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS, _TUPLE_SIZE = 0, 1, 3, 5, 6, 7
 
 
-class SelectionSampler(Sampler[int]):
-    """Yields an explicit list of indices. Not a RandomSampler: accelerate replaces those by its own."""
+class SelectionSampler(Sampler[TrainingRow]):
+    """Yields an explicit list of indices, with packing of bins. Not a RandomSampler: accelerate replaces those."""
 
     def __init__(self, size: int) -> None:
-        self.order: list[int] = list(range(size))
+        self.order: list[TrainingRow] = list(range(size))
         self._planned: int | None = None
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[TrainingRow]:
         return iter(list(self.order))  # a copy: prefetching workers go on while the next epoch is selected
 
     def __len__(self) -> int:
@@ -68,7 +70,7 @@ class EpochSelector(TrainerCallback):
 
     @abstractmethod
     def budget(self, epoch: int) -> int:
-        """Rows that an epoch trains on."""
+        """Training rows of an epoch, as `Pool.training_rows` counts them."""
 
     @abstractmethod
     def start(self, epoch: int, state: transformers.TrainerState) -> None:
@@ -84,6 +86,20 @@ class SelectiveTrainer:
         if len(found) > 1:
             raise ValueError(f"A trainer follows one selection callback, found {len(found)}: remove the others.")
         return found[0] if found else None
+
+    @property
+    def selection_pool(self) -> Pool:
+        """What is selected from: the training set as it is now, unpacked if it is packed."""
+        pool = self.__dict__.get("_selection_pool")
+        if pool is None or pool.source is not self.train_dataset:
+            self._selection_pool = pool = _pool_of(self)
+        return pool
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        if is_training and self._selector is not None and getattr(self.args, "packing", False):
+            check_supported(self)
+            dataset = self.selection_pool.dataset
+        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         selector = self._selector
@@ -206,10 +222,7 @@ def check_supported(trainer: Trainer) -> None:
             "select it beforehand with `ifd-trainer score` and `ifd-trainer select`."
         )
     if getattr(args, "packing", False):
-        raise ValueError(
-            "packing=True joins rows before they can be selected. Set packing=False (padding_free=True avoids padding "
-            "as well)."
-        )
+        _check_packing(args.packing_strategy, dataset)
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         raise ValueError(
             "train_sampling_strategy='batch_rebalance' orders rows by itself. Use 'random' or 'group_by_length'."
@@ -230,6 +243,29 @@ def check_supported(trainer: Trainer) -> None:
         )
 
 
+def _check_packing(strategy: str, dataset: Any) -> None:
+    if strategy != "bfd":
+        raise ValueError(
+            f"packing_strategy={strategy!r} cuts examples into pieces, which cannot be scored and selected one by one. "
+            "Set packing_strategy='bfd', which keeps them whole, or packing=False."
+        )
+    columns = getattr(dataset, "column_names", None) or []
+    missing = [name for name in ("input_ids", "labels", "seq_lengths") if name not in columns]
+    if missing:
+        raise ValueError(
+            f"packing=True, but the prepared training set has no {' and no '.join(missing)}: it has {columns}, so the "
+            "examples in its rows cannot be told apart. Do not use skip_prepare_dataset, or set packing=False."
+        )
+
+
+def _pool_of(trainer: Trainer) -> Pool:
+    if not getattr(trainer.args, "packing", False):
+        return Pool(trainer.train_dataset)
+    # The first process writes the unpacked examples to the cache of `datasets`, the others read them there.
+    with trainer.args.main_process_first(desc="unpacking the training set"):
+        return PackedPool(trainer.train_dataset, trainer.args.max_length)
+
+
 def unsupported_version(what: str) -> ImportError:
     """The error for a transformers release whose internals are not the ones this module knows."""
     return ImportError(
@@ -237,24 +273,26 @@ def unsupported_version(what: str) -> ImportError:
     )
 
 
-def batch_order(trainer: Trainer, kept: np.ndarray, lengths: np.ndarray, order: str, seed: int) -> list[int]:
-    """The order in which an epoch visits the kept rows.
+def batch_order(
+    trainer: Trainer, rows: list[TrainingRow], lengths: np.ndarray, order: str, seed: int
+) -> list[TrainingRow]:
+    """The order in which an epoch visits its training rows.
 
     Args:
-        kept: positions in the pool, highest score first.
-        lengths: tokens of each kept row, for `group_by_length`.
+        rows: training rows, highest score first.
+        lengths: tokens of each row, for `group_by_length`; bins are about equally long and are not grouped.
         order: "shuffle", "descending" or "ascending" score.
         seed: of the shuffle and of the grouping by length; another one for each epoch.
     """
     args = trainer.args
     generator = torch.Generator().manual_seed(seed)
-    if getattr(args, "train_sampling_strategy", None) == "group_by_length":
+    grouped = getattr(args, "train_sampling_strategy", None) == "group_by_length"
+    if grouped and not trainer.selection_pool.packed:
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        grouped = get_length_grouped_indices(lengths.tolist(), batch, generator=generator)
-        return kept[np.asarray(grouped)].tolist()
-    if order == "shuffle":
-        return kept[torch.randperm(len(kept), generator=generator).numpy()].tolist()
-    return (kept if order == "descending" else kept[::-1]).tolist()
+        return [rows[i] for i in get_length_grouped_indices(lengths.tolist(), batch, generator=generator)]
+    if order == "shuffle" or grouped:
+        return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    return list(rows if order == "descending" else reversed(rows))
 
 
 @contextlib.contextmanager

@@ -416,7 +416,9 @@ def _settings_in_words(settings: Mapping[str, Any], recorded: int) -> list[tuple
         facts.append(("With too few such rows", _SHORTFALL.get(shortfall[1], shortfall[1])))
     facts.append(("Policy", policy or "not recorded"))
     if plan:
-        facts.append(("Rows to train on", _budgets_in_words(plan, settings.get("pool"))))
+        packed = settings.get("packed_rows")  # with packing, the plan counts packed rows
+        budgets = _budgets_in_words(plan, packed or settings.get("pool"))
+        facts.append(("Packed rows to train on" if packed else "Rows to train on", budgets))
     if settings.get("schedule"):
         facts.append(("Schedule", str(settings["schedule"])))
     if settings.get("max_steps"):

@@ -36,7 +36,7 @@ class SelectionConfig:
         default_factory=lambda: ["0.1"],
         metadata={
             "help": "Rows per epoch: a fraction of the pool (0.1, 1.0), a number of rows (1000), or one entry for each "
-            "epoch (1.0 0.5 0.1)."
+            "epoch (1.0 0.5 0.1). With packing, of packed rows."
         },
     )
     every: int = field(default=1, metadata={"help": "Select in each so many epochs; between, train on the same rows."})
