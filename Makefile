@@ -7,7 +7,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO_MODEL = $(if $(MODEL),$(MODEL),$$($(BIN)/python recipes/demo_model.py))
 
-.PHONY: help demo test style quality bench clean
+.PHONY: help demo test style quality bench versions clean
+
+OLDEST := .venv-oldest
+LOOP_TESTS := tests/test_loop.py tests/test_callback.py tests/test_resume.py tests/test_packing.py tests/test_rhythm.py
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,5 +39,13 @@ quality: $(READY)  ## check format and lint; changes nothing
 bench: $(READY)  ## scoring speed against one row at a time and against plain padded batches
 	$(BIN)/python tests/benchmarks/scoring.py --model "$(DEMO_MODEL)" $(ARGS)
 
+versions: $(READY)  ## the loop's tests with the newest and the oldest supported transformers and trl
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(LOOP_TESTS)
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(transformers|trl)==' recipes/constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		-e '.[test]' 'transformers==5.20.*' 'trl==1.14.*'
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest $(LOOP_TESTS)
+
 clean:  ## remove the environment, runs and caches
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -154,6 +154,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.history = History(folder, self._settings())
         if state.global_step > 0:
             self._restore(state)
+        if self.trainer.args.save_only_model and self.trainer.is_world_process_zero():
+            logger.warning(
+                "save_only_model=True: checkpoints hold no optimizer and no random state, so a resume from them "
+                "trains the same rows but is not exact."
+            )
         logger.info("Selection plan: %s", self.plan)
 
     # ---- events -------------------------------------------------------------------------------------------------

@@ -415,3 +415,49 @@ def test_a_run_equals_a_plain_run_over_the_rows_that_it_selected(tmp_path, confi
     logs = [[{key: entry[key] for key in keys} for entry in training_logs(t)] for t in (trainer, plain)]
     assert len(logs[0]) == len(seen.updates) // 3  # the log's steps do not end with the epochs
     assert logs[0] == logs[1]
+
+
+def nll_behind_virtual_tokens(model, ids: list[int], start: int) -> float:
+    """Mean loss of ids[start:] from all logits; those of the virtual tokens come first."""
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].double()
+    return -sum(logits[i - 1].log_softmax(-1)[ids[i]].item() for i in range(start, len(ids))) / (len(ids) - start)
+
+
+def test_prompt_tuning_selects_behind_its_virtual_tokens(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    trainer = sft_trainer(tmp_path, 12, peft_config=config, num_train_epochs=1)
+    callback = select(trainer, keep=4, max_ifd=INF)
+    header = trainer.processing_class("### Response:")["input_ids"]
+    scores = {}
+    for row in tokenised(trainer):
+        start = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        ids = row["input_ids"][:-1]  # without EOS
+        conditioned = nll_behind_virtual_tokens(trainer.model, ids, start)
+        scores[row["row_id"]] = conditioned / nll_behind_virtual_tokens(
+            trainer.model, header + ids[start:], len(header)
+        )
+    seen = train(trainer)
+    assert sorted(seen.epochs()[0]) == sorted(sorted(scores, key=scores.get)[-4:])
+    found = callback.history.rows(0).set_index("row_id")["ifd"].to_dict()
+    assert found == {row: pytest.approx(score, rel=1e-5) for row, score in scores.items()}
+
+
+def test_a_batch_size_that_is_found_automatically_is_planned_anew(tmp_path, monkeypatch):
+    trainer = sft_trainer(tmp_path, 16, per_device_train_batch_size=8, auto_find_batch_size=True, num_train_epochs=2)
+    callback = select(trainer, keep=[8, 6], max_ifd=INF)
+    step, sizes = trainer.training_step, []
+
+    def short_of_memory(model, inputs, *rest):
+        if len(inputs["input_ids"]) > 4:
+            raise RuntimeError("CUDA out of memory.")
+        sizes.append(len(inputs["input_ids"]))
+        return step(model, inputs, *rest)
+
+    monkeypatch.setattr(trainer, "training_step", short_of_memory)
+    trainer.train()
+    assert sum(sizes) == 8 + 6
+    assert max(sizes) <= 4
+    assert trainer.state.global_step == callback.plan.max_steps == len(sizes)
+    assert trainer.state.epoch == 2
