@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 import math
 import time
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,17 +20,9 @@ import transformers
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
-from .encoding import (
-    IGNORE,
-    EncodedPair,
-    Encoder,
-    EndOfTurn,
-    Status,
-    answer_span,
-    direct_prefix,
-    share_out,
-    shared_suffix,
-)
+from .checkpoint import decode_array, decode_scores, encode_array, encode_scores
+from .encoding import EncodedPair, Encoder, EndOfTurn, Status, answer_span, share_out
+from .headers import response_prefix
 from .history import FOLDER, History
 from .loop import EpochSelector, attach, batch_order, metrics_set_aside
 from .pool import Pool, TrainingRow
@@ -43,7 +33,6 @@ from .selection import NOT_SCORED, Cherry, Selection
 logger = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
-_STATUSES = [status.value for status in Status]
 _CHUNK = 8192  # pool rows encoded and scored at a time
 
 
@@ -285,30 +274,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return pairs
 
     def _direct_prefix(self) -> list[int]:
-        """Tokens before a direct answer: the header that all prompts share, or BOS, else EOS.
-
-        Where that is the chat template's assistant header or the Alpaca header, that alone is taken, so that scores
-        agree with those of `IFDScorer` on the raw rows.
-        """
-        prompts = set()
-        for ids, labels in self.pool.tokens():
-            start, _ = answer_span(labels)
-            prompts.add(tuple(ids[:start]))
-        if prompts == {()}:
-            raise ValueError(
-                "No row of the training set has a prompt that is masked out: labels hold no -100 before the answer, so "
-                "there is nothing to condition on. Use a prompt-completion data set, or `messages` with "
-                "assistant_only_loss=True."
-            )
-        if self.header is not None:
-            return direct_prefix(self.tokenizer, self.header, special=False)
-        known = (header for header in _known_headers(self.tokenizer) if _share_opened(prompts, header) >= 0.9)
-        suffix = next(known, None) or shared_suffix(prompts)
-        if not suffix:
-            return direct_prefix(self.tokenizer, "", special=False)
-        bos = self.tokenizer.bos_token_id
-        starts_with_bos = bos is not None and all(prompt[:1] == (bos,) for prompt in prompts)
-        return [bos, *suffix] if starts_with_bos and suffix[0] != bos else suffix
+        """Tokens before a direct answer."""
+        prompts = {tuple(ids[: answer_span(labels)[0]]) for ids, labels in self.pool.tokens()}
+        return response_prefix(self.tokenizer, prompts, self.header)
 
     def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
         """This epoch's order, the same on every process."""
@@ -426,16 +394,16 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         saved = {
             "version": _STATE_VERSION,
             "epoch": self._epoch,
-            **{name: _encode(array) for name, array in self.pool.to_arrays(self.sampler.order).items()},
+            **{name: encode_array(array) for name, array in self.pool.to_arrays(self.sampler.order).items()},
             **{key: self.history.settings[key] for key in _MUST_MATCH},
         }
         if self.rhythm.remembers and self._scores is not None:
-            saved["scores"] = {"epoch": self._scored_at, **_encode_scores(self._scores)}
+            saved["scores"] = {"epoch": self._scored_at, **encode_scores(self._scores)}
         return {"args": {}, "attributes": {"selection": saved}}
 
     def _restored_order(self) -> list[TrainingRow]:
         names = [name for name in ("positions", "bins") if name in self._restored]
-        return self.pool.from_arrays({name: _decode(self._restored[name]) for name in names})
+        return self.pool.from_arrays({name: decode_array(self._restored[name]) for name in names})
 
     def _restore(self, state: transformers.TrainerState) -> None:
         blob = state.stateful_callbacks.get(type(self).__name__)
@@ -460,7 +428,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
         self._restored = saved
         if "scores" in saved:
-            self._scores, self._scored_at = _decode_scores(saved["scores"]), saved["scores"]["epoch"]
+            self._scores, self._scored_at = decode_scores(saved["scores"]), saved["scores"]["epoch"]
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs
             self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]
@@ -476,28 +444,6 @@ def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame
     """One row for each pool row: what was measured and decided."""
     times = np.bincount(selection.kept, minlength=len(scores))
     return pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons.astype(str), "times": times})
-
-
-def _known_headers(tokenizer: Any) -> list[list[int]]:
-    """Token ids of the response headers that the transform uses: the chat template's, and Alpaca's."""
-    headers = []
-    if getattr(tokenizer, "chat_template", None):
-        user = [{"role": "user", "content": "x"}]
-        opened = tokenizer.apply_chat_template(user, add_generation_prompt=True, tokenize=False)
-        closed = tokenizer.apply_chat_template(user, tokenize=False)
-        headers.append(opened[len(closed) :] if opened.startswith(closed) else "")
-    headers.append("### Response:")
-    return [tokenizer(header, add_special_tokens=False)["input_ids"] for header in headers if header]
-
-
-def _share_opened(prompts: set[tuple[int, ...]], header: list[int]) -> float:
-    """Share of prompts that end with `header`, or with a start of it: its end may have merged with the answer.
-
-    The first token may be another one inside a text (SentencePiece puts a space before a text); then two of the
-    tokens after it have to be there.
-    """
-    parts = [tuple(header[first:end]) for first in (0, 1) for end in range(2 * first + 1, len(header) + 1)]
-    return sum(any(prompt[-len(part) :] == part for part in parts) for prompt in prompts) / len(prompts)
 
 
 def _tokenizer_of(trainer: Trainer) -> Any:
@@ -519,31 +465,3 @@ def _gather(columns: dict[str, np.ndarray], shares: list[np.ndarray]) -> dict[st
     found = _from_all(columns, len(shares))
     order = np.argsort(np.concatenate(shares))
     return {name: np.concatenate([part[name] for part in found])[order] for name in columns}
-
-
-def _encode(array: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(array.tobytes())).decode("ascii")
-
-
-def _decode(text: str, dtype: type = np.int64) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=dtype)
-
-
-def _encode_scores(scores: Scores) -> dict[str, str]:
-    """What `_decode_scores` needs: the ratios follow from the two losses."""
-    codes = np.array([_STATUSES.index(status) for status in scores.ifd_status], dtype=np.int64)
-    return {
-        "cas": _encode(scores.cas),
-        "das": _encode(scores.das),
-        "answer_tokens": _encode(scores.answer_tokens),
-        "status": _encode(codes),
-    }
-
-
-def _decode_scores(saved: dict[str, str]) -> Scores:
-    status = np.array(_STATUSES, dtype=object)[_decode(saved["status"])]
-    cas, das = _decode(saved["cas"], np.float64), _decode(saved["das"], np.float64)
-    return Scores.from_nll(cas, das, _decode(saved["answer_tokens"]), status)
-
-
-assert IGNORE == -100  # what transformers and TRL write into labels

@@ -12,9 +12,11 @@ PACKAGE = ROOT / "ifd_trainer"
 ORDER = [
     "formats",
     "encoding",
+    "headers",
     "ifd",
     "stream",
     "scorer",
+    "checkpoint",
     "columns",
     "selection",
     "schedule",

@@ -1,0 +1,62 @@
+"""What precedes the direct answers of a tokenised data set, found from its prompts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from .encoding import direct_prefix, shared_suffix
+
+_SHARE = 0.9  # of the prompts that have to end with a header; see `shared_suffix`
+
+
+def response_prefix(tokenizer: Any, prompts: Collection[tuple[int, ...]], header: str | None = None) -> list[int]:
+    """Tokens before a direct answer: the header that the prompts share, or BOS, else EOS.
+
+    Where that is the chat template's assistant header or the Alpaca header, that alone is taken, so that scores agree
+    with those of `IFDScorer` on the raw rows.
+
+    Args:
+        prompts: the distinct prompts, as token ids.
+        header: the header's text, if it is known.
+
+    Raises:
+        ValueError: when no row has a prompt.
+    """
+    if set(prompts) == {()}:
+        raise ValueError(
+            "No row of the training set has a prompt that is masked out: labels hold no -100 before the answer, so "
+            "there is nothing to condition on. Use a prompt-completion data set, or `messages` with "
+            "assistant_only_loss=True."
+        )
+    if header is not None:
+        return direct_prefix(tokenizer, header, special=False)
+    known = (ids for ids in _known_headers(tokenizer) if _share_opened(prompts, ids) >= _SHARE)
+    suffix = next(known, None) or shared_suffix(prompts, _SHARE)
+    if not suffix:
+        return direct_prefix(tokenizer, "", special=False)
+    bos = tokenizer.bos_token_id
+    starts_with_bos = bos is not None and all(prompt[:1] == (bos,) for prompt in prompts)
+    return [bos, *suffix] if starts_with_bos and suffix[0] != bos else suffix
+
+
+def _known_headers(tokenizer: Any) -> list[list[int]]:
+    """Token ids of the response headers that the transform uses: the chat template's, and Alpaca's."""
+    headers = []
+    if getattr(tokenizer, "chat_template", None):
+        user = [{"role": "user", "content": "x"}]
+        opened = tokenizer.apply_chat_template(user, add_generation_prompt=True, tokenize=False)
+        closed = tokenizer.apply_chat_template(user, tokenize=False)
+        headers.append(opened[len(closed) :] if opened.startswith(closed) else "")
+    headers.append("### Response:")
+    return [tokenizer(header, add_special_tokens=False)["input_ids"] for header in headers if header]
+
+
+def _share_opened(prompts: Collection[tuple[int, ...]], header: list[int]) -> float:
+    """Share of prompts that end with `header`, or with a start of it: its end may have merged with the answer.
+
+    The first token may be another one inside a text (SentencePiece puts a space before a text); then two of the
+    tokens after it have to be there.
+    """
+    parts = [tuple(header[first:end]) for first in (0, 1) for end in range(2 * first + 1, len(header) + 1)]
+    return sum(any(prompt[-len(part) :] == part for part in parts) for prompt in prompts) / len(prompts)
