@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +124,42 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path, whole, st
     assert [(e["step"], e["epoch"], e["loss"]) for e in logs] == [(e["step"], e["epoch"], e["loss"]) for e in expected]
     kept = [(entry["step"], entry["ifd/cut"]) for entry in selection_logs(trainer)]
     assert kept == [(entry["step"], entry["ifd/cut"]) for entry in selection_logs(whole.trainer)]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from test_resume import selecting
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+trainer, _ = selecting(Path(sys.argv[1]), save_strategy="steps", save_steps=1)
+trainer.add_callback(Kill())
+trainer.train()
+"""
+
+
+# Killed at the end of step n, before its checkpoint is written: the one of step n - 1 is the last.
+@pytest.mark.parametrize("step", [2, 5, 7, 12], ids=["first_epoch", "at_a_boundary", "inside", "last_step"])
+def test_a_killed_run_is_resumed_exactly(tmp_path, whole, step):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(step)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    trainer, _ = selecting(tmp_path, save_strategy="steps", save_steps=1)
+    after = train(trainer, resume_from_checkpoint=True)
+    assert after.order() == [row for update in whole.seen.updates[step - 1 :] for row in update.rows]
+    assert same_in_the_end(trainer, whole)
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_that_there_is_none(tmp_path):
+    trainer, _ = selecting(tmp_path)
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(("step", "scored"), [(2, 2), (4, 2), (5, 1), (7, 1), (11, 0)])
