@@ -56,6 +56,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     epoch; only if all eligible ones leave rows empty does `on_shortfall` say what fills them. Examples stay whole, and
     the first token of one is never predicted from the one before it.
 
+    Several processes share the scoring and train on one order. As in any run, accelerate's `even_batches` fills the
+    last global batch of an epoch with the first rows of its order: those are trained on twice.
+
     What was selected is logged through `trainer.log` (keys `ifd/...`) and written to `<output_dir>/ifd_history`; see
     `ifd_trainer.history`.
 
