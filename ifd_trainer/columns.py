@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.formatting.formatting import LazyRow
+from datasets.utils import are_progress_bars_disabled
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .encoding import EncodedPair, Encoder
 from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
-from .scorer import Scores, score_pairs
+from .scorer import Scores, score_pairs, token_progress
 
 IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
 _ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
@@ -105,7 +106,11 @@ class IFDScorer:
     def __call__(self, batch: Mapping[str, list], rank: int | None = None) -> dict[str, list]:
         """Columns for a batch of rows, as `datasets.map(batched=True)` passes and takes them."""
         self._need_batch(batch)
-        scores = self.score(self.encode(batch, rank))
+        pairs = self.encode(batch, rank)
+        # `map` shows a batch once it is done, which on a CPU takes minutes; workers would write over each other.
+        show = os.getpid() == _PID and not are_progress_bars_disabled()
+        with token_progress(pairs, "Scoring a batch", show) as bar:
+            scores = self.score(pairs, bar.update)
         return {name: _Column(values) for name, values in scores.columns().items()}
 
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:

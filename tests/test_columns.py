@@ -435,3 +435,10 @@ def test_repr_names_what_was_asked_for(scorer):
         "IFDScorer('org/model', format='alpaca', definition='paper')"
     )
     assert repr(scorer) == "IFDScorer('LlamaForCausalLM', format=None, definition='paper')"
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_moves_inside_a_batch_unless_bars_are_switched_off(model, tokenizer, monkeypatch, capfd, shown):
+    monkeypatch.setattr("ifd_trainer.columns.are_progress_bars_disabled", lambda: not shown)
+    IFDScorer(model, tokenizer)({"prompt": ["Name a cat."], "completion": [" The cat sat."]})
+    assert ("Scoring a batch" in capfd.readouterr().err) is shown
