@@ -1,13 +1,14 @@
 """Everything that touches Trainer internals.
 
 A Trainer builds its train loader once and fixes steps, learning rate schedule and progress bar before the first
-epoch. `attach` gives a trainer six small overrides with which each epoch may train on rows of its own:
+epoch. `attach` gives a trainer seven small overrides with which each epoch may train on rows of its own:
 
 - `_get_train_sampler` hands out a `SelectionSampler`, an explicit list of row indices;
 - `_get_dataloader` reads, with packing, bins of examples instead of the rows that TRL packed;
 - `set_initial_training_values` takes the number of steps from the plan of all epochs;
 - `_init_training_state` finds epoch and step of a checkpoint in that plan;
 - `_run_epoch` runs the planned number of steps of its epoch;
+- `train` refuses a checkpoint that was cut off while it was written;
 - `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer.
 
 The state lives in the sampler in the main process: data loader workers, persistent or not, only see indices.
@@ -18,8 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from abc import abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +30,9 @@ import torch
 import transformers
 from torch.utils.data import IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from .pool import PackedPool, Pool, TrainingRow
 from .schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
@@ -86,6 +90,16 @@ class SelectiveTrainer:
         if len(found) > 1:
             raise ValueError(f"A trainer follows one selection callback, found {len(found)}: remove the others.")
         return found[0] if found else None
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as before; a checkpoint that was cut off while it was written is refused by name."""
+        if self._selector is not None and resume_from_checkpoint:
+            checkpoint = resume_from_checkpoint
+            if checkpoint is True:
+                checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is not None:
+                _check_complete(Path(checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
     def selection_pool(self) -> Pool:
@@ -241,6 +255,19 @@ def check_supported(trainer: Trainer) -> None:
         raise ValueError(
             "Selection inside an FSDP or DeepSpeed run is not supported yet. Use DDP, or score and select beforehand."
         )
+
+
+def _check_complete(checkpoint: Path) -> None:
+    """Raise unless `trainer_state.json`, the last file of a checkpoint to be written, is there and whole."""
+    path = checkpoint / TRAINER_STATE_NAME
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = "has no" if isinstance(error, FileNotFoundError) else f"has a damaged ({error})"
+        raise ValueError(
+            f"The checkpoint {checkpoint} {what} {TRAINER_STATE_NAME}, so what it had selected is not known: it was "
+            "probably cut off while it was written. Delete it and resume from the one before, or start training anew."
+        ) from error
 
 
 def _check_packing(strategy: str, dataset: Any) -> None:

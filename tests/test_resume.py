@@ -403,3 +403,21 @@ def test_a_damaged_history_is_named(tmp_path, whole):
     trainer, _ = selecting(tmp_path)
     with pytest.raises(ValueError, match=r"history\.json is damaged"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.unlink(), "has no trainer_state.json"),
+        (lambda path: path.write_text(path.read_text()[:200]), r"has a damaged \(.*\) trainer_state.json"),
+    ],
+    ids=["missing", "torn"],
+)
+def test_a_checkpoint_cut_off_while_written_is_refused_by_name(tmp_path, whole, damage, words, by_name):
+    checkpoint = copy_of(whole, tmp_path, 5)
+    damage(checkpoint / "trainer_state.json")
+    trainer, callback = selecting(tmp_path)
+    with pytest.raises(ValueError, match=f"checkpoint-5 {words}.* Delete it and resume from the one before"):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if by_name else True)
+    assert callback.scored == 0
