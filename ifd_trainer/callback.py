@@ -69,8 +69,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         max_ifd: rows at or above this score are dropped; float("inf") for no limit.
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
         score: rank by "ifd" or "ifd_ppl".
-        order: "shuffle" (another one each epoch), "descending" or "ascending" score (packed rows go by the
-            mean rank of their examples).
+        order: "shuffle" (another one each epoch; the pool's order with train_sampling_strategy="sequential"),
+            "descending" or "ascending" score (packed rows go by the mean rank of their examples).
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
         every, warmup_epochs, freeze_after: select in each `every`-th epoch only; train on the whole pool for the first
             epochs; stop scoring from an epoch on. See `Rhythm`.
@@ -108,6 +108,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     ) -> None:
         if order not in ("shuffle", "descending", "ascending"):
             raise ValueError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
+        strategy = getattr(getattr(trainer, "args", None), "train_sampling_strategy", None)
+        if order != "shuffle" and strategy == "group_by_length":
+            raise ValueError(
+                f"order={order!r} orders rows by score, train_sampling_strategy='group_by_length' by length. Set one "
+                "of them: order='shuffle', or train_sampling_strategy='random'."
+            )
         self.policy = Cherry(max_ifd=max_ifd, score=score, on_shortfall=on_shortfall)
         self.rhythm = Rhythm(as_schedule(keep if schedule is None else schedule), every, warmup_epochs, freeze_after)
         attach(trainer)
@@ -163,6 +169,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             )
         if state.is_world_process_zero:
             self.history.save()
+            self.history.discard_other_epochs()
             self.history.save_pool(self._pool_texts())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -74,6 +74,12 @@ class History:
         text = json.dumps(content, indent=1, ensure_ascii=False)
         write_atomically(self.folder / "history.json", lambda path: path.write_text(text, encoding="utf-8"))
 
+    def discard_other_epochs(self) -> None:
+        """Delete the rows of epochs without a record: an earlier run in this folder left them."""
+        known = {self.rows_path(record["epoch"]) for record in self.epochs}
+        for path in set(self.folder.glob("epoch-*.parquet")) - known:
+            path.unlink()
+
     def save_pool(self, pool: pd.DataFrame) -> None:
         """Write the pool's texts."""
         write_atomically(self.folder / "pool.parquet", lambda path: pool.to_parquet(path, index=False))

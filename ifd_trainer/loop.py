@@ -308,16 +308,19 @@ def batch_order(
     Args:
         rows: training rows, highest score first.
         lengths: tokens of each row, for `group_by_length`; bins are about equally long and are not grouped.
-        order: "shuffle", "descending" or "ascending" score.
+        order: "shuffle" (in the pool's order with train_sampling_strategy="sequential"), "descending" or "ascending"
+            score.
         seed: of the shuffle and of the grouping by length; another one for each epoch.
     """
     args = trainer.args
     generator = torch.Generator().manual_seed(seed)
-    grouped = getattr(args, "train_sampling_strategy", None) == "group_by_length"
-    if grouped and not trainer.selection_pool.packed:
+    strategy = getattr(args, "train_sampling_strategy", None)
+    if strategy == "sequential" and order == "shuffle":
+        return sorted(rows)
+    if strategy == "group_by_length" and not trainer.selection_pool.packed:
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return [rows[i] for i in get_length_grouped_indices(lengths.tolist(), batch, generator=generator)]
-    if order == "shuffle" or grouped:
+    if order == "shuffle":
         return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     return list(rows if order == "descending" else reversed(rows))
 

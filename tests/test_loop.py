@@ -461,3 +461,27 @@ def test_a_batch_size_that_is_found_automatically_is_planned_anew(tmp_path, monk
     assert max(sizes) <= 4
     assert trainer.state.global_step == callback.plan.max_steps == len(sizes)
     assert trainer.state.epoch == 2
+
+
+def test_sequential_sampling_visits_the_kept_rows_in_the_pools_order(tmp_path):
+    trainer = sft_trainer(tmp_path, 24, train_sampling_strategy="sequential")
+    select(trainer, keep=[8, 6, 10], max_ifd=INF)
+    place = {row: position for position, row in enumerate(trainer.train_dataset["row_id"])}
+    for rows, size in zip(train(trainer).epochs(), (8, 6, 10), strict=True):
+        positions = [place[row] for row in rows]
+        assert positions == sorted(positions)
+        assert len(positions) == size
+
+
+def test_an_order_by_score_and_one_by_length_contradict_each_other(tmp_path):
+    trainer = sft_trainer(tmp_path, 12, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match="Set one of them: order='shuffle', or train_sampling_strategy='random'"):
+        select(trainer, keep=0.5, order="ascending")
+
+
+def test_a_shorter_run_in_the_same_folder_leaves_no_rows_of_the_longer_one(tmp_path):
+    for epochs in (3, 1):
+        trainer = sft_trainer(tmp_path, 12, num_train_epochs=epochs)
+        select(trainer, keep=4, max_ifd=INF)
+        train(trainer)
+    assert [path.name for path in (tmp_path / "ifd_history").glob("epoch-*")] == ["epoch-000.parquet"]
