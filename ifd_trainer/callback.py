@@ -212,7 +212,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if turn.score:
             self._scores, self._scored_at = self.score_pool(f"IFD, epoch {epoch}"), epoch
         seconds = time.perf_counter() - began if turn.score else 0.0
-        ids = self._row_ids()
+        ids = self.pool.ids(self.id_column)
         selection = self._choose(turn, ids)
         scores = Scores.unscored(len(ids), NOT_SCORED) if turn.rows == "all" else self._scores
         self.sampler.order = self._agree(selection, epoch)
@@ -300,9 +300,6 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             order = shared[0]
         return order
 
-    def _row_ids(self) -> np.ndarray:
-        return self.pool.ids(self.id_column)
-
     def _warn(self, scores: Scores, selection: Selection, epoch: int) -> None:
         scored = scores.ifd_status == Status.OK.value
         share = float(np.mean(scores.columns()[self.policy.score][scored] >= 1)) if scored.any() else 0.0
@@ -389,7 +386,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def _pool_texts(self) -> pd.DataFrame:
         spans = [(list(ids), answer_span(labels)) for ids, labels in self.pool.tokens()]
         texts = {
-            "row_id": self._row_ids(),
+            "row_id": self.pool.ids(self.id_column),
             "prompt": self.tokenizer.batch_decode([ids[:start] for ids, (start, _) in spans]),
             "answer": self.tokenizer.batch_decode([ids[start:end] for ids, (start, end) in spans]),
         }

@@ -225,9 +225,8 @@ def _select(options: argparse.Namespace) -> int:
     import numpy as np
 
     from .files import check_writable, load_rows, write_rows
-    from .schedule import as_schedule
+    from .schedule import as_schedule, parse_keep
     from .selection import KEPT, Cherry
-    from .train import _number
 
     check_writable(options.output)
     rows = load_rows(options.data)
@@ -237,7 +236,7 @@ def _select(options: argparse.Namespace) -> int:
     columns = rows.select_columns([options.score, "ifd_status"]).to_pandas()
     score = columns[options.score].to_numpy(dtype=float, na_value=np.nan)
     status = columns["ifd_status"].to_numpy(dtype=str)
-    budget = as_schedule(_number(options.keep)).budget(0, len(rows))
+    budget = as_schedule(parse_keep(options.keep)).budget(0, len(rows))
     eligible = int(((status == "ok") & (score < options.max_ifd)).sum())
     if eligible < budget and not options.strict and eligible:
         print(f"ifd-trainer: warning: {budget} rows asked for, only {eligible} are eligible.", file=sys.stderr)

@@ -272,8 +272,16 @@ def _render_chat(prompt: list, answer: list, row: Mapping[str, Any], tokenizer: 
         raise MalformedRow(f"the chat template cannot render the row: {error}") from error
     # Some templates render a finished turn unlike an open one; the answer begins where the two part.
     shared = common_prefix_length(opened, whole)
-    header = opened[len(closed) :] if opened.startswith(closed) else ""  # e.g. "<|im_start|>assistant\n"
-    return Example(whole[:shared], whole[shared:], header, special_tokens=False)
+    return Example(whole[:shared], whole[shared:], opening(opened, closed), special_tokens=False)
+
+
+def opening(opened: str, closed: str) -> str:
+    """What a template adds to open an assistant's turn, from a chat rendered with and without it.
+
+    >>> opening("<user>Hi<assistant>", "<user>Hi")
+    '<assistant>'
+    """
+    return opened[len(closed) :] if opened.startswith(closed) else ""
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:

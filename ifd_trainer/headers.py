@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from .encoding import direct_prefix, shared_suffix
+from .formats import opening
 
 _SHARE = 0.9  # of the prompts that have to end with a header; see `shared_suffix`
 
@@ -47,7 +48,7 @@ def _known_headers(tokenizer: Any) -> list[list[int]]:
         user = [{"role": "user", "content": "x"}]
         opened = tokenizer.apply_chat_template(user, add_generation_prompt=True, tokenize=False)
         closed = tokenizer.apply_chat_template(user, tokenize=False)
-        headers.append(opened[len(closed) :] if opened.startswith(closed) else "")
+        headers.append(opening(opened, closed))
     headers.append("### Response:")
     return [tokenizer(header, add_special_tokens=False)["input_ids"] for header in headers if header]
 

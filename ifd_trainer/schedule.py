@@ -216,6 +216,16 @@ class Rhythm:
         return self.every > 1 or self.freeze_after is not None
 
 
+def parse_keep(entry: str | float | int) -> float | int:
+    """One entry of `keep` from text: without a point a number of rows, else a fraction; numbers pass unchanged."""
+    if isinstance(entry, (int, float)):
+        return entry
+    try:
+        return int(entry) if entry.strip().lstrip("+").isdigit() else float(entry)
+    except ValueError as error:
+        raise ValueError(f"keep: {entry!r} is not a number; use 0.1, 1000, or a list of these.") from error
+
+
 def as_schedule(keep: float | int | Sequence[float | int] | Schedule) -> Schedule:
     """The schedule for a fraction, a count, a list with one entry per epoch, or a schedule."""
     if hasattr(keep, "budget"):

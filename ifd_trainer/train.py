@@ -18,7 +18,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, 
 from .callback import IFDSelectionCallback
 from .files import load_rows
 from .formats import FORMATS, MalformedRow, resolve_format, to_prompt_completion
-from .schedule import Anneal, Curriculum, Schedule, as_schedule
+from .schedule import Anneal, Curriculum, Schedule, as_schedule, parse_keep
 
 
 @dataclass
@@ -82,7 +82,7 @@ class SelectionConfig:
     def budgets(self) -> float | int | list[float | int]:
         """`keep` as the callback takes it: text with a point is a fraction, without one a number of rows."""
         entries = self.keep if isinstance(self.keep, (list, tuple)) else [self.keep]
-        numbers = [_number(entry) for entry in entries]
+        numbers = [parse_keep(entry) for entry in entries]
         return numbers[0] if len(numbers) == 1 else numbers
 
     def schedule(self) -> Schedule:
@@ -207,12 +207,3 @@ def _find(source: str, folder: Path) -> str:
     """A path as given, or relative to the recipe's folder; hub names pass unchanged."""
     beside = folder / source
     return str(beside) if not Path(source).exists() and beside.is_file() else source
-
-
-def _number(entry: str | float | int) -> float | int:
-    if isinstance(entry, (int, float)):
-        return entry
-    try:
-        return int(entry) if entry.strip().lstrip("+").isdigit() else float(entry)
-    except ValueError as error:
-        raise ValueError(f"keep: {entry!r} is not a number; use 0.1, 1000, or a list of these.") from error
