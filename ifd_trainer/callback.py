@@ -24,7 +24,7 @@ from .checkpoint import decode_array, decode_scores, encode_array, encode_scores
 from .encoding import EncodedPair, Encoder, EndOfTurn, Status, answer_span, share_out
 from .headers import response_prefix
 from .history import FOLDER, History
-from .loop import EpochSelector, attach, batch_order, metrics_set_aside
+from .loop import EpochSelector, attach, batch_order, metrics_set_aside, scoring_model
 from .pool import Pool, TrainingRow
 from .schedule import Rhythm, Schedule, Turn, as_schedule
 from .scorer import Scores, score_pairs, token_progress
@@ -244,6 +244,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """Scores of all pool rows with the model as it is now; rows are shared out over processes."""
         trainer, pool = self.trainer, self.pool
         rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        model, sharded = scoring_model(trainer)
         parts, scored = [], []
         for start in range(0, len(pool), _CHUNK * world):
             shares = self._shares(np.arange(start, min(start + _CHUNK * world, len(pool))), world)
@@ -253,12 +254,13 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             with token_progress(pairs, description, show) as bar:
                 parts.append(
                     score_pairs(
-                        trainer.model,
+                        model,
                         pairs,
                         device=trainer.args.device,
                         token_budget=self.token_budget,
                         progress=bar.update,
                         forwards=(lambda batches: max(_from_all(batches, world))) if world > 1 else None,
+                        sharded=sharded,
                     )
                 )
         columns = {name: np.concatenate([part.columns()[name] for part in parts]) for name in parts[0].columns()}

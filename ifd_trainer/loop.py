@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from torch.utils.data import IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -36,6 +37,7 @@ from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from .pool import PackedPool, Pool, TrainingRow
 from .schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
+from .scorer import lm_head
 
 SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
 _HOOKS = ("_get_train_sampler", "_get_dataloader", "set_initial_training_values", "_init_training_state", "_run_epoch")
@@ -201,7 +203,7 @@ class SelectiveTrainer:
     def _batches(self, dataloader: Any, rows: int) -> int:
         """Batches that this process runs for `rows` rows, asked of the prepared loader itself."""
         with self._selector.sampler.of_size(rows):
-            return len(dataloader) * max(1, self.get_sp_size())
+            return len(dataloader)
 
 
 def attach(trainer: Trainer) -> None:
@@ -251,10 +253,45 @@ def check_supported(trainer: Trainer) -> None:
             "even_batches=False gives some processes a batch more than others, which then wait for ever. Leave "
             "accelerator_config['even_batches'] at True, or set dataloader_drop_last=True."
         )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    split = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    found = [f"{name} parallelism over {size} processes" for name, size in split.items() if size > 1]
+    if found:
         raise ValueError(
-            "Selection inside an FSDP or DeepSpeed run is not supported yet. Use DDP, or score and select beforehand."
+            f"Selection scores each row on one process, but this run has {' and '.join(found)}, where several "
+            "processes share a row. Use data parallelism (DDP, FSDP or DeepSpeed ZeRO) alone, or score and select "
+            "beforehand with `ifd-trainer score` and `ifd-trainer select`."
         )
+    if trainer.is_fsdp_xla_enabled:
+        raise ValueError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
+
+
+def scoring_model(trainer: Trainer) -> tuple[nn.Module, bool]:
+    """The model that scores, and whether the processes hold parts of its weights (FSDP, DeepSpeed ZeRO-3).
+
+    Such a model gathers its weights in every forward of the wrapped module, so all processes have to run the same
+    number of forwards. Otherwise it is the model itself: DDP's wrapper would only add its bookkeeping.
+    """
+    zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    by_transformers = getattr(trainer, "is_distributed_loading_by_transformers", False)  # since transformers 5.22
+    sharded = bool(trainer.is_fsdp_enabled or zero3 or by_transformers)
+    if zero3 and any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
+        _announce_lm_head(trainer.model)
+    return (trainer.model_wrapped if sharded else trainer.model), sharded
+
+
+def _announce_lm_head(model: nn.Module) -> None:
+    """Tell ZeRO-3 that the model's own forward reads the weight of its LM head, as TRL's loss does in training.
+
+    ZeRO-3 finds such a read by itself, unless the weight happens to be there at the first one. After scoring, which
+    calls the head as a module, it is: ZeRO-3 fetches ahead by the order of the forward before. The weight would then
+    be missing in the backward pass (measured with deepspeed 0.19.8 and trl 1.16).
+    """
+    import deepspeed
+
+    head = lm_head(model)
+    parent = next((module for module in model.modules() if head in module.children()), None) if head else None
+    if parent is not None:
+        deepspeed.zero.register_external_parameter(parent, head.weight)
 
 
 def _check_complete(checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -89,11 +89,13 @@ def score_pairs(
     progress: Callable[[int], Any] | None = None,
     engine: Engine = "auto",
     forwards: Callable[[int], int] | None = None,
+    sharded: bool = False,
 ) -> Scores:
     """Score encoded rows.
 
     Args:
-        model: a causal language model; put into eval mode and back.
+        model: a causal language model, or what a trainer wrapped around one (DDP, FSDP, DeepSpeed); put into eval mode
+            and back.
         pairs: n encoded rows.
         device: where the token ids go; the model's device by default.
         token_budget: tokens of a batch; by default 2,048 on a CPU and 16,384 elsewhere. Halved, with one warning,
@@ -102,12 +104,14 @@ def score_pairs(
         engine: "auto", "stream" or "padded".
         forwards: for processes that have to run the same number of forwards: called with the number of batches before
             the first one, returns how many forwards to run, at least as many. Those without a batch run on two tokens.
+        sharded: the processes hold parts of one model's weights and gather them in every forward (FSDP, ZeRO-3). A
+            process that is out of memory then cannot halve its batch: the others would wait for it in a forward.
 
     Returns:
         Scores of the n rows, in their order.
 
     Raises:
-        torch.OutOfMemoryError: when one row alone does not fit.
+        torch.OutOfMemoryError: when one row alone does not fit, or a batch of a sharded model.
     """
     segments = [segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct)]
     nll = answer_nll(
@@ -118,6 +122,7 @@ def score_pairs(
         progress=progress,
         engine=engine,
         forwards=forwards,
+        sharded=sharded,
     )
     status = np.array([pair.status.value for pair in pairs], dtype=object)
     scored = status == Status.OK.value
@@ -136,6 +141,7 @@ def answer_nll(
     progress: Callable[[int], Any] | None = None,
     engine: Engine = "auto",
     forwards: Callable[[int], int] | None = None,
+    sharded: bool = False,
 ) -> np.ndarray:
     """Mean negative log-likelihood of each segment's scored tokens.
 
@@ -151,10 +157,10 @@ def answer_nll(
     scored_budget = max(LOGITS_BUDGET // (getattr(_config(model), "vocab_size", None) or 2**15), 1)
     scored = [segment.scored for segment in segments]
     out = np.empty(len(segments), dtype=np.float64)
-    with borrowed(model):
+    with borrowed(model, device):
         if engine == "auto":
             tried = segments or forwards is not None  # trying out takes forwards: all processes do it, or none
-            engine = "stream" if tried and device.type == "cpu" and streams(model) else "padded"
+            engine = "stream" if tried and device.type == "cpu" and streams(model, device) else "padded"
         if engine == "stream":
             batches = stream_batches([segment.ids for segment in segments], token_budget, scored, scored_budget)
         else:
@@ -162,7 +168,11 @@ def answer_nll(
             batches = token_budget_batches(lengths, token_budget, scored, scored_budget)
         run = _stream_nll if engine == "stream" else _padded_nll
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
-        for batch, nll in _halving(lambda batch: run(model, [segments[i] for i in batch], device), batches, device):
+
+        def of_batch(batch: np.ndarray) -> np.ndarray:
+            return run(model, [segments[i] for i in batch], device)
+
+        for batch, nll in _halving(of_batch, batches, device, halve=not sharded):
             out[batch] = nll
             if progress is not None:
                 progress(sum(len(segments[i].ids) for i in batch))
@@ -172,7 +182,7 @@ def answer_nll(
 
 
 def _halving(
-    run: Callable[[np.ndarray], np.ndarray], batches: list[np.ndarray], device: torch.device
+    run: Callable[[np.ndarray], np.ndarray], batches: list[np.ndarray], device: torch.device, halve: bool = True
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Run batches; one that does not fit in memory is run in halves, and so are all of its size that follow."""
     queue, limit = batches[::-1], None
@@ -187,6 +197,11 @@ def _halving(
                 raise torch.OutOfMemoryError(
                     f"Out of memory on {device} while scoring a single row. Lower max_length, or score with a smaller "
                     "model or on a larger device."
+                ) from error
+            if not halve:
+                raise torch.OutOfMemoryError(
+                    f"Out of memory on {device} while scoring {len(batch)} rows in a batch with a model whose weights "
+                    "are spread over processes. Lower token_budget."
                 ) from error
             if limit is None:
                 logger.warning("Out of memory on %s with %d rows in a batch: going on with half.", device, len(batch))
@@ -333,7 +348,7 @@ def _prepared(span: Span, device: torch.device) -> tuple[int, int, torch.Tensor 
     return span.start, span.end, torch.from_numpy(keys).to(device), mask.to(device)
 
 
-def streams(model: nn.Module) -> bool:
+def streams(model: nn.Module, device: torch.device | None = None) -> bool:
     """Whether the `stream` engine gives the numbers of the `padded` one for this model, tried out once.
 
     It does not for models without attention layers, with sliding windows, soft-capped scores or attention sinks, for
@@ -343,10 +358,10 @@ def streams(model: nn.Module) -> bool:
         head = [7, 5, 3, 2, 6, 4, 9, 8, 1, 3]
         tails = [[2, 4, 6], [4, 2, 1, 9], [2, 4, 6, 8, 1]]
         segments = [Segment(head + tail, 1) for tail in tails] + [Segment([5, 3, 4], 1)]
-        device = model_device(model)
+        device = device or model_device(model)
         exact = False
         # Whatever such a model raises here, the padded engine scores it or raises it again.
-        with borrowed(model), contextlib.suppress(Exception):
+        with borrowed(model, device), contextlib.suppress(Exception):
             if not _attends_to_all(_config(model)):
                 raise _NotExact
             expected = _padded_nll(model, segments, device)
@@ -359,10 +374,17 @@ def streams(model: nn.Module) -> bool:
 
 def lm_head(model: nn.Module) -> nn.Module | None:
     """The output embedding of a causal LM, or None where the model does not tell."""
-    get = getattr(model, "get_output_embeddings", None)
+    get = getattr(unwrapped(model), "get_output_embeddings", None)
     with contextlib.suppress(AttributeError, NotImplementedError):
         return get() if get is not None else None
     return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, FullyShardedDataParallel or a DeepSpeed engine."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -371,17 +393,31 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def borrowed(model: nn.Module) -> Iterator[None]:
-    """Run `model` in eval mode without gradients; give back every module's mode and the random state."""
+def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run `model` in eval mode without gradients; give back every module's mode and the random states."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
+    devices = {p.device for p in model.parameters()} | {device}  # a model may be spread over devices, or be off them
+    with _random_states(devices), torch.no_grad():
         model.eval()
         try:
             yield
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextlib.contextmanager
+def _random_states(devices: Collection[torch.device]) -> Iterator[None]:
+    """Give back the global random states of the CPU and of the accelerators among `devices`."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in {device.type for device in devices} - {"cpu", "meta", "mps"}:
+            current = torch.get_device_module(kind).current_device
+            numbers = {current() if device.index is None else device.index for device in devices if device.type == kind}
+            stack.enter_context(torch.random.fork_rng(devices=sorted(numbers), device_type=kind))
+        if any(device.type == "mps" for device in devices):  # a single device, whose functions take no number
+            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        yield
 
 
 def token_progress(pairs: Sequence[EncodedPair], description: str, enabled: bool = True) -> tqdm:
@@ -391,5 +427,5 @@ def token_progress(pairs: Sequence[EncodedPair], description: str, enabled: bool
 
 
 def _config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config

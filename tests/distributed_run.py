@@ -1,7 +1,8 @@
 """What each of several processes does in `test_distributed.py`: small runs with the callback, one after another.
 
-Launched by `torch.distributed.run`; writes what every run did to `<folder>/rank<r>.json`. Imported by the tests too,
-so that a run in a single process is built by the same code.
+Under DDP, and under FSDP and DeepSpeed ZeRO-3, where each process holds half of every weight. Launched by
+`torch.distributed.run`; writes what every run did to `<folder>/rank<r>.json`. Imported by the tests too, so that a run
+in a single process is built by the same code.
 """
 
 from __future__ import annotations
@@ -11,12 +12,26 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from conftest import build_model
-from training import INF, TOKENIZER, raw_rows, select, sft_trainer, text_rows, tokenised, train, weights_of
+from training import (
+    INF,
+    TOKENIZER,
+    raw_rows,
+    select,
+    sft_trainer,
+    text_rows,
+    tokenised,
+    train,
+    training_logs,
+    weights_of,
+)
 from transformers import Trainer
 
 import ifd_trainer.callback as callback_module
@@ -43,6 +58,39 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "in_step": ({"keep": [12, 8], "token_budget": 64}, {"num_train_epochs": 2}),
     "one_row": ({"keep": 1.0}, {"num_train_epochs": 1}),
 }
+
+# Cases that run with sharded weights too; in the last one the processes have unequal numbers of batches.
+SHARDED = ("base", "uneven", "accumulation", "in_step")
+FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+ZERO3 = {
+    "deepspeed": {
+        # Every weight is split, however small.
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    },
+    "use_cpu": False,
+    "dataloader_pin_memory": False,
+}
+
+
+def fsdp_on_cpu() -> None:
+    """Let accelerate use FSDP on CPUs: it asks for several GPUs where several processes are all that FSDP needs."""
+    initialise = AcceleratorState.__init__
+
+    def patched(self: AcceleratorState, *arguments: Any, **options: Any) -> None:
+        if PartialState().distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        initialise(self, *arguments, **options)
+
+    AcceleratorState.__init__ = patched
+
+
+def deepspeed_on_cpu() -> None:
+    """Let accelerate use DeepSpeed on CPUs, which it starts for accelerators only."""
+    PartialState._prepare_backend = lambda self, *arguments: ("gloo", DistributedType.MULTI_CPU)
 
 
 def build(case: str, folder: Path, **config: Any) -> tuple[Trainer, IFDSelectionCallback]:
@@ -112,7 +160,7 @@ def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> d
     finally:
         callback_module._CHUNK = CHUNK
     digest = hashlib.sha256()
-    for tensor in weights_of(trainer.model).values():
+    for tensor in whole_weights(trainer).values():
         digest.update(tensor.float().numpy().tobytes())
     state = trainer.state
     epochs = sorted({update.epoch for update in seen.updates})
@@ -130,12 +178,23 @@ def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> d
         "max_steps": state.max_steps,
         "epoch": state.epoch,
         "learning_rates": [*seen.learning_rates(), seen.final_learning_rate],
+        "losses": [entry["loss"] for entry in training_logs(trainer)],
         "weights": digest.hexdigest(),
     }
 
 
-def main(folder: Path) -> None:
-    """All cases, and the first one again from its checkpoint."""
+def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The trained weights, gathered where each process holds a part of them."""
+    if not trainer.is_deepspeed_enabled:
+        return weights_of(trainer.model)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):
+        return weights_of(trainer.model)
+
+
+def main(folder: Path, cases: Iterable[str] = tuple(CASES), kind: dict[str, Any] | None = None) -> None:
+    """The cases, and the first one again from its checkpoint; `kind` is how the weights are sharded."""
     rank = int(os.environ["RANK"])
     written: list[str] = []
     write = history_module.write_atomically
@@ -146,8 +205,8 @@ def main(folder: Path) -> None:
 
     history_module.write_atomically = noted
     checkpoint = folder / "base" / f"checkpoint-{RESUME_FROM}"
-    runs = {case: (case, {}) for case in CASES}
-    runs["resumed"] = ("base", {"resume": checkpoint, "save_strategy": "no"})
+    runs = {case: (case, dict(kind or {})) for case in cases}
+    runs["resumed"] = ("base", {"resume": checkpoint, **(kind or {}), "save_strategy": "no"})
     found: dict[str, Any] = {}
     for name, (case, options) in runs.items():
         print(f"rank {rank}: {name}", flush=True)
@@ -170,5 +229,17 @@ def fail(folder: Path) -> None:
     trainer.train()
 
 
+def fsdp(folder: Path) -> None:
+    """The sharded cases under FSDP."""
+    fsdp_on_cpu()
+    main(folder, [*SHARDED, "bf16"], FSDP)
+
+
+def zero3(folder: Path) -> None:
+    """The sharded cases under DeepSpeed ZeRO-3."""
+    deepspeed_on_cpu()
+    main(folder, SHARDED, ZERO3)
+
+
 if __name__ == "__main__":
-    {"all": main, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": main, "fail": fail, "fsdp": fsdp, "zero3": zero3}[sys.argv[1]](Path(sys.argv[2]))

@@ -613,10 +613,20 @@ def test_a_train_loader_of_ones_own_is_refused(tmp_path):
         trainer.train()
 
 
-def test_a_sharded_model_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "what"), [("tp", "tensor parallelism"), ("cp", "context parallelism"), ("sp", "sequence parallelism")]
+)
+def test_processes_that_share_a_row_are_refused(tmp_path, size, what):
     trainer = sft_trainer(tmp_path, 8)
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="inside an FSDP or DeepSpeed run is not supported yet"):
+    setattr(trainer, f"get_{size}_size", lambda: 2)
+    with pytest.raises(ValueError, match=f"this run has {what} over 2 processes.*Use data parallelism"):
+        IFDSelectionCallback(trainer)
+
+
+def test_fsdp_through_xla_is_refused(tmp_path):
+    trainer = sft_trainer(tmp_path, 8)
+    trainer.is_fsdp_xla_enabled = True
+    with pytest.raises(ValueError, match="FSDP through XLA is not supported"):
         IFDSelectionCallback(trainer)
 
 

@@ -520,7 +520,7 @@ def test_modes_come_back_after_an_error():
     before = [module.training for module in model.modules()]
 
     def fail() -> None:
-        with borrowed(model):
+        with borrowed(model, torch.device("cpu")):
             assert not any(module.training for module in model.modules())
             raise RuntimeError("on purpose")
 
@@ -548,6 +548,24 @@ def test_random_states_are_as_before_even_if_the_model_draws(engine):
     answer_nll(model, some_segments(), engine=engine)
     assert drawn
     assert random_states() == before
+
+
+def test_random_states_of_accelerators_are_as_before(monkeypatch):
+    states = {0: "first", 1: "second", 2: "third"}
+    module = SimpleNamespace(
+        current_device=lambda: 2,
+        get_rng_state=lambda device: states[device],
+        set_rng_state=lambda state, device: states.__setitem__(device, state),
+    )
+    model = build_model(400)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+    with borrowed(model, torch.device("cuda")):  # the model's weights are on the CPU, as with offloading
+        states.update({0: "a", 1: "b", 2: "c"})
+    assert states == {0: "a", 1: "b", 2: "third"}
+    monkeypatch.setattr(model, "parameters", lambda: [SimpleNamespace(device=torch.device("cuda", 1))])
+    with borrowed(model, torch.device("cuda", 0)):
+        states.update({0: "d", 1: "e", 2: "f"})
+    assert states == {0: "a", 1: "b", 2: "f"}
 
 
 def test_gradients_and_config_are_as_before(engine):
@@ -631,6 +649,33 @@ def test_a_single_row_that_does_not_fit_is_a_clear_error(engine):
     with pytest.raises(torch.OutOfMemoryError, match=r"single row.*max_length"):
         answer_nll(model, some_segments(), engine=engine)
     assert model.training
+
+
+def test_a_sharded_model_is_not_halved(engine, caplog):
+    model = build_model(400)
+    answer_nll(model, some_segments(1), engine=engine)
+    sizes = small_memory(model, 45)
+    with pytest.raises(torch.OutOfMemoryError, match=r"rows in a batch with a model whose weights.*token_budget"):
+        answer_nll(model, some_segments(20), token_budget=10**6, engine=engine, sharded=True)
+    assert sizes == []
+    assert warnings_of(caplog) == []
+
+
+def test_a_wrapper_around_the_model_is_what_runs(shared_model, engine):
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, *arguments, **options):
+            self.calls += 1
+            return self.module(*arguments, **options)
+
+    wrapper = Wrapper(shared_model)
+    found = answer_nll(wrapper, some_segments(), engine=engine)
+    np.testing.assert_allclose(found, expected_nll(shared_model, some_segments()), rtol=1e-5)
+    assert wrapper.calls > 0
+    assert lm_head(wrapper) is shared_model.lm_head
 
 
 def test_progress_counts_every_token_once_when_batches_are_halved(engine):

@@ -183,10 +183,13 @@ class Witness(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.planned = state.max_steps
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        while hasattr(optimizer, "optimizer"):  # accelerate wraps it, and so does DeepSpeed
+            optimizer = optimizer.optimizer
         self._hook = optimizer.register_step_post_hook(self._stepped)
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not self._waiting and self.trainer.is_deepspeed_enabled:
+            return  # ZeRO-3 makes an update in several steps, one for each group of parameters
         self.updates.append(Update(self._epoch, self._waiting, optimizer.param_groups[0]["lr"]))
         self._waiting = []
 
@@ -249,7 +252,9 @@ def train(trainer: Trainer, **options: Any) -> Witness:
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """Copies of the weights; of an FSDP model the whole ones."""
+    whole = {name: getattr(tensor, "full_tensor", lambda t=tensor: t)() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in whole.items()}
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
