@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO_MODEL = $(if $(MODEL),$(MODEL),$$($(BIN)/python recipes/demo_model.py))
 
-.PHONY: help demo test style quality bench versions clean
+.PHONY: help demo test gpu style quality bench versions clean
 
 OLDEST := .venv-oldest
 LOOP_TESTS := tests/test_loop.py tests/test_callback.py tests/test_resume.py tests/test_packing.py tests/test_rhythm.py
@@ -27,6 +27,9 @@ demo: $(READY)  ## fine-tune a 135M model with selection inside the loop; MODEL=
 test: $(READY) quality  ## style checks and the whole test suite
 	$(BIN)/python recipes/demo_model.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+gpu: $(READY)  ## the tests that need a GPU, on the GPUs of this machine
+	IFD_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
 
 style: $(READY)  ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .

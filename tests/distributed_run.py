@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import build_model
 from training import (
+    DEVICE,
     INF,
     TOKENIZER,
     raw_rows,
@@ -161,7 +162,7 @@ def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> d
         callback_module._CHUNK = CHUNK
     digest = hashlib.sha256()
     for tensor in whole_weights(trainer).values():
-        digest.update(tensor.float().numpy().tobytes())
+        digest.update(tensor.float().cpu().numpy().tobytes())
     state = trainer.state
     epochs = sorted({update.epoch for update in seen.updates})
     return {
@@ -231,13 +232,15 @@ def fail(folder: Path) -> None:
 
 def fsdp(folder: Path) -> None:
     """The sharded cases under FSDP."""
-    fsdp_on_cpu()
+    if DEVICE == "cpu":
+        fsdp_on_cpu()
     main(folder, [*SHARDED, "bf16"], FSDP)
 
 
 def zero3(folder: Path) -> None:
     """The sharded cases under DeepSpeed ZeRO-3."""
-    deepspeed_on_cpu()
+    if DEVICE == "cpu":
+        deepspeed_on_cpu()
     main(folder, SHARDED, ZERO3)
 
 

@@ -52,9 +52,9 @@ each_run = pytest.mark.parametrize(("kind", "case"), RUNS)
 # ---- launching --------------------------------------------------------------------------------------------------
 
 
-def launch(task: str, folder: Path, limit: float = LAUNCH_LIMIT) -> tuple[int, str]:
-    """Exit code and output of two processes; a failure, with the output, when they take more than `limit` seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
+def launch(task: str, folder: Path, limit: float = LAUNCH_LIMIT, processes: int = WORLD) -> tuple[int, str]:
+    """Exit code and output of the processes; a failure, with the output, when they take more than `limit` seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     output = folder / f"{task}.txt"  # not a pipe, which a process that outlives its parent would keep open
     with output.open("w") as sink:
@@ -72,7 +72,7 @@ def launch(task: str, folder: Path, limit: float = LAUNCH_LIMIT) -> tuple[int, s
             end(process)
     text = output.read_text(errors="replace")
     if code is None:
-        pytest.fail(f"Two processes were not done after {limit} s:\n{text[-8000:]}")
+        pytest.fail(f"{processes} processes were not done after {limit} s:\n{text[-8000:]}")
     return code, text
 
 

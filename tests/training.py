@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ from trl import SFTConfig, SFTTrainer
 from ifd_trainer import IFDSelectionCallback
 from ifd_trainer.formats import ALPACA, WIZARDLM, to_prompt_completion
 
+DEVICE = os.environ.get("IFD_TEST_DEVICE", "cpu")  # "cuda" for the tests in tests/gpu
+if DEVICE == "cuda":  # a resumed run can equal the uninterrupted one only if sums are taken in one order
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)  # the models are tiny: threads that wait for one another make them slower
 gc.freeze()  # accelerate collects garbage before each run: what was imported by now need not be looked at
 
@@ -33,7 +38,7 @@ _SETTINGS = {
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
-    "use_cpu": True,
+    "use_cpu": DEVICE == "cpu",
     "bf16": False,  # TRL's default is True: scores have an error of 0.3 % then
 }
 
