@@ -152,11 +152,76 @@ def answer_nll(
     Returns:
         (n,) float64, nats per token.
     """
+    nll = np.empty(len(segments), dtype=np.float64)
+    options = {"device": device, "token_budget": token_budget, "progress": progress, "engine": engine}
+    for batch, losses, _ in _forwards(model, segments, None, forwards=forwards, sharded=sharded, **options):
+        nll[batch] = losses
+    return nll
+
+
+def prompt_features(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    device: torch.device | str | None = None,
+    token_budget: int | None = None,
+    progress: Callable[[int], Any] | None = None,
+    engine: Engine = "auto",
+    forwards: Callable[[int], int] | None = None,
+    sharded: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """How a model sees n prompts of T tokens q_t: what the brief experience is sampled by (arXiv 2308.12032).
+
+        embedding  = 1/T * sum_t h_t                            h_t: last hidden state, what the LM head reads
+        perplexity = exp(-1/(T-1) * sum_{t > 1} log P(q_t | q_<t))
+
+    Arguments as for `score_pairs`.
+
+    Returns:
+        Embeddings (n, H) float32 and perplexities (n,) float64; NaN for a prompt of no token, and a perplexity of NaN
+        for a prompt of one.
+
+    Raises:
+        ValueError: for a model that does not tell its LM head.
+    """
+    if lm_head(model) is None:
+        raise ValueError(f"{type(unwrapped(model)).__name__} does not tell its output embeddings, so no hidden state.")
+    # A prompt of one token is its own continuation: that loss is not used.
+    segments = [Segment([*ids, *ids][: max(len(ids), 2)], 1) for ids in map(list, prompts) if ids]
+    present = np.flatnonzero([len(ids) > 0 for ids in prompts])
+    perplexity = np.full(len(prompts), np.nan)
+    embeddings = np.full((len(prompts), 0), np.nan, dtype=np.float32)
+    sizes = [len(prompts[i]) for i in present]
+    options = {"device": device, "token_budget": token_budget, "progress": progress, "engine": engine}
+    for batch, losses, pooled in _forwards(model, segments, sizes, forwards=forwards, sharded=sharded, **options):
+        if not embeddings.shape[1]:
+            embeddings = np.full((len(prompts), pooled.shape[1]), np.nan, dtype=np.float32)
+        perplexity[present[batch]] = np.exp(losses)
+        embeddings[present[batch]] = pooled
+    perplexity[[len(ids) < 2 for ids in prompts]] = np.nan
+    return embeddings, perplexity
+
+
+def _forwards(
+    model: nn.Module,
+    segments: Sequence[Segment],
+    pooled: Sequence[int] | None,
+    *,
+    device: torch.device | str | None,
+    token_budget: int | None,
+    progress: Callable[[int], Any] | None,
+    engine: Engine,
+    forwards: Callable[[int], int] | None,
+    sharded: bool,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Run all segments in batches; their positions, their mean NLL and their mean hidden states.
+
+    `pooled` says how many tokens of each segment, from the first, are averaged; None for no hidden states.
+    """
     device = torch.device(device) if device is not None else model_device(model)
     token_budget = token_budget or (CPU_TOKEN_BUDGET if device.type == "cpu" else ACCELERATOR_TOKEN_BUDGET)
     scored_budget = max(LOGITS_BUDGET // (getattr(_config(model), "vocab_size", None) or 2**15), 1)
     scored = [segment.scored for segment in segments]
-    out = np.empty(len(segments), dtype=np.float64)
     with borrowed(model, device):
         if engine == "auto":
             tried = segments or forwards is not None  # trying out takes forwards: all processes do it, or none
@@ -169,21 +234,39 @@ def answer_nll(
         run = _stream_nll if engine == "stream" else _padded_nll
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
 
-        def of_batch(batch: np.ndarray) -> np.ndarray:
-            return run(model, [segments[i] for i in batch], device)
+        def of_batch(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+            pool = None if pooled is None else _MeanPool([pooled[i] for i in batch])
+            nll = run(model, [segments[i] for i in batch], device, pool)
+            return nll, None if pool is None else pool.means()
 
-        for batch, nll in _halving(of_batch, batches, device, halve=not sharded):
-            out[batch] = nll
+        for batch, (nll, means) in _halving(of_batch, batches, device, halve=not sharded):
             if progress is not None:
                 progress(sum(len(segments[i].ids) for i in batch))
+            yield batch, nll, means
         for _ in range(idle):
             run(model, [Segment([0, 0], 1)], device)
-    return out
+
+
+class _MeanPool:
+    """Takes the mean over the first `sizes[i]` tokens of segment i from the hidden states of a forward."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = sizes
+        self.found: list[torch.Tensor] = []
+
+    def take(self, hidden: torch.Tensor, places: Sequence[np.ndarray]) -> None:
+        """`hidden` (B * T, H), and the places of each segment's tokens in it."""
+        for size, place in zip(self.sizes, places, strict=True):
+            self.found.append(hidden[torch.from_numpy(place[:size]).to(hidden.device)].float().mean(0))
+
+    def means(self) -> np.ndarray:
+        """(n, H) float32."""
+        return torch.stack(self.found).cpu().numpy()
 
 
 def _halving(
-    run: Callable[[np.ndarray], np.ndarray], batches: list[np.ndarray], device: torch.device, halve: bool = True
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    run: Callable[[np.ndarray], Any], batches: list[np.ndarray], device: torch.device, halve: bool = True
+) -> Iterator[tuple[np.ndarray, Any]]:
     """Run batches; one that does not fit in memory is run in halves, and so are all of its size that follow."""
     queue, limit = batches[::-1], None
     while queue:
@@ -214,17 +297,21 @@ def _halving(
         yield batch, result
 
 
-def _padded_nll(model: nn.Module, segments: Sequence[Segment], device: torch.device) -> np.ndarray:
+def _padded_nll(
+    model: nn.Module, segments: Sequence[Segment], device: torch.device, pool: _MeanPool | None = None
+) -> np.ndarray:
     """Mean NLL of one batch of B segments padded to T tokens, (B,) float64."""
     longest = max(len(segment.ids) for segment in segments)
     ids = torch.zeros(len(segments), longest, dtype=torch.long)  # (B, T)
     for row, segment in enumerate(segments):
         ids[row, : len(segment.ids)] = torch.tensor(segment.ids)
     places = [row * longest + np.arange(len(segment.ids)) for row, segment in enumerate(segments)]
-    return _mean_nll(model, segments, places, {"input_ids": ids.to(device)})
+    return _mean_nll(model, segments, places, {"input_ids": ids.to(device)}, pool)
 
 
-def _stream_nll(model: nn.Module, segments: Sequence[Segment], device: torch.device) -> np.ndarray:
+def _stream_nll(
+    model: nn.Module, segments: Sequence[Segment], device: torch.device, pool: _MeanPool | None = None
+) -> np.ndarray:
     """Mean NLL of one batch of n segments as a stream of T tokens, (n,) float64."""
     stream = build_stream([segment.ids for segment in segments])
     inputs = {
@@ -232,17 +319,22 @@ def _stream_nll(model: nn.Module, segments: Sequence[Segment], device: torch.dev
         "position_ids": torch.from_numpy(stream.positions)[None].to(device),  # (1, T)
     }
     with _attending(model, stream.spans, device):
-        return _mean_nll(model, segments, stream.places, inputs)
+        return _mean_nll(model, segments, stream.places, inputs, pool)
 
 
 def _mean_nll(
-    model: nn.Module, segments: Sequence[Segment], places: Sequence[np.ndarray], inputs: dict[str, torch.Tensor]
+    model: nn.Module,
+    segments: Sequence[Segment],
+    places: Sequence[np.ndarray],
+    inputs: dict[str, torch.Tensor],
+    pool: _MeanPool | None = None,
 ) -> np.ndarray:
     """Mean NLL of segments whose tokens stand at `places` of the flattened inputs (B * T)."""
     predicts = [place[segment.start - 1 : -1] for segment, place in zip(segments, places, strict=True)]
     where, which = np.unique(np.concatenate(predicts), return_inverse=True)  # a shared token is projected once
     targets = torch.tensor([token for segment in segments for token in segment.ids[segment.start :]])  # (N,)
-    logits = _logits_at(model, inputs, torch.from_numpy(where))  # (U, V)
+    see = None if pool is None else lambda hidden: pool.take(hidden, places)
+    logits = _logits_at(model, inputs, torch.from_numpy(where), see)  # (U, V)
     which, targets = torch.from_numpy(which).to(logits.device), targets.to(logits.device)
     normaliser = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(_HEAD_CHUNK)])  # (U,)
     losses = normaliser[which] - logits[which, targets].float()  # (N,)
@@ -250,8 +342,15 @@ def _mean_nll(
     return np.array([part.mean() for part in np.split(losses.double().cpu().numpy(), ends)])
 
 
-def _logits_at(model: nn.Module, inputs: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
+def _logits_at(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    where: torch.Tensor,
+    see: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
     """Logits at U places of the flattened inputs, (U, V); the LM head runs on those alone.
+
+    `see` is called with the last hidden states of the inputs, (B * T, H).
 
     A hook on the LM head picks the hidden states, so that whatever a model does to its logits afterwards (scaling,
     soft-capping) still happens. Positions count from the end: prompt tuning puts virtual tokens in front.
@@ -261,6 +360,8 @@ def _logits_at(model: nn.Module, inputs: dict[str, torch.Tensor], where: torch.T
     rows, back = where // length, where % length - length
 
     def pick(module: nn.Module, args: tuple) -> tuple:
+        if see is not None:
+            see(args[0][:, -length:].flatten(0, 1))
         return (args[0][rows, back].unsqueeze(0), *args[1:])  # (B, T, H) -> (1, U, H)
 
     head = lm_head(model)

@@ -25,7 +25,16 @@ from transformers import (
 
 from ifd_trainer.encoding import EncodedPair, Encoder, Segment, Status
 from ifd_trainer.formats import ALPACA, MESSAGES, PROMPT_COMPLETION, SHAREGPT, WIZARDLM, Example
-from ifd_trainer.scorer import Scores, answer_nll, borrowed, lm_head, score_pairs, streams, token_progress
+from ifd_trainer.scorer import (
+    Scores,
+    answer_nll,
+    borrowed,
+    lm_head,
+    prompt_features,
+    score_pairs,
+    streams,
+    token_progress,
+)
 
 MERGES = ('### Response:"Yes."',) * 40
 TOKENIZERS = {
@@ -719,3 +728,44 @@ def test_the_engine_is_chosen_so_that_every_architecture_gets_its_own_numbers(co
     assert streams(model) is stream
     expected = [reference_nll(model, segment.ids, segment.start) for segment in segments]
     np.testing.assert_allclose(answer_nll(model, segments, device="cpu"), expected, rtol=1e-5)
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------------
+
+
+def reference_features(model: nn.Module, ids: list[int]) -> tuple[np.ndarray, float]:
+    """Mean of the last hidden states, and perplexity, of one prompt alone."""
+    with torch.no_grad():
+        out = model(torch.tensor([ids]), output_hidden_states=True)
+    perplexity = math.exp(reference_nll(model, ids, 1)) if len(ids) > 1 else math.nan
+    return out.hidden_states[-1][0].mean(0).numpy(), perplexity
+
+
+@pytest.mark.parametrize("budget", [1, 64, 10_000])
+def test_features_of_prompts(shared_model, engine, budget):
+    prompts = [segment.ids for segment in some_segments(12)] + [[5], [5, 6], []]
+    embeddings, perplexity = prompt_features(shared_model, prompts, engine=engine, token_budget=budget)
+    assert embeddings.shape == (15, shared_model.config.hidden_size)
+    for ids, embedding, value in zip(prompts[:-1], embeddings, perplexity, strict=False):
+        expected, ppl = reference_features(shared_model, ids)
+        np.testing.assert_allclose(embedding, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(value, ppl, rtol=1e-4)
+    assert np.isnan(embeddings[-1]).all()
+    assert np.isnan(perplexity[[12, 14]]).all()
+
+
+def test_features_need_hidden_states():
+    model = build_model(400)
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not tell its output embeddings"):
+        prompt_features(model, [[1, 2]])
+
+
+def test_features_behind_virtual_tokens_are_those_of_the_prompt(engine):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(build_model(400), config)
+    found, perplexity = prompt_features(model, [[4, 5, 6, 7], [8, 9]], engine=engine)
+    assert found.shape == (2, 32)
+    assert np.isfinite(found).all()
+    assert np.isfinite(perplexity).all()

@@ -16,7 +16,6 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-
 from conftest import build_model, reference_nll
 from distributed_run import RESUME_FROM
 from scipy.stats import spearmanr
