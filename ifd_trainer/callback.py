@@ -54,7 +54,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     is, of its tokens), an int `keep` a number of packed rows. Examples are taken from the highest score downwards, as
     many as best-fit decreasing packs into exactly that number of rows of at most `max_length` tokens, anew in each
     epoch; only if all eligible ones leave rows empty does `on_shortfall` say what fills them. Examples stay whole, and
-    the first token of one is never predicted from the one before it.
+    the first token of one is never predicted from the one before it. The tiers of a `Curriculum` are of packed rows,
+    each with examples of one tier alone: the tier with the highest scores is filled first, as above, then the next
+    from the examples that follow.
 
     Several processes share the scoring and train on one order. As in any run, accelerate's `even_batches` fills the
     last global batch of an epoch with the first rows of its order: those are trained on twice.
@@ -194,17 +196,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         args = self.trainer.args
         epochs = None if args.max_steps > 0 else math.ceil(args.num_train_epochs)
         try:
-            turn = self.rhythm.turn(epoch, self.pool.training_rows, epochs)
+            return self.rhythm.turn(epoch, self.pool.training_rows, epochs)
         except ValueError as error:
             if not self.pool.packed:
                 raise
             raise ValueError(f"{error} With packing=True, rows are packed rows.") from error
-        if self.pool.packed and turn.rows != "all" and turn.of != turn.budget:
-            raise ValueError(
-                "A curriculum divides examples into tiers, which packing=True joins into rows of several. Set "
-                "packing=False, or use another schedule."
-            )
-        return turn
 
     def _select(self, epoch: int) -> None:
         """Score the pool if it is this epoch's turn, choose and order its rows, log and record them."""
@@ -236,9 +232,13 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             return self.policy(columns, rows, ids=ids, rng=rng)
 
         selection = self.pool.choose(turn.of, choose)
-        if turn.of == turn.budget:
+        if not turn.tiers:
             return selection
-        return selection.ranks(columns[self.policy.score], turn.first, turn.budget)
+        score = columns[self.policy.score]
+        ranked = selection.kept[np.argsort(-score[selection.kept], kind="stable")]
+        parts = self.pool.divide(ranked, [tier.rows for tier in turn.tiers])
+        tiers = {tier.number: part for tier, part in zip(turn.tiers, parts, strict=True)}
+        return selection.in_tiers(score, tiers, {tier.number for tier in turn.tiers if tier.trained})
 
     def score_pool(self, description: str = "IFD") -> Scores:
         """Scores of all pool rows with the model as it is now; rows are shared out over processes."""
@@ -290,7 +290,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
         """This epoch's order, the same on every process."""
-        rows = self.pool.arrange(selection.kept, self.budget(epoch))
+        turn = self._turn(epoch)
+        parts = [(selection.kept, turn.budget)]
+        if turn.tiers:
+            parts = [(selection.parts[tier.number], tier.rows) for tier in turn.tiers if tier.trained]
+        rows = [row for part, budget in parts for row in self.pool.arrange(part, budget)]
         lengths = self.pool.lengths(selection.kept)
         seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
         order = batch_order(self.trainer, rows, lengths, self.order, seed)
@@ -359,6 +363,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "kept": int(kept.sum()),
             "eligible": selection.eligible,
             "shortfall": selection.shortfall,
+            "tiers": sorted(selection.parts) if selection.tier is not None else None,
             "cut": selection.cut if np.isfinite(selection.cut) else None,
             "scored_at": self._scored_at if np.isfinite(values).any() else None,
             "mean_kept": float(values[kept].mean()) if np.isfinite(values).any() else None,
@@ -450,7 +455,11 @@ _MUST_MATCH = ("policy", *_RHYTHM, "order", "seed", "direct_prefix", "fingerprin
 def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:
     """One row for each pool row: what was measured and decided."""
     times = np.bincount(selection.kept, minlength=len(scores))
-    return pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons.astype(str), "times": times})
+    rows = pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons.astype(str), "times": times})
+    if selection.tier is not None:
+        rows["tier"] = pd.array(selection.tier, dtype="Int64")
+        rows.loc[selection.tier < 0, "tier"] = pd.NA
+    return rows
 
 
 def _tokenizer_of(trainer: Trainer) -> Any:

@@ -1,7 +1,8 @@
 """What a run selected, epoch by epoch, on disk beside its checkpoints.
 
     history.json          settings, and one record for each epoch (counts, means, seconds, held-out loss)
-    epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on
+    epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on; with a
+                          curriculum its tier (0 is the one that the curriculum begins with)
     pool.parquet          the pool's texts and its columns other than token ids, for reports
 
 Files are replaced atomically: a reader, or a run that is killed, never sees half a file.
@@ -88,7 +89,10 @@ class History:
         return self.folder / f"epoch-{epoch:03d}.parquet"
 
     def rows(self, epoch: int) -> pd.DataFrame:
-        """Row id, scores, status, reason and `times` (how often trained on) of every pool row in an epoch."""
+        """Row id, scores, status, reason and `times` (how often trained on) of every pool row in an epoch.
+
+        With a curriculum also `tier`: 0, 1, ... in the order of the stages, null for rows that were not chosen.
+        """
         return pd.read_parquet(self.rows_path(epoch))
 
     def pool(self) -> pd.DataFrame | None:

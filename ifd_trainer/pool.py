@@ -7,7 +7,7 @@ is given in: an example each, or with packing a bin of examples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -117,6 +117,10 @@ class Pool:
         """
         return policy(budget)
 
+    def divide(self, ranked: np.ndarray, rows: Sequence[int]) -> list[np.ndarray]:
+        """Chosen examples, highest score first, cut into parts that fill so many training rows each."""
+        return np.split(ranked, np.cumsum(rows)[:-1])
+
     def arrange(self, kept: np.ndarray, budget: int) -> list[TrainingRow]:
         """`budget` training rows made of the kept examples (highest score first), highest score first."""
         return kept.tolist()
@@ -201,6 +205,25 @@ class PackedPool(Pool):
         while fits(high):
             low, high = high, 2 * high
         return policy(largest(fits, low, high - 1))
+
+    def divide(self, ranked: np.ndarray, rows: Sequence[int]) -> list[np.ndarray]:
+        """Each part takes examples until the next one would need another bin, as if it were an epoch of its own.
+
+        Parts are cut by score alone: every example of a part scores at least as high as all of the next. There need
+        not be a cut for which all examples fit (of the lengths 6, 6, 4, 4 in two bins of 10, one is left over):
+        examples that were chosen for all bins together and do not fit are the lowest ones, and are left out. A part
+        leaves one example at least for each bin of the parts after it, so none stays empty.
+        """
+        assert len(ranked) >= sum(rows), f"{len(ranked)} examples cannot fill {sum(rows)} bins"
+        tokens = np.concatenate([[0], np.cumsum(self._lengths[ranked])])
+        parts, start = [], 0
+        for number, bins in enumerate(rows):
+            room = tokens[start] + bins * self.capacity
+            end = min(int(np.searchsorted(tokens, room, side="right")) - 1, len(ranked) - sum(rows[number + 1 :]))
+            end = largest(lambda n, a=start, bins=bins: self._bins(ranked[a:n]) <= bins, start + bins, end)
+            parts.append(ranked[start:end])
+            start = end
+        return parts
 
     def arrange(self, kept: np.ndarray, budget: int) -> list[TrainingRow]:
         """Bins ordered by the mean rank of their examples."""
