@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 import transformers
 from transformers import Trainer
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
 _CHUNK = 8192  # pool rows encoded and scored at a time
+_TEXTS = 2048  # pool rows decoded at a time for the history
 
 
 class IFDSelectionCallback(EpochSelector, ExportableState):
@@ -149,7 +151,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def start(self, epoch: int, state: transformers.TrainerState) -> None:
         self._next_epoch, self._epoch, self._restored = epoch, None, None
         self._scores = self._scored_at = None
-        self._prefix, self._fingerprint = self._direct_prefix(), self.pool.fingerprint()
+        prompts, self._fingerprint = self.pool.read()
+        self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
+        self._prefix = response_prefix(self.tokenizer, prompts, self.header)
         folder = Path(self.trainer.args.output_dir) / FOLDER
         self.history = History(folder, self._settings())
         if state.global_step > 0:
@@ -270,8 +274,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """The rows that each process scores: about the same number of tokens, the same answer on every process."""
         if world == 1:
             return [positions]
-        spans = ((len(ids), answer_span(labels)) for ids, labels in self.pool.tokens(positions))
-        tokens = [length + end - start for length, (start, end) in spans]  # of both segments of a row
+        starts, ends = self.pool.spans(positions).T
+        tokens = self.pool.lengths(positions) + ends - starts  # of both segments of a row
         return [positions[share] for share in share_out(tokens, world)]
 
     def _encode(self, positions: np.ndarray) -> list[EncodedPair]:
@@ -282,11 +286,6 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             ids = list(ids[:end])
             pairs.append(self.encoder.pair(ids[: trim(ids, start)], start, self._prefix))
         return pairs
-
-    def _direct_prefix(self) -> list[int]:
-        """Tokens before a direct answer."""
-        prompts = {tuple(ids[: answer_span(labels)[0]]) for ids, labels in self.pool.tokens()}
-        return response_prefix(self.tokenizer, prompts, self.header)
 
     def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
         """This epoch's order, the same on every process."""
@@ -388,14 +387,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             record.update(values)
             self.history.save()
 
-    def _pool_texts(self) -> pd.DataFrame:
-        spans = [(list(ids), answer_span(labels)) for ids, labels in self.pool.tokens()]
-        texts = {
-            "row_id": self.pool.ids(self.id_column),
-            "prompt": self.tokenizer.batch_decode([ids[:start] for ids, (start, _) in spans]),
-            "answer": self.tokenizer.batch_decode([ids[start:end] for ids, (start, end) in spans]),
-        }
-        return pd.DataFrame(texts | self.pool.columns(without=texts))
+    def _pool_texts(self) -> Iterator[pa.Table]:
+        """The pool's texts and columns for reports, some thousand rows at a time."""
+        ids = self.pool.ids(self.id_column)
+        for first in range(0, len(ids), _TEXTS):
+            positions = np.arange(first, min(first + _TEXTS, len(ids)))
+            rows = list(zip(self.pool.tokens(positions), self.pool.spans(positions).tolist(), strict=True))
+            texts = {
+                "row_id": ids[positions],
+                "prompt": self.tokenizer.batch_decode([tokens[:start] for (tokens, _), (start, _) in rows]),
+                "answer": self.tokenizer.batch_decode([tokens[start:end] for (tokens, _), (start, end) in rows]),
+            }
+            yield pa.table(texts | self.pool.columns(first, first + len(positions), without=texts))
 
     # ---- checkpoint state ---------------------------------------------------------------------------------------
 

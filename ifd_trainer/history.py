@@ -13,11 +13,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 FOLDER = "ifd_history"
 VERSION = 1
@@ -81,9 +85,17 @@ class History:
         for path in set(self.folder.glob("epoch-*.parquet")) - known:
             path.unlink()
 
-    def save_pool(self, pool: pd.DataFrame) -> None:
-        """Write the pool's texts."""
-        write_atomically(self.folder / "pool.parquet", lambda path: pool.to_parquet(path, index=False))
+    def save_pool(self, pool: pd.DataFrame | Iterable[pa.Table]) -> None:
+        """Write the pool's texts, as one frame or part by part (no part is kept in memory)."""
+
+        def write(path: Path) -> None:
+            parts = iter([pa.Table.from_pandas(pool, preserve_index=False)] if isinstance(pool, pd.DataFrame) else pool)
+            first = next(parts)
+            with pq.ParquetWriter(path, first.schema) as writer:
+                for part in chain([first], parts):
+                    writer.write_table(part)
+
+        write_atomically(self.folder / "pool.parquet", write)
 
     def rows_path(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:03d}.parquet"
