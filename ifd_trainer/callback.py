@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 import transformers
 from transformers import Trainer
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
 _CHUNK = 8192  # pool rows encoded and scored at a time
+_TEXTS = 2048  # pool rows decoded at a time for the history
 
 
 class IFDSelectionCallback(EpochSelector, ExportableState):
@@ -54,7 +56,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     is, of its tokens), an int `keep` a number of packed rows. Examples are taken from the highest score downwards, as
     many as best-fit decreasing packs into exactly that number of rows of at most `max_length` tokens, anew in each
     epoch; only if all eligible ones leave rows empty does `on_shortfall` say what fills them. Examples stay whole, and
-    the first token of one is never predicted from the one before it.
+    the first token of one is never predicted from the one before it. The tiers of a `Curriculum` are of packed rows,
+    each with examples of one tier alone: the tier with the highest scores is filled first, as above, then the next
+    from the examples that follow.
 
     Several processes share the scoring and train on one order. As in any run, accelerate's `even_batches` fills the
     last global batch of an epoch with the first rows of its order: those are trained on twice.
@@ -147,7 +151,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def start(self, epoch: int, state: transformers.TrainerState) -> None:
         self._next_epoch, self._epoch, self._restored = epoch, None, None
         self._scores = self._scored_at = None
-        self._prefix, self._fingerprint = self._direct_prefix(), self.pool.fingerprint()
+        prompts, self._fingerprint = self.pool.read()
+        self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
+        self._prefix = response_prefix(self.tokenizer, prompts, self.header)
         folder = Path(self.trainer.args.output_dir) / FOLDER
         self.history = History(folder, self._settings())
         if state.global_step > 0:
@@ -194,17 +200,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         args = self.trainer.args
         epochs = None if args.max_steps > 0 else math.ceil(args.num_train_epochs)
         try:
-            turn = self.rhythm.turn(epoch, self.pool.training_rows, epochs)
+            return self.rhythm.turn(epoch, self.pool.training_rows, epochs)
         except ValueError as error:
             if not self.pool.packed:
                 raise
             raise ValueError(f"{error} With packing=True, rows are packed rows.") from error
-        if self.pool.packed and turn.rows != "all" and turn.of != turn.budget:
-            raise ValueError(
-                "A curriculum divides examples into tiers, which packing=True joins into rows of several. Set "
-                "packing=False, or use another schedule."
-            )
-        return turn
 
     def _select(self, epoch: int) -> None:
         """Score the pool if it is this epoch's turn, choose and order its rows, log and record them."""
@@ -236,9 +236,13 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             return self.policy(columns, rows, ids=ids, rng=rng)
 
         selection = self.pool.choose(turn.of, choose)
-        if turn.of == turn.budget:
+        if not turn.tiers:
             return selection
-        return selection.ranks(columns[self.policy.score], turn.first, turn.budget)
+        score = columns[self.policy.score]
+        ranked = selection.kept[np.argsort(-score[selection.kept], kind="stable")]
+        parts = self.pool.divide(ranked, [tier.rows for tier in turn.tiers])
+        tiers = {tier.number: part for tier, part in zip(turn.tiers, parts, strict=True)}
+        return selection.in_tiers(score, tiers, {tier.number for tier in turn.tiers if tier.trained})
 
     def score_pool(self, description: str = "IFD") -> Scores:
         """Scores of all pool rows with the model as it is now; rows are shared out over processes."""
@@ -272,8 +276,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """The rows that each process scores: about the same number of tokens, the same answer on every process."""
         if world == 1:
             return [positions]
-        spans = ((len(ids), answer_span(labels)) for ids, labels in self.pool.tokens(positions))
-        tokens = [length + end - start for length, (start, end) in spans]  # of both segments of a row
+        starts, ends = self.pool.spans(positions).T
+        tokens = self.pool.lengths(positions) + ends - starts  # of both segments of a row
         return [positions[share] for share in share_out(tokens, world)]
 
     def _encode(self, positions: np.ndarray) -> list[EncodedPair]:
@@ -285,14 +289,13 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             pairs.append(self.encoder.pair(ids[: trim(ids, start)], start, self._prefix))
         return pairs
 
-    def _direct_prefix(self) -> list[int]:
-        """Tokens before a direct answer."""
-        prompts = {tuple(ids[: answer_span(labels)[0]]) for ids, labels in self.pool.tokens()}
-        return response_prefix(self.tokenizer, prompts, self.header)
-
     def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
         """This epoch's order, the same on every process."""
-        rows = self.pool.arrange(selection.kept, self.budget(epoch))
+        turn = self._turn(epoch)
+        parts = [(selection.kept, turn.budget)]
+        if turn.tiers:
+            parts = [(selection.parts[tier.number], tier.rows) for tier in turn.tiers if tier.trained]
+        rows = [row for part, budget in parts for row in self.pool.arrange(part, budget)]
         lengths = self.pool.lengths(selection.kept)
         seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
         order = batch_order(self.trainer, rows, lengths, self.order, seed)
@@ -361,6 +364,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "kept": int(kept.sum()),
             "eligible": selection.eligible,
             "shortfall": selection.shortfall,
+            "tiers": sorted(selection.parts) if selection.tier is not None else None,
             "cut": selection.cut if np.isfinite(selection.cut) else None,
             "scored_at": self._scored_at if np.isfinite(values).any() else None,
             "mean_kept": float(values[kept].mean()) if np.isfinite(values).any() else None,
@@ -385,14 +389,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             record.update(values)
             self.history.save()
 
-    def _pool_texts(self) -> pd.DataFrame:
-        spans = [(list(ids), answer_span(labels)) for ids, labels in self.pool.tokens()]
-        texts = {
-            "row_id": self.pool.ids(self.id_column),
-            "prompt": self.tokenizer.batch_decode([ids[:start] for ids, (start, _) in spans]),
-            "answer": self.tokenizer.batch_decode([ids[start:end] for ids, (start, end) in spans]),
-        }
-        return pd.DataFrame(texts | self.pool.columns(without=texts))
+    def _pool_texts(self) -> Iterator[pa.Table]:
+        """The pool's texts and columns for reports, some thousand rows at a time."""
+        ids = self.pool.ids(self.id_column)
+        for first in range(0, len(ids), _TEXTS):
+            positions = np.arange(first, min(first + _TEXTS, len(ids)))
+            rows = list(zip(self.pool.tokens(positions), self.pool.spans(positions).tolist(), strict=True))
+            texts = {
+                "row_id": ids[positions],
+                "prompt": self.tokenizer.batch_decode([tokens[:start] for (tokens, _), (start, _) in rows]),
+                "answer": self.tokenizer.batch_decode([tokens[start:end] for (tokens, _), (start, end) in rows]),
+            }
+            yield pa.table(texts | self.pool.columns(first, first + len(positions), without=texts))
 
     # ---- checkpoint state ---------------------------------------------------------------------------------------
 
@@ -452,7 +460,11 @@ _MUST_MATCH = ("policy", *_RHYTHM, "order", "seed", "direct_prefix", "fingerprin
 def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:
     """One row for each pool row: what was measured and decided."""
     times = np.bincount(selection.kept, minlength=len(scores))
-    return pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons.astype(str), "times": times})
+    rows = pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons.astype(str), "times": times})
+    if selection.tier is not None:
+        rows["tier"] = pd.array(selection.tier, dtype="Int64")
+        rows.loc[selection.tier < 0, "tier"] = pd.NA
+    return rows
 
 
 def _tokenizer_of(trainer: Trainer) -> Any:

@@ -1,7 +1,8 @@
 """What a run selected, epoch by epoch, on disk beside its checkpoints.
 
     history.json          settings, and one record for each epoch (counts, means, seconds, held-out loss)
-    epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on
+    epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on; with a
+                          curriculum its tier (0 is the one that the curriculum begins with)
     pool.parquet          the pool's texts and its columns other than token ids, for reports
 
 Files are replaced atomically: a reader, or a run that is killed, never sees half a file.
@@ -12,11 +13,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 FOLDER = "ifd_history"
 VERSION = 1
@@ -80,15 +85,26 @@ class History:
         for path in set(self.folder.glob("epoch-*.parquet")) - known:
             path.unlink()
 
-    def save_pool(self, pool: pd.DataFrame) -> None:
-        """Write the pool's texts."""
-        write_atomically(self.folder / "pool.parquet", lambda path: pool.to_parquet(path, index=False))
+    def save_pool(self, pool: pd.DataFrame | Iterable[pa.Table]) -> None:
+        """Write the pool's texts, as one frame or part by part (no part is kept in memory)."""
+
+        def write(path: Path) -> None:
+            parts = iter([pa.Table.from_pandas(pool, preserve_index=False)] if isinstance(pool, pd.DataFrame) else pool)
+            first = next(parts)
+            with pq.ParquetWriter(path, first.schema) as writer:
+                for part in chain([first], parts):
+                    writer.write_table(part)
+
+        write_atomically(self.folder / "pool.parquet", write)
 
     def rows_path(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:03d}.parquet"
 
     def rows(self, epoch: int) -> pd.DataFrame:
-        """Row id, scores, status, reason and `times` (how often trained on) of every pool row in an epoch."""
+        """Row id, scores, status, reason and `times` (how often trained on) of every pool row in an epoch.
+
+        With a curriculum also `tier`: 0, 1, ... in the order of the stages, null for rows that were not chosen.
+        """
         return pd.read_parquet(self.rows_path(epoch))
 
     def pool(self) -> pd.DataFrame | None:

@@ -4,7 +4,8 @@ A Trainer builds its train loader once and fixes steps, learning rate schedule a
 epoch. `attach` gives a trainer seven small overrides with which each epoch may train on rows of its own:
 
 - `_get_train_sampler` hands out a `SelectionSampler`, an explicit list of row indices;
-- `_get_dataloader` reads, with packing, bins of examples instead of the rows that TRL packed;
+- `_get_dataloader` reads, with packing, bins of examples instead of the rows that TRL packed, and gives persistent
+  workers a generator for their seed;
 - `set_initial_training_values` takes the number of steps from the plan of all epochs;
 - `_init_training_state` finds epoch and step of a checkpoint in that plan;
 - `_run_epoch` runs the planned number of steps of its epoch;
@@ -112,10 +113,17 @@ class SelectiveTrainer:
         return pool
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        if is_training and self._selector is not None and getattr(self.args, "packing", False):
+        selecting = self._selector is not None
+        if is_training and selecting and getattr(self.args, "packing", False):
             check_supported(self)
             dataset = self.selection_pool.dataset
-        return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if selecting and self.args.dataloader_persistent_workers:
+            # Workers are seeded when they start: once in a whole run, once more in a resumed one. Drawn from the global
+            # random state, as is usual, that seed would shift all that a resumed run draws after it, as for dropout.
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+            inner.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         selector = self._selector

@@ -7,13 +7,16 @@ is given in: an example each, or with packing a bin of examples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from .encoding import IGNORE
 from .packing import PackedRows, best_fit_decreasing, largest, spread, unpack
 from .selection import Selection, ShortfallError
 
@@ -32,6 +35,9 @@ class Pool:
 
     def __init__(self, dataset: Any) -> None:
         self.source = self.examples = dataset
+        self._lengths: np.ndarray | None = None
+        self._spans: np.ndarray | None = None
+        self._ids: dict[str | None, np.ndarray] = {}
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -52,27 +58,98 @@ class Pool:
     def tokens(self, positions: np.ndarray | None = None) -> Iterator[tuple[list[int], list[int]]]:
         """(input_ids, labels) of the examples at `positions`, of all by default; read a thousand at a time."""
         positions = np.arange(len(self)) if positions is None else positions
-        examples = self.examples
+        examples, stored = self.examples, self._stored()
         for start in range(0, len(positions), 1000):
             part = positions[start : start + 1000].tolist()
-            if hasattr(examples, "column_names"):
-                missing = [name for name in ("input_ids", "labels") if name not in examples.column_names]
-                if missing:
-                    raise ValueError(
-                        "Selection reads input_ids and labels, but the prepared training set has "
-                        f"{examples.column_names}. Do not use skip_prepare_dataset, or tokenise the data set with "
-                        "labels yourself."
-                    )
-                rows = examples.select_columns(["input_ids", "labels"])[part]
+            if stored is not None:
+                rows = stored[part]
                 yield from zip(rows["input_ids"], rows["labels"], strict=True)
             else:
                 for position in part:
                     row = examples[position]
-                    yield list(row["input_ids"]), list(row["labels"])
+                    yield np.asarray(row["input_ids"]).tolist(), np.asarray(row["labels"]).tolist()
+
+    def read(self) -> tuple[set[tuple[int, ...]], str]:
+        """All tokens in one pass: the distinct prompts, and a digest of all token ids and labels in their order.
+
+        Lengths and answers' places are kept, for `lengths` and `spans`. Called when a run starts: what was found
+        before, of a data set that may have changed since, is forgotten.
+
+        Raises:
+            ValueError: for a data set without the columns, or a row whose input_ids and labels differ in length.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        prompts: set[tuple[int, ...]] = set()
+        known: dict[int, int] = {}  # one int object for each token id: prompts of a large pool would hold millions
+        lengths, spans = [], []
+        for ids, labels, sizes in self._batches():
+            digest.update(_rows_in_turn(ids, labels, sizes))
+            lengths.append(sizes)
+            spans.append(_answer_spans(labels, sizes))
+            coded = pa.array(ids).dictionary_encode()
+            shared = np.array([known.setdefault(token, token) for token in coded.dictionary.to_pylist()], dtype=object)
+            tokens, firsts = shared[coded.indices.to_numpy()].tolist(), np.cumsum(sizes) - sizes
+            ends = firsts + spans[-1][:, 0]
+            prompts.update(tuple(tokens[first:end]) for first, end in zip(firsts.tolist(), ends.tolist(), strict=True))
+        digest.update(self._packed_into())
+        self._lengths, self._spans, self._ids = np.concatenate(lengths), np.concatenate(spans), {}
+        return prompts, digest.hexdigest()
+
+    def _packed_into(self) -> bytes:
+        """What the digest says beside the tokens."""
+        return b""
+
+    def _stored(self) -> Any:
+        """input_ids and labels of a `datasets.Dataset`, as lists whatever its format; None for other data sets."""
+        names = getattr(self.examples, "column_names", None)
+        if names is None:
+            return None
+        missing = [name for name in ("input_ids", "labels") if name not in names]
+        if missing:
+            raise ValueError(
+                f"Selection reads input_ids and labels, but the prepared training set has {names}. Do not use "
+                "skip_prepare_dataset, or tokenise the data set with labels yourself."
+            )
+        columns = self.examples.select_columns(["input_ids", "labels"])
+        return columns if columns.format["type"] == "custom" else columns.with_format(None)
+
+    def _batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """All tokens, a thousand rows at a time: flat input_ids and labels, and the size of each row; int64."""
+        stored = self._stored()
+        if stored is not None and stored.format["type"] != "custom":
+            stored, rows = stored.with_format("arrow"), None  # as they are stored: no Python object for each token
+        else:
+            stored, rows = None, self.tokens()
+        for start in range(0, len(self), 1000):
+            stop = min(start + 1000, len(self))
+            if rows is None:
+                part = stored[start:stop]
+                columns = [part["input_ids"], part["labels"]]
+            else:
+                pairs = list(islice(rows, stop - start))
+                columns = [pa.array(column, pa.list_(pa.int64())) for column in zip(*pairs, strict=True)]
+            flat = [pc.list_flatten(column).to_numpy().astype(np.int64) for column in columns]
+            sizes = [pc.list_value_length(column).to_numpy().astype(np.int64) for column in columns]
+            differ = np.flatnonzero(sizes[0] != sizes[1])
+            if len(differ):
+                row = differ[0]
+                raise ValueError(
+                    f"Row {start + row} of the training set has {sizes[0][row]} input_ids, but {sizes[1][row]} labels. "
+                    "Tokenise the data set anew: each token needs a label, -100 in the prompt."
+                )
+            yield *flat, sizes[0]
 
     def lengths(self, positions: np.ndarray) -> np.ndarray:
         """Tokens of the examples at `positions`."""
-        return np.array([len(ids) for ids, _ in self.tokens(positions)])
+        if self._lengths is None:
+            self.read()
+        return self._lengths[positions]
+
+    def spans(self, positions: np.ndarray) -> np.ndarray:
+        """Start and end of the answers of the n examples at `positions`, (n, 2); see `encoding.answer_span`."""
+        if self._spans is None:
+            self.read()
+        return self._spans[positions]
 
     def ids(self, column: str | None) -> np.ndarray:
         """Row ids: those in `column`, else in "row_id" or "id" if there is one, else positions.
@@ -80,6 +157,11 @@ class Pool:
         Raises:
             ValueError: when there is no such column, or its values are not unique.
         """
+        if column not in self._ids:
+            self._ids[column] = self._find_ids(column)
+        return self._ids[column]
+
+    def _find_ids(self, column: str | None) -> np.ndarray:
         columns = getattr(self.examples, "column_names", None) or []
         if column is not None and column not in columns:
             raise ValueError(f"id_column {column!r} is not among the training set's columns {sorted(columns)}.")
@@ -91,20 +173,14 @@ class Pool:
             raise ValueError(f"The row ids in column {name!r} are not unique. Rename the column, or pass id_column.")
         return ids
 
-    def columns(self, without: Collection[str]) -> dict[str, list[Any]]:
-        """Columns other than token ids and `without`."""
+    def columns(self, start: int, stop: int, without: Collection[str]) -> dict[str, pa.ChunkedArray]:
+        """Columns other than token ids and `without`, of the examples from `start` to `stop`."""
         names = getattr(self.examples, "column_names", None) or []
-        return {name: list(self.examples[name]) for name in names if name not in _TOKEN_COLUMNS | set(without)}
-
-    def fingerprint(self) -> str:
-        """A digest of all token ids and labels in their order."""
-        return self._digest().hexdigest()
-
-    def _digest(self) -> Any:
-        digest = hashlib.blake2b(digest_size=16)
-        for ids, labels in self.tokens():
-            digest.update(np.asarray([len(ids), *ids, *labels], dtype=np.int64).tobytes())
-        return digest
+        names = [name for name in names if name not in _TOKEN_COLUMNS | set(without)]
+        if not names:
+            return {}
+        part = self.examples.select_columns(names).with_format("arrow")[start:stop]
+        return {name: part[name] for name in names}
 
     # ---- from a budget to training rows -------------------------------------------------------------------------
 
@@ -116,6 +192,10 @@ class Pool:
             policy: selects the given number of examples; called with the same number, it selects the same ones.
         """
         return policy(budget)
+
+    def divide(self, ranked: np.ndarray, rows: Sequence[int]) -> list[np.ndarray]:
+        """Chosen examples, highest score first, cut into parts that fill so many training rows each."""
+        return np.split(ranked, np.cumsum(rows)[:-1])
 
     def arrange(self, kept: np.ndarray, budget: int) -> list[TrainingRow]:
         """`budget` training rows made of the kept examples (highest score first), highest score first."""
@@ -156,10 +236,7 @@ class PackedPool(Pool):
     def dataset(self) -> PackedRows:
         return PackedRows(self.examples, self.training_rows)
 
-    def lengths(self, positions: np.ndarray) -> np.ndarray:
-        return self._lengths[positions]
-
-    def ids(self, column: str | None) -> np.ndarray:
+    def _find_ids(self, column: str | None) -> np.ndarray:
         if column is not None:
             raise ValueError(
                 f"id_column={column!r} cannot be used with packing=True, which drops all columns but the tokens. "
@@ -167,10 +244,8 @@ class PackedPool(Pool):
             )
         return np.arange(len(self))
 
-    def fingerprint(self) -> str:
-        digest = self._digest()
-        digest.update(f"packed into {self.capacity}".encode())
-        return digest.hexdigest()
+    def _packed_into(self) -> bytes:
+        return f"packed into {self.capacity}".encode()
 
     def choose(self, budget: int, policy: Callable[[int], Selection]) -> Selection:
         """The selection of as many examples as fit into `budget` bins; a shortfall is one of bins.
@@ -202,6 +277,25 @@ class PackedPool(Pool):
             low, high = high, 2 * high
         return policy(largest(fits, low, high - 1))
 
+    def divide(self, ranked: np.ndarray, rows: Sequence[int]) -> list[np.ndarray]:
+        """Each part takes examples until the next one would need another bin, as if it were an epoch of its own.
+
+        Parts are cut by score alone: every example of a part scores at least as high as all of the next. There need
+        not be a cut for which all examples fit (of the lengths 6, 6, 4, 4 in two bins of 10, one is left over):
+        examples that were chosen for all bins together and do not fit are the lowest ones, and are left out. A part
+        leaves one example at least for each bin of the parts after it, so none stays empty.
+        """
+        assert len(ranked) >= sum(rows), f"{len(ranked)} examples cannot fill {sum(rows)} bins"
+        tokens = np.concatenate([[0], np.cumsum(self._lengths[ranked])])
+        parts, start = [], 0
+        for number, bins in enumerate(rows):
+            room = tokens[start] + bins * self.capacity
+            end = min(int(np.searchsorted(tokens, room, side="right")) - 1, len(ranked) - sum(rows[number + 1 :]))
+            end = largest(lambda n, a=start, bins=bins: self._bins(ranked[a:n]) <= bins, start + bins, end)
+            parts.append(ranked[start:end])
+            start = end
+        return parts
+
     def arrange(self, kept: np.ndarray, budget: int) -> list[TrainingRow]:
         """Bins ordered by the mean rank of their examples."""
         bins = spread(best_fit_decreasing(self._lengths[kept], self.capacity), budget)
@@ -219,3 +313,34 @@ class PackedPool(Pool):
 
     def _bins(self, kept: np.ndarray) -> int:
         return len(best_fit_decreasing(self._lengths[kept], self.capacity))
+
+
+def _rows_in_turn(ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """[size, *ids, *labels] of each row, one row after the other; from flat ids and labels.
+
+    >>> _rows_in_turn(np.array([5, 6, 7]), np.array([-100, 6, 7]), np.array([2, 1])).tolist()
+    [2, 5, 6, -100, 6, 1, 7, 7]
+    """
+    firsts = np.cumsum(2 * sizes + 1) - 2 * sizes - 1
+    within = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    places = np.repeat(firsts, sizes) + 1 + within
+    out = np.empty(len(sizes) + 2 * len(ids), dtype=np.int64)
+    out[firsts], out[places], out[places + np.repeat(sizes, sizes)] = sizes, ids, labels
+    return out
+
+
+def _answer_spans(labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """`answer_span` of n rows at once, (n, 2); from flat labels.
+
+    >>> _answer_spans(np.array([-100, 6, 7, -100, -100]), np.array([4, 1])).tolist()
+    [[1, 3], [1, 1]]
+    """
+    ends = np.cumsum(sizes)
+    firsts, places = ends - sizes, np.arange(len(labels))
+    answers = labels != IGNORE
+    # before[i]: the last place before i with (without) a label, -1 if there is none
+    before = [np.concatenate([[-1], np.maximum.accumulate(np.where(mask, places, -1))]) for mask in (answers, ~answers)]
+    last = before[0][ends]
+    start = np.maximum(before[1][last + 1] + 1, firsts) - firsts
+    found = last >= firsts
+    return np.stack([np.where(found, start, sizes), np.where(found, last + 1 - firsts, sizes)], axis=1)

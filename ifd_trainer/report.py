@@ -25,6 +25,7 @@ from rich.text import Text
 
 from .encoding import Status
 from .frames import (
+    MISSING,
     count_text,
     cut_of,
     epoch_name,
@@ -60,9 +61,9 @@ _REASONS = {
 def epoch_table(history: History) -> Table:
     """What each epoch kept and cost, for the terminal.
 
-    Columns: pool and kept rows, repeats (where a budget was larger than the rows kept), mean score of the kept and
-    of the dropped rows, share of the kept rows that the epoch before kept too, seconds, held-out loss; "-" where a
-    number is not known.
+    Columns: pool and kept rows, repeats (where a budget was larger than the rows kept), with a curriculum the tiers
+    trained on (0 is the one that it begins with), mean score of the kept and of the dropped rows, share of the kept
+    rows that the epoch before kept too, seconds, held-out loss; "-" where a number is not known.
 
     >>> from rich import print
     >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
@@ -79,12 +80,14 @@ def epoch_table(history: History) -> Table:
 def _epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
     score = _SCORE_NAMES.get(history.settings.get("score"), "IFD")
     repeats = any((record.get("budget") or 0) > (record.get("kept") or 0) for record in history.epochs)
-    headers = ["epoch", "pool", "kept", *(["repeats"] if repeats else []), f"{score} kept"]
-    headers += [f"{score} dropped", "overlap", "cut", "scoring s", "training s", "held-out loss"]
+    tiers = any(record.get("tiers") for record in history.epochs)
+    headers = ["epoch", "pool", "kept", *(["repeats"] if repeats else []), *(["tiers"] if tiers else [])]
+    headers += [f"{score} kept", f"{score} dropped", "overlap", "cut", "scoring s", "training s", "held-out loss"]
     rows = []
     for record in history.epochs:
         kept, budget = record.get("kept"), record.get("budget")
         extra = [count_text(max(budget - kept, 0) if None not in (kept, budget) else None)] if repeats else []
+        extra += [_tiers_text(record.get("tiers"))] if tiers else []
         rows.append(
             [str(record["epoch"]), count_text(record.get("pool")), count_text(kept), *extra]
             + [number_text(record.get("mean_kept")), number_text(record.get("mean_dropped"))]
@@ -93,6 +96,13 @@ def _epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
             + [number_text(record.get("eval_loss"), 4)]
         )
     return headers, rows
+
+
+def _tiers_text(tiers: list[int] | None) -> str:
+    """`1`, or `0-2` for the tiers 0, 1 and 2: those of an epoch follow one another."""
+    if not tiers:
+        return MISSING
+    return str(tiers[0]) if len(tiers) == 1 else f"{tiers[0]}-{tiers[-1]}"
 
 
 def label_table(history: History, label: str) -> pd.DataFrame:

@@ -6,8 +6,8 @@ ten million rows cost a sort.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -37,6 +37,8 @@ class Selection:
         cut: lowest score kept.
         eligible: number of rows that were scorable and under the limit.
         shortfall: budget minus eligible, 0 if there were enough.
+        tier: (n,) the number of each row's tier in a curriculum, -1 for a row in none; None without a curriculum.
+        parts: of a curriculum, `kept` by the number of the tier, the one with the highest scores first.
     """
 
     kept: np.ndarray
@@ -44,19 +46,32 @@ class Selection:
     cut: float
     eligible: int
     shortfall: int
+    tier: np.ndarray | None = None
+    parts: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def everything(cls, rows: int) -> Selection:
         """All rows of a pool, whatever their scores."""
         return cls(np.arange(rows), np.full(rows, KEPT, dtype=object), float("nan"), rows, 0)
 
-    def ranks(self, score: np.ndarray, first: int, count: int) -> Selection:
-        """Only the kept rows at the ranks first to first + count, counted from the highest score; a tier."""
-        ordered = self.kept[np.argsort(-score[self.kept], kind="stable")]
-        part = ordered[first : first + count]
-        reasons = self.reasons.copy()
-        reasons[np.setdiff1d(self.kept, part)] = OTHER_TIER
-        return Selection(part, reasons, float(score[part].min()), self.eligible, self.shortfall)
+    def in_tiers(self, score: np.ndarray, tiers: Mapping[int, np.ndarray], trained: Collection[int]) -> Selection:
+        """Only the kept rows in some of the tiers.
+
+        Args:
+            score: (n,) what was ranked by.
+            tiers: kept positions by number of the tier, the one with the highest scores first. A row that is repeated
+                may be in several; a kept row in none is dropped like the ones below the cut.
+            trained: numbers of the tiers to keep.
+        """
+        parts = {number: part for number, part in tiers.items() if number in trained}
+        kept, chosen = np.concatenate(list(parts.values())), np.concatenate(list(tiers.values()))
+        reasons, tier = self.reasons.copy(), np.full(len(self.reasons), -1)
+        left = np.setdiff1d(self.kept, chosen)
+        reasons[left] = np.where(reasons[left] == RELAXED, ABOVE_LIMIT, BELOW_CUT)
+        reasons[np.setdiff1d(chosen, kept)] = OTHER_TIER
+        for number in sorted(tiers, key=lambda number: (number in trained, -number)):  # the last one stands
+            tier[tiers[number]] = number
+        return replace(self, kept=kept, reasons=reasons, cut=float(score[kept].min()), tier=tier, parts=parts)
 
     @property
     def rows(self) -> np.ndarray:

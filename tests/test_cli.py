@@ -165,6 +165,17 @@ def test_train_takes_overrides_and_prints_the_plan_without_training(
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+def test_the_plan_of_a_curriculum_with_packing_is_printed(
+    recipe: Path, model_path: str, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--plan", "--keep", "3", "--curriculum", "easy_to_hard", "--tier_mode", "growing"]
+    options += ["--packing", "true", "--per_device_train_batch_size", "1", "--num_train_epochs", "3"]
+    assert main(["train", str(recipe), "--model", model_path, *options]) == 0
+    assert "6 updates (epoch 0: 1 rows, 1 updates; epoch 1: 2 rows, 2 updates; epoch 2: 3 rows" in (
+        capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

@@ -255,6 +255,35 @@ def test_a_budget_that_the_bins_leap_over_is_filled_exactly():
     assert [len(members) for members in pool.arrange(kept, 2)] == [1, 1]
 
 
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(1, 4), st.data())
+def test_parts_follow_the_ranks_and_end_where_the_next_example_needs_another_bin(lengths, parts, data):
+    pool = pool_of(lengths, 20)
+    ranked = np.array(data.draw(st.permutations(range(len(lengths)))))
+    rows = data.draw(
+        st.lists(st.integers(1, 4), min_size=parts, max_size=parts).filter(lambda r: sum(r) <= len(ranked))
+    )
+    divided, of = pool.divide(ranked, rows), pool.lengths(np.arange(len(pool)))
+    assert np.concatenate(divided).tolist() == ranked[: sum(map(len, divided))].tolist()
+    end = 0
+    for number, (part, bins) in enumerate(zip(divided, rows, strict=True)):
+        end += len(part)
+        assert bins <= len(part)
+        assert slow_bins(of[part], 20) <= bins
+        reserved = end == len(ranked) - sum(rows[number + 1 :])  # an example at least for each bin that follows
+        assert reserved or slow_bins(of[[*part, ranked[end]]], 20) > bins
+        made = pool.arrange(part, bins)
+        assert len(made) == bins
+        assert sorted(i for members in made for i in members) == sorted(part)
+
+
+def test_what_fits_into_all_bins_together_need_not_fit_into_parts():
+    pool = pool_of([6, 6, 4, 4], 10)
+    of = pool.lengths(np.arange(4))
+    ranked = np.argsort(-of, kind="stable")  # 6, 6, 4, 4: two bins of 6 + 4, but in the order of the ranks 6 | 6 + 4
+    assert [of[part].tolist() for part in pool.divide(ranked, [1, 1])] == [[6], [6, 4]]
+    assert [of[part].tolist() for part in pool.divide(ranked[[0, 2, 1, 3]], [1, 1])] == [[6, 4], [6, 4]]
+
+
 def test_bins_survive_a_checkpoint():
     pool = pool_of([5, 4, 3, 2, 1], 6)
     order = pool.arrange(np.array([4, 1, 0, 3]), 3)
@@ -600,9 +629,102 @@ def test_an_epoch_between_selections_packs_the_same_examples(tmp_path):
     assert seen.bins[0] != seen.bins[1]  # shuffled anew
 
 
-def test_a_curriculum_of_bins_is_refused_before_the_first_step(tmp_path):
+def reference_tiers(trainer, weights, sizes):
+    """Positions in each tier, the one with the highest scores first: examples from the top as long as bins are enough.
+
+    Example by example from all ranks, not from the ones chosen for all bins together.
+    """
+    lengths = [len(ids) for ids, _ in packed_examples(trainer)]
+    ranked = reference_choice(trainer, weights, len(lengths))
+    tiers = []
+    for size in sizes:
+        tier = []
+        while ranked and slow_bins([lengths[i] for i in [*tier, ranked[0]]], CAPACITY) <= size:
+            tier.append(ranked.pop(0))
+        tiers.append(tier)
+    return tiers
+
+
+@pytest.mark.parametrize("direction", ["easy_to_hard", "hard_to_easy"])
+@pytest.mark.parametrize(("mode", "bins"), [("tiers", [2, 2, 2]), ("growing", [2, 4, 6]), ("shrinking", [6, 4, 2])])
+def test_tiers_of_packed_rows_hold_the_examples_of_their_scores(tmp_path, direction, mode, bins):
     trainer = packed_trainer(tmp_path)
-    select(trainer, schedule=Curriculum(6, tiers=3))
-    with pytest.raises(ValueError, match="A curriculum divides examples into tiers, which packing=True joins"):
+    callback = select(trainer, schedule=Curriculum(6, 3, direction, mode), max_ifd=INF, freeze_after=1)
+    seen = watched(trainer)
+    tiers = reference_tiers(trainer, seen.weights[0], [2, 2, 2])
+    tiers = tiers[::-1] if direction == "easy_to_hard" else tiers
+    stages = {"tiers": [[0], [1], [2]], "growing": [[0], [0, 1], [0, 1, 2]], "shrinking": [[0, 1, 2], [1, 2], [2]]}
+    for epoch, (rows, numbers) in enumerate(zip(seen.epochs(), stages[mode], strict=True)):
+        assert sorted(rows) == sorted(row for number in numbers for row in tiers[number])
+        history = callback.history.rows(epoch)
+        for number, tier in enumerate(tiers):
+            assert sorted(history["row_id"][history["tier"] == number]) == sorted(tier)
+        assert sorted(history["row_id"][history["reason"] == "kept"]) == sorted(rows)
+        assert (history["tier"].isna() == (history["reason"] == "below_cut")).all()
+        assert (callback.history.epochs[epoch]["tiers"], callback.history.epochs[epoch]["packed_rows"]) == (
+            numbers,
+            bins[epoch],
+        )
+        for members in seen.bins[epoch]:  # no packed row mixes tiers
+            assert sum(set(members) <= set(tier) for tier in tiers) == 1
+    assert [len(made) for made in seen.bins] == seen.updates_per_epoch() == bins
+    assert [plan.budget for plan in callback.plan.epochs] == bins
+    assert trainer.state.global_step == trainer.state.max_steps == sum(bins)
+    assert seen.final_learning_rate == 0.0
+    assert seen.leftovers == []
+    if mode == "tiers":
+        together = [row for rows in seen.epochs() for row in rows]
+        assert len(together) == len(set(together))
+        ifd = callback.history.rows(0)["ifd"]
+        means = [ifd[rows].mean() for rows in seen.epochs()]
+        assert means == sorted(means, reverse=direction == "hard_to_easy")
+        assert len(set(means)) == 3
+
+
+def test_a_curriculum_follows_the_scores_of_the_moment(tmp_path):
+    trainer = packed_trainer(tmp_path)
+    callback = select(trainer, schedule=Curriculum(6, 3, "hard_to_easy"), max_ifd=INF)
+    seen = watched(trainer)
+    for epoch, rows in enumerate(seen.epochs()):
+        assert sorted(rows) == sorted(reference_tiers(trainer, seen.weights[epoch], [2, 2, 2])[epoch])
+    assert [record["scored_at"] for record in callback.history.epochs] == [0, 1, 2]
+
+
+def test_a_curriculum_on_a_shortfall_fills_its_tiers_with_repeats(tmp_path):
+    trainer = packed_trainer(tmp_path)
+    callback = select(trainer, schedule=Curriculum(1.0, 3), freeze_after=1)
+    seen = watched(trainer)
+    whole = callback.pool.training_rows
+    assert sum(len(bins) for bins in seen.bins) == seen.planned == whole
+    for epoch, rows in enumerate(seen.epochs()):
+        history = callback.history.rows(epoch)
+        assert callback.history.epochs[epoch]["shortfall"] > 0
+        assert (history["ifd"][sorted(set(rows))] < 1).all()
+        assert np.bincount(rows, minlength=24).tolist() == history["times"].tolist()
+
+
+def test_a_curriculum_of_fewer_packed_rows_than_tiers_is_refused_before_the_first_step(tmp_path):
+    trainer = packed_trainer(tmp_path)
+    select(trainer, schedule=Curriculum(2, tiers=3))
+    with pytest.raises(ValueError, match=r"2 rows cannot be divided into 3 tiers; .* rows are packed rows"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["at_a_boundary", "inside_an_epoch"])
+def test_a_packed_curriculum_is_resumed_exactly(tmp_path, step):
+    def build(folder, **config):
+        trainer = packed_trainer(tmp_path / folder, **config)
+        select(trainer, schedule=Curriculum(6, 3, mode="growing"), max_ifd=INF, every=2)
+        return trainer
+
+    whole = build("whole")
+    through = watched(whole)
+    first = build("cut", save_strategy="steps", save_steps=step)
+    first.add_callback(Stop())
+    before = watched(first)
+    trainer = build("cut")
+    after = watched(trainer, resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{step}"))
+    assert [u.batches for u in before.updates + after.updates] == [u.batches for u in through.updates]
+    assert after.bins == through.bins[step // 2 :][-len(after.bins) :]
+    assert difference(weights_of(trainer.model), weights_of(whole.model)) == 0.0

@@ -214,6 +214,21 @@ def test_epoch_table_of_a_record_that_lacks_everything(tmp_path):
     assert next(line for line in text.splitlines() if line.split()[:1] == ["0"]).split() == ["0", *["-"] * 9]
 
 
+def test_epoch_table_names_the_tiers_of_a_curriculum_and_only_of_one(history):
+    assert "tiers" not in [column.header for column in epoch_table(history).columns]
+    assert "tiers" not in visible(page_of(write_report(history)))
+    for record, tiers in zip(history.epochs, ([0], [0, 1, 2], None), strict=True):  # the last epoch trains on all rows
+        record["tiers"] = tiers
+    table = epoch_table(history)
+    column = next(column for column in table.columns if column.header == "tiers")
+    assert list(column.cells) == ["0", "0-2", "-"]
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80
+    assert "0-2" in console.file.getvalue()
+    assert "<td>0-2</td>" in page_of(write_report(history))
+
+
 def test_label_shares_equal_a_count_by_hand(history):
     table = label_table(history, "quality")
     labels = {row["row_id"]: row["quality"] for row in pool_of(scores()).fillna("(none)").to_dict("records")}

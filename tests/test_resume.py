@@ -195,6 +195,21 @@ def test_a_resume_is_exact_in_other_settings_too(tmp_path, config):
     assert trainer.state.epoch == expected.state.epoch
 
 
+def test_persistent_workers_that_read_ahead_resume_inside_an_epoch_exactly(tmp_path):
+    # Two workers fetch four batches each: at step 5 they have read all of the epoch's three batches. Dropout draws from
+    # the random state in which a usual loader would draw its workers' seed.
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4}
+    expected, _ = selecting(tmp_path, save_strategy="steps", save_steps=5, **workers)
+    through = train(expected)
+    trainer, callback = selecting(tmp_path, **workers)
+    after = train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert through.updates_per_epoch() == [4, 3, 5]
+    assert [update.batches for update in after.updates] == [update.batches for update in through.updates[5:]]
+    assert after.learning_rates() == through.learning_rates()[5:]
+    assert callback.scored == 1
+    assert difference(weights_of(trainer.model), weights_of(expected.model)) == 0.0
+
+
 def test_a_checkpoint_written_at_the_end_of_an_epoch_is_resumed_exactly(tmp_path, whole):
     trainer, _ = selecting(tmp_path, save_strategy="epoch")
     trainer.add_callback(Stop(7))

@@ -16,6 +16,16 @@ INF = float("inf")
 POOL = 24
 
 
+def trained_ranks(turn):
+    """Ranks (0 is the highest score) that a turn of a curriculum trains on."""
+    numbers = [number for number, rows, _ in turn.tiers for _ in range(rows)]
+    trained = {tier.number for tier in turn.tiers if tier.trained}
+    ranks = [rank for rank, number in enumerate(numbers) if number in trained]
+    assert ranks == list(range(ranks[0], ranks[-1] + 1))  # tiers that are trained together are neighbours
+    assert len(ranks) == turn.budget
+    return range(ranks[0], ranks[-1] + 1)
+
+
 @given(
     pool=st.integers(1, 500),
     keep=st.integers(1, 500),
@@ -28,19 +38,20 @@ def test_tiers_partition_the_kept_ranks_and_differ_by_one_row_at_most(pool, keep
         return
     curriculum = Curriculum(keep, tiers, direction, "tiers", epochs_per_tier)
     turns = [curriculum.turn(stage * epochs_per_tier, pool) for stage in range(tiers)]
-    ranks = [range(turn.first, turn.first + turn.budget) for turn in turns]
+    ranks = [trained_ranks(turn) for turn in turns]
+    assert [[tier.number for tier in turn.tiers if tier.trained] for turn in turns] == [[s] for s in range(tiers)]
     assert sorted(rank for part in ranks for rank in part) == list(range(keep))
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
     assert (ranks[0].start <= ranks[-1].start) is (direction == "hard_to_easy" or tiers == 1)
     assert {turn.of for turn in turns} == {keep}
     for mode, expected in (("growing", ranks[: tiers // 2 + 1]), ("shrinking", ranks[tiers // 2 :])):
         turn = Curriculum(keep, tiers, direction, mode, epochs_per_tier).turn(tiers // 2 * epochs_per_tier, pool)
-        assert sorted(rank for part in expected for rank in part) == list(range(turn.first, turn.first + turn.budget))
+        assert sorted(rank for part in expected for rank in part) == list(trained_ranks(turn))
 
 
 def test_the_last_tier_takes_all_epochs_that_remain():
     curriculum = Curriculum(keep=9, tiers=3, direction="hard_to_easy", epochs_per_tier=2)
-    assert [curriculum.turn(epoch, 20).first for epoch in range(8)] == [0, 0, 3, 3, 6, 6, 6, 6]
+    assert [trained_ranks(curriculum.turn(epoch, 20))[0] for epoch in range(8)] == [0, 0, 3, 3, 6, 6, 6, 6]
 
 
 @pytest.mark.parametrize(("share", "epochs", "first"), [(0.2, 3, 2), (0.5, 4, 2), (1.0, 3, 0), (0.01, 10, 9)])
@@ -146,9 +157,16 @@ def test_a_curriculum_trains_on_its_tiers_of_the_scores_of_the_moment(tmp_path, 
         tiers = tiers[::-1] if direction == "easy_to_hard" else tiers
         stages = {"tiers": tiers[epoch : epoch + 1], "growing": tiers[: epoch + 1], "shrinking": tiers[epoch:]}[mode]
         assert sorted(rows) == sorted(row for tier in stages for row in tier)
-        reasons = callback.history.rows(epoch)["reason"].value_counts()
+        history = callback.history.rows(epoch)
+        reasons = history["reason"].value_counts()
         assert reasons["kept"] == sizes[epoch]
         assert reasons.get("other_tier", 0) == 12 - sizes[epoch]
+        for number, tier in enumerate(tiers):
+            assert sorted(history["row_id"][history["tier"] == number]) == sorted(tier)
+        assert (history["tier"].isna() == (history["reason"] == "below_cut")).all()
+        numbers = {"tiers": [epoch], "growing": list(range(epoch + 1)), "shrinking": list(range(epoch, 3))}[mode]
+        assert callback.history.epochs[epoch]["tiers"] == numbers
+        assert set(history["tier"][history["reason"] == "kept"]) == set(numbers)
     assert trainer.state.global_step == sum(size // 2 for size in sizes)
     assert seen.final_learning_rate == 0
 
@@ -158,6 +176,25 @@ def test_annealing_ends_on_the_whole_pool(tmp_path):
     assert scored == [0, 1]
     assert sorted(seen.epochs()[2]) == sorted(trainer.train_dataset["row_id"])
     assert trainer.state.global_step == 3 + 3 + 12
+
+
+def test_an_annealed_epoch_and_a_run_without_a_curriculum_have_no_tiers(tmp_path):
+    _, callback, _, _ = run(tmp_path, schedule=Anneal(Curriculum(12, 2), share=0.34))
+    assert [record["tiers"] for record in callback.history.epochs] == [[0], [1], None]
+    assert ["tier" in callback.history.rows(epoch) for epoch in range(3)] == [True, True, False]
+
+
+def test_a_row_repeated_across_tiers_counts_to_the_one_that_is_trained(tmp_path):
+    trainer = sft_trainer(tmp_path, 12, num_train_epochs=3)
+    callback = select(trainer, schedule=Curriculum(12, 3), freeze_after=1)
+    seen = train(trainer)
+    assert any(record["shortfall"] for record in callback.history.epochs)
+    for epoch, rows in enumerate(seen.epochs()):
+        history = callback.history.rows(epoch)
+        trained = history["row_id"].isin(rows)
+        assert len(rows) == 4
+        assert set(history["tier"][trained]) == {epoch}
+        assert (history["tier"].isna() == ~history["reason"].isin(["kept", "other_tier"])).all()
 
 
 @pytest.mark.parametrize("options", [{"every": 3}, {"freeze_after": 1}], ids=["every", "frozen"])
