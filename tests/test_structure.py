@@ -19,6 +19,8 @@ ORDER = [
     "checkpoint",
     "columns",
     "selection",
+    "diversity",
+    "brief",
     "schedule",
     "packing",
     "pool",
@@ -85,7 +87,7 @@ def test_a_module_imports_only_from_modules_before_it(module):
     assert sorted(imported_modules(tree_of(module)) - set(before)) == []
 
 
-@pytest.mark.parametrize("module", ["ifd", "selection", "schedule", "packing", "pool"])
+@pytest.mark.parametrize("module", ["ifd", "selection", "diversity", "brief", "schedule", "packing", "pool"])
 def test_pure_modules_do_without_torch_and_trainers(module):
     names = {
         alias.name.split(".")[0]
