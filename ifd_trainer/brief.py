@@ -20,13 +20,90 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits
 
 LARGEST_KMEANS = 100_000  # rows; above, batches: the time of KMeans grows with the rows, its quality gains nothing
+
+
+@dataclass(frozen=True)
+class Brief:
+    """Which rows give the brief experience, and how many: a policy that maps prompts to exactly `rows(n)` of n rows.
+
+    Args:
+        method: "kmeans", as in the paper (`brief_sample`), or "random" rows.
+        clusters, per_cluster, max_share: of a large pool 100 x 10 rows, of a small one fewer; see `sample_shape`.
+        low, high: percentiles of a cluster's prompt perplexities between which rows are taken.
+
+    >>> Brief().rows(52_002), Brief().rows(300)
+    (1000, 30)
+    """
+
+    method: Literal["kmeans", "random"] = "kmeans"
+    clusters: int = 100
+    per_cluster: int = 10
+    low: float = 25
+    high: float = 75
+    max_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.method not in ("kmeans", "random"):
+            raise ValueError(f"method must be 'kmeans' or 'random', got {self.method!r}.")
+        if not 0 <= self.low < self.high <= 100:
+            raise ValueError(f"low and high are percentiles, 0 <= low < high <= 100, got {self.low} and {self.high}.")
+        sample_shape(1, self.clusters, self.per_cluster, self.max_share)  # says what is wrong with these
+
+    def rows(self, pool: int) -> int:
+        """Rows of the sample of so large a pool."""
+        return math.prod(sample_shape(pool, self.clusters, self.per_cluster, self.max_share))
+
+    def __call__(
+        self, embeddings: np.ndarray | None, perplexity: np.ndarray, *, ids: np.ndarray | None = None, seed: int = 0
+    ) -> np.ndarray:
+        """Choose `rows(n)` of n rows.
+
+        k-means may give fewer (small clusters, unusable rows): the rest are then other usable rows, drawn by the
+        seed; if there are none, rows of the sample again.
+
+        Args:
+            embeddings: (n, d) of the prompts; not looked at by "random".
+            perplexity: (n,) of the prompts; a row with NaN is not chosen.
+            ids: (n,) unique row ids, on which the choice depends in place of the rows' order; positions by default.
+            seed: of k-means and of what is drawn.
+
+        Returns:
+            (rows(n),) positions.
+
+        Raises:
+            ValueError: when no row is usable.
+        """
+        count = self.rows(len(perplexity))
+        ids = np.arange(len(perplexity)) if ids is None else np.asarray(ids)
+        usable = np.isfinite(perplexity)
+        if self.method == "kmeans":
+            shape = sample_shape(len(perplexity), self.clusters, self.per_cluster, self.max_share)
+            chosen = brief_sample(
+                embeddings,
+                perplexity,
+                clusters=shape[0],
+                per_cluster=shape[1],
+                low=self.low,
+                high=self.high,
+                seed=seed,
+                ids=ids,
+                max_share=1.0,
+            )
+            usable &= np.isfinite(embeddings).all(axis=1)
+        elif not usable.any():
+            raise ValueError(f"None of {len(usable)} rows has a prompt, so none can be sampled.")
+        else:
+            chosen = np.empty(0, dtype=np.int64)
+        others = np.setdiff1d(np.flatnonzero(usable), chosen)
+        others = others[np.argsort(ids[others], kind="stable")]
+        drawn = np.random.default_rng(seed).permutation(others)[: max(count - len(chosen), 0)]
+        return np.resize(np.concatenate([chosen, drawn]), count)
 
 
 def brief_sample(
@@ -118,6 +195,10 @@ def sample_shape(rows: int, clusters: int = 100, per_cluster: int = 10, max_shar
 
 def _cluster(embeddings: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """(n,) labels by k-means."""
+    from sklearn.cluster import KMeans, MiniBatchKMeans  # takes a second to import, and not every run needs it
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
     if len(embeddings) <= LARGEST_KMEANS:
         means = KMeans(clusters, n_init=1, random_state=seed)
     else:

@@ -18,23 +18,35 @@ import pandas as pd
 import pyarrow as pa
 import torch
 import transformers
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 
+from .brief import Brief
 from .checkpoint import decode_array, decode_scores, encode_array, encode_scores
-from .encoding import EncodedPair, Encoder, EndOfTurn, Status, answer_span, share_out
+from .encoding import Encoder, Status
 from .headers import response_prefix
 from .history import FOLDER, History
-from .loop import EpochSelector, attach, batch_order, metrics_set_aside, scoring_model
+from .loop import (
+    EpochSelector,
+    attach,
+    batch_order,
+    check_rhythm,
+    metrics_set_aside,
+    reshard,
+    scoring_model,
+    start_anew,
+)
 from .pool import Pool, TrainingRow
+from .pool_scorer import PoolScorer
 from .schedule import Rhythm, Schedule, Turn, as_schedule
-from .scorer import Scores, score_pairs, token_progress
-from .selection import NOT_SCORED, Cherry, Selection
+from .scorer import Scores
+from .selection import NOT_IN_SAMPLE, NOT_SCORED, Cherry, Selection
+from .snapshot import FOLDER as ORIGINAL
+from .snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
-_STATE_VERSION = 1
-_CHUNK = 8192  # pool rows encoded and scored at a time
+_STATE_VERSION = 2
 _TEXTS = 2048  # pool rows decoded at a time for the history
 
 
@@ -78,6 +90,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
         every, warmup_epochs, freeze_after: select in each `every`-th epoch only; train on the whole pool for the first
             epochs; stop scoring from an epoch on. See `Rhythm`.
+        warmup: a `Brief` to train on the brief-experience sample in the warm-up epochs instead of the whole pool.
+        start_anew: go back to the original weights after the warm-up epochs, which then do not count among the
+            trainer's `num_train_epochs`; see `cherry`.
+        scorer: None to score with the model in training; a name, a path or a loaded model to score with that one, once
+            and for all; "columns" for the scores that the training set has from `IFDScorer`.
         on_shortfall: "repeat", "relax" or "error" when fewer rows are eligible than planned; see `Cherry`.
         id_column: column of row ids in the training set; "row_id" or "id" if there is one, else the position.
         header: text that precedes a direct answer, if it is not to be found from the prompts.
@@ -100,7 +117,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         schedule: Schedule | None = None,
         every: int = 1,
         warmup_epochs: int = 0,
+        warmup: Brief | None = None,
+        start_anew: bool = False,
         freeze_after: int | None = None,
+        scorer: str | PreTrainedModel | None = None,
         score: Literal["ifd", "ifd_ppl"] = "ifd",
         order: Literal["shuffle", "descending", "ascending"] = "shuffle",
         on_shortfall: Literal["repeat", "relax", "error"] = "repeat",
@@ -119,15 +139,19 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 "of them: order='shuffle', or train_sampling_strategy='random'."
             )
         self.policy = Cherry(max_ifd=max_ifd, score=score, on_shortfall=on_shortfall)
-        self.rhythm = Rhythm(as_schedule(keep if schedule is None else schedule), every, warmup_epochs, freeze_after)
+        schedule = as_schedule(keep if schedule is None else schedule)
+        self.rhythm = Rhythm(schedule, every, warmup_epochs, freeze_after, warmup, start_anew)
+        self.restart = self.rhythm.restart
         attach(trainer)
+        check_rhythm(trainer, self.rhythm)
         self.trainer = trainer
         self.seed = trainer.args.seed if seed is None else seed
         self.order, self.id_column, self.header = order, id_column, header
-        self.token_budget, self.warn_share = token_budget, warn_share
+        self.warn_share = warn_share
         self.tokenizer = _tokenizer_of(trainer)
         # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
-        self.encoder = Encoder(self.tokenizer, min_answer_tokens=min_answer_tokens)
+        encoder = Encoder(self.tokenizer, min_answer_tokens=min_answer_tokens)
+        self.pool_scorer = PoolScorer(trainer, encoder, scorer, token_budget)
         self.history: History | None = None
         self._prefix: list[int] | None = None
         self._fingerprint: str | None = None
@@ -136,7 +160,45 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self._restored: dict[str, Any] | None = None
         self._scores: Scores | None = None  # the last ones, and the epoch they are from
         self._scored_at: int | None = None
+        self._brief: np.ndarray | None = None  # the rows of the brief experience
         self._training_since: float | None = None
+
+    @classmethod
+    def cherry(
+        cls,
+        trainer: Trainer,
+        keep: float | int | Sequence[float | int] = 0.05,
+        *,
+        brief: Brief | Literal["kmeans", "random"] | None = "kmeans",
+        scorer: str | PreTrainedModel | None = None,
+        **options: Any,
+    ) -> IFDSelectionCallback:
+        """The whole method of arXiv 2308.12032 in one `trainer.train()`.
+
+            trainer.add_callback(IFDSelectionCallback.cherry(trainer, keep=0.05))
+
+        One epoch on the brief-experience sample; the pool scored once, by the model that this gives; then weights,
+        optimizer, learning rate schedule and random state start anew, and the trainer's `num_train_epochs` are trained
+        on the rows with the highest IFD. `state.epoch` and the history count the brief experience as epoch 0;
+        `max_steps` counts its steps too. Resumable in each part. The original weights wait on disk, in
+        `<output_dir>/ifd_original`, as large as the trainable parameters; the folder goes when training ends.
+
+        Args:
+            keep: as for the callback; a list has one entry for each epoch after the brief experience.
+            brief: "kmeans" or "random" rows, or a `Brief` with other numbers; None to score with the model as it is,
+                as version 2 of the authors' method does.
+            scorer: score with another model, by name or instance, and without a brief experience (Superfiltering,
+                arXiv 2402.00530: `scorer="gpt2"`); "columns" for scores that the training set already has.
+            options: other arguments of the callback.
+
+        Raises:
+            ValueError: for packing together with a brief experience, or under DeepSpeed.
+        """
+        brief = Brief(brief) if isinstance(brief, str) else brief
+        if scorer is not None:
+            brief = None
+        before = {"warmup_epochs": 1, "warmup": brief, "start_anew": True} if brief is not None else {}
+        return cls(trainer, keep, scorer=scorer, **{"freeze_after": 0, **before, **options})
 
     # ---- what the loop asks -------------------------------------------------------------------------------------
 
@@ -150,7 +212,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def start(self, epoch: int, state: transformers.TrainerState) -> None:
         self._next_epoch, self._epoch, self._restored = epoch, None, None
-        self._scores = self._scored_at = None
+        self._scores = self._scored_at = self._brief = None
         prompts, self._fingerprint = self.pool.read()
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
         self._prefix = response_prefix(self.tokenizer, prompts, self.header)
@@ -164,6 +226,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 "trains the same rows but is not exact."
             )
         logger.info("Selection plan: %s", self.plan)
+        if self.restart is not None and epoch <= self.restart:
+            logger.info(
+                "The original weights take %.2f GB in %s until training ends.",
+                Snapshot.size(self.trainer.model) / 1e9,
+                self._original.folder,
+            )
 
     # ---- events -------------------------------------------------------------------------------------------------
 
@@ -173,6 +241,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 "This IFDSelectionCallback was made for another trainer. Make one for each: "
                 "trainer.add_callback(IFDSelectionCallback(trainer, ...))."
             )
+        if self.restart is not None and state.global_step == 0:
+            self._keep_original()
         if state.is_world_process_zero:
             self.history.save()
             self.history.discard_other_epochs()
@@ -189,10 +259,29 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._note(seconds_training=time.perf_counter() - self._training_since)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.restart is not None and state.global_step >= self.plan.max_steps:
+            self._original.remove()
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
         loss = next((value for key, value in (metrics or {}).items() if key.endswith("_loss")), None)
         if loss is not None and self._epoch is not None and self.trainer.is_in_train:
             self._note(eval_loss=float(loss))
+
+    # ---- the original weights -----------------------------------------------------------------------------------
+
+    @property
+    def _original(self) -> Snapshot:
+        """Where the original weights wait: in one place, or with sharded weights each process's own part."""
+        folder = Path(self.trainer.args.output_dir) / ORIGINAL
+        sharded = scoring_model(self.trainer)[1]
+        return Snapshot(folder / f"process-{self.trainer.accelerator.process_index:03d}" if sharded else folder)
+
+    def _keep_original(self) -> None:
+        reshard(self.trainer.model)
+        if scoring_model(self.trainer)[1] or self.trainer.is_world_process_zero():
+            self._original.save(self.trainer.model)
+        self.trainer.accelerator.wait_for_everyone()
 
     # ---- scoring and selecting ----------------------------------------------------------------------------------
 
@@ -211,10 +300,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         turn, began = self._turn(epoch), time.perf_counter()
         if turn.score:
             self._scores, self._scored_at = self.score_pool(f"IFD, epoch {epoch}"), epoch
-        seconds = time.perf_counter() - began if turn.score else 0.0
         ids = self.pool.ids(self.id_column)
         selection = self._choose(turn, ids)
-        scores = Scores.unscored(len(ids), NOT_SCORED) if turn.rows == "all" else self._scores
+        seconds = time.perf_counter() - began if turn.score or turn.rows == "brief" else 0.0
+        scores = Scores.unscored(len(ids), NOT_SCORED) if turn.rows in ("all", "brief") else self._scores
+        if epoch == self.restart:
+            start_anew(self.trainer, self._original)
         self.sampler.order = self._agree(selection, epoch)
         if self.trainer.state.is_world_process_zero:
             self._warn(scores, selection, epoch)
@@ -229,6 +320,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """The rows of a turn, from the last scores; the same turn and scores give the same rows."""
         if turn.rows == "all":
             return Selection.everything(len(ids))
+        if turn.rows == "brief":
+            return self._brief_selection()
         columns = self._scores.columns()
 
         def choose(rows: int) -> Selection:
@@ -245,49 +338,19 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return selection.in_tiers(score, tiers, {tier.number for tier in turn.tiers if tier.trained})
 
     def score_pool(self, description: str = "IFD") -> Scores:
-        """Scores of all pool rows with the model as it is now; rows are shared out over processes."""
-        trainer, pool = self.trainer, self.pool
-        rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        model, sharded = scoring_model(trainer)
-        parts, scored = [], []
-        for start in range(0, len(pool), _CHUNK * world):
-            shares = self._shares(np.arange(start, min(start + _CHUNK * world, len(pool))), world)
-            scored.append(shares)
-            pairs = self._encode(shares[rank])
-            show = trainer.is_local_process_zero() and not trainer.args.disable_tqdm
-            with token_progress(pairs, description, show) as bar:
-                parts.append(
-                    score_pairs(
-                        model,
-                        pairs,
-                        device=trainer.args.device,
-                        token_budget=self.token_budget,
-                        progress=bar.update,
-                        forwards=(lambda batches: max(_from_all(batches, world))) if world > 1 else None,
-                        sharded=sharded,
-                    )
-                )
-        columns = {name: np.concatenate([part.columns()[name] for part in parts]) for name in parts[0].columns()}
-        if world > 1:
-            columns = _gather(columns, [np.concatenate(shares) for shares in zip(*scored, strict=True)])
-        return Scores(**columns)
+        """Scores of all pool rows with the model as it is now, or with the other `scorer`."""
+        return self.pool_scorer.scores(self._prefix, description)
 
-    def _shares(self, positions: np.ndarray, world: int) -> list[np.ndarray]:
-        """The rows that each process scores: about the same number of tokens, the same answer on every process."""
-        if world == 1:
-            return [positions]
-        starts, ends = self.pool.spans(positions).T
-        tokens = self.pool.lengths(positions) + ends - starts  # of both segments of a row
-        return [positions[share] for share in share_out(tokens, world)]
-
-    def _encode(self, positions: np.ndarray) -> list[EncodedPair]:
-        trim = EndOfTurn(self.tokenizer)
-        pairs = []
-        for ids, labels in self.pool.tokens(positions):
-            start, end = answer_span(labels)
-            ids = list(ids[:end])
-            pairs.append(self.encoder.pair(ids[: trim(ids, start)], start, self._prefix))
-        return pairs
+    def _brief_selection(self) -> Selection:
+        """The rows of the brief experience, chosen by the model as it is now."""
+        if self._brief is None:
+            embeddings, perplexity = None, self.pool.has_answer().astype(np.float64)
+            perplexity[perplexity == 0] = np.nan
+            if self.rhythm.warmup.method == "kmeans":
+                embeddings, perplexity = self.pool_scorer.features(description="Prompts, brief experience")
+            ids = self.pool.ids(self.id_column)
+            self._brief = self.rhythm.warmup(embeddings, perplexity, ids=ids, seed=self.seed)
+        return Selection.of(self._brief, len(self.pool), NOT_IN_SAMPLE)
 
     def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
         """This epoch's order, the same on every process."""
@@ -335,6 +398,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "every": self.rhythm.every,
             "warmup_epochs": self.rhythm.warmup_epochs,
             "freeze_after": self.rhythm.freeze_after,
+            "warmup": repr(self.rhythm.warmup),
+            "start_anew": self.rhythm.start_anew,
+            "scorer": self.pool_scorer.name,
             "order": self.order,
             "seed": self.seed,
             "score": self.policy.score,
@@ -444,6 +510,14 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.trainer.args.ignore_data_skip:
             logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
         self._restored = saved
+        turn = self._turn(saved["epoch"])
+        if turn.rows == "brief":
+            self._brief = np.unique(np.concatenate([np.ravel(row) for row in self._restored_order()]))
+        if self.restart is not None and state.global_step <= self.plan.phases[0] and not self._original.complete:
+            raise ValueError(
+                f"The run stopped before training had started anew, but the original weights are not in "
+                f"{self._original.folder}. Put the folder back, or start training anew."
+            )
         if "scores" in saved:
             self._scores, self._scored_at = decode_scores(saved["scores"]), saved["scores"]["epoch"]
         if (self.history.folder / "history.json").exists():
@@ -453,8 +527,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
 _LOGGED = ("pool", "eligible", "kept", "packed_rows", "cut", "mean_kept", "mean_dropped", "overlap", "shortfall")
 _LOGGED += ("seconds_scoring",)
-_RHYTHM = ("schedule", "every", "warmup_epochs", "freeze_after")
-_MUST_MATCH = ("policy", *_RHYTHM, "order", "seed", "direct_prefix", "fingerprint", "plan", "max_steps")
+_RHYTHM = ("schedule", "every", "warmup_epochs", "freeze_after", "warmup", "start_anew")
+_MUST_MATCH = ("policy", *_RHYTHM, "scorer", "order", "seed", "direct_prefix", "fingerprint", "plan", "max_steps")
 
 
 def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:
@@ -472,17 +546,3 @@ def _tokenizer_of(trainer: Trainer) -> Any:
     if tokenizer is None or not hasattr(tokenizer, "all_special_ids"):
         raise ValueError("The trainer has no tokenizer: pass processing_class=tokenizer to the trainer.")
     return tokenizer
-
-
-def _from_all(value: Any, world: int) -> list[Any]:
-    """The value that each process has, in the order of their ranks."""
-    values: list[Any] = [None] * world
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _gather(columns: dict[str, np.ndarray], shares: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Columns of all processes in pool order; process r scored the rows shares[r]."""
-    found = _from_all(columns, len(shares))
-    order = np.argsort(np.concatenate(shares))
-    return {name: np.concatenate([part[name] for part in found])[order] for name in columns}

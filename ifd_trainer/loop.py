@@ -7,6 +7,7 @@ epoch. `attach` gives a trainer seven small overrides with which each epoch may 
 - `_get_dataloader` reads, with packing, bins of examples instead of the rows that TRL packed, and gives persistent
   workers a generator for their seed;
 - `set_initial_training_values` takes the number of steps from the plan of all epochs;
+- `create_scheduler` begins the learning rate schedule anew where training starts anew, after the brief experience;
 - `_init_training_state` finds epoch and step of a checkpoint in that plan;
 - `_run_epoch` runs the planned number of steps of its epoch;
 - `train` refuses a checkpoint that was cut off while it was written;
@@ -22,7 +23,7 @@ import contextlib
 import copy
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,15 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.data import IterableDataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from .pool import PackedPool, Pool, TrainingRow
-from .schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
+from .schedule import EpochPlan, Rhythm, TrainingPlan, plan_epoch, plan_training
 from .scorer import lm_head
+from .snapshot import Snapshot
 
 SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
 _HOOKS = ("_get_train_sampler", "_get_dataloader", "set_initial_training_values", "_init_training_state", "_run_epoch")
@@ -74,6 +76,9 @@ class EpochSelector(TrainerCallback):
 
     sampler: SelectionSampler
     plan: TrainingPlan
+    # The epoch before which weights, optimizer and learning rate schedule start anew; it and the epochs after it are
+    # the `num_train_epochs` that the user asked for.
+    restart: int | None = None
 
     @abstractmethod
     def budget(self, epoch: int) -> int:
@@ -157,13 +162,36 @@ class SelectiveTrainer:
                 )
             return plan_epoch(epoch, budget, batches, args.gradient_accumulation_steps)
 
-        selector.plan = plan = plan_training(of_epoch, args.num_train_epochs, args.max_steps)
+        before = selector.restart or 0
+        selector.plan = plan = plan_training(of_epoch, before + args.num_train_epochs, args.max_steps, selector.restart)
+        if selector.restart is not None and len(plan.phases) < 2:
+            raise ValueError(
+                f"max_steps={args.max_steps} ends in the brief experience, which takes {plan.phases[0]} updates; the "
+                "training on the selected rows comes after it. Raise max_steps, or go without the brief experience."
+            )
         cut = sum(epoch.updates for epoch in plan.epochs) - plan.max_steps  # of a last epoch that is not finished
         values[_EPOCHS] = len(plan.epochs)
         values[_TRAIN_SAMPLES] = plan.rows - cut * self.get_total_train_batch_size(args)
         values[_UPDATES_PER_EPOCH] = plan.epochs[0].updates
         values[_STEPS_IN_EPOCH], values[_MAX_STEPS] = plan.epochs[0].batches, plan.max_steps
         return tuple(values)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        selector = self._selector
+        if selector is None or selector.restart is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        phases, parts = selector.plan.phases, []
+        for steps in phases:
+            self.lr_scheduler = None
+            parts.append(getattr(super().create_scheduler(steps, optimizer), "lr_lambdas", None))
+        if None in parts:
+            raise ValueError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type!s} is no function of the step alone, so it cannot "
+                "begin anew after the brief experience. Use linear, cosine, constant_with_warmup or another one that is."
+            )
+        factors = [_in_turn(group, phases) for group in zip(*parts, strict=True)]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.lr_scheduler.optimizer, factors)
+        return self.lr_scheduler
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: Any, trial
@@ -202,6 +230,8 @@ class SelectiveTrainer:
                     "was changed after training began; with a selection callback it has to stay."
                 )
             kwargs["steps_in_epoch"], kwargs["num_update_steps_per_epoch"] = plan.batches, plan.updates
+            if plan.epoch == selector.restart and not kwargs["steps_trained_in_current_epoch"]:
+                kwargs["resume_from_checkpoint"] = None  # its random state is that of the brief experience
         return super()._run_epoch(**kwargs)
 
     def _follows(self, dataloader: Any) -> bool:
@@ -271,6 +301,56 @@ def check_supported(trainer: Trainer) -> None:
         )
     if trainer.is_fsdp_xla_enabled:
         raise ValueError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
+
+
+def check_rhythm(trainer: Trainer, rhythm: Rhythm) -> None:
+    """Raise for a warm-up that this trainer cannot do."""
+    if rhythm.start_anew and trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "Training cannot start anew from the original weights under DeepSpeed, which keeps copies of them in its "
+            "optimizer. Use DDP or FSDP, or go without the brief experience (brief=None)."
+        )
+    if rhythm.warmup is not None and getattr(trainer.args, "packing", False):
+        raise ValueError(
+            "The brief experience is a sample of examples, whose number of packed rows is not known before training. "
+            "Set packing=False, or go without the brief experience (brief=None)."
+        )
+
+
+def start_anew(trainer: Trainer, snapshot: Snapshot) -> None:
+    """Put back the original weights, and let optimizer, random state and best checkpoint begin as in a new run.
+
+    The learning rate schedule begins anew by itself (`create_scheduler`). The random state becomes the one that
+    `Trainer` sets when it is made, `set_seed(args.seed)`.
+    """
+    reshard(trainer.model)
+    snapshot.restore(trainer.model)
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate wraps it
+        optimizer = optimizer.optimizer
+    optimizer.state.clear()
+    state = trainer.state
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+    set_seed(trainer.args.seed)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every process hold its own part of the weights alone: FSDP leaves the outermost ones whole after a forward."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def _in_turn(factors: Sequence[Callable[[int], float]], phases: Sequence[int]) -> Callable[[int], float]:
+    """The factor of the learning rate at a step of all phases; each phase counts its steps from 0."""
+
+    def factor(step: int) -> float:  # a function, not an object: those would be written into checkpoints
+        phase = 0
+        while phase < len(phases) - 1 and step >= phases[phase]:
+            step, phase = step - phases[phase], phase + 1
+        return factors[phase](step)
+
+    return factor
 
 
 def scoring_model(trainer: Trainer) -> tuple[nn.Module, bool]:

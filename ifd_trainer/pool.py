@@ -151,6 +151,11 @@ class Pool:
             self.read()
         return self._spans[positions]
 
+    def has_answer(self) -> np.ndarray:
+        """Which examples have an answer, (n,) bool."""
+        starts, ends = self.spans(np.arange(len(self))).T
+        return ends > starts
+
     def ids(self, column: str | None) -> np.ndarray:
         """Row ids: those in `column`, else in "row_id" or "id" if there is one, else positions.
 

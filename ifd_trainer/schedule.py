@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
+from .brief import Brief
+
 
 class Schedule(Protocol):
     """Anything that says how many rows of a pool an epoch trains on; `turn`, if there is one, says more."""
@@ -38,7 +40,8 @@ class Turn:
 
     Attributes:
         budget: rows to train on.
-        rows: "selected" now, the "same" as in the epoch before, or "all" of the pool, scorable or not.
+        rows: "selected" now, the "same" as in the epoch before, "all" of the pool, scorable or not, or the "brief"
+            experience's sample.
         score: whether the pool is scored with the model as it is; if not, the last scores stand.
         tiers: of a curriculum, the tier with the highest scores first; the rows are those of the tiers that are
             `trained`, of `budget` rows together. Without tiers, the rows are the ones with the highest scores.
@@ -46,7 +49,7 @@ class Turn:
     """
 
     budget: int
-    rows: Literal["selected", "same", "all"] = "selected"
+    rows: Literal["selected", "same", "all", "brief"] = "selected"
     score: bool = True
     tiers: tuple[Tier, ...] = ()
     chosen: int = 0
@@ -191,17 +194,23 @@ class Rhythm:
     Args:
         schedule: rows per epoch.
         every: select in each `every`-th epoch; the epochs between train on the same rows in another order.
-        warmup_epochs: train on the whole pool first for so many epochs.
+        warmup_epochs: train on the whole pool first for so many epochs, or on a sample of it.
         freeze_after: from this epoch on nothing is scored again, the last scores stand (the first epoch that selects
             always scores). A fully trained model is a worse scorer (arXiv 2308.12032, appendix G).
+        warmup: the sample of the warm-up epochs; None for the whole pool.
+        start_anew: training starts anew after the warm-up epochs, and the schedule counts its epochs from there.
     """
 
     schedule: Schedule
     every: int = 1
     warmup_epochs: int = 0
     freeze_after: int | None = None
+    warmup: Brief | None = None
+    start_anew: bool = False
 
     def __post_init__(self) -> None:
+        if (self.warmup is not None or self.start_anew) and self.warmup_epochs < 1:
+            raise ValueError("warmup and start_anew say what the warm-up epochs do: set warmup_epochs=1 or more.")
         if self.every < 1:
             raise ValueError(f"every must be at least 1, got {self.every}.")
         if self.warmup_epochs < 0 or (self.freeze_after is not None and self.freeze_after < 0):
@@ -220,20 +229,27 @@ class Rhythm:
         if isinstance(schedule, Anneal):
             if epochs is None:
                 raise ValueError("Anneal needs to know the number of epochs: set num_train_epochs, not max_steps.")
-            if epoch >= schedule.full_from(epochs):
+            if epoch - (self.restart or 0) >= schedule.full_from(epochs):
                 return Turn(pool, "all", score=False)
             schedule = schedule.schedule
         if epoch < self.warmup_epochs:
-            return Turn(pool, "all", score=False)
+            sample = self.warmup is not None
+            return Turn(self.warmup.rows(pool) if sample else pool, "brief" if sample else "all", score=False)
         since = (epoch - self.warmup_epochs) % self.every
         chosen = epoch - since  # the epoch that selected the rows of this one
-        turn = schedule.turn(chosen, pool) if hasattr(schedule, "turn") else None
-        turn = turn or Turn(schedule.budget(chosen, pool))
+        counted = chosen - (self.restart or 0)
+        turn = schedule.turn(counted, pool) if hasattr(schedule, "turn") else None
+        turn = turn or Turn(schedule.budget(counted, pool))
         turn = replace(turn, chosen=chosen)
         if since:
             return replace(turn, rows="same", score=False)
         frozen = self.freeze_after is not None and epoch >= self.freeze_after and epoch > self.warmup_epochs
         return replace(turn, score=not frozen)
+
+    @property
+    def restart(self) -> int | None:
+        """The epoch before which training starts anew, if it does."""
+        return self.warmup_epochs if self.start_anew else None
 
     @property
     def remembers(self) -> bool:
@@ -270,10 +286,23 @@ class EpochPlan:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """All epochs of a run, and the number of optimizer updates in total (the last epoch may be cut short)."""
+    """All epochs of a run, and the number of optimizer updates in total (the last epoch may be cut short).
+
+    Attributes:
+        restart: the epoch before which training starts anew, after the brief experience; None if it does not.
+    """
 
     epochs: tuple[EpochPlan, ...]
     max_steps: int
+    restart: int | None = None
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """Updates before training starts anew, and after; all of them if it does not, or stops before."""
+        if self.restart is None:
+            return (self.max_steps,)
+        before = sum(epoch.updates for epoch in self.epochs[: self.restart])
+        return (before, self.max_steps - before) if self.max_steps > before else (self.max_steps,)
 
     @property
     def rows(self) -> int:
@@ -298,27 +327,30 @@ def plan_epoch(epoch: int, budget: int, batches: int, accumulation: int) -> Epoc
     return EpochPlan(epoch, budget, batches, max(math.ceil(batches / accumulation), 1))
 
 
-def plan_training(of_epoch: Callable[[int], EpochPlan], num_train_epochs: float, max_steps: int = -1) -> TrainingPlan:
+def plan_training(
+    of_epoch: Callable[[int], EpochPlan], num_train_epochs: float, max_steps: int = -1, restart: int | None = None
+) -> TrainingPlan:
     """The plan of a run.
 
     Args:
         of_epoch: the plan of the given epoch.
         num_train_epochs: epochs, may be fractional; used when max_steps is not positive.
         max_steps: total updates, as in `TrainingArguments`; the run takes as many epochs as that needs.
+        restart: the epoch before which training starts anew.
     """
     if max_steps > 0:
         epochs, total = [], 0
         while total < max_steps:
             epochs.append(of_epoch(len(epochs)))
             total += epochs[-1].updates
-        return TrainingPlan(tuple(epochs), max_steps)
+        return TrainingPlan(tuple(epochs), max_steps, restart)
     epochs = [of_epoch(epoch) for epoch in range(math.ceil(num_train_epochs))]
     whole = int(num_train_epochs)
     total = sum(plan.updates for plan in epochs[:whole])
     if len(epochs) > whole:
         # 2.1 - 2 is a little more than 0.1: without rounding, a tenth of ten updates would be two.
         total += math.ceil(round((num_train_epochs - whole) * epochs[whole].updates, 6))
-    return TrainingPlan(tuple(epochs), total)
+    return TrainingPlan(tuple(epochs), total, restart)
 
 
 def _check(keep: float | int) -> None:

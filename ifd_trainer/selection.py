@@ -19,6 +19,7 @@ RELAXED = "kept_above_limit"  # kept although its score is at or above the limit
 ABOVE_LIMIT = "above_limit"  # score >= max_ifd: the prompt does not help
 BELOW_CUT = "below_cut"  # eligible, but the budget was spent on harder rows
 OTHER_TIER = "other_tier"  # among the rows of a curriculum, but not in this epoch's tiers
+NOT_IN_SAMPLE = "not_in_sample"  # in an epoch that trains on a sample drawn without scores: the brief experience
 NOT_SCORED = "not_scored"  # status in an epoch that trains on all rows without scoring any
 
 
@@ -53,6 +54,13 @@ class Selection:
     def everything(cls, rows: int) -> Selection:
         """All rows of a pool, whatever their scores."""
         return cls(np.arange(rows), np.full(rows, KEPT, dtype=object), float("nan"), rows, 0)
+
+    @classmethod
+    def of(cls, kept: np.ndarray, rows: int, reason: str) -> Selection:
+        """The rows `kept`, chosen otherwise than by a score; the others are dropped for one reason."""
+        reasons = np.full(rows, reason, dtype=object)
+        reasons[kept] = KEPT
+        return cls(kept, reasons, float("nan"), rows, 0)
 
     def in_tiers(self, score: np.ndarray, tiers: Mapping[int, np.ndarray], trained: Collection[int]) -> Selection:
         """Only the kept rows in some of the tiers.
