@@ -6,12 +6,12 @@ Greedy choice reaches at least 1 - 1/e of the largest f that k rows can have. A 
 rows counts as 0, as does no row at all: so f never falls when a row is added, from the first row on, and the
 guarantee holds. Sources: Superfiltering (arXiv 2402.00530); Nemhauser, Wolsey and Fisher (1978).
 
-Where we differ from the published program: it takes the largest squared distance minus the squared distance as the
-similarity, so what counts there depends on the two rows furthest apart; here it is the cosine.
+Where we differ from the published program: its similarity of two unit vectors is exp(-distance / d), Euclidean and
+without the square, which for some hundred dimensions d is nearly 1 - distance / d; here it is the cosine.
 
 Libraries, on 5,000 x 576 with k = 500: apricot-select 0.6.1 (2021, needs the discontinued nose) finds the same rows as
 plain greedy from a float64 matrix, and always holds that matrix (22 GB at 52,000 rows); submodlib-py 0.0.3 (2025)
-passes through Python lists, took 15 s to build before the first choice, and ended with 495 of the 500 rows.
+passes the matrix through Python lists, took 15 s before the first choice, and found 495 of the 500 rows.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ def facility_location(
     date instead of computed anew: a step only changes what a row i contributes if the new row stands for i better
     than all before. If that is so r_i times for row i, the cost is n d (n + sum_i r_i) multiplications, at most
     n^2 d (k + 1); sum_i r_i / n was 5.7 on 10,400 clustered rows with k = 1,040. (Lazy greedy, which re-evaluates
-    the best candidates against all rows, needed 10.5 n evaluations there, each as dear as one row here.)
+    the best candidates against all rows, needed 10.5 n evaluations there, each as dear as one row here.) With 576
+    dimensions on two cores that took 3 s and 0.5 GB; 9 s if similarities are not held. 26,000 rows and k = 1,000,
+    not held, took 83 s while the cores were shared; expect four times that at twice the rows.
 
     Unit vectors are rounded to integers just small enough that every dot product is exact in float32. So sums, ties
     and the rows chosen depend on no block size, thread count or linear algebra library. It moves a cosine by about
-    1e-4, less than bfloat16 hidden states are off.
+    1e-4, at most by about sqrt(d) / 4,000.
 
     Args:
         embeddings: (n, d) finite numbers. A row of zeros is similar to none, itself included.

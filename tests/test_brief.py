@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from ifd_trainer import brief
 from ifd_trainer.brief import brief_sample, sample_shape
@@ -178,6 +178,20 @@ def test_global_states_are_left_alone():
     np.testing.assert_array_equal(brief_sample(embeddings, perplexity), chosen)
 
 
+def test_k_means_runs_on_one_thread(monkeypatch):
+    seen = []
+
+    class Watched(brief.KMeans):
+        def fit(self, *arguments):
+            seen.extend(pool["num_threads"] for pool in threadpool_info())
+            return super().fit(*arguments)
+
+    monkeypatch.setattr(brief, "KMeans", Watched)
+    with threadpool_limits(2):
+        brief_sample(np.eye(20), np.arange(20.0))
+    assert set(seen) == {1}
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_other_kinds_of_numbers(dtype):
     embeddings, perplexity, _ = blobs([80, 80])
@@ -216,6 +230,11 @@ def test_the_proportion_is_kept_as_far_as_whole_numbers_go(rows):
 def test_the_paper_s_size_from_ten_thousand_rows_on():
     assert [sample_shape(rows) for rows in (10_000, 52_002)] == [(100, 10)] * 2
     assert sample_shape(9_999) != (100, 10)
+
+
+def test_a_share_is_not_rounded_down_by_its_binary_form():
+    assert 0.29 * 100 < 29
+    assert sample_shape(100, clusters=29, per_cluster=1, max_share=0.29) == (29, 1)
 
 
 def test_a_small_pool_is_not_used_up():

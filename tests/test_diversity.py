@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -86,6 +87,15 @@ def test_it_chooses_what_plain_greedy_chooses_among_many_rows(seed):
     assert facility_location(embeddings, 60).tolist() == expected
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_it_chooses_what_plain_greedy_chooses_where_rows_hardly_differ(seed):
+    angles = np.random.default_rng(seed).uniform(0, 0.1, 40)
+    embeddings = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    units = [[int(number) for number in row] for row in _integer_units(embeddings)]
+    similar = [[a * c + b * d for c, d in units] for a, b in units]
+    assert facility_location(embeddings, 12).tolist() == plain_greedy(similar, 12)
+
+
 @given(problem=problems)
 def test_each_step_is_the_best_by_the_true_cosines_but_for_rounding(problem):
     embeddings, k = problem
@@ -118,6 +128,16 @@ def test_blocks_of_many_rows(block):
     embeddings = clustered(200, centres=9, dimensions=100)
     expected = facility_location(embeddings, 40)
     np.testing.assert_array_equal(facility_location(embeddings, 40, memory_bytes=0, block=block), expected)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_similarities_are_held_only_where_they_fit(held):
+    embeddings, matrix = clustered(1000, centres=9), 4 * 1000**2
+    tracemalloc.start()
+    facility_location(embeddings, 3, memory_bytes=matrix - (not held), block=16)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert matrix < peak < 1.5 * matrix if held else peak < 0.5 * matrix
 
 
 def test_fewer_rows_are_the_first_of_more():
