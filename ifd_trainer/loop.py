@@ -187,7 +187,7 @@ class SelectiveTrainer:
         if None in parts:
             raise ValueError(
                 f"lr_scheduler_type={self.args.lr_scheduler_type!s} is no function of the step alone, so it cannot "
-                "begin anew after the brief experience. Use linear, cosine, constant_with_warmup or another one that is."
+                "begin anew after the brief experience. Use linear, cosine or another one that is."
             )
         factors = [_in_turn(group, phases) for group in zip(*parts, strict=True)]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.lr_scheduler.optimizer, factors)
@@ -335,7 +335,7 @@ def start_anew(trainer: Trainer, snapshot: Snapshot) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let every process hold its own part of the weights alone: FSDP leaves the outermost ones whole after a forward."""
+    """Let each process hold nothing but its own part of the weights: FSDP leaves some whole after a forward."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from ifd_trainer import brief
@@ -111,7 +112,7 @@ def test_as_many_clusters_as_rows():
 def test_a_large_pool_is_clustered_in_batches(monkeypatch):
     embeddings, perplexity, group = blobs([500, 400, 300])
     monkeypatch.setattr(brief, "LARGEST_KMEANS", 1000)
-    monkeypatch.setattr(brief, "KMeans", None)  # would fail if it were used
+    monkeypatch.setattr("sklearn.cluster.KMeans", None)  # would fail if it were used
     chosen = brief_sample(embeddings, perplexity, clusters=3, per_cluster=10)
     assert np.bincount(group[chosen]).tolist() == [10, 10, 10]
     assert len(brief_sample(np.ones((1200, 2)), np.arange(1200.0), clusters=3, per_cluster=10)) == 10
@@ -181,12 +182,12 @@ def test_global_states_are_left_alone():
 def test_k_means_runs_on_one_thread(monkeypatch):
     seen = []
 
-    class Watched(brief.KMeans):
+    class Watched(KMeans):
         def fit(self, *arguments):
             seen.extend(pool["num_threads"] for pool in threadpool_info())
             return super().fit(*arguments)
 
-    monkeypatch.setattr(brief, "KMeans", Watched)
+    monkeypatch.setattr("sklearn.cluster.KMeans", Watched)
     with threadpool_limits(2):
         brief_sample(np.eye(20), np.arange(20.0))
     assert set(seen) == {1}
