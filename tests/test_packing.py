@@ -726,5 +726,5 @@ def test_a_packed_curriculum_is_resumed_exactly(tmp_path, step):
     trainer = build("cut")
     after = watched(trainer, resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{step}"))
     assert [u.batches for u in before.updates + after.updates] == [u.batches for u in through.updates]
-    assert after.bins == through.bins[step // 2 :][-len(after.bins) :]
+    assert after.bins == through.bins[1:]
     assert difference(weights_of(trainer.model), weights_of(whole.model)) == 0.0
