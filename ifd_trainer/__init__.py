@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .brief import Brief
     from .callback import IFDSelectionCallback
     from .columns import IFD_COLUMNS, IFDScorer
+    from .diversity import Diverse
     from .formats import ALPACA, WIZARDLM, TemplateFormat
     from .report import write_report
     from .schedule import Anneal, Constant, Curriculum, PerEpoch
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
 _HOME = {
     "ALPACA": "formats",
     "Anneal": "schedule",
+    "Brief": "brief",
     "Cherry": "selection",
     "Constant": "schedule",
     "Curriculum": "schedule",
+    "Diverse": "diversity",
     "IFDScorer": "columns",
     "IFDSelectionCallback": "callback",
     "IFD_COLUMNS": "columns",
@@ -35,9 +39,11 @@ __all__ = [
     "IFD_COLUMNS",
     "WIZARDLM",
     "Anneal",
+    "Brief",
     "Cherry",
     "Constant",
     "Curriculum",
+    "Diverse",
     "IFDScorer",
     "IFDSelectionCallback",
     "PerEpoch",

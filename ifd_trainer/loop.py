@@ -35,7 +35,7 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
 
 from .pool import PackedPool, Pool, TrainingRow
 from .schedule import EpochPlan, Rhythm, TrainingPlan, plan_epoch, plan_training
@@ -186,8 +186,8 @@ class SelectiveTrainer:
             parts.append(getattr(super().create_scheduler(steps, optimizer), "lr_lambdas", None))
         if None in parts:
             raise ValueError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type!s} is no function of the step alone, so it cannot "
-                "begin anew after the brief experience. Use linear, cosine or another one that is."
+                f"lr_scheduler_type={SchedulerType(self.args.lr_scheduler_type).value!r} is no function of the step "
+                "alone, so it cannot begin anew after the brief experience. Use linear, cosine or another one that is."
             )
         factors = [_in_turn(group, phases) for group in zip(*parts, strict=True)]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.lr_scheduler.optimizer, factors)

@@ -35,13 +35,13 @@ from training import (
 )
 from transformers import Trainer
 
-import ifd_trainer.callback as callback_module
 import ifd_trainer.history as history_module
-from ifd_trainer import IFDSelectionCallback
+import ifd_trainer.pool_scorer as pool_scorer_module
+from ifd_trainer import Brief, IFDSelectionCallback
 from ifd_trainer.encoding import token_count
 
 ROWS = 24
-CHUNK = callback_module._CHUNK
+CHUNK = pool_scorer_module._CHUNK
 CASE_LIMIT = 60  # seconds; a case takes one or two
 RESUME_FROM = 5  # inside the second epoch: a global batch is 4 rows, so epochs of 16, 12 and 20 rows have 4, 3, 5 steps
 
@@ -58,6 +58,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "max_steps": ({"keep": [9, 6]}, {"max_steps": 4}),
     "in_step": ({"keep": [12, 8], "token_budget": 64}, {"num_train_epochs": 2}),
     "one_row": ({"keep": 1.0}, {"num_train_epochs": 1}),
+    "cherry": (
+        {"keep": 6, "warmup_epochs": 1, "warmup": Brief(clusters=4, per_cluster=2, max_share=0.4), "start_anew": True},
+        {"num_train_epochs": 2},
+    ),
 }
 
 # Cases that run with sharded weights too; in the last one the processes have unequal numbers of batches.
@@ -118,7 +122,7 @@ class Watch:
         self.orders: list[list[int]] = []
         ids = tokenised(trainer)["row_id"]
         scoring = False
-        score_pool, score_pairs, select = callback.score_pool, callback_module.score_pairs, callback._select
+        score_pool, score_pairs, select = callback.score_pool, pool_scorer_module.score_pairs, callback._select
 
         def forward(module: torch.nn.Module, inputs: Any) -> None:
             if scoring:
@@ -126,20 +130,20 @@ class Watch:
                 if in_step:  # as a sharded model gathers its weights: every process has to be in the same forward
                     torch.distributed.all_reduce(torch.ones(1))
 
-        def counted_pairs(model: torch.nn.Module, pairs: Any, **options: Any) -> Any:
+        def counted_pairs(pairs: Any, **options: Any) -> Any:
             self.tokens[-1].append(token_count(pairs))
             self.longest = max([self.longest, *(token_count([pair]) for pair in pairs)])
-            return score_pairs(model, pairs, **options)
+            return score_pairs(pairs=pairs, **options)
 
         def counted_pool(*arguments: Any) -> Any:
             nonlocal scoring
             self.forwards.append(0)
             self.tokens.append([])
-            scoring, callback_module.score_pairs = True, counted_pairs
+            scoring, pool_scorer_module.score_pairs = True, counted_pairs
             try:
                 scores = score_pool(*arguments)
             finally:
-                scoring, callback_module.score_pairs = False, score_pairs
+                scoring, pool_scorer_module.score_pairs = False, score_pairs
             self.ifd.append(scores.ifd.tolist())
             return scores
 
@@ -154,12 +158,12 @@ class Watch:
 def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> dict[str, Any]:
     """Train one case; what happened on this process."""
     trainer, callback = build(case, folder, **config)
-    callback_module._CHUNK = 5 if case == "in_step" else CHUNK
+    pool_scorer_module._CHUNK = 5 if case == "in_step" else CHUNK
     watch = Watch(trainer, callback, in_step=case == "in_step" and trainer.accelerator.num_processes > 1)
     try:
         seen = train(trainer, resume_from_checkpoint=str(resume) if resume else None)
     finally:
-        callback_module._CHUNK = CHUNK
+        pool_scorer_module._CHUNK = CHUNK
     digest = hashlib.sha256()
     for tensor in whole_weights(trainer).values():
         digest.update(tensor.float().cpu().numpy().tobytes())
@@ -234,7 +238,7 @@ def fsdp(folder: Path) -> None:
     """The sharded cases under FSDP."""
     if DEVICE == "cpu":
         fsdp_on_cpu()
-    main(folder, [*SHARDED, "bf16"], FSDP)
+    main(folder, [*SHARDED, "bf16", "cherry"], FSDP)
 
 
 def zero3(folder: Path) -> None:

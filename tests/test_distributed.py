@@ -43,9 +43,10 @@ UPDATES = {
     "max_steps": [3, 1],
     "in_step": [3, 2],
     "one_row": [1],
+    "cherry": [2, 2, 2],
 }
 RUNS = [("ddp", case) for case in CASES]
-RUNS += [("fsdp", case) for case in (*SHARDED, "bf16")] + [("zero3", case) for case in SHARDED]
+RUNS += [("fsdp", case) for case in (*SHARDED, "bf16", "cherry")] + [("zero3", case) for case in SHARDED]
 each_run = pytest.mark.parametrize(("kind", "case"), RUNS)
 
 
@@ -152,8 +153,9 @@ def test_both_processes_take_the_same_steps_in_the_same_order(ranks, kind, case)
     assert [len(epoch) for epoch in one["batches"]] == UPDATES[case]
     assert one["global_step"] == one["max_steps"] == sum(UPDATES[case])
     assert one["epoch"] == pytest.approx(1.5 if case == "max_steps" else len(UPDATES[case]))
-    steps = sum(UPDATES[case])
-    assert one["learning_rates"] == pytest.approx([PEAK * (steps - step) / steps for step in range(steps + 1)])
+    phases = [UPDATES[case][0], sum(UPDATES[case][1:])] if case == "cherry" else [sum(UPDATES[case])]
+    expected = [PEAK * (steps - step) / steps for steps in phases for step in range(steps)]
+    assert one["learning_rates"] == pytest.approx([*expected, 0])
     assert one["leftovers"] == []
 
 
@@ -196,7 +198,9 @@ def test_the_selection_is_that_of_a_single_process(ranks, case, tmp_path):
     # Later epochs start from the same weights only where batches, and what dropout draws, are the same.
     epochs = len(alone["orders"]) if case == "in_step" else 1
     for epoch in range(epochs):
-        np.testing.assert_allclose(found["ifd"][epoch], alone["ifd"][epoch], rtol=0, atol=1e-5)
+        # The brief experience, in batches of another size, comes before the first scores of that case.
+        tolerance = 1e-4 if case == "cherry" else 1e-5
+        np.testing.assert_allclose(found["ifd"][epoch], alone["ifd"][epoch], rtol=0, atol=tolerance)
         assert found["orders"][epoch] == alone["orders"][epoch]
 
 
@@ -245,7 +249,10 @@ def test_only_the_main_process_writes_the_history(launched, ranks):
         for epoch, order in enumerate(ranks[0][case]["orders"]):
             rows = history.rows(epoch)
             assert set(rows.loc[rows["times"] > 0, "row_id"]) == set(order)
-            assert rows["ifd"].tolist() == ranks[0][case]["ifd"][epoch]
+            if case == "cherry" and not epoch:
+                assert rows["ifd"].isna().all()
+            else:
+                assert rows["ifd"].tolist() == ranks[0][case]["ifd"][epoch - (case == "cherry")]
 
 
 def test_a_process_that_fails_ends_the_launch(tmp_path):
