@@ -11,6 +11,7 @@ PACKAGE = ROOT / "ifd_trainer"
 # A module imports only from modules before it.
 ORDER = [
     "formats",
+    "refusals",
     "encoding",
     "headers",
     "ifd",
@@ -27,9 +28,14 @@ ORDER = [
     "callback",
     "files",
     "train",
+    "foreign",
+    "subset",
     "frames",
     "texts",
+    "provenance",
     "plots",
+    "card",
+    "hub",
     "report",
     "cli",
     "__main__",
@@ -85,7 +91,7 @@ def test_a_module_imports_only_from_modules_before_it(module):
     assert sorted(imported_modules(tree_of(module)) - set(before)) == []
 
 
-@pytest.mark.parametrize("module", ["ifd", "selection", "schedule", "packing", "pool"])
+@pytest.mark.parametrize("module", ["refusals", "ifd", "selection", "schedule", "packing", "pool", "subset"])
 def test_pure_modules_do_without_torch_and_trainers(module):
     names = {
         alias.name.split(".")[0]
