@@ -29,7 +29,7 @@ from .subset import Subset
 
 MARKER = "<!-- Written by ifd-trainer select. -->"
 UNKNOWN = "not recorded"
-_SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"))
+_SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")  # categories of the hub end at powers of ten from 10^3 on
 _DEFINITIONS = {
     "paper": "paper: prompt and answer tokenised together, the same answer tokens in both passes",
     "cherry": "cherry: as the program Cherry_LLM computes it (arXiv 2308.12032)",
@@ -157,7 +157,10 @@ def size_category(rows: int) -> str:
     >>> size_category(1000)
     '1K<n<10K'
     """
-    return next((name for limit, name in _SIZES if rows < limit), "n>10M")
+    if rows < 1000:
+        return f"n<{_SIZES[0]}"
+    power = min(len(str(rows)) - 4, len(_SIZES) - 2)
+    return f"{_SIZES[power]}<n<{_SIZES[power + 1]}"
 
 
 def _front_matter(title: str, rows: int, data: str) -> str:

@@ -301,6 +301,8 @@ def _select(options: argparse.Namespace) -> int:
         check_repository(options.push_to_hub)
         if not options.card:
             raise ValueError("--push-to-hub pushes the card too: leave out --no-card.")
+    elif options.private:
+        raise ValueError("--private goes with --push-to-hub USER/NAME.")
     rows = load_rows(options.data, options.split)
     table = rows.to_pandas()
     scores, added, provenance = find_scores(

@@ -37,7 +37,7 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         if kind == "csv":
             return _read_csv(path)
         rows = load_dataset(kind, data_files=str(path), split="train")
-        return _dates_as_text(rows, path) if kind == "json" else rows
+        return _exact_json(rows, path) if kind == "json" else rows
     if path.is_dir():
         return load_dataset(str(path), config, split=split)
     if path.suffix in LOADERS or source.startswith((".", "/")):
@@ -187,24 +187,20 @@ def _write_json(dataset: Dataset, path: Path, lines: bool) -> None:
         file.write("\n" if lines else "\n]\n")
 
 
-def _dates_as_text(rows: Dataset, path: Path) -> Dataset:
-    """JSON has no dates, but the reader makes a date of every text that looks like one: read these columns again."""
-    arrow = rows.features.arrow_schema
-    dates = [field.name for field in arrow if _holds_dates(field.type)]
-    if dates:
-        records = read_records(path)
-        order = rows.column_names
-        again = Dataset.from_list(
-            [{name: record.get(name) for name in dates} for record in records], on_mixed_types="use_json"
-        )
-        for name in dates:
-            rows = rows.remove_columns(name).add_column(name, again[name][:], feature=again.features[name])
-        rows = rows.select_columns(order)
-    return rows
+def _exact_json(rows: Dataset, path: Path) -> Dataset:
+    """Read all columns again but those of text, integers and truth values: the reader makes dates of texts that look
+    like one, and on some of its ways, which cannot be told afterwards, it changes the last digit of a float.
+    """
 
+    def changed(type: pa.DataType) -> bool:
+        return not (pa.types.is_string(type) or pa.types.is_integer(type) or pa.types.is_boolean(type))
 
-def _holds_dates(type: pa.DataType) -> bool:
-    return pa.types.is_temporal(type) or any(_holds_dates(type.field(i).type) for i in range(type.num_fields))
+    names = [field.name for field in rows.features.arrow_schema if changed(field.type)]
+    if not names:
+        return rows
+    columns = [{name: record.get(name) for name in names} for record in read_records(path)]
+    again = Dataset.from_list(columns, on_mixed_types="use_json")
+    return concatenate_datasets([rows.remove_columns(names), again], axis=1).select_columns(rows.column_names)
 
 
 def _read_csv(path: Path) -> Dataset:

@@ -124,7 +124,8 @@ def _frame(parsed: Sequence[_Row], answers: Sequence[str] | None) -> pd.DataFram
         )
     blank = status != Status.OK.value
     columns = {name: np.where(blank, np.nan, x) for name, x in zip(SCORES, (cas, das, ratio, ppl), strict=False)}
-    tokens = pd.array([0 if row.status == Status.EMPTY_ANSWER.value else row.tokens for row in parsed], dtype="Int64")
+    counts = [0 if why == Status.EMPTY_ANSWER.value else row.tokens for row, why in zip(parsed, status, strict=True)]
+    tokens = pd.array(counts, dtype="Int64")
     return pd.DataFrame({**columns, "answer_tokens": tokens, "ifd_status": status})
 
 

@@ -29,7 +29,6 @@ def push_files(repository: str, files: Mapping[str, Path], private: bool = False
     Raises:
         ConnectionError: when the hub cannot be reached or refuses; the message names the local files.
     """
-    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
@@ -39,11 +38,11 @@ def push_files(repository: str, files: Mapping[str, Path], private: bool = False
         api.create_commit(
             repository, operations, repo_type="dataset", commit_message="Rows selected by IFD, with their card"
         )
-    except (OSError, httpx.HTTPError, ValueError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except Exception as error:  # which classes a broken connection raises differs from release to release of the client
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         paths = ", ".join(map(str, files.values()))
         raise ConnectionError(
-            f"Could not push to {repository}: {first} All files are written ({paths}). Check the network and "
+            f"Could not push to {repository}: {first}. All files are written ({paths}). Check the network and "
             "`hf auth login`, and run the same command again."
         ) from error
     return str(url)

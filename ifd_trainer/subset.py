@@ -147,8 +147,8 @@ def tie_ids(rows: pd.DataFrame, column: str | None = None) -> tuple[str | None, 
 def _shortfall(subset: Subset) -> str:
     dropped = Counter(reason for reason in subset.reasons.tolist() if reason not in (KEPT, BELOW_CUT))
     why = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "none is dropped"
-    share = f", {subset.keep:g} of" if isinstance(subset.keep, float) else " of"
+    share = f"{subset.keep:g} of all " if isinstance(subset.keep, float) else "of "
     return (
-        f"{subset.asked} rows asked for ({subset.asked}{share} {subset.pool} in the pool), only {subset.eligible} are "
-        f"eligible ({why}). Lower --keep, or raise --max-ifd (inf: no limit)."
+        f"{subset.asked} rows asked for ({share}{subset.pool} rows in the pool), only {subset.eligible} are eligible "
+        f"({why}). Lower --keep, or raise --max-ifd (inf: no limit)."
     )
