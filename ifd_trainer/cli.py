@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .columns import IFDScorer
+    from .provenance import Provenance
 
 _FORMATS = "alpaca, wizardlm, prompt-completion, messages, sharegpt"
 _TRAIN_HELP = """\
@@ -126,20 +127,60 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
 def _add_select(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "select",
-        help="keep the rows with the highest IFD",
-        description="Keep the scored rows with the highest IFD under a limit. All columns stay; ifd_rank (1 is the "
-        "highest) and ifd_reason are added.",
-        epilog="Example: ifd-trainer select scored.parquet --keep 0.05 --output cherry.jsonl",
+        help="keep the rows with the highest IFD, with a data card",
+        description="Keep the rows with the highest IFD under a limit. All columns stay; the scores, ifd_definition "
+        "(where it is known), ifd_rank (1 is the highest) and ifd_reason are added. A data card says where the rows "
+        "come from and what became of the rest.",
+        epilog="Examples: ifd-trainer select scored.parquet --keep 0.05 --output cherry.jsonl; "
+        "ifd-trainer select alpaca.json --scores alpaca_cherry.pt --keep 0.05 --output cherry/",
     )
-    parser.add_argument("data", help="scored rows: what `ifd-trainer score` wrote")
-    parser.add_argument("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--keep", default="0.1", help="a fraction of all rows (0.1) or a number of rows (1000)")
+    parser.add_argument(
+        "data",
+        help="scored rows, as `ifd-trainer score` wrote them, or rows for --scores: a .json, .jsonl, .csv or .parquet "
+        "file, a folder, or a hub name",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="file to write (.json, .jsonl, .csv or .parquet; its card beside it as .md), or a folder for "
+        "train.parquet, README.md and histogram.png",
+    )
+    parser.add_argument(
+        "--scores",
+        help="file of scores for the rows, matched by position: of Cherry_LLM (.pt), Superfiltering or data-juicer; by "
+        "default those in DATA",
+    )
+    parser.add_argument(
+        "--scores-format",
+        choices=["cherry", "superfiltering", "data-juicer", "ifd-trainer"],
+        help="what wrote the scores; told from their content by default",
+    )
+    parser.add_argument("--scored-by", metavar="MODEL", help="model that gave the scores, for the card")
+    parser.add_argument("--split", default="train", help="split of a folder or a hub data set (default train)")
+    parser.add_argument(
+        "--keep", default="0.1", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)"
+    )
     parser.add_argument(
         "--max-ifd", type=float, default=1.0, help="drop scores of X or more (default 1; inf: no limit)"
     )
-    parser.add_argument("--score", choices=["ifd", "ifd_ppl"], default="ifd", help="column to rank by (default ifd)")
+    parser.add_argument(
+        "--score",
+        choices=["ifd", "ifd_ppl"],
+        help="column to rank by (default: ifd_ppl for scores of Superfiltering's definition, else ifd)",
+    )
+    parser.add_argument(
+        "--id-column", help="column that breaks ties (default: row_id or id if its values are unique, else position)"
+    )
+    parser.add_argument(
+        "--drop-refusals", action="store_true", help="drop rows whose answer looks like a refusal (English phrases)"
+    )
     parser.add_argument("--all", action="store_true", help="write all rows, the dropped ones with their reason")
     parser.add_argument("--strict", action="store_true", help="fail when fewer rows are eligible than asked for")
+    parser.add_argument(
+        "--card", action=argparse.BooleanOptionalAction, default=True, help="write a data card (default)"
+    )
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="push rows and card to this data set")
+    parser.add_argument("--private", action="store_true", help="make the pushed data set private if it is new")
     parser.set_defaults(run=_select)
 
 
@@ -161,7 +202,8 @@ def _score(options: argparse.Namespace) -> int:
     from datasets.fingerprint import Hasher
 
     from .columns import IFDScorer, default_device
-    from .files import Parts, check_writable, load_rows, source_digest, write_rows
+    from .files import Parts, check_writable, load_rows, source_digest, with_columns, write_rows
+    from .provenance import write_provenance
 
     check_writable(options.output)
     rows = load_rows(options.data, options.split)
@@ -187,15 +229,32 @@ def _score(options: argparse.Namespace) -> int:
     }
     parts = Parts(options.output, job)
     scores = _score_parts(rows, scorer, parts, size)
-    for name in scores.columns.intersection(rows.column_names):
-        rows = rows.remove_columns(name)  # scored again: the new scores take the place of the old ones
-    for name in scores.columns:
-        rows = rows.add_column(name, scores[name].array.to_numpy(dtype=object, na_value=None).tolist())
+    rows = with_columns(rows, scores)  # scored again: the new scores take the place of the old ones
     write_rows(rows, options.output)
+    write_provenance(options.output, _provenance(options, rows.column_names), scores)
     parts.remove()
     counts = ", ".join(f"{count} {status}" for status, count in scores["ifd_status"].value_counts().items())
     print(f"{len(rows)} rows: {counts}. Written to {options.output}.")
     return 0
+
+
+def _provenance(options: argparse.Namespace, columns: list[str]) -> Provenance:
+    from .encoding import DEFAULT_MAX_LENGTH
+    from .formats import SUPERFILTERING, resolve_format
+    from .provenance import Provenance
+
+    bare = options.definition == "superfiltering" and options.format is None
+    return Provenance(
+        definition=options.definition,
+        model=options.model,
+        format=SUPERFILTERING.name if bare else resolve_format(options.format, columns).name,
+        max_length=options.max_length or DEFAULT_MAX_LENGTH.get(options.definition),
+        min_answer_tokens=options.min_answer_tokens,
+        score_truncated=options.score_truncated,
+        dtype=options.dtype,
+        source=options.data,
+        program=f"ifd_trainer {__version__}",
+    )
 
 
 def _score_parts(rows: object, scorer: IFDScorer, parts: object, size: int) -> pd.DataFrame:
@@ -224,32 +283,67 @@ def _score_parts(rows: object, scorer: IFDScorer, parts: object, size: int) -> p
 def _select(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from .files import check_writable, load_rows, write_rows
-    from .schedule import as_schedule, parse_keep
-    from .selection import KEPT, Cherry
+    from .card import card_paths, check_card, summary, write_card
+    from .files import check_writable, load_rows, output_file, with_columns, write_rows
+    from .hub import check_repository, push_files
+    from .provenance import find_scores
+    from .refusals import looks_like_refusal
+    from .schedule import parse_keep
+    from .subset import choose, tie_ids
+    from .texts import answers_of
 
-    check_writable(options.output)
-    rows = load_rows(options.data)
-    missing = [name for name in (options.score, "ifd_status") if name not in rows.column_names]
-    if missing:
-        raise ValueError(f"{options.data} has no column {missing}: score it first with `ifd-trainer score`.")
-    columns = rows.select_columns([options.score, "ifd_status"]).to_pandas()
-    score = columns[options.score].to_numpy(dtype=float, na_value=np.nan)
-    status = columns["ifd_status"].to_numpy(dtype=str)
-    budget = as_schedule(parse_keep(options.keep)).budget(0, len(rows))
-    eligible = int(((status == "ok") & (score < options.max_ifd)).sum())
-    if eligible < budget and not options.strict and eligible:
-        print(f"ifd-trainer: warning: {budget} rows asked for, only {eligible} are eligible.", file=sys.stderr)
-    policy = Cherry(options.max_ifd, options.score, "error")
-    asked = budget if options.strict or not eligible else min(budget, eligible)
-    selection = policy({options.score: score, "ifd_status": status}, asked)
-    rank = np.full(len(rows), None, dtype=object)
-    rank[selection.kept] = np.arange(1, len(selection.kept) + 1)
-    rows = rows.add_column("ifd_rank", rank.tolist()).add_column("ifd_reason", selection.reasons.tolist())
-    kept = np.flatnonzero(selection.reasons == KEPT)
-    write_rows(rows if options.all else rows.select(kept), options.output)
-    share = f"{100 * len(kept) / len(rows):.2f} % of {len(rows)}"
-    print(f"{len(kept)} rows kept ({share}), {options.score} >= {selection.cut:.4f}. Written to {options.output}.")
+    data, in_folder = output_file(options.output)
+    card, image = card_paths(data, in_folder)
+    check_writable(data)
+    if options.card:
+        check_card(card)
+    if options.push_to_hub:
+        check_repository(options.push_to_hub)
+        if not options.card:
+            raise ValueError("--push-to-hub pushes the card too: leave out --no-card.")
+    elif options.private:
+        raise ValueError("--private goes with --push-to-hub USER/NAME.")
+    rows = load_rows(options.data, options.split)
+    table = rows.to_pandas()
+    scores, added, provenance = find_scores(
+        table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
+    )
+    name = options.score or ("ifd_ppl" if provenance.definition == "superfiltering" else "ifd")
+    if scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
+        raise ValueError(f"The scores have no {name}; rank by another one with --score.")
+    id_column, ids = tie_ids(table, options.id_column)
+    refusals = [looks_like_refusal(answer) for answer in answers_of(table)] if options.drop_refusals else None
+    subset = choose(
+        scores[name].to_numpy(dtype=float, na_value=np.nan),
+        scores["ifd_status"].to_numpy(dtype=str),
+        parse_keep(options.keep),
+        name=name,
+        max_ifd=options.max_ifd,
+        ids=ids,
+        refusals=refusals,
+        strict=options.strict,
+    )
+    if subset.shortfall:
+        print(f"ifd-trainer: warning: {subset.shortfall}", file=sys.stderr)
+    rows = with_columns(rows, added.assign(ifd_rank=subset.ranks, ifd_reason=subset.reasons))
+    write_rows(rows if options.all else rows.select(np.flatnonzero(subset.ranks.notna())), data)
+    if options.card:
+        write_card(
+            card,
+            image,
+            data=data.name,
+            source=options.data,
+            rows=scores,
+            subset=subset,
+            provenance=provenance,
+            id_column=id_column,
+            columns=rows.column_names,
+            everything=options.all,
+        )
+    print(f"{summary(subset)} Written to {data}{f' with its card {card}' if options.card else ''}.")
+    if options.push_to_hub:
+        files = {data.name: data, "README.md": card, image.name: image}
+        print(f"Pushed to {push_files(options.push_to_hub, files, options.private)}.")
     return 0
 
 

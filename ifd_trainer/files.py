@@ -1,4 +1,8 @@
-"""Data sets in and out: JSON, JSON lines, CSV, Parquet files and hub names; and parts of a job that can be resumed."""
+"""Data sets in and out: JSON, JSON lines, CSV, Parquet files and hub names; and parts of a job that can be resumed.
+
+What is read is written back as it was: text stays text (also "NA", "007" or a date), null and the empty text stay
+apart, nested values stay nested. CSV has no nested values: a list or a mapping is written there as JSON.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
-from datasets import Dataset, load_dataset
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+from datasets import Dataset, Value, concatenate_datasets, load_dataset
 
 from .history import write_atomically
 
@@ -18,7 +25,7 @@ LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 
 
 def load_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
-    """A data set from a file (by its ending) or from a hub, by name.
+    """A data set from a file (by its ending), from a folder of files, or from a hub, by name.
 
     Raises:
         FileNotFoundError: when `source` looks like a file and is none.
@@ -26,7 +33,13 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
     """
     path = Path(source)
     if path.is_file():
-        return load_dataset(_loader(path), data_files=str(path), split="train")
+        kind = _loader(path)
+        if kind == "csv":
+            return _read_csv(path)
+        rows = load_dataset(kind, data_files=str(path), split="train")
+        return _exact_json(rows, path) if kind == "json" else rows
+    if path.is_dir():
+        return load_dataset(str(path), config, split=split)
     if path.suffix in LOADERS or source.startswith((".", "/")):
         raise FileNotFoundError(
             f"No such file: {source}. Files end in {', '.join(LOADERS)}; other names are hub names."
@@ -43,11 +56,39 @@ def write_rows(dataset: Dataset, path: str | os.PathLike) -> None:
         if path.suffix == ".parquet":
             dataset.to_parquet(temporary)
         elif path.suffix == ".csv":
-            dataset.to_csv(temporary, index=False)
+            _write_csv(dataset, temporary)
         else:
             _write_json(dataset, temporary, lines=path.suffix == ".jsonl")
 
     write_atomically(path, write)
+
+
+def with_columns(dataset: Dataset, columns: pd.DataFrame) -> Dataset:
+    """The data set with these columns at its end, in the place of old ones of the same names; NaN becomes null."""
+    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+    types = {"O": pa.string(), "f": pa.float64(), "i": pa.int64()}
+    schema = pa.schema([(name, types.get(values.dtype.kind, pa.string())) for name, values in columns.items()])
+    added = pa.Table.from_pandas(columns, schema, preserve_index=False)  # a column of nulls has its type too
+    return concatenate_datasets([dataset, Dataset(added)], axis=1)
+
+
+def read_records(path: str | os.PathLike) -> list:
+    """The values of a JSON list, or of JSON lines, whatever the file's ending; NaN and Infinity are read too.
+
+    Raises:
+        ValueError: for a file that is neither; the message names the first line that cannot be read.
+    """
+    text = Path(path).read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: texts may hold U+2028
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}.") from error
+    return records
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -55,6 +96,17 @@ def check_writable(path: str | os.PathLike) -> None:
     _loader(Path(path))
     if not os.access(_existing_parent(Path(path)), os.W_OK):
         raise ValueError(f"Cannot write to {path}: the folder is not writable.")
+
+
+def output_file(output: str) -> tuple[Path, bool]:
+    """The data file for an output, and whether the output is a folder: a name without an ending, or one that is there.
+
+    >>> output_file("cherry")[0].as_posix(), output_file("cherry.jsonl")[0].as_posix()
+    ('cherry/train.parquet', 'cherry.jsonl')
+    """
+    path = Path(output)
+    folder = path.is_dir() or output.endswith(("/", os.sep)) or not path.suffix
+    return (path / "train.parquet" if folder else path), folder
 
 
 class Parts:
@@ -133,3 +185,74 @@ def _write_json(dataset: Dataset, path: Path, lines: bool) -> None:
                 file.write("\n" if lines else ",\n")
             file.write(json.dumps(row, ensure_ascii=False, default=str))
         file.write("\n" if lines else "\n]\n")
+
+
+def _exact_json(rows: Dataset, path: Path) -> Dataset:
+    """Read all columns again but those of text, integers and truth values: the reader makes dates of texts that look
+    like one, and on some of its ways, which cannot be told afterwards, it changes the last digit of a float.
+    """
+
+    def changed(type: pa.DataType) -> bool:
+        return not (pa.types.is_string(type) or pa.types.is_integer(type) or pa.types.is_boolean(type))
+
+    names = [field.name for field in rows.features.arrow_schema if changed(field.type)]
+    if not names:
+        return rows
+    columns = [{name: record.get(name) for name in names} for record in read_records(path)]
+    again = Dataset.from_list(columns, on_mixed_types="use_json")
+    return concatenate_datasets([rows.remove_columns(names), again], axis=1).select_columns(rows.column_names)
+
+
+def _read_csv(path: Path) -> Dataset:
+    """All columns as text, then as numbers those that are written back as they were read."""
+    with path.open("rb") as file:
+        names = pa.csv.open_csv(file, parse_options=pa.csv.ParseOptions(newlines_in_values=True)).schema.names
+    table = pa.csv.read_csv(
+        path,
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,  # `,,` is null, `,"",` the empty text
+        ),
+    )
+    return Dataset(pa.table({name: _numbers(table[name]) for name in names}))
+
+
+def _numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column as integers or floats if that loses no character, else unchanged."""
+    for type in (pa.int64(), pa.float64()):
+        try:
+            numbers = pc.cast(texts, type)
+        except pa.ArrowInvalid:
+            continue
+        finite = pa.types.is_integer(type) or pc.all(pc.is_finite(numbers)).as_py()
+        if finite and len(texts) > texts.null_count and pc.cast(numbers, pa.string()).equals(texts):
+            return numbers
+    return texts
+
+
+def _write_csv(dataset: Dataset, path: Path) -> None:
+    dataset = dataset.with_format(None)
+    nested = [
+        name
+        for name, feature in dataset.features.items()
+        if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type)
+    ]
+    features = dataset.features.copy()
+    features.update({name: Value("string") for name in nested})
+
+    def flat(batch: dict) -> dict:
+        return {
+            name: [None if cell is None else json.dumps(cell, ensure_ascii=False, default=str) for cell in batch[name]]
+            for name in nested
+        }
+
+    if nested:
+        dataset = dataset.map(flat, batched=True, features=features, keep_in_memory=True)
+    table = dataset.with_format("arrow")[:]
+    for i, field in enumerate(table.schema):
+        if pa.types.is_floating(field.type):
+            table = table.set_column(i, field, pc.if_else(pc.is_nan(table[i]), pa.scalar(None, field.type), table[i]))
+    pa.csv.write_csv(table, path)

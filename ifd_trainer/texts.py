@@ -42,6 +42,19 @@ def text_columns(frame: pd.DataFrame) -> pd.DataFrame | None:
     return pd.DataFrame({"instruction": prompts, "input": inputs, "answer": answers}, dtype=object)
 
 
+def answers_of(frame: pd.DataFrame) -> list[str]:
+    """The answer of each row, "" for none.
+
+    Raises:
+        ValueError: when the rows have no texts of a known kind.
+    """
+    found = text_columns(frame)
+    if found is None:
+        wanted = "; ".join(f"{prompt} and {answer}" for prompt, answer in _TEXT_COLUMNS)
+        raise ValueError(f"No answers among the columns {sorted(frame)}. Wanted: {wanted}; messages; conversations.")
+    return found["answer"].tolist()
+
+
 def _without_template(prompts: list[str]) -> tuple[list[str], list[str]]:
     """Instructions and inputs of Alpaca prompts; of others, what is left without the text that all of them share."""
     found = [_ALPACA.search(prompt) for prompt in prompts]

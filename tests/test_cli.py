@@ -114,6 +114,18 @@ def test_select_keeps_the_highest_and_says_why_the_rest_went(tmp_path: Path, dat
     assert everything["ifd_rank"].notna().sum() == 3
 
 
+def test_score_records_what_select_puts_on_the_card(tmp_path: Path, data: Path, model_path: str) -> None:
+    scored = tmp_path / "scored.csv"
+    assert score(data, scored, model_path, "--definition", "cherry", "--min-answer-tokens", "2") == 0
+    assert main(["select", str(scored), "--max-ifd", "inf", "--output", str(tmp_path / "kept.jsonl")]) == 0
+    card = (tmp_path / "kept.md").read_text(encoding="utf-8")
+    assert "| scoring model | model |" in card  # a local path is not published
+    assert "| definition of the scores | cherry: " in card
+    assert "| prompt format | alpaca |" in card
+    assert "| options of the scoring | maximal length: 512, least answer tokens: 2 |" in card
+    assert set(read(tmp_path / "kept.jsonl")["ifd_definition"]) == {"cherry"}
+
+
 def test_select_warns_of_a_shortfall_and_fails_if_strict(
     tmp_path: Path, data: Path, model_path: str, capsys: pytest.CaptureFixture
 ) -> None:

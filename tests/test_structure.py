@@ -11,6 +11,7 @@ PACKAGE = ROOT / "ifd_trainer"
 # A module imports only from modules before it.
 ORDER = [
     "formats",
+    "refusals",
     "encoding",
     "headers",
     "ifd",
@@ -31,9 +32,14 @@ ORDER = [
     "callback",
     "files",
     "train",
+    "foreign",
+    "subset",
     "frames",
     "texts",
+    "provenance",
     "plots",
+    "card",
+    "hub",
     "report",
     "cli",
     "__main__",
@@ -89,7 +95,10 @@ def test_a_module_imports_only_from_modules_before_it(module):
     assert sorted(imported_modules(tree_of(module)) - set(before)) == []
 
 
-@pytest.mark.parametrize("module", ["ifd", "selection", "diversity", "brief", "schedule", "packing", "pool"])
+PURE = ["refusals", "ifd", "selection", "diversity", "brief", "schedule", "packing", "pool", "subset"]
+
+
+@pytest.mark.parametrize("module", PURE)
 def test_pure_modules_do_without_torch_and_trainers(module):
     names = {
         alias.name.split(".")[0]

@@ -1,0 +1,263 @@
+"""The data card of a selected data set: README.md as data hubs read it, and a histogram of the scores.
+
+The card names files and models by their last name only where they are local: it is written to be published.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from . import __version__
+from .encoding import Status
+from .foreign import FAILED
+from .frames import normalised, number_text, rows_text, spearman
+from .history import write_atomically
+from .plots import plot_ifd_histogram
+from .provenance import Provenance
+from .refusals import REFUSAL
+from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT
+from .subset import Subset
+
+MARKER = "<!-- Written by ifd-trainer select. -->"
+UNKNOWN = "not recorded"
+_SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")  # categories of the hub end at powers of ten from 10^3 on
+_DEFINITIONS = {
+    "paper": "paper: prompt and answer tokenised together, the same answer tokens in both passes",
+    "cherry": "cherry: as the program Cherry_LLM computes it (arXiv 2308.12032)",
+    "superfiltering": "superfiltering: as the program Superfiltering computes it (arXiv 2402.00530)",
+    "data-juicer": "data-juicer: as data-juicer's instruction_following_difficulty_filter computes it",
+}
+_MEANINGS = {
+    KEPT: "in the selection",
+    BELOW_CUT: "eligible, but the budget went to rows with higher scores",
+    ABOVE_LIMIT: "score at or above the limit: the prompt does not help",
+    REFUSAL: "the answer looks like a refusal",
+    FAILED: "no score: the program that scored gave up on the row",
+    Status.EMPTY_ANSWER.value: "no score: the answer is empty",
+    Status.TOO_SHORT.value: "no score: too few answer tokens",
+    Status.TRUNCATED.value: "no score: the answer does not fit in the maximal length",
+    Status.PROMPT_TOO_LONG.value: "no score: the prompt fills the maximal length",
+    Status.NONFINITE.value: "no score: the loss is not finite, or the direct score is 0",
+    Status.MALFORMED.value: "no score: the format cannot render the row",
+}
+_COLUMNS = {
+    "cas": "conditioned answer score s(A\\|Q): mean loss of the answer's tokens given the prompt, nats per token",
+    "das": "direct answer score s(A): their mean loss without the prompt, nats per token",
+    "ifd": "cas / das",
+    "ifd_ppl": "exp(cas - das), the ratio of perplexities",
+    "answer_tokens": "number of scored tokens",
+    "ifd_status": "`ok`, or why there is no score",
+    "ifd_definition": "how the scores are defined; those of two definitions cannot be compared",
+    "ifd_rank": "1 is the highest score kept",
+    "ifd_reason": "`kept`, or why not",
+}
+
+
+def check_card(path: Path) -> None:
+    """Raise ValueError now if a card would be written over a file that is none."""
+    if path.is_file() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(
+            f"{path} is there already and was not written by `ifd-trainer select`. Write to another place, or pass "
+            "--no-card."
+        )
+
+
+def write_card(
+    path: Path,
+    image: Path,
+    *,
+    data: str,
+    source: str,
+    rows: pd.DataFrame,
+    subset: Subset,
+    provenance: Provenance,
+    id_column: str | None = None,
+    columns: Sequence[str] = (),
+    everything: bool = False,
+) -> None:
+    """Write the card and its histogram.
+
+    Args:
+        path, image: the files to write, in one folder.
+        data: name of the data file in that folder.
+        source: the rows that were chosen from, a hub name or a file.
+        rows: (n rows) score columns and `ifd_status` of the whole pool.
+        subset: what was chosen of it.
+        provenance: how the scores were made.
+        id_column: what broke ties; None for the position.
+        columns: names of all columns of the data file.
+        everything: whether the data file holds the rows that were not kept too.
+    """
+    frame = normalised(rows.assign(ifd_reason=subset.reasons))
+    figure = plot_ifd_histogram(frame, score=subset.score, max_ifd=subset.max_ifd)
+    write_atomically(image, lambda temporary: figure.savefig(temporary, format="png"))
+    name = public_name(source)
+    written = subset.pool if everything else subset.kept
+    title = f"{name}: {'all rows, marked ' if everything else ''}the {rows_text(subset.kept)} with the highest IFD"
+    content = {
+        "front_matter": _front_matter(title, written, data),
+        "marker": MARKER,
+        "title": title,
+        "opening": _opening(subset, name, everything),
+        "facts": _facts(subset, name, provenance, id_column),
+        "pool": rows_text(subset.pool),
+        "counts": [
+            {
+                "reason": reason,
+                "rows": f"{count:,}",
+                "share": f"{100 * count / subset.pool:.2f} %",
+                "meaning": _MEANINGS.get(reason, ""),
+            }
+            for reason, count in subset.counts.items()
+        ],
+        "counted": f"{subset.pool:,}",
+        "statuses": ", ".join(
+            f"{count:,} `{status}`" for status, count in Counter(rows["ifd_status"].tolist()).most_common()
+        ),
+        "caption": f"Histogram of {subset.score} over the pool, kept rows apart",
+        "image": image.name,
+        "score": subset.score,
+        "scored": f"{frame[subset.score].notna().sum():,}",
+        "kept": f"{subset.kept:,}",
+        "quantiles": _quantiles(frame, subset.score),
+        "columns": [(column, meaning) for column, meaning in _COLUMNS.items() if column in columns],
+        "limits": _limits(frame, subset.score),
+        "program": f"ifd_trainer {__version__}",
+    }
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )  # Markdown, not HTML: nothing to escape but what `_cell` does
+    text = environment.from_string(template).render(content)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def public_name(name: str) -> str:
+    """A hub name as it is; of a local file or folder the last part, which says nothing about a machine.
+
+    >>> public_name("tatsu-lab/alpaca"), public_name("/home/someone/rows.jsonl"), public_name("../model/")
+    ('tatsu-lab/alpaca', 'rows.jsonl', 'model')
+    """
+    local = os.path.exists(name) or name.startswith((".", "/", "~")) or os.path.isabs(name)
+    return (Path(name).name or Path(name).resolve().name) if local else name
+
+
+def size_category(rows: int) -> str:
+    """The hub's category of a data set's size.
+
+    >>> size_category(1000)
+    '1K<n<10K'
+    """
+    if rows < 1000:
+        return f"n<{_SIZES[0]}"
+    power = min(len(str(rows)) - 4, len(_SIZES) - 2)
+    return f"{_SIZES[power]}<n<{_SIZES[power + 1]}"
+
+
+def _front_matter(title: str, rows: int, data: str) -> str:
+    matter = {
+        "pretty_name": title,
+        "task_categories": ["text-generation"],
+        "size_categories": [size_category(rows)],
+        "tags": ["instruction-tuning", "data-selection", "ifd", "ifd_trainer"],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data}]}],
+    }
+    return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _opening(subset: Subset, name: str, everything: bool) -> str:
+    kept = f"{rows_text(subset.kept)} of the {subset.pool:,} of {name}"
+    what = "the rows with the highest Instruction-Following Difficulty (IFD)"
+    if subset.max_ifd != float("inf"):
+        what += f" below {subset.max_ifd:g}"
+    if everything:
+        return f"All {rows_text(subset.pool)} of {name}, each with its score; {kept} are marked `kept`: {what}."
+    return f"{kept[0].upper()}{kept[1:]}: {what}."
+
+
+def _facts(subset: Subset, name: str, provenance: Provenance, id_column: str | None) -> list[tuple[str, str]]:
+    share = f"{100 * subset.kept / subset.pool:.2f} % of all {rows_text(subset.pool)} of the pool"
+    asked = (
+        f"{subset.keep:g} of all {rows_text(subset.pool)} of the pool = {rows_text(subset.asked)}"
+        if isinstance(subset.keep, float)
+        else rows_text(subset.asked)
+    )
+    options = {
+        "maximal length": provenance.max_length,
+        "least answer tokens": provenance.min_answer_tokens,
+        "too long answers scored in part": provenance.score_truncated or None,
+        "dtype": provenance.dtype,
+    }
+    told = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)
+    facts = [
+        ("source", name),
+        ("scoring model", public_name(provenance.model) if provenance.model else UNKNOWN),
+        ("definition of the scores", _DEFINITIONS.get(provenance.definition, provenance.definition or UNKNOWN)),
+        ("prompt format", provenance.format or UNKNOWN),
+        ("options of the scoring", told),
+        ("scored with", provenance.program or UNKNOWN),
+        ("ranked by", f"`{subset.score}`, ties by {f'`{id_column}`' if id_column else 'position in the source'}"),
+        ("limit", "none" if subset.max_ifd == float("inf") else f"`{subset.score}` < {subset.max_ifd:g}"),
+        ("asked for", asked),
+        ("kept", f"{rows_text(subset.kept)}, {share}"),
+        ("lowest score kept", number_text(subset.cut, 4)),
+    ]
+    if subset.kept < subset.asked:
+        facts.append(("shortfall", f"{rows_text(subset.asked - subset.kept)}: only {subset.eligible:,} were eligible"))
+    return [(key, _cell(value)) for key, value in facts if value]
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell of a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _quantiles(frame: pd.DataFrame, score: str) -> list[tuple[str, str, str]]:
+    levels = np.linspace(0, 1, 11)
+    both = [frame[score].dropna().quantile(levels), frame.loc[frame["kept"], score].quantile(levels)]
+    ends = {0: "0 % (lowest)", 5: "50 % (median)", 10: "100 % (highest)"}
+    return [
+        (ends.get(i, f"{10 * i} %"), *(number_text(values.iloc[i], 4) for values in both)) for i in range(len(levels))
+    ]
+
+
+def _limits(frame: pd.DataFrame, score: str) -> str:
+    rho = spearman(frame["answer_tokens"], frame[score])
+    length = "" if rho is None else f" (Spearman's rank correlation of `{score}` and answer tokens here: {rho:.2f})"
+    return (
+        f"IFD is confounded with the length of the answer{length}, so that selecting by IFD can select by length. It "
+        "does not remove label noise: answers that are wrong or belong to another prompt often score high and stay "
+        "under the limit. Scores hold for one model, one prompt format and one definition, and cannot be compared "
+        "with others."
+    )
+
+
+def card_paths(data: Path, folder: bool) -> tuple[Path, Path]:
+    """Where the card and the histogram of a data file go: README.md in a folder, beside a file under its name.
+
+    >>> [path.as_posix() for path in card_paths(Path("out/cherry.jsonl"), folder=False)]
+    ['out/cherry.md', 'out/cherry.png']
+    """
+    if folder:
+        return data.with_name("README.md"), data.with_name("histogram.png")
+    return data.with_suffix(".md"), data.with_suffix(".png")
+
+
+def summary(subset: Subset) -> str:
+    """One line for the terminal: rows kept, of how many, and what became of the rest."""
+    rest: dict[str, Any] = {reason: count for reason, count in subset.counts.items() if reason != KEPT}
+    others = ", ".join(f"{count} {reason}" for reason, count in rest.items()) or "none"
+    share = 100 * subset.kept / subset.pool
+    return (
+        f"{subset.kept} rows kept, {share:.2f} % of all {subset.pool} rows in the pool ({subset.asked} asked for), "
+        f"{subset.score} >= {subset.cut:.4f}. Not kept: {others}."
+    )

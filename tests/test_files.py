@@ -1,0 +1,169 @@
+"""Data in and out: every file format gives back what was put in."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ifd_trainer.files import load_rows, output_file, read_records, with_columns, write_rows
+
+ROWS = [
+    {
+        "instruction": "Übersetze: „naïve\u2028café“ 😀",
+        "input": None,
+        "output": "NA",
+        "date": "2024-01-01",
+        "zip": "007",
+        "count": 3,
+        "share": 0.1,
+        "messages": [{"role": "user", "content": "a\r\nb"}, {"role": "assistant", "content": "2024-01-01"}],
+        "meta": {"tags": ["x", None], "on": True},
+    },
+    {
+        "instruction": 'He said: "no", twice,\nthen left.',
+        "input": "",
+        "output": "None",
+        "date": "2024-02-30",
+        "zip": "10",
+        "count": None,
+        "share": None,
+        "messages": [],
+        "meta": None,
+    },
+]
+ROWS[1]["date"] = "2024-02-28"  # both are dates, so that a reader may take the column for one
+FLAT = ["instruction", "input", "output", "date", "zip", "count", "share"]
+
+
+def source(folder: Path, ending: str) -> Path:
+    path = folder / f"in{ending}"
+    if ending == ".json":
+        path.write_text(json.dumps(ROWS, ensure_ascii=False), encoding="utf-8")
+    elif ending == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    elif ending == ".parquet":
+        Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        cells = [[None if row[name] is None else str(row[name]) for name in FLAT] for row in ROWS]
+        quoted = [",".join("" if c is None else '"' + c.replace('"', '""') + '"' for c in line) for line in cells]
+        path.write_bytes(("\n".join([",".join(FLAT), *quoted]) + "\n").encode())
+    return path
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet", ".csv"])
+def test_rows_are_read_as_they_are(tmp_path, ending):
+    rows = load_rows(str(source(tmp_path, ending)))
+    names = FLAT if ending == ".csv" else list(ROWS[0])
+    assert rows.column_names == names
+    assert rows.to_list() == [{name: row[name] for name in names} for row in ROWS]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet", ".csv"])
+@pytest.mark.parametrize("other", [".json", ".jsonl", ".parquet", ".csv"])
+def test_rows_are_written_as_they_were_read(tmp_path, ending, other):
+    rows = load_rows(str(source(tmp_path, ending)))
+    write_rows(rows, tmp_path / f"out{other}")
+    again = load_rows(str(tmp_path / f"out{other}"))
+    if other == ".csv" and ending != ".csv":
+        assert json.loads(again["messages"][0]) == ROWS[0]["messages"]
+        assert json.loads(again["meta"][0]) == ROWS[0]["meta"]
+        assert again["meta"][1] is None
+        rows, again = rows.select_columns(FLAT), again.select_columns(FLAT)
+    assert again.to_list() == rows.to_list()
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+LIKE_NUMBERS = st.from_regex(r"\A[-+]?0{0,2}[0-9]{0,19}(\.[0-9]{0,3})?(e[0-9])?\Z")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.none() | CELLS, st.none() | LIKE_NUMBERS, st.sampled_from(["NA", "nan", "null", "", "True", "1"])),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_csv_loses_no_character(tmp_path, cells):
+    columns = dict(zip(("text", "number", "word"), map(list, zip(*cells, strict=True)), strict=True))
+    write_rows(Dataset.from_pandas(pd.DataFrame(columns, dtype=object).astype("string")), tmp_path / "a.csv")
+    rows = load_rows(str(tmp_path / "a.csv"))
+    write_rows(rows, tmp_path / "b.csv")
+    written = load_rows(str(tmp_path / "b.csv"))
+    first, second = ((tmp_path / name).open(encoding="utf-8", newline="") for name in ("a.csv", "b.csv"))
+    with first, second:
+        assert list(csv.reader(first)) == list(csv.reader(second))
+    for name, values in columns.items():
+        shown = [None if value is None else value if isinstance(value, str) else None for value in rows[name]]
+        if any(isinstance(value, (int, float)) for value in rows[name]):  # a number only where no character is lost
+            assert [None if v is None else float(v) for v in values] == rows[name][:]
+        else:
+            assert shown == values
+        assert written[name][:] == rows[name][:]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(
+    st.lists(
+        st.fixed_dictionaries({"instruction": CELLS, "input": st.none() | CELLS, "n": st.none() | st.integers(0, 9)}),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from([".json", ".jsonl", ".parquet"]),
+)
+def test_any_text_survives_json_and_parquet(tmp_path, rows, ending):
+    path = tmp_path / f"rows{ending}"
+    write_rows(Dataset.from_list(rows), path)
+    assert load_rows(str(path)).to_list() == rows
+
+
+def test_columns_take_the_place_of_old_ones_and_keep_their_type_without_values():
+    rows = Dataset.from_dict({"a": [1, 2], "ifd": [9.0, 9.0]}).select([1, 0])
+    added = pd.DataFrame({"ifd": [0.5, np.nan], "rank": pd.array([None, None], dtype="Int64"), "why": ["x", None]})
+    found = with_columns(rows, added)
+    assert found.to_dict() == {"a": [2, 1], "ifd": [0.5, None], "rank": [None, None], "why": ["x", None]}
+    assert [found.features[name].dtype for name in ("ifd", "rank", "why")] == ["float64", "int64", "string"]
+
+
+def test_a_folder_is_read(tmp_path):
+    write_rows(Dataset.from_list(ROWS), tmp_path / "out" / "train.parquet")
+    assert load_rows(str(tmp_path / "out")).to_list() == ROWS
+    assert pq.read_table(tmp_path / "out" / "train.parquet").num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("output", "file", "folder"),
+    [
+        ("cherry", "cherry/train.parquet", True),
+        ("v1.0/", "v1.0/train.parquet", True),
+        ("cherry.csv", "cherry.csv", False),
+        ("cherry.txt", "cherry.txt", False),
+    ],
+)
+def test_what_an_output_is(output, file, folder):
+    assert output_file(output) == (Path(file), folder)
+
+
+def test_a_folder_with_a_point_in_its_name_is_one(tmp_path):
+    (tmp_path / "v1.0").mkdir()
+    assert output_file(str(tmp_path / "v1.0")) == (tmp_path / "v1.0" / "train.parquet", True)
+
+
+def test_records_with_nan_and_a_line_that_is_none(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": NaN, "b": "x\u2028y"}\n\n{}\n', encoding="utf-8")
+    first, second = read_records(path)
+    assert np.isnan(first["a"])
+    assert (first["b"], second) == ("x\u2028y", {})
+    path.write_text('{"a": 1}\n{"a"\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2, is not JSON"):
+        read_records(path)
