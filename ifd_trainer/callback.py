@@ -23,6 +23,8 @@ from transformers.trainer_callback import ExportableState
 
 from .brief import Brief
 from .checkpoint import decode_array, decode_scores, encode_array, encode_scores
+from .columns import IFDScorer
+from .diversity import EMBEDDING, Diverse
 from .encoding import Encoder, Status
 from .headers import response_prefix
 from .history import FOLDER, History
@@ -95,6 +97,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             trainer's `num_train_epochs`; see `cherry`.
         scorer: None to score with the model in training; a name, a path or a loaded model to score with that one, once
             and for all; "columns" for the scores that the training set has from `IFDScorer`.
+        diverse: choose the rows among this share of the eligible ones with the highest scores (a float, or an int
+            for a number of rows) so that they stand for all of it: facility location over prompt embeddings, as
+            Superfiltering.D does with 0.2; see `Diverse`.
+        embedder: what embeds prompts for that: by default the model that scores; an `IFDScorer`; or the name of a
+            sentence-transformers model.
         on_shortfall: "repeat", "relax" or "error" when fewer rows are eligible than planned; see `Cherry`.
         id_column: column of row ids in the training set; "row_id" or "id" if there is one, else the position.
         header: text that precedes a direct answer, if it is not to be found from the prompts.
@@ -121,6 +128,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         start_anew: bool = False,
         freeze_after: int | None = None,
         scorer: str | PreTrainedModel | None = None,
+        diverse: float | int | None = None,
+        embedder: str | IFDScorer | None = None,
         score: Literal["ifd", "ifd_ppl"] = "ifd",
         order: Literal["shuffle", "descending", "ascending"] = "shuffle",
         on_shortfall: Literal["repeat", "relax", "error"] = "repeat",
@@ -138,12 +147,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 f"order={order!r} orders rows by score, train_sampling_strategy='group_by_length' by length. Set one "
                 "of them: order='shuffle', or train_sampling_strategy='random'."
             )
-        self.policy = Cherry(max_ifd=max_ifd, score=score, on_shortfall=on_shortfall)
+        limits = {"max_ifd": max_ifd, "score": score, "on_shortfall": on_shortfall}
+        self.policy = Cherry(**limits) if diverse is None else Diverse(diverse, **limits)
         schedule = as_schedule(keep if schedule is None else schedule)
         self.rhythm = Rhythm(schedule, every, warmup_epochs, freeze_after, warmup, start_anew)
         self.restart = self.rhythm.restart
         attach(trainer)
         check_rhythm(trainer, self.rhythm)
+        if diverse is not None and trainer.selection_pool.packed:
+            raise ValueError(
+                "diverse= chooses examples that stand for others, whatever their length: how many of them fill a "
+                "packed row is not known before. Set packing=False, or leave diverse out."
+            )
         self.trainer = trainer
         self.seed = trainer.args.seed if seed is None else seed
         self.order, self.id_column, self.header = order, id_column, header
@@ -151,7 +166,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.tokenizer = _tokenizer_of(trainer)
         # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
         encoder = Encoder(self.tokenizer, min_answer_tokens=min_answer_tokens)
-        self.pool_scorer = PoolScorer(trainer, encoder, scorer, token_budget)
+        self.pool_scorer = PoolScorer(trainer, encoder, scorer, embedder, token_budget)
         self.history: History | None = None
         self._prefix: list[int] | None = None
         self._fingerprint: str | None = None
@@ -323,6 +338,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if turn.rows == "brief":
             return self._brief_selection()
         columns = self._scores.columns()
+        if isinstance(self.policy, Diverse):
+            columns[EMBEDDING] = self._embeddings(columns, turn.of, ids)
 
         def choose(rows: int) -> Selection:
             rng = np.random.default_rng([self.seed, turn.chosen])
@@ -340,6 +357,14 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def score_pool(self, description: str = "IFD") -> Scores:
         """Scores of all pool rows with the model as it is now, or with the other `scorer`."""
         return self.pool_scorer.scores(self._prefix, description)
+
+    def _embeddings(self, columns: dict[str, np.ndarray], budget: int, ids: np.ndarray) -> np.ndarray:
+        """Prompt embeddings (n, d) of the candidates of a diverse selection; NaN for the other rows."""
+        rows = np.sort(self.policy.among(columns, budget, ids=ids))
+        found = self.pool_scorer.embeddings(rows)
+        embeddings = np.full((len(ids), found.shape[1]), np.nan, dtype=np.float32)
+        embeddings[rows] = found
+        return embeddings
 
     def _brief_selection(self) -> Selection:
         """The rows of the brief experience, chosen by the model as it is now."""

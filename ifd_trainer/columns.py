@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .encoding import EncodedPair, Encoder
 from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
-from .scorer import Scores, score_pairs, token_progress
+from .scorer import Scores, prompt_features, score_pairs, token_progress
 
 IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
 _ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
@@ -133,6 +133,16 @@ class IFDScorer:
     def score(self, pairs: list[EncodedPair], progress: Callable[[int], Any] | None = None) -> Scores:
         """Scores of encoded rows; `progress` as in `score_pairs`."""
         return score_pairs(self._model, pairs, token_budget=self.token_budget, progress=progress)
+
+    def embed(self, texts: Sequence[str], progress: Callable[[int], Any] | None = None) -> np.ndarray:
+        """Mean of the last hidden states of each text, (n, H) float32, NaN for an empty one; see `prompt_features`.
+
+        Texts longer than the model's window are cut at their end.
+        """
+        self._load(None)
+        window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        ids = self._encoder.tokenizer(list(texts), truncation=window is not None, max_length=window, verbose=False)
+        return prompt_features(self._model, ids["input_ids"], token_budget=self.token_budget, progress=progress)[0]
 
     @property
     def model(self) -> PreTrainedModel:

@@ -146,6 +146,17 @@ class Diverse:
         """The policy that ranks the candidates."""
         return Cherry(self.max_ifd, self.score, self.on_shortfall)
 
+    def among(self, columns: Mapping[str, np.ndarray], budget: int, *, ids: np.ndarray | None = None) -> np.ndarray:
+        """Positions of the candidates, highest score first: the rows whose embeddings are looked at.
+
+        Raises:
+            ShortfallError: when no row is eligible.
+        """
+        eligible = self.candidates(columns, 1, ids=ids).eligible
+        of = self.share if isinstance(self.share, int) else round(self.share * eligible)
+        # By score, then id: so neither the result nor a tie depends on where rows stand.
+        return self.candidates(columns, max(1, min(max(of, budget), eligible)), ids=ids).kept
+
     def __call__(
         self,
         columns: Mapping[str, np.ndarray],
@@ -174,16 +185,14 @@ class Diverse:
         if embeddings.ndim != 2 or len(embeddings) != rows:
             raise ValueError(f"{EMBEDDING!r} must be ({rows}, d), one row per score; got shape {embeddings.shape}.")
         selection = self.candidates(columns, budget, ids=ids, rng=rng)
-        eligible = selection.eligible
-        of = self.share if isinstance(self.share, int) else round(self.share * eligible)
-        if min(of, eligible) <= budget:
+        candidates = self.among(columns, budget, ids=ids)
+        if len(candidates) <= budget:
             return selection
-        selection = self.candidates(columns, min(of, eligible), ids=ids)
-        candidates = selection.kept  # by score, then id: so neither the result nor a tie depends on where rows stand
+        selection = self.candidates(columns, len(candidates), ids=ids)
         kept = candidates[np.sort(facility_location(embeddings[candidates], budget))]
         reasons = selection.reasons.copy()
         reasons[np.setdiff1d(candidates, kept)] = REDUNDANT
-        return Selection(kept, reasons, float(columns[self.score][kept[-1]]), eligible, 0)
+        return Selection(kept, reasons, float(columns[self.score][kept[-1]]), selection.eligible, 0)
 
 
 def _checked(embeddings: np.ndarray) -> np.ndarray:

@@ -33,6 +33,8 @@ class PoolScorer:
         encoder: for the trainer's tokenizer.
         other: None for the trainer's own model; the name, the path or the instance of another model, which reads the
             pool's texts with its own tokenizer; or "columns" for scores that the training set already has.
+        embedder: what embeds prompts for a diverse selection: by default the model that scores (with "columns" the
+            trainer's), an `IFDScorer`, or the name of a sentence-transformers model.
         token_budget: tokens of a batch.
     """
 
@@ -41,9 +43,11 @@ class PoolScorer:
         trainer: Trainer,
         encoder: Encoder,
         other: str | PreTrainedModel | None = None,
+        embedder: str | IFDScorer | None = None,
         token_budget: int | None = None,
     ) -> None:
         self.trainer, self.encoder, self.other, self.token_budget = trainer, encoder, other, token_budget
+        self.embedder = embedder
         self.rank, self.world = trainer.accelerator.process_index, trainer.accelerator.num_processes
 
     @property
@@ -62,14 +66,7 @@ class PoolScorer:
         if self.other is None:
             columns = self._shared_out(tokens, lambda rows: self._own_scores(rows, prefix, description))
         else:
-            header = self.encoder.tokenizer.decode(prefix, skip_special_tokens=True)
-            scorer = IFDScorer(
-                self.other,
-                format=_Texts(header),
-                score_truncated=True,
-                device=str(self.trainer.args.device),
-                token_budget=self.token_budget,
-            )
+            scorer = self._other_scorer(self.encoder.tokenizer.decode(prefix, skip_special_tokens=True))
             columns = self._shared_out(tokens, lambda rows: self._other_scores(scorer, rows, description))
         return Scores(**columns)
 
@@ -87,6 +84,38 @@ class PoolScorer:
         columns = self._shared_out(starts, run)
         columns["perplexity"][starts == ends] = np.nan  # no answer: a row that no training can use
         return columns["embeddings"], columns["perplexity"]
+
+    def embeddings(self, rows: np.ndarray, description: str = "Embeddings") -> np.ndarray:
+        """Embeddings of the rows' prompts, (m, d) float32, by which a diverse selection tells rows apart.
+
+        Raises:
+            ImportError: for a sentence-transformers model where that package is not installed.
+        """
+        embedder = self.embedder
+        if embedder is None and self.other in (None, "columns"):
+            return self.features(rows, description)[0]
+        if embedder is None:
+            embedder = self._other_scorer("")
+        elif isinstance(embedder, str):
+            embedder = _sentence_transformer(embedder, str(self.trainer.args.device))
+
+        def run(part: np.ndarray) -> dict[str, np.ndarray]:
+            prompts, _ = self._texts(rows[part])
+            with self._progress(len(prompts), description) as bar:
+                found = embedder.embed(prompts) if isinstance(embedder, IFDScorer) else embedder(prompts)
+                bar.update(len(prompts))
+            return {"embeddings": found}
+
+        return self._shared_out(self.pool.spans(rows)[:, 0], run)["embeddings"]
+
+    def _other_scorer(self, header: str) -> IFDScorer:
+        return IFDScorer(
+            self.other,
+            format=_Texts(header),
+            score_truncated=True,
+            device=str(self.trainer.args.device),
+            token_budget=self.token_budget,
+        )
 
     @property
     def pool(self) -> Pool:
@@ -118,6 +147,16 @@ class PoolScorer:
         pairs = scorer.encode(texts)
         with self._progress(token_count(pairs), description) as bar:
             return scorer.score(pairs, bar.update).columns()
+
+    def _texts(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
+        """Prompts and answers as text, without special tokens: another model has its own."""
+        prompts, answers = [], []
+        for ids, labels in self.pool.tokens(rows):
+            start, end = answer_span(labels)
+            prompts.append(ids[:start])
+            answers.append(ids[start:end])
+        decode = self.encoder.tokenizer.batch_decode
+        return decode(prompts, skip_special_tokens=True), decode(answers, skip_special_tokens=True)
 
     def _running(self) -> dict[str, Any]:
         """How the trainer's model is run."""
@@ -163,6 +202,18 @@ class _Texts:
 
     def render(self, row: dict[str, Any], tokenizer: Any) -> Example:
         return Example(row["prompt"], row["answer"], self.header)
+
+
+def _sentence_transformer(name: str, device: str) -> Callable[[list[str]], np.ndarray]:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            f"embedder={name!r} is a sentence-transformers model: pip install sentence-transformers, or leave it out "
+            "to embed prompts with the model that scores."
+        ) from error
+    model = SentenceTransformer(name, device=device)
+    return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False).astype(np.float32)
 
 
 def _stored_scores(examples: Any) -> Scores:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -358,3 +360,87 @@ def test_a_warm_up_without_epochs_is_refused(tmp_path, options):
     trainer = sft_trainer(tmp_path, ROWS)
     with pytest.raises(ValueError, match="say what the warm-up epochs do: set warmup_epochs=1 or more"):
         IFDSelectionCallback(trainer, **options)
+
+
+# ---- a diverse selection ----------------------------------------------------------------------------------------
+
+
+def prompts_of(trainer) -> list[list[int]]:
+    rows = tokenised(trainer)
+    return [r["input_ids"][: next(i for i, label in enumerate(r["labels"]) if label != -100)] for r in rows]
+
+
+def greedy(embeddings: np.ndarray, k: int) -> list[int]:
+    """Plain greedy facility location over cosines, one row at a time."""
+    units = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    similar, chosen = np.maximum(units @ units.T, 0), []
+    for _ in range(k):
+        gains = [similar[:, [*chosen, j]].max(1).sum() if j not in chosen else -1 for j in range(len(units))]
+        chosen.append(int(np.argmax(gains)))
+    return chosen
+
+
+def test_a_diverse_selection_stands_for_the_rows_with_the_highest_scores(tmp_path):
+    trainer = sft_trainer(tmp_path, ROWS, num_train_epochs=1)
+    callback = IFDSelectionCallback(trainer, KEEP, INF, diverse=15)
+    trainer.add_callback(callback)
+    witness = train(trainer)
+    model = build_model(len(TOKENIZER))
+    top = reference_top(reference_scores(trainer, model), 15, INF)
+    position = {row: i for i, row in enumerate(tokenised(trainer)["row_id"])}
+    embeddings = []
+    for row in top:
+        with torch.no_grad():
+            out = model(torch.tensor([prompts_of(trainer)[position[row]]]), output_hidden_states=True)
+        embeddings.append(out.hidden_states[-1][0].double().mean(0).numpy())
+    assert set(witness.epochs()[0]) == {top[i] for i in greedy(np.array(embeddings), KEEP)}
+    assert set(witness.epochs()[0]) != set(top[:KEEP])
+    reasons = callback.history.rows(0)["reason"].value_counts().to_dict()
+    assert reasons == {"kept": 6, "redundant": 9, "below_cut": 25}
+
+
+def test_another_scorer_embeds_too(tmp_path):
+    other = build_model(len(TOKENIZER), seed=5, hidden_size=48)
+    other.save_pretrained(tmp_path / "other")
+    TOKENIZER.save_pretrained(tmp_path / "other")
+    trainer, callback = cherry(tmp_path / "run", scorer=str(tmp_path / "other"), diverse=15)
+    rows = np.array([3, 0, 7])
+    found = callback.pool_scorer.embeddings(rows)
+    texts = TOKENIZER.batch_decode([prompts_of(trainer)[row] for row in rows])
+    expected = IFDScorer(str(tmp_path / "other")).embed(texts)
+    assert found.shape == (3, 48)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert len(set(train(trainer).epochs()[0])) == KEEP
+
+
+def test_an_embedder_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    trainer = sft_trainer(tmp_path, ROWS)
+    callback = IFDSelectionCallback(trainer, KEEP, INF, diverse=15, embedder="some/sentences")
+    with pytest.raises(ImportError, match=r"embedder='some/sentences' is a sentence-transformers model: pip install"):
+        callback.pool_scorer.embeddings(np.arange(3))
+
+
+def test_sentence_transformers_embed_the_prompts(tmp_path, monkeypatch):
+    seen = []
+
+    class SentenceTransformer:
+        def __init__(self, name, device):
+            assert (name, device) == ("some/sentences", "cpu")
+
+        def encode(self, texts, **options):
+            seen.extend(texts)
+            return np.array([[len(text), 1.0] for text in texts])
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=SentenceTransformer))
+    trainer = sft_trainer(tmp_path, ROWS)
+    callback = IFDSelectionCallback(trainer, KEEP, INF, diverse=15, embedder="some/sentences")
+    found = callback.pool_scorer.embeddings(np.array([5, 2]))
+    assert seen == TOKENIZER.batch_decode([prompts_of(trainer)[5], prompts_of(trainer)[2]])
+    np.testing.assert_array_equal(found, [[len(text), 1.0] for text in seen])
+
+
+def test_a_diverse_selection_of_packed_rows_is_refused(tmp_path):
+    trainer = sft_trainer(tmp_path, ROWS, packing=True, max_length=128)
+    with pytest.raises(ValueError, match="diverse= chooses examples"):
+        IFDSelectionCallback(trainer, diverse=0.2)
