@@ -32,6 +32,15 @@ the highest IFD. RECIPE.yaml is TRL's flat YAML; every key can be given or overr
   --eval_dataset FILE      held-out rows; with --eval_strategy epoch their loss is shown for each epoch
   --format NAME            {formats}; told from the columns by default
   --keep N [N ...]         rows per epoch: a fraction (0.1), a number (1000), or one entry for each epoch
+  --method dynamic|cherry  dynamic: score and select before each epoch (default); cherry: the paper's method, a brief
+                           experience, one scoring, then all epochs from the original weights on the rows kept
+  --brief kmeans|random|none, --brief_clusters N, --brief_per_cluster N
+                           rows of the brief experience (default kmeans, 100 x 10; none scores without it)
+  --scorer NAME_OR_PATH, --definition paper|cherry|superfiltering
+                           score with another model, once (Superfiltering: gpt2 and superfiltering)
+  --diverse X, --embedder NAME
+                           choose rows that stand for the share X with the highest scores (facility location)
+  --drop_refusals true     leave out rows whose answer looks like a refusal
   --every K, --warmup_epochs N, --freeze_after N
                            select each K epochs; train on all rows for N epochs first; score nothing from epoch N on
   --curriculum easy_to_hard|hard_to_easy, --tiers N, --tier_mode tiers|growing|shrinking

@@ -318,8 +318,10 @@ class TrainingPlan:
         return len(self.epochs), step
 
     def __str__(self) -> str:
-        epochs = "; ".join(f"epoch {p.epoch}: {p.budget} rows, {p.updates} updates" for p in self.epochs)
-        return f"{self.max_steps} updates ({epochs})"
+        texts = [f"epoch {p.epoch}: {p.budget} rows, {p.updates} updates" for p in self.epochs]
+        if self.restart is not None:
+            texts[self.restart - 1] += "; then anew from the original weights"
+        return f"{self.max_steps} updates ({'; '.join(texts)})"
 
 
 def plan_epoch(epoch: int, budget: int, batches: int, accumulation: int) -> EpochPlan:

@@ -5,6 +5,7 @@ A recipe is TRL's flat YAML (`trl sft --config`) with the keys of `SelectionConf
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,19 @@ import torch
 from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
+from .brief import Brief
 from .callback import IFDSelectionCallback
+from .columns import IFDScorer
+from .encoding import DEFINITIONS
 from .files import load_rows
 from .formats import FORMATS, MalformedRow, resolve_format, to_prompt_completion
+from .refusals import looks_like_refusal
 from .schedule import Anneal, Curriculum, Schedule, as_schedule, parse_keep
+from .snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
+
+_SCORED_AT_ONCE = 1000  # rows that `scorer` scores before they are put into the cache
 
 
 @dataclass
@@ -42,6 +52,47 @@ class SelectionConfig:
     every: int = field(default=1, metadata={"help": "Select in each so many epochs; between, train on the same rows."})
     warmup_epochs: int = field(default=0, metadata={"help": "Train on all rows for so many epochs first."})
     freeze_after: int | None = field(default=None, metadata={"help": "From this epoch on, score nothing again."})
+    method: str = field(
+        default="dynamic",
+        metadata={
+            "help": "dynamic: score and select before each epoch. cherry: brief experience, one scoring, then all "
+            "epochs from the original weights on the rows that were kept (arXiv 2308.12032).",
+            "choices": ["dynamic", "cherry"],
+        },
+    )
+    brief: str = field(
+        default="kmeans",
+        metadata={
+            "help": "Rows of the brief experience: k-means over prompts, random, or none to score without it.",
+            "choices": ["kmeans", "random", "none"],
+        },
+    )
+    brief_clusters: int = field(default=100, metadata={"help": "Clusters of the brief experience in a large pool."})
+    brief_per_cluster: int = field(default=10, metadata={"help": "Rows of each of these clusters."})
+    scorer: str | None = field(
+        default=None,
+        metadata={"help": "Score with this model, once, instead of the one in training (Superfiltering: gpt2)."},
+    )
+    definition: str = field(
+        default="paper",
+        metadata={
+            "help": "What `scorer` computes; see `ifd-trainer score --help`.",
+            "choices": list(DEFINITIONS),
+        },
+    )
+    diverse: str | None = field(
+        default=None,
+        metadata={
+            "help": "Choose the rows among this share of the eligible ones with the highest scores, so that they stand "
+            "for all of it (facility location; Superfiltering.D: 0.2)."
+        },
+    )
+    embedder: str | None = field(
+        default=None, metadata={"help": "A sentence-transformers model for that; by default the model that scores."}
+    )
+    drop_refusals: bool = field(
+        default=False, metadata={"help": "Leave rows out of the pool whose answer looks like a refusal (English)."}
+    )
     curriculum: str | None = field(
         default=None,
         metadata={
@@ -78,6 +129,18 @@ class SelectionConfig:
     label: str | None = field(
         default=None, metadata={"help": "A column of labels to show in the report; selection never reads it."}
     )
+
+    def __post_init__(self) -> None:
+        if self.method == "cherry" and self.brief != "none" and self.scorer is not None:
+            raise ValueError(
+                f"scorer={self.scorer!r} scores without a brief experience, but brief is {self.brief!r}: set brief: "
+                "none, or leave scorer out."
+            )
+        if self.definition != "paper" and self.scorer is None:
+            raise ValueError(
+                f"definition={self.definition!r} is computed from the raw rows by a scorer; the model in training "
+                "scores the tokens that it trains on (definition: paper). Set scorer, or leave definition out."
+            )
 
     def budgets(self) -> float | int | list[float | int]:
         """`keep` as the callback takes it: text with a point is a fraction, without one a number of rows."""
@@ -140,7 +203,14 @@ def build_trainer(recipe: Recipe) -> SFTTrainer:
     """The trainer of a recipe, with its selection callback added."""
     script, sft, model, selection = recipe.script, recipe.sft, recipe.model, recipe.selection
     source = _find(script.dataset_name, recipe.folder)
-    train = _prepare(load_rows(source, script.dataset_train_split, script.dataset_config), selection.format)
+    rows = load_rows(source, script.dataset_train_split, script.dataset_config)
+    scorer = _scorer(selection, sft) if selection.scorer else None
+    with sft.main_process_first(desc="preparing the rows"):  # the others read what it put into the cache
+        if scorer is not None:
+            rows = rows.map(scorer, batched=True, batch_size=_SCORED_AT_ONCE, desc=f"Scoring with {selection.scorer}")
+        train = _prepare(rows, selection.format)
+        if selection.drop_refusals:
+            train = _without_refusals(train)
     held_out = None
     if selection.eval_dataset:
         held_out = _find(selection.eval_dataset, recipe.folder)
@@ -159,21 +229,65 @@ def build_trainer(recipe: Recipe) -> SFTTrainer:
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    callback = IFDSelectionCallback(
-        trainer,
-        schedule=selection.schedule(),
-        every=selection.every,
-        warmup_epochs=selection.warmup_epochs,
-        freeze_after=selection.freeze_after,
-        max_ifd=selection.max_ifd,
-        score=selection.score,
-        order=selection.order,
-        on_shortfall=selection.on_shortfall,
-        min_answer_tokens=selection.min_answer_tokens,
-        token_budget=selection.token_budget,
-    )
+    callback = _callback(trainer, selection, scorer)
     trainer.add_callback(callback)
     return trainer
+
+
+def _callback(trainer: SFTTrainer, selection: SelectionConfig, scorer: IFDScorer | None) -> IFDSelectionCallback:
+    """The callback that a recipe describes."""
+    options = {
+        "schedule": selection.schedule(),
+        "max_ifd": selection.max_ifd,
+        "score": selection.score,
+        "order": selection.order,
+        "on_shortfall": selection.on_shortfall,
+        "min_answer_tokens": selection.min_answer_tokens,
+        "token_budget": selection.token_budget,
+        "scorer": None if scorer is None else "columns",
+        "diverse": None if selection.diverse is None else parse_keep(selection.diverse),
+        "embedder": selection.embedder or scorer,
+    }
+    rhythm = {
+        name: getattr(selection, name)
+        for name in ("every", "warmup_epochs", "freeze_after")
+        if getattr(selection, name) != getattr(SelectionConfig, name)
+    }
+    if selection.method == "dynamic":
+        return IFDSelectionCallback(trainer, **options, **rhythm)
+    brief = None
+    if selection.brief != "none":
+        brief = Brief(selection.brief, selection.brief_clusters, selection.brief_per_cluster)
+    return IFDSelectionCallback.cherry(trainer, brief=brief, **options, **rhythm)
+
+
+def _scorer(selection: SelectionConfig, sft: SFTConfig) -> IFDScorer:
+    """The transform that scores the raw rows with another model than the one in training."""
+    return IFDScorer(
+        selection.scorer,
+        format=selection.format if selection.definition != "superfiltering" else None,
+        definition=selection.definition,
+        score_truncated=selection.definition == "paper",
+        min_answer_tokens=selection.min_answer_tokens,
+        token_budget=selection.token_budget,
+        device=str(sft.device),
+    )
+
+
+def _without_refusals(rows: Dataset) -> Dataset:
+    """Rows whose answer does not look like a refusal; says how many were left out."""
+
+    def keeps(completion: str | list[dict[str, str]]) -> bool:
+        return not looks_like_refusal(completion if isinstance(completion, str) else completion[-1]["content"])
+
+    kept = rows.filter(keeps, input_columns="completion", desc="Leaving out refusals")
+    logger.warning(
+        "drop_refusals: %d of %d rows were left out, their answers look like refusals; the pool is the other %d.",
+        len(rows) - len(kept),
+        len(rows),
+        len(kept),
+    )
+    return kept
 
 
 def selection_of(trainer: SFTTrainer) -> IFDSelectionCallback:
@@ -182,9 +296,14 @@ def selection_of(trainer: SFTTrainer) -> IFDSelectionCallback:
 
 
 def planned(trainer: SFTTrainer) -> str:
-    """The plan of budgets and steps, without training."""
+    """The plan of budgets and steps, and the disk that it needs, without training."""
     trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return str(selection_of(trainer).plan)
+    callback = selection_of(trainer)
+    lines = [str(callback.plan)]
+    if callback.restart is not None:
+        size = Snapshot.size(trainer.model) / 1e9
+        lines.append(f"original weights: {size:.2f} GB in {trainer.args.output_dir} until training ends")
+    return "\n".join(lines)
 
 
 def _prepare(rows: Dataset, format: str | None) -> Dataset:
