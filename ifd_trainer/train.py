@@ -211,6 +211,8 @@ def build_trainer(recipe: Recipe) -> SFTTrainer:
         train = _prepare(rows, selection.format)
         if selection.drop_refusals:
             train = _without_refusals(train)
+    if selection.label and selection.label not in train.column_names:
+        raise ValueError(f"label={selection.label!r} is not among the data set's columns {sorted(train.column_names)}.")
     held_out = None
     if selection.eval_dataset:
         held_out = _find(selection.eval_dataset, recipe.folder)
