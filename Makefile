@@ -10,7 +10,8 @@ DEMO_MODEL = $(if $(MODEL),$(MODEL),$$($(BIN)/python recipes/demo_model.py))
 .PHONY: help demo test gpu style quality bench versions clean
 
 OLDEST := .venv-oldest
-LOOP_TESTS := tests/test_loop.py tests/test_callback.py tests/test_resume.py tests/test_packing.py tests/test_rhythm.py
+LOOP_TESTS := tests/test_loop.py tests/test_callback.py tests/test_cherry.py tests/test_distributed.py \
+	tests/test_resume.py tests/test_packing.py tests/test_pool.py tests/test_rhythm.py
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10

@@ -374,8 +374,9 @@ def _train(arguments: list[str]) -> int:
         return 0
     parsed = parse_recipe(recipe, arguments)
     trainer = build_trainer(parsed)
+    if plan or trainer.is_world_process_zero():
+        print(f"Plan: {planned(trainer)}", flush=True)
     if plan:
-        print(planned(trainer))
         return 0
     trainer.train(resume_from_checkpoint=parsed.sft.resume_from_checkpoint)
     trainer.save_model(parsed.sft.output_dir)

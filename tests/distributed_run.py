@@ -94,7 +94,10 @@ def fsdp_on_cpu() -> None:
 
 
 def deepspeed_on_cpu() -> None:
-    """Let accelerate use DeepSpeed on CPUs, which it starts for accelerators only."""
+    """Let accelerate use DeepSpeed on CPUs, which it starts for accelerators only; and without compiling anything."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # sums through shared memory, in C++
     PartialState._prepare_backend = lambda self, *arguments: ("gloo", DistributedType.MULTI_CPU)
 
 
