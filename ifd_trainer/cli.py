@@ -374,8 +374,9 @@ def _train(arguments: list[str]) -> int:
         return 0
     parsed = parse_recipe(recipe, arguments)
     trainer = build_trainer(parsed)
-    if plan or trainer.is_world_process_zero():
-        print(f"Plan: {planned(trainer)}", flush=True)
+    text = planned(trainer)  # on every process: with packing they wait for one another
+    if trainer.is_world_process_zero():
+        print(f"Plan: {text}", flush=True)
     if plan:
         return 0
     trainer.train(resume_from_checkpoint=parsed.sft.resume_from_checkpoint)
