@@ -258,6 +258,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             )
         if self.restart is not None and state.global_step == 0:
             self._keep_original()
+        self.called = False
         if state.is_world_process_zero:
             self.history.save()
             self.history.discard_other_epochs()
@@ -293,8 +294,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return Snapshot(folder / f"process-{self.trainer.accelerator.process_index:03d}" if sharded else folder)
 
     def _keep_original(self) -> None:
+        """Save the weights at the start of a run, or put them back where auto_find_batch_size begins it again."""
         reshard(self.trainer.model)
-        if scoring_model(self.trainer)[1] or self.trainer.is_world_process_zero():
+        if not self.called:
+            self._original.restore(self.trainer.model)
+        elif scoring_model(self.trainer)[1] or self.trainer.is_world_process_zero():
             self._original.save(self.trainer.model)
         self.trainer.accelerator.wait_for_everyone()
 

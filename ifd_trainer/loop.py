@@ -43,7 +43,8 @@ from .scorer import lm_head
 from .snapshot import Snapshot
 
 SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
-_HOOKS = ("_get_train_sampler", "_get_dataloader", "set_initial_training_values", "_init_training_state", "_run_epoch")
+_HOOKS = ("_get_train_sampler", "_get_dataloader", "set_initial_training_values", "create_scheduler")
+_HOOKS += ("_init_training_state", "_run_epoch")
 # Positions in the tuple that `set_initial_training_values` returns.
 _EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS, _TUPLE_SIZE = 0, 1, 3, 5, 6, 7
 
@@ -79,6 +80,8 @@ class EpochSelector(TrainerCallback):
     # The epoch before which weights, optimizer and learning rate schedule start anew; it and the epochs after it are
     # the `num_train_epochs` that the user asked for.
     restart: int | None = None
+    # Whether `train` has just been called: auto_find_batch_size begins a run again, with the weights as they then are.
+    called: bool = False
 
     @abstractmethod
     def budget(self, epoch: int) -> int:
@@ -107,6 +110,8 @@ class SelectiveTrainer:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint is not None:
                 _check_complete(Path(checkpoint))
+        if self._selector is not None:
+            self._selector.called = True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property

@@ -306,6 +306,33 @@ def test_a_list_of_budgets_counts_the_epochs_after_the_brief_experience(tmp_path
     assert [len(epoch) for epoch in train(trainer).epochs()] == [8, 6, 2]
 
 
+def test_a_run_begun_again_with_smaller_batches_begins_with_the_original_weights(tmp_path, monkeypatch):
+    trainer, _ = cherry(tmp_path, config={"per_device_train_batch_size": 4, "auto_find_batch_size": True})
+    step, rows = trainer.training_step, []
+
+    def short_of_memory(model, inputs, *rest):
+        size = len(inputs["input_ids"])
+        if size > 2 and len(rows) == 2:  # in the main training: weights have changed, and the snapshot was used
+            raise RuntimeError("CUDA out of memory.")
+        rows.append(size)
+        return step(model, inputs, *rest)
+
+    monkeypatch.setattr(trainer, "training_step", short_of_memory)
+    trainer.train()
+    assert rows == [4, 4] + [2] * (4 + 6)
+    again, _ = cherry(tmp_path / "again")
+    train(again)
+    assert difference(weights_of(trainer.model), weights_of(again.model)) == 0
+
+
+def test_a_second_call_of_train_begins_with_the_weights_of_the_first(tmp_path):
+    trainer, _ = cherry(tmp_path)
+    train(trainer)
+    after = weights_of(trainer.model)
+    witness = train(trainer)
+    assert difference(witness.weights[1], after) == 0
+
+
 def test_the_best_checkpoint_is_looked_for_anew(tmp_path):
     held_out = text_rows(raw_rows(4, seed=9))
     trainer = sft_trainer(
