@@ -163,7 +163,8 @@ def plot_kept_flow(
     for column, (color, ink, text) in styles.items():
         counts = flow[column].to_numpy()
         heights, bottoms = (-counts, np.zeros(len(flow))) if column == "gone" else (counts, base.copy())
-        ax.bar(at, heights, width=0.7, bottom=bottoms, color=color, label=text, edgecolor="white", linewidth=0.8)
+        label = text if counts.any() else None  # the legend lists what is drawn
+        ax.bar(at, heights, width=0.7, bottom=bottoms, color=color, label=label, edgecolor="white", linewidth=0.8)
         for x, count, height, bottom in zip(at, counts, heights, bottoms, strict=True):
             if count > 0.07 * tallest and len(flow) <= 16:
                 ax.text(x, bottom + height / 2, f"{count:,}", ha="center", va="center", color=ink, fontsize=8)
@@ -181,7 +182,9 @@ def plot_kept_flow(
     ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):,.0f}"))
     ax.set_ylabel("rows")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    ax.set_ylim(-1.05 * flow["gone"].max() if flow["gone"].any() else 0, 1.05 * tallest)
+    if ax.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

@@ -46,6 +46,7 @@ from .words import REASONS, Phases, scored_at, scoring_sentence, settings_in_wor
 
 _SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}
 SELECTED = "train.parquet"  # the rows in a folder that `ifd-trainer select` wrote
+
 # ---- tables -------------------------------------------------------------------------------------------------------
 
 
@@ -53,11 +54,11 @@ def epoch_table(history: History) -> Table:
     """What each epoch kept and cost, for the terminal.
 
     Columns: pool and kept rows, repeats (where a budget was larger than the rows kept), with a curriculum the tiers
-    trained on (0 is the one that it begins with), the epoch whose scores are used (where these are not of the epoch
-    itself, nor all of one), mean score of the kept and of the dropped rows, share of the kept rows that the epoch
-    before selected too, seconds, held-out loss; "-" where a number is not known. Epochs of the brief experience are
-    called that; a line "anew" stands where training starts anew. What both mean, and which model scored, stands
-    below the table.
+    trained on (0 is the one that it begins with), the epoch in which the scores were made (where some are older than
+    their epoch, and not all of one), mean score of the kept and of the dropped rows, share of the kept rows that the
+    epoch before kept too (not for the sample of a brief experience), seconds, held-out loss; "-" where a number is not
+    known. Epochs of the brief experience are called that; a line "anew" stands where training starts anew. Below the
+    table stands what both mean, and which model scored.
 
     >>> from rich import print
     >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
