@@ -399,7 +399,12 @@ def _subject_of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> _
     chosen = "reason" in rows
     notes = []
     if chosen and len(rows) and rows["kept"].all():
-        notes.append("Every row here was kept: the rows that were dropped are not in this data set.")
+        card = (
+            " README.md beside it counts them."
+            if (folder / SELECTED).exists() and (folder / "README.md").exists()
+            else ""
+        )
+        notes.append("Every row here was kept: the rows that were dropped are not in this data set." + card)
     return _Subject(
         title="Scores of a data set" + (" and what was selected" if chosen else ""),
         score=_score_of(rows, frame.get("ifd_rank")),

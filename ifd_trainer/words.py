@@ -199,11 +199,11 @@ def _rule(policy: str, options: Mapping[str, Any], settings: Mapping[str, Any]) 
         return f"the rows with the highest {score}, {f'of those below {limit:g}' if limit else 'without a limit'}"
     if policy == "Diverse":
         share = options.get("share")
-        of = rows_text(share) if isinstance(share, int) else f"{100 * share:g} % of the rows" if share else "rows"
-        below = f"below {limit:g}" if limit else "(no limit)"
+        of = f"{share:,} " if isinstance(share, int) else f"{100 * share:g} % of the " if share else ""
+        below = f" (below {limit:g})" if limit else ""
         return (
-            f"of the {of} with the highest {score} {below}, those whose embeddings stand best for all of them "
-            "(facility location)"
+            f"of the {of}eligible rows{below} with the highest {score}, those whose embeddings stand best for all of "
+            "these (facility location)"
         )
     return None
 

@@ -284,7 +284,7 @@ def test_a_diverse_selection_is_explained_and_its_redundant_rows_are_listed(tmp_
     history.settings |= {"policy": repr(policy)}
     history.add(history.epochs[0] | {"reasons": rows["reason"].value_counts().to_dict()}, rows)
     page = page_of(write_report(history, rows=4))
-    rule = "of the 50 % of the rows with the highest IFD = cas / das below 1, those whose embeddings stand best"
+    rule = "of the 50 % of the eligible rows (below 1) with the highest IFD = cas / das, those whose embeddings stand"
     assert facts_of(page)["Rule"].startswith(rule)
     assert facts_of(page)["With too few such rows"] == "rows are repeated"
     ranked = rows.dropna(subset=["ifd"]).sort_values("ifd", ascending=False)
@@ -323,6 +323,7 @@ def test_a_folder_of_selected_rows(scored, tmp_path, card, plots):
     assert main(["report", str(folder)]) == 0
     page = page_of(folder / "report.html")
     assert "Every row here was kept" in page
+    assert ("README.md beside it counts them." in page) == (card == "--card")
     assert grid(page, "Rows by what became of them") == {"kept": ["2"]}
     shown = page.split("Kept, highest scores")[1].split("</table>")[0]
     assert [i for i in range(6) if f"Ask {i}." in shown] == [3, 4]
