@@ -197,10 +197,15 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "report",
         help="an HTML page about a run or a scored data set",
-        description="Write report.html and its plots for a training run (its output folder) or for scored rows.",
+        description="Write report.html and its plots for a training run (its output folder), for scored rows, or for "
+        "the folder that `ifd-trainer select` wrote.",
         epilog="Example: ifd-trainer report scored.parquet --output report/",
     )
-    parser.add_argument("source", help="output folder of a run, or a scored .json, .jsonl, .csv or .parquet file")
+    parser.add_argument(
+        "source",
+        help="output folder of a run, folder of selected rows (with train.parquet), or a scored .json, .jsonl, .csv or "
+        ".parquet file",
+    )
     parser.add_argument("--output", help="folder to write to (default: beside the source)")
     parser.add_argument("--label", help="column of labels to show")
     parser.add_argument("--rows", type=int, default=10, help="rows in each table (default 10)")
@@ -397,11 +402,10 @@ def _report(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from .files import load_rows
-    from .history import History
     from .report import write_report
 
     source = Path(options.source)
-    data = History.load(source) if source.is_dir() else load_rows(options.source).to_pandas()
+    data = source if source.is_dir() else load_rows(options.source).to_pandas()
     folder = options.output or (source if source.is_dir() else source.parent)
     print(f"Report: {write_report(data, folder, label=options.label, rows=options.rows)}")
     return 0

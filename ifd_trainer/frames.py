@@ -6,17 +6,19 @@ and, where a policy has chosen, `reason` (or `ifd_reason`) and `times`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from . import ifd as equations
+from .diversity import REDUNDANT
 from .encoding import Status
-from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED
+from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, NOT_IN_SAMPLE, OTHER_TIER, RELAXED
 
 MISSING = "-"
+_CHOICES = (KEPT, RELAXED, BELOW_CUT, REDUNDANT, OTHER_TIER, NOT_IN_SAMPLE, ABOVE_LIMIT)
 
 
 def normalised(frame: pd.DataFrame) -> pd.DataFrame:
@@ -46,7 +48,7 @@ def normalised(frame: pd.DataFrame) -> pd.DataFrame:
 def _with_choice(rows: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
     """Add `reason`, `times` and `kept`, if `frame` says what a policy decided."""
     for name in ("ifd_reason", "reason"):  # a data set may have a column `reason` of its own
-        if name in frame and frame[name].isin([KEPT, RELAXED, BELOW_CUT, ABOVE_LIMIT]).any():
+        if name in frame and frame[name].isin(_CHOICES).any():
             rows["reason"] = frame[name].astype(str).to_numpy()
             kept = frame[name].isin([KEPT, RELAXED]).to_numpy()
             rows["times"] = np.nan_to_num(_floats(frame["times"])).astype(int) if "times" in frame else kept.astype(int)
@@ -69,9 +71,31 @@ def by_epoch(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], most: int | None =
     return {epoch: normalised(epochs[epoch]) for epoch in chosen}
 
 
+def merged(epochs: Mapping[Any, pd.DataFrame], columns: Sequence[str]) -> dict[Any, pd.DataFrame]:
+    """Rows by epoch, those of epochs that follow one another once if they agree in `columns`: under `1-3`, say.
+
+    >>> rows = pd.DataFrame({"ifd": [0.5]})
+    >>> list(merged({0: rows, 1: rows, 3: rows}, ["ifd"]))
+    ['0-1', 3]
+    """
+    groups: list[tuple[list[Any], pd.DataFrame]] = []
+    for epoch, rows in epochs.items():
+        if groups and groups[-1][0][-1] + 1 == epoch and _agree(groups[-1][1], rows, columns):
+            groups[-1][0].append(epoch)
+        else:
+            groups.append(([epoch], rows))
+    return {of[0] if len(of) == 1 else f"{of[0]}-{of[-1]}": rows for of, rows in groups}
+
+
+def _agree(one: pd.DataFrame, other: pd.DataFrame, columns: Sequence[str]) -> bool:
+    return all(
+        (name in one) == (name in other) and (name not in one or one[name].equals(other[name])) for name in columns
+    )
+
+
 def epoch_name(epoch: Any, alone: str = "") -> str:
-    """`epoch 3`, or `alone` for rows that belong to no epoch."""
-    return alone if epoch is None else f"epoch {epoch}"
+    """`epoch 3`, `epochs 1-3`, or `alone` for rows that belong to no epoch."""
+    return alone if epoch is None else f"epoch{'s' if isinstance(epoch, str) else ''} {epoch}"
 
 
 def cut_of(rows: pd.DataFrame, score: str) -> float | None:

@@ -5,7 +5,7 @@ A plot takes one data frame as `ifd_trainer.frames` describes it, or one for eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from .diversity import REDUNDANT
 from .frames import by_epoch, cut_of, epoch_name, number_text, percent_text, rows_text, spearman
 from .selection import ABOVE_LIMIT
 from .texts import shortened
 
 _WIDTH, _DPI = 8.0, 192  # inches; at 192 the page shows two pixels of the file on one of its own
 _BLUE, _SKY, _GREEN, _ORANGE, _GREY = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#B3B3B3"  # Okabe and Ito
+_PINK = "#CC79A7"  # theirs too
 _INK = "#333333"
 _FARTHEST = 3.0  # a histogram never reaches farther: perplexity ratios of short answers go to the thousands
 _MOST_POINTS = 20_000
@@ -130,34 +132,49 @@ def plot_ifd_length(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: s
     return figure
 
 
-def plot_kept_flow(epochs: Mapping[Any, pd.DataFrame]) -> Figure:
+def plot_kept_flow(
+    epochs: Mapping[Any, pd.DataFrame], *, sample: Collection[Any] = (), restart: int | None = None
+) -> Figure:
     """How the kept rows change: for each epoch those kept again, back again and new, and below the axis those gone.
 
     "Again" and "gone" compare with the epoch before it in `epochs`.
 
+    Args:
+        epochs: rows by epoch.
+        sample: epochs that trained on a sample drawn without scores; nothing is compared with these.
+        restart: the epoch before which training started anew: a line stands there.
+
     Raises:
         ValueError: when the rows do not say what was kept.
     """
-    flow = _flow(by_epoch(epochs))
+    flow = _flow(by_epoch(epochs), sample)
     figure, axes = _figure(3.4)
     ax, at = axes[0, 0], np.arange(len(flow))
     base = np.zeros(len(flow))
-    tallest = max(flow[["again", "back", "new"]].sum(axis=1).max(), flow["gone"].max(), 1) if len(flow) else 1
+    tallest = max(flow.drop(columns="gone").sum(axis=1).max(), flow["gone"].max(), 1) if len(flow) else 1
     styles = {
         "again": (_BLUE, "white", "kept in the epoch before too"),
         "back": (_SKY, "black", "kept in an earlier epoch, not in the one before"),
         "new": (_GREEN, "white", "kept for the first time"),
         "gone": (_GREY, "black", "kept in the epoch before, dropped now"),
     }
+    if flow["sample"].any():
+        styles = {"sample": (_PINK, "black", "sample of the brief experience")} | styles
     for column, (color, ink, text) in styles.items():
         counts = flow[column].to_numpy()
         heights, bottoms = (-counts, np.zeros(len(flow))) if column == "gone" else (counts, base.copy())
-        ax.bar(at, heights, width=0.7, bottom=bottoms, color=color, label=text, edgecolor="white", linewidth=0.8)
+        label = text if counts.any() else None  # the legend lists what is drawn
+        ax.bar(at, heights, width=0.7, bottom=bottoms, color=color, label=label, edgecolor="white", linewidth=0.8)
         for x, count, height, bottom in zip(at, counts, heights, bottoms, strict=True):
             if count > 0.07 * tallest and len(flow) <= 16:
                 ax.text(x, bottom + height / 2, f"{count:,}", ha="center", va="center", color=ink, fontsize=8)
         base += 0 if column == "gone" else counts
     ax.axhline(0, color=_INK, linewidth=0.8)
+    anew = next((i for i, epoch in enumerate(flow.index) if restart is not None and epoch >= restart), 0)
+    if anew:
+        ax.axvline(anew - 0.5, linestyle="--", color=_INK, linewidth=1)
+        where = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
+        _inside(ax, anew - 0.5, 1.01, "training starts anew", ha="center", **where)
     ax.set_xlim(-0.6, max(len(flow), 1) - 0.4)
     step = -(-len(flow) // 20)
     ax.set_xticks(at[::step], [str(epoch) for epoch in flow.index[::step]])
@@ -165,21 +182,26 @@ def plot_kept_flow(epochs: Mapping[Any, pd.DataFrame]) -> Figure:
     ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):,.0f}"))
     ax.set_ylabel("rows")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    ax.set_ylim(-1.05 * flow["gone"].max() if flow["gone"].any() else 0, 1.05 * tallest)
+    if ax.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
-def _flow(epochs: Mapping[Any, pd.DataFrame]) -> pd.DataFrame:
-    """Numbers of rows by epoch: `again`, `back`, `new` (together those kept) and `gone`."""
+def _flow(epochs: Mapping[Any, pd.DataFrame], sample: Collection[Any]) -> pd.DataFrame:
+    """Numbers of rows by epoch: `sample`, or `again`, `back`, `new` (together those kept) and `gone`."""
     counts, before, ever = [], set(), set()
-    for rows in epochs.values():
+    for epoch, rows in epochs.items():
         if "kept" not in rows:
             raise ValueError("The rows do not say what was kept: they have no column `reason`.")
         kept = set(rows.loc[rows["kept"], "row_id"])
+        if epoch in sample:
+            counts.append([len(kept), 0, 0, 0, 0])
+            continue
         parts = (kept & before, (kept & ever) - before, kept - ever, before - kept)
-        counts.append([len(part) for part in parts])
+        counts.append([0, *(len(part) for part in parts)])
         before, ever = kept, ever | kept
-    return pd.DataFrame(counts, index=list(epochs), columns=["again", "back", "new", "gone"], dtype=int)
+    return pd.DataFrame(counts, index=list(epochs), columns=["sample", "again", "back", "new", "gone"], dtype=int)
 
 
 def plot_kept_by_label(shares: pd.DataFrame) -> Figure:
@@ -237,11 +259,12 @@ def _groups(rows: pd.DataFrame, score: str) -> list[_Group]:
     scored = rows[score].notna()
     if "kept" not in rows:
         return [_Group("rows with a score", scored, _BLUE, "o")]
-    above = rows["reason"] == ABOVE_LIMIT
+    above, redundant = rows["reason"] == ABOVE_LIMIT, rows["reason"] == REDUNDANT
     return [
-        _Group("not kept", scored & ~rows["kept"] & ~above, _GREY, "o"),
+        _Group("not kept", scored & ~rows["kept"] & ~above & ~redundant, _GREY, "o"),
         _Group("kept", scored & rows["kept"], _BLUE, "D"),
         _Group("dropped: at or above the limit", scored & above & ~rows["kept"], _ORANGE, "^"),
+        _Group("dropped: other rows stand for it", scored & redundant, _SKY, "v"),
     ]
 
 

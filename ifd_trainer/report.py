@@ -23,37 +23,29 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from .diversity import REDUNDANT
 from .encoding import Status
 from .frames import (
     MISSING,
     count_text,
     cut_of,
     epoch_name,
+    merged,
     normalised,
     number_text,
     percent_text,
     rows_text,
     spearman,
 )
-from .history import History, write_atomically
+from .history import FOLDER, History, write_atomically
 from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
-from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED
+from .refusals import REFUSAL
+from .selection import ABOVE_LIMIT, BELOW_CUT, OTHER_TIER, RELAXED
 from .texts import plain, shortened, text_columns
+from .words import REASONS, Phases, scored_at, scoring_sentence, settings_in_words
 
 _SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}
-_REASONS = {
-    KEPT: "kept",
-    RELAXED: "kept, though at or above the limit",
-    BELOW_CUT: "dropped: below the cut",
-    OTHER_TIER: "not in this epoch's tiers",
-    ABOVE_LIMIT: "dropped: at or above the limit",
-    Status.EMPTY_ANSWER.value: "no score: the answer has no token",
-    Status.TOO_SHORT.value: "no score: too few answer tokens",
-    Status.TRUNCATED.value: "no score: the answer does not fit in max_length",
-    Status.PROMPT_TOO_LONG.value: "no score: the prompt fills max_length",
-    Status.NONFINITE.value: "no score: the loss is not finite, or the direct score is 0",
-    Status.MALFORMED.value: "no score: the format cannot render the row",
-}
+SELECTED = "train.parquet"  # the rows in a folder that `ifd-trainer select` wrote
 
 # ---- tables -------------------------------------------------------------------------------------------------------
 
@@ -62,36 +54,66 @@ def epoch_table(history: History) -> Table:
     """What each epoch kept and cost, for the terminal.
 
     Columns: pool and kept rows, repeats (where a budget was larger than the rows kept), with a curriculum the tiers
-    trained on (0 is the one that it begins with), mean score of the kept and of the dropped rows, share of the kept
-    rows that the epoch before kept too, seconds, held-out loss; "-" where a number is not known.
+    trained on (0 is the one that it begins with), the epoch in which the scores were made (where some are older than
+    their epoch, and not all of one), mean score of the kept and of the dropped rows, share of the kept rows that the
+    epoch before kept too (not for the sample of a brief experience), seconds, held-out loss; "-" where a number is not
+    known. Epochs of the brief experience are called that; a line "anew" stands where training starts anew. Below the
+    table stands what both mean, and which model scored.
 
     >>> from rich import print
     >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
     """
     headers, rows = _epoch_cells(history)
-    table = Table(title="Selection by epoch", box=SIMPLE_HEAD, pad_edge=False, padding=0)  # fits in 80 columns
+    phases = Phases.of(history.settings)
+    caption = Text(" ".join(_epoch_notes(history)))
+    table = Table(title="Selection by epoch", caption=caption, caption_justify="left")
+    table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, 0  # fits in 80 columns
     for header in headers:
         table.add_column(header.replace(" ", "\n"), justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    anew = _restart_line(history)
+    for number, (record, row) in enumerate(zip(history.epochs, rows, strict=True)):
+        if number == anew:
+            table.add_row("anew", *[""] * (len(headers) - 1))
+        kind = {"brief experience": "brief"}.get(phases.kind(record["epoch"]), phases.kind(record["epoch"]))
+        table.add_row(f"{row[0]} {kind}".strip(), *row[1:])
     return table
+
+
+def _epoch_notes(history: History) -> list[str]:
+    """What the numbers by epoch do not say by themselves."""
+    notes = Phases.of(history.settings).sentences() if history.epochs else []
+    return notes + [text for text in [scoring_sentence(history.settings, history.epochs)] if text]
+
+
+def _restart_line(history: History) -> int | None:
+    """The line of the table of epochs before which training started anew, if both sides of it are there."""
+    restart = Phases.of(history.settings).restart
+    lines = [i for i, record in enumerate(history.epochs) if restart is not None and record["epoch"] >= restart]
+    return lines[0] if lines and lines[0] else None
 
 
 def _epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
     score = _SCORE_NAMES.get(history.settings.get("score"), "IFD")
+    phases = Phases.of(history.settings)
     repeats = any((record.get("budget") or 0) > (record.get("kept") or 0) for record in history.epochs)
     tiers = any(record.get("tiers") for record in history.epochs)
+    made = {record["epoch"]: scored_at(record) for record in history.epochs}
+    made = {epoch: at for epoch, at in made.items() if at is not None}
+    scored = len(set(made.values())) > 1 and any(epoch != at for epoch, at in made.items())
     headers = ["epoch", "pool", "kept", *(["repeats"] if repeats else []), *(["tiers"] if tiers else [])]
-    headers += [f"{score} kept", f"{score} dropped", "overlap", "cut", "scoring s", "training s", "held-out loss"]
+    headers += [*(["scored in"] if scored else []), f"{score} kept", f"{score} dropped", "overlap", "cut"]
+    headers += ["scoring s", "training s", "held-out loss"]
     rows = []
     for record in history.epochs:
-        kept, budget = record.get("kept"), record.get("budget")
+        epoch, kept, budget = record["epoch"], record.get("kept"), record.get("budget")
         extra = [count_text(max(budget - kept, 0) if None not in (kept, budget) else None)] if repeats else []
         extra += [_tiers_text(record.get("tiers"))] if tiers else []
+        extra += [count_text(made.get(epoch))] if scored else []
+        overlap = None if phases.is_brief(epoch - 1) else record.get("overlap")  # a sample was not selected
         rows.append(
-            [str(record["epoch"]), count_text(record.get("pool")), count_text(kept), *extra]
+            [str(epoch), count_text(record.get("pool")), count_text(kept), *extra]
             + [number_text(record.get("mean_kept")), number_text(record.get("mean_dropped"))]
-            + [percent_text(record.get("overlap")), number_text(record.get("cut"))]
+            + [percent_text(overlap), number_text(record.get("cut"))]
             + [number_text(record.get(f"seconds_{part}"), 1) for part in ("scoring", "training")]
             + [number_text(record.get("eval_loss"), 4)]
         )
@@ -134,8 +156,10 @@ def label_rich_table(history: History, label: str) -> Table:
     shares = label_table(history, label)
     table = Table(title=Text(f"Share of rows kept, by {label}"))
     table.add_column(Text(label))
+    phases = Phases.of(history.settings)
     for column in shares.columns:
-        table.add_column(column, justify="right")
+        kind = next((phases.kind(e) for e in range(phases.warmup) if column == epoch_name(e)), "")
+        table.add_column(f"{column}\n({kind})" if kind else column, justify="right")
     for value, cells in _label_cells(shares):
         table.add_row(Text(value), *cells)
     return table
@@ -190,12 +214,30 @@ class _Subject:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def phases(self) -> Phases:
+        return Phases.of(self.history.settings if self.history is not None else {})
+
+    @property
+    def scored(self) -> dict[Any, pd.DataFrame]:
+        """Epochs with scores; those that follow one another with the same scores and the same rows kept are one."""
+        return merged(self._with_scores, [self.score, "kept"])
+
+    @property
+    def _with_scores(self) -> dict[Any, pd.DataFrame]:
+        return {epoch: rows for epoch, rows in self.epochs.items() if rows[self.score].notna().any()}
+
+    @property
+    def last_epoch(self) -> Any:
+        """The last epoch with scores; if none has any, the last one."""
+        return next(reversed(self._with_scores or self.epochs or {None: None}))
+
+    @property
     def last(self) -> pd.DataFrame | None:
-        return next(reversed(self.epochs.values()), None)
+        return self.epochs.get(self.last_epoch)
 
     @property
     def any_score(self) -> bool:
-        return any(rows[self.score].notna().any() for rows in self.epochs.values())
+        return bool(self._with_scores)
 
 
 def write_report(
@@ -209,9 +251,10 @@ def write_report(
     """Write `report.html`, which needs no other file, and its plots as PNG files in `report_files` beside it.
 
     Args:
-        source: a `History`, the folder of a run or of its history, or a data frame or data set with the columns of
-            `IFDScorer` (and `reason` or `ifd_reason`, if rows were selected).
-        folder: where the report goes; by default the history's folder, or `ifd_report` for a data set.
+        source: a `History`, the folder of a run or of its history, the folder that `ifd-trainer select` wrote, or a
+            data frame or data set with the columns of `IFDScorer` (and `reason` or `ifd_reason`, if rows were
+            selected).
+        folder: where the report goes; by default the source's folder, or `ifd_report` for a data set.
         label: a column whose values are compared by the share of their rows that was kept; by default `quality` or
             `label`, if there is one.
         texts: a data frame or data set with the rows' texts (prompt and answer or completion; instruction, input and
@@ -222,7 +265,7 @@ def write_report(
         The path of `report.html`.
 
     Raises:
-        FileNotFoundError: when a folder holds no history.
+        FileNotFoundError: when a folder holds neither a history nor `train.parquet`.
         ValueError: for rows without IFD columns, an unknown label, or texts that cannot be matched.
 
     >>> write_report("outputs/run")  # doctest: +SKIP
@@ -255,7 +298,9 @@ def _content(subject: _Subject, plots: list[_Plot], rows: int) -> dict[str, Any]
         "any_rows": any(len(rows) for rows in subject.epochs.values()),
         "chosen": subject.last is not None and "kept" in subject.last,
         "score": _SCORE_NAMES[subject.score],
-        "epochs": _epoch_cells(history) if history is not None and history.epochs else None,
+        "epochs": _epoch_grid(history) if history is not None and history.epochs else None,
+        "epoch_notes": " ".join(_epoch_notes(history)) if history is not None else "",
+        "brief": _brief_section(subject, rows),
         "of_history": history is not None,
         "reasons": _reason_cells(subject),
         "plots": {plot.name: plot for plot in plots},
@@ -265,14 +310,27 @@ def _content(subject: _Subject, plots: list[_Plot], rows: int) -> dict[str, Any]
     }
 
 
+def _epoch_grid(history: History) -> tuple[list[str], list[list[str]], dict[int, str]]:
+    """Headers and lines of the table of epochs, and what stands between lines, by the line that it precedes."""
+    headers, lines = _epoch_cells(history)
+    phases, anew = Phases.of(history.settings), _restart_line(history)
+    for record, line in zip(history.epochs, lines, strict=True):
+        kind = phases.kind(record["epoch"])
+        line[0] += f" ({kind})" if kind else ""
+    return headers, lines, {} if anew is None else {anew: "Training starts anew from the original weights"}
+
+
 # ---- the page: where it comes from ---
 
 
 def _subject(source: Any, label: str | None, texts: Any) -> _Subject:
+    texts, folder = _frame(texts) if texts is not None else None, None
     if isinstance(source, (str, os.PathLike)):
-        source = History.load(source)
-    texts = _frame(texts) if texts is not None else None
-    subject = _subject_of_history(source, texts) if isinstance(source, History) else _subject_of_rows(source, texts)
+        folder, source = Path(source), _read_folder(Path(source))
+    if isinstance(source, History):
+        subject = _subject_of_history(source, texts)
+    else:
+        subject = _subject_of_rows(source, texts, folder or Path("ifd_report"))
     known = [] if subject.details is None else list(subject.details.columns)
     if label is not None and label not in known:
         raise ValueError(
@@ -282,6 +340,22 @@ def _subject(source: Any, label: str | None, texts: Any) -> _Subject:
     label = label or next((name for name in ("quality", "label") if name in known), None)
     subject.labels = _labels(subject.details[label]) if label is not None else None
     return subject
+
+
+def _read_folder(folder: Path) -> History | pd.DataFrame:
+    """The history of a run, or the rows of a folder that `ifd-trainer select` wrote."""
+    if any((folder / name).exists() for name in ("history.json", f"{FOLDER}/history.json")):
+        return History.load(folder)
+    rows = folder / SELECTED
+    if rows.is_file():
+        return pd.read_parquet(rows)
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
+    listed = "there is no such folder" if found is None else f"it holds {', '.join(found[:8]) or 'nothing'}"
+    raise FileNotFoundError(
+        f"No selection history in {folder}, and no rows: {listed}{', ...' if found and len(found) > 8 else ''}. A "
+        f"report is made from the output folder of a training run (with {FOLDER}/history.json), or from a folder that "
+        f"`ifd-trainer select --output FOLDER` wrote (with {SELECTED}); pass a scored file by its own name."
+    )
 
 
 def _subject_of_history(history: History, texts: pd.DataFrame | None) -> _Subject:
@@ -310,7 +384,7 @@ def _subject_of_history(history: History, texts: pd.DataFrame | None) -> _Subjec
     )
 
 
-def _subject_of_rows(source: Any, texts: pd.DataFrame | None) -> _Subject:
+def _subject_of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> _Subject:
     frame = _frame(source).reset_index(drop=True)
     rows = normalised(frame)
     rows["key"] = rows.index.map(str)  # ids of a data set need not be unique
@@ -323,13 +397,22 @@ def _subject_of_rows(source: Any, texts: pd.DataFrame | None) -> _Subject:
         given = given.reindex(rows["row_id"].map(str)).set_axis(details.index) if by_id else given
         details = _replaced(details, given)
     chosen = "reason" in rows
+    notes = []
+    if chosen and len(rows) and rows["kept"].all():
+        card = (
+            " README.md beside it counts them."
+            if (folder / SELECTED).exists() and (folder / "README.md").exists()
+            else ""
+        )
+        notes.append("Every row here was kept: the rows that were dropped are not in this data set." + card)
     return _Subject(
         title="Scores of a data set" + (" and what was selected" if chosen else ""),
-        score=_score_of(rows),
+        score=_score_of(rows, frame.get("ifd_rank")),
         epochs={None: rows},
         details=details,
         labels=None,
-        folder=Path("ifd_report"),
+        folder=folder,
+        notes=notes,
     )
 
 
@@ -383,8 +466,16 @@ def _replaced(details: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
     return kept.join(given)
 
 
-def _score_of(rows: pd.DataFrame) -> str:
-    """The score that rows of a data set were selected by: the one in which kept rows and rows below the cut part."""
+def _score_of(rows: pd.DataFrame, ranks: pd.Series | None = None) -> str:
+    """The score that rows of a data set were selected by.
+
+    The one that falls along `ranks` (1 is the highest), else the one in which kept rows and rows below the cut part.
+    """
+    if ranks is not None and ranks.notna().any():
+        ranked = rows.loc[ranks.astype(float).sort_values().dropna().index]
+        falling = [name for name in _SCORE_NAMES if ranked[name].notna().all() and ranked[name].is_monotonic_decreasing]
+        if falling:
+            return falling[0]
     if rows["ifd"].notna().any() and "reason" in rows:
         kept, below = rows[rows["kept"]], rows[rows["reason"] == BELOW_CUT]
         parts = [name for name in _SCORE_NAMES if not kept[name].min() < below[name].max()]
@@ -398,7 +489,7 @@ def _score_of(rows: pd.DataFrame) -> str:
 def _facts(subject: _Subject) -> list[tuple[str, str]]:
     """What this was, in plain words: (name, text)."""
     if subject.history is not None:
-        return _settings_in_words(subject.history.settings, len(subject.history.epochs))
+        return settings_in_words(subject.history.settings, subject.history.epochs)
     rows = subject.last
     facts = [
         ("Rows", f"{len(rows):,}, of which {rows[subject.score].notna().sum():,} have a score"),
@@ -406,67 +497,12 @@ def _facts(subject: _Subject) -> list[tuple[str, str]]:
     ]
     if "kept" in rows:
         facts.append(("Kept", f"{rows['kept'].sum():,} rows, cut at {number_text(cut_of(rows, subject.score))}"))
+    if subject.details is not None and "ifd_definition" in subject.details:
+        facts.append(("Definition", ", ".join(sorted(map(str, subject.details["ifd_definition"].unique())))))
     values = rows[subject.score]
     if values.notna().any():
         facts.append(("Median and mean score", f"{number_text(values.median())} and {number_text(values.mean())}"))
     return facts
-
-
-def _settings_in_words(settings: Mapping[str, Any], recorded: int) -> list[tuple[str, str]]:
-    policy = str(settings.get("policy") or "")
-    plan = settings.get("plan") or []
-    facts = [("Model", settings.get("model") or "not recorded")]
-    if settings.get("pool"):
-        facts.append(("Pool", rows_text(settings["pool"])))
-    if policy.startswith("Cherry("):
-        limit = settings.get("max_ifd")
-        below = f"of those below {limit:g}" if limit is not None else "without a limit"
-        facts.append(("Rule", f"the rows with the highest {_score_in_words(settings.get('score'))}, {below}"))
-    if shortfall := re.search(r"on_shortfall='(\w+)'", policy):
-        facts.append(("With too few such rows", _SHORTFALL.get(shortfall[1], shortfall[1])))
-    facts.append(("Policy", policy or "not recorded"))
-    if plan:
-        packed = settings.get("packed_rows")  # with packing, the plan counts packed rows
-        budgets = _budgets_in_words(plan, packed or settings.get("pool"))
-        facts.append(("Packed rows to train on" if packed else "Rows to train on", budgets))
-    if settings.get("schedule"):
-        facts.append(("Schedule", str(settings["schedule"])))
-    if settings.get("max_steps"):
-        facts.append(("Optimizer updates", f"{settings['max_steps']:,} planned"))
-    facts.append(("Epochs", f"{recorded} recorded" + (f" of {len(plan)} planned" if plan else "")))
-    if settings.get("order"):
-        facts.append(("Order of rows", _ORDERS.get(settings["order"], settings["order"])))
-    if settings.get("direct_prefix"):
-        facts.append(("Text before a direct answer", repr(settings["direct_prefix"])))
-    if settings.get("seed") is not None:
-        facts.append(("Seed", str(settings["seed"])))
-    return facts
-
-
-_SHORTFALL = {
-    "repeat": "rows are repeated",
-    "relax": "the nearest rows at or above the limit are taken too",
-    "error": "the run stops",
-}
-_ORDERS = {
-    "shuffle": "shuffled anew in each epoch",
-    "descending": "highest score first",
-    "ascending": "lowest score first",
-}
-
-
-def _score_in_words(score: str | None) -> str:
-    return "perplexity ratio exp(cas - das)" if score == "ifd_ppl" else "IFD = cas / das"
-
-
-def _budgets_in_words(plan: list[Mapping[str, Any]], pool: int | None) -> str:
-    budgets = [epoch["budget"] for epoch in plan]
-    listed = [f"{epoch['budget']:,} in epoch {epoch['epoch']}" for epoch in plan[:12]]
-    if len(set(budgets)) == 1:
-        share = f" ({100 * budgets[0] / pool:.1f} % of the pool)" if pool else ""
-        epochs = "one epoch" if len(plan) == 1 else f"each of {len(plan)} epochs"
-        return f"{rows_text(budgets[0])}{share} in {epochs}"
-    return ", ".join(listed) + (f", and so on to {budgets[-1]:,}" if len(budgets) > 12 else "")
 
 
 def _observations(subject: _Subject) -> list[str]:
@@ -482,7 +518,7 @@ def _observations(subject: _Subject) -> list[str]:
                 f"Epoch {record['epoch']}: {budget:,} rows were planned, {budget - shortfall:,} were eligible; the "
                 f"rest was filled with {' and '.join(ways) or 'other rows'}."
             )
-    for epoch, rows in subject.epochs.items():
+    for epoch, rows in merged(subject.epochs, [subject.score]).items():
         scores = rows[subject.score].dropna()
         if len(scores) and (scores >= 1).mean() > 0.5:
             notes.append(
@@ -502,7 +538,9 @@ def _duplicate_note(subject: _Subject) -> list[str]:
     note = f"{rows_text(int(double.sum()))} have the same prompt and answer as another row"
     if "kept" in subject.last:
         kept = set(subject.last.loc[subject.last["kept"], "key"]) & set(double.index[double])
-        where = f" in the last epoch ({epoch_name(next(reversed(subject.epochs)))})" if subject.history else ""
+        last = subject.last_epoch
+        which = "last epoch" if last == next(reversed(subject.epochs)) else "last epoch with scores"
+        where = f" in the {which} ({epoch_name(last)})" if subject.history else ""
         note += f"; {len(kept):,} of them were kept{where}"
     return [note + "."]
 
@@ -510,12 +548,13 @@ def _duplicate_note(subject: _Subject) -> list[str]:
 def _reason_cells(subject: _Subject) -> tuple[list[str], list[list[str]]]:
     """Counts by reason, one column for each epoch; of a data set without reasons, counts by status."""
     if subject.history is not None:
-        counts = {epoch_name(record["epoch"]): record.get("reasons") or {} for record in subject.history.epochs}
+        name = subject.phases.name
+        counts = {name(record["epoch"]): record.get("reasons") or {} for record in subject.history.epochs}
         for epoch, rows in subject.epochs.items():
-            counts[epoch_name(epoch)] = counts[epoch_name(epoch)] or _reason_counts(rows)
+            counts[name(epoch)] = counts[name(epoch)] or _reason_counts(rows)
     else:
         counts = {"rows": _reason_counts(subject.last)}
-    words = {Status.OK.value: "has a score"} | _REASONS
+    words = {Status.OK.value: "has a score"} | REASONS
     found = set().union(*counts.values())
     order = [*(reason for reason in words if reason in found), *sorted(found - words.keys())]
     lines = [[words.get(name, name), *(count_text(int(of.get(name, 0))) for of in counts.values())] for name in order]
@@ -530,17 +569,23 @@ def _label_lines(subject: _Subject) -> tuple[list[str], list[list[str]]] | None:
     """The kept share of each label (the 30 most frequent), with the median score in the last epoch."""
     if subject.labels is None or subject.last is None or subject.labels.empty:
         return None
-    shares = _label_shares(subject.epochs, subject.labels)
+    shares = _named_shares(subject)
     scores = subject.last.set_index("key")[subject.score]
     medians = scores.groupby(subject.labels.reindex(scores.index).to_numpy()).median()
     medians.loc["all rows"] = scores.median()
     cells = _label_cells(shares)
     shown = cells[:30] + cells[-1:] if len(cells) > 31 else cells
-    where = f", {epoch_name(next(reversed(subject.epochs)))}" if subject.history is not None else ""
+    where = f", {epoch_name(subject.last_epoch)}" if subject.history is not None else ""
     headers = [str(subject.labels.name), "rows", f"median {_SCORE_NAMES[subject.score]}{where}"]
     headers += [f"kept, {name}" if name != "kept" else name for name in shares.columns[1:]]
     headers = [re.sub(r"epoch (\d)", "epoch\N{NO-BREAK SPACE}\\1", header) for header in headers]
     return headers, [[value, row[0], number_text(medians.get(value)), *row[1:]] for value, row in shown]
+
+
+def _named_shares(subject: _Subject) -> pd.DataFrame:
+    """`_label_shares`, warm-up epochs named as such."""
+    shares = _label_shares(subject.epochs, subject.labels)
+    return shares.rename(columns={epoch_name(epoch): subject.phases.name(epoch) for epoch in subject.epochs})
 
 
 # ---- the page: plots ---
@@ -563,15 +608,20 @@ class _Plot:
 
 def _plots(subject: _Subject) -> list[_Plot]:
     """The plots that these rows allow, each with a caption that says how to read it."""
-    epochs, score, limit = subject.epochs, subject.score, subject.max_ifd
-    chosen = all("kept" in rows for rows in epochs.values())
-    colors = " Blue rows were kept, grey ones not; orange ones are at or above the limit." if chosen else ""
-    ends = " The first and the last epoch are shown." if len(epochs) > 2 else ""
+    epochs, score, limit, phases = subject.scored, subject.score, subject.max_ifd, subject.phases
+    chosen = all("kept" in rows for rows in subject.epochs.values())
+    colors = _colors_in_words(epochs) if chosen else ""
+    if len(subject.epochs) > len(epochs):
+        colors += _left_out(subject)
     plots = []
-    if chosen and len(epochs) > 1:
-        plots.append(_plot("kept_flow", "What stays and what changes", _FLOW_CAPTION, plot_kept_flow(epochs)))
+    if chosen and len(subject.epochs) > 1:
+        sample = [epoch for epoch in subject.epochs if phases.is_brief(epoch)]
+        figure = plot_kept_flow(subject.epochs, sample=sample, restart=phases.restart)
+        caption = _FLOW_CAPTION + (" Nothing is compared with the brief experience." if sample else "")
+        plots.append(_plot("kept_flow", "What stays and what changes", caption, figure))
     if len(epochs) > 5:
-        colors += f" Five of {len(epochs)} epochs are shown."
+        colors += f" Five of {len(epochs)} are shown."
+    ends = " The first and the last are shown." if len(epochs) > 2 else ""
     figure = plot_ifd_histogram(epochs, score=score, max_ifd=limit)
     plots.append(_plot("ifd_histogram", "Distribution", "How many rows have which score." + colors, figure))
     if any((rows["cas"].notna() & rows["das"].notna()).any() for rows in epochs.values()):
@@ -579,12 +629,30 @@ def _plots(subject: _Subject) -> list[_Plot]:
         plots.append(_plot("cas_das", "With and without the prompt", _CAS_DAS_CAPTION + ends, figure))
     if any((rows["answer_tokens"] > 0).any() for rows in epochs.values()):
         figure = plot_ifd_length(epochs, score=score)
-        plots.append(_plot("ifd_length", "Score and answer length", _length_caption(subject) + ends, figure))
+        plots.append(_plot("ifd_length", "Score and answer length", _length_caption(epochs, score) + ends, figure))
     if subject.labels is not None and chosen and len(subject.labels):
-        shares = _label_shares(epochs, subject.labels)
+        shares = _named_shares(subject)
         figure = plot_kept_by_label(shares)
         plots.append(_plot("kept_by_label", f"Kept, by {shares.index.name}", _LABEL_CAPTION, figure))
     return plots
+
+
+def _colors_in_words(epochs: Mapping[Any, pd.DataFrame]) -> str:
+    reasons = set().union(*(rows["reason"] for rows in epochs.values()))
+    text = " Blue rows were kept, grey ones not"
+    text += "; for light blue ones other rows stand" if REDUNDANT in reasons else ""
+    return text + ("; orange ones are at or above the limit." if ABOVE_LIMIT in reasons else ".")
+
+
+def _left_out(subject: _Subject) -> str:
+    """Which epochs have no panel of their own, and why."""
+    bare = [epoch for epoch, rows in subject.epochs.items() if rows[subject.score].isna().all()]
+    text = " Epochs with the same scores and the same rows kept are drawn once."
+    text = text if any(isinstance(epoch, str) for epoch in subject.scored) else ""
+    if bare:
+        listed = " and ".join(filter(None, [", ".join(map(str, bare[:-1])), str(bare[-1])]))
+        text += f" Epoch{'s' if len(bare) > 1 else ''} {listed} went without scores."
+    return text
 
 
 _FLOW_CAPTION = (
@@ -601,11 +669,11 @@ _LABEL_CAPTION = (
 )
 
 
-def _length_caption(subject: _Subject) -> str:
-    ends = dict.fromkeys([next(iter(subject.epochs)), next(reversed(subject.epochs))])
+def _length_caption(epochs: Mapping[Any, pd.DataFrame], score: str) -> str:
+    ends = dict.fromkeys([next(iter(epochs)), next(reversed(epochs))])
     values = [
-        (epoch, number_text(spearman(rows["answer_tokens"].where(rows["answer_tokens"] > 0), rows[subject.score]), 2))
-        for epoch, rows in ((epoch, subject.epochs[epoch]) for epoch in ends)
+        (epoch, number_text(spearman(rows["answer_tokens"].where(rows["answer_tokens"] > 0), rows[score]), 2))
+        for epoch, rows in ((epoch, epochs[epoch]) for epoch in ends)
     ]
     text = " and ".join(value + (f" in {epoch_name(epoch)}" if epoch is not None else "") for epoch, value in values)
     return (
@@ -641,23 +709,44 @@ class _Section:
 
 
 def _sections(subject: _Subject, most: int) -> list[_Section]:
-    """Tables of rows: of the last epoch, then of the first."""
-    names = list(dict.fromkeys([*reversed(subject.epochs)][:1] + [*subject.epochs][:1]))
+    """Tables of rows: of the last epoch with scores, then of the first. The brief experience has its own."""
+    epochs = subject.scored or {e: rows for e, rows in subject.epochs.items() if not subject.phases.is_brief(e)}
+    names = list(dict.fromkeys([*reversed(epochs)][:1] + [*epochs][:1]))
+    fewer = " with scores" if set(subject.epochs) - set(subject._with_scores) else ""
     sections = []
     for name in names:
-        rows = subject.epochs[name]
+        rows = epochs[name]
         if rows.empty:
             continue
-        which = {0: " (the last)", 1: " (the first)"}[len(sections)] if len(names) > 1 else ""
+        which = f" (the {['last', 'first'][len(sections)]}{fewer})" if len(names) > 1 else ""
         tables = [
-            _row_table(subject, title, part, most, shown, reason=title == _UNSCORABLE)
+            _row_table(subject, title, part, shown, reason=title == _UNSCORABLE)
             for title, part, shown in _parts(rows, subject.score, most)
         ]
         sections.append(_Section(f"Rows of {epoch_name(name)}{which}" if name is not None else "Rows", tables))
     return sections
 
 
+def _brief_section(subject: _Subject, most: int) -> dict[str, Any] | None:
+    """The sample of the brief experience: a few of its rows, evenly spread over it."""
+    brief = [epoch for epoch in subject.epochs if subject.phases.is_brief(epoch)]
+    if not brief:
+        return None
+    rows = subject.epochs[brief[0]]
+    sample = rows[rows["kept"]] if "kept" in rows else rows.iloc[:0]
+    count = min(most, len(sample))
+    shown = sample.iloc[[i * len(sample) // count for i in range(count)]]
+    table = _row_table(subject, "Rows of the sample", sample, shown, scored=False)
+    after = subject.phases.restart is not None
+    return {"table": table, "anew": after}
+
+
 _UNSCORABLE = "Rows without a score"
+_DROPPED = {  # for reasons other than their score
+    REDUNDANT: "Dropped, for other rows stand for them",
+    OTHER_TIER: "In other tiers, highest scores",
+    REFUSAL: "Dropped, answers that look like refusals",
+}
 
 
 def _parts(rows: pd.DataFrame, score: str, most: int) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
@@ -675,29 +764,45 @@ def _parts(rows: pd.DataFrame, score: str, most: int) -> list[tuple[str, pd.Data
         parts.append(("Scores of 1 or more: the prompt does not help", over, over.head(most)))
     else:
         kept, above = ranked[ranked["kept"]], ranked[~ranked["kept"] & (ranked["reason"] == ABOVE_LIMIT)]
-        below = ranked[~ranked["kept"] & (ranked["reason"] != ABOVE_LIMIT)]
+        special = [name for name in _DROPPED if (ranked["reason"] == name).any()]
+        below = ranked[~ranked["kept"] & ~ranked["reason"].isin([ABOVE_LIMIT, *special])]
         parts = [
             ("Kept, highest scores", kept, kept.head(most)),
             ("Kept, lowest scores", kept, kept.iloc[most:].tail(most)[::-1]),
             ("Dropped, just below the cut", below, below.head(most)),
             ("Dropped, at or above the limit", above, above.head(most)),
         ]
+        others = [(_DROPPED[name], ranked[~ranked["kept"] & (ranked["reason"] == name)]) for name in special]
+        parts += [(title, part, part.head(most)) for title, part in others]
     return [*parts, (_UNSCORABLE, unscored, unscored.head(most))]
 
 
 def _row_table(
-    subject: _Subject, title: str, part: pd.DataFrame, most: int, shown: pd.DataFrame, reason: bool
+    subject: _Subject,
+    title: str,
+    part: pd.DataFrame,
+    shown: pd.DataFrame,
+    reason: bool = False,
+    scored: bool = True,
 ) -> _RowTable:
-    scores = ["why"] if reason else [_SCORE_NAMES[subject.score], "cas", "das"]
+    """A table of the rows `shown` of all those in `part`.
+
+    Args:
+        reason: with the reason why there is no score, in the place of scores.
+        scored: with scores and the number of answer tokens, which are not known without.
+    """
+    values = [subject.score, "cas", "das"] if scored and not reason else []
     repeated = "times" in part and (part["times"] > 1).any()
-    headers = ["row", *scores, "tokens", *(["times"] if repeated else [])]
+    headers = ["row", *(["why"] if reason else []), *(_SCORE_NAMES.get(name, name) for name in values)]
+    headers += [*(["tokens"] if scored else []), *(["times"] if repeated else [])]
     headers += [str(subject.labels.name)] if subject.labels is not None else []
     lines = []
     for row in shown.to_dict("records"):
-        words = _REASONS.get(row["ifd_status"], row["ifd_status"]).removeprefix("no score: ")
+        words = REASONS.get(row["ifd_status"], row["ifd_status"]).removeprefix("no score: ")
         cells = [str(row["row_id"])]
-        cells += [words] if reason else [number_text(row[name]) for name in (subject.score, "cas", "das")]
-        cells += [number_text(row["answer_tokens"], 0), *([str(row["times"])] if repeated else [])]
+        cells += [*([words] if reason else []), *(number_text(row[name]) for name in values)]
+        cells += [number_text(row["answer_tokens"], 0)] if scored else []
+        cells += [str(row["times"])] if repeated else []
         cells += [str(subject.labels.get(row["key"], "(none)"))] if subject.labels is not None else []
         lines.append({"cells": cells, "texts": _texts_of(subject.details, row["key"])})
     return _RowTable(title, len(part), headers, lines)

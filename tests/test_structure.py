@@ -35,6 +35,7 @@ ORDER = [
     "foreign",
     "subset",
     "frames",
+    "words",
     "texts",
     "provenance",
     "plots",
