@@ -400,7 +400,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def _warn(self, scores: Scores, selection: Selection, epoch: int) -> None:
         scored = scores.ifd_status == Status.OK.value
         share = float(np.mean(scores.columns()[self.policy.score][scored] >= 1)) if scored.any() else 0.0
-        if share > self.warn_share:
+        if share > self.warn_share and self._scored_at == epoch:  # once for each scoring
             logger.warning(
                 "Epoch %d: %.0f %% of the scored rows have %s >= 1, that is, their prompt does not help. Is the prompt "
                 "format one the model knows? A chat template on a base model has this effect.",

@@ -212,6 +212,12 @@ def test_without_brief_experience_the_original_model_scores_once(tmp_path):
     assert trainer.state.epoch == 2
 
 
+def test_one_scoring_gives_one_warning(tmp_path, caplog):
+    trainer, _ = cherry(tmp_path, brief=None, warn_share=0.0)
+    train(trainer)
+    assert sum("of the scored rows have ifd >= 1" in record.message for record in caplog.records) == 1
+
+
 def test_a_random_sample_does_without_the_model(tmp_path):
     trainer, callback = cherry(tmp_path, brief=Brief("random", clusters=4, per_cluster=2, max_share=0.2))
     callback.pool_scorer.features = None  # would fail if it were called
