@@ -16,6 +16,7 @@ ORDER = [
     "headers",
     "ifd",
     "stream",
+    "head",
     "scorer",
     "checkpoint",
     "columns",
