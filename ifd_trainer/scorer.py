@@ -31,6 +31,7 @@ from transformers import AttentionInterface
 from . import ifd as equations
 from .encoding import EncodedPair, Segment, Status, token_budget_batches, token_count
 from .head import Logits, chunked_losses, find_change, lm_head, unwrapped, whole_losses
+from .memory import LEAST_TOKENS, Footprint, device_memory, free_bytes, measure
 from .stream import Span, build_stream, stream_batches
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,11 @@ Engine = Literal["auto", "stream", "padded"]
 
 # Tokens of a batch. On two CPU cores with a 135M model 2,048 was as fast as 512 and 1,024, and faster than 4,096.
 CPU_TOKEN_BUDGET = 2048
+# Where it is not measured: weights spread over processes, which would have to try out the same number of forwards, or
+# over devices; devices that do not tell their memory; less to score than trying out is worth.
 ACCELERATOR_TOKEN_BUDGET = 16384
+_WORTH_MEASURING = 2**16  # tokens
+_TRIED_TOKENS = 1024  # of the smaller batch; the larger has four times as many
 # Logits of a batch of a model whose logits cannot be taken in chunks, on a CPU and elsewhere: 128 MiB and 1 GiB in
 # float32, or 220 and 1,766 scored tokens at a vocabulary of 152,000. A segment with more is a batch of its own.
 CPU_LOGITS_BUDGET = 2**25
@@ -101,8 +106,8 @@ def score_pairs(
             and back.
         pairs: n encoded rows.
         device: where the token ids go; the model's device by default.
-        token_budget: tokens of a batch; by default 2,048 on a CPU and 16,384 elsewhere. Halved, with one warning,
-            whenever the device runs out of memory.
+        token_budget: tokens of a batch; by default 2,048 on a CPU, and elsewhere what the free memory holds (1,024 to
+            65,536), measured on two batches. Halved, with one warning, whenever the device runs out of memory.
         progress: called with the number of tokens done after each batch.
         engine: "auto", "stream" or "padded".
         forwards: for processes that have to run the same number of forwards: called with the number of batches before
@@ -222,7 +227,6 @@ def _forwards(
     `pooled` says how many tokens of each segment, from the first, are averaged; None for no hidden states.
     """
     device = torch.device(device) if device is not None else model_device(model)
-    token_budget = token_budget or (CPU_TOKEN_BUDGET if device.type == "cpu" else ACCELERATOR_TOKEN_BUDGET)
     scored = [segment.scored for segment in segments]
     with borrowed(model, device):
         tried = segments or forwards is not None  # trying out takes forwards: all processes do it, or none
@@ -230,10 +234,14 @@ def _forwards(
         scored_budget = max(sum(scored), 1) if logits else _scored_budget(model, device)
         if engine == "auto":
             engine = "stream" if tried and device.type == "cpu" and streams(model, device) else "padded"
+        lengths = [len(segment.ids) for segment in segments]
+        if not token_budget:
+            # Forwards that other processes would have to share in are not spent on measuring.
+            alone = not sharded and (forwards is None or unwrapped(model) is model)
+            token_budget = _token_budget(model, lengths, device, logits, measured=alone and engine == "padded")
         if engine == "stream":
             batches = stream_batches([segment.ids for segment in segments], token_budget, scored, scored_budget)
         else:
-            lengths = [len(segment.ids) for segment in segments]
             batches = token_budget_batches(lengths, token_budget, scored, scored_budget)
         run = _stream_nll if engine == "stream" else _padded_nll
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
@@ -249,6 +257,45 @@ def _forwards(
             yield batch, nll, means
         for _ in range(idle):
             run(model, [Segment([0, 0], 1)], device, logits)
+
+
+_footprints: weakref.WeakKeyDictionary[nn.Module, dict[int, Footprint]] = weakref.WeakKeyDictionary()
+
+
+def _token_budget(
+    model: nn.Module, lengths: Sequence[int], device: torch.device, logits: Logits | None, measured: bool
+) -> int:
+    """Tokens of a batch, from free memory where there is a way and a reason to measure it."""
+    memory = device_memory(device)
+    if memory is None:
+        return CPU_TOKEN_BUDGET if device.type == "cpu" else ACCELERATOR_TOKEN_BUDGET
+    spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
+    if not measured or spread or sum(lengths) < _WORTH_MEASURING:
+        return ACCELERATOR_TOKEN_BUDGET
+    longest = max(lengths)  # attention may take memory by the square of a row's length
+    known = _footprints.setdefault(model, {})
+    if longest.bit_length() not in known:
+        rows = max(_TRIED_TOKENS // longest, 1)
+
+        def run(tokens: int) -> None:
+            _padded_nll(model, [Segment([0] * longest, 1)] * (tokens // longest), device, logits)
+
+        try:
+            known[longest.bit_length()] = measure(run, (rows * longest, 4 * rows * longest), memory, device)
+        except torch.OutOfMemoryError:
+            logger.info("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, 4 * rows * longest)
+            return LEAST_TOKENS
+    footprint, free = known[longest.bit_length()], free_bytes(memory, device)
+    budget = footprint.tokens(free)
+    logger.info(
+        "Token budget on %s: %d (%.1f GiB free; a forward takes %.0f MiB and %.0f KiB a token).",
+        device,
+        budget,
+        free / 2**30,
+        footprint.fixed / 2**20,
+        footprint.per_token / 2**10,
+    )
+    return budget
 
 
 class _MeanPool:

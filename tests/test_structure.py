@@ -17,6 +17,7 @@ ORDER = [
     "ifd",
     "stream",
     "head",
+    "memory",
     "scorer",
     "checkpoint",
     "columns",
