@@ -274,7 +274,8 @@ def _token_budget(
         return ACCELERATOR_TOKEN_BUDGET
     longest = max(lengths)  # attention may take memory by the square of a row's length
     known = _footprints.setdefault(model, {})
-    if longest.bit_length() not in known:
+    new = longest.bit_length() not in known
+    if new:
         rows = max(_TRIED_TOKENS // longest, 1)
 
         def run(tokens: int) -> None:
@@ -287,7 +288,8 @@ def _token_budget(
             return LEAST_TOKENS
     footprint, free = known[longest.bit_length()], free_bytes(memory, device)
     budget = footprint.tokens(free)
-    logger.info(
+    logger.log(
+        logging.INFO if new else logging.DEBUG,
         "Token budget on %s: %d (%.1f GiB free; a forward takes %.0f MiB and %.0f KiB a token).",
         device,
         budget,

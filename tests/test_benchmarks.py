@@ -66,7 +66,10 @@ def test_a_dry_run_of_the_benchmark_for_gpus(tmp_path):
     bench.main([*DRY, "--output", str(tmp_path)])
     results = checked(tmp_path, "scoring-cpu")
     groups = [case["group"].split(",")[0] for case in results["cases"]]
-    assert list(dict.fromkeys(groups)) == ["model", "tokens of a row", "vocabulary", "token budget", "rows"]
+    sweeps = ["tokens of a row", "vocabulary", "token budget", "engine", "rows"]
+    assert list(dict.fromkeys(groups)) == ["model", *sweeps]
+    run = {case["label"]: case["procedures"]["this package"]["tokens_run"] for case in results["cases"]}
+    assert run["long definition, stream"] < run["long definition, padded"] / 1.5
     assert results["left_out"] == []
 
 

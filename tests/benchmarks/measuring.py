@@ -13,13 +13,14 @@ measured in the same run.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ifd_trainer.encoding import EncodedPair, Segment
-from ifd_trainer.scorer import lm_head, score_pairs
+from ifd_trainer.scorer import Engine, lm_head, score_pairs
 
 OURS, ONE_ROW, PADDED = "this package", "one row at a time", "padded batches of 8"
 _COLORS = {OURS: "#0072B2", ONE_ROW: "#D55E00", PADDED: "#009E73"}
@@ -70,9 +71,11 @@ def padded_batches(model: nn.Module, segments: Sequence[Segment], size: int = 8)
     return np.array(out)
 
 
-def ours(model: nn.Module, pairs: Sequence[EncodedPair], token_budget: int | None = None) -> np.ndarray:
+def ours(
+    model: nn.Module, pairs: Sequence[EncodedPair], token_budget: int | None = None, engine: Engine = "auto"
+) -> np.ndarray:
     """Both losses of each row, in the order of `segments_of`."""
-    scores = score_pairs(model, pairs, token_budget=token_budget)
+    scores = score_pairs(model, pairs, token_budget=token_budget, engine=engine)
     return np.stack([scores.cas, scores.das], axis=1).ravel()
 
 
@@ -169,6 +172,8 @@ def peak_bytes(device: torch.device) -> Iterator[list[int]]:
         synchronize(device)
         found.append(memory.max_memory_allocated(device) - before)
         return
+    with suppress(OSError, AttributeError):  # glibc gives back what earlier cases have freed
+        ctypes.CDLL(None).malloc_trim(0)
     process, done = psutil.Process(), threading.Event()
     before = peak = process.memory_info().rss
 
@@ -218,7 +223,7 @@ class Case:
         model: makes the model, in eval mode.
         pairs: rows for this package.
         baseline_rows: how many of the first rows the other procedures get; rates are compared.
-        token_budget: tokens of a batch of ours.
+        token_budget, engine: of ours.
         others: procedures to compare with.
     """
 
@@ -228,6 +233,7 @@ class Case:
     pairs: Sequence[EncodedPair] = field(repr=False)
     baseline_rows: int | None = None
     token_budget: int | None = None
+    engine: Engine = "auto"
     others: tuple[str, ...] = (ONE_ROW, PADDED)
 
 
@@ -237,7 +243,7 @@ def measured(case: Case, device: torch.device, peak: float, runs: int) -> dict[s
     few = case.pairs[: case.baseline_rows]
     rows = {OURS: case.pairs, ONE_ROW: few, PADDED: few}
     run = {
-        OURS: lambda: ours(model, case.pairs, case.token_budget),
+        OURS: lambda: ours(model, case.pairs, case.token_budget, case.engine),
         ONE_ROW: lambda: one_row_at_a_time(model, segments_of(few)),
         PADDED: lambda: padded_batches(model, segments_of(few)),
     }

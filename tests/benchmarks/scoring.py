@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from measuring import OURS, Case, alpaca_like, long_definition, machine, matmul_peak, measured, printed, write
+from measuring import ONE_ROW, OURS, Case, alpaca_like, long_definition, machine, matmul_peak, measured, printed, write
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -58,10 +58,9 @@ def cases(scorer: IFDScorer, rows: Dataset, tiny: bool) -> Iterator[Case]:
     model: nn.Module = scorer.model.eval()
     pairs = [pair for pair in scorer.encode(rows[:]) if pair.conditioned]
     yield Case("real rows", "rows", lambda: model, pairs)
-    few = max(len(rows) // 2, 2)
-    shared = long_definition(few, model.config.vocab_size, definition=40 if tiny else 300)
-    yield Case("shared task", "long definition", lambda: model, shared)
-    wide = alpaca_like(few, 3000 if tiny else 151_936, scale=0.2 if tiny else 1.0)
+    shared = long_definition(len(rows), model.config.vocab_size, definition=40 if tiny else 300)
+    yield Case("shared task", "long definition", lambda: model, shared, others=(ONE_ROW,))
+    wide = alpaca_like(len(rows), 3000 if tiny else 151_936, scale=0.2 if tiny else 1.0)
     yield Case("large vocabulary", "3k vocabulary" if tiny else "152k vocabulary", lambda: wide_vocabulary(tiny), wide)
 
 
@@ -97,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="name or path of a causal LM")
     parser.add_argument("--data", default=str(ROOT / "recipes" / "data" / "demo_train.jsonl"), help="rows to score")
-    parser.add_argument("--rows", type=int, default=20, help="first N rows (default 20)")
+    parser.add_argument("--rows", type=int, default=16, help="first N rows (default 16)")
     parser.add_argument("--runs", type=int, default=3, help="turns of all procedures (default 3)")
     parser.add_argument("--tiny", action="store_true", help="synthetic rows and models of no size: a dry run")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default runs/bench)")

@@ -5,7 +5,7 @@
 
 This package against one row at a time with full logits and a loop over tokens, and against padded batches of 8 in data
 order: models from 0.1B to 8B on rows with Alpaca's lengths; and, with one of them, rows of different lengths,
-vocabularies, token budgets and numbers of rows. See `measuring.py` for what is counted.
+vocabularies, token budgets, engines and numbers of rows. See `measuring.py` for what is counted.
 
 So far only the dry run was run: this project had no GPU at hand, and there are no figures from one.
 """
@@ -26,7 +26,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from measuring import ONE_ROW, OURS, Case, alpaca_like, fixed_length, machine, matmul_peak, measured, printed, write
+from measuring import (
+    ONE_ROW,
+    OURS,
+    Case,
+    alpaca_like,
+    fixed_length,
+    long_definition,
+    machine,
+    matmul_peak,
+    measured,
+    printed,
+    write,
+)
 
 
 def llama(**values: Any) -> LlamaConfig:
@@ -82,6 +94,11 @@ def cases(configs: dict[str, PretrainedConfig], device: torch.device, dtype: tor
     for budget in (64, 256, None) if tiny else (2048, 4096, 8192, 16384, 32768, 65536, None):
         label = "automatic" if budget is None else str(budget)
         yield Case(f"token budget, {name}", label, build, pairs, few, token_budget=budget, others=())
+    # Whether not padding and computing shared beginnings once would pay there, too: one attention call for each span.
+    shared = long_definition(rows, config.vocab_size, definition=40 if tiny else 300)
+    for label, one in (("Alpaca", pairs), ("long definition", shared)):
+        for engine in ("padded", "stream"):
+            yield Case(f"engine, {name}", f"{label}, {engine}", build, one, few, engine=engine, others=())
     for count in (6, 12) if tiny else (1000, 10_000):
         pairs = alpaca_like(count, config.vocab_size, scale=0.2 if tiny else 1.0)
         yield Case(f"rows, {name}", str(count), build, pairs, few, others=(ONE_ROW,))
