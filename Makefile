@@ -40,7 +40,7 @@ quality: $(READY)  ## check format and lint; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: $(READY)  ## scoring speed against one row at a time and against plain padded batches
+bench: $(READY)  ## scoring speed and cost on this processor, a JSON and a PNG in runs/bench
 	$(BIN)/python tests/benchmarks/scoring.py --model "$(DEMO_MODEL)" $(ARGS)
 
 versions: $(READY)  ## the loop's tests with the newest and the oldest supported transformers and trl

@@ -8,8 +8,9 @@
 - `padded`: segments of like length, padded on the right without an attention mask. Under causal attention no token
   sees what follows it, so padding changes nothing.
 
-The LM head runs on the scored positions only, and the log-softmax in float32 whatever the model's dtype. Scoring
-leaves no trace: every module's train or eval mode, the attention function and the global random state are as before.
+The LM head runs on the scored positions only, in chunks (see `ifd_trainer.head`), and the log-softmax in float32
+whatever the model's dtype. Scoring leaves no trace: every module's train or eval mode, the attention function and the
+global random state are as before.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,8 @@ from transformers import AttentionInterface
 
 from . import ifd as equations
 from .encoding import EncodedPair, Segment, Status, token_budget_batches, token_count
+from .head import Logits, chunked_losses, find_change, lm_head, unwrapped, whole_losses
+from .memory import LEAST_TOKENS, Footprint, device_memory, free_bytes, measure
 from .stream import Span, build_stream, stream_batches
 
 logger = logging.getLogger(__name__)
@@ -37,10 +40,15 @@ Engine = Literal["auto", "stream", "padded"]
 
 # Tokens of a batch. On two CPU cores with a 135M model 2,048 was as fast as 512 and 1,024, and faster than 4,096.
 CPU_TOKEN_BUDGET = 2048
+# Where it is not measured: weights spread over processes, which would have to try out the same number of forwards, or
+# over devices; devices that do not tell their memory; less to score than trying out is worth.
 ACCELERATOR_TOKEN_BUDGET = 16384
-# Logits of a batch: 2**28 values are 1 GiB in float32, so at most 1,766 scored tokens at a vocabulary of 152,000.
-LOGITS_BUDGET = 2**28
-_HEAD_CHUNK = 256  # rows of logits turned into float32 at a time
+_WORTH_MEASURING = 2**16  # tokens
+_TRIED_TOKENS = 1024  # of the smaller batch; the larger has four times as many
+# Logits of a batch of a model whose logits cannot be taken in chunks, on a CPU and elsewhere: 128 MiB and 1 GiB in
+# float32, or 220 and 1,766 scored tokens at a vocabulary of 152,000. A segment with more is a batch of its own.
+CPU_LOGITS_BUDGET = 2**25
+ACCELERATOR_LOGITS_BUDGET = 2**28
 _PROBE_TOLERANCE = 1e-3  # largest relative difference of the engines on the probe; they differ by rounding only
 
 
@@ -98,8 +106,8 @@ def score_pairs(
             and back.
         pairs: n encoded rows.
         device: where the token ids go; the model's device by default.
-        token_budget: tokens of a batch; by default 2,048 on a CPU and 16,384 elsewhere. Halved, with one warning,
-            whenever the device runs out of memory.
+        token_budget: tokens of a batch; by default 2,048 on a CPU, and elsewhere what the free memory holds (1,024 to
+            65,536), measured on two batches. Halved, with one warning, whenever the device runs out of memory.
         progress: called with the number of tokens done after each batch.
         engine: "auto", "stream" or "padded".
         forwards: for processes that have to run the same number of forwards: called with the number of batches before
@@ -219,24 +227,28 @@ def _forwards(
     `pooled` says how many tokens of each segment, from the first, are averaged; None for no hidden states.
     """
     device = torch.device(device) if device is not None else model_device(model)
-    token_budget = token_budget or (CPU_TOKEN_BUDGET if device.type == "cpu" else ACCELERATOR_TOKEN_BUDGET)
-    scored_budget = max(LOGITS_BUDGET // (getattr(_config(model), "vocab_size", None) or 2**15), 1)
     scored = [segment.scored for segment in segments]
     with borrowed(model, device):
+        tried = segments or forwards is not None  # trying out takes forwards: all processes do it, or none
+        logits = _logits(model, device, sharded) if tried else None
+        scored_budget = max(sum(scored), 1) if logits else _scored_budget(model, device)
         if engine == "auto":
-            tried = segments or forwards is not None  # trying out takes forwards: all processes do it, or none
             engine = "stream" if tried and device.type == "cpu" and streams(model, device) else "padded"
+        lengths = [len(segment.ids) for segment in segments]
+        if not token_budget:
+            # Forwards that other processes would have to share in are not spent on measuring.
+            alone = not sharded and (forwards is None or unwrapped(model) is model)
+            token_budget = _token_budget(model, lengths, device, logits, measured=alone and engine == "padded")
         if engine == "stream":
             batches = stream_batches([segment.ids for segment in segments], token_budget, scored, scored_budget)
         else:
-            lengths = [len(segment.ids) for segment in segments]
             batches = token_budget_batches(lengths, token_budget, scored, scored_budget)
         run = _stream_nll if engine == "stream" else _padded_nll
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
 
         def of_batch(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
             pool = None if pooled is None else _MeanPool([pooled[i] for i in batch])
-            nll = run(model, [segments[i] for i in batch], device, pool)
+            nll = run(model, [segments[i] for i in batch], device, logits, pool)
             return nll, None if pool is None else pool.means()
 
         for batch, (nll, means) in _halving(of_batch, batches, device, halve=not sharded):
@@ -244,7 +256,48 @@ def _forwards(
                 progress(sum(len(segments[i].ids) for i in batch))
             yield batch, nll, means
         for _ in range(idle):
-            run(model, [Segment([0, 0], 1)], device)
+            run(model, [Segment([0, 0], 1)], device, logits)
+
+
+_footprints: weakref.WeakKeyDictionary[nn.Module, dict[int, Footprint]] = weakref.WeakKeyDictionary()
+
+
+def _token_budget(
+    model: nn.Module, lengths: Sequence[int], device: torch.device, logits: Logits | None, measured: bool
+) -> int:
+    """Tokens of a batch, from free memory where there is a way and a reason to measure it."""
+    memory = device_memory(device)
+    if memory is None:
+        return CPU_TOKEN_BUDGET if device.type == "cpu" else ACCELERATOR_TOKEN_BUDGET
+    spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
+    if not measured or spread or sum(lengths) < _WORTH_MEASURING:
+        return ACCELERATOR_TOKEN_BUDGET
+    longest = max(lengths)  # attention may take memory by the square of a row's length
+    known = _footprints.setdefault(model, {})
+    new = longest.bit_length() not in known
+    if new:
+        rows = max(_TRIED_TOKENS // longest, 1)
+
+        def run(tokens: int) -> None:
+            _padded_nll(model, [Segment([0] * longest, 1)] * (tokens // longest), device, logits)
+
+        try:
+            known[longest.bit_length()] = measure(run, (rows * longest, 4 * rows * longest), memory, device)
+        except torch.OutOfMemoryError:
+            logger.info("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, 4 * rows * longest)
+            return LEAST_TOKENS
+    footprint, free = known[longest.bit_length()], free_bytes(memory, device)
+    budget = footprint.tokens(free)
+    logger.log(
+        logging.INFO if new else logging.DEBUG,
+        "Token budget on %s: %d (%.1f GiB free; a forward takes %.0f MiB and %.0f KiB a token).",
+        device,
+        budget,
+        free / 2**30,
+        footprint.fixed / 2**20,
+        footprint.per_token / 2**10,
+    )
+    return budget
 
 
 class _MeanPool:
@@ -298,7 +351,11 @@ def _halving(
 
 
 def _padded_nll(
-    model: nn.Module, segments: Sequence[Segment], device: torch.device, pool: _MeanPool | None = None
+    model: nn.Module,
+    segments: Sequence[Segment],
+    device: torch.device,
+    logits: Logits | None,
+    pool: _MeanPool | None = None,
 ) -> np.ndarray:
     """Mean NLL of one batch of B segments padded to T tokens, (B,) float64."""
     longest = max(len(segment.ids) for segment in segments)
@@ -306,11 +363,15 @@ def _padded_nll(
     for row, segment in enumerate(segments):
         ids[row, : len(segment.ids)] = torch.tensor(segment.ids)
     places = [row * longest + np.arange(len(segment.ids)) for row, segment in enumerate(segments)]
-    return _mean_nll(model, segments, places, {"input_ids": ids.to(device)}, pool)
+    return _mean_nll(model, segments, places, {"input_ids": ids.to(device)}, logits, pool)
 
 
 def _stream_nll(
-    model: nn.Module, segments: Sequence[Segment], device: torch.device, pool: _MeanPool | None = None
+    model: nn.Module,
+    segments: Sequence[Segment],
+    device: torch.device,
+    logits: Logits | None,
+    pool: _MeanPool | None = None,
 ) -> np.ndarray:
     """Mean NLL of one batch of n segments as a stream of T tokens, (n,) float64."""
     stream = build_stream([segment.ids for segment in segments])
@@ -319,7 +380,7 @@ def _stream_nll(
         "position_ids": torch.from_numpy(stream.positions)[None].to(device),  # (1, T)
     }
     with _attending(model, stream.spans, device):
-        return _mean_nll(model, segments, stream.places, inputs, pool)
+        return _mean_nll(model, segments, stream.places, inputs, logits, pool)
 
 
 def _mean_nll(
@@ -327,50 +388,122 @@ def _mean_nll(
     segments: Sequence[Segment],
     places: Sequence[np.ndarray],
     inputs: dict[str, torch.Tensor],
+    logits: Logits | None,
     pool: _MeanPool | None = None,
 ) -> np.ndarray:
     """Mean NLL of segments whose tokens stand at `places` of the flattened inputs (B * T)."""
     predicts = [place[segment.start - 1 : -1] for segment, place in zip(segments, places, strict=True)]
     where, which = np.unique(np.concatenate(predicts), return_inverse=True)  # a shared token is projected once
-    targets = torch.tensor([token for segment in segments for token in segment.ids[segment.start :]])  # (N,)
+    targets = np.array([token for segment in segments for token in segment.ids[segment.start :]])  # (N,)
     see = None if pool is None else lambda hidden: pool.take(hidden, places)
-    logits = _logits_at(model, inputs, torch.from_numpy(where), see)  # (U, V)
-    which, targets = torch.from_numpy(which).to(logits.device), targets.to(logits.device)
-    normaliser = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(_HEAD_CHUNK)])  # (U,)
-    losses = normaliser[which] - logits[which, targets].float()  # (N,)
+    if logits is None:
+        losses = whole_losses(_logits_at(model, inputs, where, see), which, targets)
+    else:
+        losses = _losses_at(model, inputs, where, which, targets, logits, see)
     ends = np.cumsum([segment.scored for segment in segments])[:-1]
-    return np.array([part.mean() for part in np.split(losses.double().cpu().numpy(), ends)])
+    return np.array([part.mean() for part in np.split(losses, ends)])
+
+
+See = Callable[[torch.Tensor], None]
+
+
+def _losses_at(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    where: np.ndarray,
+    which: np.ndarray,
+    targets: np.ndarray,
+    logits: Logits,
+    see: See | None = None,
+) -> np.ndarray:
+    """Losses of N targets predicted at U places of the flattened inputs, (N,); the LM head runs on a chunk at a time.
+
+    All of them are projected before the head's own call, which is left a single position for the model to go on with.
+    """
+    found: list[np.ndarray] = []
+
+    def reduce(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        # Weights that are spread over processes are gathered by now, and a second call would let go of them.
+        call = module.forward if logits.gathered else module
+
+        def project(rows: torch.Tensor) -> torch.Tensor:
+            return logits.change(call(rows))
+
+        found.append(chunked_losses(project, hidden, which, targets, logits.chunk(hidden.device)))
+        return hidden[:1]
+
+    with _at_head(model, inputs, where, reduce, see):
+        model(**inputs, use_cache=False)
+    return found[0]
 
 
 def _logits_at(
+    model: nn.Module, inputs: dict[str, torch.Tensor], where: np.ndarray, see: See | None = None
+) -> torch.Tensor:
+    """Logits at U places of the flattened inputs, (U, V); the LM head runs on those alone where it is a module."""
+    with _at_head(model, inputs, where, lambda module, hidden: hidden, see):
+        logits = model(**inputs, use_cache=False).logits
+    if lm_head(model) is not None and logits.shape[:2] == (1, len(where)):
+        return logits[0]
+    length = inputs["input_ids"].shape[1]
+    return logits[where // length, where % length - length]  # a model that does not call its head as a module
+
+
+def _at_head(
     model: nn.Module,
     inputs: dict[str, torch.Tensor],
-    where: torch.Tensor,
-    see: Callable[[torch.Tensor], None] | None = None,
-) -> torch.Tensor:
-    """Logits at U places of the flattened inputs, (U, V); the LM head runs on those alone.
+    where: np.ndarray,
+    reduce: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    see: See | None,
+) -> contextlib.AbstractContextManager[Any]:
+    """Let the LM head see what `reduce` makes of the hidden states at U places (U, H), and not those of all.
 
-    `see` is called with the last hidden states of the inputs, (B * T, H).
-
-    A hook on the LM head picks the hidden states, so that whatever a model does to its logits afterwards (scaling,
-    soft-capping) still happens. Positions count from the end: prompt tuning puts virtual tokens in front.
+    A hook on the head picks them, so that whatever a model does to its logits afterwards still happens. `see` is
+    called with the hidden states of all places, (B * T, H).
     """
     length = inputs["input_ids"].shape[1]
-    where = where.to(inputs["input_ids"].device)
-    rows, back = where // length, where % length - length
+    # Positions count from the end: prompt tuning puts virtual tokens in front.
+    rows, back = torch.from_numpy(where // length), torch.from_numpy(where % length - length)
 
-    def pick(module: nn.Module, args: tuple) -> tuple:
+    picking = False
+
+    def pick(module: nn.Module, args: tuple) -> tuple | None:
+        nonlocal picking
+        if picking:
+            return None  # a call by `reduce`
+        picking = True
+        hidden = args[0]  # (B, T, H)
         if see is not None:
-            see(args[0][:, -length:].flatten(0, 1))
-        return (args[0][rows, back].unsqueeze(0), *args[1:])  # (B, T, H) -> (1, U, H)
+            see(hidden[:, -length:].flatten(0, 1))
+        picked = hidden[rows.to(hidden.device), back.to(hidden.device)]
+        given = reduce(module, picked).unsqueeze(0)
+        picking = False
+        return (given, *args[1:])
 
     head = lm_head(model)
-    hook = head.register_forward_pre_hook(pick) if head is not None else contextlib.nullcontext()
-    with hook:
-        logits = model(**inputs, use_cache=False).logits
-    if head is not None and logits.shape[:2] == (1, len(where)):
-        return logits[0]
-    return logits[rows, back]  # a model that does not call its head as a module
+    return contextlib.nullcontext() if head is None else head.register_forward_pre_hook(pick)
+
+
+_changes: weakref.WeakKeyDictionary[nn.Module, Logits | None] = weakref.WeakKeyDictionary()
+
+
+def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | None:
+    """How logits come from the LM head, tried out once; None where they are not taken in chunks."""
+    if model not in _changes:
+        inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
+        _changes[model] = find_change(model, lambda: _logits_at(model, inputs, np.array([0, 2]))[None])
+        logger.debug("Logits of %s: %s", type(model).__name__, _changes[model])
+    found = _changes[model]
+    # Modules inside the head (adapters) would gather their weights once a chunk, and processes differ in chunks.
+    if not sharded or found is None:
+        return found
+    return None if list(lm_head(model).children()) else replace(found, gathered=True)
+
+
+def _scored_budget(model: nn.Module, device: torch.device) -> int:
+    """Scored tokens of a batch that is projected as a whole."""
+    budget = CPU_LOGITS_BUDGET if device.type == "cpu" else ACCELERATOR_LOGITS_BUDGET
+    return max(budget // (getattr(_config(model), "vocab_size", None) or 2**15), 1)
 
 
 # ---- attention over the spans of a stream -----------------------------------------------------------------------
@@ -465,27 +598,12 @@ def streams(model: nn.Module, device: torch.device | None = None) -> bool:
         with borrowed(model, device), contextlib.suppress(Exception):
             if not _attends_to_all(_config(model)):
                 raise _NotExact
-            expected = _padded_nll(model, segments, device)
-            found = _stream_nll(model, segments, device)
+            expected = _padded_nll(model, segments, device, None)
+            found = _stream_nll(model, segments, device, None)
             exact = bool(np.allclose(found, expected, rtol=_PROBE_TOLERANCE, atol=0))
         logger.debug("Engine for %s: %s", type(model).__name__, "stream" if exact else "padded")
         _probed[model] = exact
     return _probed[model]
-
-
-def lm_head(model: nn.Module) -> nn.Module | None:
-    """The output embedding of a causal LM, or None where the model does not tell."""
-    get = getattr(unwrapped(model), "get_output_embeddings", None)
-    with contextlib.suppress(AttributeError, NotImplementedError):
-        return get() if get is not None else None
-    return None
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, FullyShardedDataParallel or a DeepSpeed engine."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
-    return model
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -16,6 +16,8 @@ ORDER = [
     "headers",
     "ifd",
     "stream",
+    "head",
+    "memory",
     "scorer",
     "checkpoint",
     "columns",

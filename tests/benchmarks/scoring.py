@@ -1,104 +1,137 @@
-"""Scoring speed: ours against one row at a time, and against padded batches in data order.
+"""Scoring speed on a CPU: this package against one row at a time, and against padded batches in data order.
 
-The two baselines are written from the published descriptions. All score the same rows with the same model, in turn,
-several times; what is reported are ratios of one run, their median and their range. Scores are compared too: a fast
-wrong number is no result.
+    rows               rows of a file (the demo's by default)
+    long definition    rows of one task: a definition of 300 tokens that all share, answers of 1 to 5 tokens
+    152k vocabulary    a narrow model with a vocabulary of 151,936
+
+and what scoring costs inside training: its seconds over those of one epoch of training on 10 % and on all of the same
+rows. Writes scoring-cpu.json and scoring-cpu.png. See `measuring.py` for what is counted.
 
 Expected before it was written, from counting operations on the demo rows (prompts are mostly the Alpaca preamble):
 about 1.4 times one row at a time, from computing the preamble once and projecting answer tokens only; more than 2
-times padded batches, from not padding.
+times padded batches, from not padding. With a long definition, about as many times as it is longer than the rest.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from datasets import Dataset
+from measuring import ONE_ROW, OURS, Case, alpaca_like, long_definition, machine, matmul_peak, measured, printed, write
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import SFTConfig, SFTTrainer
 
+from ifd_trainer import IFDSelectionCallback
 from ifd_trainer.columns import IFDScorer
-from ifd_trainer.encoding import Segment, token_count
 from ifd_trainer.files import load_rows
-from ifd_trainer.scorer import score_pairs
+from ifd_trainer.formats import resolve_format, to_prompt_completion
+from ifd_trainer.history import History
 
 ROOT = Path(__file__).resolve().parents[2]
+KEEPS = (0.1, 1.0)
 
 
-def one_row_at_a_time(model: torch.nn.Module, segments: list[Segment]) -> np.ndarray:
-    """Full-vocabulary logits of one row, then a loop over its tokens: what the published programs do."""
-    out = []
-    for segment in segments:
-        logits = model(torch.tensor([segment.ids])).logits[0]
-        losses = []
-        for i in range(segment.start, len(segment.ids)):
-            losses.append(-torch.log_softmax(logits[i - 1].float(), dim=-1)[segment.ids[i]].item())
-        out.append(sum(losses) / len(losses))
-    return np.array(out)
+def wide_vocabulary(tiny: bool) -> LlamaForCausalLM:
+    """Random weights; most of its operations are those of the LM head."""
+    torch.manual_seed(0)
+    vocabulary, hidden = (3000, 32) if tiny else (151_936, 256)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
-def padded_batches(model: torch.nn.Module, segments: list[Segment], size: int = 8) -> np.ndarray:
-    """Batches of 8 in data order, padded to their longest, with full-vocabulary logits."""
-    out = []
-    for first in range(0, len(segments), size):
-        batch = segments[first : first + size]
-        longest = max(len(segment.ids) for segment in batch)
-        ids = torch.tensor([segment.ids + [0] * (longest - len(segment.ids)) for segment in batch])
-        mask = torch.tensor([[1] * len(segment.ids) + [0] * (longest - len(segment.ids)) for segment in batch])
-        logits = model(ids, attention_mask=mask).logits
-        for row, segment in enumerate(batch):
-            target = torch.tensor(segment.ids[segment.start :])
-            part = logits[row, segment.start - 1 : len(segment.ids) - 1].float()
-            out.append(torch.nn.functional.cross_entropy(part, target).item())
-    return np.array(out)
+def cases(scorer: IFDScorer, rows: Dataset, tiny: bool) -> Iterator[Case]:
+    """The three kinds of rows."""
+    model: nn.Module = scorer.model.eval()
+    pairs = [pair for pair in scorer.encode(rows[:]) if pair.conditioned]
+    yield Case("real rows", "rows", lambda: model, pairs)
+    shared = long_definition(len(rows), model.config.vocab_size, definition=40 if tiny else 300)
+    yield Case("shared task", "long definition", lambda: model, shared, others=(ONE_ROW,))
+    wide = alpaca_like(len(rows), 3000 if tiny else 151_936, scale=0.2 if tiny else 1.0)
+    yield Case("large vocabulary", "3k vocabulary" if tiny else "152k vocabulary", lambda: wide_vocabulary(tiny), wide)
 
 
-def main() -> None:
-    """Time the three procedures in turn and print their ratios."""
+def in_loop(path: str, rows: Dataset, keep: float) -> dict[str, float]:
+    """Seconds of scoring all rows, and of one epoch of training on a part of them, in one run of the callback."""
+    format = resolve_format(None, rows.column_names)
+    texts = Dataset.from_list([to_prompt_completion(row, format) for row in rows])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=4,
+            max_length=512,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=texts, processing_class=tokenizer)
+        trainer.add_callback(IFDSelectionCallback(trainer, keep=keep, max_ifd=float("inf")))
+        trainer.train()
+        record = History.load(Path(folder)).epochs[0]
+    return {part: record[f"seconds_{part}"] for part in ("scoring", "training")}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure the cases and the cost inside training; write and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="name or path of a causal LM")
     parser.add_argument("--data", default=str(ROOT / "recipes" / "data" / "demo_train.jsonl"), help="rows to score")
-    parser.add_argument("--rows", type=int, default=64, help="first N rows (default 64)")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each procedure (default 3)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    options = parser.parse_args()
+    parser.add_argument("--rows", type=int, default=16, help="first N rows (default 16)")
+    parser.add_argument("--runs", type=int, default=3, help="turns of all procedures (default 3)")
+    parser.add_argument("--tiny", action="store_true", help="synthetic rows and models of no size: a dry run")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default runs/bench)")
+    options = parser.parse_args(arguments)
 
-    scorer = IFDScorer(options.model, device="cpu")
-    rows = load_rows(options.data).select(range(options.rows))
-    pairs = [pair for pair in scorer.encode(rows[:]) if pair.conditioned]
-    segments = [segment for pair in pairs for segment in (pair.conditioned, pair.direct)]
-    model = scorer.model.eval()
-    procedures = {
-        "ours": lambda: (lambda s: np.stack([s.cas, s.das], axis=1).ravel())(score_pairs(model, pairs)),
-        "one row at a time": lambda: one_row_at_a_time(model, segments),
-        "padded batches of 8": lambda: padded_batches(model, segments),
+    device = torch.device("cpu")
+    scorer = IFDScorer(options.model, device="cpu", dtype="float32")
+    rows = load_rows(options.data)
+    rows = rows.select(range(min(options.rows, len(rows))))
+    peak = matmul_peak(device, torch.float32, 128 if options.tiny else 2048)
+    results: dict[str, Any] = {
+        "machine": machine(device),
+        "dtype": "float32",
+        "peak_flops": peak,
+        "tiny": options.tiny,
+        "cases": [],
     }
-    seconds: dict[str, list[float]] = {name: [] for name in procedures}
-    with torch.no_grad():
-        procedures["ours"]()  # warm up
-        for _ in range(options.runs):
-            values = {}
-            for name, procedure in procedures.items():
-                began = time.perf_counter()
-                values[name] = procedure()
-                seconds[name].append(time.perf_counter() - began)
-    tokens = token_count(pairs)
-    result = {"rows": len(pairs), "tokens": tokens, "threads": torch.get_num_threads(), "seconds": seconds}
-    print(f"{len(pairs)} rows, {tokens} tokens, {torch.get_num_threads()} threads, {options.runs} runs in turn")
-    for name in procedures:
-        ratios = [other / own for other, own in zip(seconds[name], seconds["ours"], strict=True)]
-        difference = float(np.abs(values[name] / values["ours"] - 1).max())
-        result[name] = {"ratio": ratios, "largest_relative_difference": difference}
+    about = results["machine"]
+    print(f"{about['device']}, {about['threads']} threads, load {about['load']:.1f}, {peak / 1e9:.0f} GFLOP/s in sgemm")
+    for case in cases(scorer, rows, options.tiny):
+        results["cases"].append(measured(case, device, peak, options.runs))
+        print(printed(results["cases"][-1]), flush=True)
+    results["in_loop"] = {str(keep): [] for keep in KEEPS}
+    for _ in range(options.runs):
+        for keep in KEEPS:
+            results["in_loop"][str(keep)].append(in_loop(options.model, rows, keep))
+    for keep, found in results["in_loop"].items():
+        shares = [run["scoring"] / run["training"] for run in found]
         print(
-            f"{name:22s} {statistics.median(seconds[name]):7.2f} s   time over ours: median "
-            f"{statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}   largest difference "
-            f"{difference:.1e}"
+            f"in training, keep {float(keep):.0%} of {len(rows)} rows: scoring takes {statistics.median(shares):.2f} "
+            f"times as long as an epoch's training ({min(shares):.2f} to {max(shares):.2f})"
         )
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write(options.output, "scoring-cpu", results)
+    ratio = statistics.median(results["cases"][0]["procedures"][OURS]["tokens_per_s"])
+    print(f"{ratio:.0f} tok/s; written: {options.output}/scoring-cpu.json and .png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,198 @@
+"""The LM head on scored positions alone, some of them at a time.
+
+    loss_n = log sum_v exp(z_nv) - z_n,target        z_n = change(head(h_n))
+
+`h` are the hidden states that the head reads, `change` is what a model does to its logits afterwards: nothing, or a
+scale (Cohere, Granite), or a soft cap (Gemma). A chunk of positions is projected and reduced to its losses before the
+next one, so that memory does not grow with tokens x vocabulary.
+
+Which change it is, is not taken from a list of models: the model is run once on two tokens, with logits of ours in
+place of the head's, and what it returns for them is compared bit for bit with the changes that its config has numbers
+for. A model for which none of them is exact, or that does not call its head as a module, keeps whole logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+# Logits of a chunk: 128 MiB in float32 on a CPU, 256 MiB in bfloat16 elsewhere, where a chunk has to hold enough rows
+# to be worth a read of the head's weights (441 at a vocabulary of 152,000).
+CPU_CHUNK_VALUES = 2**25
+ACCELERATOR_CHUNK_VALUES = 2**27
+# Logits that are float32 and exponentiated at a time; on a CPU so few that they stay in its cache. Projecting 440 rows
+# to 152,000 logits (128 hidden) and reducing them took 0.66 CPU seconds in parts of 256 rows, 0.49 of 16, 0.41 of one.
+_CPU_PART_VALUES = 2**18
+_ACCELERATOR_PART_VALUES = 2**26
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How a model makes V logits of a position: by its LM head and `change`.
+
+    `gathered` says that the head's weights are spread over processes and gathered before its own call only.
+    """
+
+    vocabulary: int
+    change: Change
+    gathered: bool = False
+
+    def chunk(self, device: torch.device) -> int:
+        """How many positions are projected at a time."""
+        values = CPU_CHUNK_VALUES if device.type == "cpu" else ACCELERATOR_CHUNK_VALUES
+        return max(values // self.vocabulary, 1)
+
+
+def chunked_losses(
+    project: Change, hidden: torch.Tensor, which: np.ndarray, targets: np.ndarray, chunk: int
+) -> np.ndarray:
+    """Losses of N targets, of which the n-th is predicted at place which[n] of U; nats.
+
+    Args:
+        project: hidden states (1, u, H) to logits (1, u, V).
+        hidden: (U, H).
+        which, targets: (N,) int64.
+        chunk: places projected at a time.
+
+    Returns:
+        (N,) float64.
+
+    >>> uniform = lambda hidden: torch.zeros(1, hidden.shape[1], 8)
+    >>> chunked_losses(uniform, torch.zeros(3, 4), np.array([2, 0, 2]), np.array([1, 5, 7]), chunk=2).round(4)
+    array([2.0794, 2.0794, 2.0794])
+    """
+    order = np.argsort(which, kind="stable")
+    firsts = np.arange(0, len(hidden), chunk)
+    edges = np.searchsorted(which[order], [*firsts, len(hidden)])
+    parts = []
+    for first, low, high in zip(firsts.tolist(), edges[:-1], edges[1:], strict=True):
+        mine = order[low:high]
+        # No name holds the logits: they are gone before the next chunk's are there.
+        parts.append(_losses(project(hidden[None, first : first + chunk])[0], which[mine] - first, targets[mine]))
+    losses = np.empty(len(which), dtype=np.float64)
+    losses[order] = torch.cat(parts).double().cpu().numpy()
+    return losses
+
+
+def whole_losses(logits: torch.Tensor, which: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The same from the logits of all places, (U, V)."""
+    return _losses(logits, which, targets).double().cpu().numpy()
+
+
+def _losses(logits: torch.Tensor, which: np.ndarray, targets: np.ndarray) -> torch.Tensor:
+    """(N,) float32 from logits (u, V); the log-softmax is float32 whatever their dtype."""
+    values = _CPU_PART_VALUES if logits.device.type == "cpu" else _ACCELERATOR_PART_VALUES
+    parts = logits.split(max(values // logits.shape[-1], 1))
+    normaliser = torch.cat([part.float().logsumexp(-1) for part in parts])  # (u,)
+    rows, tokens = torch.from_numpy(which).to(logits.device), torch.from_numpy(targets).to(logits.device)
+    return normaliser[rows] - logits[rows, tokens].float()
+
+
+def find_change(model: nn.Module, run: Callable[[], torch.Tensor]) -> Logits | None:
+    """What `model` does to its logits after the head, found in one forward; None where chunks would not be exact.
+
+    Args:
+        model: a causal LM.
+        run: a forward whose LM head sees two positions; returns the model's logits.
+    """
+    head = lm_head(model)
+    if head is None:
+        return None
+    given: list[torch.Tensor] = []
+
+    def replace(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        given.append(_test_values(output))
+        return given[-1].clone()  # a model may change its logits in place
+
+    # Whatever such a model raises here, it raises again with whole logits, or it does not raise there.
+    with contextlib.suppress(Exception), head.register_forward_hook(replace):
+        found = run()
+        if len(given) != 1 or given[0].dim() != 3 or given[0].shape[1] != 2:
+            return None
+        values = given[0]
+        for change in _changes(getattr(unwrapped(model), "config", None)):
+            if found.shape == values.shape and torch.equal(found.float(), change(values).float()):
+                return Logits(values.shape[-1], change)
+    return None
+
+
+def _test_values(like: torch.Tensor) -> torch.Tensor:
+    """Values of another tensor's shape and dtype: each one different, most between -60 and 60, some far outside."""
+    values = torch.linspace(-60, 60, like.numel(), device=like.device)
+    values[:2], values[-2:] = -1e4, 1e4
+    return values.view(like.shape).to(like.dtype)
+
+
+def _changes(config: Any) -> Iterator[Change]:
+    """Nothing at all, and all that could be done to logits with a number of the config that has to do with them."""
+    yield _same
+    for number in _numbers(config):
+        for kind in (_Multiplied, _Divided, _Capped):
+            for widened in (False, True):
+                yield kind(number, widened)
+
+
+def _numbers(config: Any) -> list[float]:
+    """Numbers under names like logit_scale, logits_scaling, final_logit_softcapping, lm_head_multiplier."""
+    configs = [config, config.get_text_config() if hasattr(config, "get_text_config") else None]
+    named = [item for one in configs for item in vars(one).items() if one is not None] if config is not None else []
+    return sorted(
+        {
+            float(value)
+            for name, value in named
+            if ("logit" in name or "lm_head" in name)
+            and isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and value
+            and math.isfinite(value)
+        }
+    )
+
+
+def _same(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+@dataclass(frozen=True)
+class _Multiplied:
+    number: float
+    widened: bool  # whether the model turns its logits into float32 first
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits.float() if self.widened else logits) * self.number
+
+
+@dataclass(frozen=True)
+class _Divided(_Multiplied):
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits.float() if self.widened else logits) / self.number
+
+
+@dataclass(frozen=True)
+class _Capped(_Multiplied):
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.tanh((logits.float() if self.widened else logits) / self.number) * self.number
+
+
+def lm_head(model: nn.Module) -> nn.Module | None:
+    """The output embedding of a causal LM, or None where the model does not tell."""
+    get = getattr(unwrapped(model), "get_output_embeddings", None)
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        return get() if get is not None else None
+    return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, FullyShardedDataParallel or a DeepSpeed engine."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model

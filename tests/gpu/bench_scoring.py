@@ -1,0 +1,166 @@
+"""Scoring speed on a GPU, with random weights of real configurations, so that no hub and no data are needed:
+
+    python tests/gpu/bench_scoring.py --output bench         # on a machine with a CUDA device; bench/scoring-cuda.json
+    python tests/gpu/bench_scoring.py --device cpu --tiny    # a dry run of all of it in less than a minute
+
+This package against one row at a time with full logits and a loop over tokens, and against padded batches of 8 in data
+order: models from 0.1B to 8B on rows with Alpaca's lengths; and, with one of them, rows of different lengths,
+vocabularies, token budgets, engines and numbers of rows. See `measuring.py` for what is counted.
+
+So far only the dry run was run: this project had no GPU at hand, and there are no figures from one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from measuring import (
+    ONE_ROW,
+    OURS,
+    Case,
+    alpaca_like,
+    fixed_length,
+    long_definition,
+    machine,
+    matmul_peak,
+    measured,
+    printed,
+    write,
+)
+
+
+def llama(**values: Any) -> LlamaConfig:
+    """A Llama configuration whose head dimension follows from its heads."""
+    return LlamaConfig(**values, max_position_embeddings=8192)
+
+
+def qwen2(**values: Any) -> Qwen2Config:
+    """A Qwen2 configuration."""
+    return Qwen2Config(**values, max_position_embeddings=8192)
+
+
+def config_of(make: Callable[..., PretrainedConfig], *sizes: int, tied: bool) -> PretrainedConfig:
+    """From vocabulary, hidden size, intermediate size, layers, heads and key heads."""
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    return make(**dict(zip(names.split(), sizes, strict=True)), tie_word_embeddings=tied)
+
+
+# Sizes as the models of these names publish them in their configurations.
+CONFIGS = {
+    "SmolLM2 135M": config_of(llama, 49152, 576, 1536, 30, 9, 3, tied=True),
+    "Qwen2.5 0.5B": config_of(qwen2, 151936, 896, 4864, 24, 14, 2, tied=True),
+    "Llama 3.2 1B": config_of(llama, 128256, 2048, 8192, 16, 32, 8, tied=True),
+    "Qwen2.5 1.5B": config_of(qwen2, 151936, 1536, 8960, 28, 12, 2, tied=True),
+    "Qwen2.5 3B": config_of(qwen2, 151936, 2048, 11008, 36, 16, 2, tied=True),
+    "Llama 2 7B": config_of(llama, 32000, 4096, 11008, 32, 32, 32, tied=False),
+    "Qwen2.5 7B": config_of(qwen2, 152064, 3584, 18944, 28, 28, 4, tied=False),
+    "Llama 3.1 8B": config_of(llama, 128256, 4096, 14336, 32, 32, 8, tied=False),
+}
+TINY = {
+    "tiny Llama": config_of(llama, 500, 32, 64, 2, 4, 2, tied=True),
+    "tiny Qwen2": config_of(qwen2, 800, 32, 64, 2, 4, 2, tied=False),
+}
+
+
+def cases(configs: dict[str, PretrainedConfig], device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
+    """Sizes of models, then sweeps with one of 1B (the first one, if tiny)."""
+    rows, few = (12, 4) if tiny else (2000, 32)
+    for name, config in configs.items():
+        rows_of_it = alpaca_like(rows, config.vocab_size, scale=0.2 if tiny else 1.0)
+        yield Case("model", name, builder(config, device, dtype), rows_of_it, few)
+    name = "Llama 3.2 1B" if "Llama 3.2 1B" in configs else next(iter(configs))
+    config = configs[name]
+    build = builder(config, device, dtype)
+    for length in (16, 40) if tiny else (64, 256, 1024, 4096):
+        pairs = fixed_length(rows if tiny else 2**19 // length, length, config.vocab_size)
+        yield Case(f"tokens of a row, {name}", str(length), build, pairs, min(few, len(pairs)))
+    for size in (300, 600) if tiny else (32_000, 64_000, 128_000, 256_000):
+        resized = type(config).from_dict({**config.to_dict(), "vocab_size": size})
+        pairs = alpaca_like(rows, size, scale=0.2 if tiny else 1.0)
+        yield Case(f"vocabulary, {name}", str(size), builder(resized, device, dtype), pairs, few)
+    pairs = alpaca_like(rows, config.vocab_size, scale=0.2 if tiny else 1.0)
+    for budget in (64, 256, None) if tiny else (2048, 4096, 8192, 16384, 32768, 65536, None):
+        label = "automatic" if budget is None else str(budget)
+        yield Case(f"token budget, {name}", label, build, pairs, few, token_budget=budget, others=())
+    # Whether not padding and computing shared beginnings once would pay there, too: one attention call for each span.
+    shared = long_definition(rows, config.vocab_size, definition=40 if tiny else 300)
+    for label, one in (("Alpaca", pairs), ("long definition", shared)):
+        for engine in ("padded", "stream"):
+            yield Case(f"engine, {name}", f"{label}, {engine}", build, one, few, engine=engine, others=())
+    for count in (6, 12) if tiny else (1000, 10_000):
+        pairs = alpaca_like(count, config.vocab_size, scale=0.2 if tiny else 1.0)
+        yield Case(f"rows, {name}", str(count), build, pairs, few, others=(ONE_ROW,))
+
+
+def builder(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    """Makes the model on its device, with random weights."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    return build
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure all cases that fit; write and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--runs", type=int, default=3, help="turns of all procedures (default 3)")
+    parser.add_argument("--models", nargs="*", help=f"names among: {', '.join(CONFIGS)} (default: all)")
+    parser.add_argument("--tiny", action="store_true", help="models and rows of no size: a dry run")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default runs/bench)")
+    options = parser.parse_args(arguments)
+
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    if device.type != "cpu" and not torch.get_device_module(device).is_available():
+        raise SystemExit(f"There is no {device.type} device here. For a dry run: --device cpu --tiny")
+    configs = TINY if options.tiny else CONFIGS
+    for name in options.models or ():
+        if name not in configs:
+            raise SystemExit(f"No configuration is named {name!r}; there are: {', '.join(configs)}")
+    configs = {name: config for name, config in configs.items() if not options.models or name in options.models}
+    peak = matmul_peak(device, dtype, 128 if options.tiny else 8192)
+    results: dict[str, Any] = {
+        "machine": machine(device),
+        "dtype": options.dtype,
+        "peak_flops": peak,
+        "tiny": options.tiny,
+        "cases": [],
+        "left_out": [],
+    }
+    began = time.perf_counter()
+    for case in cases(configs, device, dtype, options.tiny):
+        try:
+            results["cases"].append(measured(case, device, peak, options.runs))
+            print(printed(results["cases"][-1]), flush=True)
+        except torch.OutOfMemoryError as error:
+            results["left_out"].append({"group": case.group, "label": case.label, "reason": str(error)[:300]})
+            print(f"{case.group}: {case.label}\n  out of memory", flush=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        # After each case: a run that ends early has written what it measured.
+        if results["cases"]:
+            write(options.output, f"scoring-{device.type}", results)
+    rate = max((case["procedures"][OURS]["tokens_per_s"][0] for case in results["cases"]), default=0)
+    print(f"{len(results['cases'])} cases, fastest {rate:.0f} tok/s, {time.perf_counter() - began:.0f} s in all")
+    print(f"Written: {options.output}/scoring-{device.type}.json and .png")
+
+
+if __name__ == "__main__":
+    main()

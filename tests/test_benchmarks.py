@@ -1,0 +1,173 @@
+"""The benchmarks at the smallest size: that they run, compare equal numbers, and count what they say. No times."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, build_model, build_tokenizer, reference_nll
+
+from ifd_trainer.encoding import token_count
+
+DRY = ["--device", "cpu", "--dtype", "float32", "--tiny", "--runs", "1"]
+
+
+def loaded(path: Path) -> ModuleType:
+    """A benchmark as a module: its folder is not one of packages."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def beside_each_other():
+    """Scripts find what lies beside them."""
+    folder = str(ROOT / "tests" / "benchmarks")
+    before, threads = list(sys.path), torch.get_num_threads()
+    sys.path.insert(0, folder)
+    torch.set_num_threads(1)
+    yield
+    sys.path[:] = before
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def measuring(beside_each_other) -> ModuleType:
+    import measuring
+
+    return measuring
+
+
+def checked(folder: Path, name: str) -> dict:
+    """The results of a run, after what holds for all of them."""
+    results = json.loads((folder / f"{name}.json").read_text())
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert results["peak_flops"] > 0
+    for case in results["cases"]:
+        assert case["procedures"]["this package"]["ratio"] == [1.0]
+        for found in case["procedures"].values():
+            assert found["largest_relative_difference"] < 1e-4
+            assert found["tokens_run"] > 0
+            numbers = [found["rows_per_s"], found["share_of_peak"], *found["seconds"], *found["tokens_per_s"]]
+            assert all(math.isfinite(number) and number > 0 for number in numbers)
+    return results
+
+
+def test_a_dry_run_of_the_benchmark_for_gpus(tmp_path):
+    bench = loaded(ROOT / "tests" / "gpu" / "bench_scoring.py")
+    bench.main([*DRY, "--output", str(tmp_path)])
+    results = checked(tmp_path, "scoring-cpu")
+    groups = [case["group"].split(",")[0] for case in results["cases"]]
+    sweeps = ["tokens of a row", "vocabulary", "token budget", "engine", "rows"]
+    assert list(dict.fromkeys(groups)) == ["model", *sweeps]
+    run = {case["label"]: case["procedures"]["this package"]["tokens_run"] for case in results["cases"]}
+    assert run["long definition, stream"] < run["long definition, padded"] / 1.5
+    assert results["left_out"] == []
+
+
+def test_a_case_that_does_not_fit_is_left_out_with_its_reason(tmp_path, monkeypatch):
+    bench = loaded(ROOT / "tests" / "gpu" / "bench_scoring.py")
+
+    def measured(case, *_):
+        if case.group != "model":
+            raise torch.OutOfMemoryError("too large")
+        return bench_measured(case, *_)
+
+    bench_measured, bench.measured = bench.measured, measured
+    bench.main([*DRY, "--models", "tiny Llama", "--output", str(tmp_path)])
+    results = checked(tmp_path, "scoring-cpu")
+    assert [case["label"] for case in results["cases"]] == ["tiny Llama"]
+    assert {case["reason"] for case in results["left_out"]} == {"too large"}
+
+
+def test_a_device_or_a_model_that_is_not_there_is_a_clear_error(monkeypatch):
+    bench = loaded(ROOT / "tests" / "gpu" / "bench_scoring.py")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"no cuda device here.*--device cpu --tiny"):
+        bench.main([])
+    with pytest.raises(SystemExit, match="No configuration is named 'GPT-5'; there are: SmolLM2 135M"):
+        bench.main(["--device", "cpu", "--models", "GPT-5"])
+
+
+# Parameters as their makers give them, without and with the embedding where that is how they are known.
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("SmolLM2 135M", 134.5),
+        ("Qwen2.5 0.5B", 494.0),
+        ("Llama 3.2 1B", 1235.8),
+        ("Qwen2.5 1.5B", 1543.7),
+        ("Qwen2.5 3B", 3085.9),
+        ("Llama 2 7B", 6738.4),
+        ("Qwen2.5 7B", 7615.6),
+        ("Llama 3.1 8B", 8030.3),
+    ],
+)
+def test_the_configurations_have_the_parameters_of_their_models(name, millions):
+    bench = loaded(ROOT / "tests" / "gpu" / "bench_scoring.py")
+    model = bench.builder(bench.CONFIGS[name], torch.device("meta"), torch.bfloat16)()
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_a_dry_run_of_the_benchmark_for_processors(tmp_path):
+    tokenizer = build_tokenizer()
+    build_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    bench = loaded(ROOT / "tests" / "benchmarks" / "scoring.py")
+    bench.main(
+        ["--model", str(tmp_path / "model"), "--rows", "8", "--runs", "1", "--tiny", "--output", str(tmp_path / "out")]
+    )
+    results = checked(tmp_path / "out", "scoring-cpu")
+    assert [case["group"] for case in results["cases"]] == ["real rows", "shared task", "large vocabulary"]
+    assert set(results["in_loop"]) == {"0.1", "1.0"}
+    for runs in results["in_loop"].values():
+        assert all(run["scoring"] > 0 and run["training"] > 0 for run in runs)
+    # The definition is computed once: fewer tokens run than the rows hold.
+    shared = results["cases"][1]["procedures"]
+    assert shared["this package"]["tokens_run"] < shared["this package"]["tokens"] / 1.5
+    assert shared["one row at a time"]["tokens_run"] == shared["one row at a time"]["tokens"]
+
+
+def test_the_other_procedures_compute_the_losses_of_single_tokens(measuring):
+    model, pairs = build_model(400), measuring.alpaca_like(5, 400, scale=0.3)
+    segments = measuring.segments_of(pairs)
+    expected = [reference_nll(model, segment.ids, segment.start) for segment in segments]
+    with torch.no_grad():
+        for procedure in (measuring.one_row_at_a_time, measuring.padded_batches):
+            np.testing.assert_allclose(procedure(model, segments), expected, rtol=1e-5)
+    np.testing.assert_allclose(measuring.ours(model, pairs), expected, rtol=1e-5)
+
+
+def test_operations_counted_by_hand(measuring):
+    model = build_model(400, tie_word_embeddings=True)
+    # Two layers: queries and output 32 x 32, keys and values 16 x 32 each, three products of 32 x 64.
+    body = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
+    assert measuring.operations(model, tokens=7, scored=3) == 2 * (body * 7 + 32 * 400 * 3)
+
+
+def test_the_peak_of_memory_is_seen(measuring):
+    with measuring.peak_bytes(torch.device("cpu")) as found:
+        torch.ones(50 * 2**20).sum()
+    assert 180 * 2**20 < found[0] < 400 * 2**20
+
+
+def test_rows_have_the_lengths_that_are_described(measuring):
+    pairs = measuring.alpaca_like(2000, 1000)
+    answers = [pair.conditioned.scored for pair in pairs]
+    assert np.median(answers) == pytest.approx(45, rel=0.1)
+    assert max(answers) <= 514
+    assert all(pair.conditioned.ids[:30] == pairs[0].conditioned.ids[:30] for pair in pairs)
+    assert all(pair.direct.scored == pair.conditioned.scored for pair in pairs)
+    fixed = measuring.fixed_length(3, 64, 1000)
+    assert {len(pair.conditioned.ids) for pair in fixed} == {64}
+    long = measuring.long_definition(4, 1000)
+    assert token_count(long) == sum(len(segment.ids) for segment in measuring.segments_of(long))
+    assert all(pair.conditioned.ids[:300] == long[0].conditioned.ids[:300] for pair in long)

@@ -1,0 +1,201 @@
+"""The token budget from free memory, with a device made up here: it counts the tokens of each forward."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model, reference_nll
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ifd_trainer import scorer as scorer_module
+from ifd_trainer.encoding import Segment
+from ifd_trainer.memory import LEAST_TOKENS, MOST_TOKENS, SHARE, Footprint, device_memory, free_bytes, measure
+from ifd_trainer.scorer import answer_nll
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+class FakeMemory:
+    """A device on which a forward of t tokens takes fixed + per_token * t bytes."""
+
+    def __init__(self, model: nn.Module, total: int, fixed: int = 3 * MIB, per_token: int = 1000) -> None:
+        self.total, self.fixed, self.per_token = total, fixed, per_token
+        self.weights, self.peak, self.cached = 40 * MIB, 500 * MIB, 20 * MIB
+        self.sizes: list[int] = []
+        model.register_forward_pre_hook(self._forward, with_kwargs=True)
+
+    def _forward(self, module, args, kwargs) -> None:
+        tokens = (args[0] if args else kwargs["input_ids"]).numel()
+        used = self.weights + self.fixed + self.per_token * tokens
+        if used > self.total:
+            raise torch.OutOfMemoryError("on purpose")
+        self.sizes.append(tokens)
+        self.peak = max(self.peak, used)
+
+    def mem_get_info(self, device):
+        return self.total - self.weights - self.cached, self.total
+
+    def memory_allocated(self, device):
+        return self.weights
+
+    def memory_reserved(self, device):
+        return self.weights + self.cached
+
+    def max_memory_allocated(self, device):
+        return self.peak
+
+    def reset_peak_memory_stats(self, device):
+        self.peak = self.weights
+
+
+def many_segments(tokens: int) -> list[Segment]:
+    rng = np.random.default_rng(0)
+    segments = []
+    while sum(len(segment.ids) for segment in segments) < tokens:
+        ids = rng.integers(4, 400, rng.integers(100, 400)).tolist()
+        segments.append(Segment(ids, len(ids) - 20))
+    return segments
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Puts a made-up device under a model."""
+
+    def under(model: nn.Module, total: int, **sizes: int) -> FakeMemory:
+        scorer_module._logits(model, CPU, False)  # tried out before tokens are counted
+        memory = FakeMemory(model, total, **sizes)
+        monkeypatch.setattr(scorer_module, "device_memory", lambda device: memory)
+        return memory
+
+    return under
+
+
+@pytest.fixture
+def budgets(monkeypatch) -> list[int]:
+    """The budgets that batches are made with; rows are not scored."""
+    seen: list[int] = []
+
+    def noted(lengths, token_budget, scored, scored_budget):
+        seen.append(token_budget)
+        return []
+
+    monkeypatch.setattr(scorer_module, "token_budget_batches", noted)
+    return seen
+
+
+@given(st.integers(0, 2**30), st.integers(1, 2**20), st.integers(0, 2**40))
+def test_a_batch_of_the_budget_fits_into_the_planned_share(fixed, per_token, free):
+    tokens = Footprint(fixed, per_token).tokens(free)
+    assert LEAST_TOKENS <= tokens <= MOST_TOKENS
+    if tokens > LEAST_TOKENS:
+        assert fixed + per_token * tokens <= SHARE * free
+    if tokens < MOST_TOKENS:
+        assert fixed + per_token * (tokens + 16) > SHARE * free
+
+
+def test_two_forwards_tell_the_cost_of_a_token():
+    model = nn.Linear(1, 1)
+    memory = FakeMemory(model, 10**12, fixed=7 * MIB, per_token=333)
+    footprint = measure(lambda t: memory._forward(None, (), {"input_ids": torch.zeros(t)}), (100, 400), memory, CPU)
+    assert footprint == Footprint(7 * MIB, 333)
+    assert free_bytes(memory, CPU) == 10**12 - 40 * MIB  # what the allocator has cached is free
+
+
+def test_processors_and_devices_that_do_not_tell_have_no_memory_to_measure(monkeypatch):
+    assert device_memory(CPU) is None
+    monkeypatch.setattr(torch, "get_device_module", lambda device: object())
+    assert device_memory(torch.device("xpu")) is None
+    whole = FakeMemory(nn.Linear(1, 1), 1)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: whole)
+    assert device_memory(torch.device("cuda")) is whole
+
+
+def test_the_budget_is_what_the_free_memory_holds_and_is_measured_once(fake, budgets, caplog):
+    caplog.set_level(logging.INFO, logger="ifd_trainer")
+    model = build_model(400)
+    memory = fake(model, 96 * MIB)
+    answer_nll(model, many_segments(80_000), engine="padded")
+    expected = int((SHARE * 56 * MIB - 3 * MIB) / 1000) // 16 * 16  # 96 - 40 MiB are free
+    assert budgets == [expected]
+    assert "Token budget on cpu: 26" in caplog.records[-1].message
+    assert "0.1 GiB free; a forward takes 3 MiB and 1 KiB a token" in caplog.records[-1].message
+    tried = len(memory.sizes)
+    assert max(memory.sizes) <= 4096
+    memory.total = 60 * MIB
+    answer_nll(model, many_segments(80_000), engine="padded")
+    assert len(memory.sizes) == tried
+    assert budgets[1] == int((SHARE * 20 * MIB - 3 * MIB) / 1000) // 16 * 16  # free memory is asked for each time
+
+
+def test_a_token_budget_that_is_given_is_taken(fake, budgets):
+    model = build_model(400)
+    memory = fake(model, 96 * MIB)
+    answer_nll(model, many_segments(80_000), engine="padded", token_budget=777)
+    assert budgets == [777]
+    assert memory.sizes == []
+
+
+def test_little_to_score_is_not_measured(fake, budgets):
+    model = build_model(400)
+    memory = fake(model, 96 * MIB)
+    answer_nll(model, many_segments(1000), engine="padded")
+    assert budgets == [scorer_module.ACCELERATOR_TOKEN_BUDGET]
+    assert memory.sizes == []
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_forwards_that_other_processes_would_wait_for_are_not_spent_on_measuring(fake, budgets, wrapped):
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, **options):
+            return self.module(**options)
+
+    model = Wrapper(build_model(400)) if wrapped else build_model(400)
+    memory = fake(model, 96 * MIB)
+    answer_nll(model, many_segments(80_000), engine="padded", forwards=lambda batches: 0, sharded=not wrapped)
+    assert budgets == [scorer_module.ACCELERATOR_TOKEN_BUDGET]
+    assert memory.sizes == []
+
+
+def test_a_model_on_several_devices_is_not_measured(fake, budgets):
+    model = build_model(400)
+    memory = fake(model, 96 * MIB)
+    model.register_parameter("elsewhere", nn.Parameter(torch.empty(2, device="meta")))
+    answer_nll(model, many_segments(80_000), engine="padded", device="cpu")
+    assert budgets == [scorer_module.ACCELERATOR_TOKEN_BUDGET]
+    assert memory.sizes == []
+
+
+def test_a_trial_that_does_not_fit_gives_the_least_budget(fake, budgets):
+    model = build_model(400)
+    memory = fake(model, 45 * MIB)  # 5 MiB, of which 3 are gone at once: about 2,000 tokens
+    answer_nll(model, many_segments(80_000), engine="padded")
+    assert budgets == [LEAST_TOKENS]
+    assert max(memory.sizes) < 2100
+
+
+def test_scores_are_those_of_single_tokens_and_batches_are_still_halved(fake, caplog):
+    caplog.set_level(logging.WARNING)
+    model, segments = build_model(400), many_segments(70_000)
+    memory = fake(model, 96 * MIB)
+    expected = [reference_nll(model, segment.ids, segment.start) for segment in segments[:5]]
+    memory.sizes.clear()
+
+    def shrink(module, args, kwargs):  # another process takes memory after the budget was found
+        if kwargs["input_ids"].numel() > 5000:
+            memory.total = 50 * MIB
+
+    model.register_forward_pre_hook(shrink, with_kwargs=True, prepend=True)
+    found = answer_nll(model, segments, engine="padded")
+    np.testing.assert_allclose(found[:5], expected, rtol=1e-5)
+    assert ["memory" in record.message for record in caplog.records] == [True]
+    assert 1000 * max(memory.sizes) < 7 * MIB
