@@ -37,9 +37,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
 
+from .head import lm_head
 from .pool import PackedPool, Pool, TrainingRow
 from .schedule import EpochPlan, Rhythm, TrainingPlan, plan_epoch, plan_training
-from .scorer import lm_head
 from .snapshot import Snapshot
 
 SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
