@@ -31,6 +31,7 @@ ORDER = [
     "pool_scorer",
     "callback",
     "files",
+    "job",
     "train",
     "foreign",
     "subset",
