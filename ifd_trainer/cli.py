@@ -284,6 +284,7 @@ def _select(options: argparse.Namespace) -> int:
 
     from .card import card_paths, check_card, summary, write_card
     from .files import check_writable, load_rows, output_file, with_columns, write_rows
+    from .foreign import SCORES
     from .hub import check_repository, push_files
     from .provenance import find_scores
     from .refusals import looks_like_refusal
@@ -303,7 +304,11 @@ def _select(options: argparse.Namespace) -> int:
     elif options.private:
         raise ValueError("--private goes with --push-to-hub USER/NAME.")
     rows = load_rows(options.data, options.split)
-    table = rows.to_pandas()
+    needed = {*SCORES, "ifd_definition", "row_id", "id", options.id_column}
+    own = options.scores is None and options.scores_format in (None, "ifd-trainer") and "ifd_status" in rows.features
+    if options.drop_refusals or not own or (options.id_column and options.id_column not in rows.features):
+        needed |= set(rows.column_names)  # texts: of refusals, and of answers that another program did not score
+    table = rows.select_columns([name for name in rows.column_names if name in needed]).to_pandas()
     scores, added, provenance = find_scores(
         table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
     )
@@ -314,7 +319,7 @@ def _select(options: argparse.Namespace) -> int:
     refusals = [looks_like_refusal(answer) for answer in answers_of(table)] if options.drop_refusals else None
     subset = choose(
         scores[name].to_numpy(dtype=float, na_value=np.nan),
-        scores["ifd_status"].to_numpy(dtype=str),
+        scores["ifd_status"],
         parse_keep(options.keep),
         name=name,
         max_ifd=options.max_ifd,

@@ -24,7 +24,7 @@ from datasets import Dataset, Value, concatenate_datasets, load_dataset
 from .history import write_atomically
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_WRITE_ROWS = 10_000  # rows in memory at a time
+_CHUNK_ROWS = 10_000  # rows in memory at a time
 
 
 def load_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
@@ -160,7 +160,7 @@ class Parts:
             writer, waiting = None, []
             for part in range(count):
                 waiting.append(pq.read_table(self.path(part)))
-                if part + 1 < count and sum(table.num_rows for table in waiting) < _WRITE_ROWS:
+                if part + 1 < count and sum(table.num_rows for table in waiting) < _CHUNK_ROWS:
                     continue
                 table = pa.concat_tables(waiting).combine_chunks()
                 writer = writer or pa.ipc.new_stream(path, table.schema)
@@ -209,7 +209,7 @@ def _write_json(dataset: Dataset, path: Path, lines: bool) -> None:
     """One object a line, or a list of them; text stays readable, a missing score is null."""
     with path.open("w", encoding="utf-8") as file:
         separator = "" if lines else "[\n"
-        for batch in dataset.with_format(None).iter(_WRITE_ROWS):
+        for batch in dataset.with_format(None).iter(_CHUNK_ROWS):
             for values in zip(*batch.values(), strict=True):
                 row = json.dumps(dict(zip(batch, values, strict=True)), ensure_ascii=False, default=str)
                 file.write(separator + row)
@@ -275,8 +275,8 @@ def _write_csv(dataset: Dataset, path: Path) -> None:
         if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type)
     ]
     plain, writer = plain.select_columns(nested), None
-    for start in range(0, max(len(dataset), 1), _WRITE_ROWS):  # a set without rows has a header too
-        rows = slice(start, min(start + _WRITE_ROWS, len(dataset)))
+    for start in range(0, max(len(dataset), 1), _CHUNK_ROWS):  # a set without rows has a header too
+        rows = slice(start, min(start + _CHUNK_ROWS, len(dataset)))
         table, values = arrow[rows], plain[rows] if nested else {}
         for i, field in enumerate(table.schema):
             if field.name in nested:
