@@ -283,7 +283,7 @@ def _select(options: argparse.Namespace) -> int:
     import numpy as np
 
     from .card import card_paths, check_card, summary, write_card
-    from .files import check_writable, load_rows, output_file, with_columns, write_rows
+    from .files import check_writable, load_rows, masked, output_file, with_columns, write_rows
     from .foreign import SCORES
     from .hub import check_repository, push_files
     from .provenance import find_scores
@@ -330,7 +330,7 @@ def _select(options: argparse.Namespace) -> int:
     if subset.shortfall:
         print(f"ifd-trainer: warning: {subset.shortfall}", file=sys.stderr)
     rows = with_columns(rows, added.assign(ifd_rank=subset.ranks, ifd_reason=subset.reasons))
-    write_rows(rows if options.all else rows.select(np.flatnonzero(subset.ranks.notna())), data)
+    write_rows(rows if options.all else masked(rows, subset.ranks.notna().to_numpy()), data)
     if options.card:
         write_card(
             card,

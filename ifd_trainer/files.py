@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from datasets import Dataset, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetInfo, Value, concatenate_datasets, load_dataset
 
 from .history import write_atomically
 
@@ -75,6 +75,22 @@ def with_columns(dataset: Dataset, columns: pd.DataFrame | Dataset) -> Dataset:
         columns = Dataset(pa.Table.from_pandas(columns, schema, preserve_index=False))
     dataset = dataset.remove_columns([name for name in columns.column_names if name in dataset.column_names])
     return concatenate_datasets([dataset, columns], axis=1)
+
+
+def masked(dataset: Dataset, mask: np.ndarray) -> Dataset:
+    """The rows under a mask, in memory; read in slices, which is many times faster than row by row with `select`.
+
+    >>> masked(Dataset.from_dict({"a": [1, 2, 3]}), np.array([True, False, True])).to_dict()
+    {'a': [1, 3]}
+    """
+    if dataset._indices is not None:
+        return dataset.select(np.flatnonzero(mask))
+    table = dataset.data.table
+    slices = [
+        table.slice(start, _CHUNK_ROWS).filter(pa.array(mask[start : start + _CHUNK_ROWS]))
+        for start in range(0, max(len(dataset), 1), _CHUNK_ROWS)
+    ]
+    return Dataset(pa.concat_tables(slices).combine_chunks(), info=DatasetInfo(features=dataset.features))
 
 
 def read_records(path: str | os.PathLike) -> list:

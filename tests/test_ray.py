@@ -48,7 +48,9 @@ def test_two_workers_score_like_the_transform(cluster, tmp_path: Path, model, to
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_other_batches_of_a_worker_are_refused_with_the_way_to_do_it(cluster, tmp_path: Path) -> None:
-    rows = ray.data.from_items(ROWS).map_batches(IFDScorer("model"), batch_format="numpy")
+def test_other_batches_of_a_worker_are_refused_with_the_way_to_do_it(cluster) -> None:
+    rows = ray.data.from_items(ROWS).map_batches(
+        IFDScorer, fn_constructor_kwargs={"model": "none"}, batch_format="numpy", concurrency=1
+    )
     with pytest.raises(ray.exceptions.RayTaskError, match='batch_format="pyarrow"'):
         rows.take_all()
