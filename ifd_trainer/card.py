@@ -6,7 +6,6 @@ The card names files and models by their last name only where they are local: it
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,9 +119,7 @@ def write_card(
             for reason, count in subset.counts.items()
         ],
         "counted": f"{subset.pool:,}",
-        "statuses": ", ".join(
-            f"{count:,} `{status}`" for status, count in Counter(rows["ifd_status"].tolist()).most_common()
-        ),
+        "statuses": ", ".join(f"{count:,} `{status}`" for status, count in rows["ifd_status"].value_counts().items()),
         "caption": f"Histogram of {subset.score} over the pool, kept rows apart",
         "image": image.name,
         "score": subset.score,

@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING
 from . import __version__
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from .columns import IFDScorer
     from .provenance import Provenance
 
 _FORMATS = "alpaca, wizardlm, prompt-completion, messages, sharegpt"
@@ -103,8 +100,10 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "score",
         help="attach IFD columns to a data set",
         description="Attach the columns cas, das, ifd, ifd_ppl, answer_tokens and ifd_status to every row. Can be "
-        "interrupted and run again with the same options: rows that are done are not scored twice.",
-        epilog="Example: ifd-trainer score alpaca.json --model HuggingFaceTB/SmolLM2-135M --output scored.parquet",
+        "interrupted and run again with the same options: rows that are done are not scored twice. Under torchrun or "
+        "accelerate launch the processes share the rows, each on its own device.",
+        epilog="Examples: ifd-trainer score alpaca.json --model HuggingFaceTB/SmolLM2-135M --output scored.parquet; "
+        "torchrun --nproc-per-node 8 -m ifd_trainer score alpaca.json --model ... --output scored.parquet",
     )
     parser.add_argument("data", help="rows: a .json, .jsonl, .csv or .parquet file, or a hub name")
     parser.add_argument("--model", required=True, help="model that scores: a hub name or a local path")
@@ -213,16 +212,25 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 
 def _score(options: argparse.Namespace) -> int:
+    import pyarrow.compute as pc
+    import torch
     from datasets.fingerprint import Hasher
 
     from .columns import IFDScorer, default_device
     from .files import Parts, check_writable, load_rows, source_digest, with_columns, write_rows
+    from .job import Process, score_parts
     from .provenance import write_provenance
 
     check_writable(options.output)
+    process = Process.of_launch()
     rows = load_rows(options.data, options.split)
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
-    device = options.device or default_device()
+    if not len(rows):
+        raise ValueError(f"{options.data} has no rows to score.")
+    device = options.device
+    if device is None or (device == "cuda" and torch.cuda.is_available()):
+        device = default_device(process.local_rank)  # each process on a machine has a device of its own
+    kind = torch.device(device).type
     scorer = IFDScorer(
         options.model,
         format=options.format,
@@ -230,24 +238,29 @@ def _score(options: argparse.Namespace) -> int:
         max_length=options.max_length,
         min_answer_tokens=options.min_answer_tokens,
         score_truncated=options.score_truncated,
-        device=device,
+        device=kind,
         dtype=options.dtype,
         token_budget=options.token_budget,
     )
-    size = options.part_rows or (64 if device == "cpu" else 2048)
+    size = options.part_rows or (64 if kind == "cpu" else 2048)
     job = {
         "data": source_digest(options.data, rows),
         "rows": len(rows),
         "part_rows": size,
-        "scorer": Hasher.hash(scorer),
+        "scorer": Hasher.hash(scorer),  # the same for all processes, and for any number of them
     }
-    parts = Parts(options.output, job)
-    scores = _score_parts(rows, scorer, parts, size)
+    scorer.device = device
+    parts = process.first(lambda: Parts(options.output, job))
+    score_parts(rows, scorer, parts, size, process)
+    if not process.main:
+        return 0
+    scores = parts.join(len(range(0, len(rows), size)))
     rows = with_columns(rows, scores)  # scored again: the new scores take the place of the old ones
     write_rows(rows, options.output)
     write_provenance(options.output, _provenance(options, rows.column_names), scores)
     parts.remove()
-    counts = ", ".join(f"{count} {status}" for status, count in scores["ifd_status"].value_counts().items())
+    counted = sorted(pc.value_counts(scores.data["ifd_status"]).to_pylist(), key=lambda status: -status["counts"])
+    counts = ", ".join(f"{status['counts']} {status['values']}" for status in counted)
     print(f"{len(rows)} rows: {counts}. Written to {options.output}.")
     return 0
 
@@ -271,34 +284,12 @@ def _provenance(options: argparse.Namespace, columns: list[str]) -> Provenance:
     )
 
 
-def _score_parts(rows: object, scorer: IFDScorer, parts: object, size: int) -> pd.DataFrame:
-    """Score what is not done yet, part by part; the scores of all rows."""
-    import pandas as pd
-    from tqdm.auto import tqdm
-
-    from .encoding import token_count
-
-    starts = range(0, len(rows), size)
-    done = sum(min(size, len(rows) - start) for part, start in enumerate(starts) if parts.done(part))
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-    with tqdm(total=len(rows), initial=done, desc="Scoring", unit="row", bar_format=layout) as bar:
-        for part, start in enumerate(starts):
-            if parts.done(part):
-                continue
-            pairs = scorer.encode(rows[start : start + size])
-            before, count = bar.n, min(size, len(rows) - start)
-            rows_per_token = count / max(token_count(pairs), 1)
-            scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
-            bar.update(before + count - bar.n)  # exact again, and the rows without a score
-            parts.save(part, pd.DataFrame(scores.columns()))
-    return pd.concat(parts.read(len(starts)), ignore_index=True)
-
-
 def _select(options: argparse.Namespace) -> int:
     import numpy as np
 
     from .card import card_paths, check_card, summary, write_card
-    from .files import check_writable, load_rows, output_file, with_columns, write_rows
+    from .files import check_writable, load_rows, masked, output_file, with_columns, write_rows
+    from .foreign import SCORES
     from .hub import check_repository, push_files
     from .provenance import find_scores
     from .refusals import looks_like_refusal
@@ -318,7 +309,11 @@ def _select(options: argparse.Namespace) -> int:
     elif options.private:
         raise ValueError("--private goes with --push-to-hub USER/NAME.")
     rows = load_rows(options.data, options.split)
-    table = rows.to_pandas()
+    needed = {*SCORES, "ifd_definition", "row_id", "id", options.id_column}
+    own = options.scores is None and options.scores_format in (None, "ifd-trainer") and "ifd_status" in rows.features
+    if options.drop_refusals or not own or (options.id_column and options.id_column not in rows.features):
+        needed |= set(rows.column_names)  # texts: of refusals, and of answers that another program did not score
+    table = rows.select_columns([name for name in rows.column_names if name in needed]).to_pandas()
     scores, added, provenance = find_scores(
         table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
     )
@@ -329,7 +324,7 @@ def _select(options: argparse.Namespace) -> int:
     refusals = [looks_like_refusal(answer) for answer in answers_of(table)] if options.drop_refusals else None
     subset = choose(
         scores[name].to_numpy(dtype=float, na_value=np.nan),
-        scores["ifd_status"].to_numpy(dtype=str),
+        scores["ifd_status"],
         parse_keep(options.keep),
         name=name,
         max_ifd=options.max_ifd,
@@ -340,7 +335,7 @@ def _select(options: argparse.Namespace) -> int:
     if subset.shortfall:
         print(f"ifd-trainer: warning: {subset.shortfall}", file=sys.stderr)
     rows = with_columns(rows, added.assign(ifd_rank=subset.ranks, ifd_reason=subset.reasons))
-    write_rows(rows if options.all else rows.select(np.flatnonzero(subset.ranks.notna())), data)
+    write_rows(rows if options.all else masked(rows, subset.ranks.notna().to_numpy()), data)
     if options.card:
         write_card(
             card,

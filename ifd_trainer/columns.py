@@ -3,6 +3,19 @@
 `datasets.map` caches by the pickle of the callable. The pickle of an `IFDScorer` holds a digest of the weights and
 the options, never the weights: equal weights and options hit the cache, changed weights miss it, and hashing costs
 one read of the weights at most.
+
+For a pool beyond one machine, a Ray cluster scores with one model for each GPU (`pip install ifd_trainer[ray]`):
+
+    rows = ray.data.read_parquet("s3://bucket/pool/")
+    scored = rows.map_batches(
+        IFDScorer,  # the class: each worker loads the model once; on CPUs leave out num_gpus
+        fn_constructor_kwargs={"model": "HuggingFaceTB/SmolLM2-135M", "format": "alpaca"},
+        batch_format="pyarrow",  # the only one: all columns stay as they are, and their types
+        batch_size=2048,
+        num_gpus=1,
+        concurrency=16,
+    )
+    scored.write_parquet("s3://bucket/scored/")
 """
 
 from __future__ import annotations
@@ -10,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +35,7 @@ from datasets.formatting.formatting import LazyRow
 from datasets.utils import are_progress_bars_disabled
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .encoding import EncodedPair, Encoder
+from .encoding import EncodedPair, Encoder, Status
 from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
 from .scorer import Scores, prompt_features, score_pairs, token_progress
 
@@ -103,8 +117,13 @@ class IFDScorer:
         self._encoder: Encoder | None = None
         Encoder(None, **self.options)  # a wrong definition is an error here, not after the model has loaded
 
-    def __call__(self, batch: Mapping[str, list], rank: int | None = None) -> dict[str, list]:
-        """Columns for a batch of rows, as `datasets.map(batched=True)` passes and takes them."""
+    def __call__(self, batch: Mapping[str, list] | pa.Table, rank: int | None = None) -> dict[str, list] | pa.Table:
+        """Columns for a batch of rows, as `datasets.map(batched=True)` passes and takes them.
+
+        An Arrow table, as Ray passes it with `batch_format="pyarrow"`, comes back whole, with the columns at its end.
+        """
+        if isinstance(batch, pa.Table):
+            return self._table(batch, rank)
         self._need_batch(batch)
         pairs = self.encode(batch, rank)
         # `map` shows a batch once it is done, which on a CPU takes minutes; workers would write over each other.
@@ -112,6 +131,16 @@ class IFDScorer:
         with token_progress(pairs, "Scoring a batch", show) as bar:
             scores = self.score(pairs, bar.update)
         return {name: _Column(values) for name, values in scores.columns().items()}
+
+    def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
+        if not table.num_rows:  # Ray tells a schema by an empty block
+            scores = Scores.unscored(0, Status.OK.value)
+        else:
+            scores = self.score(self.encode(table.to_pydict(), rank))
+        table = table.drop_columns([name for name in IFD_COLUMNS if name in table.column_names])
+        for name, values in scores.columns().items():
+            table = table.append_column(name, pa.array(_Column(values), _ARROW_TYPES[values.dtype.kind]))
+        return table
 
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
         """Render and tokenise a batch; loads the model on first use."""
@@ -153,7 +182,13 @@ class IFDScorer:
     def _need_batch(self, batch: Mapping[str, list]) -> None:
         if not isinstance(batch, Mapping):
             raise ValueError(
-                f"IFDScorer takes Python values, got a {type(batch).__name__}: call it on `dataset.with_format(None)`."
+                f"IFDScorer takes Python values or an Arrow table, got a {type(batch).__name__}: call it on "
+                '`dataset.with_format(None)`, or in Ray with `map_batches(..., batch_format="pyarrow")`.'
+            )
+        if _in_ray():  # what comes back there takes the place of the rows, and is not added to them
+            raise ValueError(
+                "IFDScorer got a dictionary of arrays. In Ray pass an Arrow table, whose columns all stay: "
+                '`map_batches(IFDScorer, batch_format="pyarrow", ...)`.'
             )
         if isinstance(batch, LazyRow) or any(isinstance(value, str) for value in batch.values()):
             raise ValueError("IFDScorer scores batches: call `dataset.map(scorer, batched=True)`.")
@@ -201,6 +236,15 @@ class IFDScorer:
     def __repr__(self) -> str:
         model = self.name or type(self._model).__name__
         return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r})"
+
+
+def _in_ray() -> bool:
+    """Whether this is a worker of a Ray cluster."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    context = ray.get_runtime_context()
+    return context.get_actor_id() is not None or context.get_task_id() is not None
 
 
 def default_device(rank: int | None = None) -> str:

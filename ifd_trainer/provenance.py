@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
+from datasets import Dataset
 
 from .foreign import SCORES, read_scores
 from .history import write_atomically
@@ -55,7 +56,7 @@ def provenance_path(data: str | os.PathLike) -> Path:
     return Path(f"{os.fspath(data)}.ifd.yaml")
 
 
-def write_provenance(data: str | os.PathLike, provenance: Provenance, scores: pd.DataFrame) -> None:
+def write_provenance(data: str | os.PathLike, provenance: Provenance, scores: pd.DataFrame | Dataset) -> None:
     """Write the provenance of a data file with these scores."""
     known = {name: value for name, value in asdict(provenance).items() if value is not None}
     text = yaml.safe_dump(known | {"scores": scores_digest(scores)}, sort_keys=False, allow_unicode=True)
@@ -146,10 +147,14 @@ def _one_definition(rows: pd.DataFrame, data: str) -> str | None:
     return rows["ifd_definition"].iloc[0] if found else None
 
 
-def scores_digest(scores: pd.DataFrame) -> str:
-    """A digest of the columns `ifd` and `ifd_ppl`, the same in every file format."""
+def scores_digest(scores: pd.DataFrame | Dataset) -> str:
+    """A digest of the columns `ifd` and `ifd_ppl`, the same in every file format; of a data set, chunk by chunk."""
     digest = hashlib.blake2b(digest_size=16)
     for name in ("ifd", "ifd_ppl"):
-        values = pd.to_numeric(scores[name]).to_numpy(dtype=np.float64, na_value=np.nan)
-        digest.update(np.where(np.isnan(values), np.nan, values).astype("<f8").tobytes())
+        if isinstance(scores, pd.DataFrame):
+            chunks = [pd.to_numeric(scores[name]).to_numpy(dtype=np.float64, na_value=np.nan)]
+        else:
+            chunks = (chunk.to_numpy(zero_copy_only=False) for chunk in scores.data[name].chunks)
+        for values in chunks:
+            digest.update(np.where(np.isnan(values), np.nan, values).astype("<f8").tobytes())
     return digest.hexdigest()

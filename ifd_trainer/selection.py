@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
 from .encoding import Status
 
@@ -142,25 +143,25 @@ class Cherry:
         if budget < 1:
             raise ValueError(f"The budget must be at least one row, got {budget}.")
         score = np.asarray(columns[self.score], dtype=np.float64)
-        status = np.asarray(columns["ifd_status"]).astype(str)
+        statuses, codes = coded(columns["ifd_status"])
         ids = np.arange(len(score)) if ids is None else np.asarray(ids)
-        scored = (status == Status.OK.value) & np.isfinite(score)
+        ok = (statuses == Status.OK.value)[codes]
+        scored = ok & np.isfinite(score)
         eligible = scored & (score < self.max_ifd)
-        ranked = _rank(score, ids, eligible)
-        shortfall = max(budget - len(ranked), 0)
-        if shortfall and (self.on_shortfall == "error" or not len(ranked)):
+        count = int(eligible.sum())
+        shortfall = max(budget - count, 0)
+        if shortfall and (self.on_shortfall == "error" or not count):
             raise ShortfallError(self._explain(budget, eligible, scored))
-        kept = ranked[:budget]
-        relaxed = _rank(-score, ids, scored & ~eligible)[:shortfall] if self.on_shortfall == "relax" else ranked[:0]
+        kept = _best(score, ids, eligible, budget)
+        relaxed = _best(-score, ids, scored & ~eligible, shortfall) if self.on_shortfall == "relax" else kept[:0]
         kept = np.concatenate([kept, relaxed])
         kept = np.concatenate([kept, _repeats(kept, budget - len(kept), rng)])
-        reasons = status.astype(object)
-        reasons[(status == Status.OK.value) & ~scored] = Status.NONFINITE.value
-        reasons[scored] = ABOVE_LIMIT
-        reasons[eligible] = BELOW_CUT
-        reasons[kept] = KEPT
-        reasons[relaxed] = RELAXED
-        return Selection(kept, reasons, float(score[kept].min()), len(ranked), shortfall)
+        names = [*statuses, Status.NONFINITE.value, ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED]
+        reason = codes.copy()
+        for code, rows in enumerate((ok & ~scored, scored, eligible, kept, relaxed), start=len(statuses)):
+            reason[rows] = code
+        reasons = np.array(names, dtype=object)[reason]
+        return Selection(kept, reasons, float(score[kept].min()), count, shortfall)
 
     def _explain(self, budget: int, eligible: np.ndarray, scored: np.ndarray) -> str:
         return (
@@ -171,10 +172,27 @@ class Cherry:
         )
 
 
-def _rank(score: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Positions under the mask, highest score first, ties by id."""
-    positions = np.flatnonzero(mask)
-    return positions[np.lexsort((ids[positions], -score[positions]))]
+def coded(values: np.ndarray | pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """The different texts of an array (k,), as objects, and for each of its n values which of them it is (n,).
+
+    Ten million statuses are a handful of texts: what is computed on the numbers makes no Python object for each row.
+
+    >>> texts, codes = coded(np.array(["ok", "failed", "ok"]))
+    >>> texts[codes].tolist()
+    ['ok', 'failed', 'ok']
+    """
+    values = values if isinstance(values, pd.Series) else np.asarray(values, dtype=object)
+    codes, texts = pd.factorize(values, use_na_sentinel=False)
+    return np.asarray(texts, dtype=object).astype(str).astype(object), codes
+
+
+def _best(score: np.ndarray, ids: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` positions under the mask, highest score first, ties by id; no others are sorted."""
+    positions = np.flatnonzero(mask) if count else np.flatnonzero(())
+    if count < len(positions):
+        cut = np.partition(score[positions], len(positions) - count)[len(positions) - count]
+        positions = positions[score[positions] >= cut]
+    return positions[np.lexsort((ids[positions], -score[positions]))][:count]
 
 
 def _repeats(rows: np.ndarray, missing: int, rng: np.random.Generator | None) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ import pandas as pd
 from .encoding import Status
 from .refusals import REFUSAL
 from .schedule import as_schedule
-from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, Cherry, ShortfallError
+from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, Cherry, ShortfallError, coded
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ class Subset:
     @property
     def kept(self) -> int:
         """Number of rows kept."""
-        return int((self.reasons == KEPT).sum())
+        return self.counts[KEPT]
 
-    @property
+    @cached_property
     def counts(self) -> dict[str, int]:
         """Rows by reason, `kept` first, then the most frequent; they add up to the pool."""
-        counts = Counter(self.reasons.tolist())
+        names, codes = coded(self.reasons)
+        counts = Counter(dict(zip(names.tolist(), np.bincount(codes, minlength=len(names)).tolist(), strict=True)))
         rest = sorted((item for item in counts.items() if item[0] != KEPT), key=lambda item: (-item[1], item[0]))
         return {KEPT: counts[KEPT], **dict(rest)}
 
@@ -66,7 +68,7 @@ class Subset:
 
 def choose(
     score: np.ndarray,
-    status: np.ndarray,
+    status: np.ndarray | pd.Series,
     keep: float | int,
     *,
     name: str = "ifd",
@@ -96,19 +98,23 @@ def choose(
     """
     policy = Cherry(max_ifd, name, "error")
     score = np.asarray(score, dtype=np.float64)
-    status = np.asarray(status, dtype=str).astype(object)
+    names, codes = coded(status)
+    status = names[codes]  # shared texts, and an array of our own
     if refusals is not None:
         status[refusals] = REFUSAL
     asked = as_schedule(keep).budget(0, len(score))
-    eligible = int(((status == Status.OK.value) & (score < max_ifd)).sum())
+    ok = status == Status.OK.value
+    eligible = int((ok & (score < max_ifd)).sum())
+    ranks, unranked = np.zeros(len(score), dtype=np.int64), np.ones(len(score), dtype=bool)
     if eligible == 0 or (strict and eligible < asked):
-        reasons = np.where((status == Status.OK.value) & np.isfinite(score), ABOVE_LIMIT, status)
-        reasons[(status == Status.OK.value) & (score < max_ifd)] = BELOW_CUT
-        none = pd.Series(pd.array([None] * len(score), dtype="Int64"))
+        reasons = np.where(ok & np.isfinite(score), ABOVE_LIMIT, status)
+        reasons[ok & (score < max_ifd)] = BELOW_CUT
+        none = pd.Series(pd.arrays.IntegerArray(ranks, unranked))
         raise ShortfallError(_shortfall(Subset(keep, asked, reasons, none, float("nan"), eligible, name, max_ifd)))
     selection = policy({name: score, "ifd_status": status}, min(asked, eligible), ids=ids)
-    ranks = pd.Series(pd.array([None] * len(score), dtype="Int64"))
-    ranks.iloc[selection.kept] = np.arange(1, len(selection.kept) + 1)
+    ranks[selection.kept] = np.arange(1, len(selection.kept) + 1)
+    unranked[selection.kept] = False
+    ranks = pd.Series(pd.arrays.IntegerArray(ranks, unranked))
     return Subset(keep, asked, selection.reasons, ranks, selection.cut, eligible, name, max_ifd)
 
 
@@ -131,11 +137,14 @@ def tie_ids(rows: pd.DataFrame, column: str | None = None) -> tuple[str | None, 
                 raise ValueError(f"There is no column {column!r} of row ids; the columns are {sorted(rows.columns)}.")
             continue
         values = rows[name]
-        if not values.map(pd.api.types.is_hashable).all():
+        if values.dtype == object and not values.map(pd.api.types.is_hashable).all():
             values = values.astype(str)
         if values.notna().all() and values.is_unique:
             keys = values if values.dtype.kind in "iuf" else values.astype(str)
-            return name, np.argsort(np.argsort(keys.to_numpy(), kind="stable"), kind="stable")
+            order = np.argsort(keys.to_numpy(), kind="stable")
+            ranks = np.empty(len(values), dtype=np.int64)
+            ranks[order] = np.arange(len(values))
+            return name, ranks
         if column:
             raise ValueError(
                 f"The column {name!r} cannot tell rows apart: {values.isna().sum()} of {len(values)} values are null "
@@ -145,8 +154,8 @@ def tie_ids(rows: pd.DataFrame, column: str | None = None) -> tuple[str | None, 
 
 
 def _shortfall(subset: Subset) -> str:
-    dropped = Counter(reason for reason in subset.reasons.tolist() if reason not in (KEPT, BELOW_CUT))
-    why = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "none is dropped"
+    dropped = [(reason, count) for reason, count in subset.counts.items() if reason not in (KEPT, BELOW_CUT)]
+    why = ", ".join(f"{count} {reason}" for reason, count in dropped) or "none is dropped"
     share = f"{subset.keep:g} of all " if isinstance(subset.keep, float) else "of "
     return (
         f"{subset.asked} rows asked for ({share}{subset.pool} rows in the pool), only {subset.eligible} are eligible "

@@ -133,13 +133,30 @@ def test_an_empty_data_set_stays_empty(scorer):
 @pytest.mark.parametrize("format", ["numpy", "torch", "pandas", "arrow"])
 def test_the_output_format_of_a_data_set_survives(scorer, format):
     rows = Dataset.from_dict(GOOD | {"number": [1, 2, 3]})
-    if format in ("pandas", "arrow"):  # their batches are tables: the transform says what it wants
+    if format == "pandas":  # the transform says what it wants
         with pytest.raises(ValueError, match=r"with_format\(None\)"):
             rows.with_format(format).map(scorer, batched=True)
     else:
         scored = rows.with_format(format).map(scorer, batched=True)
         assert scored.format["type"] == format
         assert scored.with_format(None)["ifd"] == rows.map(scorer, batched=True)["ifd"]
+
+
+def test_an_arrow_table_comes_back_whole_with_the_columns_at_its_end(scorer):
+    table = pa.table(GOOD | {"ifd": ["old"] * 3, "parts": [[1], None, []], "small": pa.array([1, 2, 3], pa.int8())})
+    found = scorer(table)
+    kept = ["instruction", "output", "parts", "small"]
+    assert found.column_names == [*kept, *IFD_COLUMNS]
+    assert found.select(kept).equals(table.select(kept))
+    assert {field.name: field.type for field in found.schema if field.name in IFD_COLUMNS} == ARROW
+    assert found["ifd"].to_pylist() == scorer(GOOD)["ifd"]
+    assert scorer(table[:0]).schema == found.schema
+
+
+def test_arrays_of_ray_are_refused_with_the_way_to_do_it(scorer, monkeypatch):
+    monkeypatch.setattr(columns, "_in_ray", lambda: True)
+    with pytest.raises(ValueError, match='batch_format="pyarrow"'):
+        scorer({name: np.array(values) for name, values in GOOD.items()})
 
 
 # ---- bad rows ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ifd_trainer.files import load_rows, output_file, read_records, with_columns, write_rows
+from ifd_trainer.files import load_rows, masked, output_file, read_records, with_columns, write_rows
 
 ROWS = [
     {
@@ -167,3 +167,14 @@ def test_records_with_nan_and_a_line_that_is_none(tmp_path):
     path.write_text('{"a": 1}\n{"a"\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 2, is not JSON"):
         read_records(path)
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet", ".csv"])
+def test_rows_under_a_mask_are_those_that_select_gives(tmp_path, ending):
+    rows = load_rows(str(source(tmp_path, ending)))
+    for mask in ([True, False], [False, True], [True, True], [False, False]):
+        expected = rows.select(np.flatnonzero(mask))
+        for pool in (rows, rows.select([1, 0]).select([1, 0])):  # the second one has indices
+            found = masked(pool, np.array(mask))
+            assert found.features == expected.features
+            assert found.to_list() == expected.to_list()

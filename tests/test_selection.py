@@ -257,3 +257,24 @@ def test_the_columns_are_not_changed():
     Cherry()(columns, 3)
     for name, values in columns.items():
         np.testing.assert_array_equal(values, before[name])
+
+
+# ---- many rows --------------------------------------------------------------------------------------------------
+
+
+def test_reasons_of_many_rows_are_a_few_texts_and_not_one_object_for_each_row():
+    statuses = np.array(["ok", "trunc" + "ated"], dtype=object)[np.arange(1000) % 2]
+    selection = select(np.arange(1000) / 1000, budget=10, statuses=statuses)
+    assert len({id(reason) for reason in selection.reasons}) == 3
+    assert set(selection.reasons) == {KEPT, BELOW_CUT, "truncated"}
+
+
+@given(data=scores_and_budget)
+def test_the_rows_kept_are_those_of_a_full_sort(data):
+    scores, budget = data
+    eligible = [i for i, score in enumerate(scores) if score < 1]
+    if not eligible:
+        return
+    ids = [(7 * i) % 101 for i in range(len(scores))]
+    expected = sorted(eligible, key=lambda i: (-scores[i], ids[i]))[:budget]
+    assert select(scores, budget, ids=ids).kept[: len(expected)].tolist() == expected

@@ -33,6 +33,7 @@ ORDER = [
     "pool_scorer",
     "callback",
     "files",
+    "job",
     "train",
     "foreign",
     "subset",

@@ -1,0 +1,144 @@
+"""A long scoring job: parts of a data set, scored by one process or by several, each saved as soon as it is done.
+
+Several processes (`torchrun`, `accelerate launch`) draw the numbers of parts from one counter, so that none of them
+waits for another before the last part, however unequal parts and devices are. What is done is on disk: a job that is
+interrupted, or one of whose processes dies, goes on with the parts that are missing, with any number of processes.
+The processes share the folder of the parts and the launcher's key-value store; they exchange nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from .encoding import token_count
+from .files import Parts
+
+if TYPE_CHECKING:
+    from .columns import IFDScorer
+
+STALL = 1800.0  # seconds without a finished part after which the main process gives up on the others
+GRACE = 60.0  # seconds until a file of another machine is seen here
+_POLL = 0.1
+_LAYOUT = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+
+
+@dataclass
+class Process:
+    """One of the processes of a job, or the only one.
+
+    Attributes:
+        rank: 0 for the main process, which writes the output.
+        local_rank: the number of its device on its machine.
+        processes: how many there are.
+        store: the launcher's key-value store; None for a single process.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    processes: int = 1
+    store: Any = None
+    _numbers: count = field(default_factory=count, repr=False)
+    _rows: int = 0
+
+    @classmethod
+    def of_launch(cls) -> Process:
+        """This process as its launcher's environment describes it.
+
+        Raises:
+            ValueError: for several processes without the address of the main one.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls()
+        from torch.distributed.rendezvous import rendezvous
+
+        store, rank, processes = next(rendezvous("env://"))
+        return cls(rank, int(os.environ.get("LOCAL_RANK", rank)), processes, store)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the output."""
+        return self.rank == 0
+
+    def first(self, prepare: Callable[[], Any]) -> Any:
+        """Call a function in the main process, then in the others."""
+        if not self.main:
+            self.store.wait(["ready"])
+        found = prepare()
+        if self.main and self.store is not None:
+            self.store.set("ready", "")
+        return found
+
+    def draw(self) -> int:
+        """The number of the next part, for one process only."""
+        return next(self._numbers) if self.store is None else self.store.add("part", 1) - 1
+
+    def add_rows(self, rows: int) -> int:
+        """Say that rows are done; how many all processes have done by now."""
+        if self.store is not None:
+            return self.store.add("rows", rows)
+        self._rows += rows
+        return self._rows
+
+    def end(self) -> None:
+        """Say that this process draws no more parts."""
+        if self.store is not None:
+            self.store.add("ended", 1)
+
+    def ended(self) -> bool:
+        """Whether no process draws any more parts."""
+        return self.store is None or self.store.add("ended", 0) == self.processes
+
+
+def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, process: Process) -> None:
+    """Score the parts that are not done yet, `size` rows each, and save each; the main process waits for all.
+
+    Raises:
+        RuntimeError: in the main process, when the others make no progress or their parts do not arrive.
+    """
+    starts = range(0, len(rows), size)
+    done = sum(min(size, len(rows) - start) for part, start in enumerate(starts) if parts.done(part))
+    with tqdm(
+        total=len(rows), initial=done, desc="Scoring", unit="row", bar_format=_LAYOUT, disable=not process.main
+    ) as bar:
+        while (part := process.draw()) < len(starts):
+            if parts.done(part):
+                continue
+            batch = rows[starts[part] : starts[part] + size]
+            pairs = scorer.encode(batch)
+            rows_per_token = len(pairs) / max(token_count(pairs), 1)
+            scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
+            parts.save(part, scores.columns())
+            bar.update(done + process.add_rows(len(pairs)) - bar.n)  # exact again, and the rows without a score
+        process.end()
+        if process.main:
+            _wait(parts, len(starts), process, lambda: bar.update(done + process.add_rows(0) - bar.n))
+
+
+def _wait(parts: Parts, number: int, process: Process, show: Callable[[], Any]) -> None:
+    """Until all parts are on disk and the other processes draw no more."""
+    missing, since = [part for part in range(number) if not parts.done(part)], time.monotonic()
+    while missing or not process.ended():
+        ended = process.ended()
+        left = [part for part in missing if not parts.done(part)]
+        if len(left) < len(missing):
+            missing, since = left, time.monotonic()
+            show()
+        elif time.monotonic() - since > (GRACE if ended else STALL):
+            why = (
+                f"all processes are done, but {parts.folder} is not the same folder on all of their machines. Write to "
+                "a file system that they share"
+                if ended
+                else f"none was finished in {STALL:.0f} s, so a process has died or hangs. End the others"
+            )
+            raise RuntimeError(
+                f"{len(missing)} of {number} parts are missing: {why}, and run the same command again to go on."
+            )
+        time.sleep(_POLL)
