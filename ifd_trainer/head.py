@@ -29,9 +29,9 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 # to be worth a read of the head's weights (441 at a vocabulary of 152,000).
 CPU_CHUNK_VALUES = 2**25
 ACCELERATOR_CHUNK_VALUES = 2**27
-# Logits that are float32 and exponentiated at a time; on a CPU so few that they stay in its cache. Projecting 440 rows
-# to 152,000 logits (128 hidden) and reducing them took 0.66 CPU seconds in parts of 256 rows, 0.49 of 16, 0.41 of one.
-_CPU_PART_VALUES = 2**18
+# Logits that are float32 and exponentiated at a time, 27 positions of 152,000 on a CPU. In parts of one position two
+# threads that had to share their cores waited for each other most of the time; parts of 55 took up to 419 MiB in all.
+_CPU_PART_VALUES = 2**22
 _ACCELERATOR_PART_VALUES = 2**26
 
 
