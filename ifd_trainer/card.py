@@ -166,8 +166,11 @@ def _front_matter(title: str, rows: int, data: str) -> str:
         "task_categories": ["text-generation"],
         "size_categories": [size_category(rows)],
         "tags": ["instruction-tuning", "data-selection", "ifd", "ifd_trainer"],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": data}]}],
     }
+    # train.parquet is found without being named. Named, `datasets` 5.2 would cache a local folder by this card alone,
+    # and show the rows of an earlier folder of the same name and card.
+    if not data.startswith("train."):
+        matter["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": data}]}]
     return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, width=1000)
 
 

@@ -41,6 +41,8 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
             return _read_csv(path)
         rows = load_dataset(kind, data_files=str(path), split="train")
         return _exact_json(rows, path) if kind == "json" else rows
+    if (path / f"{split}.parquet").is_file():
+        return load_dataset("parquet", data_files=str(path / f"{split}.parquet"), split="train")
     if path.is_dir():
         return load_dataset(str(path), config, split=split)
     if path.suffix in LOADERS or source.startswith((".", "/")):

@@ -101,6 +101,20 @@ def test_refusals_are_dropped_on_request(scored, tmp_path, capsys):
     assert "1 refusal" in capsys.readouterr().out
 
 
+def test_another_selection_in_a_folder_of_the_same_name_is_not_the_first_one_from_the_cache(scored, tmp_path):
+    found = []
+    for place, keep in (("a", "1"), ("b", "3"), ("c", "2")):
+        out = tmp_path / place / "cherry"
+        assert select(scored, "--keep", keep, "--output", out) == 0
+        found.append(
+            (len(load_dataset(str(out), cache_dir=str(tmp_path / "cache"))["train"]), len(load_rows(str(out))))
+        )
+        card = out / "README.md"  # two selections may well have the same card: the title and the numbers of rows
+        card.write_text("---\n" + card.read_text(encoding="utf-8").split("---\n")[1] + "---\n", encoding="utf-8")
+        found.append(len(load_dataset(str(out), cache_dir=str(tmp_path / "cache"))["train"]))
+    assert found == [(1, 1), 1, (3, 3), 3, (2, 2), 2]
+
+
 def test_a_folder_is_a_data_set(scored, tmp_path):
     out = tmp_path / "cherry"
     assert select(scored, "--keep", "0.34", "--output", out) == 0
