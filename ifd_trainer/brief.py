@@ -53,8 +53,7 @@ class Brief:
     def __post_init__(self) -> None:
         if self.method not in ("kmeans", "random"):
             raise ValueError(f"method must be 'kmeans' or 'random', got {self.method!r}.")
-        if not 0 <= self.low < self.high <= 100:
-            raise ValueError(f"low and high are percentiles, 0 <= low < high <= 100, got {self.low} and {self.high}.")
+        _check_percentiles(self.low, self.high)
         sample_shape(1, self.clusters, self.per_cluster, self.max_share)  # says what is wrong with these
 
     def rows(self, pool: int) -> int:
@@ -81,11 +80,11 @@ class Brief:
         Raises:
             ValueError: when no row is usable.
         """
-        count = self.rows(len(perplexity))
+        shape = sample_shape(len(perplexity), self.clusters, self.per_cluster, self.max_share)
+        count = math.prod(shape)
         ids = np.arange(len(perplexity)) if ids is None else np.asarray(ids)
         usable = np.isfinite(perplexity)
         if self.method == "kmeans":
-            shape = sample_shape(len(perplexity), self.clusters, self.per_cluster, self.max_share)
             chosen = brief_sample(
                 embeddings,
                 perplexity,
@@ -148,8 +147,7 @@ def brief_sample(
     >>> brief_sample(np.array([[0.0], [0.1], [0.2], [9.0]]), np.array([3.0, 7.0, 5.0, np.nan]), max_share=0.3).tolist()
     [2]
     """
-    if not 0 <= low < high <= 100:
-        raise ValueError(f"low and high are percentiles with 0 <= low < high <= 100, got {low} and {high}.")
+    _check_percentiles(low, high)
     embeddings, perplexity = np.asarray(embeddings), np.asarray(perplexity, dtype=np.float64)
     ids = np.arange(len(perplexity)) if ids is None else np.asarray(ids)
     if embeddings.ndim != 2 or perplexity.ndim != 1 or not len(embeddings) == len(perplexity) == len(ids):
@@ -192,6 +190,11 @@ def sample_shape(rows: int, clusters: int = 100, per_cluster: int = 10, max_shar
     per_cluster = max(1, round(per_cluster * math.sqrt(allowed / (clusters * per_cluster))))
     per_cluster = min(per_cluster, allowed)
     return min(clusters, allowed // per_cluster), per_cluster
+
+
+def _check_percentiles(low: float, high: float) -> None:
+    if not 0 <= low < high <= 100:
+        raise ValueError(f"low and high are percentiles with 0 <= low < high <= 100, got {low} and {high}.")
 
 
 def _cluster(embeddings: np.ndarray, clusters: int, seed: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
 from .columns import IFD_COLUMNS, IFDScorer
-from .encoding import EncodedPair, Encoder, EndOfTurn, Status, answer_span, share_out, token_count
+from .encoding import EncodedPair, Encoder, EndOfTurn, Status, share_out, token_count
 from .formats import Example
 from .loop import scoring_model
 from .pool import Pool
@@ -76,7 +76,8 @@ class PoolScorer:
         starts, ends = self.pool.spans(rows).T
 
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
-            prompts = [list(ids[: answer_span(labels)[0]]) for ids, labels in self.pool.tokens(rows[part])]
+            tokens = self.pool.tokens(rows[part])
+            prompts = [list(ids[:start]) for (ids, _), start in zip(tokens, starts[part], strict=True)]
             with self._progress(sum(map(len, prompts)), description) as bar:
                 embeddings, perplexity = prompt_features(prompts=prompts, progress=bar.update, **self._running())
             return {"embeddings": embeddings, "perplexity": perplexity}
@@ -125,8 +126,7 @@ class PoolScorer:
     def _own_scores(self, rows: np.ndarray, prefix: Sequence[int], description: str) -> dict[str, np.ndarray]:
         trim = EndOfTurn(self.encoder.tokenizer)
         pairs: list[EncodedPair] = []
-        for ids, labels in self.pool.tokens(rows):
-            start, end = answer_span(labels)
+        for (ids, _), (start, end) in zip(self.pool.tokens(rows), self.pool.spans(rows).tolist(), strict=True):
             ids = list(ids[:end])
             pairs.append(self.encoder.pair(ids[: trim(ids, start)], start, prefix))
         with self._progress(token_count(pairs), description) as bar:
@@ -135,24 +135,15 @@ class PoolScorer:
     def _other_scores(self, scorer: IFDScorer, rows: np.ndarray, description: str) -> dict[str, np.ndarray]:
         if not len(rows):
             return Scores.unscored(0, "").columns()
-        prompts, answers = [], []
-        for ids, labels in self.pool.tokens(rows):
-            start, end = answer_span(labels)
-            prompts.append(ids[:start])
-            answers.append(ids[start:end])
-        decode = self.encoder.tokenizer.batch_decode
-        texts = {
-            name: decode(ids, skip_special_tokens=True) for name, ids in (("prompt", prompts), ("answer", answers))
-        }
-        pairs = scorer.encode(texts)
+        prompts, answers = self._texts(rows)
+        pairs = scorer.encode({"prompt": prompts, "answer": answers})
         with self._progress(token_count(pairs), description) as bar:
             return scorer.score(pairs, bar.update).columns()
 
     def _texts(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
         """Prompts and answers as text, without special tokens: another model has its own."""
         prompts, answers = [], []
-        for ids, labels in self.pool.tokens(rows):
-            start, end = answer_span(labels)
+        for (ids, _), (start, end) in zip(self.pool.tokens(rows), self.pool.spans(rows).tolist(), strict=True):
             prompts.append(ids[:start])
             answers.append(ids[start:end])
         decode = self.encoder.tokenizer.batch_decode

@@ -95,6 +95,20 @@ def build_model(vocabulary: int, seed: int = 0, **overrides: object) -> LlamaFor
         return LlamaForCausalLM(config).eval()
 
 
+# What configs of many architectures take, for tiny models.
+SMALL = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.4,
+    "pad_token_id": 0,
+}
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, reference_nll
+from conftest import SMALL, build_model, reference_nll
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -28,17 +28,6 @@ from ifd_trainer.head import chunked_losses
 from ifd_trainer.scorer import answer_nll
 
 VOCABULARY = 400
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,
-    "pad_token_id": 0,
-}
 # Configs with what their models do to logits; the numbers are none of the defaults.
 CONFIGS = {
     "Cohere": (CohereConfig(**SMALL, logit_scale=0.375), lambda x: x * 0.375),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, build_tokenizer, reference_nll
+from conftest import SMALL, build_model, build_tokenizer, reference_nll
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -692,19 +692,6 @@ def test_progress_counts_every_token_once_when_batches_are_halved(engine):
     small_memory(model, 100)
     answer_nll(model, segments, token_budget=10**6, progress=done.append, engine=engine)
     assert sum(done) == sum(len(segment.ids) for segment in segments)
-
-
-SMALL = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,
-    "pad_token_id": 0,
-}
 
 
 @pytest.mark.parametrize(
