@@ -32,6 +32,7 @@ from . import ifd as equations
 from .encoding import EncodedPair, Segment, Status, token_budget_batches, token_count
 from .head import Logits, chunked_losses, find_change, lm_head, unwrapped, whole_losses
 from .memory import LEAST_TOKENS, Footprint, device_memory, free_bytes, measure
+from .onednn import OneDNN
 from .stream import Span, build_stream, stream_batches
 
 logger = logging.getLogger(__name__)
@@ -432,7 +433,7 @@ def _losses_at(
         found.append(chunked_losses(project, hidden, which, targets, logits.chunk(hidden.device)))
         return hidden[:1]
 
-    with _at_head(model, inputs, where, reduce, see):
+    with _at_head(model, inputs, where, reduce, see), OneDNN():
         model(**inputs, use_cache=False)
     return found[0]
 
@@ -441,7 +442,7 @@ def _logits_at(
     model: nn.Module, inputs: dict[str, torch.Tensor], where: np.ndarray, see: See | None = None
 ) -> torch.Tensor:
     """Logits at U places of the flattened inputs, (U, V); the LM head runs on those alone where it is a module."""
-    with _at_head(model, inputs, where, lambda module, hidden: hidden, see):
+    with _at_head(model, inputs, where, lambda module, hidden: hidden, see), OneDNN():
         logits = model(**inputs, use_cache=False).logits
     if lm_head(model) is not None and logits.shape[:2] == (1, len(where)):
         return logits[0]

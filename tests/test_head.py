@@ -48,7 +48,6 @@ def segments_of(count: int = 8, vocabulary: int = VOCABULARY, longest: int = 30)
 def chunk(request, monkeypatch) -> int:
     """Positions in a chunk."""
     monkeypatch.setattr(head_module, "CPU_CHUNK_VALUES", request.param * VOCABULARY)
-    monkeypatch.setattr(head_module, "_CPU_PART_VALUES", 3 * VOCABULARY)
     return request.param
 
 
@@ -94,6 +93,21 @@ def test_losses_are_those_of_whole_logits(places, targets, chunk, seed):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert sum(sizes) == places
     assert max(sizes) <= chunk
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduced", [head_module._in_place, head_module._in_parts])
+def test_both_ways_to_a_loss_and_what_they_need_of_logits(reduced, dtype, monkeypatch):
+    """Accelerators take the second one."""
+    monkeypatch.setattr(head_module, "PART_VALUES", 20)  # two rows
+    logits = (20 * torch.randn(5, 8, generator=torch.Generator().manual_seed(0))).to(dtype)
+    logits[3] = 100  # whose exponential is no float32
+    rows, tokens = torch.tensor([4, 0, 3, 0]), torch.tensor([7, 1, 2, 0])
+    exact, pairs = logits.double(), zip(rows, tokens, strict=True)
+    wanted = [math.log(sum(math.exp(x - exact[i][t]) for x in exact[i])) for i, t in pairs]
+    found = reduced(logits.clone(), rows, tokens)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=3e-5)
 
 
 # ---- models -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ ORDER = [
     "ifd",
     "stream",
     "head",
+    "onednn",
     "memory",
     "scorer",
     "checkpoint",
