@@ -2,14 +2,15 @@
 
 `score_pairs` scores encoded rows, both segments of a row among all others, by one of two engines:
 
-- `stream`, on a CPU: the segments of a batch as one stream without padding, shared beginnings computed once (see
-  `ifd_trainer.stream`), by an attention function registered with transformers. A model is compared with the other
-  engine on a few tokens before its first use; one that gives other numbers is scored by the other engine.
+- `stream`, on a CPU, and in half precision on CUDA where there is a variable-length attention kernel: the segments of a
+  batch as one stream without padding, shared beginnings computed once (see `ifd_trainer.stream` and
+  `ifd_trainer.attention`). A model is compared with the other engine on a few tokens before its first use; one that
+  gives other numbers is scored by the other engine.
 - `padded`: segments of like length, padded on the right without an attention mask. Under causal attention no token
   sees what follows it, so padding changes nothing.
 
 The LM head runs on the scored positions only, in chunks (see `ifd_trainer.head`), and the log-softmax in float32
-whatever the model's dtype. Scoring leaves no trace: every module's train or eval mode, the attention function and the
+whatever the model's dtype. On a CPU, float32 products are oneDNN's (see `ifd_trainer.onednn`). Scoring leaves no trace: every module's train or eval mode, the attention function and the
 global random state are as before.
 """
 
@@ -26,14 +27,14 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AttentionInterface
 
 from . import ifd as equations
+from .attention import NotExact, attending
 from .encoding import EncodedPair, Segment, Status, token_budget_batches, token_count
 from .head import Logits, chunked_losses, find_change, lm_head, unwrapped, whole_losses
 from .memory import LEAST_TOKENS, Footprint, device_memory, free_bytes, measure
 from .onednn import OneDNN
-from .stream import Span, build_stream, stream_batches
+from .stream import build_stream, stream_batches
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +47,14 @@ CPU_TOKEN_BUDGET = 2048
 ACCELERATOR_TOKEN_BUDGET = 16384
 _WORTH_MEASURING = 2**16  # tokens
 _TRIED_TOKENS = 1024  # of the smaller batch; the larger has four times as many
+# A kernel for all spans is given the keys of each span's path: at most so many for each token of a batch.
+_SEEN = 4
 # Logits of a batch of a model whose logits cannot be taken in chunks, on a CPU and elsewhere: 128 MiB and 1 GiB in
 # float32, or 220 and 1,766 scored tokens at a vocabulary of 152,000. A segment with more is a batch of its own.
 CPU_LOGITS_BUDGET = 2**25
 ACCELERATOR_LOGITS_BUDGET = 2**28
-_PROBE_TOLERANCE = 1e-3  # largest relative difference of the engines on the probe; they differ by rounding only
+# Largest relative difference of the engines on the probe, in float32 and in half precision; they round differently.
+_PROBE_TOLERANCE, _HALF_PROBE_TOLERANCE = 1e-3, 2e-2
 
 
 @dataclass(frozen=True)
@@ -234,17 +238,19 @@ def _forwards(
         logits = _logits(model, device, sharded) if tried else None
         scored_budget = max(sum(scored), 1) if logits else _scored_budget(model, device)
         if engine == "auto":
-            engine = "stream" if tried and device.type == "cpu" and streams(model, device) else "padded"
+            engine = "stream" if tried and streams(model, device) else "padded"
+        run = _stream_nll if engine == "stream" else _padded_nll
         lengths = [len(segment.ids) for segment in segments]
         if not token_budget:
             # Forwards that other processes would have to share in are not spent on measuring.
             alone = not sharded and (forwards is None or unwrapped(model) is model)
-            token_budget = _token_budget(model, lengths, device, logits, measured=alone and engine == "padded")
+            token_budget = _token_budget(model, lengths, device, logits, run if alone else None)
         if engine == "stream":
-            batches = stream_batches([segment.ids for segment in segments], token_budget, scored, scored_budget)
+            seen_budget = None if device.type == "cpu" else _SEEN * token_budget
+            ids = [segment.ids for segment in segments]
+            batches = stream_batches(ids, token_budget, scored, scored_budget, seen_budget)
         else:
             batches = token_budget_batches(lengths, token_budget, scored, scored_budget)
-        run = _stream_nll if engine == "stream" else _padded_nll
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
 
         def of_batch(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -264,14 +270,18 @@ _footprints: weakref.WeakKeyDictionary[nn.Module, dict[int, Footprint]] = weakre
 
 
 def _token_budget(
-    model: nn.Module, lengths: Sequence[int], device: torch.device, logits: Logits | None, measured: bool
+    model: nn.Module,
+    lengths: Sequence[int],
+    device: torch.device,
+    logits: Logits | None,
+    run: Callable[..., np.ndarray] | None,
 ) -> int:
-    """Tokens of a batch, from free memory where there is a way and a reason to measure it."""
+    """Tokens of a batch for an engine's `run`, from free memory where there is a way and a reason to measure it."""
     memory = device_memory(device)
     if memory is None:
         return CPU_TOKEN_BUDGET if device.type == "cpu" else ACCELERATOR_TOKEN_BUDGET
     spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
-    if not measured or spread or sum(lengths) < _WORTH_MEASURING:
+    if run is None or spread or sum(lengths) < _WORTH_MEASURING:
         return ACCELERATOR_TOKEN_BUDGET
     longest = max(lengths)  # attention may take memory by the square of a row's length
     known = _footprints.setdefault(model, {})
@@ -279,11 +289,14 @@ def _token_budget(
     if new:
         rows = max(_TRIED_TOKENS // longest, 1)
 
-        def run(tokens: int) -> None:
-            _padded_nll(model, [Segment([0] * longest, 1)] * (tokens // longest), device, logits)
+        def tried(tokens: int) -> None:
+            # No two begin alike: a stream would compute once what they share.
+            firsts = np.arange(tokens // longest) % _vocabulary(model)
+            segments = [Segment([first, *[0] * (longest - 1)], 1) for first in firsts.tolist()]
+            run(model, segments, device, logits)
 
         try:
-            known[longest.bit_length()] = measure(run, (rows * longest, 4 * rows * longest), memory, device)
+            known[longest.bit_length()] = measure(tried, (rows * longest, 4 * rows * longest), memory, device)
         except torch.OutOfMemoryError:
             logger.info("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, 4 * rows * longest)
             return LEAST_TOKENS
@@ -373,6 +386,7 @@ def _stream_nll(
     device: torch.device,
     logits: Logits | None,
     pool: _MeanPool | None = None,
+    check: bool = False,
 ) -> np.ndarray:
     """Mean NLL of one batch of n segments as a stream of T tokens, (n,) float64."""
     stream = build_stream([segment.ids for segment in segments])
@@ -380,7 +394,7 @@ def _stream_nll(
         "input_ids": torch.from_numpy(stream.ids)[None].to(device),  # (1, T)
         "position_ids": torch.from_numpy(stream.positions)[None].to(device),  # (1, T)
     }
-    with _attending(model, stream.spans, device):
+    with attending(model, stream.spans, device, check):
         return _mean_nll(model, segments, stream.places, inputs, logits, pool)
 
 
@@ -504,67 +518,12 @@ def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | N
 def _scored_budget(model: nn.Module, device: torch.device) -> int:
     """Scored tokens of a batch that is projected as a whole."""
     budget = CPU_LOGITS_BUDGET if device.type == "cpu" else ACCELERATOR_LOGITS_BUDGET
-    return max(budget // (getattr(_config(model), "vocab_size", None) or 2**15), 1)
+    return max(budget // _vocabulary(model), 1)
 
 
-# ---- attention over the spans of a stream -----------------------------------------------------------------------
+# ---- the choice of an engine -------------------------------------------------------------------------------------
 
-_NAME = "ifd_stream"
 _probed: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
-class _NotExact(Exception):
-    """The model asks for an attention that `_span_attention` does not compute."""
-
-
-class _Active:
-    """The spans of the stream in the forward that runs now, with their masks and key positions."""
-
-    spans: list[tuple[int, int, torch.Tensor | None, torch.Tensor | None]] | None = None
-
-
-def _span_attention(
-    module: nn.Module,
-    query: torch.Tensor,  # (1, heads, T, D)
-    key: torch.Tensor,  # (1, key heads, T, D)
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention in which each span sees its path and, causally, itself; (1, T, heads, D)."""
-    if any(kwargs.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
-        raise _NotExact
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    out = torch.empty_like(query)
-    for start, end, keys, mask in _Active.spans:
-        k, v = (key[:, :, start:end], value[:, :, start:end]) if keys is None else (key[:, :, keys], value[:, :, keys])
-        out[:, :, start:end] = nn.functional.scaled_dot_product_attention(
-            query[:, :, start:end], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_NAME, _span_attention)
-
-
-@contextlib.contextmanager
-def _attending(model: nn.Module, spans: Sequence[Span], device: torch.device) -> Iterator[None]:
-    """Let every attention layer of `model` attend along `spans`."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
-    before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
-    _Active.spans = [_prepared(span, device) for span in spans]
-    try:
-        for config, _ in before:
-            config._attn_implementation_internal = _NAME
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
-        _Active.spans = None
 
 
 def _attends_to_all(config: Any) -> bool:
@@ -573,21 +532,11 @@ def _attends_to_all(config: Any) -> bool:
     return layers == {"full_attention"} and getattr(config, "attention_chunk_size", None) is None
 
 
-def _prepared(span: Span, device: torch.device) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
-    """Start, end, key positions and mask; the last two are None for a span without a path: plain causal attention."""
-    if not len(span.path):
-        return span.start, span.end, None, None
-    size, before = span.end - span.start, len(span.path)
-    keys = np.concatenate([span.path, np.arange(span.start, span.end)])
-    mask = torch.ones(size, before + size, dtype=torch.bool).tril(before)  # all of the path, then causal
-    return span.start, span.end, torch.from_numpy(keys).to(device), mask.to(device)
-
-
 def streams(model: nn.Module, device: torch.device | None = None) -> bool:
     """Whether the `stream` engine gives the numbers of the `padded` one for this model, tried out once.
 
     It does not for models without attention layers, with sliding windows, soft-capped scores or attention sinks, for
-    absolute positions that ignore `position_ids`, and behind prompt tuning.
+    absolute positions that ignore `position_ids`, behind prompt tuning, and off a CPU without a kernel for the dtype.
     """
     if model not in _probed:
         head = [7, 5, 3, 2, 6, 4, 9, 8, 1, 3]
@@ -598,10 +547,11 @@ def streams(model: nn.Module, device: torch.device | None = None) -> bool:
         # Whatever such a model raises here, the padded engine scores it or raises it again.
         with borrowed(model, device), contextlib.suppress(Exception):
             if not _attends_to_all(_config(model)):
-                raise _NotExact
+                raise NotExact("the model has windows or chunks")
             expected = _padded_nll(model, segments, device, None)
-            found = _stream_nll(model, segments, device, None)
-            exact = bool(np.allclose(found, expected, rtol=_PROBE_TOLERANCE, atol=0))
+            found = _stream_nll(model, segments, device, None, check=True)
+            half = torch.is_autocast_enabled(device.type) or next(model.parameters()).dtype != torch.float32
+            exact = bool(np.allclose(found, expected, rtol=_HALF_PROBE_TOLERANCE if half else _PROBE_TOLERANCE, atol=0))
         logger.debug("Engine for %s: %s", type(model).__name__, "stream" if exact else "padded")
         _probed[model] = exact
     return _probed[model]
@@ -644,6 +594,11 @@ def token_progress(pairs: Sequence[EncodedPair], description: str, enabled: bool
     """A progress bar that counts tokens, for `score_pairs(progress=bar.update)`."""
     total = token_count(pairs)
     return tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=not enabled, leave=False)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Number of tokens, or a usual number for a model that does not tell."""
+    return getattr(_config(model), "vocab_size", None) or 2**15
 
 
 def _config(model: nn.Module) -> Any:

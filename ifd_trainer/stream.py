@@ -92,26 +92,34 @@ def build_stream(segments: Sequence[Sequence[int]]) -> Stream:
 
 
 def stream_batches(
-    segments: Sequence[Sequence[int]], token_budget: int, scored: Sequence[int], scored_budget: int
+    segments: Sequence[Sequence[int]],
+    token_budget: int,
+    scored: Sequence[int],
+    scored_budget: int,
+    seen_budget: int | None = None,
 ) -> list[np.ndarray]:
     """Partition segments into batches whose streams hold about `token_budget` tokens, neighbours sharing prefixes.
 
     The tokens of a batch are counted as if every shared prefix were computed once; a segment longer than the budget
-    is a batch of its own. Scored tokens are bounded by `scored_budget` in the same way.
+    is a batch of its own. Scored tokens are bounded by `scored_budget` in the same way, and the tokens of all segments
+    together, shared ones counted for each, by `seen_budget`.
 
     >>> [batch.tolist() for batch in stream_batches([[1, 2, 3], [5, 6], [1, 2, 4]], 4, [1, 1, 1], 9)]
     [[0, 2], [1]]
     """
     batches: list[np.ndarray] = []
     batch: list[int] = []
-    tokens = total = 0
+    most_seen = float("inf") if seen_budget is None else seen_budget
+    tokens = total = seen = 0
     for i in sorted(range(len(segments)), key=lambda i: segments[i]):
-        new = len(segments[i]) - (common_prefix_length(segments[batch[-1]], segments[i]) if batch else 0)
-        if batch and (tokens + new > token_budget or total + scored[i] > scored_budget):
+        size = len(segments[i])
+        new = size - (common_prefix_length(segments[batch[-1]], segments[i]) if batch else 0)
+        full = tokens + new > token_budget or total + scored[i] > scored_budget or seen + size > most_seen
+        if batch and full:
             batches.append(np.array(batch))
-            batch, tokens, total, new = [], 0, 0, len(segments[i])
+            batch, tokens, total, seen, new = [], 0, 0, 0, size
         batch.append(i)
-        tokens, total = tokens + new, total + scored[i]
+        tokens, total, seen = tokens + new, total + scored[i], seen + size
     if batch:
         batches.append(np.array(batch))
     return batches

@@ -81,11 +81,12 @@ def budgets(monkeypatch) -> list[int]:
     """The budgets that batches are made with; rows are not scored."""
     seen: list[int] = []
 
-    def noted(lengths, token_budget, scored, scored_budget):
+    def noted(segments, token_budget, *others):
         seen.append(token_budget)
         return []
 
     monkeypatch.setattr(scorer_module, "token_budget_batches", noted)
+    monkeypatch.setattr(scorer_module, "stream_batches", noted)
     return seen
 
 
@@ -116,11 +117,12 @@ def test_processors_and_devices_that_do_not_tell_have_no_memory_to_measure(monke
     assert device_memory(torch.device("cuda")) is whole
 
 
-def test_the_budget_is_what_the_free_memory_holds_and_is_measured_once(fake, budgets, caplog):
+@pytest.mark.parametrize("engine", ["stream", "padded"])
+def test_the_budget_is_what_the_free_memory_holds_and_is_measured_once(fake, budgets, caplog, engine):
     caplog.set_level(logging.INFO, logger="ifd_trainer")
     model = build_model(400)
     memory = fake(model, 96 * MIB)
-    answer_nll(model, many_segments(80_000), engine="padded")
+    answer_nll(model, many_segments(80_000), engine=engine)
     expected = int((SHARE * 56 * MIB - 3 * MIB) / 1000) // 16 * 16  # 96 - 40 MiB are free
     assert budgets == [expected]
     assert "Token budget on cpu: 26" in caplog.records[-1].message
@@ -128,7 +130,7 @@ def test_the_budget_is_what_the_free_memory_holds_and_is_measured_once(fake, bud
     tried = len(memory.sizes)
     assert max(memory.sizes) <= 4096
     memory.total = 60 * MIB
-    answer_nll(model, many_segments(80_000), engine="padded")
+    answer_nll(model, many_segments(80_000), engine=engine)
     assert len(memory.sizes) == tried
     assert budgets[1] == int((SHARE * 20 * MIB - 3 * MIB) / 1000) // 16 * 16  # free memory is asked for each time
 

@@ -53,13 +53,14 @@ def test_no_segments_make_an_empty_stream():
     assert build_stream([]).spans == []
 
 
-@given(SEGMENTS, st.integers(1, 40), st.integers(1, 30))
-def test_batches_are_a_partition_within_both_budgets(segments, budget, scored_budget):
+@given(SEGMENTS, st.integers(1, 40), st.integers(1, 30), st.one_of(st.none(), st.integers(1, 80)))
+def test_batches_are_a_partition_within_all_budgets(segments, budget, scored_budget, seen_budget):
     scored = [1 + len(segment) % 3 for segment in segments]
-    batches = stream_batches(segments, budget, scored, scored_budget)
+    batches = stream_batches(segments, budget, scored, scored_budget, seen_budget)
     assert sorted(i for batch in batches for i in batch.tolist()) == list(range(len(segments)))
     for batch in batches:
         if len(batch) > 1:
             assert sum(scored[i] for i in batch) <= scored_budget
+            assert seen_budget is None or sum(len(segments[i]) for i in batch) <= seen_budget
             distinct = {tuple(segments[i][: end + 1]) for i in batch for end in range(len(segments[i]))}
             assert len(distinct) <= budget  # a prefix tree has one node for each distinct prefix

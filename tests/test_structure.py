@@ -16,6 +16,7 @@ ORDER = [
     "headers",
     "ifd",
     "stream",
+    "attention",
     "head",
     "onednn",
     "memory",

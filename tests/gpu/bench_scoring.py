@@ -94,7 +94,7 @@ def cases(configs: dict[str, PretrainedConfig], device: torch.device, dtype: tor
     for budget in (64, 256, None) if tiny else (2048, 4096, 8192, 16384, 32768, 65536, None):
         label = "automatic" if budget is None else str(budget)
         yield Case(f"token budget, {name}", label, build, pairs, few, token_budget=budget, others=())
-    # Whether not padding and computing shared beginnings once would pay there, too: one attention call for each span.
+    # Whether not padding and computing shared beginnings once pays there, too.
     shared = long_definition(rows, config.vocab_size, definition=40 if tiny else 300)
     for label, one in (("Alpaca", pairs), ("long definition", shared)):
         for engine in ("padded", "stream"):

@@ -1,0 +1,178 @@
+"""Attention along the spans of a stream, by a function registered with transformers' attention interface.
+
+Two ways to the same numbers:
+
+- a call of PyTorch's `scaled_dot_product_attention` for each span: everywhere;
+- one call of a variable-length flash attention kernel for all spans, with the keys of each span's path gathered before
+  its own: float16 and bfloat16 on CUDA, where PyTorch or the package flash-attn has such a kernel. Its causal mask has
+  to be aligned with the last key, so that the queries of a span see all of its path. `attending(check=True)` compares
+  it with the first way, on the values of every layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from .stream import Span
+
+# q (T, heads, D), k and v (S, key heads, D), cumulated lengths of queries and of keys (n + 1,), longest of each, scale;
+# returns (T, heads, D).
+Kernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int, float | None], torch.Tensor
+]
+
+_NAME = "ifd_stream"
+_HALF = (torch.float16, torch.bfloat16)
+_KERNEL_TOLERANCE = 2e-2  # of the largest value, between the two ways; bfloat16 rounds by 0.4 %
+
+
+class NotExact(Exception):
+    """The model asks for an attention that is not computed here, or a kernel gives other numbers."""
+
+
+class _Running:
+    """The stream in the forward that runs now, in the shapes that the two ways take."""
+
+    def __init__(self, spans: Sequence[Span], device: torch.device, check: bool) -> None:
+        self.spans, self.device, self.check = spans, device, check
+        self.kernel = varlen_kernel(device)
+
+    @cached_property
+    def masked(self) -> list[tuple[int, int, torch.Tensor | None, torch.Tensor | None]]:
+        """Start, end, key positions and mask of each span; the last two are None for one without a path."""
+        return [self._masked(span) for span in self.spans]
+
+    def _masked(self, span: Span) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
+        if not len(span.path):
+            return span.start, span.end, None, None
+        size, before = span.end - span.start, len(span.path)
+        mask = torch.ones(size, before + size, dtype=torch.bool).tril(before)  # all of the path, then causal
+        return span.start, span.end, torch.from_numpy(_keys(span)).to(self.device), mask.to(self.device)
+
+    @cached_property
+    def packed(self) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor, int, int]]:
+        """Keys (S,) to gather, None if no span has a path, and the kernel's lengths: ends and longest of both kinds."""
+        queries = np.array([span.end - span.start for span in self.spans])
+        keys = queries + [len(span.path) for span in self.spans]
+        gathered = None
+        if (keys > queries).any():
+            gathered = torch.from_numpy(np.concatenate([_keys(span) for span in self.spans])).to(self.device)
+        return gathered, (self._ends(queries), self._ends(keys), int(queries.max()), int(keys.max()))
+
+    def _ends(self, lengths: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(self.device)
+
+
+_running: _Running | None = None
+
+
+@contextlib.contextmanager
+def attending(model: nn.Module, spans: Sequence[Span], device: torch.device, check: bool = False) -> Iterator[None]:
+    """Let every attention layer of `model` attend along `spans`: each sees its path and, causally, itself.
+
+    Args:
+        model: a model of transformers.
+        spans: of the stream (1, T) that the model is run on inside this context.
+        device: where it runs.
+        check: compute every layer in both ways; off a CPU, allow the kernel's only.
+
+    Raises:
+        NotExact: from the model's forward, for attention that is something else, or when the two ways differ.
+    """
+    global _running
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
+    before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
+    _running = _Running(spans, device, check)
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = _NAME
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+        _running = None
+
+
+def varlen_kernel(device: torch.device) -> Kernel | None:
+    """A variable-length attention kernel for a device, or None."""
+    if device.type != "cuda":
+        return None
+    with contextlib.suppress(Exception):  # whatever is wrong with a package, there is another way
+        from torch.nn.attention.varlen import varlen_attn
+
+        if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+            return lambda q, k, v, q_ends, k_ends, longest_q, longest_k, scale: varlen_attn(
+                q, k, v, q_ends, k_ends, longest_q, longest_k, scale=scale, window_size=(-1, 0), enable_gqa=True
+            )
+    with contextlib.suppress(Exception):
+        from flash_attn import flash_attn_varlen_func
+
+        return lambda q, k, v, q_ends, k_ends, longest_q, longest_k, scale: flash_attn_varlen_func(
+            q, k, v, q_ends, k_ends, longest_q, longest_k, softmax_scale=scale, causal=True
+        )
+    return None
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,  # (1, heads, T, D)
+    key: torch.Tensor,  # (1, key heads, T, D)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in place of its own attention; (1, T, heads, D)."""
+    if any(kwargs.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
+        raise NotExact("the model's attention has a window, a soft cap, a sink or a bias")
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    if _running.kernel is None or dtype not in _HALF:
+        if _running.check and kind != "cpu":
+            raise NotExact(f"there is no variable-length kernel for {dtype}, and a call for each span is slow there")
+        return _by_span(query, key, value, scaling), None
+    found = _by_kernel(query.to(dtype), key.to(dtype), value.to(dtype), scaling)
+    if _running.check:
+        wanted = _by_span(query.float(), key.float(), value.float(), scaling)
+        if not (found.float() - wanted).abs().max() <= _KERNEL_TOLERANCE * wanted.abs().max():  # NaN is not either
+            raise NotExact("the variable-length kernel gives other numbers")
+    return found, None
+
+
+AttentionInterface.register(_NAME, _attention)
+
+
+def _by_span(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    out = torch.empty_like(query)
+    for start, end, keys, mask in _running.masked:
+        k, v = (key[:, :, start:end], value[:, :, start:end]) if keys is None else (key[:, :, keys], value[:, :, keys])
+        out[:, :, start:end] = nn.functional.scaled_dot_product_attention(
+            query[:, :, start:end], k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+    return out.transpose(1, 2).contiguous()
+
+
+def _by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    gathered, lengths = _running.packed
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    if gathered is not None:
+        k, v = k[gathered], v[gathered]
+    return _running.kernel(q, k, v, *lengths, scale)[None]
+
+
+def _keys(span: Span) -> np.ndarray:
+    """Stream positions that the last token of a span sees, in order."""
+    return np.concatenate([span.path, np.arange(span.start, span.end)])

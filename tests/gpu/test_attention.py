@@ -1,0 +1,47 @@
+"""The variable-length kernel on a GPU; see `test_in_loop.py` for how to run it."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import build_model, reference_nll
+from training import DEVICE
+
+from ifd_trainer.attention import varlen_kernel
+from ifd_trainer.encoding import Segment
+from ifd_trainer.frames import spearman
+from ifd_trainer.scorer import answer_nll, streams
+
+pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")
+needs_kernel = pytest.mark.skipif(varlen_kernel(torch.device(DEVICE)) is None, reason="no variable-length kernel")
+
+
+def segments_of(count: int) -> list[Segment]:
+    """Some share their first 30 tokens."""
+    rng = np.random.default_rng(0)
+    head = rng.integers(4, 400, 30).tolist()
+    tails = [rng.integers(4, 400, rng.integers(20, 60)).tolist() for _ in range(count)]
+    return [Segment((head if i % 2 else []) + tail, 5 + i % 2 * 30) for i, tail in enumerate(tails)]
+
+
+@needs_kernel
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_a_model_in_bfloat16_streams_and_its_scores_are_those_of_single_tokens(key_heads):
+    model = build_model(400, hidden_size=128, num_key_value_heads=key_heads)
+    segments = segments_of(40)
+    expected = np.array([reference_nll(model, segment.ids, segment.start) for segment in segments])
+    model.to(DEVICE, torch.bfloat16)
+    assert streams(model)
+    for engine in ("stream", "padded"):
+        found = answer_nll(model, segments, engine=engine)
+        np.testing.assert_allclose(found, expected, rtol=0.05)
+    assert spearman(pd.Series(found), pd.Series(expected)) > 0.999
+
+
+def test_float32_is_padded():
+    model = build_model(400).to(DEVICE)
+    assert streams(model) is (DEVICE == "cpu")
