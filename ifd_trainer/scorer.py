@@ -10,8 +10,8 @@
   sees what follows it, so padding changes nothing.
 
 The LM head runs on the scored positions only, in chunks (see `ifd_trainer.head`), and the log-softmax in float32
-whatever the model's dtype. On a CPU, float32 products are oneDNN's (see `ifd_trainer.onednn`). Scoring leaves no trace: every module's train or eval mode, the attention function and the
-global random state are as before.
+whatever the model's dtype. On a CPU, float32 products are oneDNN's (see `ifd_trainer.onednn`). Scoring leaves no trace:
+every module's train or eval mode, the attention function and the global random state are as before.
 """
 
 from __future__ import annotations
