@@ -7,8 +7,8 @@ is no result.
     share of peak = (2 * body weights * tokens + 2 * H * V * scored tokens) / seconds / peak
 
 counts the multiplications that the scores need, without attention, padding and unscored positions; `tokens` are those
-that ran where shared beginnings are computed once. The peak is that of a square matrix product in the same dtype,
-measured in the same run.
+that ran where shared beginnings are computed once. The peak is that of a square matrix product in the same dtype by the
+faster of PyTorch's own and oneDNN's (which scoring uses on a CPU), measured in the same run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ifd_trainer.encoding import EncodedPair, Segment
+from ifd_trainer.onednn import OneDNN, available
 from ifd_trainer.scorer import Engine, lm_head, score_pairs
 
 OURS, ONE_ROW, PADDED = "this package", "one row at a time", "padded batches of 8"
@@ -139,17 +140,27 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int, runs: int = 10) -> float:
-    """Operations a second of the fastest of some square matrix products, two for each multiplication and addition."""
+def matmul_peaks(device: torch.device, dtype: torch.dtype, size: int, runs: int = 10) -> dict[str, float]:
+    """Operations a second of a square matrix product, two for each multiplication and addition, by library.
+
+    Each is that of the fastest of some runs.
+    """
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(runs + 2):  # the first ones wake the device up
-        synchronize(device)
-        began = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+
+    def seconds(library: AbstractContextManager) -> float:
+        with torch.no_grad(), library:
+            synchronize(device)
+            began = time.perf_counter()
+            nn.functional.linear(a, b)
+            synchronize(device)
+            return time.perf_counter() - began
+
+    libraries = {"PyTorch's own": nullcontext()}
+    if device.type == "cpu" and dtype == torch.float32 and available():
+        with torch.no_grad():
+            libraries["oneDNN"] = OneDNN()
+    # Two runs more: the first ones wake the device up.
+    return {name: 2 * size**3 / min(seconds(library) for _ in range(runs + 2)) for name, library in libraries.items()}
 
 
 def operations(model: nn.Module, tokens: int, scored: int) -> float:
@@ -235,6 +246,48 @@ class Case:
     token_budget: int | None = None
     engine: Engine = "auto"
     others: tuple[str, ...] = (ONE_ROW, PADDED)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is varied, with one model: values of each kind, and how many rows."""
+
+    lengths: tuple[int, ...]
+    vocabularies: tuple[int, ...]
+    budgets: tuple[int | None, ...]
+    counts: tuple[int, ...]
+    rows: int
+    baseline_rows: int
+    scale: float = 1.0
+    tokens: int = 2**19  # of all rows of one length
+
+
+def sweeps(
+    name: str, build: Callable[[int | None], Callable[[], nn.Module]], vocabulary: int, how: Sweep
+) -> list[Case]:
+    """Cases over lengths of rows, vocabularies, token budgets and numbers of rows.
+
+    Args:
+        name: of the model.
+        build: from a vocabulary, None for its own, to what makes the model.
+        vocabulary: its own.
+        how: the values.
+    """
+    few, own, found = how.baseline_rows, build(None), []
+    for length in how.lengths:
+        pairs = fixed_length(max(how.tokens // length, 1), length, vocabulary)
+        found.append(Case(f"tokens of a row, {name}", str(length), own, pairs, min(few, len(pairs))))
+    for size in how.vocabularies:
+        pairs = alpaca_like(how.rows, size, scale=how.scale)
+        found.append(Case(f"vocabulary, {name}", str(size), build(size), pairs, few))
+    pairs = alpaca_like(how.rows, vocabulary, scale=how.scale)
+    for budget in how.budgets:
+        label = "automatic" if budget is None else str(budget)
+        found.append(Case(f"token budget, {name}", label, own, pairs, few, token_budget=budget, others=()))
+    for count in how.counts:
+        pairs = alpaca_like(count, vocabulary, scale=how.scale)
+        found.append(Case(f"rows, {name}", str(count), own, pairs, few, others=(ONE_ROW,)))
+    return found
 
 
 def measured(case: Case, device: torch.device, peak: float, runs: int) -> dict[str, Any]:

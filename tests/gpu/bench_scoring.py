@@ -27,16 +27,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from measuring import (
-    ONE_ROW,
     OURS,
     Case,
+    Sweep,
     alpaca_like,
-    fixed_length,
     long_definition,
     machine,
-    matmul_peak,
+    matmul_peaks,
     measured,
     printed,
+    sweeps,
     write,
 )
 
@@ -73,6 +73,16 @@ TINY = {
     "tiny Qwen2": config_of(qwen2, 800, 32, 64, 2, 4, 2, tied=False),
 }
 
+SWEEP = Sweep(
+    lengths=(64, 256, 1024, 4096),
+    vocabularies=(32_000, 64_000, 128_000, 256_000),
+    budgets=(2048, 4096, 8192, 16384, 32768, 65536, None),
+    counts=(1000, 10_000),
+    rows=2000,
+    baseline_rows=32,
+)
+TINY_SWEEP = Sweep((16, 40), (300, 600), (64, 256, None), (6, 12), rows=12, baseline_rows=4, scale=0.2, tokens=480)
+
 
 def cases(configs: dict[str, PretrainedConfig], device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
     """Sizes of models, then sweeps with one of 1B (the first one, if tiny)."""
@@ -82,26 +92,18 @@ def cases(configs: dict[str, PretrainedConfig], device: torch.device, dtype: tor
         yield Case("model", name, builder(config, device, dtype), rows_of_it, few)
     name = "Llama 3.2 1B" if "Llama 3.2 1B" in configs else next(iter(configs))
     config = configs[name]
-    build = builder(config, device, dtype)
-    for length in (16, 40) if tiny else (64, 256, 1024, 4096):
-        pairs = fixed_length(rows if tiny else 2**19 // length, length, config.vocab_size)
-        yield Case(f"tokens of a row, {name}", str(length), build, pairs, min(few, len(pairs)))
-    for size in (300, 600) if tiny else (32_000, 64_000, 128_000, 256_000):
-        resized = type(config).from_dict({**config.to_dict(), "vocab_size": size})
-        pairs = alpaca_like(rows, size, scale=0.2 if tiny else 1.0)
-        yield Case(f"vocabulary, {name}", str(size), builder(resized, device, dtype), pairs, few)
-    pairs = alpaca_like(rows, config.vocab_size, scale=0.2 if tiny else 1.0)
-    for budget in (64, 256, None) if tiny else (2048, 4096, 8192, 16384, 32768, 65536, None):
-        label = "automatic" if budget is None else str(budget)
-        yield Case(f"token budget, {name}", label, build, pairs, few, token_budget=budget, others=())
+
+    def build(vocabulary: int | None) -> Callable[[], nn.Module]:
+        resized = {**config.to_dict(), "vocab_size": vocabulary or config.vocab_size}
+        return builder(type(config).from_dict(resized), device, dtype)
+
+    yield from sweeps(name, build, config.vocab_size, TINY_SWEEP if tiny else SWEEP)
     # Whether not padding and computing shared beginnings once pays there, too.
     shared = long_definition(rows, config.vocab_size, definition=40 if tiny else 300)
-    for label, one in (("Alpaca", pairs), ("long definition", shared)):
+    plain = alpaca_like(rows, config.vocab_size, scale=0.2 if tiny else 1.0)
+    for label, one in (("Alpaca", plain), ("long definition", shared)):
         for engine in ("padded", "stream"):
-            yield Case(f"engine, {name}", f"{label}, {engine}", build, one, few, engine=engine, others=())
-    for count in (6, 12) if tiny else (1000, 10_000):
-        pairs = alpaca_like(count, config.vocab_size, scale=0.2 if tiny else 1.0)
-        yield Case(f"rows, {name}", str(count), build, pairs, few, others=(ONE_ROW,))
+            yield Case(f"engine, {name}", f"{label}, {engine}", build(None), one, few, engine=engine, others=())
 
 
 def builder(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> Callable[[], nn.Module]:
@@ -134,11 +136,12 @@ def main(arguments: list[str] | None = None) -> None:
         if name not in configs:
             raise SystemExit(f"No configuration is named {name!r}; there are: {', '.join(configs)}")
     configs = {name: config for name, config in configs.items() if not options.models or name in options.models}
-    peak = matmul_peak(device, dtype, 128 if options.tiny else 8192)
+    peaks = matmul_peaks(device, dtype, 128 if options.tiny else 8192)
     results: dict[str, Any] = {
         "machine": machine(device),
         "dtype": options.dtype,
-        "peak_flops": peak,
+        "peak_flops": max(peaks.values()),
+        "matmul_flops": peaks,
         "tiny": options.tiny,
         "cases": [],
         "left_out": [],
@@ -146,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.perf_counter()
     for case in cases(configs, device, dtype, options.tiny):
         try:
-            results["cases"].append(measured(case, device, peak, options.runs))
+            results["cases"].append(measured(case, device, results["peak_flops"], options.runs))
             print(printed(results["cases"][-1]), flush=True)
         except torch.OutOfMemoryError as error:
             results["left_out"].append({"group": case.group, "label": case.label, "reason": str(error)[:300]})
