@@ -18,9 +18,9 @@ from jinja2 import Environment, StrictUndefined
 from . import __version__
 from .encoding import Status
 from .foreign import FAILED
-from .frames import normalised, number_text, rows_text, spearman
+from .frames import number_text, rows_text, spearman
 from .history import write_atomically
-from .plots import plot_ifd_histogram
+from .plots import histogram_of
 from .provenance import Provenance
 from .refusals import REFUSAL
 from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT
@@ -96,8 +96,8 @@ def write_card(
         columns: names of all columns of the data file.
         everything: whether the data file holds the rows that were not kept too.
     """
-    frame = normalised(rows.assign(ifd_reason=subset.reasons))
-    figure = plot_ifd_histogram(frame, score=subset.score, max_ifd=subset.max_ifd)
+    frame = _scored(rows, subset)
+    figure = histogram_of({None: frame}, subset.score, subset.max_ifd)
     write_atomically(image, lambda temporary: figure.savefig(temporary, format="png"))
     name = public_name(source)
     written = subset.pool if everything else subset.kept
@@ -123,7 +123,7 @@ def write_card(
         "caption": f"Histogram of {subset.score} over the pool, kept rows apart",
         "image": image.name,
         "score": subset.score,
-        "scored": f"{frame[subset.score].notna().sum():,}",
+        "scored": f"{len(frame):,}",
         "kept": f"{subset.kept:,}",
         "quantiles": _quantiles(frame, subset.score),
         "columns": [(column, meaning) for column, meaning in _COLUMNS.items() if column in columns],
@@ -221,9 +221,22 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
+def _scored(rows: pd.DataFrame, subset: Subset) -> pd.DataFrame:
+    """The rows with a score, and what the card shows of them, no more: ten million rows have to fit."""
+    score, tokens = (rows[name].to_numpy(dtype=float, na_value=np.nan) for name in (subset.score, "answer_tokens"))
+    scored = (rows["ifd_status"] == Status.OK.value).to_numpy() & np.isfinite(score)
+    columns = {
+        subset.score: score[scored],
+        "answer_tokens": tokens[scored],
+        "kept": subset.ranks.notna().to_numpy()[scored],
+        "reason": subset.reasons[scored],
+    }
+    return pd.DataFrame(columns, copy=False)
+
+
 def _quantiles(frame: pd.DataFrame, score: str) -> list[tuple[str, str, str]]:
     levels = np.linspace(0, 1, 11)
-    both = [frame[score].dropna().quantile(levels), frame.loc[frame["kept"], score].quantile(levels)]
+    both = [frame[score].quantile(levels), frame.loc[frame["kept"], score].quantile(levels)]
     ends = {0: "0 % (lowest)", 5: "50 % (median)", 10: "100 % (highest)"}
     return [
         (ends.get(i, f"{10 * i} %"), *(number_text(values.iloc[i], 4) for values in both)) for i in range(len(levels))

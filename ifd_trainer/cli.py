@@ -288,14 +288,12 @@ def _select(options: argparse.Namespace) -> int:
     import numpy as np
 
     from .card import card_paths, check_card, summary, write_card
-    from .files import check_writable, load_rows, masked, output_file, with_columns, write_rows
-    from .foreign import SCORES
+    from .files import check_writable, output_file, write_tables
     from .hub import check_repository, push_files
-    from .provenance import find_scores
-    from .refusals import looks_like_refusal
+    from .provenance import OWN_SCORES, find_scores
+    from .scan import Marked, Scan
     from .schedule import parse_keep
     from .subset import choose, tie_ids
-    from .texts import answers_of
 
     data, in_folder = output_file(options.output)
     card, image = card_paths(data, in_folder)
@@ -308,20 +306,18 @@ def _select(options: argparse.Namespace) -> int:
             raise ValueError("--push-to-hub pushes the card too: leave out --no-card.")
     elif options.private:
         raise ValueError("--private goes with --push-to-hub USER/NAME.")
-    rows = load_rows(options.data, options.split)
-    needed = {*SCORES, "ifd_definition", "row_id", "id", options.id_column}
+    rows = Scan(options.data, options.split)
     own = options.scores is None and options.scores_format in (None, "ifd-trainer") and "ifd_status" in rows.features
-    if options.drop_refusals or not own or (options.id_column and options.id_column not in rows.features):
-        needed |= set(rows.column_names)  # texts: of refusals, and of answers that another program did not score
-    table = rows.select_columns([name for name in rows.column_names if name in needed]).to_pandas()
+    # Without scores of their own the texts are wanted too: of answers that another program did not score.
+    table = rows.coded_frame(OWN_SCORES) if own else rows.frame(rows.column_names)
     scores, added, provenance = find_scores(
         table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
     )
+    del table
     name = options.score or ("ifd_ppl" if provenance.definition == "superfiltering" else "ifd")
     if scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
         raise ValueError(f"The scores have no {name}; rank by another one with --score.")
-    id_column, ids = tie_ids(table, options.id_column)
-    refusals = [looks_like_refusal(answer) for answer in answers_of(table)] if options.drop_refusals else None
+    id_column, ids = tie_ids(rows, options.id_column)
     subset = choose(
         scores[name].to_numpy(dtype=float, na_value=np.nan),
         scores["ifd_status"],
@@ -329,13 +325,17 @@ def _select(options: argparse.Namespace) -> int:
         name=name,
         max_ifd=options.max_ifd,
         ids=ids,
-        refusals=refusals,
+        refusals=rows.refusals() if options.drop_refusals else None,
         strict=options.strict,
     )
     if subset.shortfall:
         print(f"ifd-trainer: warning: {subset.shortfall}", file=sys.stderr)
-    rows = with_columns(rows, added.assign(ifd_rank=subset.ranks, ifd_reason=subset.reasons))
-    write_rows(rows if options.all else masked(rows, subset.ranks.notna().to_numpy()), data)
+    kept = subset.ranks.notna().to_numpy()
+    added = added.assign(ifd_rank=subset.ranks, ifd_reason=subset.reasons)
+    written = Marked(rows, added, np.ones_like(kept) if options.all else kept)
+    write_tables(written.tables(), written.features, data)
+    scores, columns = scores[[name, "answer_tokens", "ifd_status"]], list(written.features)
+    del added, ids, kept, written  # of ten million rows, as much again as the card needs
     if options.card:
         write_card(
             card,
@@ -346,7 +346,7 @@ def _select(options: argparse.Namespace) -> int:
             subset=subset,
             provenance=provenance,
             id_column=id_column,
-            columns=rows.column_names,
+            columns=columns,
             everything=options.all,
         )
     print(f"{summary(subset)} Written to {data}{f' with its card {card}' if options.card else ''}.")

@@ -10,21 +10,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset
 
 from .history import write_atomically
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _CHUNK_ROWS = 10_000  # rows in memory at a time
+_ROW_GROUP_BYTES = 100 * 10**6
 
 
 def load_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
@@ -54,45 +55,52 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
 
 def write_rows(dataset: Dataset, path: str | os.PathLike) -> None:
     """Write a data set in the format of the path's ending, atomically; nulls stay nulls."""
+    write_tables(tables_of(dataset, _CHUNK_ROWS), dataset.features, path)
+
+
+def write_tables(tables: Iterable[pa.Table], features: Features, path: str | os.PathLike) -> None:
+    """Write tables one after another, as `write_rows` does a data set; few of them are in memory at a time.
+
+    Args:
+        tables: parts of a data set.
+        features: the types of its columns.
+        path: the file; its ending says the format.
+    """
     path = Path(path)
     _loader(path)
+    tables = chain([features.arrow_schema.empty_table()], tables)  # a set without rows has columns too
 
     def write(temporary: Path) -> None:
         if path.suffix == ".parquet":
-            dataset.to_parquet(temporary)
-        elif path.suffix == ".csv":
-            _write_csv(dataset, temporary)
+            _write_parquet(tables, features.arrow_schema, temporary)
+            return
+        parts = (Dataset(part, info=DatasetInfo(features=features)) for table in tables for part in _slices(table))
+        if path.suffix == ".csv":
+            _write_csv(parts, temporary)
         else:
-            _write_json(dataset, temporary, lines=path.suffix == ".jsonl")
+            _write_json(parts, temporary, lines=path.suffix == ".jsonl")
 
     write_atomically(path, write)
 
 
-def with_columns(dataset: Dataset, columns: pd.DataFrame | Dataset) -> Dataset:
-    """The data set with these columns at its end, in the place of old ones of the same names; NaN becomes null."""
-    if isinstance(columns, pd.DataFrame):
-        types = {"O": pa.string(), "f": pa.float64(), "i": pa.int64()}
-        schema = pa.schema([(name, types.get(values.dtype.kind, pa.string())) for name, values in columns.items()])
-        # With a schema, a column of nulls has its type too.
-        columns = Dataset(pa.Table.from_pandas(columns, schema, preserve_index=False))
-    dataset = dataset.remove_columns([name for name in columns.column_names if name in dataset.column_names])
-    return concatenate_datasets([dataset, columns], axis=1)
+def tables_of(dataset: Dataset, rows: int) -> Iterator[pa.Table]:
+    """A data set as tables of so many rows, the last one of fewer.
 
-
-def masked(dataset: Dataset, mask: np.ndarray) -> Dataset:
-    """The rows under a mask, in memory; read in slices, which is many times faster than row by row with `select`.
-
-    >>> masked(Dataset.from_dict({"a": [1, 2, 3]}), np.array([True, False, True])).to_dict()
-    {'a': [1, 3]}
+    >>> [table.num_rows for table in tables_of(Dataset.from_dict({"a": [1, 2, 3]}), 2)]
+    [2, 1]
     """
-    if dataset._indices is not None:
-        return dataset.select(np.flatnonzero(mask))
-    table = dataset.data.table
-    slices = [
-        table.slice(start, _CHUNK_ROWS).filter(pa.array(mask[start : start + _CHUNK_ROWS]))
-        for start in range(0, max(len(dataset), 1), _CHUNK_ROWS)
-    ]
-    return Dataset(pa.concat_tables(slices).combine_chunks(), info=DatasetInfo(features=dataset.features))
+    return dataset.with_format("arrow").iter(rows)
+
+
+def _slices(table: pa.Table) -> Iterator[pa.Table]:
+    return (table.slice(start, _CHUNK_ROWS) for start in range(0, max(len(table), 1), _CHUNK_ROWS))
+
+
+def with_columns(dataset: Dataset, columns: Dataset) -> Dataset:
+    """The data set with these columns at its end, in the place of old ones of the same names."""
+    kept = [name for name in dataset.column_names if name not in columns.column_names]
+    both = concatenate_datasets([dataset.select_columns(kept), columns], axis=1)
+    return both.select_columns([*kept, *columns.column_names])  # joined, columns come in the order of their files
 
 
 def read_records(path: str | os.PathLike) -> list:
@@ -223,11 +231,27 @@ def _existing_parent(path: Path) -> Path:
     return parent
 
 
-def _write_json(dataset: Dataset, path: Path, lines: bool) -> None:
+def _write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
+    """Row groups of about 100 MB in memory, as data hubs like them, cut so that equal rows make equal pages."""
+    waiting: list[pa.Table] = []
+    size = 0
+    with pq.ParquetWriter(path, schema, use_content_defined_chunking=True, write_page_index=True) as writer:
+        for table in tables:
+            waiting.append(table)
+            size += table.nbytes
+            if size >= _ROW_GROUP_BYTES:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting, size = [], 0
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+
+
+def _write_json(parts: Iterable[Dataset], path: Path, lines: bool) -> None:
     """One object a line, or a list of them; text stays readable, a missing score is null."""
     with path.open("w", encoding="utf-8") as file:
-        separator = "" if lines else "[\n"
-        for batch in dataset.with_format(None).iter(_CHUNK_ROWS):
+        separator = first = "" if lines else "[\n"
+        for part in parts:
+            batch = part[:]
             for values in zip(*batch.values(), strict=True):
                 row = json.dumps(dict(zip(batch, values, strict=True)), ensure_ascii=False, default=str)
                 file.write(separator + row)
@@ -235,7 +259,7 @@ def _write_json(dataset: Dataset, path: Path, lines: bool) -> None:
         if lines:
             file.write("\n")
         else:
-            file.write("\n]\n" if len(dataset) else "[\n\n]\n")
+            file.write("[\n\n]\n" if separator == first else "\n]\n")
 
 
 def _exact_json(rows: Dataset, path: Path) -> Dataset:
@@ -284,18 +308,16 @@ def _numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     return texts
 
 
-def _write_csv(dataset: Dataset, path: Path) -> None:
+def _write_csv(parts: Iterable[Dataset], path: Path) -> None:
     """Some rows at a time; texts in quotes, a null and NaN without."""
-    plain, arrow = dataset.with_format(None), dataset.with_format("arrow")
-    nested = [
-        name
-        for name, feature in dataset.features.items()
-        if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type)
-    ]
-    plain, writer = plain.select_columns(nested), None
-    for start in range(0, max(len(dataset), 1), _CHUNK_ROWS):  # a set without rows has a header too
-        rows = slice(start, min(start + _CHUNK_ROWS, len(dataset)))
-        table, values = arrow[rows], plain[rows] if nested else {}
+    writer = None
+    for part in parts:
+        nested = [
+            name
+            for name, feature in part.features.items()
+            if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type)
+        ]
+        table, values = part.with_format("arrow")[:], part.select_columns(nested)[:] if nested else {}
         for i, field in enumerate(table.schema):
             if field.name in nested:
                 texts = [

@@ -106,10 +106,36 @@ def cut_of(rows: pd.DataFrame, score: str) -> float | None:
 
 def spearman(x: pd.Series, y: pd.Series) -> float | None:
     """Spearman's rank correlation; None where it is not defined. (`Series.corr("spearman")` would need scipy.)"""
-    both = pd.DataFrame({"x": x, "y": y}).dropna().rank()
-    if len(both) < 3 or (both.nunique() < 2).any():
+    x, y = (values.to_numpy(dtype=float, na_value=np.nan) for values in (x, y))
+    both = ~(np.isnan(x) | np.isnan(y))
+    if not both.all():
+        x, y = x[both], y[both]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    return float(both["x"].corr(both["y"]))
+    x, y = _ranks(x), _ranks(y)
+    middle = (len(x) + 1) / 2
+    x -= middle
+    y -= middle
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values sharing the mean of theirs; of millions in less time and memory than pandas takes."""
+    if values.min() >= 0 and values.max() < len(values):  # whole numbers need no sorting, but to be counted
+        whole = values.astype(np.int64)
+        if (whole == values).all():
+            counts = np.bincount(whole)
+            return (np.cumsum(counts) - (counts - 1) / 2)[whole]
+    order = np.argsort(values)
+    ordered = values[order]
+    differ = np.append(ordered[1:] != ordered[:-1], True)
+    means = np.arange(1.0, len(values) + 1)
+    if not differ.all():
+        last = np.flatnonzero(differ)  # of each run of equal values
+        runs = np.diff(last, prepend=-1)
+        means = np.repeat(last + 1 - (runs - 1) / 2, runs)
+    ordered[order] = means
+    return ordered
 
 
 def number_text(value: Any, digits: int = 3) -> str:

@@ -43,9 +43,12 @@ def plot_ifd_histogram(
         score: "ifd" or "ifd_ppl".
         max_ifd: the policy's limit; without one the line stands at 1, from where on the prompt does not help.
     """
-    epochs = by_epoch(rows, most=5)
-    values = pd.concat([frame[score] for frame in epochs.values()]).dropna()
-    edges = _edges(values)
+    return histogram_of(by_epoch(rows, most=5), score, max_ifd)
+
+
+def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float | None) -> Figure:
+    """`plot_ifd_histogram` of rows that are normalised already; only the score, `kept` and `reason` are looked at."""
+    edges = _edges(pd.concat([frame[score] for frame in epochs.values()]).dropna())
     figure, axes = _figure(1.1 + 1.5 * max(len(epochs), 1.4), rows=len(epochs), sharex=True)
     for ax, (epoch, frame) in zip(axes[:, 0], epochs.items(), strict=True):
         groups = _groups(frame, score)

@@ -20,6 +20,7 @@ from .foreign import SCORES, read_scores
 from .history import write_atomically
 from .texts import text_columns
 
+OWN_SCORES = ("ifd", "ifd_ppl", "answer_tokens", "ifd_status", "ifd_definition")  # columns that `find_scores` reads
 _PROGRAMS = {"cherry": "Cherry_LLM", "superfiltering": "Superfiltering", "data-juicer": "data-juicer"}
 
 
@@ -88,7 +89,7 @@ def find_scores(
     """The scores of a data set, from a file of their own or from its columns.
 
     Args:
-        rows: all columns of the data set.
+        rows: all columns of the data set; of one that has scores, `OWN_SCORES` are enough. Texts may be categorical.
         data: the file or hub name that it came from.
         scores: a file of scores, see `ifd_trainer.foreign`; None for those in the rows.
         kind: what wrote the scores; told from their content by default.
@@ -120,7 +121,7 @@ def find_scores(
         provenance = Provenance(definition=kind, program=_PROGRAMS[kind], source=data)
     added = found[new].copy()
     if provenance.definition:
-        added["ifd_definition"] = pd.Series([provenance.definition] * len(rows), index=added.index, dtype=object)
+        added["ifd_definition"] = pd.Categorical.from_codes(np.zeros(len(rows), np.int8), [provenance.definition])
     return found, added, replace(provenance, model=model or provenance.model)
 
 
@@ -129,9 +130,12 @@ def _own_scores(rows: pd.DataFrame, data: str) -> pd.DataFrame:
         raise ValueError(
             f"{data} has ifd_status, but neither ifd nor ifd_ppl: score it first with `ifd-trainer score`."
         )
-    found = pd.DataFrame({name: pd.to_numeric(rows[name]) if name in rows else np.nan for name in SCORES[:-1]})
+    numbers = [name for name in OWN_SCORES if name in SCORES and name != "ifd_status"]
+    found = {name: pd.to_numeric(rows[name]) if name in rows else np.nan for name in numbers}
     _one_definition(rows, data)
-    return found.assign(ifd_status=rows["ifd_status"].astype(str))
+    status = rows["ifd_status"]
+    status = status if isinstance(status.dtype, pd.CategoricalDtype) else status.astype(str)
+    return pd.DataFrame(found | {"ifd_status": status}, index=rows.index, copy=False)
 
 
 def _one_definition(rows: pd.DataFrame, data: str) -> str | None:

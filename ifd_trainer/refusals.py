@@ -7,6 +7,12 @@ here are this project's own choice, English only. Whoever needs other ones filte
 from __future__ import annotations
 
 import re
+import sys
+from functools import cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 REFUSAL = "refusal"  # reason of a row that is dropped for this
 
@@ -55,7 +61,8 @@ OPENINGS = (
     "i'm not able to",
     "i am not able to",
 )
-_APOSTROPHES = re.compile("[‘’ʼ＇`´′]")
+_APOSTROPHE = "‘’ʼ＇`´′"
+_APOSTROPHES = re.compile(f"[{_APOSTROPHE}]")
 _SELF_REFERENCE = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, SELF_REFERENCES))})(?!\w)")
 _OPENING = re.compile(rf"(?:{'|'.join(map(re.escape, OPENINGS))})(?!\w)")
 
@@ -72,3 +79,26 @@ def looks_like_refusal(answer: str) -> bool:
     """
     text = " ".join(_APOSTROPHES.sub("'", answer).casefold().split())
     return bool(_OPENING.match(text) or _SELF_REFERENCE.search(text))
+
+
+def may_refuse(answers: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Which of n texts hold one of the phrases at all, (n,) bool, without a Python object for each of them.
+
+    All that `looks_like_refusal`, which says more and takes longer, are among them.
+
+    >>> may_refuse(pa.array(["She said: sorry, but I can't.", "Paris.", None])).tolist()
+    [True, False, False]
+    """
+    found = pc.match_substring_regex(answers, _superset())
+    return pc.fill_null(found, False).to_numpy(zero_copy_only=False)
+
+
+@cache
+def _superset() -> str:
+    """The phrases as one pattern, with any white space and apostrophe; or a character that folds to ASCII ones."""
+    characters = [chr(code) for code in range(sys.maxunicode + 1)]
+    space = "[" + "".join(f"\\x{{{ord(c):x}}}" for c in characters if c.isspace()) + "]+"
+    phrases = "|".join(re.escape(phrase) for phrase in SELF_REFERENCES + OPENINGS)
+    phrases = phrases.replace("\\ ", space).replace("'", f"['{_APOSTROPHE}]")
+    folds = "".join(c for c in characters[128:] if any(part.isascii() for part in c.casefold()))
+    return f"(?i:{phrases})|[{folds}]"

@@ -172,7 +172,7 @@ class Cherry:
         )
 
 
-def coded(values: np.ndarray | pd.Series) -> tuple[np.ndarray, np.ndarray]:
+def coded(values: np.ndarray | pd.Series | pd.Categorical) -> tuple[np.ndarray, np.ndarray]:
     """The different texts of an array (k,), as objects, and for each of its n values which of them it is (n,).
 
     Ten million statuses are a handful of texts: what is computed on the numbers makes no Python object for each row.
@@ -181,7 +181,7 @@ def coded(values: np.ndarray | pd.Series) -> tuple[np.ndarray, np.ndarray]:
     >>> texts[codes].tolist()
     ['ok', 'failed', 'ok']
     """
-    values = values if isinstance(values, pd.Series) else np.asarray(values, dtype=object)
+    values = values if isinstance(values, (pd.Series, pd.Categorical)) else np.asarray(values, dtype=object)
     codes, texts = pd.factorize(values, use_na_sentinel=False)
     return np.asarray(texts, dtype=object).astype(str).astype(object), codes
 

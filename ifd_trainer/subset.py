@@ -12,9 +12,12 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from .encoding import Status
 from .refusals import REFUSAL
+from .scan import Scan
 from .schedule import as_schedule
 from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, Cherry, ShortfallError, coded
 
@@ -26,7 +29,7 @@ class Subset:
     Attributes:
         keep: the budget as it was given, a fraction of the pool or a number of rows.
         asked: the budget in rows.
-        reasons: (n,) `kept`, or why not.
+        reasons: (n,) `kept`, or why not; categorical, not an object for each row.
         ranks: (n,) Int64, 1 for the highest score, null for rows that are not kept.
         cut: lowest score kept.
         eligible: rows with a score under the limit that are no refusals.
@@ -35,7 +38,7 @@ class Subset:
 
     keep: float | int
     asked: int
-    reasons: np.ndarray
+    reasons: pd.Categorical
     ranks: pd.Series
     cut: float
     eligible: int
@@ -73,7 +76,7 @@ def choose(
     *,
     name: str = "ifd",
     max_ifd: float = 1.0,
-    ids: np.ndarray | None = None,
+    ids: np.ndarray | pa.ChunkedArray | None = None,
     refusals: np.ndarray | None = None,
     strict: bool = False,
 ) -> Subset:
@@ -85,7 +88,7 @@ def choose(
         keep: a fraction of the n rows, or a number of rows.
         name: name of the score, "ifd" or "ifd_ppl".
         max_ifd: rows with a score of this or more are dropped.
-        ids: (n,) ranks of the row ids, see `tie_ids`; positions by default.
+        ids: (n,) row ids that break ties, lowest first, numbers or texts; positions by default.
         refusals: (n,) rows to drop as refusals, whatever their score.
         strict: a shortfall is an error.
 
@@ -99,58 +102,104 @@ def choose(
     policy = Cherry(max_ifd, name, "error")
     score = np.asarray(score, dtype=np.float64)
     names, codes = coded(status)
-    status = names[codes]  # shared texts, and an array of our own
     if refusals is not None:
-        status[refusals] = REFUSAL
+        names, codes = np.append(names, REFUSAL), np.where(refusals, len(names), codes)
+    status = _categorical(names, codes)
     asked = as_schedule(keep).budget(0, len(score))
-    ok = status == Status.OK.value
-    eligible = int((ok & (score < max_ifd)).sum())
+    ok = np.asarray(status == Status.OK.value)
+    eligible = ok & (score < max_ifd)
+    count = int(eligible.sum())
     ranks, unranked = np.zeros(len(score), dtype=np.int64), np.ones(len(score), dtype=bool)
-    if eligible == 0 or (strict and eligible < asked):
-        reasons = np.where(ok & np.isfinite(score), ABOVE_LIMIT, status)
-        reasons[ok & (score < max_ifd)] = BELOW_CUT
+    if count == 0 or (strict and count < asked):
+        reasons = np.where(ok & np.isfinite(score), ABOVE_LIMIT, names[codes])
+        reasons[eligible] = BELOW_CUT
         none = pd.Series(pd.arrays.IntegerArray(ranks, unranked))
-        raise ShortfallError(_shortfall(Subset(keep, asked, reasons, none, float("nan"), eligible, name, max_ifd)))
-    selection = policy({name: score, "ifd_status": status}, min(asked, eligible), ids=ids)
+        reasons = pd.Categorical(reasons)
+        raise ShortfallError(_shortfall(Subset(keep, asked, reasons, none, float("nan"), count, name, max_ifd)))
+    budget = min(asked, count)
+    if ids is not None and not isinstance(ids, np.ndarray):
+        ids = _ranks_in_ties(score, ids, eligible, budget)
+    selection = policy({name: score, "ifd_status": status}, budget, ids=ids)
     ranks[selection.kept] = np.arange(1, len(selection.kept) + 1)
     unranked[selection.kept] = False
     ranks = pd.Series(pd.arrays.IntegerArray(ranks, unranked))
-    return Subset(keep, asked, selection.reasons, ranks, selection.cut, eligible, name, max_ifd)
+    reasons = _categorical(*coded(selection.reasons))
+    return Subset(keep, asked, reasons, ranks, selection.cut, count, name, max_ifd)
 
 
-def tie_ids(rows: pd.DataFrame, column: str | None = None) -> tuple[str | None, np.ndarray]:
-    """The column that tells rows apart, and for each row the rank of its id, smallest first.
+def _categorical(names: np.ndarray, codes: np.ndarray) -> pd.Categorical:
+    """Texts by their numbers, at a byte each; of names that are equal, the first stands for all."""
+    first, unique = pd.factorize(names)
+    return pd.Categorical.from_codes(first.astype(np.min_scalar_type(-len(names) - 1))[codes], unique)
+
+
+def _ranks_in_ties(score: np.ndarray, ids: pa.ChunkedArray, eligible: np.ndarray, budget: int) -> np.ndarray:
+    """Ranks of the ids among the rows that may be kept and share their score with another one; 0 elsewhere.
+
+    To sort ten million texts would take longer than all the rest.
+    """
+    rows = np.flatnonzero(eligible)
+    rows = rows[score[rows] >= np.partition(score[rows], len(rows) - budget)[len(rows) - budget]]
+    rows = rows[pd.Series(score[rows]).duplicated(keep=False).to_numpy()]
+    ranks = np.zeros(len(score), dtype=np.int64)
+    ranks[rows[pc.sort_indices(ids.take(pa.array(rows))).to_numpy()]] = np.arange(len(rows))
+    return ranks
+
+
+def tie_ids(rows: Scan, column: str | None = None) -> tuple[str | None, np.ndarray | pa.ChunkedArray | None]:
+    """The column that tells rows apart, and its values, to be compared as numbers or else as texts.
 
     Args:
-        rows: all columns that may hold ids.
-        column: the column; by default `row_id`, then `id`, if its values are unique, else the position.
+        rows: n rows.
+        column: the column; by default `row_id`, then `id`, if its values are unique.
+
+    Returns:
+        The name and (n,) ids for `choose`; None twice where positions are all there is.
 
     Raises:
         ValueError: when the column is missing, or has nulls or equal values.
-
-    >>> tie_ids(pd.DataFrame({"id": ["b", "a"]}))
-    ('id', array([1, 0]))
     """
     for name in [column] if column else ["row_id", "id"]:
-        if name not in rows:
+        if name not in rows.features:
             if column:
-                raise ValueError(f"There is no column {column!r} of row ids; the columns are {sorted(rows.columns)}.")
+                names = sorted(rows.column_names)
+                raise ValueError(f"There is no column {column!r} of row ids; the columns are {names}.")
             continue
-        values = rows[name]
-        if values.dtype == object and not values.map(pd.api.types.is_hashable).all():
-            values = values.astype(str)
-        if values.notna().all() and values.is_unique:
-            keys = values if values.dtype.kind in "iuf" else values.astype(str)
-            order = np.argsort(keys.to_numpy(), kind="stable")
-            ranks = np.empty(len(values), dtype=np.int64)
-            ranks[order] = np.arange(len(values))
-            return name, ranks
+        values = _comparable(rows, name)
+        nulls = int(pd.isna(values).sum()) if isinstance(values, np.ndarray) else values.null_count
+        if not nulls and _unique(values):
+            return name, values
         if column:
             raise ValueError(
-                f"The column {name!r} cannot tell rows apart: {values.isna().sum()} of {len(values)} values are null "
-                f"and {values.duplicated().sum()} are repeated. Name another with --id-column, or leave it out."
+                f"The column {name!r} cannot tell rows apart: {nulls} of {len(values)} values are null and "
+                f"{pd.Series(values).duplicated().sum()} are repeated. Name another with --id-column, or leave it out."
             )
-    return None, np.arange(len(rows))
+    return None, None
+
+
+def _comparable(rows: Scan, name: str) -> np.ndarray | pa.ChunkedArray:
+    """The ids of a column: numbers as an array, all else as texts."""
+    values = rows.column(name)
+    if values.null_count or pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return values
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        return values.to_numpy()
+    return pa.chunked_array([pa.array(rows.frame([name])[name].astype(str), pa.string())])
+
+
+def _unique(ids: np.ndarray | pa.ChunkedArray) -> bool:
+    """Whether no value occurs twice. Of texts, digests tell; those that share one are compared themselves."""
+    if isinstance(ids, np.ndarray):
+        return not len(_repeated(ids))
+    digests = [pd.util.hash_array(chunk.to_numpy(zero_copy_only=False), categorize=False) for chunk in ids.chunks]
+    digests = np.concatenate([np.zeros(0, np.uint64), *digests])
+    doubtful = ids.filter(pa.array(np.isin(digests, _repeated(digests))))
+    return pc.count_distinct(doubtful).as_py() == len(doubtful)
+
+
+def _repeated(values: np.ndarray) -> np.ndarray:
+    ordered = np.sort(values)
+    return ordered[1:][ordered[1:] == ordered[:-1]]
 
 
 def _shortfall(subset: Subset) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ _TEXT_COLUMNS = (("prompt", "answer"), ("prompt", "completion"), ("instruction",
 
 def text_columns(frame: pd.DataFrame) -> pd.DataFrame | None:
     """`instruction`, `input` and `answer` of each row, without what a template adds; None if there are no texts."""
-    pair = next((pair for pair in _TEXT_COLUMNS if set(pair) <= set(frame.columns)), None)
-    chat = next((name for name in ("messages", "conversations") if name in frame), None)
+    sources = text_sources(frame.columns)
+    pair, chat = (sources, None) if len(sources) == 2 else (None, next(iter(sources), None))
     if pair is not None:
         prompts = [plain(value) for value in frame[pair[0]]]
         answers = [plain(value) for value in frame[pair[1]]]
@@ -40,6 +40,16 @@ def text_columns(frame: pd.DataFrame) -> pd.DataFrame | None:
         for prompt, answer in zip(raw, answers, strict=True)
     ]
     return pd.DataFrame({"instruction": prompts, "input": inputs, "answer": answers}, dtype=object)
+
+
+def text_sources(names: Collection[str]) -> tuple[str, ...]:
+    """The columns that hold the texts: of prompts and of answers, or of chats; none where there are none.
+
+    >>> text_sources(["id", "instruction", "input", "output"]), text_sources(["id", "messages"]), text_sources(["id"])
+    (('instruction', 'output'), ('messages',), ())
+    """
+    pair = next((pair for pair in _TEXT_COLUMNS if set(pair) <= set(names)), None)
+    return pair or tuple(name for name in ("messages", "conversations") if name in names)[:1]
 
 
 def answers_of(frame: pd.DataFrame) -> list[str]:

@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, concatenate_datasets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ifd_trainer.files import load_rows, masked, output_file, read_records, with_columns, write_rows
+from ifd_trainer import files
+from ifd_trainer.files import load_rows, output_file, read_records, with_columns, write_rows, write_tables
 
 ROWS = [
     {
@@ -126,12 +127,53 @@ def test_any_text_survives_json_and_parquet(tmp_path, rows, ending):
     assert load_rows(str(path)).to_list() == rows
 
 
-def test_columns_take_the_place_of_old_ones_and_keep_their_type_without_values():
+def test_columns_take_the_place_of_old_ones():
     rows = Dataset.from_dict({"a": [1, 2], "ifd": [9.0, 9.0]}).select([1, 0])
-    added = pd.DataFrame({"ifd": [0.5, np.nan], "rank": pd.array([None, None], dtype="Int64"), "why": ["x", None]})
-    found = with_columns(rows, added)
-    assert found.to_dict() == {"a": [2, 1], "ifd": [0.5, None], "rank": [None, None], "why": ["x", None]}
-    assert [found.features[name].dtype for name in ("ifd", "rank", "why")] == ["float64", "int64", "string"]
+    found = with_columns(rows, Dataset.from_dict({"ifd": [0.5, None], "why": ["x", None]}))
+    assert found.to_dict() == {"a": [2, 1], "ifd": [0.5, None], "why": ["x", None]}
+
+
+def test_columns_stay_in_the_order_of_the_source(tmp_path):
+    path = tmp_path / "rows.jsonl"  # texts and all else are read separately
+    path.write_text('{"a": "x", "b": 0.5, "c": "y", "d": [1]}\n', encoding="utf-8")
+    found = with_columns(load_rows(str(path)), Dataset.from_dict({"c": ["z"], "e": [1]}))
+    assert found.to_list() == [{"a": "x", "b": 0.5, "d": [1], "c": "z", "e": 1}]
+    for ending in (".csv", ".jsonl", ".parquet"):
+        write_rows(found, tmp_path / f"out{ending}")
+        assert load_rows(str(tmp_path / f"out{ending}")).column_names == ["a", "b", "d", "c", "e"]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet", ".csv"])
+def test_tables_are_written_as_the_rows_that_they_are_parts_of(tmp_path, ending, monkeypatch):
+    rows = load_rows(str(source(tmp_path, ".parquet")))
+    rows = concatenate_datasets([rows] * 4)
+    write_rows(rows, tmp_path / f"whole{ending}")
+    monkeypatch.setattr(files, "_ROW_GROUP_BYTES", 1)
+    monkeypatch.setattr(files, "_CHUNK_ROWS", 2)
+    table = rows.with_format("arrow")[:]
+    parts = iter([table.slice(0, 5), table.slice(5, 0), table.slice(5)])
+    write_tables(parts, rows.features, tmp_path / f"parts{ending}")
+    if ending == ".parquet":
+        whole, found = (pq.ParquetFile(tmp_path / f"{name}.parquet") for name in ("whole", "parts"))
+        assert (whole.num_row_groups, found.num_row_groups) == (1, 2)
+        assert Features.from_arrow_schema(found.schema_arrow) == rows.features
+        assert found.read().equals(whole.read())
+    else:
+        assert (tmp_path / f"parts{ending}").read_bytes() == (tmp_path / f"whole{ending}").read_bytes()
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet", ".csv"])
+def test_no_rows_are_written_with_their_columns(tmp_path, ending):
+    rows = Dataset.from_dict({"a": ["x"], "n": [1]}).select([])
+    for number, write in enumerate(
+        (lambda path: write_rows(rows, path), lambda path: write_tables([], rows.features, path))
+    ):
+        write(tmp_path / f"{number}{ending}")
+    assert (tmp_path / f"0{ending}").read_bytes() == (tmp_path / f"1{ending}").read_bytes()
+    if ending == ".parquet":
+        assert pq.read_schema(tmp_path / "0.parquet").names == ["a", "n"]
+    if ending == ".csv":
+        assert (tmp_path / "0.csv").read_text(encoding="utf-8") == '"a","n"\n'
 
 
 def test_a_folder_is_read(tmp_path):
@@ -167,14 +209,3 @@ def test_records_with_nan_and_a_line_that_is_none(tmp_path):
     path.write_text('{"a": 1}\n{"a"\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 2, is not JSON"):
         read_records(path)
-
-
-@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet", ".csv"])
-def test_rows_under_a_mask_are_those_that_select_gives(tmp_path, ending):
-    rows = load_rows(str(source(tmp_path, ending)))
-    for mask in ([True, False], [False, True], [True, True], [False, False]):
-        expected = rows.select(np.flatnonzero(mask))
-        for pool in (rows, rows.select([1, 0]).select([1, 0])):  # the second one has indices
-            found = masked(pool, np.array(mask))
-            assert found.features == expected.features
-            assert found.to_list() == expected.to_list()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifd_trainer.refusals import OPENINGS, SELF_REFERENCES, looks_like_refusal
+from ifd_trainer.refusals import OPENINGS, SELF_REFERENCES, looks_like_refusal, may_refuse
 
 
 @pytest.mark.parametrize(
@@ -60,3 +63,29 @@ def test_a_self_reference_is_found_anywhere_as_whole_words(before, phrase, after
 @given(st.text(max_size=200))
 def test_any_text_is_taken(text):
     assert looks_like_refusal(text) == looks_like_refusal(f"\n{text} ")
+
+
+SPACES = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace())
+# Characters that one can write for those of a phrase, so that the comparison sees no difference.
+ALIKE = {" ": SPACES, "'": "'‘’ʼ＇`´′", "s": "sSſ", "k": "kK\N{KELVIN SIGN}"}
+
+
+@st.composite
+def disguised(draw):
+    """A phrase as it may be written, within other text."""
+    phrase = draw(st.sampled_from(SELF_REFERENCES + OPENINGS))
+    letters = [draw(st.sampled_from(ALIKE.get(c, c + c.upper()))) for c in phrase]
+    return draw(st.sampled_from(["", " ", "Oh. "])) + "".join(letters) + draw(st.sampled_from(["", "!", "\n", "x"]))
+
+
+@given(st.lists(st.none() | st.text(max_size=20) | disguised(), max_size=5))
+def test_no_refusal_is_left_out_of_those_that_may_be_one(texts):
+    found = may_refuse(pa.array(texts, pa.string()))
+    for text, maybe in zip(texts, found, strict=True):
+        assert maybe or text is None or not looks_like_refusal(text)
+
+
+def test_ligatures_that_fold_to_letters_of_a_phrase_are_looked_at():
+    text = "I cannot ful\N{LATIN SMALL LIGATURE FI}ll this."
+    assert looks_like_refusal(text)
+    assert may_refuse(pa.array([text, "Grüße aus Köln", "Paris", "東京"])).tolist() == [True, True, False, False]

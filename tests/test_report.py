@@ -13,12 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from scipy.stats import spearmanr
 
 from ifd_trainer import plots as plotting
 from ifd_trainer import report
+from ifd_trainer.frames import spearman
 from ifd_trainer.history import History
 from ifd_trainer.plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
 from ifd_trainer.report import epoch_table, label_rich_table, label_table, write_report
@@ -643,6 +646,25 @@ def test_histogram_says_how_many_values_lie_beyond_its_end():
     few = plot_ifd_histogram(frame.iloc[:2])
     assert few.axes[0].get_xlim()[1] == 3
     assert "2 rows beyond 3" in texts_in(few)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.none() | st.sampled_from([1, 2, 3, 40, 1000]) | st.integers(0, 9),
+            st.none() | st.sampled_from([0.0, -0.0, 0.5, 1.0, 2.0, 1e300]) | st.floats(-2, 2),
+        ),
+        max_size=12,
+    )
+)
+def test_the_rank_correlation_is_that_of_another_library(pairs):
+    x, y = (pd.Series(values, dtype=float) for values in ([a for a, _ in pairs], [b for _, b in pairs]))
+    known = pd.DataFrame({"x": x, "y": y}).dropna()
+    found = spearman(x, y)
+    if len(known) < 3 or (known.nunique() < 2).any():
+        assert found is None
+    else:
+        assert found == pytest.approx(spearmanr(known["x"], known["y"]).statistic, abs=1e-12)
 
 
 def test_length_plot_gives_the_rank_correlation(tmp_path, plots):

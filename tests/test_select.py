@@ -14,14 +14,16 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, load_dataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from ifd_trainer.card import MARKER, public_name, size_category
 from ifd_trainer.cli import main
+from ifd_trainer.encoding import Status
 from ifd_trainer.files import load_rows, write_rows
 from ifd_trainer.provenance import Provenance, provenance_path, read_provenance, write_provenance
 
+STATUSES = [status.value for status in Status if status is not Status.OK]
 # cas and das in nats per token; IFD 0.5, 0.9, 1.2, 0.8 and 0.8, and one row without an answer.
 LOSSES = [(1.0, 2.0), (1.8, 2.0), (2.4, 2.0), (1.6, 2.0), (1.6, 2.0), (math.nan, math.nan)]
 ROWS = [
@@ -270,6 +272,40 @@ def test_every_column_of_a_kept_row_is_as_it_was(tmp_path, rows, ending):
         assert [pq.read_schema(output).field(name).type for name in rows[0]] == [
             pq.read_schema(source).field(name).type for name in rows[0]
         ]
+
+
+POOL = st.lists(
+    st.tuples(st.sampled_from([0.3, 0.5, 0.5, 0.9, 0.999, 1.0, 1.5, None]), st.sampled_from(["ok", *STATUSES])),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(POOL, st.integers(1, 12) | st.floats(0.01, 1.0), st.sampled_from(["id", None]), st.booleans(), st.data())
+def test_the_file_holds_what_an_independent_sort_keeps(tmp_path, pool, keep, ids, everything, data):
+    score = [ifd if status == "ok" else None for ifd, status in pool]
+    names = data.draw(st.permutations([f"row {i:02d}" for i in range(len(pool))]))
+    rows = Dataset.from_dict({"id": names, "ifd": score, "ifd_status": [status for _, status in pool]})
+    rows = rows if ids else rows.rename_column("id", "name")
+    asked = keep if isinstance(keep, int) else max(1, round(keep * len(pool)))
+    eligible = [i for i, ifd in enumerate(score) if ifd is not None and ifd < 1]
+    assume(eligible and asked <= len(pool))
+    best = sorted(eligible, key=lambda i: (-score[i], names[i] if ids else i))[:asked]
+    write_rows(rows, tmp_path / "pool.parquet")
+    command = [tmp_path / "pool.parquet", "--keep", keep, "--output", tmp_path / "out.parquet", "--no-card"]
+    assert select(*command, *(["--all"] if everything else [])) == 0
+    expected = []
+    for i, (_, status) in enumerate(pool):
+        dropped = "nonfinite" if score[i] is None else "above_limit" if score[i] >= 1 else "below_cut"
+        new = {
+            "ifd_rank": best.index(i) + 1 if i in best else None,
+            "ifd_reason": "kept" if i in best else dropped if status == "ok" else status,
+        }
+        expected += [rows[i] | new] if everything or i in best else []
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found.to_pylist() == expected
+    assert [str(found.schema.field(name).type) for name in ("ifd_rank", "ifd_reason")] == ["int64", "string"]
 
 
 class FakeHub:

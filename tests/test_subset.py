@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from datasets import Dataset
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from ifd_trainer.scan import Scan
 from ifd_trainer.selection import ShortfallError
 from ifd_trainer.subset import choose, tie_ids
 
@@ -53,6 +57,27 @@ def test_the_count_is_exact_and_every_row_has_a_reason(pool, keep):
             choose(score, status, keep, refusals=refusals, strict=True)
 
 
+@given(pools(), st.one_of(st.integers(1, 40), st.floats(0.01, 1.0)), st.sampled_from([int, float, str]), st.data())
+def test_rows_and_ranks_are_those_of_an_independent_sort(pool, keep, kind, data):
+    score, status, _ = pool
+    n = len(score)
+    score[list(data.draw(st.sets(st.integers(0, n - 1))))] = data.draw(st.sampled_from([np.nan, np.inf, 0.5]))
+    ids = [kind(i) for i in data.draw(st.permutations(range(90, 90 + 11 * n, 11)))]  # as texts, "101" before "90"
+    eligible = [i for i in range(n) if status[i] == OK and score[i] < 1]
+    asked = keep if isinstance(keep, int) else max(1, round(keep * n))
+    assume(eligible and asked <= n)
+    name, found = tie_ids(Scan(Dataset.from_dict({"id": ids})))
+    subset = choose(score, pd.Series(status).astype("category"), keep, ids=found)
+    best = sorted(eligible, key=lambda i: (-score[i], ids[i]))[:asked]
+    ranks = {row: rank for rank, row in enumerate(best, start=1)}
+    assert name == "id"
+    assert [None if pd.isna(rank) else rank for rank in subset.ranks] == [ranks.get(i) for i in range(n)]
+    for i, reason in enumerate(subset.reasons):
+        unscored = "nonfinite" if np.isnan(score[i]) or np.isinf(score[i]) else "above_limit"
+        fate = "kept" if i in best else "below_cut" if i in eligible else unscored
+        assert reason == (fate if status[i] == OK else status[i])
+
+
 @given(pools(), st.randoms(use_true_random=False))
 def test_ties_do_not_depend_on_the_order_of_the_rows(pool, random):
     score, status, _ = pool
@@ -63,7 +88,7 @@ def test_ties_do_not_depend_on_the_order_of_the_rows(pool, random):
     random.shuffle(order)
     found = []
     for rows in (list(range(len(score))), order):
-        _, ids = tie_ids(pd.DataFrame({"row_id": [names[i] for i in rows]}))
+        _, ids = tie_ids(Scan(Dataset.from_dict({"row_id": [names[i] for i in rows]})))
         subset = choose(score[rows], status[rows], 0.3, ids=ids)
         found.append({names[i] for i, reason in zip(rows, subset.reasons, strict=True) if reason == "kept"})
     assert found[0] == found[1]
@@ -89,14 +114,29 @@ def test_a_shortfall_says_what_is_missing():
 
 
 def test_columns_that_break_ties():
-    rows = pd.DataFrame({"row_id": [1, 1, 2], "id": [30, 4, 5], "name": ["b", "a", None], "parts": [[1], [2], [3]]})
-    assert tie_ids(rows)[0] == "id"  # row_id repeats itself
-    assert tie_ids(rows)[1].tolist() == [2, 0, 1]  # as numbers, not as text
-    assert tie_ids(rows[["name"]])[0] is None
-    assert tie_ids(rows, "parts")[1].tolist() == [0, 1, 2]
+    columns = {"row_id": [1, 1, 2], "id": [30, 4, 5], "name": ["b", "a", None], "parts": [[3], [1], [2]]}
+    rows = Scan(Dataset.from_dict(columns))
+    name, ids = tie_ids(rows)
+    assert (name, ids.tolist()) == ("id", [30, 4, 5])  # row_id repeats itself; numbers, not texts
+    assert tie_ids(Scan(Dataset.from_dict({"name": columns["name"]}))) == (None, None)
+    name, ids = tie_ids(rows, "parts")
+    assert (name, ids.to_pylist()) == ("parts", ["[3]", "[1]", "[2]"])
     with pytest.raises(ValueError, match="0 of 3 values are null and 1 are repeated"):
         tie_ids(rows, "row_id")
     with pytest.raises(ValueError, match="1 of 3 values are null"):
         tie_ids(rows, "name")
     with pytest.raises(ValueError, match="no column 'key'"):
         tie_ids(rows, "key")
+
+
+@pytest.mark.parametrize(
+    "values", [["a", "b", "a"], ["b", "a", None], [2, 1, 2], [1.5, None, 2.5], [0.5, math.nan, 1.5]]
+)
+def test_ids_with_repeats_or_without_values_are_not_taken(values):
+    assert tie_ids(Scan(Dataset.from_dict({"id": values}))) == (None, None)
+
+
+def test_texts_with_one_digest_are_still_told_apart(monkeypatch):
+    monkeypatch.setattr(pd.util, "hash_array", lambda values, categorize: np.zeros(len(values), np.uint64))
+    assert tie_ids(Scan(Dataset.from_dict({"id": ["a", "b", "c"]})))[0] == "id"
+    assert tie_ids(Scan(Dataset.from_dict({"id": ["a", "b", "a"]})))[0] is None
