@@ -96,9 +96,9 @@ def may_refuse(answers: pa.Array | pa.ChunkedArray) -> np.ndarray:
 @cache
 def _superset() -> str:
     """The phrases as one pattern, with any white space and apostrophe; or a character that folds to ASCII ones."""
-    characters = [chr(code) for code in range(sys.maxunicode + 1)]
-    space = "[" + "".join(f"\\x{{{ord(c):x}}}" for c in characters if c.isspace()) + "]+"
+    codes = range(sys.maxunicode + 1)
+    space = "[" + "".join(f"\\x{{{code:x}}}" for code in codes if chr(code).isspace()) + "]+"
     phrases = "|".join(re.escape(phrase) for phrase in SELF_REFERENCES + OPENINGS)
     phrases = phrases.replace("\\ ", space).replace("'", f"['{_APOSTROPHE}]")
-    folds = "".join(c for c in characters[128:] if any(part.isascii() for part in c.casefold()))
+    folds = "".join(chr(code) for code in codes[128:] if any(part.isascii() for part in chr(code).casefold()))
     return f"(?i:{phrases})|[{folds}]"

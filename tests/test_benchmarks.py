@@ -6,10 +6,13 @@ import importlib.util
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, build_model, build_tokenizer, reference_nll
@@ -173,3 +176,33 @@ def test_rows_have_the_lengths_that_are_described(measuring):
     long = measuring.long_definition(4, 1000)
     assert token_count(long) == sum(len(segment.ids) for segment in measuring.segments_of(long))
     assert all(pair.conditioned.ids[:300] == long[0].conditioned.ids[:300] for pair in long)
+
+
+def test_a_dry_run_of_the_benchmark_of_selection(tmp_path, capsys):
+    bench = loaded(ROOT / "tests" / "benchmarks" / "selection.py")
+    bench.main(["--tiny", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "selection.json").read_text())
+    assert (results["rows"], list(results["cases"])) == (400, ["base", *bench.CASES])
+    for found in results["cases"].values():
+        assert len(found["seconds"]) == 1
+        assert found["peak_bytes"] > 50 * 2**20
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["base", "400", "400", "400"]
+
+
+def test_the_benchmark_of_selection_tells_wrong_rows(tmp_path):
+    bench = loaded(ROOT / "tests" / "benchmarks" / "selection.py")
+    pool, output = tmp_path / "pool.parquet", tmp_path / "out.parquet"
+    bench.write_pool(pool, 400)
+    rows = pq.read_table(pool).to_pylist()
+    assert rows[7] == {**rows[7], "ifd": rows[7]["cas"] / rows[7]["das"], "ifd_status": "ok"}
+    assert [row["ifd"] is None for row in rows] == [row["ifd_status"] != "ok" for row in rows]
+    able = [row for row in rows if row["ifd"] is not None and row["ifd"] < 1]
+    able = sorted(able, key=lambda row: (-row["ifd"], row["id"]))
+    assert bench.best(pool, 20, False) == [row["id"] for row in able[:20]]
+    able = [row for row in able if row["output"] != bench.REFUSED]
+    assert bench.best(pool, 300, True) == [row["id"] for row in able[:300]]
+    ids = bench.best(pool, 20, False)
+    for order in (ids, ids[::-1]):
+        pq.write_table(pa.table({"id": order, "ifd_rank": range(1, 21)}), output)
+        with nullcontext() if order is ids else pytest.raises(AssertionError, match="other rows"):
+            bench.check(pool, output, 400, "keep")
