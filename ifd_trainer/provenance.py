@@ -16,11 +16,11 @@ import pandas as pd
 import yaml
 from datasets import Dataset
 
-from .foreign import SCORES, read_scores
+from .foreign import read_scores
 from .history import write_atomically
 from .texts import text_columns
 
-OWN_SCORES = ("ifd", "ifd_ppl", "answer_tokens", "ifd_status", "ifd_definition")  # columns that `find_scores` reads
+OWN_SCORES = ("ifd", "ifd_ppl", "answer_tokens", "ifd_status", "ifd_definition")  # what `find_scores` reads
 _PROGRAMS = {"cherry": "Cherry_LLM", "superfiltering": "Superfiltering", "data-juicer": "data-juicer"}
 
 
@@ -130,7 +130,7 @@ def _own_scores(rows: pd.DataFrame, data: str) -> pd.DataFrame:
         raise ValueError(
             f"{data} has ifd_status, but neither ifd nor ifd_ppl: score it first with `ifd-trainer score`."
         )
-    numbers = [name for name in OWN_SCORES if name in SCORES and name != "ifd_status"]
+    numbers = ("ifd", "ifd_ppl", "answer_tokens")
     found = {name: pd.to_numeric(rows[name]) if name in rows else np.nan for name in numbers}
     _one_definition(rows, data)
     status = rows["ifd_status"]

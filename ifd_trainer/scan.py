@@ -36,6 +36,10 @@ class Scan:
     Raises:
         FileNotFoundError: when `source` looks like a file and is none.
         ValueError: for an ending that cannot be read.
+
+    >>> rows = Scan(Dataset.from_dict({"a": [1, 2], "b": ["x", "y"]}))
+    >>> len(rows), [table.to_pydict() for table in rows.tables(["a"])]
+    (2, [{'a': [1, 2]}])
     """
 
     def __init__(self, source: str | Dataset, split: str = "train") -> None:
@@ -125,6 +129,10 @@ class Marked:
 
     Attributes:
         features: the types of all columns.
+
+    >>> marked = Marked(Scan(Dataset.from_dict({"a": [1, 2]})), pd.DataFrame({"b": [0.5, 0.7]}), np.array([False, True]))
+    >>> [table.to_pydict() for table in marked.tables()]
+    [{'a': [2], 'b': [0.7]}]
     """
 
     def __init__(self, scan: Scan, added: pd.DataFrame, kept: np.ndarray) -> None:

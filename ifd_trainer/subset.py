@@ -141,8 +141,9 @@ def _ranks_in_ties(score: np.ndarray, ids: pa.ChunkedArray, eligible: np.ndarray
     rows = np.flatnonzero(eligible)
     rows = rows[score[rows] >= np.partition(score[rows], len(rows) - budget)[len(rows) - budget]]
     rows = rows[pd.Series(score[rows]).duplicated(keep=False).to_numpy()]
-    ranks = np.zeros(len(score), dtype=np.int64)
-    ranks[rows[pc.sort_indices(ids.take(pa.array(rows))).to_numpy()]] = np.arange(len(rows))
+    ranks, tied = np.zeros(len(score), dtype=np.int64), np.zeros(len(score), dtype=bool)
+    tied[rows] = True
+    ranks[rows[pc.sort_indices(ids.filter(pa.array(tied))).to_numpy()]] = np.arange(len(rows))
     return ranks
 
 
@@ -158,6 +159,10 @@ def tie_ids(rows: Scan, column: str | None = None) -> tuple[str | None, np.ndarr
 
     Raises:
         ValueError: when the column is missing, or has nulls or equal values.
+
+    >>> from datasets import Dataset
+    >>> tie_ids(Scan(Dataset.from_dict({"row_id": ["a", "a"], "id": [7, 5]})))
+    ('id', array([7, 5]))
     """
     for name in [column] if column else ["row_id", "id"]:
         if name not in rows.features:
@@ -170,9 +175,10 @@ def tie_ids(rows: Scan, column: str | None = None) -> tuple[str | None, np.ndarr
         if not nulls and _unique(values):
             return name, values
         if column:
+            shown = pd.Series(values) if isinstance(values, np.ndarray) else values.to_pandas().astype(str)
             raise ValueError(
                 f"The column {name!r} cannot tell rows apart: {nulls} of {len(values)} values are null and "
-                f"{pd.Series(values).duplicated().sum()} are repeated. Name another with --id-column, or leave it out."
+                f"{shown.duplicated().sum()} are repeated. Name another with --id-column, or leave it out."
             )
     return None, None
 

@@ -123,8 +123,10 @@ def test_columns_that_break_ties():
     assert (name, ids.to_pylist()) == ("parts", ["[3]", "[1]", "[2]"])
     with pytest.raises(ValueError, match="0 of 3 values are null and 1 are repeated"):
         tie_ids(rows, "row_id")
-    with pytest.raises(ValueError, match="1 of 3 values are null"):
+    with pytest.raises(ValueError, match="1 of 3 values are null and 0 are repeated"):
         tie_ids(rows, "name")
+    with pytest.raises(ValueError, match="2 of 4 values are null and 2 are repeated"):
+        tie_ids(Scan(Dataset.from_dict({"parts": [[1], None, None, [1]]})), "parts")
     with pytest.raises(ValueError, match="no column 'key'"):
         tie_ids(rows, "key")
 
