@@ -130,7 +130,8 @@ class Marked:
     Attributes:
         features: the types of all columns.
 
-    >>> marked = Marked(Scan(Dataset.from_dict({"a": [1, 2]})), pd.DataFrame({"b": [0.5, 0.7]}), np.array([False, True]))
+    >>> rows, added = Scan(Dataset.from_dict({"a": [1, 2]})), pd.DataFrame({"b": [0.5, 0.7]})
+    >>> marked = Marked(rows, added, kept=np.array([False, True]))
     >>> [table.to_pydict() for table in marked.tables()]
     [{'a': [2], 'b': [0.7]}]
     """
