@@ -1,17 +1,20 @@
 """Data sets in and out: JSON, JSON lines, CSV, Parquet files and hub names; and parts of a job that can be resumed.
 
 What is read is written back as it was: text stays text (also "NA", "007" or a date), null and the empty text stay
-apart, nested values stay nested. CSV has no nested values: a list or a mapping is written there as JSON.
+apart, nested values stay nested, and each of several types in a column stays of its type. CSV has no nested values: a
+list or a mapping is written there as JSON. Reading and writing take memory for some rows (of a Parquet file, for a row
+group), however many a file holds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Value, concatenate_datasets, load_dataset
 
+from .arrow_files import file_digest, holds_json, python_values, read_csv, read_json, record_blocks
 from .history import write_atomically
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -37,10 +41,9 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
     path = Path(source)
     if path.is_file():
         kind = _loader(path)
-        if kind == "csv":
-            return _read_csv(path)
-        rows = load_dataset(kind, data_files=str(path), split="train")
-        return _exact_json(rows, path) if kind == "json" else rows
+        if kind == "parquet":
+            return load_dataset(kind, data_files=str(path), split="train")
+        return read_csv(path) if kind == "csv" else read_json(path)
     if (path / f"{split}.parquet").is_file():
         return load_dataset("parquet", data_files=str(path / f"{split}.parquet"), split="train")
     if path.is_dir():
@@ -99,19 +102,9 @@ def read_records(path: str | os.PathLike) -> list:
     """The values of a JSON list, or of JSON lines, whatever the file's ending; NaN and Infinity are read too.
 
     Raises:
-        ValueError: for a file that is neither; the message names the first line that cannot be read.
+        ValueError: for a file that is neither; the message names the line of the value that cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: texts may hold U+2028
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}, is not JSON: {error}.") from error
-    return records
+    return list(chain.from_iterable(record_blocks(Path(path))))
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -201,13 +194,7 @@ class Parts:
 def source_digest(source: str, rows: Dataset) -> str:
     """A digest of a file's bytes, or the fingerprint of a hub data set."""
     path = Path(source)
-    if not path.is_file():
-        return rows._fingerprint
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path) if path.is_file() else rows._fingerprint
 
 
 def _loader(path: Path) -> str:
@@ -223,14 +210,35 @@ def _existing_parent(path: Path) -> Path:
     return parent
 
 
+def _slices(dataset: Dataset) -> Iterator[slice]:
+    """Some rows at a time; one slice of none where there are none."""
+    for start in range(0, max(len(dataset), 1), _CHUNK_ROWS):
+        yield slice(start, min(start + _CHUNK_ROWS, len(dataset)))
+
+
+def _python_columns(dataset: Dataset, names: list[str], rows: slice) -> dict[str, list]:
+    """These columns of some rows as Python values, with every digit of the floats that `Json` holds."""
+    exact = [name for name in names if holds_json(dataset.features[name])]
+    others = [name for name in names if name not in exact]
+    found = dataset.with_format(None).select_columns(others)[rows] if others else {}
+    table = dataset.with_format("arrow").select_columns(exact)[rows] if exact else None
+    found |= {name: python_values(table[name], dataset.features[name]) for name in exact}
+    return {name: found[name] for name in names}
+
+
+def _dumps(value: Any) -> str:
+    """JSON in which text stays readable."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _write_json(dataset: Dataset, path: Path, lines: bool) -> None:
-    """One object a line, or a list of them; text stays readable, a missing score is null."""
+    """One object a line, or a list of them; a missing score is null."""
     with path.open("w", encoding="utf-8") as file:
         separator = "" if lines else "[\n"
-        for batch in dataset.with_format(None).iter(_CHUNK_ROWS):
-            for values in zip(*batch.values(), strict=True):
-                row = json.dumps(dict(zip(batch, values, strict=True)), ensure_ascii=False, default=str)
-                file.write(separator + row)
+        for rows in _slices(dataset):
+            columns = _python_columns(dataset, dataset.column_names, rows)
+            for values in zip(*columns.values(), strict=True):
+                file.write(separator + _dumps(dict(zip(columns, values, strict=True))))
                 separator = "\n" if lines else ",\n"
         if lines:
             file.write("\n")
@@ -238,70 +246,19 @@ def _write_json(dataset: Dataset, path: Path, lines: bool) -> None:
             file.write("\n]\n" if len(dataset) else "[\n\n]\n")
 
 
-def _exact_json(rows: Dataset, path: Path) -> Dataset:
-    """Read all columns again but those of text, integers and truth values: the reader makes dates of texts that look
-    like one, and on some of its ways, which cannot be told afterwards, it changes the last digit of a float.
-    """
-
-    def changed(type: pa.DataType) -> bool:
-        return not (pa.types.is_string(type) or pa.types.is_integer(type) or pa.types.is_boolean(type))
-
-    names = [field.name for field in rows.features.arrow_schema if changed(field.type)]
-    if not names:
-        return rows
-    columns = [{name: record.get(name) for name in names} for record in read_records(path)]
-    again = Dataset.from_list(columns, on_mixed_types="use_json")
-    return concatenate_datasets([rows.remove_columns(names), again], axis=1).select_columns(rows.column_names)
-
-
-def _read_csv(path: Path) -> Dataset:
-    """All columns as text, then as numbers those that are written back as they were read."""
-    with path.open("rb") as file:
-        names = pa.csv.open_csv(file, parse_options=pa.csv.ParseOptions(newlines_in_values=True)).schema.names
-    table = pa.csv.read_csv(
-        path,
-        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()),
-            null_values=[""],
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,  # `,,` is null, `,"",` the empty text
-        ),
-    )
-    return Dataset(pa.table({name: _numbers(table[name]) for name in names}))
-
-
-def _numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as integers or floats if that loses no character, else unchanged."""
-    for type in (pa.int64(), pa.float64()):
-        try:
-            numbers = pc.cast(texts, type)
-        except pa.ArrowInvalid:
-            continue
-        finite = pa.types.is_integer(type) or pc.all(pc.is_finite(numbers)).as_py()
-        if finite and len(texts) > texts.null_count and pc.cast(numbers, pa.string()).equals(texts):
-            return numbers
-    return texts
-
-
 def _write_csv(dataset: Dataset, path: Path) -> None:
-    """Some rows at a time; texts in quotes, a null and NaN without."""
-    plain, arrow = dataset.with_format(None), dataset.with_format("arrow")
+    """Texts in quotes, a null and NaN without."""
     nested = [
         name
         for name, feature in dataset.features.items()
         if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type)
     ]
-    plain, writer = plain.select_columns(nested), None
-    for start in range(0, max(len(dataset), 1), _CHUNK_ROWS):  # a set without rows has a header too
-        rows = slice(start, min(start + _CHUNK_ROWS, len(dataset)))
-        table, values = arrow[rows], plain[rows] if nested else {}
+    arrow, writer = dataset.with_format("arrow"), None
+    for rows in _slices(dataset):  # a set without rows has a header too
+        table, values = arrow[rows], _python_columns(dataset, nested, rows)
         for i, field in enumerate(table.schema):
             if field.name in nested:
-                texts = [
-                    None if cell is None else json.dumps(cell, ensure_ascii=False, default=str)
-                    for cell in values[field.name]
-                ]
+                texts = [None if cell is None else _dumps(cell) for cell in values[field.name]]
                 table = table.set_column(i, field.name, pa.array(texts, pa.string()))
             elif pa.types.is_floating(field.type):
                 table = table.set_column(
