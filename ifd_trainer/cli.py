@@ -223,7 +223,8 @@ def _score(options: argparse.Namespace) -> int:
 
     check_writable(options.output)
     process = Process.of_launch()
-    rows = load_rows(options.data, options.split)
+    # What is read is cached on disk: the other processes find it there.
+    rows = process.first("rows", lambda: load_rows(options.data, options.split))
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
     if not len(rows):
         raise ValueError(f"{options.data} has no rows to score.")
@@ -250,7 +251,7 @@ def _score(options: argparse.Namespace) -> int:
         "scorer": Hasher.hash(scorer),  # the same for all processes, and for any number of them
     }
     scorer.device = device
-    parts = process.first(lambda: Parts(options.output, job))
+    parts = process.first("parts", lambda: Parts(options.output, job))
     score_parts(rows, scorer, parts, size, process)
     if not process.main:
         return 0

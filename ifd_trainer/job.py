@@ -4,21 +4,26 @@ Several processes (`torchrun`, `accelerate launch`) draw the numbers of parts fr
 waits for another before the last part, however unequal parts and devices are. What is done is on disk: a job that is
 interrupted, or one of whose processes dies, goes on with the parts that are missing, with any number of processes.
 The processes share the folder of the parts and the launcher's key-value store; they exchange nothing else.
+
+While a part is scored, a thread reads and tokenises the next one, so that a fast device does not wait for text.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import count
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .encoding import token_count
+from .encoding import EncodedPair, token_count
 from .files import Parts
 
 if TYPE_CHECKING:
@@ -67,13 +72,13 @@ class Process:
         """Whether this process writes the output."""
         return self.rank == 0
 
-    def first(self, prepare: Callable[[], Any]) -> Any:
-        """Call a function in the main process, then in the others."""
+    def first(self, name: str, prepare: Callable[[], Any]) -> Any:
+        """Call a function in the main process, then in the others; `name` says which one of such calls it is."""
         if not self.main:
-            self.store.wait(["ready"])
+            self.store.wait([f"{name} ready"], timedelta(days=1))  # the launcher ends this process if the main one fails
         found = prepare()
         if self.main and self.store is not None:
-            self.store.set("ready", "")
+            self.store.set(f"{name} ready", "")
         return found
 
     def draw(self) -> int:
@@ -108,11 +113,10 @@ def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, proce
     with tqdm(
         total=len(rows), initial=done, desc="Scoring", unit="row", bar_format=_LAYOUT, disable=not process.main
     ) as bar:
-        while (part := process.draw()) < len(starts):
-            if parts.done(part):
-                continue
-            batch = rows[starts[part] : starts[part] + size]
-            pairs = scorer.encode(batch)
+        for part, pairs in _encoded(
+            lambda part: scorer.encode(rows[starts[part] : starts[part] + size]),
+            lambda: _draw(parts, len(starts), process),
+        ):
             rows_per_token = len(pairs) / max(token_count(pairs), 1)
             scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
             parts.save(part, scores.columns())
@@ -120,6 +124,45 @@ def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, proce
         process.end()
         if process.main:
             _wait(parts, len(starts), process, lambda: bar.update(done + process.add_rows(0) - bar.n))
+
+
+def _draw(parts: Parts, number: int, process: Process) -> int | None:
+    """The next part that is not done, for this process only; None when there are no more."""
+    while (part := process.draw()) < number:
+        if not parts.done(part):
+            return part
+    return None
+
+
+def _encoded(
+    encode: Callable[[int], list[EncodedPair]], draw: Callable[[], int | None]
+) -> Iterator[tuple[int, list[EncodedPair]]]:
+    """Parts and their encoded rows; while the caller has one, a thread encodes the next one.
+
+    One part ahead and no more: what is drawn here waits for this device, also when another one has nothing left to do.
+    The first part is encoded in this thread, since that loads the model.
+    """
+    part = draw()
+    pairs = None if part is None else encode(part)
+    while part is not None:
+        ahead = draw()
+        waiting = None if ahead is None else _in_thread(encode, ahead)
+        yield part, pairs
+        part, pairs = ahead, waiting and waiting.result()
+
+
+def _in_thread(function: Callable[[int], Any], argument: int) -> Future:
+    """What a function gives or raises, in time. An interrupted program does not wait for the thread."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(argument))
+        except BaseException as error:  # for the one who asks for the result, with its traceback
+            future.set_exception(error)
+
+    Thread(target=run, name="encode", daemon=True).start()
+    return future
 
 
 def _wait(parts: Parts, number: int, process: Process, show: Callable[[], Any]) -> None:
