@@ -103,7 +103,8 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "interrupted and run again with the same options: rows that are done are not scored twice. Under torchrun or "
         "accelerate launch the processes share the rows, each on its own device.",
         epilog="Examples: ifd-trainer score alpaca.json --model HuggingFaceTB/SmolLM2-135M --output scored.parquet; "
-        "torchrun --nproc-per-node 8 -m ifd_trainer score alpaca.json --model ... --output scored.parquet",
+        "torchrun --nproc-per-node 8 -m ifd_trainer score alpaca.json --model ... --output scored.parquet; accelerate "
+        "launch --multi_gpu --num_processes 8 -m ifd_trainer score ... (with --cpu it starts one process only)",
     )
     parser.add_argument("data", help="rows: a .json, .jsonl, .csv or .parquet file, or a hub name")
     parser.add_argument("--model", required=True, help="model that scores: a hub name or a local path")

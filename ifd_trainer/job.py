@@ -1,8 +1,9 @@
 """A long scoring job: parts of a data set, scored by one process or by several, each saved as soon as it is done.
 
-Several processes (`torchrun`, `accelerate launch`) draw the numbers of parts from one counter, so that none of them
-waits for another before the last part, however unequal parts and devices are. What is done is on disk: a job that is
-interrupted, or one of whose processes dies, goes on with the parts that are missing, with any number of processes.
+Several processes (`torchrun`, `accelerate launch`, `mpirun`) draw the numbers of parts from one counter, so that none
+of them waits for another before the last parts, however unequal parts and devices are. What is done is on disk: a job
+that is interrupted, or one of whose processes dies, goes on with the parts that are missing, with any number of
+processes.
 The processes share the folder of the parts and the launcher's key-value store; they exchange nothing else.
 
 While a part is scored, a thread reads and tokenises the next one, so that a fast device does not wait for text.
@@ -10,7 +11,6 @@ While a part is scored, a thread reads and tokenises the next one, so that a fas
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -20,6 +20,7 @@ from itertools import count
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import get_int_from_env
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 STALL = 1800.0  # seconds without a finished part after which the main process gives up on the others
 GRACE = 60.0  # seconds until a file of another machine is seen here
 _POLL = 0.1
+# What launchers call a process's number and theirs: torchrun and accelerate; MPICH and Intel MPI; Open MPI; MVAPICH.
+_VARIABLES = {
+    "SIZE": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "RANK": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+    "LOCAL_RANK": ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+}
 _LAYOUT = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
@@ -58,14 +65,16 @@ class Process:
         """This process as its launcher's environment describes it.
 
         Raises:
-            ValueError: for several processes without the address of the main one.
+            ValueError: for several processes without the address of the main one (`MASTER_ADDR`, `MASTER_PORT`).
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        processes = get_int_from_env(_VARIABLES["SIZE"], 1)
+        rank = get_int_from_env(_VARIABLES["RANK"], 0)
+        if processes < 2:
             return cls()
         from torch.distributed.rendezvous import rendezvous
 
-        store, rank, processes = next(rendezvous("env://"))
-        return cls(rank, int(os.environ.get("LOCAL_RANK", rank)), processes, store)
+        store, *_ = next(rendezvous(f"env://?rank={rank}&world_size={processes}"))
+        return cls(rank, get_int_from_env(_VARIABLES["LOCAL_RANK"], rank), processes, store)
 
     @property
     def main(self) -> bool:
@@ -75,7 +84,9 @@ class Process:
     def first(self, name: str, prepare: Callable[[], Any]) -> Any:
         """Call a function in the main process, then in the others; `name` says which one of such calls it is."""
         if not self.main:
-            self.store.wait([f"{name} ready"], timedelta(days=1))  # the launcher ends this process if the main one fails
+            self.store.wait(
+                [f"{name} ready"], timedelta(days=1)
+            )  # the launcher ends this process if the main one fails
         found = prepare()
         if self.main and self.store is not None:
             self.store.set(f"{name} ready", "")
