@@ -73,12 +73,12 @@ def _cached(path: Path, write: Callable[[Path, Path], None]) -> Dataset:
 
 
 def _csv_to_arrow(path: Path, target: Path) -> None:
-    types: dict[str, list[pa.DataType]] = {}  # of each column, those in which no character was lost so far
+    types: dict[str, list[pa.DataType]] = {}  # of each column, the numbers as which no character was lost so far
     filled = set()
     for block in _csv_blocks(path):
         for name in block.schema.names:
             texts = block[name]
-            types[name] = [t for t in types.get(name, [pa.int64(), pa.float64()]) if _as_number(texts, t) is not None]
+            types[name] = [type for type in types.get(name, (pa.int64(), pa.float64())) if _survive(texts, type)]
             if texts.null_count < len(texts):
                 filled.add(name)
     schema = pa.schema([(name, types[name][0] if types[name] and name in filled else pa.string()) for name in types])
@@ -89,31 +89,30 @@ def _csv_to_arrow(path: Path, target: Path) -> None:
 
 def _csv_blocks(path: Path) -> Iterator[pa.Table]:
     """Tables of text; `,,` is null, `,"",` the empty text. One table without rows where the file has none."""
-    parse = pa.csv.ParseOptions(newlines_in_values=True)
-    with path.open("rb") as file:
-        names = pa.csv.open_csv(file, parse_options=parse).schema.names
+    read, parse = pa.csv.ReadOptions(block_size=_BLOCK), pa.csv.ParseOptions(newlines_in_values=True)
+    with pa.csv.open_csv(path, read_options=read, parse_options=parse) as blocks:
+        names = blocks.schema.names
     convert = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.string()),
         null_values=[""],
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
-    read = pa.csv.ReadOptions(block_size=_BLOCK)
     with pa.csv.open_csv(path, read_options=read, parse_options=parse, convert_options=convert) as blocks:
         yield blocks.schema.empty_table()
         for block in blocks:
             yield pa.Table.from_batches([block])
 
 
-def _as_number(texts: pa.ChunkedArray, type: pa.DataType) -> pa.ChunkedArray | None:
-    """The texts as integers or floats if that loses no character."""
+def _survive(texts: pa.ChunkedArray, type: pa.DataType) -> bool:
+    """Whether the texts lose no character as integers or floats."""
     try:
         numbers = pc.cast(texts, type)
     except pa.ArrowInvalid:
-        return None
+        return False
     if pa.types.is_floating(type) and not pc.all(pc.is_finite(numbers), min_count=0).as_py():
-        return None
-    return numbers if pc.cast(numbers, pa.string()).equals(texts) else None
+        return False
+    return pc.cast(numbers, pa.string()).equals(texts)
 
 
 # ---- JSON -------------------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ class _Values:
         self.kinds |= kinds
         if int in kinds:
             numbers = [value for value in values if type(value) is int]
-            self.least, self.most = min(self.least, *numbers), max(self.most, *numbers)
+            self.least, self.most = min(self.least, min(numbers)), max(self.most, max(numbers))
         if list in kinds:
             self.items = self.items or _Values()
             self.items.add([item for value in values if type(value) is list for item in value])

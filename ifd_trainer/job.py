@@ -84,9 +84,8 @@ class Process:
     def first(self, name: str, prepare: Callable[[], Any]) -> Any:
         """Call a function in the main process, then in the others; `name` says which one of such calls it is."""
         if not self.main:
-            self.store.wait(
-                [f"{name} ready"], timedelta(days=1)
-            )  # the launcher ends this process if the main one fails
+            # As long as a large file takes; if the main process fails, the launcher ends this one.
+            self.store.wait([f"{name} ready"], timedelta(days=1))
         found = prepare()
         if self.main and self.store is not None:
             self.store.set(f"{name} ready", "")
