@@ -103,7 +103,8 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "interrupted and run again with the same options: rows that are done are not scored twice. Under torchrun or "
         "accelerate launch the processes share the rows, each on its own device.",
         epilog="Examples: ifd-trainer score alpaca.json --model HuggingFaceTB/SmolLM2-135M --output scored.parquet; "
-        "torchrun --nproc-per-node 8 -m ifd_trainer score alpaca.json --model ... --output scored.parquet",
+        "torchrun --nproc-per-node 8 -m ifd_trainer score alpaca.json --model ... --output scored.parquet; accelerate "
+        "launch --multi_gpu --num_processes 8 -m ifd_trainer score ... (with --cpu it starts one process only)",
     )
     parser.add_argument("data", help="rows: a .json, .jsonl, .csv or .parquet file, or a hub name")
     parser.add_argument("--model", required=True, help="model that scores: a hub name or a local path")
@@ -223,7 +224,8 @@ def _score(options: argparse.Namespace) -> int:
 
     check_writable(options.output)
     process = Process.of_launch()
-    rows = load_rows(options.data, options.split)
+    # What is read is cached on disk: the other processes find it there.
+    rows = process.first("rows", lambda: load_rows(options.data, options.split))
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
     if not len(rows):
         raise ValueError(f"{options.data} has no rows to score.")
@@ -250,7 +252,7 @@ def _score(options: argparse.Namespace) -> int:
         "scorer": Hasher.hash(scorer),  # the same for all processes, and for any number of them
     }
     scorer.device = device
-    parts = process.first(lambda: Parts(options.output, job))
+    parts = process.first("parts", lambda: Parts(options.output, job))
     score_parts(rows, scorer, parts, size, process)
     if not process.main:
         return 0

@@ -1,18 +1,20 @@
 """Data sets in and out: JSON, JSON lines, CSV, Parquet files and hub names; and parts of a job that can be resumed.
 
 What is read is written back as it was: text stays text (also "NA", "007" or a date), null and the empty text stay
-apart, nested values stay nested. CSV has no nested values: a list or a mapping is written there as JSON.
+apart, nested values stay nested, and each of several types in a column stays of its type. CSV has no nested values: a
+list or a mapping is written there as JSON. Reading and writing take memory for some rows (of a Parquet file, for a row
+group), however many a file holds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset
 
+from .arrow_files import file_digest, holds_json, python_values, read_csv, read_json, record_blocks
 from .history import write_atomically
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -38,10 +41,9 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
     path = Path(source)
     if path.is_file():
         kind = _loader(path)
-        if kind == "csv":
-            return _read_csv(path)
-        rows = load_dataset(kind, data_files=str(path), split="train")
-        return _exact_json(rows, path) if kind == "json" else rows
+        if kind == "parquet":
+            return load_dataset(kind, data_files=str(path), split="train")
+        return read_csv(path) if kind == "csv" else read_json(path)
     if (path / f"{split}.parquet").is_file():
         return load_dataset("parquet", data_files=str(path / f"{split}.parquet"), split="train")
     if path.is_dir():
@@ -68,13 +70,16 @@ def write_tables(tables: Iterable[pa.Table], features: Features, path: str | os.
     """
     path = Path(path)
     _loader(path)
-    tables = chain([features.arrow_schema.empty_table()], tables)  # a set without rows has columns too
+    # A set without rows has columns too.
+    tables = chain([pa.Table.from_batches([], features.arrow_schema)], tables)
 
     def write(temporary: Path) -> None:
         if path.suffix == ".parquet":
             _write_parquet(tables, features.arrow_schema, temporary)
             return
-        parts = (Dataset(part, info=DatasetInfo(features=features)) for table in tables for part in _slices(table))
+        info = DatasetInfo(features=features)
+        # A fingerprint that is given is not computed from the rows.
+        parts = (Dataset(part, info, fingerprint="part") for table in tables for part in _slices(table))
         if path.suffix == ".csv":
             _write_csv(parts, temporary)
         else:
@@ -107,19 +112,9 @@ def read_records(path: str | os.PathLike) -> list:
     """The values of a JSON list, or of JSON lines, whatever the file's ending; NaN and Infinity are read too.
 
     Raises:
-        ValueError: for a file that is neither; the message names the first line that cannot be read.
+        ValueError: for a file that is neither; the message names the line of the value that cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: texts may hold U+2028
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}, is not JSON: {error}.") from error
-    return records
+    return list(chain.from_iterable(record_blocks(Path(path))))
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -209,13 +204,7 @@ class Parts:
 def source_digest(source: str, rows: Dataset) -> str:
     """A digest of a file's bytes, or the fingerprint of a hub data set."""
     path = Path(source)
-    if not path.is_file():
-        return rows._fingerprint
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path) if path.is_file() else rows._fingerprint
 
 
 def _loader(path: Path) -> str:
@@ -246,66 +235,34 @@ def _write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) ->
             writer.write_table(pa.concat_tables(waiting))
 
 
+def _python_columns(part: Dataset, names: list[str]) -> dict[str, list]:
+    """These columns as Python values, with every digit of the floats that `Json` holds."""
+    exact = [name for name in names if holds_json(part.features[name])]
+    others = [name for name in names if name not in exact]
+    found = part.with_format(None).select_columns(others)[:] if others else {}
+    table = part.with_format("arrow").select_columns(exact)[:] if exact else None
+    found |= {name: python_values(table[name], part.features[name]) for name in exact}
+    return {name: found[name] for name in names}
+
+
+def _dumps(value: Any) -> str:
+    """JSON in which text stays readable."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def _write_json(parts: Iterable[Dataset], path: Path, lines: bool) -> None:
-    """One object a line, or a list of them; text stays readable, a missing score is null."""
+    """One object a line, or a list of them; a missing score is null."""
     with path.open("w", encoding="utf-8") as file:
         separator = first = "" if lines else "[\n"
         for part in parts:
-            batch = part[:]
-            for values in zip(*batch.values(), strict=True):
-                row = json.dumps(dict(zip(batch, values, strict=True)), ensure_ascii=False, default=str)
-                file.write(separator + row)
+            columns = _python_columns(part, part.column_names)
+            for values in zip(*columns.values(), strict=True):
+                file.write(separator + _dumps(dict(zip(columns, values, strict=True))))
                 separator = "\n" if lines else ",\n"
         if lines:
             file.write("\n")
         else:
             file.write("[\n\n]\n" if separator == first else "\n]\n")
-
-
-def _exact_json(rows: Dataset, path: Path) -> Dataset:
-    """Read all columns again but those of text, integers and truth values: the reader makes dates of texts that look
-    like one, and on some of its ways, which cannot be told afterwards, it changes the last digit of a float.
-    """
-
-    def changed(type: pa.DataType) -> bool:
-        return not (pa.types.is_string(type) or pa.types.is_integer(type) or pa.types.is_boolean(type))
-
-    names = [field.name for field in rows.features.arrow_schema if changed(field.type)]
-    if not names:
-        return rows
-    columns = [{name: record.get(name) for name in names} for record in read_records(path)]
-    again = Dataset.from_list(columns, on_mixed_types="use_json")
-    return concatenate_datasets([rows.remove_columns(names), again], axis=1).select_columns(rows.column_names)
-
-
-def _read_csv(path: Path) -> Dataset:
-    """All columns as text, then as numbers those that are written back as they were read."""
-    with path.open("rb") as file:
-        names = pa.csv.open_csv(file, parse_options=pa.csv.ParseOptions(newlines_in_values=True)).schema.names
-    table = pa.csv.read_csv(
-        path,
-        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()),
-            null_values=[""],
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,  # `,,` is null, `,"",` the empty text
-        ),
-    )
-    return Dataset(pa.table({name: _numbers(table[name]) for name in names}))
-
-
-def _numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as integers or floats if that loses no character, else unchanged."""
-    for type in (pa.int64(), pa.float64()):
-        try:
-            numbers = pc.cast(texts, type)
-        except pa.ArrowInvalid:
-            continue
-        finite = pa.types.is_integer(type) or pc.all(pc.is_finite(numbers)).as_py()
-        if finite and len(texts) > texts.null_count and pc.cast(numbers, pa.string()).equals(texts):
-            return numbers
-    return texts
 
 
 def _write_csv(parts: Iterable[Dataset], path: Path) -> None:
@@ -317,13 +274,10 @@ def _write_csv(parts: Iterable[Dataset], path: Path) -> None:
             for name, feature in part.features.items()
             if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type)
         ]
-        table, values = part.with_format("arrow")[:], part.select_columns(nested)[:] if nested else {}
+        table, values = part.with_format("arrow")[:], _python_columns(part, nested)
         for i, field in enumerate(table.schema):
             if field.name in nested:
-                texts = [
-                    None if cell is None else json.dumps(cell, ensure_ascii=False, default=str)
-                    for cell in values[field.name]
-                ]
+                texts = [None if cell is None else _dumps(cell) for cell in values[field.name]]
                 table = table.set_column(i, field.name, pa.array(texts, pa.string()))
             elif pa.types.is_floating(field.type):
                 table = table.set_column(

@@ -1,24 +1,30 @@
 """A long scoring job: parts of a data set, scored by one process or by several, each saved as soon as it is done.
 
-Several processes (`torchrun`, `accelerate launch`) draw the numbers of parts from one counter, so that none of them
-waits for another before the last part, however unequal parts and devices are. What is done is on disk: a job that is
-interrupted, or one of whose processes dies, goes on with the parts that are missing, with any number of processes.
+Several processes (`torchrun`, `accelerate launch`, `mpirun`) draw the numbers of parts from one counter, so that none
+of them waits for another before the last parts, however unequal parts and devices are. What is done is on disk: a job
+that is interrupted, or one of whose processes dies, goes on with the parts that are missing, with any number of
+processes.
 The processes share the folder of the parts and the launcher's key-value store; they exchange nothing else.
+
+While a part is scored, a thread reads and tokenises the next one, so that a fast device does not wait for text.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import count
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import get_int_from_env
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .encoding import token_count
+from .encoding import EncodedPair, token_count
 from .files import Parts
 
 if TYPE_CHECKING:
@@ -27,6 +33,12 @@ if TYPE_CHECKING:
 STALL = 1800.0  # seconds without a finished part after which the main process gives up on the others
 GRACE = 60.0  # seconds until a file of another machine is seen here
 _POLL = 0.1
+# What launchers call a process's number and theirs: torchrun and accelerate; MPICH and Intel MPI; Open MPI; MVAPICH.
+_VARIABLES = {
+    "SIZE": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "RANK": ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+    "LOCAL_RANK": ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+}
 _LAYOUT = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
@@ -53,27 +65,30 @@ class Process:
         """This process as its launcher's environment describes it.
 
         Raises:
-            ValueError: for several processes without the address of the main one.
+            ValueError: for several processes without the address of the main one (`MASTER_ADDR`, `MASTER_PORT`).
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        processes = get_int_from_env(_VARIABLES["SIZE"], 1)
+        rank = get_int_from_env(_VARIABLES["RANK"], 0)
+        if processes < 2:
             return cls()
         from torch.distributed.rendezvous import rendezvous
 
-        store, rank, processes = next(rendezvous("env://"))
-        return cls(rank, int(os.environ.get("LOCAL_RANK", rank)), processes, store)
+        store, *_ = next(rendezvous(f"env://?rank={rank}&world_size={processes}"))
+        return cls(rank, get_int_from_env(_VARIABLES["LOCAL_RANK"], rank), processes, store)
 
     @property
     def main(self) -> bool:
         """Whether this process writes the output."""
         return self.rank == 0
 
-    def first(self, prepare: Callable[[], Any]) -> Any:
-        """Call a function in the main process, then in the others."""
+    def first(self, name: str, prepare: Callable[[], Any]) -> Any:
+        """Call a function in the main process, then in the others; `name` says which one of such calls it is."""
         if not self.main:
-            self.store.wait(["ready"])
+            # As long as a large file takes; if the main process fails, the launcher ends this one.
+            self.store.wait([f"{name} ready"], timedelta(days=1))
         found = prepare()
         if self.main and self.store is not None:
-            self.store.set("ready", "")
+            self.store.set(f"{name} ready", "")
         return found
 
     def draw(self) -> int:
@@ -108,11 +123,10 @@ def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, proce
     with tqdm(
         total=len(rows), initial=done, desc="Scoring", unit="row", bar_format=_LAYOUT, disable=not process.main
     ) as bar:
-        while (part := process.draw()) < len(starts):
-            if parts.done(part):
-                continue
-            batch = rows[starts[part] : starts[part] + size]
-            pairs = scorer.encode(batch)
+        for part, pairs in _encoded(
+            lambda part: scorer.encode(rows[starts[part] : starts[part] + size]),
+            lambda: _draw(parts, len(starts), process),
+        ):
             rows_per_token = len(pairs) / max(token_count(pairs), 1)
             scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
             parts.save(part, scores.columns())
@@ -120,6 +134,45 @@ def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, proce
         process.end()
         if process.main:
             _wait(parts, len(starts), process, lambda: bar.update(done + process.add_rows(0) - bar.n))
+
+
+def _draw(parts: Parts, number: int, process: Process) -> int | None:
+    """The next part that is not done, for this process only; None when there are no more."""
+    while (part := process.draw()) < number:
+        if not parts.done(part):
+            return part
+    return None
+
+
+def _encoded(
+    encode: Callable[[int], list[EncodedPair]], draw: Callable[[], int | None]
+) -> Iterator[tuple[int, list[EncodedPair]]]:
+    """Parts and their encoded rows; while the caller has one, a thread encodes the next one.
+
+    One part ahead and no more: what is drawn here waits for this device, also when another one has nothing left to do.
+    The first part is encoded in this thread, since that loads the model.
+    """
+    part = draw()
+    pairs = None if part is None else encode(part)
+    while part is not None:
+        ahead = draw()
+        waiting = None if ahead is None else _in_thread(encode, ahead)
+        yield part, pairs
+        part, pairs = ahead, waiting and waiting.result()
+
+
+def _in_thread(function: Callable[[int], Any], argument: int) -> Future:
+    """What a function gives or raises, in time. An interrupted program does not wait for the thread."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(argument))
+        except BaseException as error:  # for the one who asks for the result, with its traceback
+            future.set_exception(error)
+
+    Thread(target=run, name="encode", daemon=True).start()
+    return future
 
 
 def _wait(parts: Parts, number: int, process: Process, show: Callable[[], Any]) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, concatenate_datasets
-from hypothesis import HealthCheck, given, settings
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ifd_trainer import files
+from ifd_trainer import arrow_files, files
+from ifd_trainer.arrow_files import record_blocks
 from ifd_trainer.files import load_rows, output_file, read_records, with_columns, write_rows, write_tables
 
 ROWS = [
@@ -43,6 +48,17 @@ ROWS = [
 ]
 ROWS[1]["date"] = "2024-02-28"  # both are dates, so that a reader may take the column for one
 FLAT = ["instruction", "input", "output", "date", "zip", "count", "share"]
+
+
+@contextmanager
+def reading_blocks_of(size: int) -> Iterator[None]:
+    """Files are read in blocks of this size, and anew: not from what an earlier test has put into the cache."""
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch("datasets.config.HF_DATASETS_CACHE", cache),
+        mock.patch.object(arrow_files, "_BLOCK", size),
+    ):
+        yield
 
 
 def source(folder: Path, ending: str) -> Path:
@@ -91,15 +107,17 @@ LIKE_NUMBERS = st.from_regex(r"\A[-+]?0{0,2}[0-9]{0,19}(\.[0-9]{0,3})?(e[0-9])?\
     st.lists(
         st.tuples(st.none() | CELLS, st.none() | LIKE_NUMBERS, st.sampled_from(["NA", "nan", "null", "", "True", "1"])),
         min_size=1,
-        max_size=6,
-    )
+        max_size=20,
+    ),
+    st.sampled_from([150, 400, 2**22]),  # a row has at most 130 bytes
 )
-def test_csv_loses_no_character(tmp_path, cells):
+def test_csv_loses_no_character(tmp_path, cells, block):
     columns = dict(zip(("text", "number", "word"), map(list, zip(*cells, strict=True)), strict=True))
     write_rows(Dataset.from_pandas(pd.DataFrame(columns, dtype=object).astype("string")), tmp_path / "a.csv")
-    rows = load_rows(str(tmp_path / "a.csv"))
-    write_rows(rows, tmp_path / "b.csv")
-    written = load_rows(str(tmp_path / "b.csv"))
+    with reading_blocks_of(block):
+        rows = load_rows(str(tmp_path / "a.csv"))
+        write_rows(rows, tmp_path / "b.csv")
+        written = load_rows(str(tmp_path / "b.csv"))
     first, second = ((tmp_path / name).open(encoding="utf-8", newline="") for name in ("a.csv", "b.csv"))
     with first, second:
         assert list(csv.reader(first)) == list(csv.reader(second))
@@ -125,6 +143,172 @@ def test_any_text_survives_json_and_parquet(tmp_path, rows, ending):
     path = tmp_path / f"rows{ending}"
     write_rows(Dataset.from_list(rows), path)
     assert load_rows(str(path)).to_list() == rows
+
+
+def test_a_csv_column_is_of_numbers_only_if_all_its_blocks_are(tmp_path):
+    path = tmp_path / "a.csv"
+    lines = [f'{n},{n},{n / 4},"text,\n{n}",' for n in range(100)]
+    lines += ["100,007,NA,,"] + [f"{n},1,0.5,x," for n in range(101, 150)]
+    path.write_text("\n".join(["id,zip,share,text,empty", *lines]) + "\n", encoding="utf-8")
+    with reading_blocks_of(64):
+        rows = load_rows(str(path))
+        assert len(rows.data.column("id").chunks) > 10
+        assert [rows.features[name].dtype for name in rows.features] == ["int64", *["string"] * 4]
+        assert rows["id"][:] == list(range(150))
+        assert rows["zip"][:] == [*map(str, range(100)), "007", *["1"] * 49]
+        assert rows["share"][98:102] == ["24.5", "24.75", "NA", "0.5"]
+        assert rows["text"][98:102] == ["text,\n98", "text,\n99", None, "x"]
+        assert rows["empty"][:] == [None] * 150
+
+
+def test_a_csv_file_of_a_header_alone_has_columns_and_no_rows(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n", encoding="utf-8")
+    rows = load_rows(str(tmp_path / "a.csv"))
+    assert (rows.column_names, len(rows)) == (["a", "b"], 0)
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | CELLS
+    | st.sampled_from(["2024-01-01", "1", "null", "[1]", '{"a": 1}', 0, 1, 0.1 + 0.2]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from("ab/"), inner, max_size=2)
+        | st.fixed_dictionaries({"role": CELLS, "content": inner})
+    ),
+    max_leaves=6,
+)
+
+
+def typed(value):
+    """The value with its types, in which an integer and a float of the same number are the same."""
+    if isinstance(value, dict):
+        return {key: typed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [typed(item) for item in value]
+    return (
+        ("number", value) if isinstance(value, (int, float)) and not isinstance(value, bool) else (type(value), value)
+    )
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(
+    st.lists(st.dictionaries(st.sampled_from(["x", "y", "z"]), JSON_VALUES), min_size=1, max_size=12),
+    st.sampled_from([".json", ".jsonl"]),
+    st.sampled_from([1, 30, 2**22]),
+)
+@example([{"x": [None, None], "y": {"a": [None], "b": {}}}], ".json", 1)
+def test_any_values_survive_json(tmp_path, rows, ending, block):
+    rows = [{"id": i, **row} for i, row in enumerate(rows)]
+    text = json.dumps(rows, indent=1) if ending == ".json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / f"a{ending}").write_text(text, encoding="utf-8")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    expected = [typed({name: row.get(name) for name in names}) for row in rows]
+    with reading_blocks_of(block):
+        found = load_rows(str(tmp_path / f"a{ending}"))
+        assert found.column_names == names
+        write_rows(found, tmp_path / f"b{ending}")
+        assert [typed(row) for row in read_records(tmp_path / f"b{ending}")] == expected
+        write_rows(found, tmp_path / "c.parquet")
+        write_rows(load_rows(str(tmp_path / "c.parquet")), tmp_path / "d.jsonl")
+        assert [typed(row) for row in read_records(tmp_path / "d.jsonl")] == expected
+        write_rows(found, tmp_path / "e.csv")
+        with (tmp_path / "e.csv").open(encoding="utf-8", newline="") as file:
+            cells = list(csv.DictReader(file))
+        nested = [name for name, feature in found.features.items() if not isinstance(feature, Value)]
+        for name in nested:
+            values = [None if row[name] == "" else json.loads(row[name]) for row in cells]
+            assert [typed(value) for value in values] == [row[name] for row in expected]
+
+
+def test_a_json_column_may_change_its_type_or_appear_after_many_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"id": n, "mixed": n, "share": n, "meta": {"a": n}, "tags": []} for n in range(50)]
+    rows += [{"id": 50, "mixed": "50", "share": 0.1 + 0.2, "meta": {"b": 1.5}, "tags": ["x"], "late": ["2024-01-01"]}]
+    rows += [{"id": n, "late": None} for n in range(51, 60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with reading_blocks_of(100):
+        found = load_rows(str(path))
+        assert found.features == {
+            "id": Value("int64"),
+            "mixed": Json(),
+            "share": Value("float64"),
+            "meta": Json(),
+            "tags": List(Value("string")),
+            "late": List(Value("string")),
+        }
+        names = list(found.features)
+        assert found.to_list() == [{name: row.get(name) for name in names} for row in rows]
+        assert [type(value) for value in found["mixed"][49:52]] == [int, str, type(None)]
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(JSON_VALUES, max_size=6),
+    st.booleans(),
+    st.none() | st.integers(0, 3),
+    st.sampled_from(["", " \n\t", "\ufeff", "\n" * 40]),
+    st.integers(1, 60),
+)
+def test_values_are_read_over_the_borders_of_blocks(values, listed, indent, around, block):
+    text = json.dumps(values, indent=indent) if listed else "\n".join(json.dumps(value) for value in values)
+    if not listed and text.startswith("["):
+        return  # a list of rows, then
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(arrow_files, "_BLOCK", block):
+        path = Path(folder, "a.json")
+        path.write_text(around + text + around.replace("\ufeff", ""), encoding="utf-8")
+        found = [value for block in record_blocks(path) for value in block]
+    assert json.dumps(found) == json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"a": 1}\n{"a": \n{"a": 3}\n', 2),
+        ('{"a": 1}\n{"a": 2},\n{"a": 3}\n', 2),
+        ('[{"a": 1},\n{"a": 2}', 2),
+        ('[{"a": 1},\n\n{"a" 2}]', 3),
+        ('[{"a": 1}]\n{"a": 2}', 1),
+        ('[{"a": 1}\n{"a": 2}]', 1),
+        ('{"a": "x\ny"}\n', 1),
+        ('{"a": "x', 1),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 7, 2**22])
+def test_what_is_no_json_is_named_with_its_line(tmp_path, text, line, block):
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    with reading_blocks_of(block), pytest.raises(ValueError, match=f"a.json, line {line}, is not JSON"):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no rows"),
+        ("[]", "holds no rows"),
+        ('[{"a": 1}, 3]', "row 2, is not an object but of type int"),
+        (f'{{"a": {2**64}}}', "integers of more than 64 bits; write them as text"),
+    ],
+)
+def test_json_that_holds_no_rows_is_refused(tmp_path, text, words):
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=words):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_a_file_is_made_into_arrow_once_and_again_when_it_changes(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / f"a{ending}"
+    for n in (1, 1, 2):
+        write_rows(Dataset.from_dict({"n": [n]}), path)
+        assert load_rows(str(path))["n"][:] == [n]
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 2
 
 
 def test_columns_take_the_place_of_old_ones():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import threading
+import traceback
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +21,14 @@ from datasets import Dataset
 from test_distributed import end
 
 from ifd_trainer import job
+from ifd_trainer.encoding import EncodedPair, Segment
 from ifd_trainer.files import Parts, load_rows, with_columns
 from ifd_trainer.job import Process, score_parts
 from ifd_trainer.provenance import scores_digest
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+# What a machine with two GPUs is told; `--cpu` would start one process.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
 LIMIT = 200  # seconds; a launch takes about 15 on two cores
 ROWS = [{"instruction": f"Name {n} things.", "output": "The cat sat. " * (n % 5), "n": n} for n in range(40)]
 # In a process with the rank $DIES, the first forward is the end of the process, as if it had been killed.
@@ -44,9 +52,9 @@ def command(tmp_path: Path, model, tokenizer) -> list[str]:
     return [str(tmp_path / "program.py"), *scored, "--part-rows", "3"]
 
 
-def run(command: list[str], processes: int, output: Path, dies: int | None = None) -> tuple[int, str]:
+def run(command: list[str], launcher: list[str], output: Path, dies: int | None = None) -> tuple[int, str]:
     """Exit code and what was printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = ["-m", *launcher] if launcher else []
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     printed = output.with_suffix(".txt")
     with printed.open("w") as sink:
@@ -64,14 +72,18 @@ def run(command: list[str], processes: int, output: Path, dies: int | None = Non
             end(process)
 
 
-def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(tmp_path: Path, command: list[str]) -> None:
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(
+    tmp_path: Path, command: list[str], launcher: list[str]
+) -> None:
     alone, shared = tmp_path / "alone.parquet", tmp_path / "shared.parquet"
-    code, text = run(command, 1, alone)
+    code, text = run(command, [], alone)
     assert code == 0, text
-    code, text = run(command, 2, shared, dies=1)
+    code, text = run(command, launcher, shared, dies=1)
     assert code != 0, text
+    assert "rank      : 1 " in text  # there was a second process, and it died
     assert not shared.exists()
-    code, text = run(command, 2, shared)
+    code, text = run(command, launcher, shared)
     assert code == 0, text
     assert text.count("Written to") == 1
     assert shared.read_bytes() == alone.read_bytes()
@@ -116,6 +128,25 @@ def test_processes_draw_each_part_once() -> None:
     assert processes[0].ended()
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+        {"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALRANKID": "1"},
+    ],
+)
+def test_a_process_knows_its_number_from_torchrun_and_from_mpi(monkeypatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    module = importlib.import_module("torch.distributed.rendezvous")
+    monkeypatch.setattr(module, "rendezvous", lambda url: asked.append(url) or iter([("store", None, None)]))
+    found = Process.of_launch()
+    assert (found.rank, found.local_rank, found.processes, found.store) == (3, 1, 4, "store")
+    assert asked == ["env://?rank=3&world_size=4"]
+
+
 def test_several_processes_without_an_address_are_told_what_is_missing(monkeypatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -123,6 +154,139 @@ def test_several_processes_without_an_address_are_told_what_is_missing(monkeypat
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="MASTER_ADDR"):
         Process.of_launch()
+
+
+# ---- a part ahead -----------------------------------------------------------------------------------------------
+
+
+class Device:
+    """Stands in for an `IFDScorer`: the score of a row is ten times its number, and each step is noted.
+
+    Args:
+        at: called with a step's name and the part (rows 2 * part and 2 * part + 1) before the step is done.
+    """
+
+    def __init__(self, at=lambda step, part: None) -> None:
+        self.at = at
+        self.threads: dict[int, str] = {}
+        self.encoded: list[int] = []
+        self.scored: list[int] = []
+
+    def encode(self, batch: dict[str, list[int]]) -> list[EncodedPair]:
+        part = batch["n"][0] // 2
+        self.threads[part] = threading.current_thread().name
+        self.at("encode", part)
+        self.encoded.append(part)
+        return [EncodedPair(Segment([n, 0], 1), Segment([n, 0], 1)) for n in batch["n"]]
+
+    def score(self, pairs: list[EncodedPair], progress) -> Device:
+        self.numbers = [pair.conditioned.ids[0] for pair in pairs]
+        self.at("score", self.numbers[0] // 2)
+        self.scored.append(self.numbers[0] // 2)
+        progress(4)
+        return self
+
+    def columns(self) -> dict[str, np.ndarray]:
+        self.at("save", self.numbers[0] // 2)
+        return {"ifd": np.array(self.numbers) * 10.0}
+
+
+NUMBERS = Dataset.from_dict({"n": list(range(9))})  # five parts of two rows, the last one of one
+
+
+def score_numbers(folder: Path, device: Device, process: Process | None = None) -> list[float]:
+    parts = Parts(folder / "out.parquet", {})
+    score_parts(NUMBERS, device, parts, 2, process or Process())
+    return parts.join(5)["ifd"][:]
+
+
+def test_the_next_part_is_encoded_while_one_is_scored_and_no_further_one(tmp_path: Path) -> None:
+    begun = [threading.Event() for _ in range(6)]
+    begun[5].set()  # there is none
+    ahead = []
+
+    def at(step: str, part: int) -> None:
+        if step == "encode":
+            begun[part].set()
+        elif step == "score":
+            assert begun[part + 1].wait(20)
+            ahead.append(max(part for part in range(5) if begun[part].is_set()) - part)
+
+    device = Device(at)
+    assert score_numbers(tmp_path, device) == [n * 10 for n in range(9)]
+    assert ahead == [1, 1, 1, 1, 0]
+    assert device.encoded == device.scored == list(range(5))
+    assert device.threads == {0: threading.main_thread().name, **dict.fromkeys(range(1, 5), "encode")}
+
+
+def test_an_error_in_the_thread_is_raised_with_its_place_after_the_part_before_it_is_saved(tmp_path: Path) -> None:
+    def at(step: str, part: int) -> None:
+        if (step, part) == ("encode", 2):
+            raise ValueError("no such row")
+
+    with pytest.raises(ValueError, match="no such row") as raised:
+        score_numbers(tmp_path, Device(at))
+    assert [frame.name for frame in traceback.extract_tb(raised.tb)][-3:] == ["<lambda>", "encode", "at"]
+    device = Device()
+    assert score_numbers(tmp_path, device) == [n * 10 for n in range(9)]
+    assert device.scored == [2, 3, 4]
+
+
+@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("step", ["encode", "score", "save"])
+def test_an_interruption_at_any_step_repeats_one_part_at_most(tmp_path: Path, step: str, part: int) -> None:
+    def at(*now: object) -> None:
+        if now == (step, part):
+            raise KeyboardInterrupt
+
+    first, second = Device(at), Device()
+    with pytest.raises(KeyboardInterrupt):
+        score_numbers(tmp_path, first)
+    assert score_numbers(tmp_path, second) == [n * 10 for n in range(9)]
+    times = Counter(first.scored + second.scored)
+    assert set(times) == set(range(5))
+    assert times.total() == (6 if step == "save" else 5)
+
+
+def test_an_interruption_does_not_wait_for_the_thread(tmp_path: Path) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def at(step: str, part: int) -> None:
+        if (step, part) == ("encode", 1):
+            begun.set()
+            end.wait(60)
+        elif step == "score":
+            assert begun.wait(20)
+            raise KeyboardInterrupt
+
+    device = Device(at)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            score_numbers(tmp_path, device)
+        assert device.encoded == [0]  # the thread still has the next part
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name == "encode")
+    finally:
+        end.set()
+
+
+def test_parts_drawn_by_a_process_that_died_are_missing_and_scored_by_the_next_job(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(job, "STALL", 0.3)
+    monkeypatch.setattr(job, "GRACE", 0.3)
+
+    def dies(step: str, part: int) -> None:
+        if (step, part) == ("score", 0):
+            raise SystemExit(9)
+
+    store = Store()
+    with pytest.raises(SystemExit):
+        score_numbers(tmp_path, Device(dies), Process(1, 1, 2, store))
+    main = Device()
+    with pytest.raises(RuntimeError, match="2 of 5 parts are missing: none was finished"):
+        score_numbers(tmp_path, main, Process(0, 0, 2, store))
+    assert main.scored == [2, 3, 4]
+    again = Device()
+    assert score_numbers(tmp_path, again) == [n * 10 for n in range(9)]
+    assert again.scored == [0, 1]
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------

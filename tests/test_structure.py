@@ -34,6 +34,7 @@ ORDER = [
     "loop",
     "pool_scorer",
     "callback",
+    "arrow_files",
     "files",
     "job",
     "train",
