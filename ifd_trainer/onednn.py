@@ -10,6 +10,7 @@ Only where gradients are off, so that training is as it was; not under autocast,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ class OneDNN(TorchFunctionMode):
         found = None if operands is None else operands(*args, **kwargs)
         if found is None or not _fits(*found):
             return func(*args, **kwargs)
-        return torch.ops.mkldnn._linear_pointwise(*found, "none", [], "")
+        return _product(*found)
 
 
 def available() -> bool:
@@ -51,6 +52,28 @@ def available() -> bool:
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def rounded(rows: int) -> int:
+    """The next number of rows with five significant bits.
+
+    oneDNN compiles code for each shape and keeps it. Without rounding, what it keeps between the results of products
+    split up the heap: 736 MiB after 600 rows with 512 tokens in a batch, against 213 MiB.
+
+    >>> [rounded(rows) for rows in (7, 33, 1000, 2017)]
+    [7, 34, 1024, 2048]
+    """
+    step = 1 << max(rows.bit_length() - 5, 0)
+    return -(-rows // step) * step
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    *batch, size = x.shape
+    rows = math.prod(batch)
+    if added := rounded(rows) - rows:
+        x = torch.cat([x.reshape(rows, size), x.new_zeros(added, size)])
+    found = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found[:rows].view(*batch, weight.shape[0]) if added else found
 
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # x (..., K), weight (N, K), bias (N,)

@@ -33,7 +33,7 @@ from .attention import NotExact, attending
 from .encoding import EncodedPair, Segment, Status, token_budget_batches, token_count
 from .head import Logits, chunked_losses, find_change, lm_head, unwrapped, whole_losses
 from .memory import LEAST_TOKENS, Footprint, device_memory, free_bytes, measure
-from .onednn import OneDNN
+from .onednn import OneDNN, rounded
 from .stream import build_stream, stream_batches
 
 logger = logging.getLogger(__name__)
@@ -390,6 +390,8 @@ def _stream_nll(
 ) -> np.ndarray:
     """Mean NLL of one batch of n segments as a stream of T tokens, (n,) float64."""
     stream = build_stream([segment.ids for segment in segments])
+    if device.type == "cpu":
+        stream = stream.lengthened(rounded(len(stream.ids)))
     inputs = {
         "input_ids": torch.from_numpy(stream.ids)[None].to(device),  # (1, T)
         "position_ids": torch.from_numpy(stream.positions)[None].to(device),  # (1, T)

@@ -47,6 +47,19 @@ class Stream:
     spans: list[Span]
     places: list[np.ndarray]
 
+    def lengthened(self, tokens: int) -> Stream:
+        """With tokens at its end that are of no segment, so that it has so many.
+
+        >>> build_stream([[7, 8, 9]]).lengthened(4).ids.tolist()
+        [7, 8, 9, 0]
+        """
+        length, added = len(self.ids), tokens - len(self.ids)
+        if not added:
+            return self
+        behind = Span(length, tokens, np.empty(0, dtype=np.int64))
+        ids = np.concatenate([self.ids, np.zeros(added, dtype=np.int64)])
+        return Stream(ids, np.concatenate([self.positions, np.arange(added)]), [*self.spans, behind], self.places)
+
 
 def build_stream(segments: Sequence[Sequence[int]]) -> Stream:
     """The stream of a batch of segments.

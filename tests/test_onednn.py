@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ifd_trainer.encoding import Segment
-from ifd_trainer.onednn import OneDNN, available
+from ifd_trainer.onednn import OneDNN, available, rounded
 from ifd_trainer.scorer import answer_nll
 
 # Switching oneDNN off and on again sets an option that this build of PyTorch has no use for, and says so.
@@ -48,7 +50,7 @@ LAYOUTS = {
 
 @needs_onednn
 @given(
-    st.lists(st.integers(0, 5), max_size=3),
+    st.lists(st.integers(0, 6), max_size=3),
     st.integers(0, 40),
     st.integers(0, 40),
     st.sampled_from(sorted(LAYOUTS)),
@@ -72,6 +74,29 @@ def test_products_are_those_of_float64(batch, inner, outer, x_layout, weight_lay
             np.testing.assert_allclose(torch.addmm(bias, x, weight.t()), wanted, rtol=1e-4, atol=1e-4)
     assert (found.shape, found.dtype) == (wanted.shape, torch.float32)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(0, 10**6))
+def test_rows_are_rounded_to_few_numbers(rows):
+    found = rounded(rows)
+    assert rows <= found <= rows * 17 / 16
+    assert rounded(found) == found
+    assert len({rounded(i) for i in range(1024, 2048)}) == 17
+
+
+@needs_onednn
+def test_products_are_of_few_shapes(monkeypatch):
+    shapes = []
+    product = torch.ops.mkldnn._linear_pointwise
+    watched = SimpleNamespace(_linear_pointwise=lambda x, *rest: shapes.append(tuple(x.shape)) or product(x, *rest))
+    monkeypatch.setattr(torch.ops, "mkldnn", watched)
+    x, layer = torch.randn(3, 1001, 7), nn.Linear(7, 5)
+    with torch.no_grad():
+        wanted = layer(x)
+        with OneDNN():
+            found = layer(x)
+    assert shapes == [(rounded(3003), 7)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @needs_onednn

@@ -49,6 +49,17 @@ def test_a_shared_beginning_is_computed_once_where_it_pays():
     assert len(build_stream([[*short, 100]] * 5).ids) == SPAN_COST  # equal segments are one
 
 
+@given(SEGMENTS, st.integers(0, 9))
+def test_tokens_behind_all_segments_change_none(segments, added):
+    stream = build_stream(segments)
+    longer = stream.lengthened(len(stream.ids) + added)
+    assert len(longer.ids) == len(longer.positions) == len(stream.ids) + added == longer.spans[-1].end
+    assert longer.ids.tolist() == stream.ids.tolist() + [0] * added
+    assert longer.places is stream.places
+    assert longer.spans[: len(stream.spans)] == stream.spans
+    assert all(len(span.path) == 0 for span in longer.spans[len(stream.spans) :])
+
+
 def test_no_segments_make_an_empty_stream():
     assert build_stream([]).spans == []
 
