@@ -236,6 +236,7 @@ class Case:
         baseline_rows: how many of the first rows the other procedures get; rates are compared.
         token_budget, engine: of ours.
         others: procedures to compare with.
+        runs: at most so many turns.
     """
 
     group: str
@@ -246,6 +247,7 @@ class Case:
     token_budget: int | None = None
     engine: Engine = "auto"
     others: tuple[str, ...] = (ONE_ROW, PADDED)
+    runs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,7 @@ class Sweep:
     baseline_rows: int
     scale: float = 1.0
     tokens: int = 2**19  # of all rows of one length
+    runs: int | None = None
 
 
 def sweeps(
@@ -273,20 +276,24 @@ def sweeps(
         vocabulary: its own.
         how: the values.
     """
-    few, own, found = how.baseline_rows, build(None), []
+    own, found = build(None), []
+
+    def add(
+        group: str, label: str, model: Callable[[], nn.Module], pairs: Sequence[EncodedPair], **options: Any
+    ) -> None:
+        rows = min(how.baseline_rows, len(pairs))
+        found.append(Case(f"{group}, {name}", label, model, pairs, rows, runs=how.runs, **options))
+
     for length in how.lengths:
-        pairs = fixed_length(max(how.tokens // length, 1), length, vocabulary)
-        found.append(Case(f"tokens of a row, {name}", str(length), own, pairs, min(few, len(pairs))))
+        add("tokens of a row", str(length), own, fixed_length(max(how.tokens // length, 1), length, vocabulary))
     for size in how.vocabularies:
-        pairs = alpaca_like(how.rows, size, scale=how.scale)
-        found.append(Case(f"vocabulary, {name}", str(size), build(size), pairs, few))
+        add("vocabulary", str(size), build(size), alpaca_like(how.rows, size, scale=how.scale))
     pairs = alpaca_like(how.rows, vocabulary, scale=how.scale)
     for budget in how.budgets:
         label = "automatic" if budget is None else str(budget)
-        found.append(Case(f"token budget, {name}", label, own, pairs, few, token_budget=budget, others=()))
+        add("token budget", label, own, pairs, token_budget=budget, others=())
     for count in how.counts:
-        pairs = alpaca_like(count, vocabulary, scale=how.scale)
-        found.append(Case(f"rows, {name}", str(count), own, pairs, few, others=(ONE_ROW,)))
+        add("rows", str(count), own, alpaca_like(count, vocabulary, scale=how.scale), others=(ONE_ROW,))
     return found
 
 
@@ -310,7 +317,7 @@ def measured(case: Case, device: torch.device, peak: float, runs: int) -> dict[s
             with peak_bytes(device) as found:
                 values[name] = run[name]()
             memory[name], ran[name] = found[0], tokens.close()
-        for _ in range(runs):
+        for _ in range(min(runs, case.runs or runs)):
             for name in names:
                 synchronize(device)
                 began = time.perf_counter()

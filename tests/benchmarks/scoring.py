@@ -55,14 +55,16 @@ KEEPS = (0.1, 1.0)
 
 SWEEP = Sweep(
     lengths=(16, 64, 256, 1024),
-    vocabularies=(16_000, 151_936),
-    budgets=(256, 512, 1024, 2048, 4096, 8192),
-    counts=(20, 200),
-    rows=60,
-    baseline_rows=12,
-    tokens=4096,
+    vocabularies=(16_000, 64_000),
+    budgets=(512, 1024, 2048, 4096),
+    counts=(10, 100),
+    rows=24,
+    baseline_rows=4,
+    tokens=2048,
+    runs=2,
 )
 TINY_SWEEP = Sweep((16, 40), (300, 600), (64, 256), (6, 12), rows=12, baseline_rows=4, scale=0.2, tokens=480)
+_TRAINING_RUNS = 2
 
 
 def random_model(vocabulary: int, hidden: int, intermediate: int, heads: int, key_heads: int) -> LlamaForCausalLM:
@@ -86,10 +88,10 @@ def cases(scorer: IFDScorer, rows: Dataset, tiny: bool) -> Iterator[Case]:
     pairs = [pair for pair in scorer.encode(rows[:]) if pair.conditioned]
     yield Case("real rows", "rows", lambda: model, pairs)
     shared = long_definition(len(rows), model.config.vocab_size, definition=40 if tiny else 300)
-    yield Case("shared task", "long definition", lambda: model, shared, others=(ONE_ROW,))
+    yield Case("shared task", "long definition", lambda: model, shared, 4, others=(ONE_ROW,))
     # Most operations of this model are those of its LM head.
     vocabulary, narrow = (3000, (32, 96, 4, 4)) if tiny else (151_936, (256, 768, 4, 4))
-    wide = alpaca_like(len(rows), vocabulary, scale=0.2 if tiny else 1.0)
+    wide = alpaca_like(len(rows) // 2, vocabulary, scale=0.2 if tiny else 1.0)
     label = "3k vocabulary" if tiny else "152k vocabulary"
     yield Case("large vocabulary", label, lambda: random_model(vocabulary, *narrow), wide)
     own, sizes = (500, (32, 64, 4, 2)) if tiny else (49_152, (576, 1536, 9, 3))
@@ -158,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         results["cases"].append(measured(case, device, results["peak_flops"], options.runs))
         print(printed(results["cases"][-1]), flush=True)
     results["in_loop"] = {str(keep): [] for keep in KEEPS}
-    for _ in range(options.runs):
+    for _ in range(min(options.runs, _TRAINING_RUNS)):
         for keep in KEEPS:
             results["in_loop"][str(keep)].append(in_loop(options.model, rows, keep))
     for keep, found in results["in_loop"].items():
