@@ -1,7 +1,9 @@
-"""CSV and JSON files as Arrow files, made a block at a time: memory does not grow with the file.
+"""CSV, JSON and Parquet files as Arrow files, made a block at a time: memory does not grow with the file.
 
-A file is read twice, once for the types of its columns, which no row but the last one settles, and once for their
-values. The Arrow file is kept in the cache of `datasets`, under a digest of what it was made from, and read from disk.
+CSV and JSON are read twice, once for the types of their columns, which no row but the last one settles, and once for
+their values. A Parquet file says its types, and is read without ever holding one of its row groups (pandas writes a
+million rows into one). The Arrow file is kept in the cache of `datasets`, under a digest of what it was made from, and
+read from disk.
 
 Values stay what they are. A place that holds values of several types, or mappings of unlike keys, has the type `Json`
 of `datasets`: each value is a JSON text in the file, and a Python value again in the data set's rows.
@@ -12,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,14 @@ import datasets.config
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
+from datasets.table import table_cast
 
 from .history import write_atomically
 
 _BLOCK = 2**22  # characters of JSON, bytes of CSV: some times that much is in memory
+_PARQUET_ROWS = 10_000  # in memory at a time
 _VERSION = 1  # raised when the same file would give other rows
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -52,6 +58,15 @@ def read_json(path: Path) -> Dataset:
     return _cached(path, _json_to_arrow)
 
 
+def read_parquet(path: Path) -> Dataset:
+    """The rows of a Parquet file.
+
+    Raises:
+        ValueError: for a file that is none, and for types or names of columns that a data set cannot have.
+    """
+    return _cached(path, _parquet_to_arrow)
+
+
 def file_digest(path: Path) -> str:
     """A digest of a file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
@@ -67,6 +82,41 @@ def _cached(path: Path, write: Callable[[Path, Path], None]) -> Dataset:
     if not target.exists():
         write_atomically(target, lambda temporary: write(path, temporary))
     return Dataset.from_file(str(target))
+
+
+# ---- Parquet ----------------------------------------------------------------------------------------------------
+
+
+def _parquet_to_arrow(path: Path, target: Path) -> None:
+    features = parquet_features(path)
+    with pa.ipc.new_stream(target, features.arrow_schema) as writer:
+        for table in parquet_tables(path, features, _PARQUET_ROWS):
+            writer.write_table(table)
+
+
+def parquet_features(path: Path) -> Features:
+    """The types of a Parquet file's columns; errors as for `read_parquet`."""
+    try:
+        schema = pq.read_schema(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file: {error}.") from error
+    twice = [name for name, times in Counter(schema.names).items() if times > 1]
+    if twice:
+        raise ValueError(f"{path} has more than one column named {twice[0]!r}; rename all but one.")
+    return Features.from_arrow_schema(schema)
+
+
+def parquet_tables(
+    path: Path, features: Features, rows: int, names: Collection[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of a Parquet file, up to so many at a time; all columns, or those with these names.
+
+    Pages are read as they are wanted, never a whole row group.
+    """
+    schema = Features({name: type for name, type in features.items() if names is None or name in names}).arrow_schema
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+        for batch in file.iter_batches(rows, columns=schema.names):
+            yield table_cast(pa.Table.from_batches([batch]).select(schema.names), schema)
 
 
 # ---- CSV --------------------------------------------------------------------------------------------------------

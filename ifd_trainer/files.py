@@ -2,8 +2,7 @@
 
 What is read is written back as it was: text stays text (also "NA", "007" or a date), null and the empty text stay
 apart, nested values stay nested, and each of several types in a column stays of its type. CSV has no nested values: a
-list or a mapping is written there as JSON. Reading and writing take memory for some rows (of a Parquet file, for a row
-group), however many a file holds.
+list or a mapping is written there as JSON. Reading and writing a file take memory for some rows, however many it holds.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset
 
-from .arrow_files import file_digest, holds_json, python_values, read_csv, read_json, record_blocks
+from .arrow_files import file_digest, holds_json, python_values, read_csv, read_json, read_parquet, record_blocks
 from .history import write_atomically
 
-LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}
 _CHUNK_ROWS = 10_000  # rows in memory at a time
 _ROW_GROUP_BYTES = 100 * 10**6
 
@@ -40,17 +39,14 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
     """
     path = Path(source)
     if path.is_file():
-        kind = _loader(path)
-        if kind == "parquet":
-            return load_dataset(kind, data_files=str(path), split="train")
-        return read_csv(path) if kind == "csv" else read_json(path)
+        return READERS[_ending(path)](path)
     if (path / f"{split}.parquet").is_file():
-        return load_dataset("parquet", data_files=str(path / f"{split}.parquet"), split="train")
+        return read_parquet(path / f"{split}.parquet")
     if path.is_dir():
         return load_dataset(str(path), config, split=split)
-    if path.suffix in LOADERS or source.startswith((".", "/")):
+    if path.suffix in READERS or source.startswith((".", "/")):
         raise FileNotFoundError(
-            f"No such file: {source}. Files end in {', '.join(LOADERS)}; other names are hub names."
+            f"No such file: {source}. Files end in {', '.join(READERS)}; other names are hub names."
         )
     return load_dataset(source, config, split=split)
 
@@ -69,7 +65,7 @@ def write_tables(tables: Iterable[pa.Table], features: Features, path: str | os.
         path: the file; its ending says the format.
     """
     path = Path(path)
-    _loader(path)
+    _ending(path)
     # A set without rows has columns too.
     tables = chain([pa.Table.from_batches([], features.arrow_schema)], tables)
 
@@ -119,7 +115,7 @@ def read_records(path: str | os.PathLike) -> list:
 
 def check_writable(path: str | os.PathLike) -> None:
     """Raise ValueError now if `write_rows` could not write to this path after hours of work."""
-    _loader(Path(path))
+    _ending(Path(path))
     if not os.access(_existing_parent(Path(path)), os.W_OK):
         raise ValueError(f"Cannot write to {path}: the folder is not writable.")
 
@@ -207,10 +203,10 @@ def source_digest(source: str, rows: Dataset) -> str:
     return file_digest(path) if path.is_file() else rows._fingerprint
 
 
-def _loader(path: Path) -> str:
-    if path.suffix not in LOADERS:
-        raise ValueError(f"Cannot tell the format of {path} from its ending; use one of {', '.join(LOADERS)}.")
-    return LOADERS[path.suffix]
+def _ending(path: Path) -> str:
+    if path.suffix not in READERS:
+        raise ValueError(f"Cannot tell the format of {path} from its ending; use one of {', '.join(READERS)}.")
+    return path.suffix
 
 
 def _existing_parent(path: Path) -> Path:

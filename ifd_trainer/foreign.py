@@ -28,7 +28,7 @@ import pandas as pd
 
 from . import ifd as equations
 from .encoding import Status
-from .files import LOADERS, load_rows, read_records
+from .files import READERS, load_rows, read_records
 
 KINDS = ("cherry", "superfiltering", "data-juicer", "ifd-trainer")
 FAILED = "failed"  # status: the program that scored the row gave up on it and wrote zeros
@@ -132,12 +132,12 @@ def _frame(parsed: Sequence[_Row], answers: Sequence[str] | None) -> pd.DataFram
 def _load(path: Path) -> list:
     if path.suffix in (".csv", ".parquet"):
         return load_rows(str(path)).to_list()
-    if path.suffix in LOADERS:
+    if path.suffix in READERS:
         records = read_records(path)
     elif zipfile.is_zipfile(path) or path.suffix in (".pt", ".pth", ".bin"):
         records = _load_torch(path)
     else:
-        raise ValueError(f"Cannot read scores from {path}; use a file ending in .pt or {', '.join(LOADERS)}.")
+        raise ValueError(f"Cannot read scores from {path}; use a file ending in .pt or {', '.join(READERS)}.")
     if not isinstance(records, list):
         raise ValueError(f"{path} holds a {type(records).__name__}, wanted a list with one entry for each row.")
     return records

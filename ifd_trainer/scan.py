@@ -14,8 +14,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features
-from datasets.table import table_cast
 
+from .arrow_files import parquet_features, parquet_tables
 from .files import load_rows, tables_of
 from .refusals import looks_like_refusal, may_refuse
 from .texts import answers_of, text_sources
@@ -48,7 +48,7 @@ class Scan:
             self._dataset = source if isinstance(source, Dataset) else load_rows(source, split)
             self.features, self._rows = self._dataset.features, len(self._dataset)
         else:
-            self.features = Features.from_arrow_schema(pq.read_schema(self._file))
+            self.features = parquet_features(self._file)
             self._rows = pq.read_metadata(self._file).num_rows
 
     def __len__(self) -> int:
@@ -61,14 +61,10 @@ class Scan:
 
     def tables(self, names: Collection[str] | None = None) -> Iterator[pa.Table]:
         """The columns with these names, all by default, in the order of the data set; up to 65,536 rows at a time."""
+        if self._file is not None:
+            return parquet_tables(self._file, self.features, _BATCH_ROWS, names)
         names = [name for name in self.column_names if names is None or name in names]
-        if self._file is None:
-            yield from tables_of(self._dataset.select_columns(names), _BATCH_ROWS)
-            return
-        schema = Features({name: self.features[name] for name in names}).arrow_schema
-        with pq.ParquetFile(self._file, pre_buffer=False, buffer_size=2**20) as file:  # never a whole row group
-            for batch in file.iter_batches(_BATCH_ROWS, columns=names):
-                yield table_cast(pa.Table.from_batches([batch]).select(names), schema)
+        return tables_of(self._dataset.select_columns(names), _BATCH_ROWS)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column in memory."""

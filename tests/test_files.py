@@ -7,14 +7,16 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -301,7 +303,7 @@ def test_json_that_holds_no_rows_is_refused(tmp_path, text, words):
         load_rows(str(path))
 
 
-@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 def test_a_file_is_made_into_arrow_once_and_again_when_it_changes(tmp_path, monkeypatch, ending):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / f"a{ending}"
@@ -309,6 +311,56 @@ def test_a_file_is_made_into_arrow_once_and_again_when_it_changes(tmp_path, monk
         write_rows(Dataset.from_dict({"n": [n]}), path)
         assert load_rows(str(path))["n"][:] == [n]
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 2
+
+
+def test_a_row_group_is_never_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(arrow_files, "_PARQUET_ROWS", 1000)
+    rng = np.random.default_rng(0)
+    table = pa.table({"text": [rng.bytes(400).hex() for _ in range(40_000)]})
+    pq.write_table(table, tmp_path / "one.parquet", row_group_size=len(table))
+    pool, default = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        rows = load_rows(str(tmp_path / "one.parquet"))
+    finally:
+        pa.set_memory_pool(default)
+    assert 0 < pool.max_memory() < table.nbytes / 4
+    assert rows.with_format("arrow")[:].equals(table)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pd.DataFrame({"a": pd.Categorical(["x", "y", "x"]), "b": [1, 2, 3]}),
+        pd.DataFrame({"a": pd.date_range("2020", periods=2), "b": [Decimal("1.5"), None]}),
+        pd.DataFrame({"a": [1, 2]}, index=["x", "y"]),
+        pd.DataFrame({"a": [[{"r": "u", "c": None}], []], "b": [None, None]}),
+    ],
+    ids=["categories", "dates", "index", "nested"],
+)
+def test_a_parquet_file_is_what_datasets_makes_of_it(tmp_path, frame):
+    path = tmp_path / "a.parquet"
+    frame.to_parquet(path)
+    found, expected = load_rows(str(path)), load_dataset("parquet", data_files=str(path), split="train")
+    assert found.features == expected.features
+    assert found.to_list() == expected.to_list()
+
+
+def test_a_parquet_file_without_rows_has_its_columns(tmp_path):
+    pq.write_table(pa.table({"a": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    found = load_rows(str(tmp_path / "a.parquet"))
+    assert (len(found), found.features) == (0, Features({"a": Value("string")}))
+
+
+def test_what_is_no_parquet_file_and_a_name_that_comes_twice(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_text("instruction,output\n")
+    with pytest.raises(ValueError, match=f"{path} is not a Parquet file: "):
+        load_rows(str(path))
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), path)
+    with pytest.raises(ValueError, match=f"{path} has more than one column named 'a'"):
+        load_rows(str(path))
 
 
 def test_columns_take_the_place_of_old_ones():
