@@ -74,6 +74,11 @@ def test_a_dry_run_of_the_benchmark_for_gpus(tmp_path):
     run = {case["label"]: case["procedures"]["this package"]["tokens_run"] for case in results["cases"]}
     assert run["long definition, stream"] < run["long definition, padded"] / 1.5
     assert results["left_out"] == []
+    model = results["cases"][0]
+    ours = model["procedures"]["this package"]
+    expected = {"at the measured rate": 52_000 / ours["rows_per_s"]}
+    expected["at the peak"] = expected["at the measured rate"] * ours["share_of_peak"]
+    assert model["whole_set_seconds"] == pytest.approx(expected)
 
 
 def test_a_case_that_does_not_fit_is_left_out_with_its_reason(tmp_path, monkeypatch):
@@ -89,6 +94,19 @@ def test_a_case_that_does_not_fit_is_left_out_with_its_reason(tmp_path, monkeypa
     results = checked(tmp_path, "scoring-cpu")
     assert [case["label"] for case in results["cases"]] == ["tiny Llama"]
     assert {case["reason"] for case in results["left_out"]} == {"too large"}
+
+
+def test_the_models_only_on_more_rows(tmp_path):
+    bench = loaded(ROOT / "tests" / "gpu" / "bench_scoring.py")
+    bench.main([*DRY, "--models", "tiny Qwen2", "--rows", "15", "--no-sweeps", "--output", str(tmp_path)])
+    (case,) = checked(tmp_path, "scoring-cpu")["cases"]
+    assert (case["label"], case["procedures"]["this package"]["rows"]) == ("tiny Qwen2", 15)
+
+
+def test_the_seconds_of_the_whole_set_by_hand():
+    bench = loaded(ROOT / "tests" / "gpu" / "bench_scoring.py")
+    result = {"procedures": {"this package": {"rows": 26_000, "seconds": [3.0, 1.0, 2.0], "operations": 10.0**15}}}
+    assert bench.whole_set(result, peak=5e14) == {"at the measured rate": 4.0, "at the peak": 4.0}
 
 
 def test_a_device_or_a_model_that_is_not_there_is_a_clear_error(monkeypatch):

@@ -335,6 +335,7 @@ def measured(case: Case, device: torch.device, peak: float, runs: int) -> dict[s
             "rows": len(rows[name]),
             "tokens": tokens,
             "tokens_run": ran[name],
+            "operations": needed,
             "seconds": seconds[name],
             "rows_per_s": len(rows[name]) / statistics.median(seconds[name]),
             "tokens_per_s": rates[name],

@@ -7,6 +7,12 @@ This package against one row at a time with full logits and a loop over tokens, 
 order: models from 0.1B to 8B on rows with Alpaca's lengths; and, with one of them, rows of different lengths,
 vocabularies, token budgets, engines and numbers of rows. See `measuring.py` for what is counted.
 
+For each model it also says how long ALPACA_ROWS rows take at the rate that was measured, and the least that they take
+at the peak. For Llama 2 7B these rows are 10.8 million tokens, 9.2 million of them without the repeated preamble, and
+need 1.2e17 operations: 153 s at 790 TFLOP/s, and 300 s at 51 % of that. To score them all instead:
+
+    python tests/gpu/bench_scoring.py --models "Llama 2 7B" --rows 52000 --runs 1 --no-sweeps
+
 So far only the dry run was run: this project had no GPU at hand, and there are no figures from one.
 """
 
@@ -14,9 +20,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +81,9 @@ TINY = {
     "tiny Qwen2": config_of(qwen2, 800, 32, 64, 2, 4, 2, tied=False),
 }
 
+MODELS = "model"  # the group of the models, one case each
+ALPACA_ROWS = 52_000  # about as many as the data set has
+
 SWEEP = Sweep(
     lengths=(64, 256, 1024, 4096),
     vocabularies=(32_000, 64_000, 128_000, 256_000),
@@ -84,12 +95,20 @@ SWEEP = Sweep(
 TINY_SWEEP = Sweep((16, 40), (300, 600), (64, 256, None), (6, 12), rows=12, baseline_rows=4, scale=0.2, tokens=480)
 
 
-def cases(configs: dict[str, PretrainedConfig], device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
-    """Sizes of models, then sweeps with one of 1B (the first one, if tiny)."""
-    rows, few = (12, 4) if tiny else (2000, 32)
+def model_cases(
+    configs: dict[str, PretrainedConfig], device: torch.device, dtype: torch.dtype, tiny: bool, rows: int
+) -> Iterator[Case]:
+    """Sizes of models."""
     for name, config in configs.items():
         rows_of_it = alpaca_like(rows, config.vocab_size, scale=0.2 if tiny else 1.0)
-        yield Case("model", name, builder(config, device, dtype), rows_of_it, few)
+        yield Case(MODELS, name, builder(config, device, dtype), rows_of_it, 4 if tiny else 32)
+
+
+def sweep_cases(
+    configs: dict[str, PretrainedConfig], device: torch.device, dtype: torch.dtype, tiny: bool
+) -> Iterator[Case]:
+    """Sweeps with a model of 1B (the first one, if it is not among them)."""
+    rows, few = (12, 4) if tiny else (2000, 32)
     name = "Llama 3.2 1B" if "Llama 3.2 1B" in configs else next(iter(configs))
     config = configs[name]
 
@@ -104,6 +123,16 @@ def cases(configs: dict[str, PretrainedConfig], device: torch.device, dtype: tor
     for label, one in (("Alpaca", plain), ("long definition", shared)):
         for engine in ("padded", "stream"):
             yield Case(f"engine, {name}", f"{label}, {engine}", build(None), one, few, engine=engine, others=())
+
+
+def whole_set(result: dict[str, Any], peak: float) -> dict[str, float]:
+    """Seconds that ALPACA_ROWS such rows take: as many times as long as those measured, and at the peak."""
+    ours = result["procedures"][OURS]
+    times = ALPACA_ROWS / ours["rows"]
+    return {
+        "at the measured rate": times * statistics.median(ours["seconds"]),
+        "at the peak": times * ours["operations"] / peak,
+    }
 
 
 def builder(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> Callable[[], nn.Module]:
@@ -124,6 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
     parser.add_argument("--runs", type=int, default=3, help="turns of all procedures (default 3)")
     parser.add_argument("--models", nargs="*", help=f"names among: {', '.join(CONFIGS)} (default: all)")
+    parser.add_argument("--rows", type=int, help="rows for each model (default 2000)")
+    parser.add_argument("--no-sweeps", action="store_true", help="the models only")
     parser.add_argument("--tiny", action="store_true", help="models and rows of no size: a dry run")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default runs/bench)")
     options = parser.parse_args(arguments)
@@ -147,10 +178,19 @@ def main(arguments: list[str] | None = None) -> None:
         "left_out": [],
     }
     began = time.perf_counter()
-    for case in cases(configs, device, dtype, options.tiny):
+    rows = options.rows or (12 if options.tiny else 2000)
+    cases = model_cases(configs, device, dtype, options.tiny, rows)
+    if not options.no_sweeps:
+        cases = chain(cases, sweep_cases(configs, device, dtype, options.tiny))
+    for case in cases:
         try:
-            results["cases"].append(measured(case, device, results["peak_flops"], options.runs))
-            print(printed(results["cases"][-1]), flush=True)
+            result = measured(case, device, results["peak_flops"], options.runs)
+            print(printed(result), flush=True)
+            if case.group == MODELS:
+                result["whole_set_seconds"] = whole_set(result, results["peak_flops"])
+                seconds = ", ".join(f"{value:.3g} s {how}" for how, value in result["whole_set_seconds"].items())
+                print(f"  {ALPACA_ROWS} such rows: {seconds}", flush=True)
+            results["cases"].append(result)
         except torch.OutOfMemoryError as error:
             results["left_out"].append({"group": case.group, "label": case.label, "reason": str(error)[:300]})
             print(f"{case.group}: {case.label}\n  out of memory", flush=True)
