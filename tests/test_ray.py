@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
 from conftest import ROOT
 from datasets import Dataset
 
 from ifd_trainer.columns import IFD_COLUMNS, IFDScorer
 
-ray = pytest.importorskip("ray")
 ROWS = [
     {"instruction": f"Name {n} things.", "output": "The cat sat. " * (n % 5), "n": n, "tags": [str(n)] * (n % 3)}
     for n in range(20)
