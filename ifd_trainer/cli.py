@@ -368,7 +368,8 @@ def _train(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from .report import epoch_table, label_rich_table, write_report
+    from .report import write_report
+    from .tables import epoch_table, label_rich_table
     from .train import build_trainer, make_parser, parse_recipe, planned, selection_of
 
     if "--help-all" in arguments:

@@ -15,6 +15,7 @@ import pandas as pd
 from . import ifd as equations
 from .diversity import REDUNDANT
 from .encoding import Status
+from .history import History
 from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, NOT_IN_SAMPLE, OTHER_TIER, RELAXED
 
 MISSING = "-"
@@ -85,6 +86,22 @@ def merged(epochs: Mapping[Any, pd.DataFrame], columns: Sequence[str]) -> dict[A
         else:
             groups.append(([epoch], rows))
     return {of[0] if len(of) == 1 else f"{of[0]}-{of[-1]}": rows for of, rows in groups}
+
+
+def read_epochs(history: History) -> tuple[dict[int, pd.DataFrame], list[str]]:
+    """Rows of each epoch that can be read, and a note on each that cannot."""
+    epochs, notes = {}, []
+    for record in history.epochs:
+        epoch = record["epoch"]
+        try:
+            rows = normalised(history.rows(epoch))
+        except FileNotFoundError:
+            notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} is missing; plots and rows leave it out.")
+        except (OSError, ValueError):
+            notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} cannot be read; plots and rows leave it out.")
+        else:
+            epochs[epoch] = rows.assign(key=rows["row_id"].map(str))
+    return epochs, notes
 
 
 def _agree(one: pd.DataFrame, other: pd.DataFrame, columns: Sequence[str]) -> bool:

@@ -1,8 +1,4 @@
-"""Tables in the terminal, and one HTML page, from a history or from score columns.
-
-epoch_table, label_table      a run in numbers
-write_report                  tables, plots and rows on one page that needs no other file
-"""
+"""One HTML page that needs no other file, from a history or from score columns: tables, plots and rows."""
 
 from __future__ import annotations
 
@@ -12,232 +8,25 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
 from .diversity import REDUNDANT
 from .encoding import Status
-from .frames import (
-    MISSING,
-    count_text,
-    cut_of,
-    epoch_name,
-    merged,
-    normalised,
-    number_text,
-    percent_text,
-    rows_text,
-    spearman,
-)
-from .history import FOLDER, History, write_atomically
+from .frames import count_text, cut_of, epoch_name, merged, number_text, percent_text, rows_text, spearman
+from .history import History, write_atomically
 from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
 from .refusals import REFUSAL
-from .selection import ABOVE_LIMIT, BELOW_CUT, OTHER_TIER, RELAXED
-from .texts import plain, shortened, text_columns
-from .words import REASONS, Phases, scored_at, scoring_sentence, settings_in_words
-
-_SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}
-SELECTED = "train.parquet"  # the rows in a folder that `ifd-trainer select` wrote
-
-# ---- tables -------------------------------------------------------------------------------------------------------
-
-
-def epoch_table(history: History) -> Table:
-    """What each epoch kept and cost, for the terminal.
-
-    Columns: pool and kept rows, repeats (where a budget was larger than the rows kept), with a curriculum the tiers
-    trained on (0 is the one that it begins with), the epoch in which the scores were made (where some are older than
-    their epoch, and not all of one), mean score of the kept and of the dropped rows, share of the kept rows that the
-    epoch before kept too (not for the sample of a brief experience), seconds, held-out loss; "-" where a number is not
-    known. Epochs of the brief experience are called that; a line "anew" stands where training starts anew. Below the
-    table stands what both mean, and which model scored.
-
-    >>> from rich import print
-    >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
-    """
-    headers, rows = _epoch_cells(history)
-    phases = Phases.of(history.settings)
-    caption = Text(" ".join(_epoch_notes(history)))
-    table = Table(title="Selection by epoch", caption=caption, caption_justify="left")
-    table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, 0  # fits in 80 columns
-    for header in headers:
-        table.add_column(header.replace(" ", "\n"), justify="right", overflow="fold")
-    anew = _restart_line(history)
-    for number, (record, row) in enumerate(zip(history.epochs, rows, strict=True)):
-        if number == anew:
-            table.add_row("anew", *[""] * (len(headers) - 1))
-        kind = {"brief experience": "brief"}.get(phases.kind(record["epoch"]), phases.kind(record["epoch"]))
-        table.add_row(f"{row[0]} {kind}".strip(), *row[1:])
-    return table
-
-
-def _epoch_notes(history: History) -> list[str]:
-    """What the numbers by epoch do not say by themselves."""
-    notes = Phases.of(history.settings).sentences() if history.epochs else []
-    return notes + [text for text in [scoring_sentence(history.settings, history.epochs)] if text]
-
-
-def _restart_line(history: History) -> int | None:
-    """The line of the table of epochs before which training started anew, if both sides of it are there."""
-    restart = Phases.of(history.settings).restart
-    lines = [i for i, record in enumerate(history.epochs) if restart is not None and record["epoch"] >= restart]
-    return lines[0] if lines and lines[0] else None
-
-
-def _epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
-    score = _SCORE_NAMES.get(history.settings.get("score"), "IFD")
-    phases = Phases.of(history.settings)
-    repeats = any((record.get("budget") or 0) > (record.get("kept") or 0) for record in history.epochs)
-    tiers = any(record.get("tiers") for record in history.epochs)
-    made = {record["epoch"]: scored_at(record) for record in history.epochs}
-    made = {epoch: at for epoch, at in made.items() if at is not None}
-    scored = len(set(made.values())) > 1 and any(epoch != at for epoch, at in made.items())
-    headers = ["epoch", "pool", "kept", *(["repeats"] if repeats else []), *(["tiers"] if tiers else [])]
-    headers += [*(["scored in"] if scored else []), f"{score} kept", f"{score} dropped", "overlap", "cut"]
-    headers += ["scoring s", "training s", "held-out loss"]
-    rows = []
-    for record in history.epochs:
-        epoch, kept, budget = record["epoch"], record.get("kept"), record.get("budget")
-        extra = [count_text(max(budget - kept, 0) if None not in (kept, budget) else None)] if repeats else []
-        extra += [_tiers_text(record.get("tiers"))] if tiers else []
-        extra += [count_text(made.get(epoch))] if scored else []
-        overlap = None if phases.is_brief(epoch - 1) else record.get("overlap")  # a sample was not selected
-        rows.append(
-            [str(epoch), count_text(record.get("pool")), count_text(kept), *extra]
-            + [number_text(record.get("mean_kept")), number_text(record.get("mean_dropped"))]
-            + [percent_text(overlap), number_text(record.get("cut"))]
-            + [number_text(record.get(f"seconds_{part}"), 1) for part in ("scoring", "training")]
-            + [number_text(record.get("eval_loss"), 4)]
-        )
-    return headers, rows
-
-
-def _tiers_text(tiers: list[int] | None) -> str:
-    """`1`, or `0-2` for the tiers 0, 1 and 2: those of an epoch follow one another."""
-    if not tiers:
-        return MISSING
-    return str(tiers[0]) if len(tiers) == 1 else f"{tiers[0]}-{tiers[-1]}"
-
-
-def label_table(history: History, label: str) -> pd.DataFrame:
-    """The share of each label's rows that was kept, epoch by epoch.
-
-    Args:
-        history: of a run.
-        label: a column of `history.pool()`, for example "quality".
-
-    Returns:
-        One row for each value of the label, the most frequent first: `rows` (how many rows of the pool have it) and
-        for each epoch with rows on disk a column `epoch 0`, `epoch 1`, ... with values in [0, 1]. Rows without a
-        label are counted under "(none)". A row that is repeated in an epoch counts once.
-
-    Raises:
-        ValueError: when there is no `pool.parquet`, or no such column in it.
-    """
-    pool = history.pool()
-    if pool is None:
-        raise ValueError(f"{history.folder} holds no pool.parquet, so the rows' labels are not known.")
-    if label not in pool:
-        raise ValueError(f"The pool has no column {label!r}; its columns are {sorted(map(str, pool.columns))}.")
-    epochs, _ = _read_epochs(history)
-    return _label_shares(epochs, _labels(pool[label].set_axis(pool["row_id"].map(str))))
-
-
-def label_rich_table(history: History, label: str) -> Table:
-    """`label_table` for the terminal, with a last line for all rows."""
-    shares = label_table(history, label)
-    table = Table(title=Text(f"Share of rows kept, by {label}"))
-    table.add_column(Text(label))
-    phases = Phases.of(history.settings)
-    for column in shares.columns:
-        kind = next((phases.kind(e) for e in range(phases.warmup) if column == epoch_name(e)), "")
-        table.add_column(f"{column}\n({kind})" if kind else column, justify="right")
-    for value, cells in _label_cells(shares):
-        table.add_row(Text(value), *cells)
-    return table
-
-
-def _labels(series: pd.Series) -> pd.Series:
-    values = [plain(value) or "(none)" for value in series]
-    return pd.Series(values, index=series.index, name=series.name, dtype=object)
-
-
-def _label_shares(epochs: Mapping[Any, pd.DataFrame], labels: pd.Series) -> pd.DataFrame:
-    """`labels` is indexed by the rows' keys."""
-    counts = labels.value_counts()
-    table = pd.DataFrame({"rows": counts.loc[sorted(counts.index, key=lambda value: (-counts[value], value))]})
-    table.index.name = labels.name
-    for epoch, rows in epochs.items():
-        if "kept" in rows:
-            kept = labels.reindex(rows.loc[rows["kept"], "key"]).value_counts()
-            table[epoch_name(epoch, "kept")] = kept.reindex(table.index, fill_value=0) / table["rows"]
-    return table
-
-
-def _label_cells(shares: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    totals = [(shares[column] * shares["rows"]).sum() / shares["rows"].sum() for column in shares.columns[1:]]
-    lines = [
-        (value, [count_text(int(row.iloc[0])), *map(percent_text, row.iloc[1:])]) for value, row in shares.iterrows()
-    ]
-    return [*lines, ("all rows", [count_text(int(shares["rows"].sum())), *map(percent_text, totals)])]
-
-
-# ---- the page -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Subject:
-    """What the page is about, whatever it was made from.
-
-    Attributes:
-        epochs: normalised rows by epoch, with `key`; one frame under None for a data set.
-        details: texts and the pool's columns, indexed by key; None if not known.
-        labels: the label of each row, indexed by key; None without a label.
-    """
-
-    title: str
-    score: str
-    epochs: dict[Any, pd.DataFrame]
-    details: pd.DataFrame | None
-    labels: pd.Series | None
-    folder: Path
-    max_ifd: float | None = None
-    history: History | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def phases(self) -> Phases:
-        return Phases.of(self.history.settings if self.history is not None else {})
-
-    @property
-    def scored(self) -> dict[Any, pd.DataFrame]:
-        """Epochs with scores; those that follow one another with the same scores and the same rows kept are one."""
-        return merged(self._with_scores, [self.score, "kept"])
-
-    @property
-    def _with_scores(self) -> dict[Any, pd.DataFrame]:
-        return {epoch: rows for epoch, rows in self.epochs.items() if rows[self.score].notna().any()}
-
-    @property
-    def last_epoch(self) -> Any:
-        """The last epoch with scores; if none has any, the last one."""
-        return next(reversed(self._with_scores or self.epochs or {None: None}))
-
-    @property
-    def last(self) -> pd.DataFrame | None:
-        return self.epochs.get(self.last_epoch)
-
-    @property
-    def any_score(self) -> bool:
-        return bool(self._with_scores)
+from .selection import ABOVE_LIMIT, OTHER_TIER, RELAXED
+from .subject import Subject, subject_of
+from .tables import SCORE_NAMES, epoch_cells, epoch_notes, label_cells, label_shares, restart_line
+from .texts import plain, shortened
+from .words import REASONS, Phases, settings_in_words
 
 
 def write_report(
@@ -273,7 +62,7 @@ def write_report(
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}.")
-    subject = _subject(source, label, texts)
+    subject = subject_of(source, label, texts)
     folder = Path(folder) if folder is not None else subject.folder
     plots = _plots(subject) if subject.any_score else []
     for plot in plots:
@@ -287,7 +76,7 @@ def write_report(
     return folder / "report.html"
 
 
-def _content(subject: _Subject, plots: list[_Plot], rows: int) -> dict[str, Any]:
+def _content(subject: Subject, plots: list[_Plot], rows: int) -> dict[str, Any]:
     """What the template shows."""
     history = subject.history
     return {
@@ -297,9 +86,9 @@ def _content(subject: _Subject, plots: list[_Plot], rows: int) -> dict[str, Any]
         "scored": subject.any_score,
         "any_rows": any(len(rows) for rows in subject.epochs.values()),
         "chosen": subject.last is not None and "kept" in subject.last,
-        "score": _SCORE_NAMES[subject.score],
+        "score": SCORE_NAMES[subject.score],
         "epochs": _epoch_grid(history) if history is not None and history.epochs else None,
-        "epoch_notes": " ".join(_epoch_notes(history)) if history is not None else "",
+        "epoch_notes": " ".join(epoch_notes(history)) if history is not None else "",
         "brief": _brief_section(subject, rows),
         "of_history": history is not None,
         "reasons": _reason_cells(subject),
@@ -312,188 +101,25 @@ def _content(subject: _Subject, plots: list[_Plot], rows: int) -> dict[str, Any]
 
 def _epoch_grid(history: History) -> tuple[list[str], list[list[str]], dict[int, str]]:
     """Headers and lines of the table of epochs, and what stands between lines, by the line that it precedes."""
-    headers, lines = _epoch_cells(history)
-    phases, anew = Phases.of(history.settings), _restart_line(history)
+    headers, lines = epoch_cells(history)
+    phases, anew = Phases.of(history.settings), restart_line(history)
     for record, line in zip(history.epochs, lines, strict=True):
         kind = phases.kind(record["epoch"])
         line[0] += f" ({kind})" if kind else ""
     return headers, lines, {} if anew is None else {anew: "Training starts anew from the original weights"}
 
 
-# ---- the page: where it comes from ---
+# ---- what it says ------------------------------------------------------------------------------------------------
 
 
-def _subject(source: Any, label: str | None, texts: Any) -> _Subject:
-    texts, folder = _frame(texts) if texts is not None else None, None
-    if isinstance(source, (str, os.PathLike)):
-        folder, source = Path(source), _read_folder(Path(source))
-    if isinstance(source, History):
-        subject = _subject_of_history(source, texts)
-    else:
-        subject = _subject_of_rows(source, texts, folder or Path("ifd_report"))
-    known = [] if subject.details is None else list(subject.details.columns)
-    if label is not None and label not in known:
-        raise ValueError(
-            f"There is no column {label!r} to take labels from; the columns are {sorted(map(str, known))}. "
-            "Pass another label, or the column in `texts`."
-        )
-    label = label or next((name for name in ("quality", "label") if name in known), None)
-    subject.labels = _labels(subject.details[label]) if label is not None else None
-    return subject
-
-
-def _read_folder(folder: Path) -> History | pd.DataFrame:
-    """The history of a run, or the rows of a folder that `ifd-trainer select` wrote."""
-    if any((folder / name).exists() for name in ("history.json", f"{FOLDER}/history.json")):
-        return History.load(folder)
-    rows = folder / SELECTED
-    if rows.is_file():
-        return pd.read_parquet(rows)
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
-    listed = "there is no such folder" if found is None else f"it holds {', '.join(found[:8]) or 'nothing'}"
-    raise FileNotFoundError(
-        f"No selection history in {folder}, and no rows: {listed}{', ...' if found and len(found) > 8 else ''}. A "
-        f"report is made from the output folder of a training run (with {FOLDER}/history.json), or from a folder that "
-        f"`ifd-trainer select --output FOLDER` wrote (with {SELECTED}); pass a scored file by its own name."
-    )
-
-
-def _subject_of_history(history: History, texts: pd.DataFrame | None) -> _Subject:
-    epochs, notes = _read_epochs(history)
-    pool = history.pool()
-    if pool is not None:
-        details = _details(pool, pool["row_id"].map(str))
-    else:
-        details = None
-        if texts is None:
-            notes.append("pool.parquet is missing: rows are listed without their texts and labels.")
-    if texts is not None:
-        given = _details(texts, _ids(texts).map(str))
-        details = given if details is None else _replaced(details, given)
-    settings = history.settings
-    return _Subject(
-        title="What was selected, epoch by epoch",
-        score=settings.get("score") if settings.get("score") in _SCORE_NAMES else "ifd",
-        epochs=epochs,
-        details=details,
-        labels=None,
-        folder=history.folder,
-        max_ifd=settings.get("max_ifd"),
-        history=history,
-        notes=notes,
-    )
-
-
-def _subject_of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> _Subject:
-    frame = _frame(source).reset_index(drop=True)
-    rows = normalised(frame)
-    rows["key"] = rows.index.map(str)  # ids of a data set need not be unique
-    details = _details(frame, rows["key"])
-    if texts is not None:
-        by_id = "row_id" in frame or "id" in frame
-        if not by_id and len(texts) != len(frame):
-            raise ValueError(f"{len(frame)} rows and {len(texts)} texts, without a column `row_id` or `id` to match.")
-        given = _details(texts, _ids(texts).map(str) if by_id else rows["key"])
-        given = given.reindex(rows["row_id"].map(str)).set_axis(details.index) if by_id else given
-        details = _replaced(details, given)
-    chosen = "reason" in rows
-    notes = []
-    if chosen and len(rows) and rows["kept"].all():
-        card = (
-            " README.md beside it counts them."
-            if (folder / SELECTED).exists() and (folder / "README.md").exists()
-            else ""
-        )
-        notes.append("Every row here was kept: the rows that were dropped are not in this data set." + card)
-    return _Subject(
-        title="Scores of a data set" + (" and what was selected" if chosen else ""),
-        score=_score_of(rows, frame.get("ifd_rank")),
-        epochs={None: rows},
-        details=details,
-        labels=None,
-        folder=folder,
-        notes=notes,
-    )
-
-
-def _read_epochs(history: History) -> tuple[dict[int, pd.DataFrame], list[str]]:
-    """Rows of each epoch that can be read, and a note on each that cannot."""
-    epochs, notes = {}, []
-    for record in history.epochs:
-        epoch = record["epoch"]
-        try:
-            rows = normalised(history.rows(epoch))
-        except FileNotFoundError:
-            notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} is missing; plots and rows leave it out.")
-        except (OSError, ValueError):
-            notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} cannot be read; plots and rows leave it out.")
-        else:
-            epochs[epoch] = rows.assign(key=rows["row_id"].map(str))
-    return epochs, notes
-
-
-def _frame(data: Any) -> pd.DataFrame:
-    if isinstance(data, pd.DataFrame):
-        return data
-    if hasattr(data, "to_pandas"):
-        return data.to_pandas()
-    raise TypeError(
-        f"A report is made from a History, a folder, a pandas data frame or a data set, not from "
-        f"{type(data).__name__}. Of a DatasetDict, pass one of its splits."
-    )
-
-
-def _ids(texts: pd.DataFrame) -> pd.Series:
-    name = next((name for name in ("row_id", "id") if name in texts), None)
-    if name is None:
-        raise ValueError(f"`texts` has no column `row_id` or `id`, only {list(texts.columns)}: rows cannot be matched.")
-    if texts[name].duplicated().any():
-        raise ValueError(f"The column {name!r} of `texts` holds the same id twice: rows cannot be matched.")
-    return texts[name]
-
-
-def _details(frame: pd.DataFrame, keys: pd.Series) -> pd.DataFrame:
-    """The frame's columns by key, its texts as `instruction`, `input` and `answer`."""
-    texts = text_columns(frame)
-    rest = frame.drop(columns=[name for name in ("instruction", "input", "answer") if name in frame])
-    parts = [rest.reset_index(drop=True), *([texts] if texts is not None else [])]
-    return pd.concat(parts, axis=1).set_axis(pd.Index(keys.to_numpy(), dtype=object), axis=0)
-
-
-def _replaced(details: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
-    """The columns of `given` in the place of those in `details`; rows that only `given` has are left out."""
-    kept = details.drop(columns=[name for name in given.columns if name in details])
-    return kept.join(given)
-
-
-def _score_of(rows: pd.DataFrame, ranks: pd.Series | None = None) -> str:
-    """The score that rows of a data set were selected by.
-
-    The one that falls along `ranks` (1 is the highest), else the one in which kept rows and rows below the cut part.
-    """
-    if ranks is not None and ranks.notna().any():
-        ranked = rows.loc[ranks.astype(float).sort_values().dropna().index]
-        falling = [name for name in _SCORE_NAMES if ranked[name].notna().all() and ranked[name].is_monotonic_decreasing]
-        if falling:
-            return falling[0]
-    if rows["ifd"].notna().any() and "reason" in rows:
-        kept, below = rows[rows["kept"]], rows[rows["reason"] == BELOW_CUT]
-        parts = [name for name in _SCORE_NAMES if not kept[name].min() < below[name].max()]
-        return parts[0] if parts else "ifd"
-    return "ifd" if rows["ifd"].notna().any() or not rows["ifd_ppl"].notna().any() else "ifd_ppl"
-
-
-# ---- the page: what it says ---
-
-
-def _facts(subject: _Subject) -> list[tuple[str, str]]:
+def _facts(subject: Subject) -> list[tuple[str, str]]:
     """What this was, in plain words: (name, text)."""
     if subject.history is not None:
         return settings_in_words(subject.history.settings, subject.history.epochs)
     rows = subject.last
     facts = [
         ("Rows", f"{len(rows):,}, of which {rows[subject.score].notna().sum():,} have a score"),
-        ("Score", _SCORE_NAMES[subject.score]),
+        ("Score", SCORE_NAMES[subject.score]),
     ]
     if "kept" in rows:
         facts.append(("Kept", f"{rows['kept'].sum():,} rows, cut at {number_text(cut_of(rows, subject.score))}"))
@@ -505,7 +131,7 @@ def _facts(subject: _Subject) -> list[tuple[str, str]]:
     return facts
 
 
-def _observations(subject: _Subject) -> list[str]:
+def _observations(subject: Subject) -> list[str]:
     """What a reader should know of these rows before trusting the numbers."""
     notes = []
     for record in subject.history.epochs if subject.history is not None else []:
@@ -528,7 +154,7 @@ def _observations(subject: _Subject) -> list[str]:
     return notes + _duplicate_note(subject)
 
 
-def _duplicate_note(subject: _Subject) -> list[str]:
+def _duplicate_note(subject: Subject) -> list[str]:
     if subject.details is None or subject.last is None or "answer" not in subject.details:
         return []
     texts = subject.details[["instruction", "input", "answer"]].fillna("")
@@ -545,7 +171,7 @@ def _duplicate_note(subject: _Subject) -> list[str]:
     return [note + "."]
 
 
-def _reason_cells(subject: _Subject) -> tuple[list[str], list[list[str]]]:
+def _reason_cells(subject: Subject) -> tuple[list[str], list[list[str]]]:
     """Counts by reason, one column for each epoch; of a data set without reasons, counts by status."""
     if subject.history is not None:
         name = subject.phases.name
@@ -565,7 +191,7 @@ def _reason_counts(rows: pd.DataFrame) -> dict[str, int]:
     return rows["reason" if "reason" in rows else "ifd_status"].value_counts().to_dict()
 
 
-def _label_lines(subject: _Subject) -> tuple[list[str], list[list[str]]] | None:
+def _label_lines(subject: Subject) -> tuple[list[str], list[list[str]]] | None:
     """The kept share of each label (the 30 most frequent), with the median score in the last epoch."""
     if subject.labels is None or subject.last is None or subject.labels.empty:
         return None
@@ -573,22 +199,22 @@ def _label_lines(subject: _Subject) -> tuple[list[str], list[list[str]]] | None:
     scores = subject.last.set_index("key")[subject.score]
     medians = scores.groupby(subject.labels.reindex(scores.index).to_numpy()).median()
     medians.loc["all rows"] = scores.median()
-    cells = _label_cells(shares)
+    cells = label_cells(shares)
     shown = cells[:30] + cells[-1:] if len(cells) > 31 else cells
     where = f", {epoch_name(subject.last_epoch)}" if subject.history is not None else ""
-    headers = [str(subject.labels.name), "rows", f"median {_SCORE_NAMES[subject.score]}{where}"]
+    headers = [str(subject.labels.name), "rows", f"median {SCORE_NAMES[subject.score]}{where}"]
     headers += [f"kept, {name}" if name != "kept" else name for name in shares.columns[1:]]
     headers = [re.sub(r"epoch (\d)", "epoch\N{NO-BREAK SPACE}\\1", header) for header in headers]
     return headers, [[value, row[0], number_text(medians.get(value)), *row[1:]] for value, row in shown]
 
 
-def _named_shares(subject: _Subject) -> pd.DataFrame:
-    """`_label_shares`, warm-up epochs named as such."""
-    shares = _label_shares(subject.epochs, subject.labels)
+def _named_shares(subject: Subject) -> pd.DataFrame:
+    """`label_shares`, warm-up epochs named as such."""
+    shares = label_shares(subject.epochs, subject.labels)
     return shares.rename(columns={epoch_name(epoch): subject.phases.name(epoch) for epoch in subject.epochs})
 
 
-# ---- the page: plots ---
+# ---- plots ------------------------------------------------------------------------------------------------------
 
 _PLOTS = ("kept_flow", "ifd_histogram", "cas_das", "ifd_length", "kept_by_label")
 
@@ -606,7 +232,7 @@ class _Plot:
         return base64.b64encode(self.png).decode("ascii")
 
 
-def _plots(subject: _Subject) -> list[_Plot]:
+def _plots(subject: Subject) -> list[_Plot]:
     """The plots that these rows allow, each with a caption that says how to read it."""
     epochs, score, limit, phases = subject.scored, subject.score, subject.max_ifd, subject.phases
     chosen = all("kept" in rows for rows in subject.epochs.values())
@@ -644,7 +270,7 @@ def _colors_in_words(epochs: Mapping[Any, pd.DataFrame]) -> str:
     return text + ("; orange ones are at or above the limit." if ABOVE_LIMIT in reasons else ".")
 
 
-def _left_out(subject: _Subject) -> str:
+def _left_out(subject: Subject) -> str:
     """Which epochs have no panel of their own, and why."""
     bare = [epoch for epoch, rows in subject.epochs.items() if rows[subject.score].isna().all()]
     text = " Epochs with the same scores and the same rows kept are drawn once."
@@ -691,7 +317,7 @@ def _plot(name: str, title: str, caption: str, figure: Figure) -> _Plot:
     return _Plot(name, title, caption, file.getvalue(), int(figure.get_figwidth() * figure.dpi / 2))
 
 
-# ---- the page: rows ---
+# ---- rows -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -708,11 +334,11 @@ class _Section:
     tables: list[_RowTable]
 
 
-def _sections(subject: _Subject, most: int) -> list[_Section]:
+def _sections(subject: Subject, most: int) -> list[_Section]:
     """Tables of rows: of the last epoch with scores, then of the first. The brief experience has its own."""
     epochs = subject.scored or {e: rows for e, rows in subject.epochs.items() if not subject.phases.is_brief(e)}
     names = list(dict.fromkeys([*reversed(epochs)][:1] + [*epochs][:1]))
-    fewer = " with scores" if set(subject.epochs) - set(subject._with_scores) else ""
+    fewer = " with scores" if set(subject.epochs) - set(subject.with_scores) else ""
     sections = []
     for name in names:
         rows = epochs[name]
@@ -727,7 +353,7 @@ def _sections(subject: _Subject, most: int) -> list[_Section]:
     return sections
 
 
-def _brief_section(subject: _Subject, most: int) -> dict[str, Any] | None:
+def _brief_section(subject: Subject, most: int) -> dict[str, Any] | None:
     """The sample of the brief experience: a few of its rows, evenly spread over it."""
     brief = [epoch for epoch in subject.epochs if subject.phases.is_brief(epoch)]
     if not brief:
@@ -778,7 +404,7 @@ def _parts(rows: pd.DataFrame, score: str, most: int) -> list[tuple[str, pd.Data
 
 
 def _row_table(
-    subject: _Subject,
+    subject: Subject,
     title: str,
     part: pd.DataFrame,
     shown: pd.DataFrame,
@@ -793,7 +419,7 @@ def _row_table(
     """
     values = [subject.score, "cas", "das"] if scored and not reason else []
     repeated = "times" in part and (part["times"] > 1).any()
-    headers = ["row", *(["why"] if reason else []), *(_SCORE_NAMES.get(name, name) for name in values)]
+    headers = ["row", *(["why"] if reason else []), *(SCORE_NAMES.get(name, name) for name in values)]
     headers += [*(["tokens"] if scored else []), *(["times"] if repeated else [])]
     headers += [str(subject.labels.name)] if subject.labels is not None else []
     lines = []

@@ -24,8 +24,9 @@ from ifd_trainer import report
 from ifd_trainer.frames import spearman
 from ifd_trainer.history import History
 from ifd_trainer.plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
-from ifd_trainer.report import epoch_table, label_rich_table, label_table, write_report
+from ifd_trainer.report import write_report
 from ifd_trainer.selection import Cherry
+from ifd_trainer.tables import epoch_table, label_rich_table, label_table
 
 PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

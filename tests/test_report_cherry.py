@@ -21,7 +21,8 @@ from ifd_trainer.files import load_rows, write_rows
 from ifd_trainer.frames import merged
 from ifd_trainer.history import History
 from ifd_trainer.plots import plot_ifd_histogram, plot_kept_flow
-from ifd_trainer.report import epoch_table, label_rich_table, write_report
+from ifd_trainer.report import write_report
+from ifd_trainer.tables import epoch_table, label_rich_table
 from ifd_trainer.words import Phases, call_of, scoring_sentence
 
 BRIEF = Brief(clusters=4, per_cluster=2, max_share=0.2)  # 8 of 40 rows

@@ -44,6 +44,8 @@ ORDER = [
     "subset",
     "frames",
     "words",
+    "tables",
+    "subject",
     "provenance",
     "plots",
     "card",
