@@ -63,8 +63,21 @@ def rounded(rows: int) -> int:
     >>> [rounded(rows) for rows in (7, 33, 1000, 2017)]
     [7, 34, 1024, 2048]
     """
-    step = 1 << max(rows.bit_length() - 5, 0)
+    step = _step(rows)
     return -(-rows // step) * step
+
+
+def rounded_down(rows: int) -> int:
+    """The last such number up to this one.
+
+    >>> [rounded_down(rows) for rows in (7, 33, 1000, 2017)]
+    [7, 32, 992, 1984]
+    """
+    return rows // _step(rows) * _step(rows)
+
+
+def _step(rows: int) -> int:
+    return 1 << max(rows.bit_length() - 5, 0)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

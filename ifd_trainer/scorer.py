@@ -31,17 +31,18 @@ from tqdm.auto import tqdm
 from . import ifd as equations
 from .attention import NotExact, attending
 from .encoding import EncodedPair, Segment, Status, token_budget_batches, token_count
-from .head import Logits, chunked_losses, find_change, lm_head, unwrapped, whole_losses
+from .head import CPU_CHUNK_VALUES, Logits, find_change, lm_head, unwrapped, whole_losses
 from .memory import LEAST_TOKENS, Footprint, device_memory, free_bytes, measure
-from .onednn import OneDNN, rounded
+from .onednn import OneDNN, rounded, rounded_down
 from .stream import build_stream, stream_batches
 
 logger = logging.getLogger(__name__)
 
 Engine = Literal["auto", "stream", "padded"]
 
-# Tokens of a batch. On two CPU cores with a 135M model 2,048 was as fast as 512 and 1,024, and faster than 4,096.
-CPU_TOKEN_BUDGET = 2048
+# Tokens of a batch. On two CPU cores with a 135M model 2,048 was as fast as 512 and 1,024, and faster than 4,096. A
+# model with wide layers has fewer: an intermediate result of 32 MiB takes new pages each time (see `ifd_trainer.head`).
+CPU_TOKEN_BUDGET, LEAST_CPU_TOKENS = 2048, 256
 # Where it is not measured: weights spread over processes, which would have to try out the same number of forwards, or
 # over devices; devices that do not tell their memory; less to score than trying out is worth.
 ACCELERATOR_TOKEN_BUDGET = 16384
@@ -111,8 +112,9 @@ def score_pairs(
             and back.
         pairs: n encoded rows.
         device: where the token ids go; the model's device by default.
-        token_budget: tokens of a batch; by default 2,048 on a CPU, and elsewhere what the free memory holds (1,024 to
-            65,536), measured on two batches. Halved, with one warning, whenever the device runs out of memory.
+        token_budget: tokens of a batch; by default 2,048 on a CPU, fewer for a model with wide layers, and elsewhere
+            what the free memory holds (1,024 to 65,536), measured on two batches. Halved, with one warning, whenever
+            the device runs out of memory.
         progress: called with the number of tokens done after each batch.
         engine: "auto", "stream" or "padded".
         forwards: for processes that have to run the same number of forwards: called with the number of batches before
@@ -279,7 +281,7 @@ def _token_budget(
     """Tokens of a batch for an engine's `run`, from free memory where there is a way and a reason to measure it."""
     memory = device_memory(device)
     if memory is None:
-        return CPU_TOKEN_BUDGET if device.type == "cpu" else ACCELERATOR_TOKEN_BUDGET
+        return _cpu_token_budget(model) if device.type == "cpu" else ACCELERATOR_TOKEN_BUDGET
     spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
     if run is None or spread or sum(lengths) < _WORTH_MEASURING:
         return ACCELERATOR_TOKEN_BUDGET
@@ -312,6 +314,15 @@ def _token_budget(
         footprint.per_token / 2**10,
     )
     return budget
+
+
+def _cpu_token_budget(model: nn.Module) -> int:
+    """Tokens whose results in the widest layer stay below 32 MiB; a number that streams are rounded to."""
+    config = _config(model)
+    widths = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    width = next(filter(None, widths), None) or 4 * getattr(config, "hidden_size", 0)
+    fits = rounded_down(CPU_CHUNK_VALUES // width) if isinstance(width, int) and width else CPU_TOKEN_BUDGET
+    return min(max(fits, LEAST_CPU_TOKENS), CPU_TOKEN_BUDGET)
 
 
 class _MeanPool:
@@ -440,16 +451,11 @@ def _losses_at(
     found: list[np.ndarray] = []
 
     def reduce(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        # Weights that are spread over processes are gathered by now, and a second call would let go of them.
-        call = module.forward if logits.gathered else module
-
-        def project(rows: torch.Tensor) -> torch.Tensor:
-            return logits.change(call(rows))
-
-        found.append(chunked_losses(project, hidden, which, targets, logits.chunk(hidden.device)))
+        found.append(logits.losses(module, hidden, which, targets))
         return hidden[:1]
 
-    with _at_head(model, inputs, where, reduce, see), OneDNN():
+    # Other hooks run on each chunk, so they are not to run before; but for one that gathers the head's weights.
+    with _at_head(model, inputs, where, reduce, see, first=not logits.gathered), OneDNN():
         model(**inputs, use_cache=False)
     return found[0]
 
@@ -472,11 +478,12 @@ def _at_head(
     where: np.ndarray,
     reduce: Callable[[nn.Module, torch.Tensor], torch.Tensor],
     see: See | None,
+    first: bool = False,
 ) -> contextlib.AbstractContextManager[Any]:
     """Let the LM head see what `reduce` makes of the hidden states at U places (U, H), and not those of all.
 
     A hook on the head picks them, so that whatever a model does to its logits afterwards still happens. `see` is
-    called with the hidden states of all places, (B * T, H).
+    called with the hidden states of all places, (B * T, H). `first` puts the hook before those that are there.
     """
     length = inputs["input_ids"].shape[1]
     # Positions count from the end: prompt tuning puts virtual tokens in front.
@@ -498,7 +505,7 @@ def _at_head(
         return (given, *args[1:])
 
     head = lm_head(model)
-    return contextlib.nullcontext() if head is None else head.register_forward_pre_hook(pick)
+    return contextlib.nullcontext() if head is None else head.register_forward_pre_hook(pick, prepend=first)
 
 
 _changes: weakref.WeakKeyDictionary[nn.Module, Logits | None] = weakref.WeakKeyDictionary()

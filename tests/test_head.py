@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from transformers import (
 from ifd_trainer import head as head_module
 from ifd_trainer import scorer as scorer_module
 from ifd_trainer.encoding import Segment
-from ifd_trainer.head import chunked_losses
+from ifd_trainer.head import Logits
+from ifd_trainer.onednn import rounded
 from ifd_trainer.scorer import answer_nll
 
 VOCABULARY = 400
@@ -74,25 +76,95 @@ def built(name: str) -> nn.Module:
 # ---- the reduction ----------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 12), st.integers(1, 15), st.integers(1, 14), st.integers(0, 2**31))
-def test_losses_are_those_of_whole_logits(places, targets, chunk, seed):
-    rng = np.random.default_rng(seed)
-    hidden, weight = rng.normal(size=(places, 3)), rng.normal(size=(5, 3))
-    which, wanted = rng.integers(0, places, targets), rng.integers(0, 5, targets)
-    sizes = []
+class Projection(nn.Linear):
+    """A head that is more than a matrix, as far as its type tells; notes how many positions each call is given."""
 
-    def project(rows: torch.Tensor) -> torch.Tensor:
-        sizes.append(rows.shape[1])
-        return rows @ torch.from_numpy(weight).T
+    def __init__(self, *sizes: int, **options) -> None:
+        super().__init__(*sizes, **options)
+        self.seen: list[int] = []
 
-    found = chunked_losses(project, torch.from_numpy(hidden), which, wanted, chunk)
-    logits = hidden @ weight.T
-    expected = [
-        math.log(sum(math.exp(x) for x in logits[i])) - logits[i, token] for i, token in zip(which, wanted, strict=True)
-    ]
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert sum(sizes) == places
-    assert max(sizes) <= chunk
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.seen.append(hidden.shape[1])
+        return super().forward(hidden)
+
+
+def exact_losses(logits: torch.Tensor, which: np.ndarray, targets: np.ndarray) -> list[float]:
+    """In float64; log1p of the others, so that a loss near 0 keeps its digits."""
+    found = []
+    for row, target in zip(logits.double()[which], targets, strict=True):
+        others = torch.cat([row[:target], row[target + 1 :]]) - row[target]
+        found.append(math.log1p(others.exp().sum().item()))
+    return found
+
+
+@pytest.mark.parametrize("kind", [Projection, nn.Linear])
+@given(
+    places=st.integers(1, 12),
+    targets=st.integers(1, 15),
+    vocabulary=st.integers(1, 40),
+    values=st.integers(1, 200),
+    least=st.sampled_from([1, 4]),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_losses_are_those_of_whole_logits(kind, places, targets, vocabulary, values, least, bias, seed):
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    head = kind(3, vocabulary, bias=bias)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=3.0, generator=generator)
+    hidden = torch.randn(places, 3, generator=generator)
+    which, wanted = rng.integers(0, places, targets), rng.integers(0, vocabulary, targets)
+    with (
+        mock.patch.multiple(head_module, CPU_CHUNK_VALUES=values, LEAST_TILE=least),
+        torch.no_grad(),
+    ):
+        logits = nn.functional.linear(hidden, head.weight, head.bias)
+        found = Logits(vocabulary, lambda x: x * 0.5).losses(head, hidden, which, wanted)
+    np.testing.assert_allclose(found, exact_losses(logits * 0.5, which, wanted), rtol=1e-5, atol=1e-6)
+    if kind is Projection:
+        assert sum(head.seen) == places
+        assert max(head.seen) <= max(values // vocabulary, 1)
+
+
+def test_a_loss_near_zero_keeps_its_digits(monkeypatch):
+    monkeypatch.setattr(head_module, "CPU_CHUNK_VALUES", 64)
+    head = nn.Linear(1, 200, bias=False)
+    with torch.no_grad():
+        head.weight[:] = torch.linspace(20, 24, 200)[:, None]
+        head.weight[150] = 36.0
+        hidden = torch.ones(3, 1)
+        logits = nn.functional.linear(hidden, head.weight)
+        found = Logits(200, lambda x: x).losses(head, hidden, np.array([0, 1, 2]), np.array([150, 150, 3]))
+    expected = exact_losses(logits, np.array([0, 1, 2]), np.array([150, 150, 3]))
+    assert expected[0] < 1e-3
+    np.testing.assert_allclose(found, expected, rtol=2e-4)  # a difference of two float32 sums would be 1e-2 off
+
+
+def test_tokens_that_are_never_said(monkeypatch):
+    """By a bias of minus infinity: the first token of a tile, and all of another one."""
+    monkeypatch.setattr(head_module, "CPU_CHUNK_VALUES", 20)
+    head = nn.Linear(2, 50)
+    with torch.no_grad():
+        head.bias[[0, 8]] = -math.inf
+        head.bias[16:32] = -math.inf
+        hidden = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
+        which, targets = np.array([0, 1, 1]), np.array([1, 9, 40])
+        found = Logits(50, lambda x: x).losses(head, hidden, which, targets)
+        never = Logits(50, lambda x: x).losses(head, hidden, np.array([0, 1]), np.array([0, 20]))
+        logits = nn.functional.linear(hidden, head.weight, head.bias)
+    np.testing.assert_allclose(found, exact_losses(logits, which, targets), rtol=1e-5)
+    assert not np.isfinite(never).any()
+
+
+@pytest.mark.parametrize("values", [2**23 - 2**12, 10_000, 1])
+@pytest.mark.parametrize("positions", [1, 55, 700, 4094])
+def test_a_tile_is_the_vocabulary_or_a_power_of_two_that_fits(values, positions, monkeypatch):
+    monkeypatch.setattr(head_module, "CPU_CHUNK_VALUES", values)
+    for vocabulary in (1, 400, 151_936):
+        width = head_module._tile(positions, vocabulary)
+        assert width == vocabulary or width & (width - 1) == 0
+        assert width == 1 or width * rounded(positions) <= values
+        assert width == vocabulary or 2 * width * rounded(positions) > values
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -201,6 +273,35 @@ def test_a_hook_on_the_head_that_changes_logits_still_does(chunk, projected):
     assert projected[-1]
 
 
+@pytest.mark.parametrize("kind", ["hook", "hook before", "other method", "subclass", "bfloat16", "none"])
+def test_only_a_head_that_is_nothing_but_a_matrix_is_taken_apart(kind, monkeypatch):
+    """What is put around its product still happens, in each chunk; a plain head is called once, to go on with."""
+    model, calls = build_model(VOCABULARY), []
+    head, weight = model.lm_head, model.lm_head.weight
+    if kind == "hook":
+        head.register_forward_hook(lambda module, args, output: output * 0.5)
+    elif kind == "hook before":
+        head.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    elif kind == "other method":
+        head.forward = lambda hidden: nn.functional.linear(hidden * 0.5, weight)
+    elif kind == "subclass":
+        model.lm_head = Projection(32, VOCABULARY, bias=False)
+        model.lm_head.weight = weight
+    elif kind == "bfloat16":
+        model = model.bfloat16()
+    monkeypatch.setattr(head_module, "CPU_CHUNK_VALUES", 4 * VOCABULARY)
+    expected = [reference_nll(model, segment.ids, segment.start) for segment in segments_of()]
+    tiled = head_module._tiled_losses
+    monkeypatch.setattr(head_module, "_tiled_losses", lambda *args: calls.append(0) or tiled(*args))
+    found = answer_nll(model, segments_of(), engine="padded")
+    np.testing.assert_allclose(found, expected, rtol=0.05 if kind == "bfloat16" else 1e-5)
+    assert bool(calls) is (kind == "none")
+    with torch.autocast("cpu", torch.bfloat16):
+        calls.clear()
+        answer_nll(model, segments_of(), engine="padded")
+        assert not calls
+
+
 def test_weights_gathered_for_the_call_of_the_head_only(chunk, projected):
     """As ZeRO-3 does it: each call of the head gathers its weight before, and lets go of it after."""
     model, gathered = build_model(VOCABULARY), []
@@ -272,10 +373,12 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("tiled", [True, False])
 @pytest.mark.parametrize("engine", ["auto", "padded"])
-def test_the_largest_tensor_does_not_grow_with_scored_tokens(engine, monkeypatch):
+def test_the_largest_tensor_does_not_grow_with_scored_tokens(engine, tiled, monkeypatch):
     vocabulary = 20_000
     monkeypatch.setattr(head_module, "CPU_CHUNK_VALUES", 64 * vocabulary)  # more than the head's weight
+    monkeypatch.setattr(head_module, "_is_a_matrix", lambda head: tiled)
     model = build_model(vocabulary, initializer_range=0.02)
     answer_nll(model, segments_of(1, vocabulary))
     largest = []
@@ -285,7 +388,8 @@ def test_the_largest_tensor_does_not_grow_with_scored_tokens(engine, monkeypatch
             answer_nll(model, segments, engine=engine, token_budget=10**6)
         largest.append(found.bytes)
         assert sum(segment.scored for segment in segments) > 100
-    assert largest == [64 * vocabulary * 4] * 2
+    # A tile's size is a power of two: at least half of what is allowed.
+    assert all(32 * vocabulary * 4 <= size <= 64 * vocabulary * 4 for size in largest), largest
 
 
 def test_the_largest_tensor_is_seen_by_the_test():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, reference_nll
+from conftest import SMALL, build_model, reference_nll
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ifd_trainer import onednn
 from ifd_trainer import scorer as scorer_module
 from ifd_trainer.encoding import Segment
 from ifd_trainer.memory import LEAST_TOKENS, MOST_TOKENS, SHARE, Footprint, device_memory, free_bytes, measure
@@ -152,6 +154,35 @@ def test_little_to_score_is_not_measured(fake, budgets):
     answer_nll(model, many_segments(1000), engine="padded")
     assert budgets == [scorer_module.ACCELERATOR_TOKEN_BUDGET]
     assert memory.sizes == []
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"intermediate_size": 1536}, 2048),
+        ({"intermediate_size": 4864}, 1664),
+        ({"ffn_dim": 11008, "intermediate_size": None}, 736),
+        ({"n_inner": None, "hidden_size": 1600}, 1280),  # GPT-2: four times the hidden size
+        ({"intermediate_size": 10**6}, 256),
+        ({}, 2048),
+    ],
+)
+def test_results_of_wide_layers_stay_below_32_mib_on_a_cpu(config, tokens):
+    model = nn.Module()
+    model.config = SimpleNamespace(**config)
+    assert scorer_module._cpu_token_budget(model) == tokens
+    assert onednn.rounded(tokens) == tokens  # a stream of this length gets no longer
+    width = max([size for size in config.values() if size] or [1])
+    assert tokens == 256 or tokens * width * 4 < 32 * MIB
+
+
+def test_the_budget_on_a_cpu_is_the_models(monkeypatch):
+    monkeypatch.setattr(scorer_module, "CPU_CHUNK_VALUES", 300 * SMALL["intermediate_size"])
+    monkeypatch.setattr(scorer_module, "LEAST_CPU_TOKENS", 16)
+    model, sizes = build_model(400), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    answer_nll(model, many_segments(3000), engine="padded")
+    assert 150 < max(sizes) <= 288
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ifd_trainer.encoding import Segment
-from ifd_trainer.onednn import OneDNN, available, rounded
+from ifd_trainer.onednn import OneDNN, available, rounded, rounded_down
 from ifd_trainer.scorer import answer_nll
 
 # Switching oneDNN off and on again sets an option that this build of PyTorch has no use for, and says so.
@@ -80,7 +80,9 @@ def test_products_are_those_of_float64(batch, inner, outer, x_layout, weight_lay
 def test_rows_are_rounded_to_few_numbers(rows):
     found = rounded(rows)
     assert rows <= found <= rows * 17 / 16
-    assert rounded(found) == found
+    assert rounded(found) == found == rounded_down(found)
+    assert rounded_down(rows) <= rows <= found
+    assert rounded(rounded_down(rows)) == rounded_down(rows)
     assert len({rounded(i) for i in range(1024, 2048)}) == 17
 
 
