@@ -57,8 +57,8 @@ SWEEP = Sweep(
     lengths=(16, 64, 256, 1024),
     vocabularies=(16_000, 64_000),
     budgets=(512, 1024, 2048, 4096),
-    counts=(10, 100),
-    rows=24,
+    counts=(6, 60),
+    rows=16,
     baseline_rows=4,
     tokens=2048,
     runs=2,
@@ -91,9 +91,9 @@ def cases(scorer: IFDScorer, rows: Dataset, tiny: bool) -> Iterator[Case]:
     yield Case("shared task", "long definition", lambda: model, shared, 4, others=(ONE_ROW,))
     # Most operations of this model are those of its LM head.
     vocabulary, narrow = (3000, (32, 96, 4, 4)) if tiny else (151_936, (256, 768, 4, 4))
-    wide = alpaca_like(len(rows) // 2, vocabulary, scale=0.2 if tiny else 1.0)
+    wide = alpaca_like(8, vocabulary, scale=0.2 if tiny else 1.0)
     label = "3k vocabulary" if tiny else "152k vocabulary"
-    yield Case("large vocabulary", label, lambda: random_model(vocabulary, *narrow), wide)
+    yield Case("large vocabulary", label, lambda: random_model(vocabulary, *narrow), wide, runs=2)
     own, sizes = (500, (32, 64, 4, 2)) if tiny else (49_152, (576, 1536, 9, 3))
 
     def build(size: int | None) -> Callable[[], nn.Module]:
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="name or path of a causal LM")
     parser.add_argument("--data", default=str(ROOT / "recipes" / "data" / "demo_train.jsonl"), help="rows to score")
-    parser.add_argument("--rows", type=int, default=16, help="first N rows (default 16)")
+    parser.add_argument("--rows", type=int, default=10, help="first N rows (default 10)")
     parser.add_argument("--runs", type=int, default=3, help="turns of all procedures (default 3)")
     parser.add_argument("--tiny", action="store_true", help="synthetic rows and models of no size: a dry run")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default runs/bench)")

@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure all cases; write and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the pool (default 1,000,000)")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each case (default 3)")
+    parser.add_argument("--runs", type=int, default=2, help="runs of each case (default 2)")
     parser.add_argument("--tiny", action="store_true", help="400 rows, one run: a dry run")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default runs/bench)")
     options = parser.parse_args(arguments)
