@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, reference_nll
 from datasets import load_dataset
+from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -45,6 +46,18 @@ def test_both_engines_give_the_losses_of_a_loop_over_tokens(loaded, demo):
     for engine in ("stream", "padded"):
         scores = score_pairs(model, pairs, engine=engine)
         np.testing.assert_allclose(np.stack([scores.cas, scores.das], axis=1), expected, rtol=1e-5)
+
+
+def test_bfloat16_is_near_float32_and_keeps_the_ranking(loaded, demo):
+    model, tokenizer = loaded
+    pairs = [pair for pair in IFDScorer(model, tokenizer).encode(demo[:64]) if pair.conditioned]
+    whole = score_pairs(model, pairs)
+    rounded = score_pairs(model.bfloat16(), pairs)
+    assert streams(model)
+    np.testing.assert_allclose(rounded.ifd, whole.ifd, rtol=0.03)
+    assert np.median(np.abs(rounded.ifd / whole.ifd - 1)) < 0.006
+    for name, least in (("cas", 0.999), ("das", 0.999), ("ifd", 0.998)):
+        assert spearmanr(getattr(whole, name), getattr(rounded, name)).statistic >= least
 
 
 def test_answers_of_other_rows_score_higher_than_their_own(loaded, demo):
