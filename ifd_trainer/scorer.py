@@ -320,7 +320,7 @@ def _cpu_token_budget(model: nn.Module) -> int:
     """Tokens whose results in the widest layer stay below 32 MiB; a number that streams are rounded to."""
     config = _config(model)
     widths = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
-    width = next(filter(None, widths), None) or 4 * getattr(config, "hidden_size", 0)
+    width = next(filter(None, widths), None) or 4 * (getattr(config, "hidden_size", None) or 0)
     fits = rounded_down(CPU_CHUNK_VALUES // width) if isinstance(width, int) and width else CPU_TOKEN_BUDGET
     return min(max(fits, LEAST_CPU_TOKENS), CPU_TOKEN_BUDGET)
 

@@ -164,6 +164,7 @@ def test_little_to_score_is_not_measured(fake, budgets):
         ({"ffn_dim": 11008, "intermediate_size": None}, 736),
         ({"n_inner": None, "hidden_size": 1600}, 1280),  # GPT-2: four times the hidden size
         ({"intermediate_size": 10**6}, 256),
+        ({"hidden_size": None}, 2048),
         ({}, 2048),
     ],
 )
