@@ -39,50 +39,73 @@ class NotExact(Exception):
     """The model asks for an attention that is not computed here, or a kernel gives other numbers."""
 
 
-class _Running:
-    """The stream in the forward that runs now, in the shapes that the two ways take."""
+class Plan:
+    """How the tokens of a stream attend, laid out on the host.
 
-    def __init__(self, spans: Sequence[Span], device: torch.device, check: bool) -> None:
-        self.spans, self.device, self.check = spans, device, check
+    Args:
+        spans: of the stream.
+        device: where the model will run.
+    """
+
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+        self.spans, self.device = spans, device
         self.kernel = varlen_kernel(device)
+        self.packed = () if self.kernel is None else _packed(spans)
+
+
+Packed = tuple[np.ndarray | None, np.ndarray, np.ndarray, int, int]
+
+
+def _packed(spans: Sequence[Span]) -> Packed:
+    """What a kernel is given for all spans: the keys to gather (S,), and the ends and longest of queries and of keys.
+
+    The keys are None where they are the stream itself, since no span has a path.
+    """
+    queries = np.array([span.end - span.start for span in spans])
+    keys = queries + [len(span.path) for span in spans]
+    gathered = np.concatenate([_keys(span) for span in spans]) if (keys > queries).any() else None
+    ends = (np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32) for sizes in (queries, keys))
+    return gathered, *ends, int(queries.max()), int(keys.max())
+
+
+def _keys(span: Span) -> np.ndarray:
+    """Places in the stream that the last token of a span sees, in order."""
+    return np.concatenate([span.path, np.arange(span.start, span.end)])
+
+
+class _Running:
+    """The plan of the forward that runs now; all that the kernel needs is on the device before the forward begins."""
+
+    def __init__(self, plan: Plan, check: bool) -> None:
+        self.plan, self.check, self.kernel = plan, check, plan.kernel
+        self.packed = [self._there(part) if isinstance(part, np.ndarray) else part for part in plan.packed]
+
+    def _there(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.plan.device)
 
     @cached_property
     def masked(self) -> list[tuple[int, int, torch.Tensor | None, torch.Tensor | None]]:
-        """Start, end, key positions and mask of each span; the last two are None for one without a path."""
-        return [self._masked(span) for span in self.spans]
+        """Start, end, keys and mask of each span; the last two are None for one without a path."""
+        return [self._masked(span) for span in self.plan.spans]
 
     def _masked(self, span: Span) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
         if not len(span.path):
             return span.start, span.end, None, None
         size, before = span.end - span.start, len(span.path)
         mask = torch.ones(size, before + size, dtype=torch.bool).tril(before)  # all of the path, then causal
-        return span.start, span.end, torch.from_numpy(_keys(span)).to(self.device), mask.to(self.device)
-
-    @cached_property
-    def packed(self) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor, int, int]]:
-        """Keys (S,) to gather, None if no span has a path, and the kernel's lengths: ends and longest of both kinds."""
-        queries = np.array([span.end - span.start for span in self.spans])
-        keys = queries + [len(span.path) for span in self.spans]
-        gathered = None
-        if (keys > queries).any():
-            gathered = torch.from_numpy(np.concatenate([_keys(span) for span in self.spans])).to(self.device)
-        return gathered, (self._ends(queries), self._ends(keys), int(queries.max()), int(keys.max()))
-
-    def _ends(self, lengths: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(self.device)
+        return span.start, span.end, self._there(_keys(span)), mask.to(self.plan.device)
 
 
 _running: _Running | None = None
 
 
 @contextlib.contextmanager
-def attending(model: nn.Module, spans: Sequence[Span], device: torch.device, check: bool = False) -> Iterator[None]:
-    """Let every attention layer of `model` attend along `spans`: each sees its path and, causally, itself.
+def attending(model: nn.Module, plan: Plan, check: bool = False) -> Iterator[None]:
+    """Let every attention layer of `model` attend along spans: each sees its path and, causally, itself.
 
     Args:
         model: a model of transformers.
-        spans: of the stream (1, T) that the model is run on inside this context.
-        device: where it runs.
+        plan: of the stream (1, T) that the model is run on inside this context.
         check: compute every layer in both ways; off a CPU, allow the kernel's only.
 
     Raises:
@@ -91,7 +114,7 @@ def attending(model: nn.Module, spans: Sequence[Span], device: torch.device, che
     global _running
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
-    _running = _Running(spans, device, check)
+    _running = _Running(plan, check)
     try:
         for config, _ in before:
             config._attn_implementation_internal = _NAME
@@ -166,13 +189,8 @@ def _by_span(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
 
 
 def _by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-    gathered, lengths = _running.packed
+    gathered, *lengths = _running.packed
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     if gathered is not None:
         k, v = k[gathered], v[gathered]
     return _running.kernel(q, k, v, *lengths, scale)[None]
-
-
-def _keys(span: Span) -> np.ndarray:
-    """Stream positions that the last token of a span sees, in order."""
-    return np.concatenate([span.path, np.arange(span.start, span.end)])

@@ -29,8 +29,6 @@ from torch import nn
 from .onednn import rounded
 
 Change = Callable[[torch.Tensor], torch.Tensor]
-# Hidden states (u, H), for each of n targets its place among the u, and the targets; returns (n,) losses.
-Losses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Logits of a chunk, which has to hold enough rows to be worth a read of the head's weights: on a CPU just below the
 # 32 MiB from which glibc takes new pages for every chunk, which cost as much time as the product that fills them (55
@@ -44,6 +42,39 @@ PART_VALUES = 2**26  # logits that are float32 and exponentiated at a time
 
 
 @dataclass(frozen=True)
+class Targets:
+    """N tokens, each predicted at one of U places.
+
+    Attributes:
+        which: (N,) the number of each one's place, ascending; on the host.
+        places: the same, on the device of the forward.
+        tokens: (N,) the tokens, on that device.
+    """
+
+    which: np.ndarray
+    places: torch.Tensor
+    tokens: torch.Tensor
+
+    @classmethod
+    def on(cls, device: torch.device, which: np.ndarray, tokens: np.ndarray) -> Targets:
+        """From two int64 arrays."""
+        return cls(which, torch.from_numpy(which).to(device), torch.from_numpy(tokens).to(device))
+
+    def chunks(
+        self, places: int, size: int, device: torch.device
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """So many of the U places at a time: which these are, and for their targets the place among them and the token.
+
+        Nothing here waits for the device.
+        """
+        firsts = np.arange(0, places, size)
+        edges = np.searchsorted(self.which, [*firsts, places]).tolist()
+        for first, low, high in zip(firsts.tolist(), edges[:-1], edges[1:], strict=True):
+            mine = slice(low, high)
+            yield slice(first, first + size), self.places[mine].to(device) - first, self.tokens[mine].to(device)
+
+
+@dataclass(frozen=True)
 class Logits:
     """How a model makes V logits of a position: by its LM head and `change`.
 
@@ -54,49 +85,33 @@ class Logits:
     change: Change
     gathered: bool = False
 
-    def losses(self, head: nn.Module, hidden: torch.Tensor, which: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Losses of N targets, of which the n-th is predicted at place which[n] of U; nats.
+    def losses(self, head: nn.Module, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """Losses of N targets, (N,); nats.
 
         Args:
             head: the LM head.
-            hidden: (U, H), what it reads.
-            which, targets: (N,) int64.
-
-        Returns:
-            (N,) float64.
+            hidden: (U, H), what it reads at the targets' places.
+            targets: the tokens.
         """
         if not self.gathered and _is_a_matrix(head):
-            tiled = partial(_tiled_losses, head, self.change)
-            return _chunked_losses(tiled, hidden, which, targets, _power_of_two(CPU_CHUNK_VALUES // LEAST_TILE))
-        # Weights that are spread over processes are gathered by now, and a second call would let go of them.
-        call = head.forward if self.gathered else head
+            size = _power_of_two(CPU_CHUNK_VALUES // LEAST_TILE)
+            reduced = partial(_tiled_losses, head, self.change)
+        else:
+            values = CPU_CHUNK_VALUES if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_VALUES
+            size = max(values // self.vocabulary, 1)
+            # Weights that are spread over processes are gathered by now, and a second call would let go of them.
+            reduced = partial(self._projected_losses, head.forward if self.gathered else head)
+        chunks = targets.chunks(len(hidden), size, hidden.device)
+        return torch.cat([reduced(hidden[rows], places, tokens) for rows, places, tokens in chunks])
 
-        def projected(rows: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-            return _losses(self.change(call(rows[None]))[0], places, tokens)
-
-        values = CPU_CHUNK_VALUES if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_VALUES
-        return _chunked_losses(projected, hidden, which, targets, max(values // self.vocabulary, 1))
-
-
-def _chunked_losses(
-    losses: Losses, hidden: torch.Tensor, which: np.ndarray, targets: np.ndarray, chunk: int
-) -> np.ndarray:
-    """Losses of N targets, (N,) float64, from `losses` of so many places at a time."""
-    order = np.argsort(which, kind="stable")
-    firsts = np.arange(0, len(hidden), chunk)
-    edges = np.searchsorted(which[order], [*firsts, len(hidden)])
-    parts = []
-    for first, low, high in zip(firsts.tolist(), edges[:-1], edges[1:], strict=True):
-        mine = order[low:high]
-        places, tokens = _tensors(hidden.device, which[mine] - first, targets[mine])
-        parts.append(losses(hidden[first : first + chunk], places, tokens))
-    found = np.empty(len(which), dtype=np.float64)
-    found[order] = torch.cat(parts).double().cpu().numpy()
-    return found
-
-
-def _tensors(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    return [torch.from_numpy(array).to(device) for array in arrays]
+    def _projected_losses(
+        self,
+        head: Callable[[torch.Tensor], torch.Tensor],
+        hidden: torch.Tensor,
+        places: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        return _losses(self.change(head(hidden[None]))[0], places, tokens)
 
 
 def _is_a_matrix(head: nn.Module) -> bool:
@@ -116,7 +131,7 @@ def _is_a_matrix(head: nn.Module) -> bool:
 def _tiled_losses(
     head: nn.Linear, change: Change, hidden: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """`Losses` by tiles of the vocabulary.
+    """Losses (n,) of `tokens` at `places` of hidden states (u, H), by tiles of the vocabulary.
 
         loss = log sum_tiles exp(s_tile) - s_own + loss_own        s_tile = log sum_{v in tile} exp z_v
 
@@ -159,9 +174,9 @@ def _log_softmax_(logits: torch.Tensor) -> torch.Tensor:
     return before - logits[:, 0].double() if sums is None else sums
 
 
-def whole_losses(logits: torch.Tensor, which: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The same from the logits of all places, (U, V)."""
-    return _losses(logits, *_tensors(logits.device, which, targets)).double().cpu().numpy()
+def whole_losses(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Losses of N targets from the logits of all U places (U, V), which are written over; (N,), nats."""
+    return _losses(logits, targets.places.to(logits.device), targets.tokens.to(logits.device))
 
 
 def _losses(logits: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -282,3 +297,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of a model's language part; None for a model without a config."""
+    config = getattr(unwrapped(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Number of tokens, or a usual number for a model that does not tell."""
+    return getattr(text_config(model), "vocab_size", None) or 2**15

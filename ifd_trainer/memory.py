@@ -1,23 +1,42 @@
-"""How many tokens of a batch fit into a device's free memory.
+"""How many tokens a batch has: on an accelerator what its memory holds, on a CPU what the heap gives back quickly.
 
-    bytes(t) = fixed + per_token * t          from forwards of two sizes, the peak over what was there before
-    tokens   = (share * free - fixed) / per_token
+    bytes(t) = fixed + per_token * t                        the peak of a forward over what was there before
+    tokens   = (min(share * free, most) - fixed) / per_token
 
 Free is what the driver has and what the allocator holds without using it. Half of it is planned with: other libraries
-on the device (collectives, data loaders) ask the driver, who cannot give them what an allocator caches.
+on the device (collectives, data loaders) ask the driver, who cannot give them what an allocator caches. More than 3 GiB
+are not: by arithmetic a 7B model has some 20,000 tokens in a batch then, and its products do not get faster with more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-SHARE = 0.5
+from .encoding import Segment
+from .head import CPU_CHUNK_VALUES, text_config, vocabulary_size
+from .onednn import rounded_down
+
+logger = logging.getLogger(__name__)
+
+SHARE, MOST_BYTES = 0.5, 3 * 2**30
 # Fewer tokens leave a device idle; more gain nothing, and pad more.
 LEAST_TOKENS, MOST_TOKENS = 1024, 65536
+# Where it is not measured: weights spread over processes, which would have to try out the same number of forwards, or
+# over devices; devices that do not tell their memory; less to score than trying out is worth.
+ACCELERATOR_TOKENS = 16384
+_WORTH_MEASURING = 2**16  # tokens
+_TRIED_TOKENS = 1024  # of the smaller batch; the larger has four times as many
+# On two CPU cores with a 135M model 2,048 was as fast as 512 and 1,024, and faster than 4,096. A model with wide layers
+# has fewer: an intermediate result of 32 MiB takes new pages each time (see `ifd_trainer.head`).
+CPU_TOKENS, LEAST_CPU_TOKENS = 2048, 256
 _NEEDED = ("mem_get_info", "memory_allocated", "memory_reserved", "max_memory_allocated", "reset_peak_memory_stats")
 
 
@@ -34,8 +53,74 @@ class Footprint:
         >>> Footprint(fixed=2**20, per_token=2**16).tokens(free=2**30)
         8176
         """
-        found = (SHARE * free - self.fixed) / self.per_token
+        found = (min(SHARE * free, MOST_BYTES) - self.fixed) / self.per_token
         return int(min(max(found, LEAST_TOKENS), MOST_TOKENS)) // 16 * 16
+
+
+_footprints: weakref.WeakKeyDictionary[nn.Module, dict[int, Footprint]] = weakref.WeakKeyDictionary()
+
+
+def token_budget(
+    model: nn.Module,
+    lengths: Sequence[int],
+    scored_budget: int,
+    device: torch.device,
+    run: Callable[[list[Segment]], Any] | None,
+) -> int:
+    """Tokens of a batch.
+
+    Args:
+        model: what is run.
+        lengths: of all segments that will be.
+        scored_budget: most scored tokens of a batch.
+        device: where it is run.
+        run: runs a batch of segments and waits for it; None where that is not to be tried out.
+    """
+    memory = device_memory(device)
+    if memory is None:
+        return _cpu_tokens(model) if device.type == "cpu" else ACCELERATOR_TOKENS
+    spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
+    if run is None or spread or sum(lengths) < _WORTH_MEASURING:
+        return ACCELERATOR_TOKENS
+    longest = max(lengths)  # attention may take memory by the square of a row's length
+    known = _footprints.setdefault(model, {})
+    new = longest.bit_length() not in known
+    if new:
+        rows = max(_TRIED_TOKENS // longest, 1)
+
+        def tried(tokens: int, all_scored: bool) -> None:
+            count = tokens // longest
+            scored = min(longest - 1, max(scored_budget // count, 1)) if all_scored else 1
+            # No two begin alike: a stream would compute once what they share.
+            firsts = np.arange(count) % vocabulary_size(model)
+            run([Segment([first, *[0] * (longest - 1)], longest - scored) for first in firsts.tolist()])
+
+        try:
+            known[longest.bit_length()] = measure(tried, (rows * longest, 4 * rows * longest), memory, device)
+        except torch.OutOfMemoryError:
+            logger.info("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, 4 * rows * longest)
+            return LEAST_TOKENS
+    footprint, free = known[longest.bit_length()], free_bytes(memory, device)
+    budget = footprint.tokens(free)
+    logger.log(
+        logging.INFO if new else logging.DEBUG,
+        "Token budget on %s: %d (%.1f GiB free; a forward takes %.0f MiB and %.0f KiB a token).",
+        device,
+        budget,
+        free / 2**30,
+        footprint.fixed / 2**20,
+        footprint.per_token / 2**10,
+    )
+    return budget
+
+
+def _cpu_tokens(model: nn.Module) -> int:
+    """Tokens whose results in the widest layer stay below 32 MiB; a number that streams are rounded to."""
+    config = text_config(model)
+    widths = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    width = next(filter(None, widths), None) or 4 * (getattr(config, "hidden_size", None) or 0)
+    fits = rounded_down(CPU_CHUNK_VALUES // width) if isinstance(width, int) and width else CPU_TOKENS
+    return min(max(fits, LEAST_CPU_TOKENS), CPU_TOKENS)
 
 
 def device_memory(device: torch.device) -> Any | None:
@@ -46,24 +131,29 @@ def device_memory(device: torch.device) -> Any | None:
     return module if all(hasattr(module, name) for name in _NEEDED) else None
 
 
-def measure(run: Callable[[int], Any], sizes: tuple[int, int], memory: Any, device: torch.device) -> Footprint:
-    """The footprint of `run(tokens)` from two numbers of tokens, the smaller first.
+def measure(run: Callable[[int, bool], Any], sizes: tuple[int, int], memory: Any, device: torch.device) -> Footprint:
+    """The footprint of `run(tokens, all_scored)` from two numbers of tokens, the smaller first.
+
+    A token's cost is that of the layers, found with hardly a token scored: the logits of a chunk do not grow with the
+    batch, and would hide what small batches take in the layers. They are part of what is fixed.
 
     The device's peak statistics are reset.
 
     Raises:
         torch.OutOfMemoryError: when one of them does not fit.
     """
-    run(sizes[0])  # what is made once (workspaces of libraries, compiled kernels) is no cost of a token
-    peaks = []
-    for tokens in sizes:
+
+    def peak(tokens: int, all_scored: bool) -> int:
         memory.reset_peak_memory_stats(device)
         before = memory.memory_allocated(device)
-        run(tokens)
-        peaks.append(memory.max_memory_allocated(device) - before)
-    small, large = peaks
-    per_token = max((large - small) / (sizes[1] - sizes[0]), 1.0)
-    return Footprint(max(small - per_token * sizes[0], 0.0), per_token)
+        run(tokens, all_scored)
+        return memory.max_memory_allocated(device) - before
+
+    small, large = sizes
+    run(small, True)  # what is made once (workspaces of libraries, compiled kernels) is no cost of a token
+    layers, grown, with_logits = peak(small, False), peak(large, False), peak(large, True)
+    per_token = max((grown - layers) / (large - small), 1.0)
+    return Footprint(max(layers - per_token * small, with_logits - per_token * large, 0.0), per_token)
 
 
 def free_bytes(memory: Any, device: torch.device) -> int:

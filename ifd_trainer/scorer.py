@@ -1,4 +1,4 @@
-"""Mean negative log-likelihood of answer tokens: the only place that runs a model forward.
+"""Mean negative log-likelihood of answer tokens: which forwards are run for it, and in which order.
 
 `score_pairs` scores encoded rows, both segments of a row among all others, by one of two engines:
 
@@ -10,7 +10,8 @@
   sees what follows it, so padding changes nothing.
 
 The LM head runs on the scored positions only, in chunks (see `ifd_trainer.head`), and the log-softmax in float32
-whatever the model's dtype. On a CPU, float32 products are oneDNN's (see `ifd_trainer.onednn`). Scoring leaves no trace:
+whatever the model's dtype. On a CPU, float32 products are oneDNN's (see `ifd_trainer.onednn`). An accelerator does not
+wait for the host: the next batch is laid out while it runs one (see `ifd_trainer.forward`). Scoring leaves no trace:
 every module's train or eval mode, the attention function and the global random state are as before.
 """
 
@@ -29,25 +30,18 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import ifd as equations
-from .attention import NotExact, attending
+from .attention import NotExact
 from .encoding import EncodedPair, Segment, Status, token_budget_batches, token_count
-from .head import CPU_CHUNK_VALUES, Logits, find_change, lm_head, unwrapped, whole_losses
-from .memory import LEAST_TOKENS, Footprint, device_memory, free_bytes, measure
-from .onednn import OneDNN, rounded, rounded_down
-from .stream import build_stream, stream_batches
+from .forward import Batch, Pending, launch, logits_at, padded, streamed
+from .head import Logits, find_change, lm_head, text_config, unwrapped, vocabulary_size
+from .memory import token_budget as measured_token_budget
+from .stream import stream_batches
 
 logger = logging.getLogger(__name__)
 
 Engine = Literal["auto", "stream", "padded"]
+_LAYOUTS = {"stream": streamed, "padded": padded}
 
-# Tokens of a batch. On two CPU cores with a 135M model 2,048 was as fast as 512 and 1,024, and faster than 4,096. A
-# model with wide layers has fewer: an intermediate result of 32 MiB takes new pages each time (see `ifd_trainer.head`).
-CPU_TOKEN_BUDGET, LEAST_CPU_TOKENS = 2048, 256
-# Where it is not measured: weights spread over processes, which would have to try out the same number of forwards, or
-# over devices; devices that do not tell their memory; less to score than trying out is worth.
-ACCELERATOR_TOKEN_BUDGET = 16384
-_WORTH_MEASURING = 2**16  # tokens
-_TRIED_TOKENS = 1024  # of the smaller batch; the larger has four times as many
 # A kernel for all spans is given the keys of each span's path: at most so many for each token of a batch.
 _SEEN = 4
 # Logits of a batch of a model whose logits cannot be taken in chunks, on a CPU and elsewhere: 128 MiB and 1 GiB in
@@ -113,8 +107,8 @@ def score_pairs(
         pairs: n encoded rows.
         device: where the token ids go; the model's device by default.
         token_budget: tokens of a batch; by default 2,048 on a CPU, fewer for a model with wide layers, and elsewhere
-            what the free memory holds (1,024 to 65,536), measured on two batches. Halved, with one warning, whenever
-            the device runs out of memory.
+            what half of the free memory holds, or 3 GiB of it (1,024 to 65,536 tokens), measured on a few batches.
+            Halved, with one warning, whenever the device runs out of memory.
         progress: called with the number of tokens done after each batch.
         engine: "auto", "stream" or "padded".
         forwards: for processes that have to run the same number of forwards: called with the number of batches before
@@ -238,15 +232,19 @@ def _forwards(
     with borrowed(model, device):
         tried = segments or forwards is not None  # trying out takes forwards: all processes do it, or none
         logits = _logits(model, device, sharded) if tried else None
-        scored_budget = max(sum(scored), 1) if logits else _scored_budget(model, device)
         if engine == "auto":
             engine = "stream" if tried and streams(model, device) else "padded"
-        run = _stream_nll if engine == "stream" else _padded_nll
+        lay_out = _LAYOUTS[engine]
+
+        def run(part: Sequence[Segment]) -> np.ndarray:
+            return launch(model, lay_out(part, device), device, logits).nll()
+
         lengths = [len(segment.ids) for segment in segments]
+        scored_budget = max(sum(scored), 1) if logits else _scored_budget(model, device)
         if not token_budget:
             # Forwards that other processes would have to share in are not spent on measuring.
             alone = not sharded and (forwards is None or unwrapped(model) is model)
-            token_budget = _token_budget(model, lengths, device, logits, run if alone else None)
+            token_budget = measured_token_budget(model, lengths, scored_budget, device, run if alone else None)
         if engine == "stream":
             seen_budget = None if device.type == "cpu" else _SEEN * token_budget
             ids = [segment.ids for segment in segments]
@@ -255,257 +253,70 @@ def _forwards(
             batches = token_budget_batches(lengths, token_budget, scored, scored_budget)
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
 
-        def of_batch(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-            pool = None if pooled is None else _MeanPool([pooled[i] for i in batch])
-            nll = run(model, [segments[i] for i in batch], device, logits, pool)
-            return nll, None if pool is None else pool.means()
+        def laid_out(rows: np.ndarray) -> Batch:
+            return lay_out([segments[i] for i in rows], device)
 
-        for batch, (nll, means) in _halving(of_batch, batches, device, halve=not sharded):
+        def launched(rows: np.ndarray, batch: Batch) -> Pending:
+            return launch(model, batch, device, logits, None if pooled is None else [pooled[i] for i in rows])
+
+        for rows, pending in _in_turn(laid_out, launched, batches, device, halve=not sharded):
+            nll, means = pending.nll(), pending.means()
             if progress is not None:
-                progress(sum(len(segments[i].ids) for i in batch))
-            yield batch, nll, means
+                progress(sum(lengths[i] for i in rows))
+            yield rows, nll, means
         for _ in range(idle):
-            run(model, [Segment([0, 0], 1)], device, logits)
+            run([Segment([0, 0], 1)])
 
 
-_footprints: weakref.WeakKeyDictionary[nn.Module, dict[int, Footprint]] = weakref.WeakKeyDictionary()
-
-
-def _token_budget(
-    model: nn.Module,
-    lengths: Sequence[int],
+def _in_turn(
+    lay_out: Callable[[np.ndarray], Batch],
+    launch: Callable[[np.ndarray, Batch], Pending],
+    batches: list[np.ndarray],
     device: torch.device,
-    logits: Logits | None,
-    run: Callable[..., np.ndarray] | None,
-) -> int:
-    """Tokens of a batch for an engine's `run`, from free memory where there is a way and a reason to measure it."""
-    memory = device_memory(device)
-    if memory is None:
-        return _cpu_token_budget(model) if device.type == "cpu" else ACCELERATOR_TOKEN_BUDGET
-    spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
-    if run is None or spread or sum(lengths) < _WORTH_MEASURING:
-        return ACCELERATOR_TOKEN_BUDGET
-    longest = max(lengths)  # attention may take memory by the square of a row's length
-    known = _footprints.setdefault(model, {})
-    new = longest.bit_length() not in known
-    if new:
-        rows = max(_TRIED_TOKENS // longest, 1)
+    halve: bool = True,
+) -> Iterator[tuple[np.ndarray, Pending]]:
+    """Run batches one after another; each is laid out before the results of the one before it are waited for.
 
-        def tried(tokens: int) -> None:
-            # No two begin alike: a stream would compute once what they share.
-            firsts = np.arange(tokens // longest) % _vocabulary(model)
-            segments = [Segment([first, *[0] * (longest - 1)], 1) for first in firsts.tolist()]
-            run(model, segments, device, logits)
+    One that does not fit in memory is run in halves, and so are all that follow with more than half of its tokens.
+    """
+    most = float("inf")
 
+    def attempt(rows: np.ndarray, batch: Batch) -> Pending | None:
+        """What a forward gives, or None if it does not fit."""
+        nonlocal most
         try:
-            known[longest.bit_length()] = measure(tried, (rows * longest, 4 * rows * longest), memory, device)
-        except torch.OutOfMemoryError:
-            logger.info("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, 4 * rows * longest)
-            return LEAST_TOKENS
-    footprint, free = known[longest.bit_length()], free_bytes(memory, device)
-    budget = footprint.tokens(free)
-    logger.log(
-        logging.INFO if new else logging.DEBUG,
-        "Token budget on %s: %d (%.1f GiB free; a forward takes %.0f MiB and %.0f KiB a token).",
-        device,
-        budget,
-        free / 2**30,
-        footprint.fixed / 2**20,
-        footprint.per_token / 2**10,
-    )
-    return budget
-
-
-def _cpu_token_budget(model: nn.Module) -> int:
-    """Tokens whose results in the widest layer stay below 32 MiB; a number that streams are rounded to."""
-    config = _config(model)
-    widths = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
-    width = next(filter(None, widths), None) or 4 * (getattr(config, "hidden_size", None) or 0)
-    fits = rounded_down(CPU_CHUNK_VALUES // width) if isinstance(width, int) and width else CPU_TOKEN_BUDGET
-    return min(max(fits, LEAST_CPU_TOKENS), CPU_TOKEN_BUDGET)
-
-
-class _MeanPool:
-    """Takes the mean over the first `sizes[i]` tokens of segment i from the hidden states of a forward."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.sizes = sizes
-        self.found: list[torch.Tensor] = []
-
-    def take(self, hidden: torch.Tensor, places: Sequence[np.ndarray]) -> None:
-        """`hidden` (B * T, H), and the places of each segment's tokens in it."""
-        for size, place in zip(self.sizes, places, strict=True):
-            self.found.append(hidden[torch.from_numpy(place[:size]).to(hidden.device)].float().mean(0))
-
-    def means(self) -> np.ndarray:
-        """(n, H) float32."""
-        return torch.stack(self.found).cpu().numpy()
-
-
-def _halving(
-    run: Callable[[np.ndarray], Any], batches: list[np.ndarray], device: torch.device, halve: bool = True
-) -> Iterator[tuple[np.ndarray, Any]]:
-    """Run batches; one that does not fit in memory is run in halves, and so are all of its size that follow."""
-    queue, limit = batches[::-1], None
-    while queue:
-        batch = queue.pop()
-        try:
-            if limit is not None and len(batch) > limit:
-                raise torch.OutOfMemoryError
-            result = run(batch)
+            return launch(rows, batch)
         except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
+            if len(rows) == 1:
                 raise torch.OutOfMemoryError(
                     f"Out of memory on {device} while scoring a single row. Lower max_length, or score with a smaller "
                     "model or on a larger device."
                 ) from error
             if not halve:
                 raise torch.OutOfMemoryError(
-                    f"Out of memory on {device} while scoring {len(batch)} rows in a batch with a model whose weights "
+                    f"Out of memory on {device} while scoring {len(rows)} rows in a batch with a model whose weights "
                     "are spread over processes. Lower token_budget."
                 ) from error
-            if limit is None:
-                logger.warning("Out of memory on %s with %d rows in a batch: going on with half.", device, len(batch))
-            half = len(batch) // 2
-            limit = half if limit is None else min(limit, half) or 1
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            queue += [batch[half:], batch[:half]]
-            continue
-        yield batch, result
+        if most == float("inf"):
+            logger.warning("Out of memory on %s with %d tokens in a batch: going on with half.", device, batch.ids.size)
+        most = batch.ids.size // 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # not before the error is gone, whose traceback holds what the forward had made
+        return None
 
-
-def _padded_nll(
-    model: nn.Module,
-    segments: Sequence[Segment],
-    device: torch.device,
-    logits: Logits | None,
-    pool: _MeanPool | None = None,
-) -> np.ndarray:
-    """Mean NLL of one batch of B segments padded to T tokens, (B,) float64."""
-    longest = max(len(segment.ids) for segment in segments)
-    ids = torch.zeros(len(segments), longest, dtype=torch.long)  # (B, T)
-    for row, segment in enumerate(segments):
-        ids[row, : len(segment.ids)] = torch.tensor(segment.ids)
-    places = [row * longest + np.arange(len(segment.ids)) for row, segment in enumerate(segments)]
-    return _mean_nll(model, segments, places, {"input_ids": ids.to(device)}, logits, pool)
-
-
-def _stream_nll(
-    model: nn.Module,
-    segments: Sequence[Segment],
-    device: torch.device,
-    logits: Logits | None,
-    pool: _MeanPool | None = None,
-    check: bool = False,
-) -> np.ndarray:
-    """Mean NLL of one batch of n segments as a stream of T tokens, (n,) float64."""
-    stream = build_stream([segment.ids for segment in segments])
-    if device.type == "cpu":
-        stream = stream.lengthened(rounded(len(stream.ids)))
-    inputs = {
-        "input_ids": torch.from_numpy(stream.ids)[None].to(device),  # (1, T)
-        "position_ids": torch.from_numpy(stream.positions)[None].to(device),  # (1, T)
-    }
-    with attending(model, stream.spans, device, check):
-        return _mean_nll(model, segments, stream.places, inputs, logits, pool)
-
-
-def _mean_nll(
-    model: nn.Module,
-    segments: Sequence[Segment],
-    places: Sequence[np.ndarray],
-    inputs: dict[str, torch.Tensor],
-    logits: Logits | None,
-    pool: _MeanPool | None = None,
-) -> np.ndarray:
-    """Mean NLL of segments whose tokens stand at `places` of the flattened inputs (B * T)."""
-    predicts = [place[segment.start - 1 : -1] for segment, place in zip(segments, places, strict=True)]
-    where, which = np.unique(np.concatenate(predicts), return_inverse=True)  # a shared token is projected once
-    targets = np.array([token for segment in segments for token in segment.ids[segment.start :]])  # (N,)
-    see = None if pool is None else lambda hidden: pool.take(hidden, places)
-    if logits is None:
-        losses = whole_losses(_logits_at(model, inputs, where, see), which, targets)
-    else:
-        losses = _losses_at(model, inputs, where, which, targets, logits, see)
-    ends = np.cumsum([segment.scored for segment in segments])[:-1]
-    return np.array([part.mean() for part in np.split(losses, ends)])
-
-
-See = Callable[[torch.Tensor], None]
-
-
-def _losses_at(
-    model: nn.Module,
-    inputs: dict[str, torch.Tensor],
-    where: np.ndarray,
-    which: np.ndarray,
-    targets: np.ndarray,
-    logits: Logits,
-    see: See | None = None,
-) -> np.ndarray:
-    """Losses of N targets predicted at U places of the flattened inputs, (N,); the LM head runs on a chunk at a time.
-
-    All of them are projected before the head's own call, which is left a single position for the model to go on with.
-    """
-    found: list[np.ndarray] = []
-
-    def reduce(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        found.append(logits.losses(module, hidden, which, targets))
-        return hidden[:1]
-
-    # Other hooks run on each chunk, so they are not to run before; but for one that gathers the head's weights.
-    with _at_head(model, inputs, where, reduce, see, first=not logits.gathered), OneDNN():
-        model(**inputs, use_cache=False)
-    return found[0]
-
-
-def _logits_at(
-    model: nn.Module, inputs: dict[str, torch.Tensor], where: np.ndarray, see: See | None = None
-) -> torch.Tensor:
-    """Logits at U places of the flattened inputs, (U, V); the LM head runs on those alone where it is a module."""
-    with _at_head(model, inputs, where, lambda module, hidden: hidden, see), OneDNN():
-        logits = model(**inputs, use_cache=False).logits
-    if lm_head(model) is not None and logits.shape[:2] == (1, len(where)):
-        return logits[0]
-    length = inputs["input_ids"].shape[1]
-    return logits[where // length, where % length - length]  # a model that does not call its head as a module
-
-
-def _at_head(
-    model: nn.Module,
-    inputs: dict[str, torch.Tensor],
-    where: np.ndarray,
-    reduce: Callable[[nn.Module, torch.Tensor], torch.Tensor],
-    see: See | None,
-    first: bool = False,
-) -> contextlib.AbstractContextManager[Any]:
-    """Let the LM head see what `reduce` makes of the hidden states at U places (U, H), and not those of all.
-
-    A hook on the head picks them, so that whatever a model does to its logits afterwards still happens. `see` is
-    called with the hidden states of all places, (B * T, H). `first` puts the hook before those that are there.
-    """
-    length = inputs["input_ids"].shape[1]
-    # Positions count from the end: prompt tuning puts virtual tokens in front.
-    rows, back = torch.from_numpy(where // length), torch.from_numpy(where % length - length)
-
-    picking = False
-
-    def pick(module: nn.Module, args: tuple) -> tuple | None:
-        nonlocal picking
-        if picking:
-            return None  # a call by `reduce`
-        picking = True
-        hidden = args[0]  # (B, T, H)
-        if see is not None:
-            see(hidden[:, -length:].flatten(0, 1))
-        picked = hidden[rows.to(hidden.device), back.to(hidden.device)]
-        given = reduce(module, picked).unsqueeze(0)
-        picking = False
-        return (given, *args[1:])
-
-    head = lm_head(model)
-    return contextlib.nullcontext() if head is None else head.register_forward_pre_hook(pick, prepend=first)
+    queue, before = batches[::-1], None
+    while queue:
+        rows = queue.pop()
+        batch = lay_out(rows)
+        if before is not None:
+            yield before
+        pending = attempt(rows, batch) if batch.ids.size <= most or len(rows) == 1 else None
+        before = None if pending is None else (rows, pending)
+        if pending is None:
+            half = len(rows) // 2
+            queue += [rows[half:], rows[:half]]
+    if before is not None:
+        yield before
 
 
 _changes: weakref.WeakKeyDictionary[nn.Module, Logits | None] = weakref.WeakKeyDictionary()
@@ -515,7 +326,7 @@ def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | N
     """How logits come from the LM head, tried out once; None where they are not taken in chunks."""
     if model not in _changes:
         inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
-        _changes[model] = find_change(model, lambda: _logits_at(model, inputs, np.array([0, 2]))[None])
+        _changes[model] = find_change(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
         logger.debug("Logits of %s: %s", type(model).__name__, _changes[model])
     found = _changes[model]
     # Modules inside the head (adapters) would gather their weights once a chunk, and processes differ in chunks.
@@ -527,7 +338,7 @@ def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | N
 def _scored_budget(model: nn.Module, device: torch.device) -> int:
     """Scored tokens of a batch that is projected as a whole."""
     budget = CPU_LOGITS_BUDGET if device.type == "cpu" else ACCELERATOR_LOGITS_BUDGET
-    return max(budget // _vocabulary(model), 1)
+    return max(budget // vocabulary_size(model), 1)
 
 
 # ---- the choice of an engine -------------------------------------------------------------------------------------
@@ -555,10 +366,10 @@ def streams(model: nn.Module, device: torch.device | None = None) -> bool:
         exact = False
         # Whatever such a model raises here, the padded engine scores it or raises it again.
         with borrowed(model, device), contextlib.suppress(Exception):
-            if not _attends_to_all(_config(model)):
+            if not _attends_to_all(text_config(model)):
                 raise NotExact("the model has windows or chunks")
-            expected = _padded_nll(model, segments, device, None)
-            found = _stream_nll(model, segments, device, None, check=True)
+            expected = launch(model, padded(segments, device), device, None).nll()
+            found = launch(model, streamed(segments, device), device, None, check=True).nll()
             half = torch.is_autocast_enabled(device.type) or next(model.parameters()).dtype != torch.float32
             exact = bool(np.allclose(found, expected, rtol=_HALF_PROBE_TOLERANCE if half else _PROBE_TOLERANCE, atol=0))
         logger.debug("Engine for %s: %s", type(model).__name__, "stream" if exact else "padded")
@@ -603,13 +414,3 @@ def token_progress(pairs: Sequence[EncodedPair], description: str, enabled: bool
     """A progress bar that counts tokens, for `score_pairs(progress=bar.update)`."""
     total = token_count(pairs)
     return tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=not enabled, leave=False)
-
-
-def _vocabulary(model: nn.Module) -> int:
-    """Number of tokens, or a usual number for a model that does not tell."""
-    return getattr(_config(model), "vocab_size", None) or 2**15
-
-
-def _config(model: nn.Module) -> Any:
-    config = getattr(unwrapped(model), "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

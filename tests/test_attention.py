@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ifd_trainer import attention as attention_module
-from ifd_trainer.attention import NotExact, attending, varlen_kernel
+from ifd_trainer.attention import NotExact, Plan, attending, varlen_kernel
 from ifd_trainer.encoding import Segment
 from ifd_trainer.scorer import answer_nll, streams
 from ifd_trainer.stream import Span
@@ -140,7 +140,7 @@ def test_a_device_without_a_kernel_pads(monkeypatch):
     monkeypatch.setattr(attention_module, "varlen_kernel", lambda device: None)
     query, spans = SimpleNamespace(device=torch.device("mps"), dtype=torch.float32), [Span(0, 2, np.empty(0, int))]
     wanted = pytest.raises(NotExact, match=r"no variable-length kernel for torch\.float32")
-    with attending(build_model(400), spans, query.device, check=True), wanted:
+    with attending(build_model(400), Plan(spans, query.device), check=True), wanted:
         attention_module._attention(None, query, None, None, None)
 
 

@@ -25,7 +25,7 @@ from transformers import (
 from ifd_trainer import head as head_module
 from ifd_trainer import scorer as scorer_module
 from ifd_trainer.encoding import Segment
-from ifd_trainer.head import Logits
+from ifd_trainer.head import Logits, Targets
 from ifd_trainer.onednn import rounded
 from ifd_trainer.scorer import answer_nll
 
@@ -57,13 +57,13 @@ def chunk(request, monkeypatch) -> int:
 def projected(monkeypatch) -> list[bool]:
     """Whether the logits of each forward are taken in chunks."""
     seen: list[bool] = []
-    mean_nll = scorer_module._mean_nll
+    launch = scorer_module.launch
 
-    def noted(model, segments, places, inputs, logits, *rest):
+    def noted(model, batch, device, logits, *rest, **options):
         seen.append(logits is not None)
-        return mean_nll(model, segments, places, inputs, logits, *rest)
+        return launch(model, batch, device, logits, *rest, **options)
 
-    monkeypatch.setattr(scorer_module, "_mean_nll", noted)
+    monkeypatch.setattr(scorer_module, "launch", noted)
     return seen
 
 
@@ -86,6 +86,15 @@ class Projection(nn.Linear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         self.seen.append(hidden.shape[1])
         return super().forward(hidden)
+
+
+def losses_of(
+    logits: Logits, head: nn.Module, hidden: torch.Tensor, which: np.ndarray, tokens: np.ndarray
+) -> np.ndarray:
+    """Losses of tokens that are predicted at places in any order."""
+    order, found = np.argsort(which, kind="stable"), np.empty(len(which))
+    found[order] = logits.losses(head, hidden, Targets.on(torch.device("cpu"), which[order], tokens[order]))
+    return found
 
 
 def exact_losses(logits: torch.Tensor, which: np.ndarray, targets: np.ndarray) -> list[float]:
@@ -119,7 +128,7 @@ def test_losses_are_those_of_whole_logits(kind, places, targets, vocabulary, val
         torch.no_grad(),
     ):
         logits = nn.functional.linear(hidden, head.weight, head.bias)
-        found = Logits(vocabulary, lambda x: x * 0.5).losses(head, hidden, which, wanted)
+        found = losses_of(Logits(vocabulary, lambda x: x * 0.5), head, hidden, which, wanted)
     np.testing.assert_allclose(found, exact_losses(logits * 0.5, which, wanted), rtol=1e-5, atol=1e-6)
     if kind is Projection:
         assert sum(head.seen) == places
@@ -134,7 +143,7 @@ def test_a_loss_near_zero_keeps_its_digits(monkeypatch):
         head.weight[150] = 36.0
         hidden = torch.ones(3, 1)
         logits = nn.functional.linear(hidden, head.weight)
-        found = Logits(200, lambda x: x).losses(head, hidden, np.array([0, 1, 2]), np.array([150, 150, 3]))
+        found = losses_of(Logits(200, lambda x: x), head, hidden, np.array([0, 1, 2]), np.array([150, 150, 3]))
     expected = exact_losses(logits, np.array([0, 1, 2]), np.array([150, 150, 3]))
     assert expected[0] < 1e-3
     np.testing.assert_allclose(found, expected, rtol=2e-4)  # a difference of two float32 sums would be 1e-2 off
@@ -149,8 +158,8 @@ def test_tokens_that_are_never_said(monkeypatch):
         head.bias[16:32] = -math.inf
         hidden = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
         which, targets = np.array([0, 1, 1]), np.array([1, 9, 40])
-        found = Logits(50, lambda x: x).losses(head, hidden, which, targets)
-        never = Logits(50, lambda x: x).losses(head, hidden, np.array([0, 1]), np.array([0, 20]))
+        found = losses_of(Logits(50, lambda x: x), head, hidden, which, targets)
+        never = losses_of(Logits(50, lambda x: x), head, hidden, np.array([0, 1]), np.array([0, 20]))
         logits = nn.functional.linear(hidden, head.weight, head.bias)
     np.testing.assert_allclose(found, exact_losses(logits, which, targets), rtol=1e-5)
     assert not np.isfinite(never).any()

@@ -13,10 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ifd_trainer import memory as memory_module
 from ifd_trainer import onednn
 from ifd_trainer import scorer as scorer_module
 from ifd_trainer.encoding import Segment
-from ifd_trainer.memory import LEAST_TOKENS, MOST_TOKENS, SHARE, Footprint, device_memory, free_bytes, measure
+from ifd_trainer.memory import (
+    LEAST_TOKENS,
+    MOST_BYTES,
+    MOST_TOKENS,
+    SHARE,
+    Footprint,
+    device_memory,
+    free_bytes,
+    measure,
+)
 from ifd_trainer.scorer import answer_nll
 
 CPU = torch.device("cpu")
@@ -72,7 +82,7 @@ def fake(monkeypatch):
     def under(model: nn.Module, total: int, **sizes: int) -> FakeMemory:
         scorer_module._logits(model, CPU, False)  # tried out before tokens are counted
         memory = FakeMemory(model, total, **sizes)
-        monkeypatch.setattr(scorer_module, "device_memory", lambda device: memory)
+        monkeypatch.setattr(memory_module, "device_memory", lambda device: memory)
         return memory
 
     return under
@@ -96,18 +106,44 @@ def budgets(monkeypatch) -> list[int]:
 def test_a_batch_of_the_budget_fits_into_the_planned_share(fixed, per_token, free):
     tokens = Footprint(fixed, per_token).tokens(free)
     assert LEAST_TOKENS <= tokens <= MOST_TOKENS
+    planned = min(SHARE * free, MOST_BYTES)
     if tokens > LEAST_TOKENS:
-        assert fixed + per_token * tokens <= SHARE * free
+        assert fixed + per_token * tokens <= planned
     if tokens < MOST_TOKENS:
-        assert fixed + per_token * (tokens + 16) > SHARE * free
+        assert fixed + per_token * (tokens + 16) > planned
 
 
-def test_two_forwards_tell_the_cost_of_a_token():
-    model = nn.Linear(1, 1)
-    memory = FakeMemory(model, 10**12, fixed=7 * MIB, per_token=333)
-    footprint = measure(lambda t: memory._forward(None, (), {"input_ids": torch.zeros(t)}), (100, 400), memory, CPU)
-    assert footprint == Footprint(7 * MIB, 333)
+def test_forwards_of_two_sizes_tell_the_cost_of_a_token():
+    memory = FakeMemory(nn.Linear(1, 1), 10**12, fixed=7 * MIB, per_token=333)
+
+    def run(tokens, all_scored):
+        memory._forward(None, (), {"input_ids": torch.zeros(tokens)})
+
+    assert measure(run, (100, 400), memory, CPU) == Footprint(7 * MIB, 333)
     assert free_bytes(memory, CPU) == 10**12 - 40 * MIB  # what the allocator has cached is free
+
+
+@given(
+    layers=st.integers(0, 2**30),
+    per_token=st.integers(1, 2**18),
+    logits=st.integers(0, 2**31),
+    share=st.floats(0, 1),
+    tokens=st.integers(4096, 65_536),
+)
+def test_logits_of_a_chunk_do_not_hide_the_cost_of_a_token(layers, per_token, logits, share, tokens):
+    """The peak is in the layers or at the head, where a chunk of logits stands beside the last hidden states."""
+    memory = FakeMemory(nn.Linear(1, 1), 10**12)
+
+    def peak(tokens, all_scored):
+        return max(layers + per_token * tokens, all_scored * logits + int(share * per_token) * tokens)
+
+    def run(tokens, all_scored):
+        memory.peak = max(memory.peak, memory.weights + peak(tokens, all_scored))
+
+    found = measure(run, (1024, 4096), memory, CPU)
+    assert found.fixed + found.per_token * tokens >= peak(tokens, True)
+    assert found.per_token == per_token
+    assert found.fixed <= max(layers, logits)
 
 
 def test_processors_and_devices_that_do_not_tell_have_no_memory_to_measure(monkeypatch):
@@ -152,7 +188,7 @@ def test_little_to_score_is_not_measured(fake, budgets):
     model = build_model(400)
     memory = fake(model, 96 * MIB)
     answer_nll(model, many_segments(1000), engine="padded")
-    assert budgets == [scorer_module.ACCELERATOR_TOKEN_BUDGET]
+    assert budgets == [memory_module.ACCELERATOR_TOKENS]
     assert memory.sizes == []
 
 
@@ -171,15 +207,15 @@ def test_little_to_score_is_not_measured(fake, budgets):
 def test_results_of_wide_layers_stay_below_32_mib_on_a_cpu(config, tokens):
     model = nn.Module()
     model.config = SimpleNamespace(**config)
-    assert scorer_module._cpu_token_budget(model) == tokens
+    assert memory_module._cpu_tokens(model) == tokens
     assert onednn.rounded(tokens) == tokens  # a stream of this length gets no longer
     width = max([size for size in config.values() if size] or [1])
     assert tokens == 256 or tokens * width * 4 < 32 * MIB
 
 
 def test_the_budget_on_a_cpu_is_the_models(monkeypatch):
-    monkeypatch.setattr(scorer_module, "CPU_CHUNK_VALUES", 900 * SMALL["intermediate_size"])
-    monkeypatch.setattr(scorer_module, "LEAST_CPU_TOKENS", 16)
+    monkeypatch.setattr(memory_module, "CPU_CHUNK_VALUES", 900 * SMALL["intermediate_size"])
+    monkeypatch.setattr(memory_module, "LEAST_CPU_TOKENS", 16)
     model, sizes = build_model(400), []
     model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True)
     answer_nll(model, many_segments(3000), engine="padded")
@@ -199,7 +235,7 @@ def test_forwards_that_other_processes_would_wait_for_are_not_spent_on_measuring
     model = Wrapper(build_model(400)) if wrapped else build_model(400)
     memory = fake(model, 96 * MIB)
     answer_nll(model, many_segments(80_000), engine="padded", forwards=lambda batches: 0, sharded=not wrapped)
-    assert budgets == [scorer_module.ACCELERATOR_TOKEN_BUDGET]
+    assert budgets == [memory_module.ACCELERATOR_TOKENS]
     assert memory.sizes == []
 
 
@@ -208,7 +244,7 @@ def test_a_model_on_several_devices_is_not_measured(fake, budgets):
     memory = fake(model, 96 * MIB)
     model.register_parameter("elsewhere", nn.Parameter(torch.empty(2, device="meta")))
     answer_nll(model, many_segments(80_000), engine="padded", device="cpu")
-    assert budgets == [scorer_module.ACCELERATOR_TOKEN_BUDGET]
+    assert budgets == [memory_module.ACCELERATOR_TOKENS]
     assert memory.sizes == []
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import random
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL, build_model, build_tokenizer, reference_nll
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,8 +26,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from ifd_trainer import scorer as scorer_module
 from ifd_trainer.encoding import EncodedPair, Encoder, Segment, Status
 from ifd_trainer.formats import ALPACA, MESSAGES, PROMPT_COMPLETION, SHAREGPT, WIZARDLM, Example
+from ifd_trainer.forward import Pending, streamed
 from ifd_trainer.scorer import (
     Scores,
     answer_nll,
@@ -36,6 +41,7 @@ from ifd_trainer.scorer import (
     token_progress,
 )
 
+CPU = torch.device("cpu")
 MERGES = ('### Response:"Yes."',) * 40
 TOKENIZERS = {
     "no BOS added": build_tokenizer(),
@@ -423,6 +429,18 @@ def test_an_answer_that_the_model_knows_by_heart_is_nonfinite():
     np.testing.assert_allclose(scores.ifd, [np.nan, 1.0, 0.0], atol=1e-7)
 
 
+def test_losses_leave_a_device_without_float64_as_float32():
+    """An Apple GPU has no float64: only what is on the CPU is widened."""
+
+    class OnDevice:
+        def cpu(self):
+            return torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    batch = streamed([Segment([4, 5, 6], 1)] * 2, CPU)  # one place predicts a token of each
+    assert batch.targets.tolist() == [5, 5, 6, 6]
+    assert Pending(batch, OnDevice(), None).nll().tolist() == [2.0, 3.0]
+
+
 def test_an_impossible_token_is_nonfinite():
     possible, impossible = Segment([7, 7, 8], 1), Segment([7, 3], 1)
     scores = score_pairs(Fixed({7: 0.0, 8: 0.0}), [EncodedPair(impossible, possible), EncodedPair(possible, possible)])
@@ -644,6 +662,72 @@ def test_out_of_memory_halves_batches_with_one_warning(shared_model, engine, cap
     assert len(sizes) > 1
     assert len(warnings_of(caplog)) == 1
     assert "memory" in warnings_of(caplog)[0]
+
+
+def in_turn(sizes: dict[int, int], batches: list[list[int]], fits: int) -> tuple[list[str], list[list[int]]]:
+    """What happens in turn, and the rows of the forwards that fit, for rows of so many tokens."""
+    happened, forwards = [], []
+
+    def lay_out(rows):
+        happened.append(f"laid out {rows.tolist()}")
+        return SimpleNamespace(ids=np.empty((1, sum(sizes[row] for row in rows))))
+
+    def launch(rows, batch):
+        if batch.ids.size > fits:
+            raise torch.OutOfMemoryError("on purpose")
+        happened.append(f"launched {rows.tolist()}")
+        return rows.tolist()
+
+    for rows, pending in scorer_module._in_turn(lay_out, launch, [np.array(batch) for batch in batches], CPU):
+        assert rows.tolist() == pending
+        happened.append(f"waited for {pending}")
+        forwards.append(pending)
+    return happened, forwards
+
+
+def test_a_batch_is_laid_out_while_the_device_runs_the_one_before_it():
+    happened, _ = in_turn({0: 5, 1: 5, 2: 5}, [[0], [1], [2]], fits=10)
+    assert happened == [
+        *("laid out [0]", "launched [0]"),
+        *("laid out [1]", "waited for [0]", "launched [1]"),
+        *("laid out [2]", "waited for [1]", "launched [2]", "waited for [2]"),
+    ]
+
+
+def test_what_is_halved_are_tokens_not_rows():
+    """Two long rows do not fit; many short ones that are fewer tokens do. What is too large then is not tried."""
+    sizes = {0: 60, 1: 60, **dict.fromkeys(range(2, 8), 9), 8: 40, 9: 40}
+    happened, forwards = in_turn(sizes, [[0, 1], [*range(2, 8)], [8, 9]], fits=70)
+    assert forwards == [[0], [1], [2, 3, 4, 5, 6, 7], [8], [9]]
+    assert "launched [8, 9]" not in happened
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 4), st.integers(50, 200))
+def test_every_row_is_run_once_in_order_however_small_the_memory(sizes, rows, fits):
+    batches = [list(range(start, min(start + rows, len(sizes)))) for start in range(0, len(sizes), rows)]
+    _, forwards = in_turn(dict(enumerate(sizes)), batches, fits)
+    assert [row for forward in forwards for row in forward] == list(range(len(sizes)))
+    assert all(len(forward) == 1 or sum(sizes[row] for row in forward) <= fits for forward in forwards)
+
+
+def test_what_a_failed_forward_held_is_gone_before_the_next_one():
+    held = []
+
+    class Activations:
+        pass
+
+    def launch(rows, batch):
+        assert all(reference() is None for reference in held)
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("on purpose")
+        return rows
+
+    batches = [np.array([0, 1])]
+    found = list(scorer_module._in_turn(lambda rows: SimpleNamespace(ids=rows), launch, batches, CPU))
+    assert [rows.tolist() for rows, _ in found] == [[0], [1]]
+    assert len(held) == 3
 
 
 def test_enough_memory_gives_no_warning(shared_model, engine, caplog):

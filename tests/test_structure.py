@@ -20,6 +20,7 @@ ORDER = [
     "onednn",
     "head",
     "memory",
+    "forward",
     "scorer",
     "checkpoint",
     "columns",
