@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from .stream import Span
+from .transfer import on_device
 
 # q (T, heads, D), k and v (S, key heads, D), cumulated lengths of queries and of keys (n + 1,), longest of each, scale;
 # returns (T, heads, D).
@@ -31,7 +32,7 @@ Kernel = Callable[
 ]
 
 _NAME = "ifd_stream"
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _KERNEL_TOLERANCE = 2e-2  # of the largest value, between the two ways; bfloat16 rounds by 0.4 %
 
 
@@ -50,7 +51,8 @@ class Plan:
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
         self.spans, self.device = spans, device
         self.kernel = varlen_kernel(device)
-        self.packed = () if self.kernel is None else _packed(spans)
+        self.packed = None if self.kernel is None else _packed(spans)
+        self.dtype: torch.dtype | None = None  # what the attention was computed in, once it was
 
 
 Packed = tuple[np.ndarray | None, np.ndarray, np.ndarray, int, int]
@@ -74,14 +76,22 @@ def _keys(span: Span) -> np.ndarray:
 
 
 class _Running:
-    """The plan of the forward that runs now; all that the kernel needs is on the device before the forward begins."""
+    """The plan of the forward that runs now; what the kernel needs is on its device before the forward begins."""
 
     def __init__(self, plan: Plan, check: bool) -> None:
         self.plan, self.check, self.kernel = plan, check, plan.kernel
-        self.packed = [self._there(part) if isinstance(part, np.ndarray) else part for part in plan.packed]
+        self._packed: dict[torch.device, list] = {}
+        if plan.packed is not None:
+            self._send(plan.device)
 
-    def _there(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.plan.device)
+    def packed(self, device: torch.device) -> list:
+        """The plan's numbers and, on a device, its arrays; a model may be spread over several."""
+        return self._packed.get(device) or self._send(device)
+
+    def _send(self, device: torch.device) -> list:
+        sent = [on_device(part, device) if isinstance(part, np.ndarray) else part for part in self.plan.packed]
+        self._packed[sent[1].device] = sent  # "cuda" was sent to "cuda:0"
+        return sent
 
     @cached_property
     def masked(self) -> list[tuple[int, int, torch.Tensor | None, torch.Tensor | None]]:
@@ -93,7 +103,7 @@ class _Running:
             return span.start, span.end, None, None
         size, before = span.end - span.start, len(span.path)
         mask = torch.ones(size, before + size, dtype=torch.bool).tril(before)  # all of the path, then causal
-        return span.start, span.end, self._there(_keys(span)), mask.to(self.plan.device)
+        return span.start, span.end, torch.from_numpy(_keys(span)).to(self.plan.device), mask.to(self.plan.device)
 
 
 _running: _Running | None = None
@@ -132,9 +142,11 @@ def varlen_kernel(device: torch.device) -> Kernel | None:
     with contextlib.suppress(Exception):  # whatever is wrong with a package, there is another way
         from torch.nn.attention.varlen import varlen_attn
 
-        if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+        takes = inspect.signature(varlen_attn).parameters
+        grouped = {"enable_gqa": True} if "enable_gqa" in takes else {}  # before it had a name, it was always so
+        if {"scale", "window_size"} <= set(takes):
             return lambda q, k, v, q_ends, k_ends, longest_q, longest_k, scale: varlen_attn(
-                q, k, v, q_ends, k_ends, longest_q, longest_k, scale=scale, window_size=(-1, 0), enable_gqa=True
+                q, k, v, q_ends, k_ends, longest_q, longest_k, scale=scale, window_size=(-1, 0), **grouped
             )
     with contextlib.suppress(Exception):
         from flash_attn import flash_attn_varlen_func
@@ -160,7 +172,8 @@ def _attention(
         raise NotExact("the model's attention has a window, a soft cap, a sink or a bias")
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    if _running.kernel is None or dtype not in _HALF:
+    _running.plan.dtype = dtype
+    if _running.kernel is None or dtype not in HALF:
         if _running.check and kind != "cpu":
             raise NotExact(f"there is no variable-length kernel for {dtype}, and a call for each span is slow there")
         return _by_span(query, key, value, scaling), None
@@ -181,6 +194,8 @@ def _by_span(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     out = torch.empty_like(query)
     for start, end, keys, mask in _running.masked:
+        if keys is not None:
+            keys, mask = keys.to(key.device), mask.to(key.device)
         k, v = (key[:, :, start:end], value[:, :, start:end]) if keys is None else (key[:, :, keys], value[:, :, keys])
         out[:, :, start:end] = nn.functional.scaled_dot_product_attention(
             query[:, :, start:end], k, v, attn_mask=mask, is_causal=mask is None, scale=scale
@@ -189,7 +204,7 @@ def _by_span(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
 
 
 def _by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-    gathered, *lengths = _running.packed
+    gathered, *lengths = _running.packed(query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     if gathered is not None:
         k, v = k[gathered], v[gathered]

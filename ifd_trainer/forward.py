@@ -21,6 +21,7 @@ from .encoding import Segment
 from .head import Logits, Targets, lm_head, whole_losses
 from .onednn import OneDNN, rounded
 from .stream import build_stream
+from .transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,13 @@ def launch(
         pooled: how many tokens of each segment, from the first, its mean hidden state is of; None for no means.
         check: compare the ways to attend along a stream; see `attending`.
     """
-    inputs = {"input_ids": torch.from_numpy(batch.ids).to(device)}
+    inputs = {"input_ids": on_device(batch.ids, device)}
     if batch.positions is not None:
-        inputs["position_ids"] = torch.from_numpy(batch.positions).to(device)
+        inputs["position_ids"] = on_device(batch.positions, device)
     targets = Targets.on(device, batch.which, batch.targets)
     means = None if pooled is None else _Means(batch, pooled, device)
     attention = contextlib.nullcontext() if batch.plan is None else attending(model, batch.plan, check)
-    with attention, OneDNN():
+    with attention, OneDNN() if device.type == "cpu" else contextlib.nullcontext():
         if logits is None:
             losses = whole_losses(logits_at(model, inputs, batch.where, means), targets)
         else:
@@ -137,7 +138,7 @@ class _Means:
     def __init__(self, batch: Batch, sizes: Sequence[int], device: torch.device) -> None:
         parts = [place[:size] for place, size in zip(batch.places, sizes, strict=True)]
         self._sizes, self._length = [len(part) for part in parts], batch.ids.shape[1]
-        self._places = torch.from_numpy(np.concatenate(parts)).to(device)
+        self._places = on_device(np.concatenate(parts), device)
         self.found: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> None:
@@ -192,8 +193,7 @@ def _from_end(inputs: dict[str, torch.Tensor], where: np.ndarray) -> tuple[torch
     """
     ids = inputs["input_ids"]
     length = ids.shape[1]
-    rows, back = (torch.from_numpy(part).to(ids.device) for part in (where // length, where % length - length))
-    return rows, back
+    return on_device(where // length, ids.device), on_device(where % length - length, ids.device)
 
 
 def _at_head(

@@ -10,9 +10,10 @@ are not: by arithmetic a 7B model has some 20,000 tokens in a batch then, and it
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class Footprint:
         return int(min(max(found, LEAST_TOKENS), MOST_TOKENS)) // 16 * 16
 
 
-_footprints: weakref.WeakKeyDictionary[nn.Module, dict[int, Footprint]] = weakref.WeakKeyDictionary()
+_footprints: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Footprint]] = weakref.WeakKeyDictionary()
 
 
 def token_budget(
@@ -66,6 +67,7 @@ def token_budget(
     scored_budget: int,
     device: torch.device,
     run: Callable[[list[Segment]], Any] | None,
+    how: Hashable = None,
 ) -> int:
     """Tokens of a batch.
 
@@ -75,6 +77,7 @@ def token_budget(
         scored_budget: most scored tokens of a batch.
         device: where it is run.
         run: runs a batch of segments and waits for it; None where that is not to be tried out.
+        how: what else the memory of a forward depends on; measured once for each.
     """
     memory = device_memory(device)
     if memory is None:
@@ -83,8 +86,8 @@ def token_budget(
     if run is None or spread or sum(lengths) < _WORTH_MEASURING:
         return ACCELERATOR_TOKENS
     longest = max(lengths)  # attention may take memory by the square of a row's length
-    known = _footprints.setdefault(model, {})
-    new = longest.bit_length() not in known
+    known, case = _footprints.setdefault(model, {}), (how, longest.bit_length())
+    new = case not in known
     if new:
         rows = max(_TRIED_TOKENS // longest, 1)
 
@@ -96,11 +99,11 @@ def token_budget(
             run([Segment([first, *[0] * (longest - 1)], longest - scored) for first in firsts.tolist()])
 
         try:
-            known[longest.bit_length()] = measure(tried, (rows * longest, 4 * rows * longest), memory, device)
+            known[case] = measure(tried, (rows * longest, 4 * rows * longest), memory, device)
         except torch.OutOfMemoryError:
-            logger.info("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, 4 * rows * longest)
+            logger.warning("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, rows * longest)
             return LEAST_TOKENS
-    footprint, free = known[longest.bit_length()], free_bytes(memory, device)
+    footprint, free = known[case], free_bytes(memory, device)
     budget = footprint.tokens(free)
     logger.log(
         logging.INFO if new else logging.DEBUG,
@@ -135,12 +138,13 @@ def measure(run: Callable[[int, bool], Any], sizes: tuple[int, int], memory: Any
     """The footprint of `run(tokens, all_scored)` from two numbers of tokens, the smaller first.
 
     A token's cost is that of the layers, found with hardly a token scored: the logits of a chunk do not grow with the
-    batch, and would hide what small batches take in the layers. They are part of what is fixed.
+    batch, and would hide what small batches take in the layers. They are part of what is fixed. Where the larger number
+    does not fit, all that the smaller one takes is put down to its tokens.
 
     The device's peak statistics are reset.
 
     Raises:
-        torch.OutOfMemoryError: when one of them does not fit.
+        torch.OutOfMemoryError: when the smaller one does not fit.
     """
 
     def peak(tokens: int, all_scored: bool) -> int:
@@ -151,9 +155,11 @@ def measure(run: Callable[[int, bool], Any], sizes: tuple[int, int], memory: Any
 
     small, large = sizes
     run(small, True)  # what is made once (workspaces of libraries, compiled kernels) is no cost of a token
-    layers, grown, with_logits = peak(small, False), peak(large, False), peak(large, True)
-    per_token = max((grown - layers) / (large - small), 1.0)
-    return Footprint(max(layers - per_token * small, with_logits - per_token * large, 0.0), per_token)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        layers, grown, with_logits = peak(small, False), peak(large, False), peak(large, True)
+        per_token = max((grown - layers) / (large - small), 1.0)
+        return Footprint(max(layers - per_token * small, with_logits - per_token * large, 0.0), per_token)
+    return Footprint(0.0, max(peak(small, True) / small, 1.0))
 
 
 def free_bytes(memory: Any, device: torch.device) -> int:

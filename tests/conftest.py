@@ -21,6 +21,7 @@ settings.load_profile("ifd_trainer")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+DEVICE = os.environ.get("IFD_TEST_DEVICE", "cpu")  # "cuda" for the tests in tests/gpu
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

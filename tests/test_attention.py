@@ -49,7 +49,7 @@ def use(monkeypatch):
 
     def given_kernel(kernel):
         monkeypatch.setattr(attention_module, "varlen_kernel", lambda device: kernel)
-        monkeypatch.setattr(attention_module, "_HALF", (torch.float32, torch.bfloat16))
+        monkeypatch.setattr(attention_module, "HALF", (torch.float32, torch.bfloat16))
         return kernel
 
     return given_kernel
@@ -82,7 +82,7 @@ def test_any_segments(segments):
     model, segments = build_model(400), [Segment(ids, 1) for ids in segments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_module, "varlen_kernel", lambda device: Kernel())
-        patch.setattr(attention_module, "_HALF", (torch.float32,))
+        patch.setattr(attention_module, "HALF", (torch.float32,))
         found = answer_nll(model, segments, engine="stream")
     np.testing.assert_allclose(found, [reference_nll(model, s.ids, 1) for s in segments], rtol=1e-5)
 
@@ -113,7 +113,7 @@ def test_segments_that_share_nothing_gather_no_keys(use):
 
 def test_under_autocast_the_kernel_gets_half_precision(use, monkeypatch):
     model, kernel = build_model(400), use(Kernel())
-    monkeypatch.setattr(attention_module, "_HALF", (torch.bfloat16,))
+    monkeypatch.setattr(attention_module, "HALF", (torch.bfloat16,))
     with torch.autocast("cpu", torch.bfloat16):
         found = answer_nll(model, SEGMENTS, engine="stream")
     assert {x.dtype for call in kernel.calls for x in call[:3]} == {torch.bfloat16}

@@ -177,18 +177,21 @@ def test_a_tile_is_the_vocabulary_or_a_power_of_two_that_fits(values, positions,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reduced", [head_module._in_place, head_module._in_parts])
-def test_both_ways_to_a_loss_and_what_they_need_of_logits(reduced, dtype, monkeypatch):
-    """Accelerators take the second one."""
-    monkeypatch.setattr(head_module, "PART_VALUES", 20)  # two rows
+def test_a_loss_is_computed_in_float32_whatever_the_logits_are(dtype):
     logits = (20 * torch.randn(5, 8, generator=torch.Generator().manual_seed(0))).to(dtype)
     logits[3] = 100  # whose exponential is no float32
-    rows, tokens = torch.tensor([4, 0, 3, 0]), torch.tensor([7, 1, 2, 0])
-    exact, pairs = logits.double(), zip(rows, tokens, strict=True)
+    places, tokens = torch.tensor([4, 0, 3, 0]), torch.tensor([7, 1, 2, 0])
+    exact, pairs = logits.double(), zip(places, tokens, strict=True)
     wanted = [math.log(sum(math.exp(x - exact[i][t]) for x in exact[i])) for i, t in pairs]
-    found = reduced(logits.clone(), rows, tokens)
+    found = head_module._losses(logits.clone(), places, tokens)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(32_000, 4096), (128_256, 1024), (151_936, 768), (10**6, 256)])
+def test_a_chunk_on_an_accelerator_has_as_many_rows_as_products_like(vocabulary, rows):
+    assert head_module._chunk(vocabulary, torch.device("cuda")) == rows
+    assert rows * vocabulary <= head_module.ACCELERATOR_CHUNK_VALUES or rows == 256
 
 
 # ---- models -----------------------------------------------------------------------------------------------------

@@ -248,12 +248,33 @@ def test_a_model_on_several_devices_is_not_measured(fake, budgets):
     assert memory.sizes == []
 
 
-def test_a_trial_that_does_not_fit_gives_the_least_budget(fake, budgets):
+def test_a_large_trial_that_does_not_fit_leaves_the_small_one(fake, budgets):
+    """Rows so long that a batch of four does not fit: a budget of one or two is better than the least."""
+    model, row = build_model(400), Segment([4] * 6000, 10)
+    memory = fake(model, 40 * MIB + 3 * MIB + 20_000_000, per_token=1000)
+    answer_nll(model, [row] * 12, engine="padded")
+    assert max(memory.sizes) == 6000
+    free = memory.mem_get_info(CPU)[0] + memory.cached
+    assert budgets == [int(SHARE * free / ((3 * MIB + 6_000_000) / 6000)) // 16 * 16]
+    assert budgets[0] > 6000
+
+
+def test_a_small_trial_that_does_not_fit_gives_the_least_budget(fake, budgets, caplog):
     model = build_model(400)
-    memory = fake(model, 45 * MIB)  # 5 MiB, of which 3 are gone at once: about 2,000 tokens
+    memory = fake(model, 43 * MIB + 500_000)  # 500 tokens
     answer_nll(model, many_segments(80_000), engine="padded")
     assert budgets == [LEAST_TOKENS]
-    assert max(memory.sizes) < 2100
+    assert memory.sizes == []
+    assert "Token budget on cpu: 1024, since 798 did not fit" in caplog.records[-1].message
+
+
+def test_the_budget_is_measured_for_each_engine(fake, budgets):
+    model = build_model(400)
+    memory = fake(model, 96 * MIB)
+    answer_nll(model, many_segments(80_000), engine="padded")
+    tried = len(memory.sizes)
+    answer_nll(model, many_segments(80_000), engine="stream")
+    assert len(memory.sizes) == 2 * tried
 
 
 def test_scores_are_those_of_single_tokens_and_batches_are_still_halved(fake, caplog):

@@ -664,7 +664,9 @@ def test_out_of_memory_halves_batches_with_one_warning(shared_model, engine, cap
     assert "memory" in warnings_of(caplog)[0]
 
 
-def in_turn(sizes: dict[int, int], batches: list[list[int]], fits: int) -> tuple[list[str], list[list[int]]]:
+def in_turn(
+    sizes: dict[int, int], batches: list[list[int]], fits: int, device: str = "mps"
+) -> tuple[list[str], list[list[int]]]:
     """What happens in turn, and the rows of the forwards that fit, for rows of so many tokens."""
     happened, forwards = [], []
 
@@ -678,28 +680,42 @@ def in_turn(sizes: dict[int, int], batches: list[list[int]], fits: int) -> tuple
         happened.append(f"launched {rows.tolist()}")
         return rows.tolist()
 
-    for rows, pending in scorer_module._in_turn(lay_out, launch, [np.array(batch) for batch in batches], CPU):
+    for rows, pending in scorer_module._in_turn(
+        lay_out, launch, [np.array(batch) for batch in batches], torch.device(device)
+    ):
         assert rows.tolist() == pending
         happened.append(f"waited for {pending}")
         forwards.append(pending)
     return happened, forwards
 
 
-def test_a_batch_is_laid_out_while_the_device_runs_the_one_before_it():
-    happened, _ = in_turn({0: 5, 1: 5, 2: 5}, [[0], [1], [2]], fits=10)
+def test_an_accelerator_has_its_next_batch_before_the_host_waits_for_the_last():
+    happened, _ = in_turn({0: 5, 1: 5, 2: 5}, [[0], [1], [2]], fits=10, device="mps")
     assert happened == [
-        *("laid out [0]", "launched [0]"),
-        *("laid out [1]", "waited for [0]", "launched [1]"),
-        *("laid out [2]", "waited for [1]", "launched [2]", "waited for [2]"),
+        *("laid out [0]", "launched [0]", "laid out [1]", "launched [1]", "waited for [0]"),
+        *("laid out [2]", "launched [2]", "waited for [1]", "waited for [2]"),
+    ]
+
+
+def test_a_cpu_gives_each_result_at_once():
+    happened, _ = in_turn({0: 5, 1: 5}, [[0], [1]], fits=10, device="cpu")
+    assert happened == [
+        *("laid out [0]", "launched [0]", "waited for [0]"),
+        *("laid out [1]", "launched [1]", "waited for [1]"),
     ]
 
 
 def test_what_is_halved_are_tokens_not_rows():
     """Two long rows do not fit; many short ones that are fewer tokens do. What is too large then is not tried."""
     sizes = {0: 60, 1: 60, **dict.fromkeys(range(2, 8), 9), 8: 40, 9: 40}
-    happened, forwards = in_turn(sizes, [[0, 1], [*range(2, 8)], [8, 9]], fits=70)
+    happened, forwards = in_turn(sizes, [[0, 1], [*range(2, 8)], [8, 9]], fits=110)
     assert forwards == [[0], [1], [2, 3, 4, 5, 6, 7], [8], [9]]
-    assert "launched [8, 9]" not in happened
+    assert "launched [8, 9]" not in happened  # 80 tokens, more than half of the 120 that did not fit
+
+
+def test_halves_that_are_not_of_quite_the_same_size_are_not_quartered():
+    _, forwards = in_turn({0: 31, 1: 31, 2: 29, 3: 29}, [[0, 1, 2, 3]], fits=65)
+    assert forwards == [[0, 1], [2, 3]]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 4), st.integers(50, 200))
@@ -810,6 +826,38 @@ def reference_features(model: nn.Module, ids: list[int]) -> tuple[np.ndarray, fl
         out = model(torch.tensor([ids]), output_hidden_states=True)
     perplexity = math.exp(reference_nll(model, ids, 1)) if len(ids) > 1 else math.nan
     return out.hidden_states[-1][0].mean(0).numpy(), perplexity
+
+
+def test_the_engine_is_chosen_anew_for_another_dtype(monkeypatch):
+    tried = []
+    monkeypatch.setattr(scorer_module, "_streams_exactly", lambda model, device: tried.append(1) or True)
+    model = build_model(400)
+    assert streams(model)
+    assert streams(model)
+    assert len(tried) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert streams(model)
+    model.bfloat16()
+    assert streams(model)
+    assert len(tried) == 3
+
+
+def test_a_compiled_model_is_run_as_it_is(shared_model):
+    """Compiled, it would be compiled anew for each shape of a batch."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    segments = some_segments()
+    for model in (torch.compile(shared_model, backend=backend), build_model(400)):
+        model.compile(backend=backend)
+        np.testing.assert_allclose(answer_nll(model, segments), expected_nll(shared_model, segments), rtol=1e-5)
+    assert compiled == []
+    model(torch.tensor([[1, 2, 3]]))
+    assert compiled != []
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("budget", [1, 64, 10_000])

@@ -15,6 +15,8 @@ ORDER = [
     "encoding",
     "headers",
     "ifd",
+    "positions",
+    "transfer",
     "stream",
     "attention",
     "onednn",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import build_model, build_tokenizer, reference_nll
+from conftest import DEVICE, build_model, build_tokenizer, reference_nll
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -19,7 +19,6 @@ from trl import SFTConfig, SFTTrainer
 from ifd_trainer import IFDSelectionCallback
 from ifd_trainer.formats import ALPACA, WIZARDLM, to_prompt_completion
 
-DEVICE = os.environ.get("IFD_TEST_DEVICE", "cpu")  # "cuda" for the tests in tests/gpu
 if DEVICE == "cuda":  # a resumed run can equal the uninterrupted one only if sums are taken in one order
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Scoring and selection on a GPU: what the other tests, on a CPU, cannot see. On a machine with one GPU or more:
+"""Selection in the loop on a GPU: what the other tests, on a CPU, cannot see. On a machine with one GPU or more:
 
     IFD_TEST_DEVICE=cuda python -m pytest tests/gpu
 
@@ -8,80 +8,19 @@ Skipped without the variable; with "cpu" it is the dry run of everything that do
 from __future__ import annotations
 
 import json
-import logging
 import os
 from importlib.util import find_spec
 from itertools import chain
 
-import numpy as np
 import pytest
 import torch
-from conftest import build_model, reference_nll
+from conftest import build_model
 from distributed_run import RESUME_FROM
-from scipy.stats import spearmanr
 from test_distributed import launch
 from training import DEVICE, INF, difference, raw_rows, select, sft_trainer, text_rows, train, weights_of
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from ifd_trainer.encoding import Segment
-from ifd_trainer.scorer import answer_nll
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-
-
-def some_segments(count: int, vocabulary: int = 400, longest: int = 60) -> list[Segment]:
-    """Segments of unequal lengths, every second one with a beginning that others share."""
-    rng = np.random.default_rng(0)
-    head = rng.integers(4, vocabulary, 12).tolist()
-    tails = [rng.integers(4, vocabulary, rng.integers(3, longest)).tolist() for _ in range(count)]
-    return [Segment((head if i % 2 else []) + tail, 1 + i % 2 * 12) for i, tail in enumerate(tails)]
-
-
-def test_scores_are_those_of_single_tokens_on_the_cpu():
-    model, segments = build_model(400), some_segments(40)
-    expected = [reference_nll(model, segment.ids, segment.start) for segment in segments]
-    found = answer_nll(model.to(DEVICE), segments, token_budget=512)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-
-
-def test_bfloat16_keeps_the_ranking():
-    config = LlamaConfig(vocab_size=8000, hidden_size=256, intermediate_size=512, num_hidden_layers=4)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(DEVICE)
-    segments = some_segments(300, 8000, 200)
-    whole = answer_nll(model, segments)
-    rounded = answer_nll(model.bfloat16(), segments)
-    np.testing.assert_allclose(rounded, whole, rtol=0.02)
-    assert spearmanr(whole, rounded).statistic >= 0.999
-
-
-@needs_cuda
-def test_random_state_of_the_gpu_is_as_before_even_if_the_model_draws():
-    model = build_model(400).to(DEVICE)
-    model.lm_head.register_forward_hook(lambda module, inputs, output: output + 0 * torch.rand(1, device=DEVICE))
-    before = torch.cuda.get_rng_state()
-    answer_nll(model, some_segments(4))
-    assert torch.equal(torch.cuda.get_rng_state(), before)
-
-
-@needs_cuda
-def test_real_out_of_memory_halves_the_batches(caplog):
-    caplog.set_level(logging.WARNING)
-    config = LlamaConfig(vocab_size=8000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2)
-    model = LlamaForCausalLM(config).to(DEVICE)
-    segments = some_segments(4000, 8000, 200)
-    expected = answer_nll(model, segments, token_budget=4096)
-    torch.cuda.empty_cache()
-    used, total = torch.cuda.memory_allocated(), torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((used + 2**30) / total)
-    try:
-        found = answer_nll(model, segments, token_budget=10**6)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert ["memory" in record.message for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import build_model, reference_nll
-from training import DEVICE
+from conftest import DEVICE, build_model, reference_nll
 
 from ifd_trainer.attention import varlen_kernel
 from ifd_trainer.encoding import Segment
@@ -17,7 +16,7 @@ from ifd_trainer.frames import spearman
 from ifd_trainer.scorer import answer_nll, streams
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")
-needs_kernel = pytest.mark.skipif(varlen_kernel(torch.device(DEVICE)) is None, reason="no variable-length kernel")
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
 
 def segments_of(count: int) -> list[Segment]:
@@ -28,10 +27,11 @@ def segments_of(count: int) -> list[Segment]:
     return [Segment((head if i % 2 else []) + tail, 5 + i % 2 * 30) for i, tail in enumerate(tails)]
 
 
-@needs_kernel
+@needs_cuda
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_a_model_in_bfloat16_streams_and_its_scores_are_those_of_single_tokens(key_heads):
-    model = build_model(400, hidden_size=128, num_key_value_heads=key_heads)
+    assert varlen_kernel(torch.device(DEVICE)) is not None, "neither PyTorch nor flash-attn has the kernel"
+    model = build_model(400, hidden_size=128, num_key_value_heads=key_heads, initializer_range=0.1)
     segments = segments_of(40)
     expected = np.array([reference_nll(model, segment.ids, segment.start) for segment in segments])
     model.to(DEVICE, torch.bfloat16)
@@ -39,7 +39,7 @@ def test_a_model_in_bfloat16_streams_and_its_scores_are_those_of_single_tokens(k
     for engine in ("stream", "padded"):
         found = answer_nll(model, segments, engine=engine)
         np.testing.assert_allclose(found, expected, rtol=0.05)
-    assert spearman(pd.Series(found), pd.Series(expected)) > 0.999
+        assert spearman(pd.Series(found), pd.Series(expected)) > 0.99
 
 
 def test_float32_is_padded():
