@@ -265,6 +265,9 @@ class Sweep:
     runs: int | None = None
 
 
+_BASELINE_LENGTH = 256  # tokens of a row; of longer ones the other procedures get fewer
+
+
 def sweeps(
     name: str, build: Callable[[int | None], Callable[[], nn.Module]], vocabulary: int, how: Sweep
 ) -> list[Case]:
@@ -281,11 +284,13 @@ def sweeps(
     def add(
         group: str, label: str, model: Callable[[], nn.Module], pairs: Sequence[EncodedPair], **options: Any
     ) -> None:
-        rows = min(how.baseline_rows, len(pairs))
-        found.append(Case(f"{group}, {name}", label, model, pairs, rows, runs=how.runs, **options))
+        options = {"baseline_rows": how.baseline_rows, "runs": how.runs, **options}
+        found.append(Case(f"{group}, {name}", label, model, pairs, **options))
 
     for length in how.lengths:
-        add("tokens of a row", str(length), own, fixed_length(max(how.tokens // length, 1), length, vocabulary))
+        pairs = fixed_length(max(how.tokens // length, 1), length, vocabulary)
+        few = min(how.baseline_rows, max(_BASELINE_LENGTH * how.baseline_rows // length, 2))
+        add("tokens of a row", str(length), own, pairs, baseline_rows=few)
     for size in how.vocabularies:
         add("vocabulary", str(size), build(size), alpaca_like(how.rows, size, scale=how.scale))
     pairs = alpaca_like(how.rows, vocabulary, scale=how.scale)
@@ -313,17 +318,18 @@ def measured(case: Case, device: torch.device, peak: float, runs: int) -> dict[s
     with torch.no_grad():
         ours(model, few[:1])  # what is tried out once is not counted
         for name in names:  # warms up, too
-            tokens = _Tokens(model)
             with peak_bytes(device) as found:
                 values[name] = run[name]()
-            memory[name], ran[name] = found[0], tokens.close()
+            memory[name] = found[0]
         for _ in range(min(runs, case.runs or runs)):
             for name in names:
+                tokens = _Tokens(model)
                 synchronize(device)
                 began = time.perf_counter()
                 run[name]()
                 synchronize(device)
                 seconds[name].append(time.perf_counter() - began)
+                ran[name] = tokens.close()
     result: dict[str, Any] = {"group": case.group, "label": case.label, "procedures": {}}
     rates = {}
     for name in names:
@@ -379,11 +385,12 @@ def printed(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, name: str, results: dict[str, Any]) -> None:
-    """The results as `name`.json and `name`.png."""
+def write(folder: Path, name: str, results: dict[str, Any], plot: bool = True) -> None:
+    """The results as `name`.json and, which takes a second or two, `name`.png."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    drawn(results).savefig(folder / f"{name}.png", dpi=144)
+    if plot:
+        drawn(results).savefig(folder / f"{name}.png", dpi=144)
 
 
 def drawn(results: dict[str, Any]) -> Figure:
