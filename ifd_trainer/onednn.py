@@ -31,14 +31,15 @@ class OneDNN(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._works = available() and not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+        self._works = available() and not torch.is_grad_enabled()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         operands = _OPERANDS.get(func) if self._works else None
-        found = None if operands is None else operands(*args, **kwargs)
+        # Asked at each call: a trainer may switch autocast on inside the model's forward.
+        found = None if operands is None or torch.is_autocast_enabled("cpu") else operands(*args, **kwargs)
         if found is None or not _fits(*found):
             return func(*args, **kwargs)
         return _product(*found)

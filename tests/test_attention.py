@@ -111,6 +111,19 @@ def test_segments_that_share_nothing_gather_no_keys(use):
     assert query_ends.tolist() == key_ends.tolist()
 
 
+def test_each_device_of_a_spread_model_has_its_own_lengths(use):
+    use(Kernel())
+    spans = [Span(0, 10, np.empty(0, int)), Span(10, 12, np.arange(10))]
+    running = attention_module._Running(Plan(spans, CPU), check=False)
+    keys, query_ends, key_ends, *longest = running.packed(CPU)
+    assert (keys.tolist(), longest) == ([*range(10), *range(12)], [10, 12])
+    assert (query_ends.tolist(), key_ends.tolist()) == ([0, 10, 12], [0, 10, 22])
+    assert running.packed(CPU)[0] is keys
+    elsewhere = running.packed(torch.device("meta"))
+    assert {part.device.type for part in elsewhere[:3]} == {"meta"}
+    assert running.packed(torch.device("meta")) is elsewhere
+
+
 def test_under_autocast_the_kernel_gets_half_precision(use, monkeypatch):
     model, kernel = build_model(400), use(Kernel())
     monkeypatch.setattr(attention_module, "HALF", (torch.bfloat16,))
@@ -159,6 +172,13 @@ def test_kernels_of_pytorch(monkeypatch):
         (-1, 0),  # causal, aligned with the last key
         True,
     )
+
+    def varlen_attn_of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return query, scale, window_size
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn_of_2_11)
+    given_kernel = varlen_kernel(torch.device("cuda"))
+    assert given_kernel("q", "k", "v", "q ends", "k ends", 3, 4, 0.5) == ("q", 0.5, (-1, 0))
     monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, is_causal: None)  # an older one
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert varlen_kernel(torch.device("cuda")) is None

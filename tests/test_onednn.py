@@ -150,6 +150,8 @@ def test_not_while_gradients_are_on_nor_under_autocast_nor_switched_off(products
     assert layer.weight.grad is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), OneDNN():
         assert layer(torch.ones(2, 3)).dtype == torch.bfloat16
+    with torch.no_grad(), OneDNN(), torch.autocast("cpu", torch.bfloat16):  # as in a forward that a trainer wraps
+        assert layer(torch.ones(2, 3)).dtype == torch.bfloat16
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), OneDNN():
         layer(torch.ones(2, 3))
     assert products == []
