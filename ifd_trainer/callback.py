@@ -106,7 +106,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         id_column: column of row ids in the training set; "row_id" or "id" if there is one, else the position.
         header: text that precedes a direct answer, if it is not to be found from the prompts.
         min_answer_tokens: rows with fewer answer tokens are not scored.
-        token_budget: tokens of a scoring batch; see `score_pairs`.
+        token_budget: tokens of a scoring batch; see `ifd_trainer.scorer.Options`.
         warn_share: warn when more than this share of the scored rows has a score of 1 or more.
 
     Raises:

@@ -74,7 +74,7 @@ class IFDScorer:
             process takes the device of its rank.
         dtype: by default the checkpoint's own on an accelerator (bfloat16 if it says float16 and the device can),
             float32 on a CPU, where bfloat16 is slower.
-        token_budget: tokens of a batch; see `score_pairs`.
+        token_budget: tokens of a batch; see `ifd_trainer.scorer.Options`.
         revision, trust_remote_code: passed to `from_pretrained`.
 
     Raises:
@@ -160,7 +160,7 @@ class IFDScorer:
         return self._encoder(examples)
 
     def score(self, pairs: list[EncodedPair], progress: Callable[[int], Any] | None = None) -> Scores:
-        """Scores of encoded rows; `progress` as in `score_pairs`."""
+        """Scores of encoded rows; `progress` is called with the number of tokens done after each batch."""
         return score_pairs(self._model, pairs, token_budget=self.token_budget, progress=progress)
 
     def embed(self, texts: Sequence[str], progress: Callable[[int], Any] | None = None) -> np.ndarray:

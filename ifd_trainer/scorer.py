@@ -23,7 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from .head import Logits, find_change, lm_head, text_config, unwrapped, vocabula
 from .memory import token_budget as measured_budget
 from .positions import kinds_of_lengths
 from .stream import stream_batches
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,30 @@ CPU_LOGITS_BUDGET = 2**25
 ACCELERATOR_LOGITS_BUDGET = 2**28
 # Largest relative difference of the engines on the probe, in float32 and in half precision; they round differently.
 _PROBE_TOLERANCE, _HALF_PROBE_TOLERANCE = 1e-3, 2e-2
+
+
+class Options(TypedDict, total=False):
+    """How a model is run over many rows.
+
+    Attributes:
+        device: where the token ids go; the model's device by default.
+        token_budget: tokens of a batch; by default 2,048 on a CPU, fewer for a model with wide layers, and elsewhere
+            what half of the free memory holds, or 3 GiB of it (1,024 to 65,536 tokens), measured on a few batches.
+            Halved, with one warning, whenever the device runs out of memory.
+        progress: called with the number of tokens done after each batch.
+        engine: "auto", "stream" or "padded".
+        forwards: for processes that have to run the same number of forwards: called with the number of batches before
+            the first one, returns how many forwards to run, at least as many. Those without a batch run on two tokens.
+        sharded: the processes hold parts of one model's weights and gather them in every forward (FSDP, ZeRO-3). A
+            process that is out of memory then cannot halve its batch: the others would wait for it in a forward.
+    """
+
+    device: torch.device | str | None
+    token_budget: int | None
+    progress: Callable[[int], Any] | None
+    engine: Engine
+    forwards: Callable[[int], int] | None
+    sharded: bool
 
 
 @dataclass(frozen=True)
@@ -92,33 +119,14 @@ class Scores:
         return cls(*values, answer_tokens=tokens, ifd_status=status)
 
 
-def score_pairs(
-    model: nn.Module,
-    pairs: Sequence[EncodedPair],
-    *,
-    device: torch.device | str | None = None,
-    token_budget: int | None = None,
-    progress: Callable[[int], Any] | None = None,
-    engine: Engine = "auto",
-    forwards: Callable[[int], int] | None = None,
-    sharded: bool = False,
-) -> Scores:
+def score_pairs(model: nn.Module, pairs: Sequence[EncodedPair], **options: Unpack[Options]) -> Scores:
     """Score encoded rows.
 
     Args:
         model: a causal language model, or what a trainer wrapped around one (DDP, FSDP, DeepSpeed); put into eval mode
             and back.
         pairs: n encoded rows.
-        device: where the token ids go; the model's device by default.
-        token_budget: tokens of a batch; by default 2,048 on a CPU, fewer for a model with wide layers, and elsewhere
-            what half of the free memory holds, or 3 GiB of it (1,024 to 65,536 tokens), measured on a few batches.
-            Halved, with one warning, whenever the device runs out of memory.
-        progress: called with the number of tokens done after each batch.
-        engine: "auto", "stream" or "padded".
-        forwards: for processes that have to run the same number of forwards: called with the number of batches before
-            the first one, returns how many forwards to run, at least as many. Those without a batch run on two tokens.
-        sharded: the processes hold parts of one model's weights and gather them in every forward (FSDP, ZeRO-3). A
-            process that is out of memory then cannot halve its batch: the others would wait for it in a forward.
+        options: see `Options`.
 
     Returns:
         Scores of the n rows, in their order.
@@ -127,16 +135,7 @@ def score_pairs(
         torch.OutOfMemoryError: when one row alone does not fit, or a batch of a sharded model.
     """
     segments = [segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct)]
-    nll = answer_nll(
-        model,
-        segments,
-        device=device,
-        token_budget=token_budget,
-        progress=progress,
-        engine=engine,
-        forwards=forwards,
-        sharded=sharded,
-    )
+    nll = answer_nll(model, segments, **options)
     status = np.array([pair.status.value for pair in pairs], dtype=object)
     scored = status == Status.OK.value
     cas, das = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
@@ -145,50 +144,31 @@ def score_pairs(
     return Scores.from_nll(cas, das, tokens, status)
 
 
-def answer_nll(
-    model: nn.Module,
-    segments: Sequence[Segment],
-    *,
-    device: torch.device | str | None = None,
-    token_budget: int | None = None,
-    progress: Callable[[int], Any] | None = None,
-    engine: Engine = "auto",
-    forwards: Callable[[int], int] | None = None,
-    sharded: bool = False,
-) -> np.ndarray:
+def answer_nll(model: nn.Module, segments: Sequence[Segment], **options: Unpack[Options]) -> np.ndarray:
     """Mean negative log-likelihood of each segment's scored tokens.
 
         nll = -1/N * sum_{i >= start} log P(ids[i] | ids[:i])
 
-    Arguments as for `score_pairs`.
+    Options: see `Options`.
 
     Returns:
         (n,) float64, nats per token.
     """
     nll = np.empty(len(segments), dtype=np.float64)
-    options = {"device": device, "token_budget": token_budget, "progress": progress, "engine": engine}
-    for batch, losses, _ in _forwards(model, segments, None, forwards=forwards, sharded=sharded, **options):
+    for batch, losses, _ in _forwards(model, segments, **options):
         nll[batch] = losses
     return nll
 
 
 def prompt_features(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    *,
-    device: torch.device | str | None = None,
-    token_budget: int | None = None,
-    progress: Callable[[int], Any] | None = None,
-    engine: Engine = "auto",
-    forwards: Callable[[int], int] | None = None,
-    sharded: bool = False,
+    model: nn.Module, prompts: Sequence[Sequence[int]], **options: Unpack[Options]
 ) -> tuple[np.ndarray, np.ndarray]:
     """How a model sees n prompts of T tokens q_t: what the brief experience is sampled by (arXiv 2308.12032).
 
         embedding  = 1/T * sum_t h_t                            h_t: last hidden state, what the LM head reads
         perplexity = exp(-1/(T-1) * sum_{t > 1} log P(q_t | q_<t))
 
-    Arguments as for `score_pairs`.
+    Options: see `Options`.
 
     Returns:
         Embeddings (n, H) float32 and perplexities (n,) float64; NaN for a prompt of no token, and a perplexity of NaN
@@ -205,8 +185,7 @@ def prompt_features(
     perplexity = np.full(len(prompts), np.nan)
     embeddings = np.full((len(prompts), 0), np.nan, dtype=np.float32)
     sizes = [len(prompts[i]) for i in present]
-    options = {"device": device, "token_budget": token_budget, "progress": progress, "engine": engine}
-    for batch, losses, pooled in _forwards(model, segments, sizes, forwards=forwards, sharded=sharded, **options):
+    for batch, losses, pooled in _forwards(model, segments, sizes, **options):
         if not embeddings.shape[1]:
             embeddings = np.full((len(prompts), pooled.shape[1]), np.nan, dtype=np.float32)
         perplexity[present[batch]] = np.exp(losses)
@@ -218,14 +197,14 @@ def prompt_features(
 def _forwards(
     model: nn.Module,
     segments: Sequence[Segment],
-    pooled: Sequence[int] | None,
+    pooled: Sequence[int] | None = None,
     *,
-    device: torch.device | str | None,
-    token_budget: int | None,
-    progress: Callable[[int], Any] | None,
-    engine: Engine,
-    forwards: Callable[[int], int] | None,
-    sharded: bool,
+    device: torch.device | str | None = None,
+    token_budget: int | None = None,
+    progress: Callable[[int], Any] | None = None,
+    engine: Engine = "auto",
+    forwards: Callable[[int], int] | None = None,
+    sharded: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Run all segments in batches; their positions, their mean NLL and their mean hidden states.
 
