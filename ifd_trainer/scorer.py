@@ -399,14 +399,22 @@ def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run `model` in eval mode without gradients; give back every module's mode and the random states."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters()} | {device}  # a model may be spread over devices, or be off them
-    # A compiled model would be compiled anew for each shape, and with the hooks of scoring.
-    with _random_states(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with _random_states(devices), torch.no_grad(), _uncompiled(model):
         model.eval()
         try:
             yield
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Run a compiled model as it is: it would be compiled anew for each shape, and with the hooks of scoring.
+
+    Other models keep what they have compiled inside, such as flex attention.
+    """
+    compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
