@@ -21,7 +21,7 @@ from .encoding import Segment
 from .head import Logits, Targets, lm_head, whole_losses
 from .onednn import OneDNN, rounded
 from .stream import build_stream
-from .transfer import on_device
+from .transfer import Fetched, on_device
 
 
 @dataclass(frozen=True)
@@ -82,22 +82,22 @@ def streamed(segments: Sequence[Segment], device: torch.device) -> Batch:
 
 @dataclass(frozen=True)
 class Pending:
-    """What a forward gives, on its device: (N,) losses of a batch's targets, and (n, H) means, if they were wanted."""
+    """What a forward gives: (N,) losses of a batch's targets, and (n, H) means, if they were wanted."""
 
     batch: Batch
-    losses: torch.Tensor
-    mean_states: torch.Tensor | None
+    losses: Fetched
+    mean_states: Fetched | None
 
     def nll(self) -> np.ndarray:
         """Mean negative log-likelihood of each segment's scored tokens, (n,) float64; waits for the device."""
-        losses = np.empty(len(self.batch.order), dtype=np.float64)
-        losses[self.batch.order] = self.losses.cpu().double().numpy()  # not every device has float64
+        losses = np.empty(len(self.batch.order), dtype=np.float64)  # widened here: not every device has float64
+        losses[self.batch.order] = self.losses.array()
         firsts = np.cumsum(self.batch.scored) - self.batch.scored
         return np.add.reduceat(losses, firsts) / self.batch.scored
 
     def means(self) -> np.ndarray | None:
         """Mean hidden state of each segment, (n, H) float32."""
-        return None if self.mean_states is None else self.mean_states.cpu().numpy()
+        return None if self.mean_states is None else self.mean_states.array()
 
 
 def launch(
@@ -129,7 +129,7 @@ def launch(
             losses = whole_losses(logits_at(model, inputs, batch.where, means), targets)
         else:
             losses = _losses_at(model, inputs, batch.where, targets, logits, means)
-    return Pending(batch, losses, None if means is None else means.found)
+    return Pending(batch, Fetched(losses), None if means is None else Fetched(means.found))
 
 
 class _Means:

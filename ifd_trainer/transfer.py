@@ -1,4 +1,4 @@
-"""Arrays from the host to a device, without making the host wait for what the device is doing."""
+"""Arrays to a device and back, each in its turn: neither way waits for what is launched later."""
 
 from __future__ import annotations
 
@@ -16,3 +16,27 @@ def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Fetched:
+    """A tensor on its way to the host.
+
+    On CUDA the copy is launched now, behind what computes the tensor: one that is asked for later would stand behind
+    all that was launched until then.
+
+    >>> Fetched(torch.tensor([1.0, 2.0])).array().tolist()
+    [1.0, 2.0]
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._copied = tensor, None
+        if tensor.device.type == "cuda":
+            self._tensor = tensor.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    def array(self) -> np.ndarray:
+        """Its values; waits for them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor.cpu().numpy()

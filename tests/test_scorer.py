@@ -40,6 +40,7 @@ from ifd_trainer.scorer import (
     streams,
     token_progress,
 )
+from ifd_trainer.transfer import Fetched
 
 CPU = torch.device("cpu")
 MERGES = ('### Response:"Yes."',) * 40
@@ -429,16 +430,44 @@ def test_an_answer_that_the_model_knows_by_heart_is_nonfinite():
     np.testing.assert_allclose(scores.ifd, [np.nan, 1.0, 0.0], atol=1e-7)
 
 
-def test_losses_leave_a_device_without_float64_as_float32():
-    """An Apple GPU has no float64: only what is on the CPU is widened."""
+def test_losses_leave_a_device_as_float32_and_in_the_order_of_their_segments():
+    """An Apple GPU has no float64: only what is on the host is widened."""
 
     class OnDevice:
+        device = torch.device("mps")
+
         def cpu(self):
             return torch.tensor([1.0, 2.0, 3.0, 4.0])
 
     batch = streamed([Segment([4, 5, 6], 1)] * 2, CPU)  # one place predicts a token of each
     assert batch.targets.tolist() == [5, 5, 6, 6]
-    assert Pending(batch, OnDevice(), None).nll().tolist() == [2.0, 3.0]
+    assert Pending(batch, Fetched(OnDevice()), None).nll().tolist() == [2.0, 3.0]
+
+
+def test_results_are_copied_behind_what_computes_them_and_waited_for_alone(monkeypatch):
+    """As on CUDA, whose copies stand in one queue with what is launched."""
+    happened = []
+
+    class Event:
+        def record(self, stream):
+            happened.append(f"record on {stream}")
+
+        def synchronize(self):
+            happened.append("wait")
+
+    class OnDevice:
+        device = torch.device("cuda")
+
+        def to(self, device, non_blocking):
+            happened.append(f"copy to {device}, {non_blocking=}")
+            return torch.tensor([1.0])
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    fetched = Fetched(OnDevice())
+    assert happened == ["copy to cpu, non_blocking=True", "record on the stream of cuda"]
+    assert fetched.array().tolist() == [1.0]
+    assert happened[2:] == ["wait"]
 
 
 def test_an_impossible_token_is_nonfinite():

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ifd_trainer.encoding import Segment
 from ifd_trainer.scorer import answer_nll, prompt_features, streams
+from ifd_trainer.transfer import Fetched
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
@@ -94,6 +95,15 @@ def test_nothing_in_a_forward_waits_for_the_gpu(engine):
         torch.cuda.set_sync_debug_mode("default")
     assert len(seen) > 2
     assert set(seen) == {0}
+
+
+@needs_cuda
+def test_a_result_is_there_before_what_was_launched_after_it_has_ended():
+    fetched, later = Fetched(torch.ones(3, device=DEVICE)), torch.cuda.Event()
+    torch.cuda._sleep(2 * 10**9)  # cycles: a second or so
+    later.record()
+    assert fetched.array().tolist() == [1.0, 1.0, 1.0]
+    assert not later.query()
 
 
 @needs_cuda
