@@ -1,11 +1,12 @@
 """How many tokens a batch has: on an accelerator what its memory holds, on a CPU what the heap gives back quickly.
 
     bytes(t) = fixed + per_token * t                        the peak of a forward over what was there before
-    tokens   = (min(share * free, most) - fixed) / per_token
+    tokens   = (planned - fixed) / per_token
 
-Free is what the driver has and what the allocator holds without using it. Half of it is planned with: other libraries
-on the device (collectives, data loaders) ask the driver, who cannot give them what an allocator caches. More than 3 GiB
-are not: by arithmetic a 7B model has some 20,000 tokens in a batch then, and its products do not get faster with more.
+A quarter of the device's memory is planned with, and not more than 3 GiB: by arithmetic a 7B model has some 20,000
+tokens in a batch then, and its products do not get faster with more. What is free changes from epoch to epoch, and from
+a run to its resumption, whose batches, and with them the rounding of scores, are to be the same; so only less than
+twice as much being free makes it less. Free is what the driver has and what the allocator holds without using it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .onednn import rounded_down
 
 logger = logging.getLogger(__name__)
 
-SHARE, MOST_BYTES = 0.5, 3 * 2**30
+SHARE_OF_TOTAL, MOST_BYTES, SHARE_OF_FREE = 1 / 4, 3 * 2**30, 1 / 2
 # Fewer tokens leave a device idle; more gain nothing, and pad more.
 LEAST_TOKENS, MOST_TOKENS = 1024, 65536
 # Where it is not measured: weights spread over processes, which would have to try out the same number of forwards, or
@@ -48,14 +49,14 @@ class Footprint:
     fixed: float
     per_token: float
 
-    def tokens(self, free: int) -> int:
-        """Tokens of a batch for `free` bytes, a multiple of 16 between `LEAST_TOKENS` and `MOST_TOKENS`.
+    def tokens(self, planned: float) -> int:
+        """Tokens of a batch for so many bytes, between `LEAST_TOKENS` and `MOST_TOKENS`; see `onednn.rounded_down`.
 
-        >>> Footprint(fixed=2**20, per_token=2**16).tokens(free=2**30)
-        8176
+        >>> Footprint(fixed=2**20, per_token=2**16).tokens(2**29)
+        7936
         """
-        found = (min(SHARE * free, MOST_BYTES) - self.fixed) / self.per_token
-        return int(min(max(found, LEAST_TOKENS), MOST_TOKENS)) // 16 * 16
+        found = (planned - self.fixed) / self.per_token
+        return rounded_down(int(min(max(found, LEAST_TOKENS), MOST_TOKENS)))
 
 
 _footprints: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Footprint]] = weakref.WeakKeyDictionary()
@@ -103,14 +104,14 @@ def token_budget(
         except torch.OutOfMemoryError:
             logger.warning("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, rows * longest)
             return LEAST_TOKENS
-    footprint, free = known[case], free_bytes(memory, device)
-    budget = footprint.tokens(free)
+    footprint, planned = known[case], planned_bytes(memory, device)
+    budget = footprint.tokens(planned)
     logger.log(
         logging.INFO if new else logging.DEBUG,
-        "Token budget on %s: %d (%.1f GiB free; a forward takes %.0f MiB and %.0f KiB a token).",
+        "Token budget on %s: %d (for %.1f GiB; a forward takes %.0f MiB and %.0f KiB a token).",
         device,
         budget,
-        free / 2**30,
+        planned / 2**30,
         footprint.fixed / 2**20,
         footprint.per_token / 2**10,
     )
@@ -162,6 +163,8 @@ def measure(run: Callable[[int, bool], Any], sizes: tuple[int, int], memory: Any
     return Footprint(0.0, max(peak(small, True) / small, 1.0))
 
 
-def free_bytes(memory: Any, device: torch.device) -> int:
-    """Bytes that a forward could take."""
-    return memory.mem_get_info(device)[0] + memory.memory_reserved(device) - memory.memory_allocated(device)
+def planned_bytes(memory: Any, device: torch.device) -> float:
+    """Bytes that a forward is to take."""
+    free, total = memory.mem_get_info(device)
+    free += memory.memory_reserved(device) - memory.memory_allocated(device)
+    return min(SHARE_OF_TOTAL * total, MOST_BYTES, SHARE_OF_FREE * free)

@@ -65,7 +65,7 @@ class Options(TypedDict, total=False):
     Attributes:
         device: where the token ids go; the model's device by default.
         token_budget: tokens of a batch; by default 2,048 on a CPU, fewer for a model with wide layers, and elsewhere
-            what half of the free memory holds, or 3 GiB of it (1,024 to 65,536 tokens), measured on a few batches.
+            what a quarter of the device's memory holds, or 3 GiB (1,024 to 65,536 tokens), measured on a few batches.
             Halved, with one warning, whenever the device runs out of memory.
         progress: called with the number of tokens done after each batch.
         engine: "auto", "stream" or "padded".
