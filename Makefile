@@ -40,8 +40,9 @@ quality: $(READY)  ## check format and lint; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: $(READY)  ## speed and cost of scoring and of selection on this processor; JSON and PNG in runs/bench
+bench: $(READY)  ## speed, memory and cost of scoring and of selection on this processor; JSON and PNG in runs/bench
 	$(BIN)/python tests/benchmarks/scoring.py --model "$(DEMO_MODEL)" $(ARGS)
+	$(BIN)/python tests/benchmarks/streaming.py --model "$(DEMO_MODEL)"
 	$(BIN)/python tests/benchmarks/selection.py
 
 versions: $(READY)  ## the loop's tests with the newest and the oldest supported transformers and trl

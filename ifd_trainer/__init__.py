@@ -58,3 +58,8 @@ def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # What was not loaded yet is there too, for completion in a notebook.
+    return sorted({*globals(), *__all__})

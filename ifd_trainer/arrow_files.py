@@ -11,11 +11,12 @@ of `datasets`: each value is a JSON text in the file, and a Python value again i
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def read_csv(path: Path) -> Dataset:
     """The rows of a CSV file: columns of text, and of numbers where these are written back as they were read.
 
     Raises:
-        ValueError: for a file that is no CSV, or a row of more than 4 MiB.
+        ValueError: for a file that is no CSV or not UTF-8, names of columns that a data set cannot have, or a row of
+            more than 4 MiB.
     """
     return _cached(path, _csv_to_arrow)
 
@@ -53,7 +55,7 @@ def read_json(path: Path) -> Dataset:
     Columns are in the order in which they first appear; a row without one has null there.
 
     Raises:
-        ValueError: for a file that is neither, and for one without columns.
+        ValueError: for a file that is neither or not UTF-8, for one without columns, and for half of a character.
     """
     return _cached(path, _json_to_arrow)
 
@@ -84,6 +86,29 @@ def _cached(path: Path, write: Callable[[Path, Path], None]) -> Dataset:
     return Dataset.from_file(str(target))
 
 
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise ValueError(f"{path} has more than one column named {twice[0]!r}; rename all but one.")
+
+
+def _check_utf8(path: Path) -> None:
+    """Raise ValueError for a file that is not UTF-8, with the line of the first byte that shows it."""
+    decoder, line, block = codecs.getincrementaldecoder("utf-8")(), 1, b"-"
+    with path.open("rb") as file:
+        while block:
+            block = file.read(_BLOCK)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                raise ValueError(
+                    f"{path}, line {line}, is not UTF-8: it has the byte 0x{error.object[error.start]:02x}. Convert "
+                    "the file, if it is Latin-1 with `iconv -f LATIN1 -t UTF-8`."
+                ) from error
+            line += block.count(b"\n")
+
+
 # ---- Parquet ----------------------------------------------------------------------------------------------------
 
 
@@ -100,9 +125,7 @@ def parquet_features(path: Path) -> Features:
         schema = pq.read_schema(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file: {error}.") from error
-    twice = [name for name, times in Counter(schema.names).items() if times > 1]
-    if twice:
-        raise ValueError(f"{path} has more than one column named {twice[0]!r}; rename all but one.")
+    _check_names(path, schema.names)
     return Features.from_arrow_schema(schema)
 
 
@@ -139,9 +162,23 @@ def _csv_to_arrow(path: Path, target: Path) -> None:
 
 def _csv_blocks(path: Path) -> Iterator[pa.Table]:
     """Tables of text; `,,` is null, `,"",` the empty text. One table without rows where the file has none."""
+    try:
+        yield from _arrow_csv_blocks(path)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        _check_utf8(path)
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} cannot be read as CSV: {why}. Wanted: the names of the columns in the first line, as many "
+            "values in each row, values with commas or line breaks in double quotes, and no row of more than 4 MiB."
+        ) from error
+
+
+def _arrow_csv_blocks(path: Path) -> Iterator[pa.Table]:
+    """The tables, or the errors of Arrow, which do not name the file."""
     read, parse = pa.csv.ReadOptions(block_size=_BLOCK), pa.csv.ParseOptions(newlines_in_values=True)
     with pa.csv.open_csv(path, read_options=read, parse_options=parse) as blocks:
         names = blocks.schema.names
+    _check_names(path, names)
     convert = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.string()),
         null_values=[""],
@@ -169,12 +206,36 @@ def _survive(texts: pa.ChunkedArray, type: pa.DataType) -> bool:
 
 
 def _json_to_arrow(path: Path, target: Path) -> None:
+    try:
+        _write_columns(path, _columns_of(path), target)
+    except UnicodeEncodeError:
+        _check_characters(path)
+        raise
+
+
+def _check_characters(path: Path) -> None:
+    """Raise ValueError for a row with one half of a surrogate pair, for which UTF-8 has no bytes."""
+    for number, row in enumerate(chain.from_iterable(_row_blocks(path)), 1):
+        try:
+            _dumps(row).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{path}, row {number}, has {error.object[error.start]!r}, which is half of a character: write both "
+                "halves, as in '\\ud83d\\ude00', or leave it out."
+            ) from error
+
+
+def _columns_of(path: Path) -> dict[str, _Values]:
     columns: dict[str, _Values] = {}
     for rows in _row_blocks(path):
         for name in dict.fromkeys(chain.from_iterable(rows)):
             columns.setdefault(name, _Values()).add([row.get(name) for row in rows])
     if not columns:
         raise ValueError(f"{path} holds no rows: it is to be a JSON list of objects, or one object on each line.")
+    return columns
+
+
+def _write_columns(path: Path, columns: dict[str, _Values], target: Path) -> None:
     try:
         features = Features({name: column.feature(Json) for name, column in columns.items()})
     except ValueError as error:
@@ -298,12 +359,16 @@ def record_blocks(path: Path) -> Iterator[list]:
     """The values of a JSON list or of JSON lines, some at a time, whatever the file's ending; NaN and Infinity too.
 
     Raises:
-        ValueError: for a file that is neither; the message names the line of the value that cannot be read.
+        ValueError: for a file that is neither, or not UTF-8; the message names the line that cannot be read.
     """
     with path.open(encoding="utf-8-sig") as file:
         text, line, listed, ended = "", 1, None, False
         while not ended:
-            block = file.read(max(_BLOCK, len(text)))  # for a value longer than a block, twice as much each time
+            try:
+                block = file.read(max(_BLOCK, len(text)))  # for a value longer than a block, twice as much each time
+            except UnicodeDecodeError:
+                _check_utf8(path)
+                raise
             ended = not block
             text += block or "\n"  # what ends the last value
             start = _SPACE.match(text).end()

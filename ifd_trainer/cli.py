@@ -12,11 +12,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .formats import FORMATS
 
 if TYPE_CHECKING:
-    from .provenance import Provenance
+    from pathlib import Path
 
-_FORMATS = "alpaca, wizardlm, prompt-completion, messages, sharegpt"
+    from .columns import IFDScorer
+
+_FORMATS = ", ".join(FORMATS)
+_CHECKED_ROWS = 8  # to find out whether format, definition and tokenizer go together
+_LESS_MEMORY = (
+    "Take fewer tokens at a time (token budget, max length, batch size), a smaller dtype such as bfloat16, or a "
+    "smaller model."
+)
 _TRAIN_HELP = """\
 usage: ifd-trainer train [RECIPE.yaml] [--plan] [--KEY VALUE ...]
 
@@ -74,9 +82,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, OSError, ImportError) as error:
         print(f"ifd-trainer: error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        told = (str(error).splitlines() or ["Out of memory."])[0]
+        print(f"ifd-trainer: error: {told} {_LESS_MEMORY}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("ifd-trainer: interrupted; what is saved stays: run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # what was not imported has raised nothing
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
+def _positive(text: str) -> int:
+    """The type of options that count something."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wants a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,19 +143,31 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         help="paper: one tokenisation, the same answer tokens in both passes (default); cherry, superfiltering: what "
         "the published programs of these names compute",
     )
-    parser.add_argument("--max-length", type=int, help="most tokens of prompt and answer (default: the model's window)")
-    parser.add_argument("--min-answer-tokens", type=int, default=1, help="shorter answers are not scored (default 1)")
+    parser.add_argument(
+        "--max-length",
+        type=_positive,
+        help="most tokens of prompt and answer (default: the model's window; cherry 512 and superfiltering 1024, where "
+        "the window is not smaller)",
+    )
+    parser.add_argument(
+        "--min-answer-tokens", type=_positive, default=1, help="shorter answers are not scored (default 1)"
+    )
     parser.add_argument(
         "--score-truncated",
         action="store_true",
         help="score the part of a too long answer that fits, as the paper does",
     )
     parser.add_argument("--split", default="train", help="split of a hub data set (default train)")
-    parser.add_argument("--limit", type=int, help="score the first N rows only")
+    parser.add_argument("--limit", type=_positive, help="score the first N rows only")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the model's)")
-    parser.add_argument("--token-budget", type=int, help="tokens of a batch (default 2048 on a CPU, else 16384)")
-    parser.add_argument("--part-rows", type=int, help="rows saved at a time (default 64 on a CPU, else 2048)")
+    parser.add_argument(
+        "--token-budget",
+        type=_positive,
+        help="tokens of a batch (default: on a CPU 2048, fewer for a model with wide layers; elsewhere what a "
+        "quarter of the device's memory holds, or 3 GiB, as measured on a few batches)",
+    )
+    parser.add_argument("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
     parser.set_defaults(run=_score)
 
 
@@ -208,58 +246,42 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--output", help="folder to write to (default: beside the source)")
     parser.add_argument("--label", help="column of labels to show")
-    parser.add_argument("--rows", type=int, default=10, help="rows in each table (default 10)")
+    parser.add_argument("--rows", type=_positive, default=10, help="rows in each table (default 10)")
     parser.set_defaults(run=_report)
 
 
 def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
-    import torch
-    from datasets.fingerprint import Hasher
 
-    from .columns import IFDScorer, default_device
-    from .files import Parts, check_writable, load_rows, source_digest, with_columns, write_rows
+    from .columns import OWN_COLUMNS, SCORES_VERSION
+    from .files import Parts, check_features, check_writable, load_rows, source_digest, with_columns, write_rows
     from .job import Process, score_parts
-    from .provenance import write_provenance
+    from .provenance import provenance_of, write_provenance
 
     check_writable(options.output)
     process = Process.of_launch()
+    scorer = _scorer(options, process.local_rank)
     # What is read is cached on disk: the other processes find it there.
     rows = process.first("rows", lambda: load_rows(options.data, options.split))
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
     if not len(rows):
         raise ValueError(f"{options.data} has no rows to score.")
-    device = options.device
-    if device is None or (device == "cuda" and torch.cuda.is_available()):
-        device = default_device(process.local_rank)  # each process on a machine has a device of its own
-    kind = torch.device(device).type
-    scorer = IFDScorer(
-        options.model,
-        format=options.format,
-        definition=options.definition,
-        max_length=options.max_length,
-        min_answer_tokens=options.min_answer_tokens,
-        score_truncated=options.score_truncated,
-        device=kind,
-        dtype=options.dtype,
-        token_budget=options.token_budget,
-    )
-    size = options.part_rows or (64 if kind == "cpu" else 2048)
-    job = {
-        "data": source_digest(options.data, rows),
-        "rows": len(rows),
-        "part_rows": size,
-        "scorer": Hasher.hash(scorer),  # the same for all processes, and for any number of them
-    }
-    scorer.device = device
-    parts = process.first("parts", lambda: Parts(options.output, job))
+    check_features(rows.features, options.output)
+    process.first("check", lambda: scorer.check(rows[:_CHECKED_ROWS]))  # no folder and no weights before that
+    settings = scorer.settings(rows.column_names)
+    size = options.part_rows or (64 if settings["device"] == "cpu" else 2048)
+    # The same for all processes, and for any number of them.
+    job = {"data": source_digest(options.data, rows), "rows": len(rows), "part_rows": size}
+    job |= {"weights": scorer.digest(), **settings, "scores_version": SCORES_VERSION}
+    parts = process.first("parts", lambda: Parts(options.output, job, process.main))
     score_parts(rows, scorer, parts, size, process)
     if not process.main:
         return 0
     scores = parts.join(len(range(0, len(rows), size)))
-    rows = with_columns(rows, scores)  # scored again: the new scores take the place of the old ones
-    write_rows(rows, options.output)
-    write_provenance(options.output, _provenance(options, rows.column_names), scores)
+    # Scored again: what was chosen by older scores goes with them.
+    rows = with_columns(rows.remove_columns([name for name in OWN_COLUMNS if name in rows.column_names]), scores)
+    write_rows(rows, options.output, parts.folder)
+    write_provenance(options.output, provenance_of(settings, options.model, options.data), scores)
     parts.remove()
     counted = sorted(pc.value_counts(scores.data["ifd_status"]).to_pylist(), key=lambda status: -status["counts"])
     counts = ", ".join(f"{status['counts']} {status['values']}" for status in counted)
@@ -267,22 +289,24 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
-def _provenance(options: argparse.Namespace, columns: list[str]) -> Provenance:
-    from .encoding import DEFAULT_MAX_LENGTH
-    from .formats import SUPERFILTERING, resolve_format
-    from .provenance import Provenance
+def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
+    import torch
 
-    bare = options.definition == "superfiltering" and options.format is None
-    return Provenance(
+    from .columns import IFDScorer, default_device
+
+    device = options.device
+    if device is None or (device == "cuda" and torch.cuda.is_available()):
+        device = default_device(local_rank)  # each process on a machine has a device of its own
+    return IFDScorer(
+        options.model,
+        format=options.format,
         definition=options.definition,
-        model=options.model,
-        format=SUPERFILTERING.name if bare else resolve_format(options.format, columns).name,
-        max_length=options.max_length or DEFAULT_MAX_LENGTH.get(options.definition),
+        max_length=options.max_length,
         min_answer_tokens=options.min_answer_tokens,
         score_truncated=options.score_truncated,
+        device=device,
         dtype=options.dtype,
-        source=options.data,
-        program=f"ifd_trainer {__version__}",
+        token_budget=options.token_budget,
     )
 
 
@@ -290,7 +314,7 @@ def _select(options: argparse.Namespace) -> int:
     import numpy as np
 
     from .card import card_paths, check_card, summary, write_card
-    from .files import check_writable, output_file, write_tables
+    from .files import check_features, check_writable, output_file, write_tables
     from .hub import check_repository, push_files
     from .provenance import OWN_SCORES, find_scores
     from .scan import Marked, Scan
@@ -298,6 +322,8 @@ def _select(options: argparse.Namespace) -> int:
     from .subset import choose, tie_ids
 
     data, in_folder = output_file(options.output)
+    if data.is_file():
+        _check_apart(data, options)
     card, image = card_paths(data, in_folder)
     check_writable(data)
     if options.card:
@@ -309,6 +335,7 @@ def _select(options: argparse.Namespace) -> int:
     elif options.private:
         raise ValueError("--private goes with --push-to-hub USER/NAME.")
     rows = Scan(options.data, options.split)
+    check_features(rows.features, data)
     own = options.scores is None and options.scores_format in (None, "ifd-trainer") and "ifd_status" in rows.features
     # Without scores of their own the texts are wanted too: of answers that another program did not score.
     table = rows.coded_frame(OWN_SCORES) if own else rows.frame(rows.column_names)
@@ -356,6 +383,22 @@ def _select(options: argparse.Namespace) -> int:
         files = {data.name: data, "README.md": card, image.name: image}
         print(f"Pushed to {push_files(options.push_to_hub, files, options.private)}.")
     return 0
+
+
+def _check_apart(output: Path, options: argparse.Namespace) -> None:
+    """Raise ValueError where the rows that are kept would be written over the rows or scores they are chosen from."""
+    from pathlib import Path
+
+    # With all rows, none of the data's would be lost; scores are another program's file.
+    sources = [options.scores] if options.all else [options.data, options.scores]
+    for source in map(Path, filter(None, sources)):
+        whole = source / f"{options.split}.parquet"  # what is read of a folder, if it is there
+        files = [whole] if whole.is_file() else [source, *source.rglob("*")]
+        if any(output.samefile(path) for path in files if path.is_file()):
+            raise ValueError(
+                f"--output {output} is read by this command, and what is not kept of it would be lost. Write to "
+                "another file, or, to keep all rows of DATA, add --all."
+            )
 
 
 def _train(arguments: list[str]) -> int:

@@ -2,7 +2,8 @@
 
 `datasets.map` caches by the pickle of the callable. The pickle of an `IFDScorer` holds a digest of the weights and
 the options, never the weights: equal weights and options hit the cache, changed weights miss it, and hashing costs
-one read of the weights at most.
+one read of the weights at most. Since the workers of `num_proc` load the model from that pickle, it holds a local
+folder's path too, in one spelling of all: a copy of the folder misses the cache.
 
 For a pool beyond one machine, a Ray cluster scores with one model for each GPU (`pip install ifd_trainer[ray]`):
 
@@ -24,7 +25,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,23 @@ import pyarrow as pa
 import torch
 from datasets.formatting.formatting import LazyRow
 from datasets.utils import are_progress_bars_disabled
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from .encoding import EncodedPair, Encoder, Status
+from .encoding import EncodedPair, Encoder, Status, check_positive
 from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
 from .scorer import Scores, prompt_features, score_pairs, token_progress
 
 IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
+# What `ifd-trainer select` adds, from scores that are no longer there once a row is scored again.
+SELECTION_COLUMNS = {"ifd_definition": pa.string(), "ifd_rank": pa.int64(), "ifd_reason": pa.string()}
+OWN_COLUMNS = (*IFD_COLUMNS, *SELECTION_COLUMNS)
 _ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt")
 # What a config says about a model's origin and use, not about its numbers.
 _NOT_IN_DIGEST = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 _PID = os.getpid()
-_SCORES_VERSION = 1  # raised when the same weights and options would give other scores
+SCORES_VERSION = 2  # raised when the same weights and options would give other scores
 
 
 class IFDScorer:
@@ -57,17 +62,19 @@ class IFDScorer:
         ifd = cas / das                            ifd_ppl = exp(cas - das)
 
     Columns: `cas`, `das` (nats per token), `ifd`, `ifd_ppl` (float64, null unless `ifd_status` is "ok"),
-    `answer_tokens` (int64) and `ifd_status` (`Status`). All other columns stay as they are. End-of-turn tokens are
-    not part of the answer.
+    `answer_tokens` (int64) and `ifd_status` (`Status`). All other columns stay as they are, but what a selection by
+    older scores left behind: `ifd_definition` becomes that of these scores, `ifd_rank` and `ifd_reason` null.
+    End-of-turn tokens are not part of the answer.
 
     Args:
         model: a hub name, a local path, or a loaded causal LM.
-        tokenizer: needed with a loaded model unless `model.config.name_or_path` leads to one.
+        tokenizer: loaded, or its name or path; needed with a loaded model unless `model.config.name_or_path` leads to
+            one.
         format: a `PromptFormat` or its name; detected from the columns by default.
         definition: "paper" (default), "cherry" or "superfiltering": what precedes and bounds the direct answer; see
             `ifd_trainer.encoding`.
-        max_length: most tokens of prompt and answer; by default the model's context window ("cherry": 512,
-            "superfiltering": 1024).
+        max_length: most tokens of prompt and answer, at most the model's context window; by default that ("cherry":
+            512, "superfiltering": 1024, where the window is not smaller).
         min_answer_tokens: rows with fewer answer tokens are `too_short`.
         score_truncated: score the part of a too long answer that fits, as the paper does, instead of `truncated`.
         device: "cuda", "mps" or "cpu" by default, the first there is. With `map(with_rank=True, num_proc=N)` each
@@ -75,11 +82,12 @@ class IFDScorer:
         dtype: by default the checkpoint's own on an accelerator (bfloat16 if it says float16 and the device can),
             float32 on a CPU, where bfloat16 is slower.
         token_budget: tokens of a batch; see `ifd_trainer.scorer.Options`.
-        revision, trust_remote_code: passed to `from_pretrained`.
+        revision, trust_remote_code: passed to `from_pretrained`; the revision is not that of a named tokenizer.
 
     Raises:
         ValueError: for a format that cannot be told from the columns, `map` without `batched=True`, or options that
-            contradict each other.
+            contradict each other or the model.
+        FileNotFoundError: for the path of a folder that is not there.
 
     >>> from datasets import load_dataset                                                    # doctest: +SKIP
     >>> ds = load_dataset("json", data_files="alpaca.json", split="train")                   # doctest: +SKIP
@@ -102,7 +110,13 @@ class IFDScorer:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+        named = isinstance(model, (str, os.PathLike))
+        if not named and not isinstance(model, torch.nn.Module):
+            raise ValueError(
+                f"model must be a hub name, a path or a loaded causal LM, got {type(model).__name__}: {model!r}."
+            )
+        check_positive(token_budget=token_budget)
+        self.name = model_name(model) if named else None
         self.format = format
         self.options = {
             "definition": definition,
@@ -110,34 +124,50 @@ class IFDScorer:
             "min_answer_tokens": min_answer_tokens,
             "score_truncated": score_truncated,
         }
-        self.device, self.dtype, self.token_budget = device, dtype, token_budget
+        Encoder(None, **self.options)  # wrong options are errors here, not after the model has loaded
+        self.device, self.dtype, self.token_budget = device, _dtype(dtype), token_budget
+        if device is not None:
+            _device_type(device)
         self.hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = AutoTokenizer.from_pretrained(model_name(tokenizer), trust_remote_code=trust_remote_code)
         self.tokenizer = tokenizer
-        self._model = None if self.name is not None else model
+        self._model = None if named else model
         self._encoder: Encoder | None = None
-        Encoder(None, **self.options)  # a wrong definition is an error here, not after the model has loaded
 
-    def __call__(self, batch: Mapping[str, list] | pa.Table, rank: int | None = None) -> dict[str, list] | pa.Table:
+    def __call__(
+        self, batch: Mapping[str, list] | pa.Table, rank: int | None = None, *more: Any
+    ) -> dict[str, list] | pa.Table:
         """Columns for a batch of rows, as `datasets.map(batched=True)` passes and takes them.
 
         An Arrow table, as Ray passes it with `batch_format="pyarrow"`, comes back whole, with the columns at its end.
         """
         if isinstance(batch, pa.Table):
             return self._table(batch, rank)
-        self._need_batch(batch)
+        self._need_batch(batch, rank, *more)
         pairs = self.encode(batch, rank)
         # `map` shows a batch once it is done, which on a CPU takes minutes; workers would write over each other.
         show = os.getpid() == _PID and not are_progress_bars_disabled()
         with token_progress(pairs, "Scoring a batch", show) as bar:
             scores = self.score(pairs, bar.update)
-        return {name: _Column(values) for name, values in scores.columns().items()}
+        return {name: _Column(values) for name, values in scores.columns().items()} | self._not_selected(batch)
+
+    def _not_selected(self, batch: Mapping[str, list]) -> dict[str, list]:
+        """Columns of an older selection, for rows that are scored anew: `map` can replace a column, not drop it."""
+        rows = len(next(iter(batch.values()), []))
+        values = {"ifd_definition": self.options["definition"]}
+        return {
+            name: _Column(np.full(rows, values.get(name), dtype=object), kind)
+            for name, kind in SELECTION_COLUMNS.items()
+            if name in batch
+        }
 
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
         if not table.num_rows:  # Ray tells a schema by an empty block
             scores = Scores.unscored(0, Status.OK.value)
         else:
             scores = self.score(self.encode(table.to_pydict(), rank))
-        table = table.drop_columns([name for name in IFD_COLUMNS if name in table.column_names])
+        table = table.drop_columns([name for name in OWN_COLUMNS if name in table.column_names])
         for name, values in scores.columns().items():
             table = table.append_column(name, pa.array(_Column(values), _ARROW_TYPES[values.dtype.kind]))
         return table
@@ -145,19 +175,47 @@ class IFDScorer:
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
         """Render and tokenise a batch; loads the model on first use."""
         self._load(rank)
-        format = self.format
-        if format is None and self.options["definition"] == "superfiltering":
-            format = SUPERFILTERING
-        format = resolve_format(format, batch)
-        columns = list(batch)
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        examples, error = _render(rows, format, self._encoder.tokenizer)
-        if rows and error is not None and all(example is None for example in examples):
+        format = self._format(batch)
+        examples, error = _render(batch, format, self._encoder.tokenizer)
+        if error is not None and all(example is None for example in examples):
             raise ValueError(
-                f"None of {len(rows)} rows can be rendered as {format.name!r}; the first one: {error}. Check the "
+                f"None of {len(examples)} rows can be rendered as {format.name!r}; the first one: {error}. Check the "
                 "columns, or pass another format."
             )
         return self._encoder(examples)
+
+    def check(self, batch: Mapping[str, list]) -> None:
+        """Raise now what scoring such rows would raise once the weights are loaded, from the tokenizer and the config.
+
+        A device that is not there, columns that the format does not find, a format that the definition or the tokenizer
+        does not go with, a max_length above the model's window.
+        """
+        if self.device is not None:
+            _check_device(self.device)
+        format = self._format(batch)
+        self._prepare()
+        self._encoder(_render(batch, format, self._encoder.tokenizer)[0])
+
+    def settings(self, columns: Iterable[str]) -> dict[str, str | int | bool | None]:
+        """The options in force for rows with these columns, the format by its name; None for what loading decides."""
+        self._prepare()
+        return self.options | {
+            "max_length": self._encoder.max_length,
+            "format": self._format(columns).name,
+            "device": None if self.device is None else _device_type(self.device),
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "token_budget": self.token_budget,
+        }
+
+    def digest(self) -> str:
+        """What tells the weights from others: a digest, the same for every copy of a folder; a hub name's commit."""
+        if self.name is not None:
+            return checkpoint_digest(self.name, self.hub["revision"])
+        return weights_digest(self._model) if self._model is not None else self._weights
+
+    def _format(self, columns: Iterable[str]) -> PromptFormat:
+        bare = self.format is None and self.options["definition"] == "superfiltering"
+        return resolve_format(SUPERFILTERING if bare else self.format, columns)
 
     def score(self, pairs: list[EncodedPair], progress: Callable[[int], Any] | None = None) -> Scores:
         """Scores of encoded rows; `progress` is called with the number of tokens done after each batch."""
@@ -169,7 +227,7 @@ class IFDScorer:
         Texts longer than the model's window are cut at their end.
         """
         self._load(None)
-        window = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        window = self._encoder.window
         ids = self._encoder.tokenizer(list(texts), truncation=window is not None, max_length=window, verbose=False)
         return prompt_features(self._model, ids["input_ids"], token_budget=self.token_budget, progress=progress)[0]
 
@@ -179,7 +237,12 @@ class IFDScorer:
         self._load(None)
         return self._model
 
-    def _need_batch(self, batch: Mapping[str, list]) -> None:
+    def _need_batch(self, batch: Mapping[str, list], rank: int | None, *more: Any) -> None:
+        if more or isinstance(batch, (list, str)) or isinstance(rank, (list, str)):
+            raise ValueError(
+                "IFDScorer reads the columns of its format itself: call `dataset.map(scorer, batched=True)` without "
+                "input_columns and with_indices."
+            )
         if not isinstance(batch, Mapping):
             raise ValueError(
                 f"IFDScorer takes Python values or an Arrow table, got a {type(batch).__name__}: call it on "
@@ -193,42 +256,52 @@ class IFDScorer:
         if isinstance(batch, LazyRow) or any(isinstance(value, str) for value in batch.values()):
             raise ValueError("IFDScorer scores batches: call `dataset.map(scorer, batched=True)`.")
 
-    def _load(self, rank: int | None) -> None:
+    def _prepare(self) -> None:
+        """Load what is small and tells most mistakes: config and tokenizer."""
         if self._encoder is not None:
             return
-        if self._model is None:
-            if self.name is None:
-                raise ValueError(
-                    "This IFDScorer was sent to another process, and a loaded model does not travel. Pass a name or a "
-                    "path instead of a loaded model to use num_proc."
-                )
-            device = self.device or default_device(rank)
-            if os.getpid() != _PID and torch.device(device).type == "cpu":
-                # A forked worker waits forever for OpenMP threads that its parent had and a fork does not copy.
-                torch.set_num_threads(1)
-            config = AutoConfig.from_pretrained(self.name, **self.hub)
-            dtype = self.dtype or default_dtype(config, device)
-            self._model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, **self.hub).to(device)
+        if self._model is None and self.name is None:
+            raise ValueError(
+                "This IFDScorer was sent to another process, and a loaded model does not travel. Pass a name or a "
+                "path instead of a loaded model to use num_proc."
+            )
+        config = self._config() if self._model is None else self._model.config
         tokenizer = self.tokenizer
         if tokenizer is None:
-            source = self.name or self._model.config.name_or_path
+            source = self.name or config.name_or_path
             if not source:
                 raise ValueError("Pass the tokenizer too: the loaded model does not say where it came from.")
             tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
-        options = dict(self.options)
-        if options["max_length"] is None and options["definition"] == "paper":
-            options["max_length"] = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        self._encoder = Encoder(tokenizer, **options)
+        window = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self._encoder = Encoder(tokenizer, **self.options, window=window)
+
+    def _load(self, rank: int | None) -> None:
+        self._prepare()
+        if self._model is not None:
+            return
+        device = self.device or default_device(rank)
+        _check_device(device)
+        if os.getpid() != _PID and torch.device(device).type == "cpu":
+            # A forked worker waits forever for OpenMP threads that its parent had and a fork does not copy.
+            torch.set_num_threads(1)
+        dtype = self.dtype or default_dtype(self._config(), device)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, **self.hub)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights in {self.name} cannot be read ({error}): a file is damaged or was cut short. Download or "
+                "copy it again."
+            ) from error
+        self._model = model.to(device)
+
+    def _config(self) -> PretrainedConfig:
+        return AutoConfig.from_pretrained(self.name, **self.hub)
 
     def __getstate__(self) -> dict[str, Any]:
         # What is pickled is what identifies the scores: options and a digest of the weights. Nothing that is loaded
         # on use belongs here, or a second `map` with the same scorer would miss the cache of the first.
-        if self.name is not None:
-            weights = checkpoint_digest(self.name, self.hub["revision"])
-        else:
-            weights = weights_digest(self._model) if self._model is not None else self._weights
         state = {key: value for key, value in vars(self).items() if key not in ("_model", "_encoder")}
-        return state | {"_weights": weights, "_version": _SCORES_VERSION}
+        return state | {"_weights": self.digest(), "_version": SCORES_VERSION}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _model=None, _encoder=None)
@@ -245,6 +318,53 @@ def _in_ray() -> bool:
         return False
     context = ray.get_runtime_context()
     return context.get_actor_id() is not None or context.get_task_id() is not None
+
+
+def model_name(name: str | os.PathLike) -> str:
+    """A hub name as it is; a folder by its real path, so that all spellings of it are one.
+
+    Raises:
+        FileNotFoundError: for a path, which no hub name could be, without a folder.
+    """
+    name = os.fspath(name)
+    if os.path.isdir(name):
+        return os.path.realpath(name)
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(name):
+        raise FileNotFoundError(
+            f"No such folder: {name!r}. A model is a folder with config.json, weights and tokenizer, or a hub name."
+        )
+    return name
+
+
+def _device_type(device: str | torch.device) -> str:
+    try:
+        return torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(
+            f"Unknown device {device!r}: use 'cuda' ('cuda:1' for the second one), 'mps' or 'cpu'."
+        ) from error
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Raise ValueError for a device on which no tensor can be made; a process should not fork after that."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")  # of what may be a page
+        raise ValueError(
+            f"The device {str(device)!r} cannot be used here: {reason}. Leave device out to take the best there "
+            f"is: {default_device()!r}."
+        ) from error
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """A dtype by its name; "auto" is transformers' word for the checkpoint's own."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto"):
+        return dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
+    return found
 
 
 def default_device(rank: int | None = None) -> str:
@@ -267,9 +387,9 @@ def default_dtype(config: Any, device: str) -> torch.dtype:
 class _Column(list):
     """Values of a column, None for NaN, with their Arrow type: a batch of nulls does not tell `datasets` its type."""
 
-    def __init__(self, values: np.ndarray) -> None:
+    def __init__(self, values: np.ndarray, type: pa.DataType | None = None) -> None:
         super().__init__(None if value != value else value for value in values.tolist())
-        self.type = _ARROW_TYPES[values.dtype.kind]
+        self.type = type or _ARROW_TYPES[values.dtype.kind]
 
     def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
         return pa.array(list(self), type or self.type)
@@ -303,8 +423,12 @@ def checkpoint_digest(name: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _render(rows: list[dict], format: PromptFormat, tokenizer: Any) -> tuple[list[Example | None], Exception | None]:
+def _render(
+    batch: Mapping[str, list], format: PromptFormat, tokenizer: Any
+) -> tuple[list[Example | None], Exception | None]:
     """Examples, None where a row is malformed, and the first error."""
+    columns = list(batch)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     examples, first = [], None
     for row in rows:
         try:

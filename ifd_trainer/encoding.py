@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,14 @@ class Encoder:
     Args:
         tokenizer: a `transformers` tokenizer; used, never changed.
         definition: `paper`, `cherry` or `superfiltering`.
-        max_length: most tokens of prompt and answer together; None for no limit (512 for cherry, 1024 for
-            superfiltering, as in their programs).
+        max_length: most tokens of prompt and answer together; None for the window (for cherry 512 and for
+            superfiltering 1024, as in their programs, where the window is not smaller).
         min_answer_tokens: rows with fewer answer tokens get the status `too_short`.
         score_truncated: score the part of an answer that fits (`paper` only) instead of the status `truncated`.
+        window: most tokens that the model was made for; None for no limit.
+
+    Raises:
+        ValueError: for an unknown definition, numbers below 1, or a max_length above the window.
     """
 
     tokenizer: Any
@@ -95,12 +100,21 @@ class Encoder:
     max_length: int | None = None
     min_answer_tokens: int = 1
     score_truncated: bool = False
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.definition not in DEFINITIONS:
             raise ValueError(f"Unknown definition {self.definition!r}; choose one of {', '.join(DEFINITIONS)}.")
+        check_positive(max_length=self.max_length, min_answer_tokens=self.min_answer_tokens)
+        limits = [limit for limit in (DEFAULT_MAX_LENGTH.get(self.definition), self.window) if limit is not None]
         if self.max_length is None:
-            object.__setattr__(self, "max_length", DEFAULT_MAX_LENGTH.get(self.definition))
+            object.__setattr__(self, "max_length", min(limits, default=None))
+        elif self.window is not None and self.max_length > self.window:
+            # Learned positions end there; rotary ones go on, with numbers that the model never learned to use.
+            raise ValueError(
+                f"max_length={self.max_length} is more than the model's window of {self.window} tokens. Lower it, or "
+                f"leave it out: the default is {min(limits)}."
+            )
 
     def __call__(self, examples: Sequence[Example | None]) -> list[EncodedPair]:
         """Encode a batch; `None` stands for a row that could not be rendered."""
@@ -111,7 +125,7 @@ class Encoder:
         for special, group in groupby(sorted(present, key=_by_kind), key=_by_kind):
             positions, batch = zip(*group, strict=True)
             for position, pair in zip(positions, encode(batch, special), strict=True):
-                pairs[position] = pair
+                pairs[position] = pair if self._in_window(pair) else EncodedPair.unscorable(Status.TRUNCATED)
         return pairs
 
     def _paper(self, examples: Sequence[Example], special: bool) -> Iterator[EncodedPair]:
@@ -186,6 +200,10 @@ class Encoder:
             else:
                 yield self._checked(given, alone)
 
+    def _in_window(self, pair: EncodedPair) -> bool:
+        """Whether the direct answer fits too: the programs cut it a few tokens behind max_length."""
+        return pair.direct is None or self.window is None or len(pair.direct.ids) <= self.window
+
     def _checked(self, given: Segment, alone: Segment) -> EncodedPair:
         if given.scored < self.min_answer_tokens:
             return EncodedPair.unscorable(Status.TOO_SHORT)
@@ -201,6 +219,17 @@ class Encoder:
     def _tokenize(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         encoded = self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
         return encoded["input_ids"]
+
+
+def check_positive(**numbers: int | None) -> None:
+    """Raise ValueError for a number that is none, not whole or below 1; None stands for a default.
+
+    >>> check_positive(max_length=512, token_budget=None)
+    """
+    for name, number in numbers.items():
+        whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if number is not None and not (whole and number >= 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
 
 
 def direct_prefix(tokenizer: Any, header: str, special: bool) -> list[int]:

@@ -7,8 +7,10 @@ list or a mapping is written there as JSON. Reading and writing a file take memo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -20,10 +22,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 
 from .arrow_files import file_digest, holds_json, python_values, read_csv, read_json, read_parquet, record_blocks
 from .history import write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}
 _CHUNK_ROWS = 10_000  # rows in memory at a time
@@ -31,7 +38,7 @@ _ROW_GROUP_BYTES = 100 * 10**6
 
 
 def load_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
-    """A data set from a file (by its ending), from a folder of files, or from a hub, by name.
+    """A data set from a file (by its ending), a folder of files or of `save_to_disk`, or from a hub, by name.
 
     Raises:
         FileNotFoundError: when `source` looks like a file and is none.
@@ -42,46 +49,55 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         return READERS[_ending(path)](path)
     if (path / f"{split}.parquet").is_file():
         return read_parquet(path / f"{split}.parquet")
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return load_from_disk(path)
     if path.is_dir():
-        return load_dataset(str(path), config, split=split)
-    if path.suffix in READERS or source.startswith((".", "/")):
+        return load_dataset(str(path.resolve()), config, split=split)  # which cannot read "."
+    if path.suffix.lower() in READERS or source.startswith((".", "/")):
         raise FileNotFoundError(
             f"No such file: {source}. Files end in {', '.join(READERS)}; other names are hub names."
         )
     return load_dataset(source, config, split=split)
 
 
-def write_rows(dataset: Dataset, path: str | os.PathLike) -> None:
-    """Write a data set in the format of the path's ending, atomically; nulls stay nulls."""
-    write_tables(tables_of(dataset, _CHUNK_ROWS), dataset.features, path)
+def write_rows(dataset: Dataset, path: str | os.PathLike, folder: Path | None = None) -> None:
+    """Write a data set in the format of the path's ending, atomically; nulls stay nulls. See `write_tables`."""
+    write_tables(tables_of(dataset, _CHUNK_ROWS), dataset.features, path, folder)
 
 
-def write_tables(tables: Iterable[pa.Table], features: Features, path: str | os.PathLike) -> None:
+def write_tables(
+    tables: Iterable[pa.Table], features: Features, path: str | os.PathLike, folder: Path | None = None
+) -> None:
     """Write tables one after another, as `write_rows` does a data set; few of them are in memory at a time.
 
     Args:
         tables: parts of a data set.
         features: the types of its columns.
         path: the file; its ending says the format.
+        folder: where the file is until it is complete, on the same file system; by default beside its place.
+
+    Raises:
+        ValueError: see `check_features`.
     """
     path = Path(path)
-    _ending(path)
+    ending = _ending(path)
+    check_features(features, path)
     # A set without rows has columns too.
     tables = chain([pa.Table.from_batches([], features.arrow_schema)], tables)
 
     def write(temporary: Path) -> None:
-        if path.suffix == ".parquet":
+        if ending == ".parquet":
             _write_parquet(tables, features.arrow_schema, temporary)
             return
         info = DatasetInfo(features=features)
         # A fingerprint that is given is not computed from the rows.
         parts = (Dataset(part, info, fingerprint="part") for table in tables for part in _slices(table))
-        if path.suffix == ".csv":
+        if ending == ".csv":
             _write_csv(parts, temporary)
         else:
-            _write_json(parts, temporary, lines=path.suffix == ".jsonl")
+            _write_json(parts, temporary, lines=ending == ".jsonl")
 
-    write_atomically(path, write)
+    write_atomically(path, write, folder)
 
 
 def tables_of(dataset: Dataset, rows: int) -> Iterator[pa.Table]:
@@ -115,9 +131,24 @@ def read_records(path: str | os.PathLike) -> list:
 
 def check_writable(path: str | os.PathLike) -> None:
     """Raise ValueError now if `write_rows` could not write to this path after hours of work."""
-    _ending(Path(path))
-    if not os.access(_existing_parent(Path(path)), os.W_OK):
-        raise ValueError(f"Cannot write to {path}: the folder is not writable.")
+    path = Path(path)
+    ending, parent = _ending(path), _existing_parent(path)
+    if path.is_dir():
+        raise ValueError(f"Cannot write to {path}: it is a folder. Name a file, such as {path / f'scored{ending}'}.")
+    if not parent.is_dir():
+        raise ValueError(f"Cannot write to {path}: {parent} is a file, not a folder. Write to another folder.")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"Cannot write to {path}: the folder {parent} is not writable. Write to another one.")
+
+
+def check_features(features: Features, path: str | os.PathLike) -> None:
+    """Raise ValueError now for columns that the format of this path cannot hold: bytes are in Parquet files only."""
+    names = [field.name for field in features.arrow_schema if _has_bytes(field.type)]
+    if names and (ending := _ending(Path(path))) != ".parquet":
+        raise ValueError(
+            f"Cannot write {path}: {ending} is text, and the column {names[0]!r} holds bytes. Write to a .parquet "
+            "file, or drop the column."
+        )
 
 
 def output_file(output: str) -> tuple[Path, bool]:
@@ -136,31 +167,42 @@ class Parts:
 
     Args:
         output: the file that the job makes; parts are kept in `<output>.parts`.
-        job: what the parts depend on; parts of another job are not taken over.
+        job: what the parts depend on, by name; parts of another job are not taken over.
+        main: whether this is the process of the job that writes the output. It keeps other jobs out of the folder until
+            it ends, and makes the folder its own when an earlier job has finished no part there.
 
     Raises:
-        ValueError: when the folder holds parts of another job.
+        ValueError: when the folder holds parts of another job, or such of which nothing says whose they are, and when
+            another job is at work in it.
     """
 
-    def __init__(self, output: str | os.PathLike, job: dict[str, str | int]) -> None:
+    def __init__(
+        self, output: str | os.PathLike, job: Mapping[str, str | int | float | None], main: bool = False
+    ) -> None:
         self.folder = Path(f"{os.fspath(output)}.parts")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder / "lock", output) if main else None
+        self._done: set[int] = set()
         path = self.folder / "job.json"
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            differs = sorted(key for key in job if found.get(key) != job[key])
-            if differs:
-                raise ValueError(
-                    f"{self.folder} holds parts of another job: {', '.join(differs)} differ. Delete the folder to "
-                    "start anew, or write to another file."
-                )
+        begun = any(self.folder.glob("part-*.parquet"))
+        if begun or (path.exists() and not main):
+            _check_job(path, job)
         else:
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(job), encoding="utf-8"))
+            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(dict(job)), encoding="utf-8"))
 
     def path(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.parquet"
 
-    def done(self, part: int) -> bool:
-        return self.path(part).exists()
+    def done(self, part: int, rows: int) -> bool:
+        """Whether a part is there, of so many rows; a file that is empty or cut off is none. Each is read once."""
+        if part not in self._done and self.path(part).exists():
+            try:
+                found = pq.read_metadata(self.path(part)).num_rows
+            except (OSError, pa.ArrowInvalid):
+                return False
+            if found == rows:
+                self._done.add(part)
+        return part in self._done
 
     def save(self, part: int, columns: Mapping[str, np.ndarray]) -> None:
         """Write the columns of a part, numbers or texts; NaN becomes null."""
@@ -176,7 +218,7 @@ class Parts:
         def write(path: Path) -> None:
             writer, waiting = None, []
             for part in range(count):
-                waiting.append(pq.read_table(self.path(part)))
+                waiting.append(self._read(part))
                 if part + 1 < count and sum(table.num_rows for table in waiting) < _CHUNK_ROWS:
                     continue
                 table = pa.concat_tables(waiting).combine_chunks()
@@ -189,12 +231,68 @@ class Parts:
         write_atomically(path, write)
         return Dataset.from_file(str(path))
 
+    def _read(self, part: int) -> pa.Table:
+        try:
+            return pq.read_table(self.path(part))
+        except (OSError, pa.ArrowInvalid) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.path(part)} is damaged ({why}). Delete it, and run the same command again to score its rows."
+            ) from error
+
     def remove(self) -> None:
         """Delete the folder; one that is interrupted leaves no parts that a later job could take for its own."""
         gone = self.folder.with_name(f"{self.folder.name}-removed")
         shutil.rmtree(gone, ignore_errors=True)
         self.folder.rename(gone)
+        if self._lock is not None:
+            os.close(self._lock)  # on network file systems an open file keeps its folder
+            self._lock = None
         shutil.rmtree(gone)
+
+
+def _lock(path: Path, output: str | os.PathLike) -> int | None:
+    """A lock that ends with this process, also when it is killed; None on systems that have no locks.
+
+    Raises:
+        ValueError: when another process has it.
+    """
+    if fcntl is None:
+        return None
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # never closed by the garbage collector, which ends the lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(file, 1000, 0).decode()
+        os.close(file)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        raise ValueError(
+            f"Another job is making {os.fspath(output)} ({holder}). Wait until it is done, end it, or write to another "
+            "file."
+        ) from error
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+    return file
+
+
+def _check_job(path: Path, job: Mapping[str, str | int | float | None]) -> None:
+    """Raise ValueError if the parts beside this file are not known to be of the job."""
+    folder, remedy = path.parent, "Delete the folder to start anew, or write to another file."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differs = [key for key in {**job, **found} if found.get(key) != job.get(key)]
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds parts, but no {path.name} to say of which job. {remedy}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}), so the parts may be of another job. {remedy}") from error
+    if differs:
+        changes = "; ".join(f"{key}: {_shown(found.get(key))} there, {_shown(job.get(key))} now" for key in differs)
+        raise ValueError(f"{folder} holds parts of another job: {changes}. {remedy}")
+
+
+def _shown(option: str | int | float | None) -> str:
+    return "not set" if option is None else str(option)
 
 
 def source_digest(source: str, rows: Dataset) -> str:
@@ -204,9 +302,16 @@ def source_digest(source: str, rows: Dataset) -> str:
 
 
 def _ending(path: Path) -> str:
-    if path.suffix not in READERS:
+    ending = path.suffix.lower()
+    if ending not in READERS:
         raise ValueError(f"Cannot tell the format of {path} from its ending; use one of {', '.join(READERS)}.")
-    return path.suffix
+    return ending
+
+
+def _has_bytes(type: pa.DataType) -> bool:
+    """Whether a type of Arrow is, or has inside, one of bytes."""
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(kind(type) for kind in kinds) or any(_has_bytes(type.field(i).type) for i in range(type.num_fields))
 
 
 def _existing_parent(path: Path) -> Path:

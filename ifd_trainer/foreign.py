@@ -130,11 +130,12 @@ def _frame(parsed: Sequence[_Row], answers: Sequence[str] | None) -> pd.DataFram
 
 
 def _load(path: Path) -> list:
-    if path.suffix in (".csv", ".parquet"):
+    ending = path.suffix.lower()
+    if ending in (".csv", ".parquet"):
         return load_rows(str(path)).to_list()
-    if path.suffix in READERS:
+    if ending in READERS:
         records = read_records(path)
-    elif zipfile.is_zipfile(path) or path.suffix in (".pt", ".pth", ".bin"):
+    elif zipfile.is_zipfile(path) or ending in (".pt", ".pth", ".bin"):
         records = _load_torch(path)
     else:
         raise ValueError(f"Cannot read scores from {path}; use a file ending in .pt or {', '.join(READERS)}.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,12 +67,29 @@ def text_of(value: Any) -> str:
     raise MalformedRow(f"expected text, got {type(value).__name__}")
 
 
+# A name in braces; behind a letter they are plain text, such as LaTeX's \boxed{answer}.
+_PLACEHOLDER = re.compile(r"(?<!\w)\{(\w+)\}")
+
+
 @dataclass(frozen=True)
 class TemplateFormat:
-    """A prompt template over `instruction`, `input` (optional) and `output`.
+    """A prompt template over an instruction, an input (optional) and an output, in columns of any names.
 
-    >>> WIZARDLM.render({"instruction": "Add 2 and 2.", "output": "4"}, None).prompt
-    'Add 2 and 2.\\n\\n### Response:'
+    Args:
+        name: what errors and data cards call the format.
+        prompt: the prompt of a row without an input. `{instruction}` stands for the instruction, whatever its column
+            is called.
+        prompt_with_input: the prompt of a row with an input, for which `{input}` stands.
+        header: the text before the answer when it is scored alone, as the prompts end; "" for none.
+        instruction, input, output: names of the columns; that of the input may be missing from the data.
+        counts_instruction_only: see `Example.counted`.
+
+    Raises:
+        ValueError: for a template without its placeholders, or with others.
+
+    >>> qa = TemplateFormat("qa", "{instruction} A:", "{input} {instruction} A:", "A:", instruction="q", output="a")
+    >>> qa.render({"q": "2 + 2?", "a": "4"}).prompt
+    '2 + 2? A:'
     """
 
     name: str
@@ -81,7 +99,20 @@ class TemplateFormat:
     instruction: str = "instruction"
     input: str = "input"
     output: str = "output"
-    counts_instruction_only: bool = False  # see Example.counted
+    counts_instruction_only: bool = False
+
+    def __post_init__(self) -> None:
+        for template, needed in (("prompt", ("instruction",)), ("prompt_with_input", ("instruction", "input"))):
+            text = getattr(self, template)
+            missing = [f"lacks {{{name}}}" for name in needed if f"{{{name}}}" not in text]
+            unknown = sorted(set(_PLACEHOLDER.findall(text)) - {"instruction", "input"})
+            if missing or unknown:
+                raise ValueError(
+                    f"TemplateFormat {self.name!r}: {template}={text!r} "
+                    f"{' and '.join(missing + [f'has {{{name}}}' for name in unknown])}. Write {{instruction}} for the "
+                    "instruction and, in prompt_with_input, {input} for the input, whatever their columns are called; "
+                    "name the columns with instruction=..., input=... and output=..."
+                )
 
     @property
     def columns(self) -> tuple[str, ...]:

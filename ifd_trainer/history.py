@@ -113,10 +113,13 @@ class History:
         return pd.read_parquet(path) if path.exists() else None
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(temporary_path)`, then put the file in the place of `path`."""
+def write_atomically(path: Path, write: Any, folder: Path | None = None) -> None:
+    """Call `write(temporary_path)`, then put the file in the place of `path`.
+
+    A process that is killed leaves the temporary file, beside `path` or in another folder of the same file system.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=folder or path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:

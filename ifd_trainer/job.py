@@ -12,8 +12,8 @@ While a part is scored, a thread reads and tokenises the next one, so that a fas
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STALL = 1800.0  # seconds without a finished part after which the main process gives up on the others
 GRACE = 60.0  # seconds until a file of another machine is seen here
+LEAVE = 2.0  # seconds that an interrupted program waits for the thread; a part takes milliseconds to encode
 _POLL = 0.1
 # What launchers call a process's number and theirs: torchrun and accelerate; MPICH and Intel MPI; Open MPI; MVAPICH.
 _VARIABLES = {
@@ -119,27 +120,31 @@ def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, proce
         RuntimeError: in the main process, when the others make no progress or their parts do not arrive.
     """
     starts = range(0, len(rows), size)
-    done = sum(min(size, len(rows) - start) for part, start in enumerate(starts) if parts.done(part))
-    with tqdm(
-        total=len(rows), initial=done, desc="Scoring", unit="row", bar_format=_LAYOUT, disable=not process.main
-    ) as bar:
-        for part, pairs in _encoded(
-            lambda part: scorer.encode(rows[starts[part] : starts[part] + size]),
-            lambda: _draw(parts, len(starts), process),
-        ):
+    sizes = [min(size, len(rows) - start) for start in starts]
+    done = sum(size for part, size in enumerate(sizes) if parts.done(part, size))
+    ahead = _encoded(
+        lambda part: scorer.encode(rows[starts[part] : starts[part] + size]), lambda: _draw(parts, sizes, process)
+    )
+    with (
+        tqdm(
+            total=len(rows), initial=done, desc="Scoring", unit="row", bar_format=_LAYOUT, disable=not process.main
+        ) as bar,
+        closing(ahead),
+    ):
+        for part, pairs in ahead:
             rows_per_token = len(pairs) / max(token_count(pairs), 1)
             scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
             parts.save(part, scores.columns())
             bar.update(done + process.add_rows(len(pairs)) - bar.n)  # exact again, and the rows without a score
         process.end()
         if process.main:
-            _wait(parts, len(starts), process, lambda: bar.update(done + process.add_rows(0) - bar.n))
+            _wait(parts, sizes, process, lambda: bar.update(done + process.add_rows(0) - bar.n))
 
 
-def _draw(parts: Parts, number: int, process: Process) -> int | None:
+def _draw(parts: Parts, sizes: Sequence[int], process: Process) -> int | None:
     """The next part that is not done, for this process only; None when there are no more."""
-    while (part := process.draw()) < number:
-        if not parts.done(part):
+    while (part := process.draw()) < len(sizes):
+        if not parts.done(part, sizes[part]):
             return part
     return None
 
@@ -152,35 +157,47 @@ def _encoded(
     One part ahead and no more: what is drawn here waits for this device, also when another one has nothing left to do.
     The first part is encoded in this thread, since that loads the model.
     """
-    part = draw()
+    part, waiting = draw(), None
     pairs = None if part is None else encode(part)
-    while part is not None:
-        ahead = draw()
-        waiting = None if ahead is None else _in_thread(encode, ahead)
-        yield part, pairs
-        part, pairs = ahead, waiting and waiting.result()
+    try:
+        while part is not None:
+            ahead = draw()
+            waiting = None if ahead is None else _Call(encode, ahead)
+            yield part, pairs
+            part, pairs = ahead, waiting and waiting.result()
+    finally:  # a thread that is in native code when the interpreter shuts down aborts the process
+        if waiting is not None:
+            waiting.join(LEAVE)
 
 
-def _in_thread(function: Callable[[int], Any], argument: int) -> Future:
-    """What a function gives or raises, in time. An interrupted program does not wait for the thread."""
-    future: Future = Future()
+class _Call(Thread):
+    """What a function gives or raises, in time. A program that ends does not wait for the thread."""
 
-    def run() -> None:
+    def __init__(self, function: Callable[[int], Any], argument: int) -> None:
+        super().__init__(name="encode", daemon=True)
+        self._function, self._argument = function, argument
+        self._found, self._error = None, None
+        self.start()
+
+    def run(self) -> None:
         try:
-            future.set_result(function(argument))
+            self._found = self._function(self._argument)
         except BaseException as error:  # for the one who asks for the result, with its traceback
-            future.set_exception(error)
+            self._error = error
 
-    Thread(target=run, name="encode", daemon=True).start()
-    return future
+    def result(self) -> Any:
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
 
 
-def _wait(parts: Parts, number: int, process: Process, show: Callable[[], Any]) -> None:
+def _wait(parts: Parts, sizes: Sequence[int], process: Process, show: Callable[[], Any]) -> None:
     """Until all parts are on disk and the other processes draw no more."""
-    missing, since = [part for part in range(number) if not parts.done(part)], time.monotonic()
+    missing, since = [part for part, size in enumerate(sizes) if not parts.done(part, size)], time.monotonic()
     while missing or not process.ended():
         ended = process.ended()
-        left = [part for part in missing if not parts.done(part)]
+        left = [part for part in missing if not parts.done(part, sizes[part])]
         if len(left) < len(missing):
             missing, since = left, time.monotonic()
             show()
@@ -192,6 +209,6 @@ def _wait(parts: Parts, number: int, process: Process, show: Callable[[], Any]) 
                 else f"none was finished in {STALL:.0f} s, so a process has died or hangs. End the others"
             )
             raise RuntimeError(
-                f"{len(missing)} of {number} parts are missing: {why}, and run the same command again to go on."
+                f"{len(missing)} of {len(sizes)} parts are missing: {why}, and run the same command again to go on."
             )
         time.sleep(_POLL)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
 from datasets import Dataset
 
+from . import __version__
 from .foreign import read_scores
 from .history import write_atomically
 from .texts import text_columns
@@ -46,6 +49,13 @@ class Provenance:
     dtype: str | None = None
     source: str | None = None
     program: str | None = None
+
+
+def provenance_of(settings: Mapping[str, Any], model: str, source: str) -> Provenance:
+    """The provenance of scores of this program, made with these `IFDScorer.settings`."""
+    names = ("definition", "format", "max_length", "min_answer_tokens", "score_truncated", "dtype")
+    options = {name: settings[name] for name in names}
+    return Provenance(model=model, source=source, program=f"ifd_trainer {__version__}", **options)
 
 
 def provenance_path(data: str | os.PathLike) -> Path:

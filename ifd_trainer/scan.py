@@ -112,7 +112,7 @@ class Scan:
 
 def _parquet_file(path: Path, split: str) -> Path | None:
     path = path if path.is_file() else path / f"{split}.parquet"
-    return path if path.suffix == ".parquet" and path.is_file() else None
+    return path if path.suffix.lower() == ".parquet" and path.is_file() else None
 
 
 class Marked:

@@ -359,7 +359,8 @@ def _check(keep: float | int) -> None:
     ok = (isinstance(keep, int) and keep >= 1) or (isinstance(keep, float) and 0 < keep <= 1)
     if not ok or isinstance(keep, bool):
         raise ValueError(
-            f"keep must be a fraction in (0, 1] given as a float, or a number of rows given as an int, got {keep!r}."
+            f"keep must be a fraction in (0, 1], written with a point (0.1, or 1.0 for all rows), or a whole number of "
+            f"rows (1000), got {keep!r}."
         )
 
 

@@ -115,7 +115,7 @@ class Cherry:
 
     def __post_init__(self) -> None:
         if not self.max_ifd > 0:
-            raise ValueError(f"max_ifd must be positive, got {self.max_ifd}; use float('inf') for no limit.")
+            raise ValueError(f"max_ifd must be positive, got {self.max_ifd}; for no limit give infinity, inf.")
         if self.score not in ("ifd", "ifd_ppl"):
             raise ValueError(f"score must be 'ifd' or 'ifd_ppl', got {self.score!r}.")
         if self.on_shortfall not in ("repeat", "relax", "error"):

@@ -214,5 +214,21 @@ def _shortfall(subset: Subset) -> str:
     share = f"{subset.keep:g} of all " if isinstance(subset.keep, float) else "of "
     return (
         f"{subset.asked} rows asked for ({share}{subset.pool} rows in the pool), only {subset.eligible} are eligible "
-        f"({why}). Lower --keep, or raise --max-ifd (inf: no limit)."
+        f"({why}). {_way_out(subset)}"
+    )
+
+
+def _way_out(subset: Subset) -> str:
+    """What gives a user more rows, or fewer to ask for: a limit that dropped none is not to be raised."""
+    ways = ["lower --keep"] if subset.eligible else []
+    if ABOVE_LIMIT in subset.counts and subset.max_ifd < float("inf"):
+        ways.append("raise --max-ifd (inf: no limit)")
+    if ways:
+        text = ", or ".join(ways)
+        return f"{text[0].upper()}{text[1:]}."
+    if subset.counts.get(REFUSAL):
+        return "No row that may be kept has a score: leave out --drop-refusals, or look at the data."
+    return (
+        f"No row has a score ({subset.score}) to rank by, and ifd_status says why: mend that, and score the rows again "
+        "with `ifd-trainer score`."
     )

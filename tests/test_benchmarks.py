@@ -138,14 +138,17 @@ def test_the_configurations_have_the_parameters_of_their_models(name, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
-def test_a_dry_run_of_the_benchmark_for_processors(tmp_path):
+@pytest.fixture
+def saved_model(tmp_path) -> str:
     tokenizer = build_tokenizer()
     build_model(len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_a_dry_run_of_the_benchmark_for_processors(saved_model, tmp_path):
     bench = loaded(ROOT / "tests" / "benchmarks" / "scoring.py")
-    bench.main(
-        ["--model", str(tmp_path / "model"), "--rows", "8", "--runs", "1", "--tiny", "--output", str(tmp_path / "out")]
-    )
+    bench.main(["--model", saved_model, "--rows", "8", "--runs", "1", "--tiny", "--output", str(tmp_path / "out")])
     results = checked(tmp_path / "out", "scoring-cpu")
     groups = [case["group"].split(",")[0] for case in results["cases"]]
     sweeps = ["tokens of a row", "vocabulary", "token budget", "rows"]
@@ -205,6 +208,33 @@ def test_a_dry_run_of_the_benchmark_of_selection(tmp_path, capsys):
         assert len(found["seconds"]) == 1
         assert found["peak_bytes"] > 50 * 2**20
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["base", "400", "400", "400"]
+
+
+def test_a_dry_run_of_the_benchmark_of_large_files(saved_model, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    bench = loaded(ROOT / "tests" / "benchmarks" / "streaming.py")
+    checked_rows = []
+    check = bench.check
+    monkeypatch.setattr(bench, "check", lambda pool, output: checked_rows.append(check(pool, output)))
+    bench.main(["--model", saved_model, "--tiny", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "streaming.json").read_text())
+    assert (results["rows"], results["part_rows"]) == (400, 50)
+    assert list(results["cases"]) == ["base", "from the start", "from the last part"]
+    assert len(checked_rows) == 2
+
+
+def test_the_benchmark_of_large_files_tells_wrong_rows(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    bench = loaded(ROOT / "tests" / "benchmarks" / "streaming.py")
+    rows = {"id": ["row-3", "row-1"], "instruction": ["a", "b"], "output": ["c", "d"]}
+    pool, output = tmp_path / "pool.parquet", tmp_path / "out.parquet"
+    pq.write_table(pa.table(rows), pool)
+    cas, das = bench.losses_of(np.array([3, 1]))
+    for given in (cas, cas[::-1]):
+        pq.write_table(pa.table({**rows, "cas": given, "das": das}), output)
+        with nullcontext() if given is cas else pytest.raises(AssertionError):
+            bench.check(pool, output)
 
 
 def test_the_benchmark_of_selection_tells_wrong_rows(tmp_path):

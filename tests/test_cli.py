@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+import yaml
 from datasets import Dataset
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import ifd_trainer
+from ifd_trainer import cli
 from ifd_trainer.cli import main
 from ifd_trainer.columns import IFD_COLUMNS, IFDScorer
 from ifd_trainer.files import load_rows, write_rows
+from ifd_trainer.formats import FORMATS
 from ifd_trainer.history import History
+from ifd_trainer.provenance import provenance_path
 
 ROWS = [
     {"instruction": f"Name {n} things.", "input": "" if n % 2 else f"about {n} cats", "output": f"The {n} is {n * 7}."}
@@ -84,19 +91,152 @@ def test_score_goes_on_where_it_was_interrupted(
     assert not Path(f"{output}.parts").exists()
 
 
-def test_parts_of_another_job_are_refused(
+def interrupted_score(monkeypatch: pytest.MonkeyPatch, data: Path, output: Path, model: str) -> None:
+    """Score and save the first part, of four."""
+    score_batch, scored = IFDScorer.score, []
+
+    def interrupt(self: IFDScorer, pairs: list, *more: object) -> object:
+        if scored:
+            raise KeyboardInterrupt
+        scored.append(len(pairs))
+        return score_batch(self, pairs, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IFDScorer, "score", interrupt)
+        assert score(data, output, model, "--part-rows", "3") == 130
+    assert scored == [3]
+
+
+def test_parts_of_another_job_are_refused_with_the_options_that_differ(
     tmp_path: Path, data: Path, model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     output = tmp_path / "out.parquet"
+    interrupted_score(monkeypatch, data, output, model_path)
+    job = json.loads(Path(f"{output}.parts/job.json").read_text(encoding="utf-8"))
+    assert job.items() >= {"rows": 11, "part_rows": 3, "definition": "paper", "format": "alpaca"}.items()
+    assert job.items() >= {"max_length": 512, "min_answer_tokens": 1, "score_truncated": False}.items()
+    assert job.items() >= {"device": "cpu", "dtype": None, "token_budget": None}.items()
+    assert score(data, output, model_path, "--part-rows", "3", "--max-length", "64") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "holds parts of another job: max_length: 512 there, 64 now. " in error
 
-    def interrupt(*_: object) -> list:
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(IFDScorer, "encode", interrupt)
-        assert score(data, output, model_path) == 130
-    assert score(data, output, model_path, "--max-length", "64") == 2
-    assert "scorer differ" in capsys.readouterr().err
+def test_a_job_goes_on_with_the_same_folder_in_another_spelling_and_with_a_copy(
+    tmp_path: Path, data: Path, model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(model_path, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("./model", str(copy)):
+        output = tmp_path / "out.parquet"
+        interrupted_score(monkeypatch, data, output, "model")
+        assert score(data, output, spelling, "--part-rows", "3") == 0
+
+
+def test_rows_that_are_scored_again_lose_what_was_selected_by_their_old_scores(
+    tmp_path: Path, data: Path, model_path: str
+) -> None:
+    scored, kept, again = (tmp_path / f"{name}.parquet" for name in ("scored", "kept", "again"))
+    assert score(data, scored, model_path, "--definition", "cherry") == 0
+    assert main(["select", str(scored), "--keep", "3", "--max-ifd", "inf", "--output", str(kept)]) == 0
+    assert {"ifd_definition", "ifd_rank", "ifd_reason"} <= set(read(kept))
+    assert score(kept, again, model_path) == 0
+    assert list(read(again)) == ["instruction", "input", "output", *IFD_COLUMNS]
+    assert main(["select", str(again), "--max-ifd", "inf", "--output", str(tmp_path / "last.jsonl")]) == 0
+    assert set(read(tmp_path / "last.jsonl")["ifd_definition"]) == {"paper"}
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "words"),
+    [
+        (ROWS[0], ["--device", "gpu"], "Unknown device 'gpu'"),
+        (ROWS[0], ["--device", "mps"], "The device 'mps' cannot be used here"),
+        (ROWS[0], ["--device", "cuda:99"], "The device 'cuda:99' cannot be used here"),
+        (ROWS[0], ["--dtype", "foo"], "dtype must be 'float32', 'bfloat16' or 'float16', got 'foo'"),
+        (ROWS[0], ["--max-length", "513"], "max_length=513 is more than the model's window of 512 tokens"),
+        (ROWS[0], ["--format", "alpaka"], "Unknown format 'alpaka'"),
+        (ROWS[0], ["--format", "messages"], "reads the columns ['messages']"),
+        ({"question": "a", "reply": "b"}, [], "Cannot tell the format from the columns"),
+        (CHAT, ["--definition", "cherry"], "defined for the Alpaca and WizardLM prompts only"),
+    ],
+)
+def test_wrong_options_are_told_before_a_folder_is_made_or_weights_are_read(
+    tmp_path: Path,
+    model_path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    row: dict,
+    options: list[str],
+    words: str,
+) -> None:
+    if "mps" in options and torch.backends.mps.is_available():
+        pytest.skip("there is such a device")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    monkeypatch.setattr("ifd_trainer.columns.AutoModelForCausalLM", None)
+    before = sorted(tmp_path.iterdir())
+    assert score(tmp_path / "rows.jsonl", tmp_path / "new" / "out.jsonl", model_path, *options) == 2
+    assert words in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("option", ["--part-rows", "--max-length", "--limit", "--token-budget", "--min-answer-tokens"])
+@pytest.mark.parametrize("value", ["0", "-4", "1.5", "many"])
+def test_numbers_below_one_are_refused(option: str, value: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["score", "rows.jsonl", "--model", "m", "--output", "out.jsonl", f"{option}={value}"])
+    assert stop.value.code == 2
+    assert f"argument {option}: wants a whole number of at least 1, got '{value}'" in capsys.readouterr().err
+
+
+def test_defaults_stop_at_the_window_of_learned_positions(
+    tmp_path: Path, data: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [*ROWS, {"instruction": "Count.", "input": "", "output": "7" * 300}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    output = tmp_path / "out.jsonl"
+    assert score(data, output, str(tmp_path / "gpt2"), "--definition", "superfiltering") == 0
+    assert yaml.safe_load(provenance_path(output).read_text(encoding="utf-8"))["max_length"] == 256
+    assert read(output)["ifd_status"].iloc[-1] == "ok"  # the part that fits, as its program has it
+    assert score(data, output, str(tmp_path / "gpt2"), "--max-length", "100000") == 2
+    assert "window of 256 tokens. Lower it, or leave it out" in capsys.readouterr().err
+
+
+def test_damaged_weights_are_one_line(
+    tmp_path: Path, data: Path, model_path: str, capsys: pytest.CaptureFixture
+) -> None:
+    weights = Path(model_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert score(data, tmp_path / "out.jsonl", model_path) == 2
+    assert "cannot be read" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nMore."), MemoryError()])
+def test_a_device_out_of_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
+) -> None:
+    def run(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_report", run)
+    assert main(["report", "rows.jsonl"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert "ut of memory. Take fewer tokens at a time" in errors[0]
+    error = RuntimeError("of another kind")
+    with pytest.raises(RuntimeError, match="another kind"):
+        main(["report", "rows.jsonl"])
+
+
+def test_the_help_knows_all_formats(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    text = "".join(capsys.readouterr().out.split())  # lines break at hyphens
+    assert f"promptformat:{','.join(FORMATS)};" in text
 
 
 def test_select_keeps_the_highest_and_says_why_the_rest_went(tmp_path: Path, data: Path, model_path: str) -> None:
@@ -196,6 +336,7 @@ def test_the_plan_of_a_curriculum_with_packing_is_printed(
         (["train", "missing.yaml"], "No such recipe"),
         (["train", "--keep", "0.1"], "A run needs a model and a data set"),
         (["report", "missing.parquet"], "No such file"),
+        (["score", "rows.jsonl", "--model", "./nothing", "--output", "out.jsonl"], "No such folder: './nothing'"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
@@ -225,3 +366,8 @@ def test_help_is_there(command: list[str], capsys: pytest.CaptureFixture) -> Non
 def test_train_help_names_the_selection_options(capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "--help"]) == 0
     assert "--on_shortfall" in capsys.readouterr().out
+
+
+def test_names_that_are_loaded_on_use_are_listed() -> None:
+    assert set(ifd_trainer.__all__) <= set(dir(ifd_trainer))
+    assert "__version__" in dir(ifd_trainer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+import shutil
 from pathlib import Path
 
 import dill
@@ -124,6 +125,16 @@ def test_scored_again_the_columns_are_replaced(scorer):
     twice = once.map(scorer, batched=True)
     assert twice.column_names == once.column_names
     assert twice["ifd"] == once["ifd"]
+
+
+def test_scored_again_a_row_does_not_keep_what_was_selected_by_its_old_scores(scorer):
+    old = {"ifd_definition": ["cherry"] * 3, "ifd_rank": [1, 2, 3], "ifd_reason": ["kept"] * 3}
+    rows = Dataset.from_dict(GOOD | old)
+    found = rows.map(scorer, batched=True)
+    assert found["ifd_definition"] == ["paper"] * 3
+    assert found["ifd_rank"] == found["ifd_reason"] == [None] * 3
+    assert [found.features[name] for name in old] == [rows.features[name] for name in old]
+    assert scorer(rows.data.table).column_names == [*GOOD, *IFD_COLUMNS]
 
 
 def test_an_empty_data_set_stays_empty(scorer):
@@ -267,6 +278,66 @@ def test_map_without_batched_says_so(scorer, rows):
         Dataset.from_dict(rows).map(scorer)
 
 
+@pytest.mark.parametrize("model", [None, ["org/model"], 7])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ValueError, match="model must be a hub name, a path or a loaded causal LM, got"):
+        IFDScorer(model)
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nothing", "../a/b", "out/run/checkpoint-1", ""])
+def test_a_path_without_a_folder_is_said_to_be_none(name):
+    with pytest.raises(FileNotFoundError, match=f"No such folder: '{name}'"):
+        IFDScorer(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"token_budget": 0}, "token_budget must be a whole number of at least 1, got 0"),
+        ({"max_length": -1}, "max_length must be a whole number of at least 1, got -1"),
+        ({"dtype": "foo"}, "dtype must be .* got 'foo'"),
+        ({"dtype": torch.int8}, "dtype must be .* got torch.int8"),
+        ({"device": "gpu"}, "Unknown device 'gpu'"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(options, words):
+    with pytest.raises(ValueError, match=words):
+        IFDScorer("org/model", **options)
+
+
+def test_a_device_that_is_not_there_is_refused_before_weights_are_read(checkpoint, monkeypatch):
+    monkeypatch.setattr(columns, "AutoModelForCausalLM", None)
+    with pytest.raises(ValueError, match=r"The device 'cuda:99' cannot be used here: .*Leave device out"):
+        IFDScorer(checkpoint, device="cuda:99")(GOOD)
+
+
+def test_a_length_above_the_window_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="max_length=513 is more than the model's window of 512"):
+        IFDScorer(model, tokenizer, max_length=513)(GOOD)
+
+
+def test_weights_that_are_cut_short_are_said_to_be(checkpoint):
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"The weights in .* cannot be read .*cut short"):
+        IFDScorer(checkpoint)(GOOD)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"input_columns": ["instruction"]},
+        {"input_columns": ["instruction", "output"]},
+        {"input_columns": ["instruction", "output", "instruction"]},
+        {"with_indices": True},
+        {"with_indices": True, "with_rank": True},
+    ],
+)
+def test_map_with_parts_of_the_rows_says_how_to_call_it(scorer, options):
+    with pytest.raises(ValueError, match="without input_columns and with_indices"):
+        Dataset.from_dict(GOOD).map(scorer, batched=True, **options)
+
+
 def test_unknown_definition_is_refused_before_a_model_loads():
     with pytest.raises(ValueError, match="Unknown definition 'ifd'"):
         IFDScorer("no/such-model", definition="ifd")
@@ -282,6 +353,10 @@ def test_a_loaded_model_finds_its_tokenizer_where_it_came_from(checkpoint, model
     model.config.name_or_path = str(checkpoint)
     found, expected = IFDScorer(model)(batch_of(["Red."])), IFDScorer(model, build_tokenizer())(batch_of(["Red."]))
     assert found["ifd"][0] == expected["ifd"][0]
+
+
+def test_a_tokenizer_by_its_path(model, tokenizer, checkpoint):
+    assert IFDScorer(model, str(checkpoint))(GOOD)["ifd"] == IFDScorer(model, tokenizer)(GOOD)["ifd"]
 
 
 # ---- options ----------------------------------------------------------------------------------------------------
@@ -304,6 +379,21 @@ def test_a_format_with_other_column_names(model, tokenizer):
     renamed = {"q": GOOD["instruction"], "a": GOOD["output"], "instruction": ["x"] * 3}
     found = IFDScorer(model, tokenizer, format=format)(renamed)
     assert found["ifd"] == IFDScorer(model, tokenizer, format="alpaca")(GOOD)["ifd"]
+
+
+def test_settings_are_those_in_force(checkpoint):
+    scorer = IFDScorer(checkpoint, definition="superfiltering", device="cpu", dtype=torch.float32)
+    assert scorer.settings(GOOD) == {
+        "definition": "superfiltering",
+        "max_length": 512,  # the window
+        "min_answer_tokens": 1,
+        "score_truncated": False,
+        "format": "superfiltering",
+        "device": "cpu",
+        "dtype": "float32",
+        "token_budget": None,
+    }
+    assert scorer._model is None
 
 
 def test_default_device_and_dtype(model):
@@ -383,6 +473,24 @@ def test_a_path_hits_the_cache_until_its_files_change(on_disk, checkpoint, token
     save(checkpoint, build_model(len(tokenizer), seed=1), tokenizer)
     on_disk.map(IFDScorer(str(checkpoint)), batched=True)
     assert forwards == [3, 3]
+
+
+def test_all_spellings_of_a_folder_hit_the_cache(on_disk, checkpoint, forwards, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    (checkpoint.parent / "link").symlink_to(checkpoint)
+    for spelling in ("model", "./model", "model/", "link", checkpoint):
+        on_disk.map(IFDScorer(spelling), batched=True)
+    assert forwards == [3]
+    copy = shutil.copytree(checkpoint, checkpoint.parent / "copy")
+    assert IFDScorer(copy).digest() == IFDScorer(checkpoint).digest()
+
+
+def test_a_relative_path_reaches_the_workers(on_disk, checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    scorer = IFDScorer("model")
+    monkeypatch.chdir("/")
+    one = on_disk.map(scorer, batched=True, num_proc=2)
+    assert one["ifd_status"] == ["ok"] * 3
 
 
 @pytest.mark.parametrize("loaded", [True, False])

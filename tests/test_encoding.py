@@ -302,6 +302,44 @@ def test_default_lengths_are_those_of_the_programs(tokenizer):
     assert Encoder(tokenizer).max_length is None
 
 
+@pytest.mark.parametrize(
+    ("definition", "window", "found"),
+    [
+        ("paper", 700, 700),
+        ("cherry", 700, 512),
+        ("superfiltering", 700, 700),
+        ("cherry", None, 512),
+        ("paper", None, None),
+    ],
+)
+def test_the_default_length_is_the_smaller_of_the_definition_and_the_window(definition, window, found):
+    assert Encoder(None, definition, window=window).max_length == found
+
+
+def test_a_length_above_the_window_is_refused():
+    assert Encoder(None, max_length=700, window=700).max_length == 700
+    with pytest.raises(ValueError, match=r"max_length=701 .* window of 700 tokens.*the default is 512"):
+        Encoder(None, "cherry", max_length=701, window=700)
+
+
+@pytest.mark.parametrize("name", ["max_length", "min_answer_tokens"])
+@pytest.mark.parametrize("number", [0, -1, 1.5, True, "8"])
+def test_numbers_below_one_are_refused(name, number):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {number!r}"):
+        Encoder(None, **{name: number})
+
+
+@pytest.mark.parametrize("definition", ["paper", "cherry", "superfiltering"])
+@given(instruction=texts, answer=st.integers(1, 60), name=any_tokenizer)
+def test_no_segment_is_longer_than_the_window(definition, instruction, answer, name):
+    row = {"instruction": instruction, "output": "7" * answer}
+    format = SUPERFILTERING if definition == "superfiltering" else WIZARDLM
+    examples = [format.render(row), Example("", "7" * answer, format.header), Example(":", "7" * answer, format.header)]
+    for pair in Encoder(TOKENIZERS[name], definition, score_truncated=True, window=32)(examples):
+        for segment in (pair.conditioned, pair.direct):
+            assert segment is None or len(segment.ids) <= 32
+
+
 def test_unknown_definition(tokenizer):
     with pytest.raises(ValueError, match="Unknown definition 'peper'; choose one of paper, cherry, superfiltering"):
         Encoder(tokenizer, "peper")

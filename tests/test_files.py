@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,16 @@ from hypothesis import strategies as st
 
 from ifd_trainer import arrow_files, files
 from ifd_trainer.arrow_files import record_blocks
-from ifd_trainer.files import load_rows, output_file, read_records, with_columns, write_rows, write_tables
+from ifd_trainer.files import (
+    check_features,
+    check_writable,
+    load_rows,
+    output_file,
+    read_records,
+    with_columns,
+    write_rows,
+    write_tables,
+)
 
 ROWS = [
     {
@@ -445,3 +455,113 @@ def test_records_with_nan_and_a_line_that_is_none(tmp_path):
     path.write_text('{"a": 1}\n{"a"\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 2, is not JSON"):
         read_records(path)
+
+
+# ---- what a reader says -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".json", ".csv"])
+@pytest.mark.parametrize("block", [3, 2**22])
+@pytest.mark.parametrize("last", ["", "\n2"])
+def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path, ending, block, last):
+    path = tmp_path / f"a{ending}"
+    text = f"a\n1\n\u20ac\n\xe9{last}" if ending == ".csv" else f'[{{"a":\n1}},\n\n{{"a": "\u20ac\xe9"{last}'
+    path.write_bytes(text.encode().replace("\xe9".encode(), b"\xe9"))
+    with (
+        mock.patch.object(arrow_files, "_BLOCK", block),
+        pytest.raises(ValueError, match=f"{path}, line 4, is not UTF-8: it has the byte 0xe9. Convert .*iconv"),
+    ):
+        arrow_files._check_utf8(path)
+    with pytest.raises(ValueError, match=f"{path}, line 4, is not UTF-8"):
+        load_rows(str(path))
+
+
+def test_names_of_csv_columns_that_are_not_utf8(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"a,caf\xe9\n1,2\n")
+    with pytest.raises(ValueError, match=r"a\.csv, line 1, is not UTF-8: it has the byte 0xe9"):
+        load_rows(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(
+    "row", ['{"a": "\\ud83d"}', '{"a": {"b": ["\\ud83d"]}}', '{"\\ud83d": 1}'], ids=["text", "nested", "name"]
+)
+def test_half_of_a_character_is_named_with_its_row(tmp_path, row):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "\\ud83d\\ude00"}\n\n' + row + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="half of a character") as raised:
+        load_rows(str(path))
+    wanted = (
+        f"{path}, row 2, has '\\ud83d', which is half of a character: write both halves, as in '\\ud83d\\ude00', or"
+    )
+    assert str(raised.value).startswith(wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "cannot be read as CSV: Empty CSV file. Wanted: the names of the columns in the first line"),
+        ("a,b\n1,2\n1,2,3\n", "cannot be read as CSV: .*Expected 2 columns, got 3: 1,2,3. Wanted: .*as many"),
+        ("a,b,a\n1,2,3\n", "has more than one column named 'a'; rename all but one"),
+    ],
+)
+def test_what_is_no_csv_is_named(tmp_path, text, words):
+    path = tmp_path / "a.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{path} {words}"):
+        load_rows(str(path))
+
+
+# ---- places and endings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".JSON", ".Jsonl", ".CSV", ".PARQUET"])
+def test_an_ending_may_be_of_capitals(tmp_path, ending):
+    rows = Dataset.from_dict({"a": ["x", None], "n": [1, 2]})
+    check_writable(tmp_path / f"a{ending}")
+    write_rows(rows, tmp_path / f"a{ending}")
+    write_rows(rows, tmp_path / f"b{ending.lower()}")
+    assert (tmp_path / f"a{ending}").read_bytes() == (tmp_path / f"b{ending.lower()}").read_bytes()
+    assert load_rows(str(tmp_path / f"a{ending}")).to_list() == rows.to_list()
+    with pytest.raises(FileNotFoundError, match="No such file"):
+        load_rows(f"missing{ending}")
+
+
+def test_a_folder_of_save_to_disk_is_read(tmp_path):
+    rows = Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "saved")
+    found = load_rows(str(tmp_path / "saved"))
+    assert found.features == rows.features
+    assert found.to_list() == ROWS
+
+
+def test_the_folder_one_is_in_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write_rows(Dataset.from_dict({"n": [1, 2]}), tmp_path / "in" / "rows.jsonl")
+    monkeypatch.chdir(tmp_path / "in")
+    assert load_rows(".")["n"][:] == [1, 2]
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "dir.csv").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"dir\.csv: it is a folder. Name a file, such as .*dir.csv/scored.csv"):
+        check_writable(tmp_path / "dir.csv")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'file'} is a file, not a folder"):
+        check_writable(tmp_path / "file" / "new" / "a.csv")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match=f"the folder {tmp_path} is not writable. Write to another one"):
+        check_writable(tmp_path / "new" / "a.csv")
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [Value("binary"), Value("large_binary"), List(Value("binary")), {"a": Value("string"), "b": Value("binary")}],
+)
+def test_bytes_are_refused_before_anything_is_written_as_text(tmp_path, feature):
+    features = Features({"a": Json(), "n": List(Value("int64")), "raw": feature})
+    check_features(features, "a.parquet")
+    check_features(Features({name: features[name] for name in ("a", "n")}), "a.csv")
+    for ending in (".csv", ".JSONL", ".json"):
+        with pytest.raises(ValueError, match=f"a{ending}: {ending.lower()} is text, and the column 'raw' holds bytes"):
+            write_tables([], features, tmp_path / f"a{ending}")
+    assert list(tmp_path.iterdir()) == []

@@ -119,6 +119,28 @@ def test_template_format_reads_columns_of_other_names():
     assert (example.prompt, example.answer, example.header) == ("Q: Why? (sky)\nA:", "Because.", "A:")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "with_input", "wrong"),
+    [
+        ("Q: {q}\nA:", "Q: {instruction} {input}\nA:", r"prompt='Q: {q}.* lacks {instruction} and has {q}"),
+        ("Q:", "Q: {instruction} {input}", "prompt='Q:' lacks {instruction}"),
+        ("{instruction}", "{instruction} {context}", "prompt_with_input=.* lacks {input} and has {context}"),
+        ("{instruction}", "{input}", "prompt_with_input='{input}' lacks {instruction}"),
+        ("{instruction} {output}", "{instruction} {input}", "has {output}"),
+    ],
+)
+def test_a_template_needs_its_placeholders_and_no_others(prompt, with_input, wrong):
+    with pytest.raises(ValueError, match=wrong.replace("{", r"\{")) as caught:
+        TemplateFormat("qa", prompt, with_input, instruction="q", input="context", output="a")
+    assert "Write {instruction} for the instruction" in str(caught.value)
+
+
+def test_other_braces_of_a_template_are_text():
+    text = 'Answer {instruction} as {"a": {}} in \\boxed{answer}.'
+    found = TemplateFormat("json", text, text + "{input}").render({"instruction": "x", "output": ""})
+    assert found.prompt == 'Answer x as {"a": {}} in \\boxed{answer}.'
+
+
 def test_prompt_completion_texts(tokenizer):
     example = PROMPT_COMPLETION.render({"prompt": "The cat", "completion": " sat."}, tokenizer)
     assert (example.prompt, example.answer, example.header) == ("The cat", " sat.", "")

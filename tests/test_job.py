@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -20,9 +22,9 @@ from conftest import ROOT
 from datasets import Dataset
 from test_distributed import end
 
-from ifd_trainer import job
+from ifd_trainer import files, job
 from ifd_trainer.encoding import EncodedPair, Segment
-from ifd_trainer.files import Parts, load_rows, with_columns
+from ifd_trainer.files import Parts, load_rows, with_columns, write_rows
 from ifd_trainer.job import Process, score_parts
 from ifd_trainer.provenance import scores_digest
 
@@ -259,14 +261,34 @@ def test_an_interruption_does_not_wait_for_the_thread(tmp_path: Path) -> None:
             assert begun.wait(20)
             raise KeyboardInterrupt
 
-    device = Device(at)
+    device, start = Device(at), time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
             score_numbers(tmp_path, device)
+        assert time.monotonic() - start < 30
         assert device.encoded == [0]  # the thread still has the next part
         assert all(thread.daemon for thread in threading.enumerate() if thread.name == "encode")
     finally:
         end.set()
+
+
+@pytest.mark.parametrize("step", ["score", "save"])
+def test_an_interruption_waits_for_a_thread_that_is_about_to_end(tmp_path: Path, step: str) -> None:
+    begun = threading.Event()
+
+    def at(now: str, part: int) -> None:
+        if (now, part) == ("encode", 1):
+            begun.set()
+            time.sleep(0.3)
+        elif now == step:
+            assert begun.wait(20)
+            raise KeyboardInterrupt
+
+    device = Device(at)
+    with pytest.raises(KeyboardInterrupt):
+        score_numbers(tmp_path, device)
+    assert device.encoded == [0, 1]
+    assert "encode" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_parts_drawn_by_a_process_that_died_are_missing_and_scored_by_the_next_job(tmp_path: Path, monkeypatch) -> None:
@@ -323,3 +345,146 @@ def test_removed_parts_are_gone_also_where_an_earlier_removal_was_interrupted(tm
         Path(f"{parts.folder}-removed").mkdir(exist_ok=True)
         parts.remove()
         assert [path.name for path in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "other rows", "no footer"])
+def test_a_damaged_part_is_scored_again(tmp_path: Path, damage: str) -> None:
+    first = Device()
+    score_numbers(tmp_path, first)
+    path = tmp_path / "out.parquet.parts" / "part-000003.parquet"
+    whole = path.read_bytes()
+    if damage == "other rows":
+        pq.write_table(pq.read_table(path).slice(1), path)
+    else:
+        path.write_bytes({"empty": b"", "cut off": whole[:-20], "no footer": b"PAR1" + bytes(20) + whole[-8:]}[damage])
+    again = Device()
+    assert score_numbers(tmp_path, again) == [n * 10 for n in range(9)]
+    assert again.scored == [3]
+    assert path.read_bytes() == whole
+
+
+def test_each_part_is_read_once_to_see_that_it_is_whole(tmp_path: Path, monkeypatch) -> None:
+    score_numbers(tmp_path, Device())
+    read, read_metadata = [], pq.read_metadata
+    monkeypatch.setattr(pq, "read_metadata", lambda path: read.append(path.name) or read_metadata(path))
+    score_numbers(tmp_path, Device())
+    assert read == [f"part-{part:06d}.parquet" for part in range(5)]
+
+
+def test_a_part_whose_values_are_damaged_is_named(tmp_path: Path) -> None:
+    score_numbers(tmp_path, Device())
+    path = tmp_path / "out.parquet.parts" / "part-000003.parquet"
+    start = pq.read_metadata(path).row_group(0).column(0).dictionary_page_offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[:start] + b"\xff" * 20 + whole[start + 20 :])
+    with pytest.raises(ValueError, match=f"{path} is damaged .*Delete it, and run the same command again"):
+        score_numbers(tmp_path, Device())
+
+
+def test_options_that_differ_are_listed_with_both_values(tmp_path: Path) -> None:
+    options = {"model": "gpt2", "max_length": 512, "dtype": None, "score_truncated": False, "share": 0.1, "old": 1}
+    parts = Parts(tmp_path / "out.parquet", options, main=True)
+    parts.save(0, {"n": np.array([1])})
+    Parts(tmp_path / "out.parquet", options, main=True)
+    others = {"model": "gpt2", "max_length": 1024, "dtype": "bfloat16", "score_truncated": True, "share": 0.1}
+    with pytest.raises(ValueError, match="another job") as raised:
+        Parts(tmp_path / "out.parquet", others, main=True)
+    assert str(raised.value) == (
+        f"{parts.folder} holds parts of another job: max_length: 512 there, 1024 now; dtype: not set there, bfloat16 "
+        "now; score_truncated: False there, True now; old: 1 there, not set now. Delete the folder to start anew, or "
+        "write to another file."
+    )
+
+
+@pytest.mark.parametrize("found", ['{"a": 2}', "", '{"a"', "[1]", "\xff", None])
+def test_a_folder_without_parts_is_taken_over(tmp_path: Path, found: str | None) -> None:
+    folder = tmp_path / "out.parquet.parts"
+    folder.mkdir()
+    if found is not None:
+        (folder / "job.json").write_text(found, encoding="latin-1")
+    Parts(tmp_path / "out.parquet", {"a": 1}, main=True).save(0, {"n": np.array([1])})
+    assert json.loads((folder / "job.json").read_text()) == {"a": 1}
+    Parts(tmp_path / "out.parquet", {"a": 1})
+
+
+def test_only_the_main_process_takes_a_folder_over(tmp_path: Path) -> None:
+    Parts(tmp_path / "out.parquet", {"a": 1}, main=True)
+    with pytest.raises(ValueError, match="a: 1 there, 2 now"):
+        Parts(tmp_path / "out.parquet", {"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ("", "job.json is damaged .*so the parts may be of another job. Delete the folder"),
+        ('{"a"', "job.json is damaged"),
+        ("[1]", "job.json is damaged"),
+        ("\xff", "job.json is damaged"),
+        (None, "out.parquet.parts holds parts, but no job.json to say of which job. Delete the folder"),
+    ],
+)
+def test_parts_of_which_nothing_says_whose_they_are_are_refused(tmp_path: Path, found: str | None, words: str) -> None:
+    path = tmp_path / "out.parquet.parts" / "job.json"
+    Parts(tmp_path / "out.parquet", {"a": 1}).save(0, {"n": np.array([1])})
+    path.unlink() if found is None else path.write_text(found, encoding="latin-1")
+    for main in (True, False):
+        with pytest.raises(ValueError, match=words):
+            Parts(tmp_path / "out.parquet", {"a": 1}, main=main)
+
+
+HOLDS = """
+import sys
+from ifd_trainer.files import Parts
+parts = Parts(sys.argv[1], {"a": 1}, main=True)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_job_is_refused_until_the_first_one_is_killed(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    output = tmp_path / "out.parquet"
+    command = [sys.executable, "-c", HOLDS, str(output)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as holder:
+        try:
+            assert holder.stdout.readline().strip() == b"ready"
+            with pytest.raises(ValueError, match=rf"Another job is making {output} \(process {holder.pid} on .*Wait"):
+                Parts(output, {"a": 1}, main=True)
+            Parts(output, {"a": 1})  # another process of the same job
+        finally:
+            holder.kill()
+    parts = Parts(output, {"a": 2}, main=True)
+    parts.remove()
+    Parts(output, {"a": 3}, main=True)
+
+
+def test_a_system_without_locks_goes_without(tmp_path: Path, monkeypatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", none)
+    Parts(tmp_path / "a.parquet", {}, main=True).remove()
+    monkeypatch.setattr(files, "fcntl", None)
+    Parts(tmp_path / "a.parquet", {}, main=True).remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_stays_of_an_output_whose_writing_was_killed(tmp_path: Path, monkeypatch) -> None:
+    output = tmp_path / "out.jsonl"
+
+    def killed(*_: object) -> None:
+        os._exit(9)
+
+    parts = Parts(output, {"a": 1}, main=True)
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(os, "fsync", killed)
+        write_rows(NUMBERS, output, parts.folder)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.parts"]
+    parts = Parts(output, {"a": 1}, main=True)
+    assert len(list(parts.folder.glob(".out-*.jsonl"))) == 1
+    write_rows(NUMBERS, output, parts.folder)
+    parts.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]

@@ -173,6 +173,44 @@ def test_a_shortfall_is_on_the_card_and_an_error_if_strict(scored, tmp_path, cap
     assert "| shortfall | 1 row: only 4 were eligible |" in (tmp_path / "out.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("source", ["data", "scores", "folder"])
+def test_what_is_selected_from_is_not_written_over(rows, scored, tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    if source == "folder":
+        assert select(scored, "--all", "--output", tmp_path / "data") == 0
+    path, command = {
+        "data": ("scored.parquet", [scored, "--output", "./scored.parquet"]),
+        "scores": ("scored.parquet", [rows, "--scores", scored, "--output", "scored.parquet"]),
+        "folder": ("data/train.parquet", ["data", "--output", tmp_path / "data"]),
+    }[source]
+    before = (tmp_path / path).read_bytes()
+    assert select(*command, "--keep", "1") == 2
+    assert "is read by this command, and what is not kept of it would be lost" in capsys.readouterr().err
+    assert (tmp_path / path).read_bytes() == before
+    # All rows of the data may take its place; scores are another program's file, whatever is kept.
+    assert select(*command, "--keep", "1", "--all") == (2 if source == "scores" else 0)
+    assert len(load_rows(str(tmp_path / path))) == 6
+
+
+@pytest.mark.parametrize(
+    ("status", "options", "told", "not_told"),
+    [
+        ("too_short", [], ["(6 too_short)", "No row has a score (ifd)"], ["--keep", "--max-ifd"]),
+        ("ok", ["--max-ifd", "0.1"], ["Raise --max-ifd"], ["Lower"]),
+        ("ok", ["--max-ifd", "inf", "--keep", "6"], ["only 5 are eligible", "Lower --keep."], ["--max-ifd"]),
+    ],
+)
+def test_a_shortfall_is_put_down_to_what_caused_it(scored, tmp_path, capsys, status, options, told, not_told):
+    frame = load_rows(scored).to_pandas()
+    if status != "ok":
+        frame = frame.assign(ifd=None, ifd_ppl=None, ifd_status=status).astype({"ifd": float, "ifd_ppl": float})
+    write_rows(Dataset.from_pandas(frame), tmp_path / "rows.parquet")
+    select(tmp_path / "rows.parquet", "--output", tmp_path / "out.jsonl", *options)
+    found = capsys.readouterr().err
+    assert [word for word in told if word not in found] == []
+    assert [word for word in not_told if word in found] == []
+
+
 def test_another_readme_is_not_written_over(scored, tmp_path, capsys):
     (tmp_path / "README.md").write_text("# My project\n", encoding="utf-8")
     assert select(scored, "--output", tmp_path) == 2

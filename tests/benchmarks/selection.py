@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -79,22 +80,39 @@ def best(pool: Path, rows: int, without_refusals: bool) -> list[str]:
     return table.sort_by([("ifd", "descending"), ("id", "ascending")])["id"][:rows].to_pylist()
 
 
-def measured(pool: Path, output: Path, options: list[str]) -> tuple[float, int]:
-    """Seconds and the peak of resident memory, in bytes, of one command."""
-    command = [sys.executable, "-m", "ifd_trainer", "select", str(pool), "--keep", str(KEEP), "--output", str(output)]
+def measured(command: list[str]) -> tuple[float, int]:
+    """Seconds and the peak of memory, in bytes, of a command for this interpreter.
+
+    Pages of mapped files do not count where the system tells them apart: it takes them back when it needs them.
+
+    Raises:
+        SystemExit: when it fails.
+    """
     places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     began, peak = time.perf_counter(), 0
     with psutil.Popen(
-        [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": places}
+        [sys.executable, *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": places},
     ) as process:
         while process.poll() is None:
             with suppress(psutil.Error):  # it may end in between
-                peak = max(peak, process.memory_info().rss)
+                memory = process.memory_info()
+                peak = max(peak, memory.rss - getattr(memory, "shared", 0))
             time.sleep(0.01)
         seconds = time.perf_counter() - began
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} failed: {process.stderr.read().decode()}")
     return seconds, peak
+
+
+def printed(name: str, seconds: Sequence[float], peak: int, base: int) -> str:
+    """A case as a line of a table."""
+    return (
+        f"{name:32s} {statistics.median(seconds):6.1f} s ({min(seconds):.1f} to {max(seconds):.1f}), "
+        f"{peak / 2**20:6.0f} MiB, {(peak - base) / 2**20:.0f} over base"
+    )
 
 
 def check(pool: Path, output: Path, rows: int, case: str) -> None:
@@ -121,18 +139,14 @@ def main(arguments: list[str] | None = None) -> None:
         write_pool(pool, rows)
         results["pool_bytes"] = pool.stat().st_size
         for case, extra in {"base": [], **CASES}.items():
-            found = [measured(few if case == "base" else pool, output, extra) for _ in range(runs)]
+            command = ["-m", "ifd_trainer", "select", str(few if case == "base" else pool), "--keep", str(KEEP)]
+            found = [measured([*command, "--output", str(output), *extra]) for _ in range(runs)]
             if case != "base":
                 check(pool, output, rows, case)
             seconds, peaks = zip(*found, strict=True)
             results["cases"][case] = {"seconds": seconds, "peak_bytes": max(peaks)}
-            over = max(peaks) - results["cases"]["base"]["peak_bytes"]
             name = case if case == "base" else f"{rows:,} rows, {case}"
-            print(
-                f"{name:32s} {statistics.median(seconds):6.1f} s ({min(seconds):.1f} to {max(seconds):.1f}), "
-                f"{max(peaks) / 2**20:6.0f} MiB, {over / 2**20:.0f} over base",
-                flush=True,
-            )
+            print(printed(name, seconds, max(peaks), results["cases"]["base"]["peak_bytes"]), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "selection.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
