@@ -1,7 +1,7 @@
 """The command line: `ifd-trainer score | select | train | report`.
 
-Heavy imports wait until a command runs, so that `--help` answers at once. Exit codes: 0 done, 2 wrong input or usage
-(one line on standard error), 130 interrupted.
+Heavy imports wait until a command runs, so that `--help` answers at once. Exit codes: 0 done, 2 wrong input or usage or
+too little memory (one line on standard error), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from . import __version__
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 
 _FORMATS = ", ".join(FORMATS)
 _CHECKED_ROWS = 8  # to find out whether format, definition and tokenizer go together
-_LESS_MEMORY = (
-    "Take fewer tokens at a time (token budget, max length, batch size), a smaller dtype such as bfloat16, or a "
-    "smaller model."
-)
 _TRAIN_HELP = """\
 usage: ifd-trainer train [RECIPE.yaml] [--plan] [--KEY VALUE ...]
 
@@ -85,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        told = (str(error).splitlines() or ["Out of memory."])[0]
-        print(f"ifd-trainer: error: {told} {_LESS_MEMORY}", file=sys.stderr)
+        told = (str(error).splitlines() or ["out of memory"])[0]
+        print(f"ifd-trainer: error: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ifd-trainer: interrupted; what is saved stays: run the same command again to go on", file=sys.stderr)
@@ -95,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")  # what was not imported has raised nothing
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _positive(text: str) -> int:
@@ -273,17 +272,17 @@ def _score(options: argparse.Namespace) -> int:
     # The same for all processes, and for any number of them.
     job = {"data": source_digest(options.data, rows), "rows": len(rows), "part_rows": size}
     job |= {"weights": scorer.digest(), **settings, "scores_version": SCORES_VERSION}
-    parts = process.first("parts", lambda: Parts(options.output, job, process.main))
-    score_parts(rows, scorer, parts, size, process)
-    if not process.main:
-        return 0
-    scores = parts.join(len(range(0, len(rows), size)))
-    # Scored again: what was chosen by older scores goes with them.
-    rows = with_columns(rows.remove_columns([name for name in OWN_COLUMNS if name in rows.column_names]), scores)
-    write_rows(rows, options.output, parts.folder)
-    write_provenance(options.output, provenance_of(settings, options.model, options.data), scores)
-    parts.remove()
-    counted = sorted(pc.value_counts(scores.data["ifd_status"]).to_pylist(), key=lambda status: -status["counts"])
+    with closing(process.first("parts", lambda: Parts(options.output, job, process.main))) as parts:
+        score_parts(rows, scorer, parts, size, process)
+        if not process.main:
+            return 0
+        scores = parts.join(len(range(0, len(rows), size)))
+        # Scored again: what was chosen by older scores goes with them.
+        rows = with_columns(rows.remove_columns([name for name in OWN_COLUMNS if name in rows.column_names]), scores)
+        write_rows(rows, options.output, parts.folder)
+        write_provenance(options.output, provenance_of(settings, options.model, options.data), scores)
+        counted = sorted(pc.value_counts(scores.data["ifd_status"]).to_pylist(), key=lambda status: -status["counts"])
+        parts.remove()
     counts = ", ".join(f"{status['counts']} {status['values']}" for status in counted)
     print(f"{len(rows)} rows: {counts}. Written to {options.output}.")
     return 0

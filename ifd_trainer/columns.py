@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from .encoding import EncodedPair, Encoder, Status, check_positive
 from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
+from .positions import window
 from .scorer import Scores, prompt_features, score_pairs, token_progress
 
 IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
@@ -272,8 +273,7 @@ class IFDScorer:
             if not source:
                 raise ValueError("Pass the tokenizer too: the loaded model does not say where it came from.")
             tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
-        window = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self._encoder = Encoder(tokenizer, **self.options, window=window)
+        self._encoder = Encoder(tokenizer, **self.options, window=window(config.get_text_config()))
 
     def _load(self, rank: int | None) -> None:
         self._prepare()

@@ -222,7 +222,7 @@ class Encoder:
 
 
 def check_positive(**numbers: int | None) -> None:
-    """Raise ValueError for a number that is none, not whole or below 1; None stands for a default.
+    """Raise ValueError for what is no whole number of at least 1; None stands for a default.
 
     >>> check_positive(max_length=512, token_budget=None)
     """

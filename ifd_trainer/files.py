@@ -49,8 +49,9 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         return READERS[_ending(path)](path)
     if (path / f"{split}.parquet").is_file():
         return read_parquet(path / f"{split}.parquet")
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return load_from_disk(path)
+    saved = path / split if (path / "dataset_dict.json").is_file() else path
+    if (saved / "state.json").is_file() and (saved / "dataset_info.json").is_file():
+        return load_from_disk(saved).with_format(None)
     if path.is_dir():
         return load_dataset(str(path.resolve()), config, split=split)  # which cannot read "."
     if path.suffix.lower() in READERS or source.startswith((".", "/")):
@@ -185,10 +186,14 @@ class Parts:
         self._done: set[int] = set()
         path = self.folder / "job.json"
         begun = any(self.folder.glob("part-*.parquet"))
-        if begun or (path.exists() and not main):
-            _check_job(path, job)
-        else:
-            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(dict(job)), encoding="utf-8"))
+        try:
+            if begun or (path.exists() and not main):
+                _check_job(path, job)
+            else:
+                write_atomically(path, lambda temporary: temporary.write_text(json.dumps(dict(job)), encoding="utf-8"))
+        except BaseException:
+            self.close()
+            raise
 
     def path(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.parquet"
@@ -245,10 +250,14 @@ class Parts:
         gone = self.folder.with_name(f"{self.folder.name}-removed")
         shutil.rmtree(gone, ignore_errors=True)
         self.folder.rename(gone)
-        if self._lock is not None:
-            os.close(self._lock)  # on network file systems an open file keeps its folder
-            self._lock = None
+        self.close()  # on network file systems an open file keeps its folder
         shutil.rmtree(gone)
+
+    def close(self) -> None:
+        """Let other jobs into the folder; they go on with the parts that are there."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def _lock(path: Path, output: str | os.PathLike) -> int | None:

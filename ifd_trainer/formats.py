@@ -79,13 +79,14 @@ class TemplateFormat:
         name: what errors and data cards call the format.
         prompt: the prompt of a row without an input. `{instruction}` stands for the instruction, whatever its column
             is called.
-        prompt_with_input: the prompt of a row with an input, for which `{input}` stands.
+        prompt_with_input: the prompt of a row with an input, for which `{input}` stands; the same as `prompt` where
+            no row has one.
         header: the text before the answer when it is scored alone, as the prompts end; "" for none.
         instruction, input, output: names of the columns; that of the input may be missing from the data.
         counts_instruction_only: see `Example.counted`.
 
     Raises:
-        ValueError: for a template without its placeholders, or with others.
+        ValueError: for a template without its placeholders, or with a column's name in place of them.
 
     >>> qa = TemplateFormat("qa", "{instruction} A:", "{input} {instruction} A:", "A:", instruction="q", output="a")
     >>> qa.render({"q": "2 + 2?", "a": "4"}).prompt
@@ -102,10 +103,13 @@ class TemplateFormat:
     counts_instruction_only: bool = False
 
     def __post_init__(self) -> None:
-        for template, needed in (("prompt", ("instruction",)), ("prompt_with_input", ("instruction", "input"))):
+        with_input = ("instruction", "input") if self.prompt_with_input != self.prompt else ("instruction",)
+        columns = {self.instruction, self.input, self.output, "output"} - {"instruction", "input"}
+        for template, needed in (("prompt", ("instruction",)), ("prompt_with_input", with_input)):
             text = getattr(self, template)
             missing = [f"lacks {{{name}}}" for name in needed if f"{{{name}}}" not in text]
-            unknown = sorted(set(_PLACEHOLDER.findall(text)) - {"instruction", "input"})
+            # Other braces may be text ("reply as {answer}"); the name of a column is a mistake.
+            unknown = sorted(columns & set(_PLACEHOLDER.findall(text)))
             if missing or unknown:
                 raise ValueError(
                     f"TemplateFormat {self.name!r}: {template}={text!r} "

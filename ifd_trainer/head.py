@@ -175,8 +175,9 @@ def _log_softmax_(logits: torch.Tensor) -> torch.Tensor:
 
 
 def whole_losses(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Losses of N targets from the logits of all U places (U, V), which are written over; (N,), nats."""
-    return _losses(logits, targets.places.to(logits.device), targets.tokens.to(logits.device))
+    """Losses of N targets from the logits of all U places (U, V), which may be written over; (N,), nats."""
+    chunks = targets.chunks(len(logits), _chunk(logits.shape[-1], logits.device), logits.device)
+    return torch.cat([_losses(logits[rows], places, tokens) for rows, places, tokens in chunks])
 
 
 def _losses(logits: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -305,5 +306,9 @@ def text_config(model: nn.Module) -> Any:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Number of tokens, or a usual number for a model that does not tell."""
-    return getattr(text_config(model), "vocab_size", None) or 2**15
+    """Number of tokens, that of the input embeddings for a config that does not tell, or else a usual number."""
+    size = getattr(text_config(model), "vocab_size", None)
+    if not size:
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            size = unwrapped(model).get_input_embeddings().num_embeddings
+    return size or 2**15

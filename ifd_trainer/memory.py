@@ -5,8 +5,8 @@
 
 A quarter of the device's memory is planned with, and not more than 3 GiB: by arithmetic a 7B model has some 20,000
 tokens in a batch then, and its products do not get faster with more. What is free changes from epoch to epoch, and from
-a run to its resumption, whose batches, and with them the rounding of scores, are to be the same; so only less than
-twice as much being free makes it less. Free is what the driver has and what the allocator holds without using it.
+a run to its resumption, whose batches, and with them the rounding of scores, are to be the same: half of it is planned
+with only where that is less. Free is what the driver has and what the allocator holds without using it.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ def token_budget(
     memory = device_memory(device)
     if memory is None:
         return _cpu_tokens(model) if device.type == "cpu" else ACCELERATOR_TOKENS
-    spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
-    if run is None or spread or sum(lengths) < _WORTH_MEASURING:
-        return ACCELERATOR_TOKENS
-    longest = max(lengths)  # attention may take memory by the square of a row's length
+    longest = max(lengths, default=0)  # attention may take memory by the square of a row's length
     known, case = _footprints.setdefault(model, {}), (how, longest.bit_length())
     new = case not in known
     if new:
+        spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
+        if run is None or spread or sum(lengths) < _WORTH_MEASURING:
+            return ACCELERATOR_TOKENS
         rows = max(_TRIED_TOKENS // longest, 1)
 
         def tried(tokens: int, all_scored: bool) -> None:
@@ -103,7 +103,7 @@ def token_budget(
             known[case] = measure(tried, (rows * longest, 4 * rows * longest), memory, device)
         except torch.OutOfMemoryError:
             logger.warning("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, rows * longest)
-            return LEAST_TOKENS
+            known[case], new = Footprint(float("inf"), 1.0), False
     footprint, planned = known[case], planned_bytes(memory, device)
     budget = footprint.tokens(planned)
     logger.log(

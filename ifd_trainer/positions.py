@@ -1,4 +1,4 @@
-"""Which rows may share a forward, where a model's positions depend on the longest row in it.
+"""How many positions a model has, and which rows may share a forward where they depend on the longest row in it.
 
 Two kinds of rotary embeddings choose their frequencies anew in each forward, from its largest position:
 
@@ -42,6 +42,32 @@ def kinds_of_lengths(lengths: Sequence[int], config: Any) -> list[np.ndarray]:
             window = getattr(config, "max_position_embeddings", np.inf)
             kinds = np.where(lengths < window, kinds, lengths + kinds.max(initial=0))
     return [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+
+
+def remembers_lengths(config: Any) -> bool:
+    """Whether a model goes on with the frequencies of the longest row that it has seen since a short one."""
+    return any(rope.get("rope_type") == "dynamic" for rope in _ropes(config))
+
+
+def window(config: Any) -> int | None:
+    """Most tokens of a row that a model was made for, None if it does not tell: those of its training, times the factor
+    of a scaled rotary embedding where the config does not count it in already.
+
+    >>> from types import SimpleNamespace
+    >>> yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    >>> window(SimpleNamespace(max_position_embeddings=32768, rope_parameters=yarn))
+    131072
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    factors = [1.0]
+    for rope in _ropes(config):
+        uncounted = rope.get("rope_type") in ("linear", "dynamic") or (
+            rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings", positions) == positions
+        )
+        factors.append(float(rope.get("factor") or 1.0) if uncounted else 1.0)
+    return int(positions * max(factors))
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from .encoding import EncodedPair, Segment, Status, token_budget_batches, token_
 from .forward import Batch, Pending, launch, logits_at, padded, streamed
 from .head import Logits, find_change, lm_head, text_config, unwrapped, vocabulary_size
 from .memory import token_budget as measured_budget
-from .positions import kinds_of_lengths
+from .positions import kinds_of_lengths, remembers_lengths
 from .stream import stream_batches
 
 if TYPE_CHECKING:
@@ -232,6 +232,8 @@ def _forwards(
         for kind in kinds_of_lengths(lengths, text_config(model)):
             of_kind = [segments[i] for i in kind]
             batches += [kind[batch] for batch in _batches(of_kind, engine, token_budget, scored_budget, device)]
+        if tried and remembers_lengths(text_config(model)):
+            run([Segment([0, 0], 1)])
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
 
         def laid_out(rows: np.ndarray) -> Batch:

@@ -212,7 +212,6 @@ def test_a_dry_run_of_the_benchmark_of_selection(tmp_path, capsys):
 
 def test_a_dry_run_of_the_benchmark_of_large_files(saved_model, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     bench = loaded(ROOT / "tests" / "benchmarks" / "streaming.py")
     checked_rows = []
     check = bench.check

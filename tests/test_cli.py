@@ -226,7 +226,7 @@ def test_a_device_out_of_memory_is_one_line(
     assert main(["report", "rows.jsonl"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert "ut of memory. Take fewer tokens at a time" in errors[0]
+    assert "ut of memory" in errors[0]
     error = RuntimeError("of another kind")
     with pytest.raises(RuntimeError, match="another kind"):
         main(["report", "rows.jsonl"])

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Features, Json, List, Value, concatenate_datasets, load_dataset
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -532,6 +532,13 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path):
     found = load_rows(str(tmp_path / "saved"))
     assert found.features == rows.features
     assert found.to_list() == ROWS
+
+
+def test_a_split_of_save_to_disk_is_read_whatever_its_format(tmp_path):
+    splits = {name: Dataset.from_dict({"n": [number], "m": [0]}) for name, number in (("train", 1), ("test", 2))}
+    DatasetDict(splits).with_format("pandas", columns=["n"]).save_to_disk(tmp_path / "saved")
+    assert load_rows(str(tmp_path / "saved"))[:] == {"n": [1], "m": [0]}
+    assert load_rows(str(tmp_path / "saved"), split="test")[:] == {"n": [2], "m": [0]}
 
 
 def test_the_folder_one_is_in_is_read(tmp_path, monkeypatch):

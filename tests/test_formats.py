@@ -136,9 +136,14 @@ def test_a_template_needs_its_placeholders_and_no_others(prompt, with_input, wro
 
 
 def test_other_braces_of_a_template_are_text():
-    text = 'Answer {instruction} as {"a": {}} in \\boxed{answer}.'
+    text = 'Answer {instruction} as {"a": {}} or {answer} in \\boxed{answer}.'
     found = TemplateFormat("json", text, text + "{input}").render({"instruction": "x", "output": ""})
-    assert found.prompt == 'Answer x as {"a": {}} in \\boxed{answer}.'
+    assert found.prompt == 'Answer x as {"a": {}} or {answer} in \\boxed{answer}.'
+
+
+def test_one_template_for_rows_that_have_no_input():
+    format = TemplateFormat("qa", "{instruction} A:", "{instruction} A:")
+    assert format.render({"instruction": "Why?", "output": "So."}).prompt == "Why? A:"
 
 
 def test_prompt_completion_texts(tokenizer):

@@ -432,6 +432,14 @@ def test_parts_of_which_nothing_says_whose_they_are_are_refused(tmp_path: Path, 
             Parts(tmp_path / "out.parquet", {"a": 1}, main=main)
 
 
+DIES_WRITING = """
+import os, sys
+from datasets import Dataset
+from ifd_trainer.files import Parts, write_rows
+parts = Parts(sys.argv[1], {"a": 1}, main=True)
+os.fsync = lambda _: os._exit(9)
+write_rows(Dataset.from_dict({"number": [1, 2]}), sys.argv[1], parts.folder)
+"""
 HOLDS = """
 import sys
 from ifd_trainer.files import Parts
@@ -455,7 +463,18 @@ def test_a_second_job_is_refused_until_the_first_one_is_killed(tmp_path: Path) -
         finally:
             holder.kill()
     parts = Parts(output, {"a": 2}, main=True)
-    parts.remove()
+    parts.save(0, {"n": np.array([1])})
+    parts.close()
+    with pytest.raises(ValueError, match="a: 2 there, 3 now"):
+        Parts(output, {"a": 3}, main=True)
+    # What was refused does not keep others out.
+    check = [
+        sys.executable,
+        "-c",
+        "import sys; from ifd_trainer.files import Parts; Parts(sys.argv[1], {'a': 2}, True)",
+    ]
+    assert subprocess.run([*check, str(output)], cwd=ROOT, check=False).returncode == 0
+    Parts(output, {"a": 2}, main=True).remove()
     Parts(output, {"a": 3}, main=True)
 
 
@@ -470,18 +489,10 @@ def test_a_system_without_locks_goes_without(tmp_path: Path, monkeypatch) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_stays_of_an_output_whose_writing_was_killed(tmp_path: Path, monkeypatch) -> None:
+def test_nothing_stays_of_an_output_whose_writing_was_killed(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-
-    def killed(*_: object) -> None:
-        os._exit(9)
-
-    parts = Parts(output, {"a": 1}, main=True)
-    child = os.fork()
-    if not child:
-        monkeypatch.setattr(os, "fsync", killed)
-        write_rows(NUMBERS, output, parts.folder)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    command = [sys.executable, "-c", DIES_WRITING, str(output)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 9
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.parts"]
     parts = Parts(output, {"a": 1}, main=True)
     assert len(list(parts.folder.glob(".out-*.jsonl"))) == 1

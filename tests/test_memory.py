@@ -277,6 +277,9 @@ def test_a_small_trial_that_does_not_fit_gives_the_least_budget(fake, budgets, c
     assert budgets == [LEAST_TOKENS]
     assert memory.sizes == []
     assert "Token budget on cpu: 1024, since 798 did not fit" in caplog.records[-1].message
+    answer_nll(model, many_segments(80_000), engine="padded")  # not tried again
+    assert budgets == [LEAST_TOKENS] * 2
+    assert len(caplog.records) == 1
 
 
 def test_the_budget_is_measured_for_each_engine(fake, budgets):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from ifd_trainer.encoding import Segment
-from ifd_trainer.positions import kinds_of_lengths
+from ifd_trainer.positions import kinds_of_lengths, window
 from ifd_trainer.scorer import answer_nll
 
 SIZES = {
@@ -62,6 +62,37 @@ def test_a_long_row_changes_no_score_of_another(name, engine):
     plain = -np.mean([logits[i - 1, segments[0].ids[i]].item() for i in range(6, 12)])
     assert abs(plain / expected[0] - 1) > 1e-3
     np.testing.assert_allclose(answer_nll(model, segments, engine=engine), expected, rtol=1e-5)
+
+
+def test_a_call_forgets_the_long_rows_of_the_one_before():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS["dynamic"]).eval()
+    ids = np.random.default_rng(0).integers(3, 100, 24).tolist()
+    model(torch.tensor([[3]]))
+    expected = reference_nll(model, ids, 12)
+    for before in ([3] * 60, [3] * 30):
+        answer_nll(model, [Segment(before, 5)])
+        assert answer_nll(model, [Segment(ids, 12)])[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "ropes", "tokens"),
+    [
+        (2048, {"rope_type": "default"}, 2048),
+        (2048, {"rope_type": "linear", "factor": 4.0}, 8192),
+        (2048, {"rope_type": "dynamic", "factor": 2.0}, 4096),
+        (32_768, {"rope_type": "yarn", "factor": 4.0}, 131_072),
+        (131_072, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
+        (131_072, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 131_072),
+        (80, LONGROPE, 80),
+        (2048, {"a": {"rope_type": "default"}, "b": {"rope_type": "linear", "factor": 8.0}}, 16_384),
+        (1024, None, 1024),
+        (None, None, None),
+    ],
+)
+def test_the_window_of_a_scaled_rotary_embedding(positions, ropes, tokens):
+    assert window(SimpleNamespace(max_position_embeddings=positions, rope_parameters=ropes)) == tokens
 
 
 ROPES = [

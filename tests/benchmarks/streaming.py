@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from selection import measured, printed, write_pool
 
-WORKER, PART_ROWS, STOPPED = "--worker", 10_000, 3
+WORKER, PART_ROWS = "--worker", 10_000
 
 
 def losses_of(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +54,7 @@ def worker(stop_before: int, arguments: list[str]) -> int:
 
     def saved(self: Parts, part: int, *columns: Any) -> None:
         if part == stop_before:
-            raise SystemExit(STOPPED)
+            raise SystemExit("stopped on purpose")
         save(self, part, *columns)
 
     IFDScorer.encode, IFDScorer.score, Parts.save = encode, score, saved
@@ -78,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows, size = (400, 50) if options.tiny else (options.rows, PART_ROWS)
     results: dict[str, Any] = {"rows": rows, "part_rows": size, "cases": {}}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, HF_DATASETS_CACHE=folder):
         pool, few, output = (Path(folder) / f"{name}.parquet" for name in ("pool", "few", "out"))
         for path, count in ((few, 100), (pool, rows)):
             write_pool(path, count)
@@ -91,10 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
 
         for case in ("base", "from the start", "from the last part"):
             if case == "from the last part":
-                try:
-                    run(pool, stop_before=(rows - 1) // size)
-                except SystemExit:
-                    assert not output.exists()
+                last = (rows - 1) // size
+                with suppress(SystemExit):
+                    run(pool, stop_before=last)
+                saved = list(Path(f"{output}.parts").glob("part-*.parquet"))
+                assert len(saved) == last, f"{len(saved)} parts are saved, wanted {last}"
             seconds, peak = run(few if case == "base" else pool)
             if case != "base":
                 check(pool, output)
