@@ -233,7 +233,7 @@ def _forwards(
             of_kind = [segments[i] for i in kind]
             batches += [kind[batch] for batch in _batches(of_kind, engine, token_budget, scored_budget, device)]
         if tried and remembers_lengths(text_config(model)):
-            run([Segment([0, 0], 1)])
+            run([Segment([0, 0], 1)])  # what was scored or tried out before is forgotten
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
 
         def laid_out(rows: np.ndarray) -> Batch:
