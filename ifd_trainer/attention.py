@@ -95,7 +95,7 @@ class _Running:
 
     @cached_property
     def masked(self) -> list[tuple[int, int, torch.Tensor | None, torch.Tensor | None]]:
-        """Start, end, keys and mask of each span; the last two are None for one without a path."""
+        """Start, end, keys and mask of each span, on the host; the last two are None for one without a path."""
         return [self._masked(span) for span in self.plan.spans]
 
     def _masked(self, span: Span) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
@@ -103,7 +103,7 @@ class _Running:
             return span.start, span.end, None, None
         size, before = span.end - span.start, len(span.path)
         mask = torch.ones(size, before + size, dtype=torch.bool).tril(before)  # all of the path, then causal
-        return span.start, span.end, torch.from_numpy(_keys(span)).to(self.plan.device), mask.to(self.plan.device)
+        return span.start, span.end, torch.from_numpy(_keys(span)), mask
 
 
 _running: _Running | None = None

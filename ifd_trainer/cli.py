@@ -10,14 +10,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
 from .formats import FORMATS
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from .columns import IFDScorer
 
 _FORMATS = ", ".join(FORMATS)
@@ -386,8 +385,6 @@ def _select(options: argparse.Namespace) -> int:
 
 def _check_apart(output: Path, options: argparse.Namespace) -> None:
     """Raise ValueError where the rows that are kept would be written over the rows or scores they are chosen from."""
-    from pathlib import Path
-
     # With all rows, none of the data's would be lost; scores are another program's file.
     sources = [options.scores] if options.all else [options.data, options.scores]
     for source in map(Path, filter(None, sources)):
@@ -439,8 +436,6 @@ def _train(arguments: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from .files import load_rows
     from .report import write_report
 

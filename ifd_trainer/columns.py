@@ -228,8 +228,8 @@ class IFDScorer:
         Texts longer than the model's window are cut at their end.
         """
         self._load(None)
-        window = self._encoder.window
-        ids = self._encoder.tokenizer(list(texts), truncation=window is not None, max_length=window, verbose=False)
+        most = self._encoder.window
+        ids = self._encoder.tokenizer(list(texts), truncation=most is not None, max_length=most, verbose=False)
         return prompt_features(self._model, ids["input_ids"], token_budget=self.token_budget, progress=progress)[0]
 
     @property

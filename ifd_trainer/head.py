@@ -30,6 +30,8 @@ from .onednn import rounded
 from .transfer import on_device
 
 Change = Callable[[torch.Tensor], torch.Tensor]
+# Values at u places (u, ...), for each of n targets its place among the u, and the targets; returns (n,) losses.
+Losses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Logits of a chunk, which has to hold enough rows to be worth a read of the head's weights: on a CPU just below the
 # 32 MiB from which glibc takes new pages for every chunk, which cost as much time as the product that fills them (55
@@ -61,18 +63,20 @@ class Targets:
         """From two int64 arrays."""
         return cls(which, on_device(which, device), on_device(tokens, device))
 
-    def chunks(
-        self, places: int, size: int, device: torch.device
-    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """So many of the U places at a time: which these are, and for their targets the place among them and the token.
+    def losses(self, values: torch.Tensor, size: int, losses: Losses) -> torch.Tensor:
+        """(N,) losses, from `losses` of the values (U, ...) of so many places at a time.
 
         Nothing here waits for the device.
         """
-        firsts = np.arange(0, places, size)
-        edges = np.searchsorted(self.which, [*firsts, places]).tolist()
-        for first, low, high in zip(firsts.tolist(), edges[:-1], edges[1:], strict=True):
-            mine = slice(low, high)
-            yield slice(first, first + size), self.places[mine].to(device) - first, self.tokens[mine].to(device)
+        firsts = np.arange(0, len(values), size)
+        edges = np.searchsorted(self.which, [*firsts, len(values)]).tolist()
+        places, tokens = self.places.to(values.device), self.tokens.to(values.device)
+        return torch.cat(
+            [
+                losses(values[first : first + size], places[low:high] - first, tokens[low:high])
+                for first, low, high in zip(firsts.tolist(), edges[:-1], edges[1:], strict=True)
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,12 @@ class Logits:
         """
         if not self.gathered and _is_a_matrix(head):
             size = _power_of_two(CPU_CHUNK_VALUES // LEAST_TILE)
-            reduced = partial(_tiled_losses, head, self.change)
+            losses = partial(_tiled_losses, head, self.change)
         else:
             size = _chunk(self.vocabulary, hidden.device)
             # Weights that are spread over processes are gathered by now, and a second call would let go of them.
-            reduced = partial(self._projected_losses, head.forward if self.gathered else head)
-        chunks = targets.chunks(len(hidden), size, hidden.device)
-        return torch.cat([reduced(hidden[rows], places, tokens) for rows, places, tokens in chunks])
+            losses = partial(self._projected_losses, head.forward if self.gathered else head)
+        return targets.losses(hidden, size, losses)
 
     def _projected_losses(
         self,
@@ -176,8 +179,7 @@ def _log_softmax_(logits: torch.Tensor) -> torch.Tensor:
 
 def whole_losses(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Losses of N targets from the logits of all U places (U, V), which may be written over; (N,), nats."""
-    chunks = targets.chunks(len(logits), _chunk(logits.shape[-1], logits.device), logits.device)
-    return torch.cat([_losses(logits[rows], places, tokens) for rows, places, tokens in chunks])
+    return targets.losses(logits, _chunk(logits.shape[-1], logits.device), _losses)
 
 
 def _losses(logits: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,8 @@ class Footprint:
         return rounded_down(int(min(max(found, LEAST_TOKENS), MOST_TOKENS)))
 
 
-_footprints: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Footprint]] = weakref.WeakKeyDictionary()
+# None where not even the smaller trial fits.
+_footprints: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Footprint | None]] = weakref.WeakKeyDictionary()
 
 
 def token_budget(
@@ -90,21 +91,10 @@ def token_budget(
         spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
         if run is None or spread or sum(lengths) < _WORTH_MEASURING:
             return ACCELERATOR_TOKENS
-        rows = max(_TRIED_TOKENS // longest, 1)
-
-        def tried(tokens: int, all_scored: bool) -> None:
-            count = tokens // longest
-            scored = min(longest - 1, max(scored_budget // count, 1)) if all_scored else 1
-            # No two begin alike: a stream would compute once what they share.
-            firsts = np.arange(count) % vocabulary_size(model)
-            run([Segment([first, *[0] * (longest - 1)], longest - scored) for first in firsts.tolist()])
-
-        try:
-            known[case] = measure(tried, (rows * longest, 4 * rows * longest), memory, device)
-        except torch.OutOfMemoryError:
-            logger.warning("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, rows * longest)
-            known[case], new = Footprint(float("inf"), 1.0), False
+        known[case] = _tried(vocabulary_size(model), longest, scored_budget, memory, device, run)
     footprint, planned = known[case], planned_bytes(memory, device)
+    if footprint is None:
+        return LEAST_TOKENS
     budget = footprint.tokens(planned)
     logger.log(
         logging.INFO if new else logging.DEBUG,
@@ -116,6 +106,31 @@ def token_budget(
         footprint.per_token / 2**10,
     )
     return budget
+
+
+def _tried(
+    vocabulary: int,
+    longest: int,
+    scored_budget: int,
+    memory: Any,
+    device: torch.device,
+    run: Callable[[list[Segment]], Any],
+) -> Footprint | None:
+    """The footprint of batches of rows of a length, or None, with a warning, if the smaller trial does not fit."""
+    rows = max(_TRIED_TOKENS // longest, 1)
+
+    def tried(tokens: int, all_scored: bool) -> None:
+        count = tokens // longest
+        scored = min(longest - 1, max(scored_budget // count, 1)) if all_scored else 1
+        # No two begin alike: a stream would compute once what they share.
+        firsts = np.arange(count) % vocabulary
+        run([Segment([first, *[0] * (longest - 1)], longest - scored) for first in firsts.tolist()])
+
+    try:
+        return measure(tried, (rows * longest, 4 * rows * longest), memory, device)
+    except torch.OutOfMemoryError:
+        logger.warning("Token budget on %s: %d, since %d did not fit.", device, LEAST_TOKENS, rows * longest)
+        return None
 
 
 def _cpu_tokens(model: nn.Module) -> int:

@@ -39,8 +39,8 @@ def kinds_of_lengths(lengths: Sequence[int], config: Any) -> list[np.ndarray]:
         if rope.get("rope_type") == "longrope":
             kinds = 2 * kinds + (lengths > rope.get("original_max_position_embeddings", np.inf))
         elif rope.get("rope_type") == "dynamic":
-            window = getattr(config, "max_position_embeddings", np.inf)
-            kinds = np.where(lengths < window, kinds, lengths + kinds.max(initial=0))
+            trained = getattr(config, "max_position_embeddings", np.inf)
+            kinds = np.where(lengths < trained, kinds, lengths + kinds.max(initial=0))
     return [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
 
 

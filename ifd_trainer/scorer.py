@@ -264,7 +264,7 @@ def _batches(
 
 def _in_turn(
     lay_out: Callable[[np.ndarray], Batch],
-    launch: Callable[[np.ndarray, Batch], Pending],
+    begin: Callable[[np.ndarray, Batch], Pending],
     batches: list[np.ndarray],
     device: torch.device,
     halve: bool = True,
@@ -279,7 +279,7 @@ def _in_turn(
         """What a forward gives, or None if it does not fit."""
         nonlocal most
         try:
-            return launch(rows, batch)
+            return begin(rows, batch)
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 raise torch.OutOfMemoryError(
@@ -367,9 +367,11 @@ def streams(model: nn.Module, device: torch.device | None = None) -> bool:
 
 
 def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
+    if not _attends_to_all(text_config(model)):
+        return False
     segments = _probe(vocabulary_size(model))
     batch = streamed(segments, device)
-    if not _attends_to_all(text_config(model)) or (device.type != "cpu" and batch.plan.kernel is None):
+    if device.type != "cpu" and batch.plan.kernel is None:
         return False
     # Whatever such a model raises here, the padded engine scores it or raises it again.
     with borrowed(model, device), contextlib.suppress(Exception):

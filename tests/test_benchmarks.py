@@ -211,7 +211,6 @@ def test_a_dry_run_of_the_benchmark_of_selection(tmp_path, capsys):
 
 
 def test_a_dry_run_of_the_benchmark_of_large_files(saved_model, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
     bench = loaded(ROOT / "tests" / "benchmarks" / "streaming.py")
     checked_rows = []
     check = bench.check
@@ -223,8 +222,7 @@ def test_a_dry_run_of_the_benchmark_of_large_files(saved_model, tmp_path, monkey
     assert len(checked_rows) == 2
 
 
-def test_the_benchmark_of_large_files_tells_wrong_rows(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+def test_the_benchmark_of_large_files_tells_wrong_rows(tmp_path):
     bench = loaded(ROOT / "tests" / "benchmarks" / "streaming.py")
     rows = {"id": ["row-3", "row-1"], "instruction": ["a", "b"], "output": ["c", "d"]}
     pool, output = tmp_path / "pool.parquet", tmp_path / "out.parquet"
