@@ -33,13 +33,28 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
 LIMIT = 200  # seconds; a launch takes about 15 on two cores
 ROWS = [{"instruction": f"Name {n} things.", "output": "The cat sat. " * (n % 5), "n": n} for n in range(40)]
-# In a process with the rank $DIES, the first forward is the end of the process, as if it had been killed.
+# The process with the rank $DIES ends in its first forward, as if it had been killed, once a part of the other one is
+# on disk; the other one stops after that part, so that it cannot do all of them before the first is there.
 PROGRAM = """
-import os, sys
+import os, sys, time
+from pathlib import Path
 from ifd_trainer.cli import main
 from ifd_trainer.columns import IFDScorer
-if os.environ.get("DIES") == os.environ.get("RANK", "0"):
-    IFDScorer.score = lambda *_: os._exit(9)
+from ifd_trainer.files import Parts
+
+def dies(*_):
+    while not any(Path(sys.argv[-1] + ".parts").glob("part-*.parquet")):
+        time.sleep(0.01)
+    os._exit(9)
+
+def save_and_stop(*part):
+    save(*part)
+    time.sleep(1000)  # the launcher ends it
+
+if os.environ["DIES"] == os.environ.get("RANK"):
+    IFDScorer.score = dies
+elif os.environ["DIES"] != "None":
+    save, Parts.save = Parts.save, save_and_stop
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -85,6 +100,7 @@ def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(
     assert code != 0, text
     assert "rank      : 1 " in text  # there was a second process, and it died
     assert not shared.exists()
+    assert any(Path(f"{shared}.parts").glob("part-*.parquet"))
     code, text = run(command, launcher, shared)
     assert code == 0, text
     assert text.count("Written to") == 1
