@@ -1,29 +1,18 @@
-"""Mean negative log-likelihood of answer tokens: which forwards are run for it, and in which order.
+"""Mean negative log-likelihood of answer tokens, and the scores made of it.
 
-`score_pairs` scores encoded rows, both segments of a row among all others, by one of two engines:
-
-- `stream`, on a CPU, and in half precision on CUDA where there is a variable-length attention kernel: the segments of a
-  batch as one stream without padding, shared beginnings computed once (see `ifd_trainer.stream` and
-  `ifd_trainer.attention`). A model is compared with the other engine on a few tokens before its first use; one that
-  gives other numbers is scored by the other engine.
-- `padded`: segments of like length, padded on the right without an attention mask. Under causal attention no token
-  sees what follows it, so padding changes nothing.
-
-The LM head runs on the scored positions only, in chunks (see `ifd_trainer.head`), and the log-softmax in float32
-whatever the model's dtype. On a CPU, float32 products are oneDNN's (see `ifd_trainer.onednn`). An accelerator does not
-wait for the host: the next batch is laid out while it runs one (see `ifd_trainer.forward`). Scoring leaves no trace:
-every module's train or eval mode, the attention function and the global random state are as before.
+`score_pairs` scores encoded rows: both segments of a row are forwards among all others, in batches that an engine makes
+and runs (see `ifd_trainer.engine`). An accelerator does not wait for the host: the next batch is laid out while it runs
+one. Scoring leaves no trace: every module's train or eval mode, the attention function and the global random state are
+as before.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -31,32 +20,23 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import ifd as equations
-from .attention import HALF
-from .encoding import EncodedPair, Segment, Status, token_budget_batches, token_count
-from .forward import Batch, Pending, launch, logits_at, padded, streamed
-from .head import Logits, find_change, lm_head, text_config, unwrapped, vocabulary_size
+from .borrow import borrowed
+from .encoding import EncodedPair, Segment, Status, token_count
+from .engine import Engine, EngineName, model_device
+from .forward import Batch, Pending
+from .head import lm_head, text_config, unwrapped
 from .memory import token_budget as measured_budget
-from .positions import kinds_of_lengths, remembers_lengths
-from .stream import stream_batches
+from .positions import remembers_lengths
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
-Engine = Literal["auto", "stream", "padded"]
-_LAYOUTS = {"stream": streamed, "padded": padded}
-
-# A kernel for all spans is given the keys of each span's path: at most so many for each token of a batch.
-_SEEN = 4
 # Share of the tokens that did not fit which are tried next: halves of a batch are not of quite the same size.
 _HALVED = 0.55
-# Logits of a batch of a model whose logits cannot be taken in chunks, on a CPU and elsewhere: 128 MiB and 1 GiB in
-# float32, or 220 and 1,766 scored tokens at a vocabulary of 152,000. A segment with more is a batch of its own.
-CPU_LOGITS_BUDGET = 2**25
-ACCELERATOR_LOGITS_BUDGET = 2**28
-# Largest relative difference of the engines on the probe, in float32 and in half precision; they round differently.
-_PROBE_TOLERANCE, _HALF_PROBE_TOLERANCE = 1e-3, 2e-2
+# What is run where nothing is to be scored.
+_NOTHING = [Segment([0, 0], 1)]
 
 
 class Options(TypedDict, total=False):
@@ -78,7 +58,7 @@ class Options(TypedDict, total=False):
     device: torch.device | str | None
     token_budget: int | None
     progress: Callable[[int], Any] | None
-    engine: Engine
+    engine: EngineName
     forwards: Callable[[int], int] | None
     sharded: bool
 
@@ -202,7 +182,7 @@ def _forwards(
     device: torch.device | str | None = None,
     token_budget: int | None = None,
     progress: Callable[[int], Any] | None = None,
-    engine: Engine = "auto",
+    engine: EngineName = "auto",
     forwards: Callable[[int], int] | None = None,
     sharded: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
@@ -210,56 +190,35 @@ def _forwards(
 
     `pooled` says how many tokens of each segment, from the first, are averaged; None for no hidden states.
     """
+    if not segments and forwards is None:
+        return  # with `forwards`, trying out is done by all processes or by none
     device = torch.device(device) if device is not None else model_device(model)
-    lengths, scored = [len(segment.ids) for segment in segments], [segment.scored for segment in segments]
+    lengths = [len(segment.ids) for segment in segments]
     with borrowed(model, device):
-        tried = segments or forwards is not None  # trying out takes forwards: all processes do it, or none
-        logits = _logits(model, device, sharded) if tried else None
-        if engine == "auto":
-            engine = "stream" if tried and streams(model, device) else "padded"
-        lay_out = _LAYOUTS[engine]
-
-        def run(part: Sequence[Segment]) -> np.ndarray:
-            return launch(model, lay_out(part, device), device, logits).nll()
-
-        scored_budget = max(sum(scored), 1) if logits else _scored_budget(model, device)
+        runner = Engine.of(model, device, engine, sharded)
         if not token_budget:
             # Forwards that other processes would have to share in are not spent on measuring.
             alone = not sharded and (forwards is None or unwrapped(model) is model)
-            how = (engine, *_setting(model, device))
-            token_budget = measured_budget(model, lengths, scored_budget, device, run if alone else None, how)
-        batches = []
-        for kind in kinds_of_lengths(lengths, text_config(model)):
-            of_kind = [segments[i] for i in kind]
-            batches += [kind[batch] for batch in _batches(of_kind, engine, token_budget, scored_budget, device)]
-        if tried and remembers_lengths(text_config(model)):
-            run([Segment([0, 0], 1)])  # what was scored or tried out before is forgotten
+            run, scored_budget = runner.nll if alone else None, runner.scored_budget(segments)
+            token_budget = measured_budget(model, lengths, scored_budget, device, run, runner.setting)
+        batches = runner.batches(segments, token_budget)
+        if remembers_lengths(text_config(model)):
+            runner.nll(_NOTHING)  # what was scored or tried out before is forgotten
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
 
-        def laid_out(rows: np.ndarray) -> Batch:
-            return lay_out([segments[i] for i in rows], device)
+        def lay_out(rows: np.ndarray) -> Batch:
+            return runner.lay_out([segments[i] for i in rows])
 
-        def launched(rows: np.ndarray, batch: Batch) -> Pending:
-            return launch(model, batch, device, logits, None if pooled is None else [pooled[i] for i in rows])
+        def begin(rows: np.ndarray, batch: Batch) -> Pending:
+            return runner.launch(batch, None if pooled is None else [pooled[i] for i in rows])
 
-        for rows, pending in _in_turn(laid_out, launched, batches, device, halve=not sharded):
+        for rows, pending in _in_turn(lay_out, begin, batches, device, halve=not sharded):
             nll, means = pending.nll(), pending.means()
             if progress is not None:
                 progress(sum(lengths[i] for i in rows))
             yield rows, nll, means
         for _ in range(idle):
-            run([Segment([0, 0], 1)])
-
-
-def _batches(
-    segments: Sequence[Segment], engine: Engine, token_budget: int, scored_budget: int, device: torch.device
-) -> list[np.ndarray]:
-    """Partition segments into the batches of an engine."""
-    scored = [segment.scored for segment in segments]
-    if engine == "padded":
-        return token_budget_batches([len(segment.ids) for segment in segments], token_budget, scored, scored_budget)
-    seen_budget = None if device.type == "cpu" else _SEEN * token_budget
-    return stream_batches([segment.ids for segment in segments], token_budget, scored, scored_budget, seen_budget)
+            runner.nll(_NOTHING)
 
 
 def _in_turn(
@@ -311,128 +270,6 @@ def _in_turn(
         while len(launched) > (device.type != "cpu"):
             yield launched.popleft()
     yield from launched
-
-
-# What was tried out, for each model and setting.
-_changes: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Logits | None]] = weakref.WeakKeyDictionary()
-_probed: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = weakref.WeakKeyDictionary()
-
-
-def _setting(model: nn.Module, device: torch.device) -> tuple[Hashable, ...]:
-    """What kernels and rounding depend on beside the model: kind of device, dtype of the weights, autocast."""
-    return device.type, next(model.parameters()).dtype, torch.is_autocast_enabled(device.type)
-
-
-def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | None:
-    """How logits come from the LM head, tried out once; None where they are not taken in chunks."""
-    known, setting = _changes.setdefault(model, {}), _setting(model, device)
-    if setting not in known:
-        inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
-        known[setting] = find_change(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
-        logger.debug("Logits of %s: %s", type(model).__name__, known[setting])
-    found = known[setting]
-    # Modules inside the head (adapters) would gather their weights once a chunk, and processes differ in chunks.
-    if not sharded or found is None:
-        return found
-    return None if list(lm_head(model).children()) else replace(found, gathered=True)
-
-
-def _scored_budget(model: nn.Module, device: torch.device) -> int:
-    """Scored tokens of a batch that is projected as a whole."""
-    budget = CPU_LOGITS_BUDGET if device.type == "cpu" else ACCELERATOR_LOGITS_BUDGET
-    return max(budget // vocabulary_size(model), 1)
-
-
-# ---- the choice of an engine -------------------------------------------------------------------------------------
-
-
-def _attends_to_all(config: Any) -> bool:
-    """Whether every layer sees all earlier tokens; windows and chunks longer than the probe would not show in it."""
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return layers == {"full_attention"} and getattr(config, "attention_chunk_size", None) is None
-
-
-def streams(model: nn.Module, device: torch.device | None = None) -> bool:
-    """Whether the `stream` engine gives the numbers of the `padded` one for this model, tried out once.
-
-    It does not for models without attention layers, with sliding windows, soft-capped scores or attention sinks, for
-    absolute positions that ignore `position_ids`, behind prompt tuning, and off a CPU without a kernel for the dtype.
-    """
-    device = device or model_device(model)
-    known, setting = _probed.setdefault(model, {}), _setting(model, device)
-    if setting not in known:
-        known[setting] = _streams_exactly(model, device)
-        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if known[setting] else "padded")
-    return known[setting]
-
-
-def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
-    if not _attends_to_all(text_config(model)):
-        return False
-    segments = _probe(vocabulary_size(model))
-    batch = streamed(segments, device)
-    if device.type != "cpu" and batch.plan.kernel is None:
-        return False
-    # Whatever such a model raises here, the padded engine scores it or raises it again.
-    with borrowed(model, device), contextlib.suppress(Exception):
-        expected = launch(model, padded(segments, device), device, None).nll()
-        found = launch(model, batch, device, None, check=True).nll()
-        tolerance = _HALF_PROBE_TOLERANCE if batch.plan.dtype in HALF else _PROBE_TOLERANCE
-        off = float(np.abs(found / expected - 1).max())
-        if not off <= tolerance:
-            logger.info("%s is padded: as a stream its losses differ by up to %.1e.", type(model).__name__, off)
-        return off <= tolerance
-    return False
-
-
-def _probe(vocabulary: int) -> list[Segment]:
-    """Segments of some length, of any tokens: on a few special ones, rounding alone was 3.6 % in bfloat16."""
-    rng = np.random.default_rng(0)
-    beginning, *tails = (rng.integers(0, vocabulary, size).tolist() for size in (32, 16, 24, 40, 24))
-    texts = [*(beginning + tail for tail in tails[:3]), tails[3]]
-    return [Segment(ids, len(ids) - 12) for ids in texts]
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter (its input embedding, for a model spread over devices)."""
-    return next(model.parameters()).device
-
-
-@contextlib.contextmanager
-def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run `model` in eval mode without gradients; give back every module's mode and the random states."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters()} | {device}  # a model may be spread over devices, or be off them
-    with _random_states(devices), torch.no_grad(), _uncompiled(model):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Run a compiled model as it is: it would be compiled anew for each shape, and with the hooks of scoring.
-
-    Other models keep what they have compiled inside, such as flex attention.
-    """
-    compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _random_states(devices: Collection[torch.device]) -> Iterator[None]:
-    """Give back the global random states of the CPU and of the accelerators among `devices`."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for kind in {device.type for device in devices} - {"cpu", "meta", "mps"}:
-            current = torch.get_device_module(kind).current_device
-            numbers = {current() if device.index is None else device.index for device in devices if device.type == kind}
-            stack.enter_context(torch.random.fork_rng(devices=sorted(numbers), device_type=kind))
-        if any(device.type == "mps" for device in devices):  # a single device, whose functions take no number
-            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
-        yield
 
 
 def token_progress(pairs: Sequence[EncodedPair], description: str, enabled: bool = True) -> tqdm:

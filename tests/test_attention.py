@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from ifd_trainer import attention as attention_module
 from ifd_trainer.attention import NotExact, Plan, attending, varlen_kernel
 from ifd_trainer.encoding import Segment
-from ifd_trainer.scorer import answer_nll, streams
+from ifd_trainer.engine import streams
+from ifd_trainer.scorer import answer_nll
 from ifd_trainer.stream import Span
 
 CPU = torch.device("cpu")

@@ -22,8 +22,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from ifd_trainer import engine as engine_module
 from ifd_trainer import head as head_module
-from ifd_trainer import scorer as scorer_module
 from ifd_trainer.encoding import Segment
 from ifd_trainer.head import Logits, Targets
 from ifd_trainer.onednn import rounded
@@ -57,13 +57,13 @@ def chunk(request, monkeypatch) -> int:
 def projected(monkeypatch) -> list[bool]:
     """Whether the logits of each forward are taken in chunks."""
     seen: list[bool] = []
-    launch = scorer_module.launch
+    launch = engine_module.launch
 
     def noted(model, batch, device, logits, *rest, **options):
         seen.append(logits is not None)
         return launch(model, batch, device, logits, *rest, **options)
 
-    monkeypatch.setattr(scorer_module, "launch", noted)
+    monkeypatch.setattr(engine_module, "launch", noted)
     return seen
 
 
@@ -212,7 +212,7 @@ def test_changed_logits_are_exact_in_chunks(name, sharded, engine, chunk, projec
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_change_of_logits_is_found_bit_for_bit(name, dtype):
     model = built(name).to(dtype)
-    logits = scorer_module._logits(model, torch.device("cpu"), False)
+    logits = engine_module._logits(model, torch.device("cpu"), False)
     values = (torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 20).to(dtype)
     assert torch.equal(logits.change(values), CONFIGS[name][1](values))
     assert logits.vocabulary == VOCABULARY
@@ -226,7 +226,7 @@ def test_logits_in_float32_times_a_number_of_the_config(projected):
             return out
 
     model = Multiplied(build_model(VOCABULARY, lm_head_multiplier=0.3).config).bfloat16().eval()
-    change = scorer_module._logits(model, torch.device("cpu"), False).change
+    change = engine_module._logits(model, torch.device("cpu"), False).change
     assert change(torch.tensor([2.0], dtype=torch.bfloat16)).tolist() == [pytest.approx(0.6, rel=1e-7)]
 
 
@@ -271,7 +271,7 @@ def test_whole_logits_come_in_small_batches(monkeypatch):
     model = Masked(build_model(VOCABULARY).config).eval()
     sizes = []
     model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output[..., 0].numel()))
-    monkeypatch.setattr(scorer_module, "CPU_LOGITS_BUDGET", 40 * VOCABULARY)
+    monkeypatch.setattr(engine_module, "CPU_LOGITS_BUDGET", 40 * VOCABULARY)
     segments = segments_of(12)
     answer_nll(model, segments, engine="padded")
     assert max(sizes) <= 40 < sum(segment.scored for segment in segments)

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ifd_trainer import engine as engine_module
 from ifd_trainer import memory as memory_module
 from ifd_trainer import onednn
-from ifd_trainer import scorer as scorer_module
 from ifd_trainer.encoding import Segment
 from ifd_trainer.memory import (
     LEAST_TOKENS,
@@ -79,7 +79,7 @@ def fake(monkeypatch):
     """Puts a made-up device under a model."""
 
     def under(model: nn.Module, total: int, **sizes: int) -> FakeMemory:
-        scorer_module._logits(model, CPU, False)  # tried out before tokens are counted
+        engine_module._logits(model, CPU, False)  # tried out before tokens are counted
         memory = FakeMemory(model, total, **sizes)
         monkeypatch.setattr(memory_module, "device_memory", lambda device: memory)
         return memory
@@ -96,8 +96,8 @@ def budgets(monkeypatch) -> list[int]:
         seen.append(token_budget)
         return []
 
-    monkeypatch.setattr(scorer_module, "token_budget_batches", noted)
-    monkeypatch.setattr(scorer_module, "stream_batches", noted)
+    monkeypatch.setattr(engine_module, "token_budget_batches", noted)
+    monkeypatch.setattr(engine_module, "stream_batches", noted)
     return seen
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from ifd_trainer import IFDScorer, IFDSelectionCallback
+from ifd_trainer.engine import streams
 from ifd_trainer.formats import ALPACA, to_prompt_completion
-from ifd_trainer.scorer import score_pairs, streams
+from ifd_trainer.scorer import score_pairs
 
 pytestmark = pytest.mark.real_model
 

@@ -26,20 +26,15 @@ from transformers import (
     Qwen2Config,
 )
 
+from ifd_trainer import engine as engine_module
 from ifd_trainer import scorer as scorer_module
+from ifd_trainer.borrow import borrowed
 from ifd_trainer.encoding import EncodedPair, Encoder, Segment, Status
+from ifd_trainer.engine import streams
 from ifd_trainer.formats import ALPACA, MESSAGES, PROMPT_COMPLETION, SHAREGPT, WIZARDLM, Example
 from ifd_trainer.forward import Pending, streamed
-from ifd_trainer.scorer import (
-    Scores,
-    answer_nll,
-    borrowed,
-    lm_head,
-    prompt_features,
-    score_pairs,
-    streams,
-    token_progress,
-)
+from ifd_trainer.head import lm_head
+from ifd_trainer.scorer import Scores, answer_nll, prompt_features, score_pairs, token_progress
 from ifd_trainer.transfer import Fetched
 
 CPU = torch.device("cpu")
@@ -859,7 +854,7 @@ def reference_features(model: nn.Module, ids: list[int]) -> tuple[np.ndarray, fl
 
 def test_the_engine_is_chosen_anew_for_another_dtype(monkeypatch):
     tried = []
-    monkeypatch.setattr(scorer_module, "_streams_exactly", lambda model, device: tried.append(1) or True)
+    monkeypatch.setattr(engine_module, "_streams_exactly", lambda model, device: tried.append(1) or True)
     model = build_model(400)
     assert streams(model)
     assert streams(model)

@@ -32,8 +32,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ifd_trainer.encoding import EncodedPair, Segment
+from ifd_trainer.engine import EngineName
+from ifd_trainer.head import lm_head
 from ifd_trainer.onednn import OneDNN, available
-from ifd_trainer.scorer import Engine, lm_head, score_pairs
+from ifd_trainer.scorer import score_pairs
 
 OURS, ONE_ROW, PADDED = "this package", "one row at a time", "padded batches of 8"
 _COLORS = {OURS: "#0072B2", ONE_ROW: "#D55E00", PADDED: "#009E73"}
@@ -73,7 +75,7 @@ def padded_batches(model: nn.Module, segments: Sequence[Segment], size: int = 8)
 
 
 def ours(
-    model: nn.Module, pairs: Sequence[EncodedPair], token_budget: int | None = None, engine: Engine = "auto"
+    model: nn.Module, pairs: Sequence[EncodedPair], token_budget: int | None = None, engine: EngineName = "auto"
 ) -> np.ndarray:
     """Both losses of each row, in the order of `segments_of`."""
     scores = score_pairs(model, pairs, token_budget=token_budget, engine=engine)
@@ -245,7 +247,7 @@ class Case:
     pairs: Sequence[EncodedPair] = field(repr=False)
     baseline_rows: int | None = None
     token_budget: int | None = None
-    engine: Engine = "auto"
+    engine: EngineName = "auto"
     others: tuple[str, ...] = (ONE_ROW, PADDED)
     runs: int | None = None
 

@@ -13,7 +13,8 @@ from scipy.stats import spearmanr
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ifd_trainer.encoding import Segment
-from ifd_trainer.scorer import answer_nll, prompt_features, streams
+from ifd_trainer.engine import streams
+from ifd_trainer.scorer import answer_nll, prompt_features
 from ifd_trainer.transfer import Fetched
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")

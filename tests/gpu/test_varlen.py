@@ -12,8 +12,9 @@ from conftest import DEVICE, build_model, reference_nll
 
 from ifd_trainer.attention import varlen_kernel
 from ifd_trainer.encoding import Segment
+from ifd_trainer.engine import streams
 from ifd_trainer.frames import spearman
-from ifd_trainer.scorer import answer_nll, streams
+from ifd_trainer.scorer import answer_nll
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
