@@ -290,7 +290,8 @@ def _score(options: argparse.Namespace) -> int:
 def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
     import torch
 
-    from .columns import IFDScorer, default_device
+    from .columns import IFDScorer
+    from .devices import default_device
 
     device = options.device
     if device is None or (device == "cuda" and torch.cuda.is_available()):

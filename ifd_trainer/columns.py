@@ -21,12 +21,9 @@ For a pool beyond one machine, a Ray cluster scores with one model for each GPU 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +34,8 @@ from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from .devices import check_device, default_device, default_dtype, device_type, named_dtype
+from .digests import checkpoint_digest, weights_digest
 from .encoding import EncodedPair, Encoder, Status, check_positive
 from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
 from .positions import window
@@ -47,9 +46,6 @@ IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
 SELECTION_COLUMNS = {"ifd_definition": pa.string(), "ifd_rank": pa.int64(), "ifd_reason": pa.string()}
 OWN_COLUMNS = (*IFD_COLUMNS, *SELECTION_COLUMNS)
 _ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
-_WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt")
-# What a config says about a model's origin and use, not about its numbers.
-_NOT_IN_DIGEST = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 _PID = os.getpid()
 SCORES_VERSION = 2  # raised when the same weights and options would give other scores
 
@@ -126,9 +122,9 @@ class IFDScorer:
             "score_truncated": score_truncated,
         }
         Encoder(None, **self.options)  # wrong options are errors here, not after the model has loaded
-        self.device, self.dtype, self.token_budget = device, _dtype(dtype), token_budget
+        self.device, self.dtype, self.token_budget = device, named_dtype(dtype), token_budget
         if device is not None:
-            _device_type(device)
+            device_type(device)
         self.hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = AutoTokenizer.from_pretrained(model_name(tokenizer), trust_remote_code=trust_remote_code)
@@ -192,7 +188,7 @@ class IFDScorer:
         does not go with, a max_length above the model's window.
         """
         if self.device is not None:
-            _check_device(self.device)
+            check_device(self.device)
         format = self._format(batch)
         self._prepare()
         self._encoder(_render(batch, format, self._encoder.tokenizer)[0])
@@ -203,7 +199,7 @@ class IFDScorer:
         return self.options | {
             "max_length": self._encoder.max_length,
             "format": self._format(columns).name,
-            "device": None if self.device is None else _device_type(self.device),
+            "device": None if self.device is None else device_type(self.device),
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "token_budget": self.token_budget,
         }
@@ -280,7 +276,7 @@ class IFDScorer:
         if self._model is not None:
             return
         device = self.device or default_device(rank)
-        _check_device(device)
+        check_device(device)
         if os.getpid() != _PID and torch.device(device).type == "cpu":
             # A forked worker waits forever for OpenMP threads that its parent had and a fork does not copy.
             torch.set_num_threads(1)
@@ -336,54 +332,6 @@ def model_name(name: str | os.PathLike) -> str:
     return name
 
 
-def _device_type(device: str | torch.device) -> str:
-    try:
-        return torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(
-            f"Unknown device {device!r}: use 'cuda' ('cuda:1' for the second one), 'mps' or 'cpu'."
-        ) from error
-
-
-def _check_device(device: str | torch.device) -> None:
-    """Raise ValueError for a device on which no tensor can be made; a process should not fork after that."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
-        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")  # of what may be a page
-        raise ValueError(
-            f"The device {str(device)!r} cannot be used here: {reason}. Leave device out to take the best there "
-            f"is: {default_device()!r}."
-        ) from error
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
-    """A dtype by its name; "auto" is transformers' word for the checkpoint's own."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype in (None, "auto"):
-        return dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
-    return found
-
-
-def default_device(rank: int | None = None) -> str:
-    """The accelerator of this rank, or "cpu"."""
-    if torch.cuda.is_available():
-        return f"cuda:{(rank or 0) % torch.cuda.device_count()}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def default_dtype(config: Any, device: str) -> torch.dtype:
-    """float32 on a CPU; on an accelerator the checkpoint's dtype, with bfloat16 in place of float16 where it runs."""
-    if torch.device(device).type == "cpu":
-        return torch.float32
-    dtype = getattr(config, "dtype", None) or torch.float32
-    if dtype == torch.float16 and torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return dtype
-
-
 class _Column(list):
     """Values of a column, None for NaN, with their Arrow type: a batch of nulls does not tell `datasets` its type."""
 
@@ -393,34 +341,6 @@ class _Column(list):
 
     def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
         return pa.array(list(self), type or self.type)
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """A digest of all parameters and buffers, in their order, bit for bit, and of the model's config."""
-    digest = hashlib.blake2b(digest_size=16)
-    if hasattr(model, "config"):
-        config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_IN_DIGEST}
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        data = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
-        digest.update(memoryview(data))
-    return digest.hexdigest()
-
-
-def checkpoint_digest(name: str, revision: str | None = None) -> str:
-    """A digest of a checkpoint's files (local path), or the commit that a hub name stands for."""
-    if not os.path.isdir(name):
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        return f"{name}@{getattr(config, '_commit_hash', None) or revision}"
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(name).iterdir()):
-        if path.suffix in _WEIGHT_FILES and path.is_file():
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(2**24):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def _render(

@@ -18,7 +18,9 @@ from datasets import Dataset, load_from_disk
 from datasets.fingerprint import Hasher
 
 from ifd_trainer import columns
-from ifd_trainer.columns import IFD_COLUMNS, IFDScorer, default_device, default_dtype, weights_digest
+from ifd_trainer.columns import IFD_COLUMNS, IFDScorer
+from ifd_trainer.devices import default_device, default_dtype
+from ifd_trainer.digests import weights_digest
 from ifd_trainer.formats import ALPACA, TemplateFormat
 
 NAN = float("nan")

@@ -1,0 +1,43 @@
+"""What tells a model's weights from others: a digest that equal weights share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt")
+# What a config says about a model's origin and use, not about its numbers.
+_NOT_IN_DIGEST = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """A digest of all parameters and buffers, in their order, bit for bit, and of the model's config."""
+    digest = hashlib.blake2b(digest_size=16)
+    if hasattr(model, "config"):
+        config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_IN_DIGEST}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        data = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+        digest.update(memoryview(data))
+    return digest.hexdigest()
+
+
+def checkpoint_digest(name: str, revision: str | None = None) -> str:
+    """A digest of a checkpoint's files (local path), or the commit that a hub name stands for."""
+    if not os.path.isdir(name):
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        return f"{name}@{getattr(config, '_commit_hash', None) or revision}"
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in _WEIGHT_FILES and path.is_file():
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(2**24):
+                    digest.update(block)
+    return digest.hexdigest()
