@@ -196,7 +196,7 @@ def _label_lines(subject: Subject) -> tuple[list[str], list[list[str]]] | None:
     if subject.labels is None or subject.last is None or subject.labels.empty:
         return None
     shares = _named_shares(subject)
-    scores = subject.last.set_index("key")[subject.score]
+    scores = subject.last.set_index("key")[subject.score].dropna()
     medians = scores.groupby(subject.labels.reindex(scores.index).to_numpy()).median()
     medians.loc["all rows"] = scores.median()
     cells = label_cells(shares)
