@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import count
+from itertools import chain, count, islice
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -125,20 +125,19 @@ def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, proce
     ahead = _encoded(
         lambda part: scorer.encode(rows[starts[part] : starts[part] + size]), lambda: _draw(parts, sizes, process)
     )
-    with (
-        tqdm(
+    with closing(ahead):
+        first = [*islice(ahead, 1)]  # loads the model, which has a bar of its own and is no part of this one's rate
+        with tqdm(
             total=len(rows), initial=done, desc="Scoring", unit="row", bar_format=_LAYOUT, disable=not process.main
-        ) as bar,
-        closing(ahead),
-    ):
-        for part, pairs in ahead:
-            rows_per_token = len(pairs) / max(token_count(pairs), 1)
-            scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
-            parts.save(part, scores.columns())
-            bar.update(done + process.add_rows(len(pairs)) - bar.n)  # exact again, and the rows without a score
-        process.end()
-        if process.main:
-            _wait(parts, sizes, process, lambda: bar.update(done + process.add_rows(0) - bar.n))
+        ) as bar:
+            for part, pairs in chain(first, ahead):
+                rows_per_token = len(pairs) / max(token_count(pairs), 1)
+                scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
+                parts.save(part, scores.columns())
+                bar.update(done + process.add_rows(len(pairs)) - bar.n)  # exact again, and the rows without a score
+            process.end()
+            if process.main:
+                _wait(parts, sizes, process, lambda: bar.update(done + process.add_rows(0) - bar.n))
 
 
 def _draw(parts: Parts, sizes: Sequence[int], process: Process) -> int | None:
