@@ -201,6 +201,7 @@ def _facts(subset: Subset, name: str, provenance: Provenance, id_column: str | N
     facts = [
         ("source", name),
         ("scoring model", public_name(provenance.model) if provenance.model else UNKNOWN),
+        ("its weights", provenance.weights),
         ("definition of the scores", _DEFINITIONS.get(provenance.definition, provenance.definition or UNKNOWN)),
         ("prompt format", provenance.format or UNKNOWN),
         ("options of the scoring", told),

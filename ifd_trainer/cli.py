@@ -132,6 +132,8 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("data", help="rows: a .json, .jsonl, .csv or .parquet file, or a hub name")
     parser.add_argument("--model", required=True, help="model that scores: a hub name or a local path")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub name (default: its main branch)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
     parser.add_argument("--format", help=f"prompt format: {_FORMATS}; told from the columns by default")
     parser.add_argument(
@@ -279,7 +281,7 @@ def _score(options: argparse.Namespace) -> int:
         # Scored again: what was chosen by older scores goes with them.
         rows = with_columns(rows.remove_columns([name for name in OWN_COLUMNS if name in rows.column_names]), scores)
         write_rows(rows, options.output, parts.folder)
-        write_provenance(options.output, provenance_of(settings, options.model, options.data), scores)
+        write_provenance(options.output, provenance_of(settings, options.model, job["weights"], options.data), scores)
         counted = sorted(pc.value_counts(scores.data["ifd_status"]).to_pylist(), key=lambda status: -status["counts"])
         parts.remove()
     counts = ", ".join(f"{status['counts']} {status['values']}" for status in counted)
@@ -306,6 +308,8 @@ def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
         device=device,
         dtype=options.dtype,
         token_budget=options.token_budget,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -46,6 +46,7 @@ IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
 SELECTION_COLUMNS = {"ifd_definition": pa.string(), "ifd_rank": pa.int64(), "ifd_reason": pa.string()}
 OWN_COLUMNS = (*IFD_COLUMNS, *SELECTION_COLUMNS)
 _ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
+_LOADED = ("_model", "_config", "_encoder")  # attributes that are made on first use
 _PID = os.getpid()
 SCORES_VERSION = 2  # raised when the same weights and options would give other scores
 
@@ -130,6 +131,7 @@ class IFDScorer:
             tokenizer = AutoTokenizer.from_pretrained(model_name(tokenizer), trust_remote_code=trust_remote_code)
         self.tokenizer = tokenizer
         self._model = None if named else model
+        self._config: PretrainedConfig | None = None
         self._encoder: Encoder | None = None
 
     def __call__(
@@ -262,14 +264,21 @@ class IFDScorer:
                 "This IFDScorer was sent to another process, and a loaded model does not travel. Pass a name or a "
                 "path instead of a loaded model to use num_proc."
             )
-        config = self._config() if self._model is None else self._model.config
+        self._config = self._read_config() if self._model is None else self._model.config
         tokenizer = self.tokenizer
         if tokenizer is None:
-            source = self.name or config.name_or_path
+            source = self.name or self._config.name_or_path
             if not source:
                 raise ValueError("Pass the tokenizer too: the loaded model does not say where it came from.")
             tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
-        self._encoder = Encoder(tokenizer, **self.options, window=window(config.get_text_config()))
+        self._encoder = Encoder(tokenizer, **self.options, window=window(self._config.get_text_config()))
+
+    def _read_config(self) -> PretrainedConfig:
+        try:
+            return AutoConfig.from_pretrained(self.name, **self.hub)
+        except OSError as error:  # which may name neither
+            revision = self.hub["revision"]
+            raise OSError(f"{self.name}{f' at {revision}' if revision else ''} cannot be read: {error}") from error
 
     def _load(self, rank: int | None) -> None:
         self._prepare()
@@ -280,7 +289,7 @@ class IFDScorer:
         if os.getpid() != _PID and torch.device(device).type == "cpu":
             # A forked worker waits forever for OpenMP threads that its parent had and a fork does not copy.
             torch.set_num_threads(1)
-        dtype = self.dtype or default_dtype(self._config(), device)
+        dtype = self.dtype or default_dtype(self._config, device)
         try:
             model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, **self.hub)
         except SafetensorError as error:
@@ -290,17 +299,14 @@ class IFDScorer:
             ) from error
         self._model = model.to(device)
 
-    def _config(self) -> PretrainedConfig:
-        return AutoConfig.from_pretrained(self.name, **self.hub)
-
     def __getstate__(self) -> dict[str, Any]:
         # What is pickled is what identifies the scores: options and a digest of the weights. Nothing that is loaded
         # on use belongs here, or a second `map` with the same scorer would miss the cache of the first.
-        state = {key: value for key, value in vars(self).items() if key not in ("_model", "_encoder")}
+        state = {key: value for key, value in vars(self).items() if key not in _LOADED}
         return state | {"_weights": self.digest(), "_version": SCORES_VERSION}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _model=None, _encoder=None)
+        vars(self).update(state, **dict.fromkeys(_LOADED))
 
     def __repr__(self) -> str:
         model = self.name or type(self._model).__name__

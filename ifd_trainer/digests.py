@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers.utils import cached_file
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt")
 # What a config says about a model's origin and use, not about its numbers.
@@ -31,8 +31,8 @@ def weights_digest(model: torch.nn.Module) -> str:
 def checkpoint_digest(name: str, revision: str | None = None) -> str:
     """A digest of a checkpoint's files (local path), or the commit that a hub name stands for."""
     if not os.path.isdir(name):
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        return f"{name}@{getattr(config, '_commit_hash', None) or revision}"
+        # The cache has a folder for each commit. The config itself does not tell it, and may need remote code.
+        return f"{name}@{Path(cached_file(name, 'config.json', revision=revision)).parent.name}"
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(name).iterdir()):
         if path.suffix in _WEIGHT_FILES and path.is_file():

@@ -116,6 +116,7 @@ class PoolScorer:
             score_truncated=True,
             device=str(self.trainer.args.device),
             token_budget=self.token_budget,
+            trust_remote_code=getattr(self.trainer.args, "trust_remote_code", False),
         )
 
     @property

@@ -34,6 +34,7 @@ class Provenance:
     Attributes:
         definition: `paper`, `cherry`, `superfiltering` (see `ifd_trainer.encoding`) or `data-juicer`.
         model: hub name or path of the model that scored.
+        weights: what tells its weights from others: a hub name with its commit, or a digest of a folder.
         format: name of the prompt format.
         max_length, min_answer_tokens, score_truncated, dtype: options of the scoring.
         source: the rows that were scored, a hub name or a file.
@@ -42,6 +43,7 @@ class Provenance:
 
     definition: str | None = None
     model: str | None = None
+    weights: str | None = None
     format: str | None = None
     max_length: int | None = None
     min_answer_tokens: int | None = None
@@ -51,11 +53,11 @@ class Provenance:
     program: str | None = None
 
 
-def provenance_of(settings: Mapping[str, Any], model: str, source: str) -> Provenance:
-    """The provenance of scores of this program, made with these `IFDScorer.settings`."""
+def provenance_of(settings: Mapping[str, Any], model: str, weights: str, source: str) -> Provenance:
+    """The provenance of scores of this program, made with these `IFDScorer.settings` and weights of this digest."""
     names = ("definition", "format", "max_length", "min_answer_tokens", "score_truncated", "dtype")
     options = {name: settings[name] for name in names}
-    return Provenance(model=model, source=source, program=f"ifd_trainer {__version__}", **options)
+    return Provenance(model=model, weights=weights, source=source, program=f"ifd_trainer {__version__}", **options)
 
 
 def provenance_path(data: str | os.PathLike) -> Path:

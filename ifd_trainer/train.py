@@ -273,6 +273,7 @@ def _scorer(selection: SelectionConfig, sft: SFTConfig) -> IFDScorer:
         min_answer_tokens=selection.min_answer_tokens,
         token_budget=selection.token_budget,
         device=str(sft.device),
+        trust_remote_code=sft.trust_remote_code,
     )
 
 

@@ -60,7 +60,7 @@ def scored(tmp_path: Path) -> str:
     frame["answer_tokens"] = [2, 3, 4, 5, 6, 0]
     frame["ifd_status"] = ["ok"] * 5 + ["empty_answer"]
     write_rows(Dataset.from_pandas(pd.concat([pd.DataFrame(ROWS), frame], axis=1)), path)
-    made = Provenance("paper", "org/model", "alpaca", max_length=64, program="ifd_trainer 0")
+    made = Provenance("paper", "org/model", "org/model@0a1b", "alpaca", max_length=64, program="ifd_trainer 0")
     write_provenance(path, made, frame)
     return str(path)
 
@@ -141,6 +141,7 @@ def test_the_card_says_what_was_done(scored, tmp_path):
     facts = dict(re.findall(r"^\| ([a-z ]+) \| (.+) \|$", text, re.MULTILINE))
     assert facts["source"] == "scored.parquet"
     assert facts["scoring model"] == "org/model"
+    assert facts["its weights"] == "org/model@0a1b"
     assert facts["definition of the scores"].startswith("paper: ")
     assert facts["options of the scoring"] == "maximal length: 64"
     assert facts["asked for"] == "0.34 of all 6 rows of the pool = 2 rows"
