@@ -866,6 +866,7 @@ def test_the_engine_is_chosen_anew_for_another_dtype(monkeypatch):
     assert len(tried) == 3
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # what PyTorch says on Python 3.13.0
 def test_a_compiled_model_is_run_as_it_is(shared_model):
     """Compiled, it would be compiled anew for each shape of a batch."""
     compiled = []
