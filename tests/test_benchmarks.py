@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -179,9 +180,22 @@ def test_operations_counted_by_hand(measuring):
     assert measuring.operations(model, tokens=7, scored=3) == 2 * (body * 7 + 32 * 400 * 3)
 
 
-def test_the_peak_of_memory_is_seen(measuring):
+def test_the_peak_of_memory_is_seen(measuring, monkeypatch):
+    looks, memory_info = threading.Semaphore(0), measuring.psutil.Process.memory_info
+
+    def look(process):
+        memory = memory_info(process)
+        looks.release()
+        return memory
+
+    monkeypatch.setattr(measuring.psutil.Process, "memory_info", look)
     with measuring.peak_bytes(torch.device("cpu")) as found:
-        torch.ones(50 * 2**20).sum()
+        held = torch.ones(50 * 2**20)
+        while looks.acquire(blocking=False):
+            pass  # looks from before it was there
+        for _ in range(2):  # the first of them may have begun before, too
+            assert looks.acquire(timeout=60)
+        del held  # gone when the block ends
     assert 180 * 2**20 < found[0] < 400 * 2**20
 
 

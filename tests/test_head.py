@@ -146,7 +146,7 @@ def test_a_loss_near_zero_keeps_its_digits(monkeypatch):
         found = losses_of(Logits(200, lambda x: x), head, hidden, np.array([0, 1, 2]), np.array([150, 150, 3]))
     expected = exact_losses(logits, np.array([0, 1, 2]), np.array([150, 150, 3]))
     assert expected[0] < 1e-3
-    np.testing.assert_allclose(found, expected, rtol=2e-4)  # a difference of two float32 sums would be 1e-2 off
+    np.testing.assert_allclose(found, expected, rtol=1e-3)  # of two float32 sums it would be 1e-2 off
 
 
 def test_tokens_that_are_never_said(monkeypatch):

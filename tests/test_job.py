@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from ifd_trainer.provenance import scores_digest
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 # What a machine with two GPUs is told; `--cpu` would start one process.
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port={port}"]
 LIMIT = 200  # seconds; a launch takes about 15 on two cores
 ROWS = [{"instruction": f"Name {n} things.", "output": "The cat sat. " * (n % 5), "n": n} for n in range(40)]
 # The process with the rank $DIES ends in its first forward, as if it had been killed, once a part of the other one is
@@ -71,12 +72,13 @@ def command(tmp_path: Path, model, tokenizer) -> list[str]:
 
 def run(command: list[str], launcher: list[str], output: Path, dies: int | None = None) -> tuple[int, str]:
     """Exit code and what was printed."""
-    launcher = ["-m", *launcher] if launcher else []
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     printed = output.with_suffix(".txt")
-    with printed.open("w") as sink:
+    with printed.open("w") as sink, socket.create_server(("localhost", 0)) as taken:
+        # Told a port that is taken, accelerate leaves it to the store to find a free one, as torchrun does.
+        module = ["-m", *(word.format(port=taken.getsockname()[1]) for word in launcher)] if launcher else []
         process = subprocess.Popen(
-            [sys.executable, *launcher, *command, "--output", str(output)],
+            [sys.executable, *module, *command, "--output", str(output)],
             stdout=sink,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DIES": str(dies)},
@@ -89,6 +91,7 @@ def run(command: list[str], launcher: list[str], output: Path, dies: int | None 
             end(process)
 
 
+@pytest.mark.timeout(3 * LIMIT + 100)
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(
     tmp_path: Path, command: list[str], launcher: list[str]
@@ -286,10 +289,14 @@ def test_an_interruption_does_not_wait_for_the_thread(tmp_path: Path) -> None:
         assert all(thread.daemon for thread in threading.enumerate() if thread.name == "encode")
     finally:
         end.set()
+        for thread in threading.enumerate():  # the next test looks for such a thread
+            if thread.name == "encode":
+                thread.join(60)
 
 
 @pytest.mark.parametrize("step", ["score", "save"])
-def test_an_interruption_waits_for_a_thread_that_is_about_to_end(tmp_path: Path, step: str) -> None:
+def test_an_interruption_waits_for_a_thread_that_is_about_to_end(tmp_path: Path, monkeypatch, step: str) -> None:
+    monkeypatch.setattr(job, "LEAVE", 60.0)  # however late the thread gets a processor
     begun = threading.Event()
 
     def at(now: str, part: int) -> None:

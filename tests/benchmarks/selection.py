@@ -90,12 +90,15 @@ def measured(command: list[str]) -> tuple[float, int]:
     """
     places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     began, peak = time.perf_counter(), 0
-    with psutil.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": places},
-    ) as process:
+    with (
+        tempfile.TemporaryFile() as told,  # a pipe that nobody reads is full after a while
+        psutil.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.DEVNULL,
+            stderr=told,
+            env=os.environ | {"PYTHONPATH": places},
+        ) as process,
+    ):
         while process.poll() is None:
             with suppress(psutil.Error):  # it may end in between
                 memory = process.memory_info()
@@ -103,7 +106,8 @@ def measured(command: list[str]) -> tuple[float, int]:
             time.sleep(0.01)
         seconds = time.perf_counter() - began
         if process.returncode:
-            raise SystemExit(f"{' '.join(command)} failed: {process.stderr.read().decode()}")
+            told.seek(0)
+            raise SystemExit(f"{' '.join(command)} failed: {told.read().decode()}")
     return seconds, peak
 
 
