@@ -53,6 +53,7 @@ class Plan:
         self.kernel = varlen_kernel(device)
         self.packed = None if self.kernel is None else _packed(spans)
         self.dtype: torch.dtype | None = None  # what the attention was computed in, once it was
+        self.layers = 0  # that attended by this plan
 
 
 Packed = tuple[np.ndarray | None, np.ndarray, np.ndarray, int, int]
@@ -173,6 +174,7 @@ def _attention(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     _running.plan.dtype = dtype
+    _running.plan.layers += 1
     if _running.kernel is None or dtype not in HALF:
         if _running.check and kind != "cpu":
             raise NotExact(f"there is no variable-length kernel for {dtype}, and a call for each span is slow there")

@@ -2,7 +2,7 @@
 
 `datasets.map` caches by the pickle of the callable. The pickle of an `IFDScorer` holds a digest of the weights and
 the options, never the weights: equal weights and options hit the cache, changed weights miss it, and hashing costs
-one read of the weights at most. Since the workers of `num_proc` load the model from that pickle, it holds a local
+one read of the weights in a process. Since the workers of `num_proc` load the model from that pickle, it holds a local
 folder's path too, in one spelling of all: a copy of the folder misses the cache.
 
 For a pool beyond one machine, a Ray cluster scores with one model for each GPU (`pip install ifd_trainer[ray]`):
@@ -21,6 +21,7 @@ For a pool beyond one machine, a Ray cluster scores with one model for each GPU 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,6 +41,8 @@ from .encoding import EncodedPair, Encoder, Status, check_positive
 from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
 from .positions import window
 from .scorer import Scores, prompt_features, score_pairs, token_progress
+
+logger = logging.getLogger(__name__)
 
 IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
 # What `ifd-trainer select` adds, from scores that are no longer there once a row is scored again.
@@ -174,26 +177,44 @@ class IFDScorer:
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
         """Render and tokenise a batch; loads the model on first use."""
         self._load(rank)
-        format = self._format(batch)
+        pairs, problem = self._encoded(batch)
+        if problem is not None:  # no error: the last rows of a long job may be like that
+            logger.warning(problem)
+        return pairs
+
+    def _encoded(self, batch: Mapping[str, list]) -> tuple[list[EncodedPair], str | None]:
+        """Encoded rows, and what is wrong if none of them could be rendered."""
+        format, problem = self._format(batch), None
         examples, error = _render(batch, format, self._encoder.tokenizer)
         if error is not None and all(example is None for example in examples):
-            raise ValueError(
+            problem = (
                 f"None of {len(examples)} rows can be rendered as {format.name!r}; the first one: {error}. Check the "
                 "columns, or pass another format."
             )
-        return self._encoder(examples)
+        pairs = self._encoder(examples)
+        known = getattr(self._config.get_text_config(), "vocab_size", None)
+        most = max((max(pair.conditioned.ids) for pair in pairs if pair.conditioned), default=0)
+        if isinstance(known, int) and most >= known:
+            raise ValueError(
+                f"The tokenizer gives token {most}, and the model has {known} tokens: they do not belong together. Use "
+                "the model's own tokenizer, or resize its embeddings."
+            )
+        return pairs, problem
 
     def check(self, batch: Mapping[str, list]) -> None:
         """Raise now what scoring such rows would raise once the weights are loaded, from the tokenizer and the config.
 
         A device that is not there, columns that the format does not find, a format that the definition or the tokenizer
-        does not go with, a max_length above the model's window.
+        does not go with, rows of which none can be rendered, tokens that the model does not have, a max_length above
+        its window.
         """
         if self.device is not None:
             check_device(self.device)
-        format = self._format(batch)
+        self._format(batch)
         self._prepare()
-        self._encoder(_render(batch, format, self._encoder.tokenizer)[0])
+        _, problem = self._encoded(batch)
+        if problem is not None:
+            raise ValueError(problem)
 
     def settings(self, columns: Iterable[str]) -> dict[str, str | int | bool | None]:
         """The options in force for rows with these columns, the format by its name; None for what loading decides."""
@@ -276,7 +297,15 @@ class IFDScorer:
     def _read_config(self) -> PretrainedConfig:
         try:
             return AutoConfig.from_pretrained(self.name, **self.hub)
-        except OSError as error:  # which may name neither
+        except (OSError, ValueError) as error:
+            if os.path.isfile(os.path.join(self.name, "adapter_config.json")):
+                raise ValueError(
+                    f"{self.name} holds an adapter and no model. Merge it first (`model.merge_and_unload()`, then "
+                    "`save_pretrained`), or pass the loaded PeftModel to IFDScorer."
+                ) from error
+            if not isinstance(error, OSError):
+                raise
+            # The message may name neither model nor revision.
             revision = self.hub["revision"]
             raise OSError(f"{self.name}{f' at {revision}' if revision else ''} cannot be read: {error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,11 +34,17 @@ def checkpoint_digest(name: str, revision: str | None = None) -> str:
     if not os.path.isdir(name):
         # The cache has a folder for each commit. The config itself does not tell it, and may need remote code.
         return f"{name}@{Path(cached_file(name, 'config.json', revision=revision)).parent.name}"
+    files = [path for path in sorted(Path(name).iterdir()) if path.suffix in _WEIGHT_FILES and path.is_file()]
+    return _files_digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache  # `map` asks for it once for its cache, and once more for each worker
+def _files_digest(stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    """A digest of files, which are taken for unchanged where size and time are."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(name).iterdir()):
-        if path.suffix in _WEIGHT_FILES and path.is_file():
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(2**24):
-                    digest.update(block)
+    for path, _, _ in stamps:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
     return digest.hexdigest()

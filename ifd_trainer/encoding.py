@@ -388,6 +388,5 @@ def share_out(tokens: Sequence[int], shares: int) -> list[np.ndarray]:
     return [np.array(sorted(indices), dtype=np.int64) for indices in dealt]
 
 
-def _by_kind(item: Any) -> bool:
-    example = item[1] if isinstance(item, tuple) else item
-    return example.special_tokens
+def _by_kind(item: tuple[int, Example]) -> bool:
+    return item[1].special_tokens

@@ -254,8 +254,10 @@ class Parts:
         shutil.rmtree(gone)
 
     def close(self) -> None:
-        """Let other jobs into the folder; they go on with the parts that are there."""
+        """Let other jobs into the folder; they go on with the parts that are there. One without parts is deleted."""
         if self._lock is not None:
+            if not any(self.folder.glob("part-*.parquet")):
+                shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
             self._lock = None
 

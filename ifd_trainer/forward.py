@@ -62,7 +62,7 @@ class Batch:
 
 
 def padded(segments: Sequence[Segment], device: torch.device) -> Batch:
-    """A row for each segment, padded on the right to the longest."""
+    """A row for each segment, padded on the right to the longest; the same for every device."""
     longest = max(len(segment.ids) for segment in segments)
     ids = np.zeros((len(segments), longest), dtype=np.int64)
     for row, segment in enumerate(segments):

@@ -9,8 +9,9 @@ as before.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -35,6 +36,17 @@ logger = logging.getLogger(__name__)
 
 # Share of the tokens that did not fit which are tried next: halves of a batch are not of quite the same size.
 _HALVED = 0.55
+
+
+@dataclass
+class _Fits:
+    """The most tokens of a batch, since one did not fit in memory."""
+
+    tokens: float = float("inf")
+
+
+# For each model and setting: a job has a call for each of its parts, and not all of them are to find out anew.
+_fits: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Fits]] = weakref.WeakKeyDictionary()
 # What is run where nothing is to be scored.
 _NOTHING = [Segment([0, 0], 1)]
 
@@ -201,7 +213,8 @@ def _forwards(
             alone = not sharded and (forwards is None or unwrapped(model) is model)
             run, scored_budget = runner.nll if alone else None, runner.scored_budget(segments)
             token_budget = measured_budget(model, lengths, scored_budget, device, run, runner.setting)
-        batches = runner.batches(segments, token_budget)
+        fits = _fits.setdefault(model, {}).setdefault(runner.setting, _Fits())
+        batches = runner.batches(segments, int(min(token_budget, fits.tokens)))
         if remembers_lengths(text_config(model)):
             runner.nll(_NOTHING)  # what was scored or tried out before is forgotten
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
@@ -212,7 +225,7 @@ def _forwards(
         def begin(rows: np.ndarray, batch: Batch) -> Pending:
             return runner.launch(batch, None if pooled is None else [pooled[i] for i in rows])
 
-        for rows, pending in _in_turn(lay_out, begin, batches, device, halve=not sharded):
+        for rows, pending in _in_turn(lay_out, begin, batches, device, fits, halve=not sharded):
             nll, means = pending.nll(), pending.means()
             if progress is not None:
                 progress(sum(lengths[i] for i in rows))
@@ -226,17 +239,16 @@ def _in_turn(
     begin: Callable[[np.ndarray, Batch], Pending],
     batches: list[np.ndarray],
     device: torch.device,
+    fits: _Fits,
     halve: bool = True,
 ) -> Iterator[tuple[np.ndarray, Pending]]:
     """Run batches one after another; what they give is waited for once the next one is launched, but for a CPU.
 
     One that does not fit in memory is run in halves, and so are all that follow with more than half of its tokens.
     """
-    most = float("inf")
 
     def attempt(rows: np.ndarray, batch: Batch) -> Pending | None:
         """What a forward gives, or None if it does not fit."""
-        nonlocal most
         try:
             return begin(rows, batch)
         except torch.OutOfMemoryError as error:
@@ -250,9 +262,9 @@ def _in_turn(
                     f"Out of memory on {device} while scoring {len(rows)} rows in a batch with a model whose weights "
                     "are spread over processes. Lower token_budget."
                 ) from error
-        if most == float("inf"):
+        if fits.tokens == float("inf"):
             logger.warning("Out of memory on %s with %d tokens in a batch: going on with half.", device, batch.ids.size)
-        most = _HALVED * batch.ids.size
+        fits.tokens = _HALVED * batch.ids.size
         if device.type == "cuda":
             torch.cuda.empty_cache()  # not before the error is gone, whose traceback holds what the forward had made
         return None
@@ -261,7 +273,7 @@ def _in_turn(
     while queue:
         rows = queue.pop()
         batch = lay_out(rows)
-        pending = attempt(rows, batch) if batch.ids.size <= most or len(rows) == 1 else None
+        pending = attempt(rows, batch) if batch.ids.size <= fits.tokens or len(rows) == 1 else None
         if pending is None:
             half = len(rows) // 2
             queue += [rows[half:], rows[:half]]

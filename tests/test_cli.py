@@ -115,10 +115,44 @@ def test_parts_of_another_job_are_refused_with_the_options_that_differ(
     job = json.loads(Path(f"{output}.parts/job.json").read_text(encoding="utf-8"))
     assert job.items() >= {"rows": 11, "part_rows": 3, "definition": "paper", "format": "alpaca"}.items()
     assert job.items() >= {"max_length": 512, "min_answer_tokens": 1, "score_truncated": False}.items()
-    assert job.items() >= {"device": "cpu", "dtype": None, "token_budget": None}.items()
+    assert job.items() >= {"device": "cpu", "dtype": None}.items()
     assert score(data, output, model_path, "--part-rows", "3", "--max-length", "64") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "holds parts of another job: max_length: 512 there, 64 now. " in error
+
+
+def test_a_job_goes_on_with_another_token_budget(
+    tmp_path: Path, data: Path, model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.parquet"
+    interrupted_score(monkeypatch, data, output, model_path)
+    assert score(data, output, model_path, "--part-rows", "3", "--token-budget", "256") == 0
+    expected = tmp_path / "expected.parquet"
+    assert score(data, expected, model_path) == 0
+    pd.testing.assert_frame_equal(read(output), read(expected), rtol=1e-6)
+
+
+def test_rows_of_the_last_part_may_all_be_malformed(tmp_path: Path, model_path: str) -> None:
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": None}]))
+    assert score(tmp_path / "rows.jsonl", tmp_path / "out.jsonl", model_path, "--part-rows", "3") == 0
+    assert read(tmp_path / "out.jsonl")["ifd_status"].tolist() == ["ok"] * 3 + ["malformed"]
+
+
+def test_rows_that_are_all_malformed_are_told_before_weights_are_read(
+    tmp_path: Path, model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"messages": null}\n{"messages": null}\n')
+    monkeypatch.setattr("ifd_trainer.columns.AutoModelForCausalLM", None)
+    assert score(tmp_path / "rows.jsonl", tmp_path / "out.jsonl", model_path, "--format", "messages") == 2
+    assert "None of 2 rows can be rendered as 'messages'" in capsys.readouterr().err
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    assert score(data, tmp_path / "out.jsonl", str(tmp_path / "lora")) == 2
+    assert "holds an adapter and no model. Merge it first" in capsys.readouterr().err
 
 
 def test_a_job_goes_on_with_the_same_folder_in_another_spelling_and_with_a_copy(
@@ -213,6 +247,7 @@ def test_damaged_weights_are_one_line(
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert score(data, tmp_path / "out.jsonl", model_path) == 2
     assert "cannot be read" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out.jsonl.parts").exists()
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nMore."), MemoryError()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from conftest import build_model, build_tokenizer, reference_nll
 from datasets import Dataset, load_from_disk
 from datasets.fingerprint import Hasher
 
-from ifd_trainer import columns
+from ifd_trainer import columns, digests
 from ifd_trainer.columns import IFD_COLUMNS, IFDScorer
 from ifd_trainer.devices import default_device, default_dtype
 from ifd_trainer.digests import weights_digest
@@ -249,10 +250,34 @@ def test_a_bad_row_leaves_the_others_exactly_as_they_are(scorer, bad, position):
         assert found[name][:position] + found[name][position + 1 :] == expected[name]
 
 
-def test_a_first_batch_of_malformed_rows_only_names_format_and_columns(scorer):
+def test_a_batch_of_malformed_rows_only_names_format_and_columns(scorer, caplog):
     rows = Dataset.from_dict({"messages": ["hello", "you"], "id": [1, 2]})
-    with pytest.raises(ValueError, match=r"None of 2 rows can be rendered as 'messages'.*got str.*columns"):
-        rows.map(scorer, batched=True)
+    words = r"None of 2 rows can be rendered as 'messages'.*got str.*columns"
+    with pytest.raises(ValueError, match=words):
+        scorer.check(rows[:])
+    assert rows.map(scorer, batched=True)["ifd_status"] == ["malformed"] * 2
+    assert re.search(words, caplog.text)
+    table = scorer(pa.table(rows.data.table.slice(1)))
+    assert table["ifd_status"].to_pylist() == ["malformed"]
+
+
+def test_a_tokenizer_of_another_model_is_told(tokenizer):
+    scorer = IFDScorer(build_model(len(tokenizer) - 1), tokenizer)
+    rows = {"prompt": ["Name a cat."], "completion": [" It sat."]}
+    assert scorer(rows)["ifd_status"] == ["ok"]
+    rows["completion"] = [tokenizer.decode([len(tokenizer) - 1])]
+    for call in (scorer.check, scorer):
+        with pytest.raises(ValueError, match=r"gives token \d+, and the model has \d+ tokens: they do not belong"):
+            call(rows)
+
+
+def test_weights_are_read_once_for_a_cache_and_its_workers(on_disk, model, tokenizer, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    read, digest = [], digests.hashlib.blake2b
+    monkeypatch.setattr(digests.hashlib, "blake2b", lambda **options: read.append(1) or digest(**options))
+    on_disk.map(IFDScorer(tmp_path / "model"), batched=True, num_proc=2, with_rank=True)
+    assert len(read) == 1
 
 
 def test_columns_that_fit_no_format_are_named(scorer):

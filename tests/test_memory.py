@@ -79,7 +79,7 @@ def fake(monkeypatch):
     """Puts a made-up device under a model."""
 
     def under(model: nn.Module, total: int, **sizes: int) -> FakeMemory:
-        engine_module._logits(model, CPU, False)  # tried out before tokens are counted
+        engine_module.Engine.of(model, CPU)  # tried out before tokens are counted
         memory = FakeMemory(model, total, **sizes)
         monkeypatch.setattr(memory_module, "device_memory", lambda device: memory)
         return memory

@@ -17,13 +17,18 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    FalconH1Config,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
+    OpenAIGPTConfig,
     Qwen2Config,
+    XGLMConfig,
 )
 
 from ifd_trainer import engine as engine_module
@@ -688,6 +693,23 @@ def test_out_of_memory_halves_batches_with_one_warning(shared_model, engine, cap
     assert "memory" in warnings_of(caplog)[0]
 
 
+def test_what_did_not_fit_once_is_not_tried_by_the_next_call(shared_model, engine, caplog):
+    caplog.set_level(logging.WARNING)
+    model, segments = build_model(400), some_segments(20)
+    answer_nll(model, segments[:1], engine=engine)
+    small_memory(model, 80)
+    answer_nll(model, segments, token_budget=10**6, engine=engine)
+    tried: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: tried.append(kwargs["input_ids"].numel()), with_kwargs=True, prepend=True
+    )
+    found = answer_nll(model, segments, token_budget=10**6, engine=engine)
+    hook.remove()
+    np.testing.assert_allclose(found, expected_nll(shared_model, segments), rtol=1e-5)
+    assert sum(size > 80 for size in tried) <= 1  # the least that did not fit was just below twice as many
+    assert len(warnings_of(caplog)) == 1
+
+
 def in_turn(
     sizes: dict[int, int], batches: list[list[int]], fits: int, device: str = "mps"
 ) -> tuple[list[str], list[list[int]]]:
@@ -705,7 +727,7 @@ def in_turn(
         return rows.tolist()
 
     for rows, pending in scorer_module._in_turn(
-        lay_out, launch, [np.array(batch) for batch in batches], torch.device(device)
+        lay_out, launch, [np.array(batch) for batch in batches], torch.device(device), scorer_module._Fits()
     ):
         assert rows.tolist() == pending
         happened.append(f"waited for {pending}")
@@ -765,7 +787,9 @@ def test_what_a_failed_forward_held_is_gone_before_the_next_one():
         return rows
 
     batches = [np.array([0, 1])]
-    found = list(scorer_module._in_turn(lambda rows: SimpleNamespace(ids=rows), launch, batches, CPU))
+    found = list(
+        scorer_module._in_turn(lambda rows: SimpleNamespace(ids=rows), launch, batches, CPU, scorer_module._Fits())
+    )
     assert [rows.tolist() for rows, _ in found] == [[0], [1]]
     assert len(held) == 3
 
@@ -778,6 +802,7 @@ def test_enough_memory_gives_no_warning(shared_model, engine, caplog):
 
 def test_a_single_row_that_does_not_fit_is_a_clear_error(engine):
     model = build_model(400).train()
+    answer_nll(model, some_segments(1), engine=engine)
     small_memory(model, 3)
     with pytest.raises(torch.OutOfMemoryError, match=r"single row.*max_length"):
         answer_nll(model, some_segments(), engine=engine)
@@ -839,6 +864,50 @@ def test_the_engine_is_chosen_so_that_every_architecture_gets_its_own_numbers(co
     assert streams(model) is stream
     expected = [reference_nll(model, segment.ids, segment.start) for segment in segments]
     np.testing.assert_allclose(answer_nll(model, segments, device="cpu"), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4),
+        XGLMConfig(vocab_size=400, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4),
+        OpenAIGPTConfig(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+        FalconH1Config(
+            **(SMALL | {"hidden_size": 32}), mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8
+        ),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_fresh_weights_that_hardly_attend_do_not_pass_for_attention_by_the_plan(config):
+    """What is tried out of a model then holds once it has been trained."""
+    torch.manual_seed(0)
+    model, segments = AutoModelForCausalLM.from_config(config).eval(), some_segments(12)
+    assert not streams(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(10 if weight.ndim == 2 else 1)
+    expected = [reference_nll(model, segment.ids, segment.start) for segment in segments]
+    np.testing.assert_allclose(answer_nll(model, segments), expected, rtol=1e-5)
+
+
+def test_a_model_whose_tokens_see_what_follows_is_refused(engine):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=400,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        initializer_range=0.4,
+    )
+    segments = some_segments(3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"BertLMHeadModel lets tokens see those that follow.*decoder-only"):
+            answer_nll(AutoModelForCausalLM.from_config(config).train(), segments, engine=engine)
+    config.is_decoder = True
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = [reference_nll(model, segment.ids, segment.start) for segment in segments]
+    np.testing.assert_allclose(answer_nll(model, segments, engine=engine), expected, rtol=1e-5)
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------
