@@ -187,7 +187,7 @@ def _opening(subset: Subset, name: str, everything: bool) -> str:
 def _facts(subset: Subset, name: str, provenance: Provenance, id_column: str | None) -> list[tuple[str, str]]:
     share = f"{100 * subset.kept / subset.pool:.2f} % of all {rows_text(subset.pool)} of the pool"
     asked = (
-        f"{subset.keep:g} of all {rows_text(subset.pool)} of the pool = {rows_text(subset.asked)}"
+        f"{100 * subset.keep:g} % of all {rows_text(subset.pool)} of the pool = {rows_text(subset.asked)}"
         if isinstance(subset.keep, float)
         else rows_text(subset.asked)
     )

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
 from .arrow_files import file_digest, holds_json, python_values, read_csv, read_json, read_parquet, record_blocks
 from .history import write_atomically
@@ -42,7 +43,7 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
 
     Raises:
         FileNotFoundError: when `source` looks like a file and is none.
-        ValueError: for an ending that cannot be read.
+        ValueError: for an ending that cannot be read, or a folder of unlike files.
     """
     path = Path(source)
     if path.is_file():
@@ -53,7 +54,13 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
     if (saved / "state.json").is_file() and (saved / "dataset_info.json").is_file():
         return load_from_disk(saved).with_format(None)
     if path.is_dir():
-        return load_dataset(str(path.resolve()), config, split=split)  # which cannot read "."
+        try:
+            return load_dataset(str(path.resolve()), config, split=split)  # which cannot read "."
+        except DatasetGenerationError as error:
+            why = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(
+                f"The files in {path} cannot be read as one data set: {why[:300]}. Name one of them."
+            ) from error
     if path.suffix.lower() in READERS or source.startswith((".", "/")):
         raise FileNotFoundError(
             f"No such file: {source}. Files end in {', '.join(READERS)}; other names are hub names."

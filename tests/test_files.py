@@ -572,3 +572,10 @@ def test_bytes_are_refused_before_anything_is_written_as_text(tmp_path, feature)
         with pytest.raises(ValueError, match=f"a{ending}: {ending.lower()} is text, and the column 'raw' holds bytes"):
             write_tables([], features, tmp_path / f"a{ending}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_unlike_files_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "b.jsonl").write_text('{"b": [1]}\n')
+    with pytest.raises(ValueError, match=r"The files in .* cannot be read as one data set: .*Name one of them"):
+        load_rows(str(tmp_path))

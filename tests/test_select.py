@@ -144,7 +144,7 @@ def test_the_card_says_what_was_done(scored, tmp_path):
     assert facts["its weights"] == "org/model@0a1b"
     assert facts["definition of the scores"].startswith("paper: ")
     assert facts["options of the scoring"] == "maximal length: 64"
-    assert facts["asked for"] == "0.34 of all 6 rows of the pool = 2 rows"
+    assert facts["asked for"] == "34 % of all 6 rows of the pool = 2 rows"
     assert facts["kept"] == "2 rows, 33.33 % of all 6 rows of the pool"
     assert facts["limit"] == "`ifd` < 1"
     assert facts["lowest score kept"] == "0.8000"
