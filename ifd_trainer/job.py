@@ -126,11 +126,12 @@ def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, proce
         lambda part: scorer.encode(rows[starts[part] : starts[part] + size]), lambda: _draw(parts, sizes, process)
     )
     with closing(ahead):
-        first = [*islice(ahead, 1)]  # loads the model, which has a bar of its own and is no part of this one's rate
+        # The first one loads the model, which has a bar of its own and is no part of this one's rate.
+        encoded = chain([*islice(ahead, 1)], ahead)
         with tqdm(
             total=len(rows), initial=done, desc="Scoring", unit="row", bar_format=_LAYOUT, disable=not process.main
         ) as bar:
-            for part, pairs in chain(first, ahead):
+            for part, pairs in encoded:
                 rows_per_token = len(pairs) / max(token_count(pairs), 1)
                 scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
                 parts.save(part, scores.columns())
