@@ -414,7 +414,9 @@ def drawn(results: dict[str, Any]) -> Figure:
             ax.errorbar(
                 at, middle, [middle - low, high - middle], fmt="o", ms=5, capsize=3, color=_COLORS[name], label=name
             )
-        ax.set(title=group, ylabel="tokens / s", yscale="log", xlim=(-0.5, len(cases) - 0.5))
+        ax.set(title=group, ylabel="tokens / s", xlim=(-0.5, len(cases) - 0.5))
+        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])  # what a procedure gains is seen as a ratio of heights
+        ax.yaxis.set_major_formatter("{x:,.0f}")
         ax.set_xticks(range(len(cases)), [case["label"] for case in cases])
         ax.grid(axis="y", color="#DDDDDD", lw=0.6)
         ax.set_axisbelow(True)

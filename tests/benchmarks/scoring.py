@@ -86,7 +86,7 @@ def cases(scorer: IFDScorer, rows: Dataset, tiny: bool) -> Iterator[Case]:
     """The three kinds of rows, then the sweeps."""
     model: nn.Module = scorer.model.eval()
     pairs = [pair for pair in scorer.encode(rows[:]) if pair.conditioned]
-    yield Case("real rows", "rows", lambda: model, pairs)
+    yield Case("real rows", f"{len(pairs)} rows", lambda: model, pairs)
     shared = long_definition(len(rows), model.config.vocab_size, definition=40 if tiny else 300)
     yield Case("shared task", "long definition", lambda: model, shared, 4, others=(ONE_ROW,))
     # Most operations of this model are those of its LM head.
