@@ -7,8 +7,10 @@ import os
 import shutil
 import tempfile
 
-# Rows that older code has read are not for these tests.
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ifd_trainer_tests_")
+# Rows that older code has read are not for these tests; a process that one of them starts has the cache of its parent.
+if "ifd_trainer_tests_" not in os.environ.get("HF_DATASETS_CACHE", ""):
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ifd_trainer_tests_")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -21,7 +23,6 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 settings.register_profile("ifd_trainer", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("ifd_trainer")
 
