@@ -43,7 +43,7 @@ quality: $(READY)  ## check format and lint; changes nothing
 bench: $(READY)  ## speed, memory and cost of scoring and of selection on this processor; JSON and PNG in runs/bench
 	$(BIN)/python tests/benchmarks/scoring.py --model "$(DEMO_MODEL)" $(ARGS)
 	$(BIN)/python tests/benchmarks/streaming.py --model "$(DEMO_MODEL)"
-	$(BIN)/python tests/benchmarks/selection.py
+	$(BIN)/python tests/benchmarks/selection.py --runs 1
 
 versions: $(READY)  ## the loop's tests with the newest and the oldest supported transformers and trl
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(LOOP_TESTS)

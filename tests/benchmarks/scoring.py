@@ -57,7 +57,7 @@ SWEEP = Sweep(
     lengths=(16, 64, 256, 1024),
     vocabularies=(16_000, 64_000),
     budgets=(512, 2048, 4096),
-    counts=(5, 50),
+    counts=(4, 40),
     rows=12,
     baseline_rows=4,
     tokens=2048,
@@ -88,7 +88,7 @@ def cases(scorer: IFDScorer, rows: Dataset, tiny: bool) -> Iterator[Case]:
     pairs = [pair for pair in scorer.encode(rows[:]) if pair.conditioned]
     yield Case("real rows", f"{len(pairs)} rows", lambda: model, pairs)
     shared = long_definition(len(rows), model.config.vocab_size, definition=40 if tiny else 300)
-    yield Case("shared task", "long definition", lambda: model, shared, 4, others=(ONE_ROW,))
+    yield Case("shared task", "long definition", lambda: model, shared, 4, others=(ONE_ROW,), runs=2)
     # Most operations of this model are those of its LM head.
     vocabulary, narrow = (3000, (32, 96, 4, 4)) if tiny else (151_936, (256, 768, 4, 4))
     wide = alpaca_like(8, vocabulary, scale=0.2 if tiny else 1.0)
