@@ -69,6 +69,11 @@ def read_parquet(path: Path) -> Dataset:
     return _cached(path, _parquet_to_arrow)
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error, in which Arrow may write several lines."""
+    return " ".join(str(error).split())
+
+
 def file_digest(path: Path) -> str:
     """A digest of a file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
@@ -166,7 +171,7 @@ def _csv_blocks(path: Path) -> Iterator[pa.Table]:
         yield from _arrow_csv_blocks(path)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         _check_utf8(path)
-        why = " ".join(str(error).split())
+        why = one_line(error)
         raise ValueError(
             f"{path} cannot be read as CSV: {why}. Wanted: the names of the columns in the first line, as many "
             "values in each row, values with commas or line breaks in double quotes, and no row of more than 4 MiB."

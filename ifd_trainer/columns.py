@@ -25,6 +25,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,14 +178,14 @@ class IFDScorer:
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
         """Render and tokenise a batch; loads the model on first use."""
         self._load(rank)
-        pairs, problem = self._encoded(batch)
+        pairs, problem = self._encoded(batch, self._format(batch))
         if problem is not None:  # no error: the last rows of a long job may be like that
             logger.warning(problem)
         return pairs
 
-    def _encoded(self, batch: Mapping[str, list]) -> tuple[list[EncodedPair], str | None]:
+    def _encoded(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[list[EncodedPair], str | None]:
         """Encoded rows, and what is wrong if none of them could be rendered."""
-        format, problem = self._format(batch), None
+        problem = None
         examples, error = _render(batch, format, self._encoder.tokenizer)
         if error is not None and all(example is None for example in examples):
             problem = (
@@ -210,9 +211,9 @@ class IFDScorer:
         """
         if self.device is not None:
             check_device(self.device)
-        self._format(batch)
+        format = self._format(batch)
         self._prepare()
-        _, problem = self._encoded(batch)
+        _, problem = self._encoded(batch, format)
         if problem is not None:
             raise ValueError(problem)
 
@@ -295,17 +296,15 @@ class IFDScorer:
         self._encoder = Encoder(tokenizer, **self.options, window=window(self._config.get_text_config()))
 
     def _read_config(self) -> PretrainedConfig:
+        folder = Path(self.name)
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{self.name} holds an adapter and no model. Merge it first (`model.merge_and_unload()`, then "
+                "`save_pretrained`), or pass the loaded PeftModel to IFDScorer."
+            )
         try:
             return AutoConfig.from_pretrained(self.name, **self.hub)
-        except (OSError, ValueError) as error:
-            if os.path.isfile(os.path.join(self.name, "adapter_config.json")):
-                raise ValueError(
-                    f"{self.name} holds an adapter and no model. Merge it first (`model.merge_and_unload()`, then "
-                    "`save_pretrained`), or pass the loaded PeftModel to IFDScorer."
-                ) from error
-            if not isinstance(error, OSError):
-                raise
-            # The message may name neither model nor revision.
+        except OSError as error:  # whose message may name neither model nor revision
             revision = self.hub["revision"]
             raise OSError(f"{self.name}{f' at {revision}' if revision else ''} cannot be read: {error}") from error
 

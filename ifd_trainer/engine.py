@@ -31,6 +31,7 @@ from .forward import Batch, Pending, launch, logits_at, padded, streamed
 from .head import Logits, find_change, lm_head, text_config, unwrapped, vocabulary_size
 from .positions import kinds_of_lengths
 from .stream import stream_batches
+from .transfer import on_device
 
 logger = logging.getLogger(__name__)
 
@@ -159,9 +160,8 @@ def _check_causal(model: nn.Module, device: torch.device) -> None:
         return
     ids = np.tile(np.arange(16) % vocabulary_size(model), (2, 1))
     ids[1, 8:] = 0
-    inputs = {"input_ids": torch.from_numpy(ids).to(device)}
-    with borrowed(model, device):
-        one, other = logits_at(model, inputs, np.concatenate([np.arange(8), 16 + np.arange(8)])).float().chunk(2)
+    inputs = {"input_ids": on_device(ids, device)}
+    one, other = logits_at(model, inputs, np.concatenate([np.arange(8), 16 + np.arange(8)])).float().chunk(2)
     if (one - other).abs().max() > _SEEN_BEHIND * one.abs().max():
         raise ValueError(
             f"{type(unwrapped(model)).__name__} lets tokens see those that follow them, so its losses are not those of "

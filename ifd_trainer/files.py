@@ -25,7 +25,16 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from .arrow_files import file_digest, holds_json, python_values, read_csv, read_json, read_parquet, record_blocks
+from .arrow_files import (
+    file_digest,
+    holds_json,
+    one_line,
+    python_values,
+    read_csv,
+    read_json,
+    read_parquet,
+    record_blocks,
+)
 from .history import write_atomically
 
 try:
@@ -57,10 +66,8 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         try:
             return load_dataset(str(path.resolve()), config, split=split)  # which cannot read "."
         except DatasetGenerationError as error:
-            why = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(
-                f"The files in {path} cannot be read as one data set: {why[:300]}. Name one of them."
-            ) from error
+            why = one_line(error.__cause__ or error)[:300]
+            raise ValueError(f"The files in {path} cannot be read as one data set: {why}. Name one of them.") from error
     if path.suffix.lower() in READERS or source.startswith((".", "/")):
         raise FileNotFoundError(
             f"No such file: {source}. Files end in {', '.join(READERS)}; other names are hub names."
@@ -247,9 +254,9 @@ class Parts:
         try:
             return pq.read_table(self.path(part))
         except (OSError, pa.ArrowInvalid) as error:
-            why = " ".join(str(error).split())
             raise ValueError(
-                f"{self.path(part)} is damaged ({why}). Delete it, and run the same command again to score its rows."
+                f"{self.path(part)} is damaged ({one_line(error)}). Delete it, and run the same command again to score "
+                "its rows."
             ) from error
 
     def remove(self) -> None:

@@ -63,12 +63,17 @@ def hub(tmp_path: Path, monkeypatch, model, tokenizer) -> Path:
     return tmp_path / "hub"
 
 
+def run(tmp_path: Path, *options: str) -> int:
+    """The exit code of scoring the rows into scored.jsonl."""
+    (tmp_path / "rows.json").write_text(json.dumps(Dataset.from_dict(ROWS).to_list()))
+    files = [str(tmp_path / "rows.json"), "--output", str(tmp_path / "scored.jsonl")]
+    return main(["score", *files, "--device", "cpu", "--format", "alpaca", *options])
+
+
 def score(tmp_path: Path, *options: str) -> tuple[dict, dict]:
     """The scores of the rows, and their provenance."""
-    (tmp_path / "rows.json").write_text(json.dumps(Dataset.from_dict(ROWS).to_list()))
+    assert run(tmp_path, *options) == 0
     output = tmp_path / "scored.jsonl"
-    arguments = ["score", tmp_path / "rows.json", "--output", output, "--device", "cpu", "--format", "alpaca", *options]
-    assert main([str(argument) for argument in arguments]) == 0
     return load_rows(str(output)).to_dict(), yaml.safe_load(provenance_path(output).read_text())
 
 
@@ -93,17 +98,12 @@ def test_a_model_with_code_of_its_own_is_scored_where_that_is_allowed(hub, tmp_p
 
 def test_code_that_comes_with_a_model_is_not_run_without_being_asked_for(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "n")
-    (tmp_path / "rows.json").write_text(json.dumps(Dataset.from_dict(ROWS).to_list()))
-    arguments = ["score", tmp_path / "rows.json", "--model", "org/own", "--output", tmp_path / "scored.jsonl"]
-    assert main([str(argument) for argument in arguments]) == 2
+    assert run(tmp_path, "--model", "org/own") == 2
     assert "trust_remote_code" in capsys.readouterr().err
     assert not (tmp_path / "modules").exists()
 
 
 def test_a_revision_that_is_not_there_is_an_error_before_any_folder_is_made(hub, tmp_path, capsys):
-    (tmp_path / "rows.json").write_text(json.dumps(Dataset.from_dict(ROWS).to_list()))
-    output = tmp_path / "scored.jsonl"
-    arguments = ["score", tmp_path / "rows.json", "--model", "org/tiny", "--revision", "v9", "--output", output]
-    assert main([str(argument) for argument in arguments]) == 2
+    assert run(tmp_path, "--model", "org/tiny", "--revision", "v9") == 2
     assert "org/tiny at v9 cannot be read" in capsys.readouterr().err
-    assert not Path(f"{output}.parts").exists()
+    assert not (tmp_path / "scored.jsonl.parts").exists()
