@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
 from datasets.table import table_cast
 
+from .errors import UserError
 from .history import write_atomically
 
 _BLOCK = 2**22  # characters of JSON, bytes of CSV: some times that much is in memory
@@ -94,7 +95,7 @@ def _cached(path: Path, write: Callable[[Path, Path], None]) -> Dataset:
 def _check_names(path: Path, names: Sequence[str]) -> None:
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
-        raise ValueError(f"{path} has more than one column named {twice[0]!r}; rename all but one.")
+        raise UserError(f"{path} has more than one column named {twice[0]!r}; rename all but one.")
 
 
 def _check_utf8(path: Path) -> None:
@@ -107,7 +108,7 @@ def _check_utf8(path: Path) -> None:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
-                raise ValueError(
+                raise UserError(
                     f"{path}, line {line}, is not UTF-8: it has the byte 0x{error.object[error.start]:02x}. Convert "
                     "the file, if it is Latin-1 with `iconv -f LATIN1 -t UTF-8`."
                 ) from error
@@ -129,7 +130,7 @@ def parquet_features(path: Path) -> Features:
     try:
         schema = pq.read_schema(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}.") from error
+        raise UserError(f"{path} is not a Parquet file: {error}.") from error
     _check_names(path, schema.names)
     return Features.from_arrow_schema(schema)
 
@@ -172,7 +173,7 @@ def _csv_blocks(path: Path) -> Iterator[pa.Table]:
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         _check_utf8(path)
         why = one_line(error)
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as CSV: {why}. Wanted: the names of the columns in the first line, as many "
             "values in each row, values with commas or line breaks in double quotes, and no row of more than 4 MiB."
         ) from error
@@ -224,7 +225,7 @@ def _check_characters(path: Path) -> None:
         try:
             _dumps(row).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}, row {number}, has {error.object[error.start]!r}, which is half of a character: write both "
                 "halves, as in '\\ud83d\\ude00', or leave it out."
             ) from error
@@ -236,7 +237,7 @@ def _columns_of(path: Path) -> dict[str, _Values]:
         for name in dict.fromkeys(chain.from_iterable(rows)):
             columns.setdefault(name, _Values()).add([row.get(name) for row in rows])
     if not columns:
-        raise ValueError(f"{path} holds no rows: it is to be a JSON list of objects, or one object on each line.")
+        raise UserError(f"{path} holds no rows: it is to be a JSON list of objects, or one object on each line.")
     return columns
 
 
@@ -244,7 +245,7 @@ def _write_columns(path: Path, columns: dict[str, _Values], target: Path) -> Non
     try:
         features = Features({name: column.feature(Json) for name, column in columns.items()})
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
+        raise UserError(f"{path} cannot be read: {error}.") from error
     # Arrow makes nested arrays of texts, not of its type for JSON: the first schema has text in the place of JSON.
     made = Features({name: column.feature(_text) for name, column in columns.items()}).arrow_schema
     schema = features.arrow_schema
@@ -265,7 +266,7 @@ def _row_blocks(path: Path) -> Iterator[list[dict]]:
             values = [{"text": value} for value in values]
         elif kinds != {dict}:
             i = next(i for i, value in enumerate(values) if not isinstance(value, dict))
-            raise ValueError(f"{path}, row {first + i}, is not an object but of type {type(values[i]).__name__}.")
+            raise UserError(f"{path}, row {first + i}, is not an object but of type {type(values[i]).__name__}.")
         yield values
         first += len(values)
 
@@ -304,7 +305,7 @@ class _Values:
             ValueError: for integers that `datasets` cannot read.
         """
         if self.least < -(2**63) or self.most >= 2**64:
-            raise ValueError("it has integers of more than 64 bits; write them as text")
+            raise UserError("it has integers of more than 64 bits; write them as text")
         if self.kinds == {list}:
             return List(self.items.feature(mixed) if self.items.kinds else _text())  # Arrow casts no lists of null
         if self.kinds == {dict} and not self.unlike:
@@ -383,7 +384,7 @@ def record_blocks(path: Path) -> Iterator[list]:
             values, start, error = _parsed(text, start, listed)
             line += text.count("\n", 0, start)
             if error is not None and (ended or not _cut_off(error, text)):
-                raise ValueError(f"{path}, line {line}, is not JSON: {error.msg}.")
+                raise UserError(f"{path}, line {line}, is not JSON: {error.msg}.")
             text = text[start:]
             if values:
                 yield values

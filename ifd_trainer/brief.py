@@ -27,6 +27,8 @@ from typing import Literal
 
 import numpy as np
 
+from .errors import UserError
+
 LARGEST_KMEANS = 100_000  # rows, some ten seconds by what was measured; above, batches, which are hardly worse
 
 
@@ -52,7 +54,7 @@ class Brief:
 
     def __post_init__(self) -> None:
         if self.method not in ("kmeans", "random"):
-            raise ValueError(f"method must be 'kmeans' or 'random', got {self.method!r}.")
+            raise UserError(f"method must be 'kmeans' or 'random', got {self.method!r}.")
         _check_percentiles(self.low, self.high)
         sample_shape(1, self.clusters, self.per_cluster, self.max_share)  # says what is wrong with these
 
@@ -98,7 +100,7 @@ class Brief:
             )
             usable &= np.isfinite(embeddings).all(axis=1)
         elif not usable.any():
-            raise ValueError(f"None of {len(usable)} rows has a prompt, so none can be sampled.")
+            raise UserError(f"None of {len(usable)} rows has a prompt, so none can be sampled.")
         else:
             chosen = np.empty(0, dtype=np.int64)
         others = np.setdiff1d(np.flatnonzero(usable), chosen)
@@ -151,14 +153,14 @@ def brief_sample(
     embeddings, perplexity = np.asarray(embeddings), np.asarray(perplexity, dtype=np.float64)
     ids = np.arange(len(perplexity)) if ids is None else np.asarray(ids)
     if embeddings.ndim != 2 or perplexity.ndim != 1 or not len(embeddings) == len(perplexity) == len(ids):
-        raise ValueError(
+        raise UserError(
             "embeddings must be (n, d), perplexity and ids (n,); got shapes "
             f"{embeddings.shape}, {perplexity.shape} and {ids.shape}."
         )
     usable = np.isfinite(perplexity) & np.isfinite(embeddings).all(axis=1)
     rows = np.flatnonzero(usable)
     if not len(rows):
-        raise ValueError(
+        raise UserError(
             f"None of {len(usable)} rows can be sampled: {np.isfinite(perplexity).sum()} have a finite perplexity, "
             f"{np.isfinite(embeddings).all(axis=1).sum()} a finite embedding. Look at the prompts: are they empty?"
         )
@@ -181,9 +183,9 @@ def sample_shape(rows: int, clusters: int = 100, per_cluster: int = 10, max_shar
     [(100, 10), (100, 10), (71, 7), (33, 3), (15, 2), (1, 1)]
     """
     if clusters < 1 or per_cluster < 1:
-        raise ValueError(f"clusters and per_cluster must be at least 1, got {clusters} and {per_cluster}.")
+        raise UserError(f"clusters and per_cluster must be at least 1, got {clusters} and {per_cluster}.")
     if not 0 < max_share <= 1:
-        raise ValueError(f"max_share must be in (0, 1], got {max_share}.")
+        raise UserError(f"max_share must be in (0, 1], got {max_share}.")
     allowed = max(1, int(rows * max_share + 1e-9))  # 0.29 * 100 is a little less than 29
     if clusters * per_cluster <= allowed:
         return clusters, per_cluster
@@ -194,7 +196,7 @@ def sample_shape(rows: int, clusters: int = 100, per_cluster: int = 10, max_shar
 
 def _check_percentiles(low: float, high: float) -> None:
     if not 0 <= low < high <= 100:
-        raise ValueError(f"low and high are percentiles with 0 <= low < high <= 100, got {low} and {high}.")
+        raise UserError(f"low and high are percentiles with 0 <= low < high <= 100, got {low} and {high}.")
 
 
 def _cluster(embeddings: np.ndarray, clusters: int, seed: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from .checkpoint import decode_array, decode_scores, encode_array, encode_scores
 from .columns import IFDScorer
 from .diversity import EMBEDDING, Diverse
 from .encoding import Encoder, Status
+from .errors import UserError
 from .headers import response_prefix
 from .history import FOLDER, History
 from .loop import (
@@ -140,10 +141,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         warn_share: float = 0.5,
     ) -> None:
         if order not in ("shuffle", "descending", "ascending"):
-            raise ValueError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
+            raise UserError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
         strategy = getattr(getattr(trainer, "args", None), "train_sampling_strategy", None)
         if order != "shuffle" and strategy == "group_by_length":
-            raise ValueError(
+            raise UserError(
                 f"order={order!r} orders rows by score, train_sampling_strategy='group_by_length' by length. Set one "
                 "of them: order='shuffle', or train_sampling_strategy='random'."
             )
@@ -155,7 +156,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         attach(trainer)
         check_rhythm(trainer, self.rhythm)
         if diverse is not None and trainer.selection_pool.packed:
-            raise ValueError(
+            raise UserError(
                 "diverse= chooses examples that stand for others, whatever their length: how many of them fill a "
                 "packed row is not known before. Set packing=False, or leave diverse out."
             )
@@ -252,7 +253,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state is not self.trainer.state:
-            raise ValueError(
+            raise UserError(
                 "This IFDSelectionCallback was made for another trainer. Make one for each: "
                 "trainer.add_callback(IFDSelectionCallback(trainer, ...))."
             )
@@ -312,7 +313,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         except ValueError as error:
             if not self.pool.packed:
                 raise
-            raise ValueError(f"{error} With packing=True, rows are packed rows.") from error
+            raise UserError(f"{error} With packing=True, rows are packed rows.") from error
 
     def _select(self, epoch: int) -> None:
         """Score the pool if it is this epoch's turn, choose and order its rows, log and record them."""
@@ -521,7 +522,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         blob = state.stateful_callbacks.get(type(self).__name__)
         saved = (blob or {}).get("attributes", {}).get("selection")
         if saved is None or saved.get("version") != _STATE_VERSION:
-            raise ValueError(
+            raise UserError(
                 "The checkpoint holds no selection state: it was written without this callback, or by another version "
                 "of it. Start training anew, or resume without IFDSelectionCallback."
             )
@@ -532,7 +533,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 f"{key.replace('fingerprint', 'training set')}: {then!r} in the checkpoint, {now!r} now"
                 for key, (then, now) in differs.items()
             )
-            raise ValueError(
+            raise UserError(
                 f"The run cannot be resumed exactly: {found}. Resume with the settings and the data set of the "
                 "checkpoint, or start training anew."
             )
@@ -543,7 +544,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if turn.rows == "brief":
             self._brief = np.unique(np.concatenate([np.ravel(row) for row in self._restored_order()]))
         if self.restart is not None and state.global_step <= self.plan.phases[0] and not self._original.complete:
-            raise ValueError(
+            raise UserError(
                 f"The run stopped before training had started anew, but the original weights are not in "
                 f"{self._original.folder}. Put the folder back, or start training anew."
             )
@@ -573,5 +574,5 @@ def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame
 def _tokenizer_of(trainer: Trainer) -> Any:
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     if tokenizer is None or not hasattr(tokenizer, "all_special_ids"):
-        raise ValueError("The trainer has no tokenizer: pass processing_class=tokenizer to the trainer.")
+        raise UserError("The trainer has no tokenizer: pass processing_class=tokenizer to the trainer.")
     return tokenizer

@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 
 from . import __version__
 from .encoding import Status
+from .errors import UserError
 from .foreign import FAILED
 from .frames import number_text, rows_text, spearman
 from .history import write_atomically
@@ -64,7 +65,7 @@ _COLUMNS = {
 def check_card(path: Path) -> None:
     """Raise ValueError now if a card would be written over a file that is none."""
     if path.is_file() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(
+        raise UserError(
             f"{path} is there already and was not written by `ifd-trainer select`. Write to another place, or pass "
             "--no-card."
         )

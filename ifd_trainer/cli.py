@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .errors import UserError
 from .formats import FORMATS
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(arguments[1:])
         options = _parser().parse_args(arguments)
         return options.run(options)
-    except (ValueError, FileNotFoundError, OSError, ImportError) as error:
+    except UserError as error:
         print(f"ifd-trainer: error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
@@ -265,7 +266,7 @@ def _score(options: argparse.Namespace) -> int:
     rows = process.first("rows", lambda: load_rows(options.data, options.split))
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
     if not len(rows):
-        raise ValueError(f"{options.data} has no rows to score.")
+        raise UserError(f"{options.data} has no rows to score.")
     check_features(rows.features, options.output)
     process.first("check", lambda: scorer.check(rows[:_CHECKED_ROWS]))  # no folder and no weights before that
     settings = scorer.settings(rows.column_names)
@@ -335,9 +336,9 @@ def _select(options: argparse.Namespace) -> int:
     if options.push_to_hub:
         check_repository(options.push_to_hub)
         if not options.card:
-            raise ValueError("--push-to-hub pushes the card too: leave out --no-card.")
+            raise UserError("--push-to-hub pushes the card too: leave out --no-card.")
     elif options.private:
-        raise ValueError("--private goes with --push-to-hub USER/NAME.")
+        raise UserError("--private goes with --push-to-hub USER/NAME.")
     rows = Scan(options.data, options.split)
     check_features(rows.features, data)
     own = options.scores is None and options.scores_format in (None, "ifd-trainer") and "ifd_status" in rows.features
@@ -349,7 +350,7 @@ def _select(options: argparse.Namespace) -> int:
     del table
     name = options.score or ("ifd_ppl" if provenance.definition == "superfiltering" else "ifd")
     if scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
-        raise ValueError(f"The scores have no {name}; rank by another one with --score.")
+        raise UserError(f"The scores have no {name}; rank by another one with --score.")
     id_column, ids = tie_ids(rows, options.id_column)
     subset = choose(
         scores[name].to_numpy(dtype=float, na_value=np.nan),
@@ -397,7 +398,7 @@ def _check_apart(output: Path, options: argparse.Namespace) -> None:
         whole = source / f"{options.split}.parquet"  # what is read of a folder, if it is there
         files = [whole] if whole.is_file() else [source, *source.rglob("*")]
         if any(output.samefile(path) for path in files if path.is_file()):
-            raise ValueError(
+            raise UserError(
                 f"--output {output} is read by this command, and what is not kept of it would be lost. Write to "
                 "another file, or, to keep all rows of DATA, add --all."
             )

@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .digests import checkpoint_digest, weights_digest
 from .encoding import EncodedPair, Encoder, Status, check_positive
+from .errors import FileAccessError, NotFoundError, UserError
 from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
 from .positions import window
 from .scorer import Scores, prompt_features, score_pairs, token_progress
@@ -114,7 +115,7 @@ class IFDScorer:
     ) -> None:
         named = isinstance(model, (str, os.PathLike))
         if not named and not isinstance(model, torch.nn.Module):
-            raise ValueError(
+            raise UserError(
                 f"model must be a hub name, a path or a loaded causal LM, got {type(model).__name__}: {model!r}."
             )
         check_positive(token_budget=token_budget)
@@ -196,7 +197,7 @@ class IFDScorer:
         known = getattr(self._config.get_text_config(), "vocab_size", None)
         most = max((max(pair.conditioned.ids) for pair in pairs if pair.conditioned), default=0)
         if isinstance(known, int) and most >= known:
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer gives token {most}, and the model has {known} tokens: they do not belong together. Use "
                 "the model's own tokenizer, or resize its embeddings."
             )
@@ -215,7 +216,7 @@ class IFDScorer:
         self._prepare()
         _, problem = self._encoded(batch, format)
         if problem is not None:
-            raise ValueError(problem)
+            raise UserError(problem)
 
     def settings(self, columns: Iterable[str]) -> dict[str, str | int | bool | None]:
         """The options in force for rows with these columns, the format by its name; None for what loading decides."""
@@ -260,29 +261,29 @@ class IFDScorer:
 
     def _need_batch(self, batch: Mapping[str, list], rank: int | None, *more: Any) -> None:
         if more or isinstance(batch, (list, str)) or isinstance(rank, (list, str)):
-            raise ValueError(
+            raise UserError(
                 "IFDScorer reads the columns of its format itself: call `dataset.map(scorer, batched=True)` without "
                 "input_columns and with_indices."
             )
         if not isinstance(batch, Mapping):
-            raise ValueError(
+            raise UserError(
                 f"IFDScorer takes Python values or an Arrow table, got a {type(batch).__name__}: call it on "
                 '`dataset.with_format(None)`, or in Ray with `map_batches(..., batch_format="pyarrow")`.'
             )
         if _in_ray():  # what comes back there takes the place of the rows, and is not added to them
-            raise ValueError(
+            raise UserError(
                 "IFDScorer got a dictionary of arrays. In Ray pass an Arrow table, whose columns all stay: "
                 '`map_batches(IFDScorer, batch_format="pyarrow", ...)`.'
             )
         if isinstance(batch, LazyRow) or any(isinstance(value, str) for value in batch.values()):
-            raise ValueError("IFDScorer scores batches: call `dataset.map(scorer, batched=True)`.")
+            raise UserError("IFDScorer scores batches: call `dataset.map(scorer, batched=True)`.")
 
     def _prepare(self) -> None:
         """Load what is small and tells most mistakes: config and tokenizer."""
         if self._encoder is not None:
             return
         if self._model is None and self.name is None:
-            raise ValueError(
+            raise UserError(
                 "This IFDScorer was sent to another process, and a loaded model does not travel. Pass a name or a "
                 "path instead of a loaded model to use num_proc."
             )
@@ -291,14 +292,14 @@ class IFDScorer:
         if tokenizer is None:
             source = self.name or self._config.name_or_path
             if not source:
-                raise ValueError("Pass the tokenizer too: the loaded model does not say where it came from.")
+                raise UserError("Pass the tokenizer too: the loaded model does not say where it came from.")
             tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
         self._encoder = Encoder(tokenizer, **self.options, window=window(self._config.get_text_config()))
 
     def _read_config(self) -> PretrainedConfig:
         folder = Path(self.name)
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"{self.name} holds an adapter and no model. Merge it first (`model.merge_and_unload()`, then "
                 "`save_pretrained`), or pass the loaded PeftModel to IFDScorer."
             )
@@ -306,7 +307,9 @@ class IFDScorer:
             return AutoConfig.from_pretrained(self.name, **self.hub)
         except OSError as error:  # whose message may name neither model nor revision
             revision = self.hub["revision"]
-            raise OSError(f"{self.name}{f' at {revision}' if revision else ''} cannot be read: {error}") from error
+            raise FileAccessError(
+                f"{self.name}{f' at {revision}' if revision else ''} cannot be read: {error}"
+            ) from error
 
     def _load(self, rank: int | None) -> None:
         self._prepare()
@@ -321,7 +324,7 @@ class IFDScorer:
         try:
             model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, **self.hub)
         except SafetensorError as error:
-            raise ValueError(
+            raise UserError(
                 f"The weights in {self.name} cannot be read ({error}): a file is damaged or was cut short. Download or "
                 "copy it again."
             ) from error
@@ -360,7 +363,7 @@ def model_name(name: str | os.PathLike) -> str:
     if os.path.isdir(name):
         return os.path.realpath(name)
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(name):
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"No such folder: {name!r}. A model is a folder with config.json, weights and tokenizer, or a hub name."
         )
     return name

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
+from .errors import UserError
+
 
 def device_type(device: str | torch.device) -> str:
     """The kind of a device that a user named; ValueError for a name that PyTorch does not know."""
     try:
         return torch.device(device).type
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"Unknown device {device!r}: use 'cuda' ('cuda:1' for the second one), 'mps' or 'cpu'."
         ) from error
 
@@ -23,7 +25,7 @@ def check_device(device: str | torch.device) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")  # of what may be a page
-        raise ValueError(
+        raise UserError(
             f"The device {str(device)!r} cannot be used here: {reason}. Leave device out to take the best there "
             f"is: {default_device()!r}."
         ) from error
@@ -35,7 +37,7 @@ def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     if dtype in (None, "auto"):
         return dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
+        raise UserError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
     return found
 
 

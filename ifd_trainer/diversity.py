@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+from .errors import UserError
 from .selection import Cherry, Selection
 
 EMBEDDING = "embedding"  # the column of the rows' embeddings
@@ -70,9 +71,9 @@ def facility_location(
     units = _integer_units(_checked(embeddings))  # (n, d)
     n = len(units)
     if not 1 <= k <= n:
-        raise ValueError(f"k={k} rows cannot be chosen of {n}; k must be 1 to {n}.")
+        raise UserError(f"k={k} rows cannot be chosen of {n}; k must be 1 to {n}.")
     if block < 1:
-        raise ValueError(f"block must be at least one row, got {block}.")
+        raise UserError(f"block must be at least one row, got {block}.")
     held = units @ units.T if 4 * n * n <= memory_bytes else None
     buffer = np.empty((min(block, n), n), dtype=np.float32)
 
@@ -135,7 +136,7 @@ class Diverse:
     def __post_init__(self) -> None:
         count = isinstance(self.share, int) and not isinstance(self.share, bool) and self.share >= 1
         if not count and not (isinstance(self.share, float) and 0 < self.share <= 1):
-            raise ValueError(
+            raise UserError(
                 "share must be a fraction in (0, 1] given as a float, or a number of rows given as an int, "
                 f"got {self.share!r}."
             )
@@ -180,10 +181,10 @@ class Diverse:
             ValueError: without embeddings, or with some that are not finite among the candidates.
         """
         if EMBEDDING not in columns:
-            raise ValueError(f"Diverse compares embeddings, but there is no column {EMBEDDING!r} in {sorted(columns)}.")
+            raise UserError(f"Diverse compares embeddings, but there is no column {EMBEDDING!r} in {sorted(columns)}.")
         embeddings, rows = np.asarray(columns[EMBEDDING]), len(columns[self.score])
         if embeddings.ndim != 2 or len(embeddings) != rows:
-            raise ValueError(f"{EMBEDDING!r} must be ({rows}, d), one row per score; got shape {embeddings.shape}.")
+            raise UserError(f"{EMBEDDING!r} must be ({rows}, d), one row per score; got shape {embeddings.shape}.")
         selection = self.candidates(columns, budget, ids=ids, rng=rng)
         candidates = self.among(columns, budget, ids=ids)
         if len(candidates) <= budget:
@@ -198,12 +199,12 @@ class Diverse:
 def _checked(embeddings: np.ndarray) -> np.ndarray:
     embeddings = np.asarray(embeddings)
     if embeddings.ndim != 2 or not embeddings.size or embeddings.dtype.kind not in "fiu":
-        raise ValueError(
+        raise UserError(
             f"Embeddings must be numbers (n, d), n and d at least 1; got {embeddings.dtype} {embeddings.shape}."
         )
     bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(bad):
-        raise ValueError(
+        raise UserError(
             f"{len(bad)} of {len(embeddings)} embeddings are not finite, the first in row {bad[0]}. Leave these rows "
             "out, or look at the model that made them: NaN often comes from float16."
         )

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import UserError
 from .formats import Example, common_prefix_length
 
 DEFINITIONS = ("paper", "cherry", "superfiltering")
@@ -104,14 +105,14 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.definition not in DEFINITIONS:
-            raise ValueError(f"Unknown definition {self.definition!r}; choose one of {', '.join(DEFINITIONS)}.")
+            raise UserError(f"Unknown definition {self.definition!r}; choose one of {', '.join(DEFINITIONS)}.")
         check_positive(max_length=self.max_length, min_answer_tokens=self.min_answer_tokens)
         limits = [limit for limit in (DEFAULT_MAX_LENGTH.get(self.definition), self.window) if limit is not None]
         if self.max_length is None:
             object.__setattr__(self, "max_length", min(limits, default=None))
         elif self.window is not None and self.max_length > self.window:
             # Learned positions end there; rotary ones go on, with numbers that the model never learned to use.
-            raise ValueError(
+            raise UserError(
                 f"max_length={self.max_length} is more than the model's window of {self.window} tokens. Lower it, or "
                 f"leave it out: the default is {min(limits)}."
             )
@@ -211,7 +212,7 @@ class Encoder:
 
     def _need_header(self, examples: Sequence[Example]) -> None:
         if any(not example.header or not example.special_tokens for example in examples):
-            raise ValueError(
+            raise UserError(
                 "definition='cherry' is defined for the Alpaca and WizardLM prompts only; the rows are in another "
                 "format. Use definition='paper', or pass format='alpaca' or 'wizardlm'."
             )
@@ -229,7 +230,7 @@ def check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
         whole = isinstance(number, Integral) and not isinstance(number, bool)
         if number is not None and not (whole and number >= 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {number!r}.")
+            raise UserError(f"{name} must be a whole number of at least 1, got {number!r}.")
 
 
 def direct_prefix(tokenizer: Any, header: str, special: bool) -> list[int]:
@@ -244,7 +245,7 @@ def direct_prefix(tokenizer: Any, header: str, special: bool) -> list[int]:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [token]
-    raise ValueError(
+    raise UserError(
         "The format has no response header and the tokenizer has neither BOS nor EOS, so nothing can precede a direct "
         "answer. Set tokenizer.bos_token, or use a format with a header."
     )

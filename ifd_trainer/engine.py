@@ -27,6 +27,7 @@ from torch import nn
 from .attention import HALF
 from .borrow import borrowed
 from .encoding import Segment, token_budget_batches
+from .errors import UserError
 from .forward import Batch, Pending, launch, logits_at, padded, streamed
 from .head import Logits, find_change, lm_head, text_config, unwrapped, vocabulary_size
 from .positions import kinds_of_lengths
@@ -163,7 +164,7 @@ def _check_causal(model: nn.Module, device: torch.device) -> None:
     inputs = {"input_ids": on_device(ids, device)}
     one, other = logits_at(model, inputs, np.concatenate([np.arange(8), 16 + np.arange(8)])).float().chunk(2)
     if (one - other).abs().max() > _SEEN_BEHIND * one.abs().max():
-        raise ValueError(
+        raise UserError(
             f"{type(unwrapped(model)).__name__} lets tokens see those that follow them, so its losses are not those of "
             "predicting an answer. Score with a causal (decoder-only) language model."
         )

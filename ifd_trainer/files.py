@@ -35,6 +35,7 @@ from .arrow_files import (
     read_parquet,
     record_blocks,
 )
+from .errors import NotFoundError, UserError
 from .history import write_atomically
 
 try:
@@ -67,11 +68,9 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
             return load_dataset(str(path.resolve()), config, split=split)  # which cannot read "."
         except DatasetGenerationError as error:
             why = one_line(error.__cause__ or error)[:300]
-            raise ValueError(f"The files in {path} cannot be read as one data set: {why}. Name one of them.") from error
+            raise UserError(f"The files in {path} cannot be read as one data set: {why}. Name one of them.") from error
     if path.suffix.lower() in READERS or source.startswith((".", "/")):
-        raise FileNotFoundError(
-            f"No such file: {source}. Files end in {', '.join(READERS)}; other names are hub names."
-        )
+        raise NotFoundError(f"No such file: {source}. Files end in {', '.join(READERS)}; other names are hub names.")
     return load_dataset(source, config, split=split)
 
 
@@ -149,18 +148,18 @@ def check_writable(path: str | os.PathLike) -> None:
     path = Path(path)
     ending, parent = _ending(path), _existing_parent(path)
     if path.is_dir():
-        raise ValueError(f"Cannot write to {path}: it is a folder. Name a file, such as {path / f'scored{ending}'}.")
+        raise UserError(f"Cannot write to {path}: it is a folder. Name a file, such as {path / f'scored{ending}'}.")
     if not parent.is_dir():
-        raise ValueError(f"Cannot write to {path}: {parent} is a file, not a folder. Write to another folder.")
+        raise UserError(f"Cannot write to {path}: {parent} is a file, not a folder. Write to another folder.")
     if not os.access(parent, os.W_OK):
-        raise ValueError(f"Cannot write to {path}: the folder {parent} is not writable. Write to another one.")
+        raise UserError(f"Cannot write to {path}: the folder {parent} is not writable. Write to another one.")
 
 
 def check_features(features: Features, path: str | os.PathLike) -> None:
     """Raise ValueError now for columns that the format of this path cannot hold: bytes are in Parquet files only."""
     names = [field.name for field in features.arrow_schema if _has_bytes(field.type)]
     if names and (ending := _ending(Path(path))) != ".parquet":
-        raise ValueError(
+        raise UserError(
             f"Cannot write {path}: {ending} is text, and the column {names[0]!r} holds bytes. Write to a .parquet "
             "file, or drop the column."
         )
@@ -254,7 +253,7 @@ class Parts:
         try:
             return pq.read_table(self.path(part))
         except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path(part)} is damaged ({one_line(error)}). Delete it, and run the same command again to score "
                 "its rows."
             ) from error
@@ -292,7 +291,7 @@ def _lock(path: Path, output: str | os.PathLike) -> int | None:
         os.close(file)
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return None
-        raise ValueError(
+        raise UserError(
             f"Another job is making {os.fspath(output)} ({holder}). Wait until it is done, end it, or write to another "
             "file."
         ) from error
@@ -308,12 +307,12 @@ def _check_job(path: Path, job: Mapping[str, str | int | float | None]) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
         differs = [key for key in {**job, **found} if found.get(key) != job.get(key)]
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds parts, but no {path.name} to say of which job. {remedy}") from error
+        raise UserError(f"{folder} holds parts, but no {path.name} to say of which job. {remedy}") from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}), so the parts may be of another job. {remedy}") from error
+        raise UserError(f"{path} is damaged ({error}), so the parts may be of another job. {remedy}") from error
     if differs:
         changes = "; ".join(f"{key}: {_shown(found.get(key))} there, {_shown(job.get(key))} now" for key in differs)
-        raise ValueError(f"{folder} holds parts of another job: {changes}. {remedy}")
+        raise UserError(f"{folder} holds parts of another job: {changes}. {remedy}")
 
 
 def _shown(option: str | int | float | None) -> str:
@@ -329,7 +328,7 @@ def source_digest(source: str, rows: Dataset) -> str:
 def _ending(path: Path) -> str:
     ending = path.suffix.lower()
     if ending not in READERS:
-        raise ValueError(f"Cannot tell the format of {path} from its ending; use one of {', '.join(READERS)}.")
+        raise UserError(f"Cannot tell the format of {path} from its ending; use one of {', '.join(READERS)}.")
     return ending
 
 

@@ -28,6 +28,7 @@ import pandas as pd
 
 from . import ifd as equations
 from .encoding import Status
+from .errors import NotFoundError, UserError
 from .files import READERS, load_rows, read_records
 
 KINDS = ("cherry", "superfiltering", "data-juicer", "ifd-trainer")
@@ -79,13 +80,13 @@ def read_scores(
     """
     path = Path(path)
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"Unknown kind of scores {kind!r}; choose one of {', '.join(KINDS)}.")
+        raise UserError(f"Unknown kind of scores {kind!r}; choose one of {', '.join(KINDS)}.")
     if not path.is_file():
-        raise FileNotFoundError(f"No such file of scores: {path}.")
+        raise NotFoundError(f"No such file of scores: {path}.")
     records = _load(path)
     kind = kind or _kind(records, path)
     if len(records) != rows:
-        raise ValueError(
+        raise UserError(
             f"{path} holds scores for {len(records)} rows, the data has {rows}. Scores and rows are matched by "
             "position: pass the rows that were scored, all of them and in their order."
         )
@@ -98,7 +99,7 @@ def read_scores(
             parsed.append(read(record))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             found = f"the keys {sorted(map(str, record))}" if isinstance(record, Mapping) else type(record).__name__
-            raise ValueError(
+            raise UserError(
                 f"{path}, row {number}, is not what {kind} writes: found {found}. {_reason(error)}"
             ) from error
     return ForeignScores(kind, _frame(parsed, answers))
@@ -138,9 +139,9 @@ def _load(path: Path) -> list:
     elif zipfile.is_zipfile(path) or ending in (".pt", ".pth", ".bin"):
         records = _load_torch(path)
     else:
-        raise ValueError(f"Cannot read scores from {path}; use a file ending in .pt or {', '.join(READERS)}.")
+        raise UserError(f"Cannot read scores from {path}; use a file ending in .pt or {', '.join(READERS)}.")
     if not isinstance(records, list):
-        raise ValueError(f"{path} holds a {type(records).__name__}, wanted a list with one entry for each row.")
+        raise UserError(f"{path} holds a {type(records).__name__}, wanted a list with one entry for each row.")
     return records
 
 
@@ -154,7 +155,7 @@ def _load_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as tensors, numbers, lists and dicts alone; reading the rest would run code from "
             f"the file, which is never done. Where you trust the file, load it with torch.load(..., "
             f"weights_only=False) yourself and save its ppl and token_loss as plain numbers. ({first})"
@@ -175,7 +176,7 @@ def _kind(records: Sequence[Any], path: Path) -> str:
         return "superfiltering"
     if "ifd_score" in keys:
         return "cherry"
-    raise ValueError(
+    raise UserError(
         f"{path} holds no scores of a known kind, only {sorted(map(str, keys))[:12]}. Known: Cherry_LLM (ppl and "
         "token_loss in a .pt file, or rows with ifd_score), Superfiltering (ppl and loss, or rows with ppl_A_direct "
         f"and ppl_A_condition), data-juicer ({STATS} with ifd_score), and what `ifd-trainer score` writes."
@@ -221,7 +222,7 @@ def _own(records: Sequence[Mapping[str, Any]], path: Path) -> pd.DataFrame:
         frame[name] = pd.to_numeric(frame[name])
     frame["answer_tokens"] = pd.to_numeric(frame["answer_tokens"]).astype("Int64")
     if frame["ifd_status"].isna().any():
-        raise ValueError(f"{path} has rows without ifd_status; score it with `ifd-trainer score`.")
+        raise UserError(f"{path} has rows without ifd_status; score it with `ifd-trainer score`.")
     return frame
 
 

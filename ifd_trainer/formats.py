@@ -17,8 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .errors import UserError
 
-class MalformedRow(ValueError):
+
+class MalformedRow(UserError):
     """A row that its format cannot render, for example a chat without messages."""
 
 
@@ -111,7 +113,7 @@ class TemplateFormat:
             # Other braces may be text ("reply as {answer}"); the name of a column is a mistake.
             unknown = sorted(columns & set(_PLACEHOLDER.findall(text)))
             if missing or unknown:
-                raise ValueError(
+                raise UserError(
                     f"TemplateFormat {self.name!r}: {template}={text!r} "
                     f"{' and '.join(missing + [f'has {{{name}}}' for name in unknown])}. Write {{instruction}} for the "
                     "instruction and, in prompt_with_input, {input} for the input, whatever their columns are called; "
@@ -227,7 +229,7 @@ def detect_format(columns: Iterable[str]) -> PromptFormat:
             return format
     if has.issuperset(ALPACA.columns):
         return ALPACA if ALPACA.input in has else WIZARDLM
-    raise ValueError(
+    raise UserError(
         f"Cannot tell the format from the columns {sorted(columns)}. Wanted: 'messages'; 'conversations'; 'prompt' and "
         "'completion'; 'instruction', 'input' and 'output' (Alpaca); or 'instruction' and 'output' (WizardLM). Rename "
         "columns with `dataset.rename_columns`, or pass format=TemplateFormat(...) with your column names."
@@ -245,11 +247,11 @@ def resolve_format(format: str | PromptFormat | None, columns: Iterable[str]) ->
         return detect_format(columns)
     if isinstance(format, str):
         if format not in FORMATS:
-            raise ValueError(f"Unknown format {format!r}. Known formats: {', '.join(sorted(FORMATS))}.")
+            raise UserError(f"Unknown format {format!r}. Known formats: {', '.join(sorted(FORMATS))}.")
         format = FORMATS[format]
     missing = [column for column in format.columns if column not in columns]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"Format {format.name!r} reads the columns {list(format.columns)}, but {missing} are not among the data "
             f"set's columns {sorted(columns)}. Rename columns, or choose another format of {sorted(FORMATS)}."
         )
@@ -289,7 +291,7 @@ def _chat_message(turn: Any) -> dict[str, Any]:
 
 def _render_chat(prompt: list, answer: list, row: Mapping[str, Any], tokenizer: Any) -> Example:
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
+        raise UserError(
             "The rows are chat messages, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or "
             "use a text format such as 'prompt-completion'."
         )

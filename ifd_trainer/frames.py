@@ -15,6 +15,7 @@ import pandas as pd
 from . import ifd as equations
 from .diversity import REDUNDANT
 from .encoding import Status
+from .errors import UserError
 from .history import History
 from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, NOT_IN_SAMPLE, OTHER_TIER, RELAXED
 
@@ -28,7 +29,7 @@ def normalised(frame: pd.DataFrame) -> pd.DataFrame:
     `kept`, `reason` and `times` are there only if a policy has chosen.
     """
     if not {"ifd", "ifd_ppl"} & set(frame.columns) and not {"cas", "das"} <= set(frame.columns):
-        raise ValueError(
+        raise UserError(
             f"The rows have no IFD columns (`ifd`, or `cas` and `das`), only {list(frame.columns)}. Score them first: "
             'ds.map(IFDScorer("model"), batched=True), or `ifd-trainer score`.'
         )

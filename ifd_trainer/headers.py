@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from .encoding import direct_prefix, shared_suffix
+from .errors import UserError
 from .formats import opening
 
 _SHARE = 0.9  # of the prompts that have to end with a header; see `shared_suffix`
@@ -25,7 +26,7 @@ def response_prefix(tokenizer: Any, prompts: Collection[tuple[int, ...]], header
         ValueError: when no row has a prompt.
     """
     if set(prompts) == {()}:
-        raise ValueError(
+        raise UserError(
             "No row of the training set has a prompt that is masked out: labels hold no -100 before the answer, so "
             "there is nothing to condition on. Use a prompt-completion data set, or `messages` with "
             "assistant_only_loss=True."

@@ -23,6 +23,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .errors import NotFoundError, UserError
+
 FOLDER = "ifd_history"
 VERSION = 1
 
@@ -54,13 +56,13 @@ class History:
             folder = folder / FOLDER
         path = folder / "history.json"
         if not path.exists():
-            raise FileNotFoundError(f"No selection history in {folder}: it is written by a run with the callback.")
+            raise NotFoundError(f"No selection history in {folder}: it is written by a run with the callback.")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged ({error}); the run has to be repeated.") from error
+            raise UserError(f"{path} is damaged ({error}); the run has to be repeated.") from error
         if content.get("version") != VERSION:
-            raise ValueError(f"{path} has version {content.get('version')}, this program reads version {VERSION}.")
+            raise UserError(f"{path} has version {content.get('version')}, this program reads version {VERSION}.")
         return cls(folder, content["settings"], content["epochs"])
 
     def record(self, epoch: int) -> dict[str, Any] | None:

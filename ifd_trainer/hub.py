@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from .errors import UserError
+
 
 def check_repository(name: str) -> None:
     """Raise ValueError now for a name that no hub takes."""
     from huggingface_hub.utils import validate_repo_id
 
     if name.count("/") != 1:
-        raise ValueError(f"--push-to-hub takes USER/NAME, got {name!r}.")
+        raise UserError(f"--push-to-hub takes USER/NAME, got {name!r}.")
     validate_repo_id(name)  # HFValidationError is a ValueError
 
 

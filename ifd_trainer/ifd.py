@@ -15,6 +15,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .errors import UserError
+
 # Under this direct score (nats per token) a model knows the answer by heart and the ratio is noise.
 MIN_DIRECT_SCORE = 1e-6
 
@@ -48,7 +50,7 @@ def ifd_ppl(cas: ArrayLike, das: ArrayLike) -> np.ndarray:
 def _pair(cas: ArrayLike, das: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     cas, das = np.asarray(cas, dtype=np.float64), np.asarray(das, dtype=np.float64)
     if cas.shape != das.shape:
-        raise ValueError(f"cas and das must have the same shape, got {cas.shape} and {das.shape}.")
+        raise UserError(f"cas and das must have the same shape, got {cas.shape} and {das.shape}.")
     return cas, das
 
 

@@ -25,6 +25,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .encoding import EncodedPair, token_count
+from .errors import RunError
 from .files import Parts
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _wait(parts: Parts, sizes: Sequence[int], process: Process, show: Callable[[
                 if ended
                 else f"none was finished in {STALL:.0f} s, so a process has died or hangs. End the others"
             )
-            raise RuntimeError(
+            raise RunError(
                 f"{len(missing)} of {len(sizes)} parts are missing: {why}, and run the same command again to go on."
             )
         time.sleep(_POLL)

@@ -37,6 +37,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
 
+from .errors import NotInstalledError, RunError, UserError
 from .head import lm_head
 from .pool import PackedPool, Pool, TrainingRow
 from .schedule import EpochPlan, Rhythm, TrainingPlan, plan_epoch, plan_training
@@ -99,7 +100,7 @@ class SelectiveTrainer:
     def _selector(self) -> EpochSelector | None:
         found = [c for c in self.callback_handler.callbacks if isinstance(c, EpochSelector)]
         if len(found) > 1:
-            raise ValueError(f"A trainer follows one selection callback, found {len(found)}: remove the others.")
+            raise UserError(f"A trainer follows one selection callback, found {len(found)}: remove the others.")
         return found[0] if found else None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +152,7 @@ class SelectiveTrainer:
         if len(values) != _TUPLE_SIZE:
             raise unsupported_version("Trainer.set_initial_training_values returns another tuple")
         if not self._follows(dataloader):
-            raise ValueError(
+            raise UserError(
                 "The train data loader does not use the selection's sampler: it comes from a streaming data set, or "
                 "from a get_train_dataloader of your own. Let the trainer build it from trainer.train_dataset."
             )
@@ -160,7 +161,7 @@ class SelectiveTrainer:
             budget = selector.budget(epoch)
             batches = self._batches(dataloader, budget)
             if not batches:
-                raise ValueError(
+                raise UserError(
                     f"Epoch {epoch} is planned with {budget} rows, fewer than one global batch, and "
                     "dataloader_drop_last=True would drop them all. Raise keep, lower the batch size, or set "
                     "dataloader_drop_last=False."
@@ -170,7 +171,7 @@ class SelectiveTrainer:
         before = selector.restart or 0
         selector.plan = plan = plan_training(of_epoch, before + args.num_train_epochs, args.max_steps, selector.restart)
         if selector.restart is not None and len(plan.phases) < 2:
-            raise ValueError(
+            raise UserError(
                 f"max_steps={args.max_steps} ends in the brief experience, which takes {plan.phases[0]} updates; the "
                 "training on the selected rows comes after it. Raise max_steps, or go without the brief experience."
             )
@@ -190,7 +191,7 @@ class SelectiveTrainer:
             self.lr_scheduler = None
             parts.append(getattr(super().create_scheduler(steps, optimizer), "lr_lambdas", None))
         if None in parts:
-            raise ValueError(
+            raise UserError(
                 f"lr_scheduler_type={SchedulerType(self.args.lr_scheduler_type).value!r} is no function of the step "
                 "alone, so it cannot begin anew after the brief experience. Use linear, cosine or another one that is."
             )
@@ -230,7 +231,7 @@ class SelectiveTrainer:
             plan, loader = selector.plan.epochs[kwargs["epoch"]], kwargs["train_dataloader"]
             batches = self._batches(loader, len(selector.sampler))
             if batches != plan.batches:
-                raise RuntimeError(
+                raise RunError(
                     f"Epoch {plan.epoch} has {batches} batches, but {plan.batches} were planned. The train data loader "
                     "was changed after training began; with a selection callback it has to stay."
                 )
@@ -274,49 +275,49 @@ def check_supported(trainer: Trainer) -> None:
     """Raise for what selection cannot do exactly, before the first step."""
     args, dataset = trainer.args, trainer.train_dataset
     if dataset is None:
-        raise ValueError("The trainer has no train_dataset to select from.")
+        raise UserError("The trainer has no train_dataset to select from.")
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(
+        raise UserError(
             "Selection needs a data set with a length, got a streaming one. Load it with streaming=False, or score and "
             "select it beforehand with `ifd-trainer score` and `ifd-trainer select`."
         )
     if getattr(args, "packing", False):
         _check_packing(args.packing_strategy, dataset)
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
-        raise ValueError(
+        raise UserError(
             "train_sampling_strategy='batch_rebalance' orders rows by itself. Use 'random' or 'group_by_length'."
         )
     if args.accelerator_config.dispatch_batches:
-        raise ValueError(
+        raise UserError(
             "dispatch_batches=True sends batches from one process, which fails on rows of unequal length. Set "
             "accelerator_config={'dispatch_batches': False}."
         )
     if args.world_size > 1 and not (args.accelerator_config.even_batches or args.dataloader_drop_last):
-        raise ValueError(
+        raise UserError(
             "even_batches=False gives some processes a batch more than others, which then wait for ever. Leave "
             "accelerator_config['even_batches'] at True, or set dataloader_drop_last=True."
         )
     split = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
     found = [f"{name} parallelism over {size} processes" for name, size in split.items() if size > 1]
     if found:
-        raise ValueError(
+        raise UserError(
             f"Selection scores each row on one process, but this run has {' and '.join(found)}, where several "
             "processes share a row. Use data parallelism (DDP, FSDP or DeepSpeed ZeRO) alone, or score and select "
             "beforehand with `ifd-trainer score` and `ifd-trainer select`."
         )
     if trainer.is_fsdp_xla_enabled:
-        raise ValueError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
+        raise UserError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
 
 
 def check_rhythm(trainer: Trainer, rhythm: Rhythm) -> None:
     """Raise for a warm-up that this trainer cannot do."""
     if rhythm.start_anew and trainer.is_deepspeed_enabled:
-        raise ValueError(
+        raise UserError(
             "Training cannot start anew from the original weights under DeepSpeed, which keeps copies of them in its "
             "optimizer. Use DDP or FSDP, or go without the brief experience (brief=None)."
         )
     if rhythm.warmup is not None and getattr(trainer.args, "packing", False):
-        raise ValueError(
+        raise UserError(
             "The brief experience is a sample of examples, whose number of packed rows is not known before training. "
             "Set packing=False, or go without the brief experience (brief=None)."
         )
@@ -394,7 +395,7 @@ def _check_complete(checkpoint: Path) -> None:
         json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         what = "has no" if isinstance(error, FileNotFoundError) else f"has a damaged ({error})"
-        raise ValueError(
+        raise UserError(
             f"The checkpoint {checkpoint} {what} {TRAINER_STATE_NAME}, so what it had selected is not known: it was "
             "probably cut off while it was written. Delete it and resume from the one before, or start training anew."
         ) from error
@@ -402,14 +403,14 @@ def _check_complete(checkpoint: Path) -> None:
 
 def _check_packing(strategy: str, dataset: Any) -> None:
     if strategy != "bfd":
-        raise ValueError(
+        raise UserError(
             f"packing_strategy={strategy!r} cuts examples into pieces, which cannot be scored and selected one by one. "
             "Set packing_strategy='bfd', which keeps them whole, or packing=False."
         )
     columns = getattr(dataset, "column_names", None) or []
     missing = [name for name in ("input_ids", "labels", "seq_lengths") if name not in columns]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"packing=True, but the prepared training set has no {' and no '.join(missing)}: it has {columns}, so the "
             "examples in its rows cannot be told apart. Do not use skip_prepare_dataset, or set packing=False."
         )
@@ -423,9 +424,9 @@ def _pool_of(trainer: Trainer) -> Pool:
         return PackedPool(trainer.train_dataset, trainer.args.max_length)
 
 
-def unsupported_version(what: str) -> ImportError:
+def unsupported_version(what: str) -> NotInstalledError:
     """The error for a transformers release whose internals are not the ones this module knows."""
-    return ImportError(
+    return NotInstalledError(
         f"{what} in transformers {transformers.__version__}; selection works with {SUPPORTED}. Install one of those."
     )
 

@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .errors import UserError
+
 
 def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[tuple[int, ...]]:
     """Pack examples of the given lengths (tokens) into bins of at most `capacity` tokens.
@@ -36,7 +38,7 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(
+        raise UserError(
             f"Lengths from {lengths.min()} to {lengths.max()} tokens cannot be packed into bins of {capacity}: an "
             "example has at least one token and no more than a bin."
         )
@@ -105,7 +107,7 @@ def unpack(table: pa.Table) -> pa.Table:
         )
         values = pc.list_flatten(table[name]).combine_chunks()
         if len(values) != offsets[-1]:
-            raise ValueError(f"seq_lengths add up to {offsets[-1]} tokens, but {name} has {len(values)}.")
+            raise UserError(f"seq_lengths add up to {offsets[-1]} tokens, but {name} has {len(values)}.")
         columns[name] = cls.from_arrays(pa.array(offsets.astype(width)), values)
     return pa.table(columns)
 

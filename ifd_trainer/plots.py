@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .diversity import REDUNDANT
+from .errors import UserError
 from .frames import by_epoch, cut_of, epoch_name, number_text, percent_text, rows_text, spearman
 from .selection import ABOVE_LIMIT
 from .texts import shortened
@@ -196,7 +197,7 @@ def _flow(epochs: Mapping[Any, pd.DataFrame], sample: Collection[Any]) -> pd.Dat
     counts, before, ever = [], set(), set()
     for epoch, rows in epochs.items():
         if "kept" not in rows:
-            raise ValueError("The rows do not say what was kept: they have no column `reason`.")
+            raise UserError("The rows do not say what was kept: they have no column `reason`.")
         kept = set(rows.loc[rows["kept"], "row_id"])
         if epoch in sample:
             counts.append([len(kept), 0, 0, 0, 0])

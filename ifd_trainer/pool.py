@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .encoding import IGNORE
+from .errors import UserError
 from .packing import PackedRows, best_fit_decreasing, largest, spread, unpack
 from .selection import Selection, ShortfallError
 
@@ -106,7 +107,7 @@ class Pool:
             return None
         missing = [name for name in ("input_ids", "labels") if name not in names]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"Selection reads input_ids and labels, but the prepared training set has {names}. Do not use "
                 "skip_prepare_dataset, or tokenise the data set with labels yourself."
             )
@@ -133,7 +134,7 @@ class Pool:
             differ = np.flatnonzero(sizes[0] != sizes[1])
             if len(differ):
                 row = differ[0]
-                raise ValueError(
+                raise UserError(
                     f"Row {start + row} of the training set has {sizes[0][row]} input_ids, but {sizes[1][row]} labels. "
                     "Tokenise the data set anew: each token needs a label, -100 in the prompt."
                 )
@@ -169,13 +170,13 @@ class Pool:
     def _find_ids(self, column: str | None) -> np.ndarray:
         columns = getattr(self.examples, "column_names", None) or []
         if column is not None and column not in columns:
-            raise ValueError(f"id_column {column!r} is not among the training set's columns {sorted(columns)}.")
+            raise UserError(f"id_column {column!r} is not among the training set's columns {sorted(columns)}.")
         name = column or next((name for name in ("row_id", "id") if name in columns), None)
         if name is None:
             return np.arange(len(self))
         ids = np.asarray(self.examples[name])
         if len(np.unique(ids)) != len(ids):
-            raise ValueError(f"The row ids in column {name!r} are not unique. Rename the column, or pass id_column.")
+            raise UserError(f"The row ids in column {name!r} are not unique. Rename the column, or pass id_column.")
         return ids
 
     def columns(self, start: int, stop: int, without: Collection[str]) -> dict[str, pa.ChunkedArray]:
@@ -243,7 +244,7 @@ class PackedPool(Pool):
 
     def _find_ids(self, column: str | None) -> np.ndarray:
         if column is not None:
-            raise ValueError(
+            raise UserError(
                 f"id_column={column!r} cannot be used with packing=True, which drops all columns but the tokens. "
                 "Leave it out: rows are then known by their position in the unpacked training set."
             )

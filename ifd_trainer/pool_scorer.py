@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer
 
 from .columns import IFD_COLUMNS, IFDScorer
 from .encoding import EncodedPair, Encoder, EndOfTurn, Status, share_out, token_count
+from .errors import NotInstalledError, UserError
 from .formats import Example
 from .loop import scoring_model
 from .pool import Pool
@@ -200,7 +201,7 @@ def _sentence_transformer(name: str, device: str) -> Callable[[list[str]], np.nd
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise ImportError(
+        raise NotInstalledError(
             f"embedder={name!r} is a sentence-transformers model: pip install sentence-transformers, or leave it out "
             "to embed prompts with the model that scores."
         ) from error
@@ -213,7 +214,7 @@ def _stored_scores(examples: Any) -> Scores:
     names = getattr(examples, "column_names", None) or []
     missing = [name for name in IFD_COLUMNS if name not in names]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"scorer='columns' reads the scores of the training set, which has no {', '.join(missing)}. Attach them "
             "with dataset.map(IFDScorer(model), batched=True) before the trainer is made; packing drops them."
         )

@@ -19,6 +19,7 @@ import yaml
 from datasets import Dataset
 
 from . import __version__
+from .errors import UserError
 from .foreign import read_scores
 from .history import write_atomically
 from .texts import text_columns
@@ -91,7 +92,7 @@ def read_provenance(data: str | os.PathLike, scores: pd.DataFrame) -> Provenance
         provenance = Provenance(**found)
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         wanted = ", ".join(field.name for field in fields(Provenance))
-        raise ValueError(f"{path} does not say how scores were made ({wanted}, scores). Delete it.") from error
+        raise UserError(f"{path} does not say how scores were made ({wanted}, scores). Delete it.") from error
     return provenance if digest == scores_digest(scores) else None
 
 
@@ -123,9 +124,7 @@ def find_scores(
         except (ValueError, FileNotFoundError) as error:
             if scores is not None:
                 raise
-            raise ValueError(
-                f"No scores: score it first with `ifd-trainer score`, or pass --scores. {error}"
-            ) from error
+            raise UserError(f"No scores: score it first with `ifd-trainer score`, or pass --scores. {error}") from error
         found, kind, new = foreign.columns, foreign.kind, list(foreign.columns)
     if kind == "ifd-trainer":
         provenance = read_provenance(scores or data, found) or Provenance(definition=_one_definition(rows, data))
@@ -139,9 +138,7 @@ def find_scores(
 
 def _own_scores(rows: pd.DataFrame, data: str) -> pd.DataFrame:
     if not {"ifd", "ifd_ppl"} & set(rows):
-        raise ValueError(
-            f"{data} has ifd_status, but neither ifd nor ifd_ppl: score it first with `ifd-trainer score`."
-        )
+        raise UserError(f"{data} has ifd_status, but neither ifd nor ifd_ppl: score it first with `ifd-trainer score`.")
     numbers = ("ifd", "ifd_ppl", "answer_tokens")
     found = {name: pd.to_numeric(rows[name]) if name in rows else np.nan for name in numbers}
     _one_definition(rows, data)
@@ -156,7 +153,7 @@ def _one_definition(rows: pd.DataFrame, data: str) -> str | None:
         return None
     found = sorted(map(str, rows["ifd_definition"].unique()))
     if len(found) > 1:
-        raise ValueError(
+        raise UserError(
             f"{data} holds scores of several definitions ({', '.join(found)}), which cannot be ranked together. Score "
             "all rows with one definition, or select from each part."
         )

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from .diversity import REDUNDANT
 from .encoding import Status
+from .errors import UserError
 from .frames import count_text, cut_of, epoch_name, merged, number_text, percent_text, rows_text, spearman
 from .history import History, write_atomically
 from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
@@ -61,7 +62,7 @@ def write_report(
     PosixPath('outputs/run/ifd_history/report.html')
     """
     if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}.")
+        raise UserError(f"rows must be at least 1, got {rows}.")
     subject = subject_of(source, label, texts)
     folder = Path(folder) if folder is not None else subject.folder
     plots = _plots(subject) if subject.any_score else []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 from .brief import Brief
+from .errors import UserError
 
 
 class Schedule(Protocol):
@@ -89,7 +90,7 @@ class PerEpoch:
 
     def __post_init__(self) -> None:
         if not self.keep:
-            raise ValueError("keep is an empty list; give one entry per epoch, e.g. keep=[1.0, 0.5, 0.1].")
+            raise UserError("keep is an empty list; give one entry per epoch, e.g. keep=[1.0, 0.5, 0.1].")
         for entry in self.keep:
             _check(entry)
 
@@ -130,11 +131,11 @@ class Curriculum:
     def __post_init__(self) -> None:
         _check(self.keep)
         if self.direction not in ("easy_to_hard", "hard_to_easy"):
-            raise ValueError(f"direction must be 'easy_to_hard' or 'hard_to_easy', got {self.direction!r}.")
+            raise UserError(f"direction must be 'easy_to_hard' or 'hard_to_easy', got {self.direction!r}.")
         if self.mode not in ("tiers", "growing", "shrinking"):
-            raise ValueError(f"mode must be 'tiers', 'growing' or 'shrinking', got {self.mode!r}.")
+            raise UserError(f"mode must be 'tiers', 'growing' or 'shrinking', got {self.mode!r}.")
         if self.tiers < 1 or self.epochs_per_tier < 1:
-            raise ValueError(
+            raise UserError(
                 f"tiers and epochs_per_tier must be at least 1, got {self.tiers} and {self.epochs_per_tier}."
             )
 
@@ -145,7 +146,7 @@ class Curriculum:
         """The tiers, and which of them an epoch trains on."""
         of = _rows(self.keep, pool)
         if of < self.tiers:
-            raise ValueError(f"{of} rows cannot be divided into {self.tiers} tiers; raise keep or lower tiers.")
+            raise UserError(f"{of} rows cannot be divided into {self.tiers} tiers; raise keep or lower tiers.")
         stage = min(epoch // self.epochs_per_tier, self.tiers - 1)
         first = 0 if self.mode == "growing" else stage
         last = self.tiers - 1 if self.mode == "shrinking" else stage
@@ -176,7 +177,7 @@ class Anneal:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {self.share}.")
+            raise UserError(f"share must be in (0, 1], got {self.share}.")
         object.__setattr__(self, "schedule", as_schedule(self.schedule))
 
     def budget(self, epoch: int, pool: int) -> int:
@@ -210,11 +211,11 @@ class Rhythm:
 
     def __post_init__(self) -> None:
         if (self.warmup is not None or self.start_anew) and self.warmup_epochs < 1:
-            raise ValueError("warmup and start_anew say what the warm-up epochs do: set warmup_epochs=1 or more.")
+            raise UserError("warmup and start_anew say what the warm-up epochs do: set warmup_epochs=1 or more.")
         if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}.")
+            raise UserError(f"every must be at least 1, got {self.every}.")
         if self.warmup_epochs < 0 or (self.freeze_after is not None and self.freeze_after < 0):
-            raise ValueError(f"warmup_epochs and freeze_after cannot be negative, got {self}.")
+            raise UserError(f"warmup_epochs and freeze_after cannot be negative, got {self}.")
 
     def turn(self, epoch: int, pool: int, epochs: int | None = None) -> Turn:
         """What `epoch` does.
@@ -228,7 +229,7 @@ class Rhythm:
         schedule = self.schedule
         if isinstance(schedule, Anneal):
             if epochs is None:
-                raise ValueError("Anneal needs to know the number of epochs: set num_train_epochs, not max_steps.")
+                raise UserError("Anneal needs to know the number of epochs: set num_train_epochs, not max_steps.")
             if epoch - (self.restart or 0) >= schedule.full_from(epochs):
                 return Turn(pool, "all", score=False)
             schedule = schedule.schedule
@@ -264,7 +265,7 @@ def parse_keep(entry: str | float | int) -> float | int:
     try:
         return int(entry) if entry.strip().lstrip("+").isdigit() else float(entry)
     except ValueError as error:
-        raise ValueError(f"keep: {entry!r} is not a number; use 0.1, 1000, or a list of these.") from error
+        raise UserError(f"keep: {entry!r} is not a number; use 0.1, 1000, or a list of these.") from error
 
 
 def as_schedule(keep: float | int | Sequence[float | int] | Schedule) -> Schedule:
@@ -358,7 +359,7 @@ def plan_training(
 def _check(keep: float | int) -> None:
     ok = (isinstance(keep, int) and keep >= 1) or (isinstance(keep, float) and 0 < keep <= 1)
     if not ok or isinstance(keep, bool):
-        raise ValueError(
+        raise UserError(
             f"keep must be a fraction in (0, 1], written with a point (0.1, or 1.0 for all rows), or a whole number of "
             f"rows (1000), got {keep!r}."
         )
@@ -368,6 +369,6 @@ def _rows(keep: float | int, pool: int) -> int:
     """Rows for `keep` of a pool: the denominator of a fraction is the whole pool, scorable or not."""
     if isinstance(keep, int):
         if keep > pool:
-            raise ValueError(f"keep={keep} rows were asked for, but the pool has only {pool}.")
+            raise UserError(f"keep={keep} rows were asked for, but the pool has only {pool}.")
         return keep
     return max(1, round(keep * pool))

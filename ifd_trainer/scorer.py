@@ -24,6 +24,7 @@ from . import ifd as equations
 from .borrow import borrowed
 from .encoding import EncodedPair, Segment, Status, token_count
 from .engine import Engine, EngineName, model_device
+from .errors import UserError
 from .forward import Batch, Pending
 from .head import lm_head, text_config, unwrapped
 from .memory import token_budget as measured_budget
@@ -170,7 +171,7 @@ def prompt_features(
         ValueError: for a model that does not tell its LM head.
     """
     if lm_head(model) is None:
-        raise ValueError(f"{type(unwrapped(model)).__name__} does not tell its output embeddings, so no hidden state.")
+        raise UserError(f"{type(unwrapped(model)).__name__} does not tell its output embeddings, so no hidden state.")
     # A prompt of one token is its own continuation: that loss is not used.
     segments = [Segment([*ids, *ids][: max(len(ids), 2)], 1) for ids in map(list, prompts) if ids]
     present = np.flatnonzero([len(ids) > 0 for ids in prompts])

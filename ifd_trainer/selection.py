@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .encoding import Status
+from .errors import UserError
 
 KEPT = "kept"
 RELAXED = "kept_above_limit"  # kept although its score is at or above the limit: on_shortfall="relax"
@@ -24,7 +25,7 @@ NOT_IN_SAMPLE = "not_in_sample"  # in an epoch that trains on a sample drawn wit
 NOT_SCORED = "not_scored"  # status in an epoch that trains on all rows without scoring any
 
 
-class ShortfallError(ValueError):
+class ShortfallError(UserError):
     """Fewer eligible rows than the budget asks for."""
 
 
@@ -115,11 +116,11 @@ class Cherry:
 
     def __post_init__(self) -> None:
         if not self.max_ifd > 0:
-            raise ValueError(f"max_ifd must be positive, got {self.max_ifd}; for no limit give infinity, inf.")
+            raise UserError(f"max_ifd must be positive, got {self.max_ifd}; for no limit give infinity, inf.")
         if self.score not in ("ifd", "ifd_ppl"):
-            raise ValueError(f"score must be 'ifd' or 'ifd_ppl', got {self.score!r}.")
+            raise UserError(f"score must be 'ifd' or 'ifd_ppl', got {self.score!r}.")
         if self.on_shortfall not in ("repeat", "relax", "error"):
-            raise ValueError(f"on_shortfall must be 'repeat', 'relax' or 'error', got {self.on_shortfall!r}.")
+            raise UserError(f"on_shortfall must be 'repeat', 'relax' or 'error', got {self.on_shortfall!r}.")
 
     def __call__(
         self,
@@ -141,7 +142,7 @@ class Cherry:
             ShortfallError: when no row is eligible, or on a shortfall with on_shortfall="error".
         """
         if budget < 1:
-            raise ValueError(f"The budget must be at least one row, got {budget}.")
+            raise UserError(f"The budget must be at least one row, got {budget}.")
         score = np.asarray(columns[self.score], dtype=np.float64)
         statuses, codes = coded(columns["ifd_status"])
         ids = np.arange(len(score)) if ids is None else np.asarray(ids)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .errors import FileAccessError, UserError
 from .history import write_atomically
 
 FOLDER = "ifd_original"
@@ -56,7 +57,7 @@ class Snapshot:
         self.folder.mkdir(parents=True)
         needed, free = self.size(model), shutil.disk_usage(self.folder).free
         if needed > free:
-            raise OSError(
+            raise FileAccessError(
                 f"The original weights take {needed / 1e9:.2f} GB in {self.folder}, but only {free / 1e9:.2f} GB are "
                 "free. Make room, set another output_dir, or go without the brief experience."
             )
@@ -76,7 +77,7 @@ class Snapshot:
             ValueError: when there is no whole snapshot, or it is of another model.
         """
         if not self.complete:
-            raise ValueError(
+            raise UserError(
                 f"The original weights are not in {self.folder}: the snapshot was deleted or cut off, so training "
                 "cannot start from them. Start the run anew, without resume_from_checkpoint."
             )
@@ -84,7 +85,7 @@ class Snapshot:
         wanted = dict(_trained(model))
         found = {name for names in index.values() for name in names}
         if found != wanted.keys():
-            raise ValueError(
+            raise UserError(
                 f"The snapshot in {self.folder} is of another model: {len(found - wanted.keys())} of its parameters "
                 f"are not trained here, {len(wanted.keys() - found)} trained ones are not in it. Start the run anew."
             )
@@ -94,7 +95,7 @@ class Snapshot:
                     for name in names:
                         value = part.get_tensor(name)
                         if value.shape != wanted[name].shape:
-                            raise ValueError(
+                            raise UserError(
                                 f"{name} has shape {tuple(value.shape)} in {self.folder}, {tuple(wanted[name].shape)} "
                                 "in the model: it was saved by another number of processes or of another model."
                             )

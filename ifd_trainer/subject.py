@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from .errors import NotFoundError, UserError
 from .frames import merged, normalised, read_epochs
 from .history import FOLDER, History
 from .selection import BELOW_CUT
@@ -81,7 +82,7 @@ def subject_of(source: Any, label: str | None, texts: Any) -> Subject:
         subject = _subject_of_rows(source, texts, folder or Path("ifd_report"))
     known = [] if subject.details is None else list(subject.details.columns)
     if label is not None and label not in known:
-        raise ValueError(
+        raise UserError(
             f"There is no column {label!r} to take labels from; the columns are {sorted(map(str, known))}. "
             "Pass another label, or the column in `texts`."
         )
@@ -99,7 +100,7 @@ def _read_folder(folder: Path) -> History | pd.DataFrame:
         return pd.read_parquet(rows)
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
     listed = "there is no such folder" if found is None else f"it holds {', '.join(found[:8]) or 'nothing'}"
-    raise FileNotFoundError(
+    raise NotFoundError(
         f"No selection history in {folder}, and no rows: {listed}{', ...' if found and len(found) > 8 else ''}. A "
         f"report is made from the output folder of a training run (with {FOLDER}/history.json), or from a folder that "
         f"`ifd-trainer select --output FOLDER` wrote (with {SELECTED}); pass a scored file by its own name."
@@ -140,7 +141,7 @@ def _subject_of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> S
     if texts is not None:
         by_id = "row_id" in frame or "id" in frame
         if not by_id and len(texts) != len(frame):
-            raise ValueError(f"{len(frame)} rows and {len(texts)} texts, without a column `row_id` or `id` to match.")
+            raise UserError(f"{len(frame)} rows and {len(texts)} texts, without a column `row_id` or `id` to match.")
         given = _details(texts, _ids(texts).map(str) if by_id else rows["key"])
         given = given.reindex(rows["row_id"].map(str)).set_axis(details.index) if by_id else given
         details = _replaced(details, given)
@@ -178,9 +179,9 @@ def _frame(data: Any) -> pd.DataFrame:
 def _ids(texts: pd.DataFrame) -> pd.Series:
     name = next((name for name in ("row_id", "id") if name in texts), None)
     if name is None:
-        raise ValueError(f"`texts` has no column `row_id` or `id`, only {list(texts.columns)}: rows cannot be matched.")
+        raise UserError(f"`texts` has no column `row_id` or `id`, only {list(texts.columns)}: rows cannot be matched.")
     if texts[name].duplicated().any():
-        raise ValueError(f"The column {name!r} of `texts` holds the same id twice: rows cannot be matched.")
+        raise UserError(f"The column {name!r} of `texts` holds the same id twice: rows cannot be matched.")
     return texts[name]
 
 

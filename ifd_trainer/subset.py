@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .encoding import Status
+from .errors import UserError
 from .refusals import REFUSAL
 from .scan import Scan
 from .schedule import as_schedule
@@ -168,7 +169,7 @@ def tie_ids(rows: Scan, column: str | None = None) -> tuple[str | None, np.ndarr
         if name not in rows.features:
             if column:
                 names = sorted(rows.column_names)
-                raise ValueError(f"There is no column {column!r} of row ids; the columns are {names}.")
+                raise UserError(f"There is no column {column!r} of row ids; the columns are {names}.")
             continue
         values = _comparable(rows, name)
         nulls = int(pd.isna(values).sum()) if isinstance(values, np.ndarray) else values.null_count
@@ -176,7 +177,7 @@ def tie_ids(rows: Scan, column: str | None = None) -> tuple[str | None, np.ndarr
             return name, values
         if column:
             shown = pd.Series(values) if isinstance(values, np.ndarray) else values.to_pandas().astype(str)
-            raise ValueError(
+            raise UserError(
                 f"The column {name!r} cannot tell rows apart: {nulls} of {len(values)} values are null and "
                 f"{shown.duplicated().sum()} are repeated. Name another with --id-column, or leave it out."
             )

@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from .errors import UserError
 from .frames import MISSING, count_text, epoch_name, number_text, percent_text, read_epochs
 from .history import History
 from .texts import plain
@@ -68,9 +69,9 @@ def label_table(history: History, label: str) -> pd.DataFrame:
     """
     pool = history.pool()
     if pool is None:
-        raise ValueError(f"{history.folder} holds no pool.parquet, so the rows' labels are not known.")
+        raise UserError(f"{history.folder} holds no pool.parquet, so the rows' labels are not known.")
     if label not in pool:
-        raise ValueError(f"The pool has no column {label!r}; its columns are {sorted(map(str, pool.columns))}.")
+        raise UserError(f"The pool has no column {label!r}; its columns are {sorted(map(str, pool.columns))}.")
     epochs, _ = read_epochs(history)
     return label_shares(epochs, labels_of(pool[label].set_axis(pool["row_id"].map(str))))
 

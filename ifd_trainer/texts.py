@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .errors import UserError
+
 _ALPACA = re.compile(
     r"### Instruction:\s*\n(?P<instruction>.*?)(?:\n+### Input:\s*\n(?P<input>.*?))?\s*### Response:?\s*\Z", re.DOTALL
 )
@@ -61,7 +63,7 @@ def answers_of(frame: pd.DataFrame) -> list[str]:
     found = text_columns(frame)
     if found is None:
         wanted = "; ".join(f"{prompt} and {answer}" for prompt, answer in _TEXT_COLUMNS)
-        raise ValueError(f"No answers among the columns {sorted(frame)}. Wanted: {wanted}; messages; conversations.")
+        raise UserError(f"No answers among the columns {sorted(frame)}. Wanted: {wanted}; messages; conversations.")
     return found["answer"].tolist()
 
 

@@ -20,6 +20,7 @@ from .brief import Brief
 from .callback import IFDSelectionCallback
 from .columns import IFDScorer
 from .encoding import DEFINITIONS
+from .errors import NotFoundError, UserError
 from .files import load_rows
 from .formats import FORMATS, MalformedRow, resolve_format, to_prompt_completion
 from .refusals import looks_like_refusal
@@ -132,12 +133,12 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         if self.method == "cherry" and self.brief != "none" and self.scorer is not None:
-            raise ValueError(
+            raise UserError(
                 f"scorer={self.scorer!r} scores without a brief experience, but brief is {self.brief!r}: set brief: "
                 "none, or leave scorer out."
             )
         if self.definition != "paper" and self.scorer is None:
-            raise ValueError(
+            raise UserError(
                 f"definition={self.definition!r} is computed from the raw rows by a scorer; the model in training "
                 "scores the tokens that it trains on (definition: paper). Set scorer, or leave definition out."
             )
@@ -152,7 +153,7 @@ class SelectionConfig:
         """The schedule that `keep`, `curriculum` and `anneal_share` describe together."""
         keep = self.budgets()
         if self.curriculum and isinstance(keep, list):
-            raise ValueError("A curriculum takes one `keep`, which it divides into tiers; a list was given.")
+            raise UserError("A curriculum takes one `keep`, which it divides into tiers; a list was given.")
         schedule = (
             Curriculum(keep, self.tiers, self.curriculum, self.tier_mode) if self.curriculum else as_schedule(keep)
         )
@@ -183,7 +184,7 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
         ValueError: for keys that no dataclass knows, or without model or data set.
     """
     if recipe is not None and not os.path.isfile(recipe):
-        raise FileNotFoundError(f"No such recipe: {recipe}.")
+        raise NotFoundError(f"No such recipe: {recipe}.")
     aliases = {"--model": "--model_name_or_path", "--dataset": "--dataset_name"}
     arguments = []
     for word in overrides:
@@ -195,7 +196,7 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
         parser.set_defaults_with_config(bf16=False)  # TRL's default is True, which a CPU refuses
     script, sft, model, selection = parser.parse_args_and_config([*config, *arguments])
     if not script.dataset_name or not model.model_name_or_path:
-        raise ValueError("A run needs a model and a data set: --model NAME_OR_PATH --dataset FILE_OR_NAME.")
+        raise UserError("A run needs a model and a data set: --model NAME_OR_PATH --dataset FILE_OR_NAME.")
     return Recipe(script, sft, model, selection, Path(recipe).resolve().parent if recipe else Path.cwd())
 
 
@@ -212,7 +213,7 @@ def build_trainer(recipe: Recipe) -> SFTTrainer:
         if selection.drop_refusals:
             train = _without_refusals(train)
     if selection.label and selection.label not in train.column_names:
-        raise ValueError(f"label={selection.label!r} is not among the data set's columns {sorted(train.column_names)}.")
+        raise UserError(f"label={selection.label!r} is not among the data set's columns {sorted(train.column_names)}.")
     held_out = None
     if selection.eval_dataset:
         held_out = _find(selection.eval_dataset, recipe.folder)
@@ -320,7 +321,7 @@ def _prepare(rows: Dataset, format: str | None) -> Dataset:
         try:
             return to_prompt_completion(row, resolved)
         except MalformedRow as error:
-            raise ValueError(f"Row {row['row_id']} cannot be rendered as {resolved.name!r}: {error}.") from error
+            raise UserError(f"Row {row['row_id']} cannot be rendered as {resolved.name!r}: {error}.") from error
 
     return rows.map(convert, remove_columns=sorted(consumed - {"prompt", "completion"}), desc="Formatting rows")
 

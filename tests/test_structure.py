@@ -10,6 +10,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "ifd_trainer"
 # A module imports only from modules before it.
 ORDER = [
+    "errors",
     "formats",
     "refusals",
     "encoding",

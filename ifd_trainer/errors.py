@@ -1,0 +1,27 @@
+"""What is raised where the mend is the user's: the command line prints such an error as one line, without a trace.
+
+Each is also the built-in error that a caller of the library would look for. Whatever else is raised is a fault of
+this program or of a library, and keeps its trace.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """What was asked for cannot be done. The message says what was found, what is wanted, and how to mend it."""
+
+
+class NotFoundError(UserError, FileNotFoundError):
+    """A file, folder or name that is not there."""
+
+
+class NotInstalledError(UserError, ImportError):
+    """A package, or a version of one, that what was asked for needs."""
+
+
+class FileAccessError(UserError, OSError):
+    """A file that cannot be read or written as it is: no permission, no space, damaged."""
+
+
+class RunError(UserError, RuntimeError):
+    """A run that cannot go on through no fault of this program: processes that stall, a loader changed by others."""
