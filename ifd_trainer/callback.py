@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +31,7 @@ from .headers import response_prefix
 from .history import FOLDER, History
 from .loop import (
     EpochSelector,
+    SelectionRun,
     attach,
     batch_order,
     check_rhythm,
@@ -43,7 +44,7 @@ from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
 from .schedule import Rhythm, Schedule, Turn, as_schedule
 from .scorer import Scores
-from .selection import NOT_IN_SAMPLE, NOT_SCORED, Cherry, Selection
+from .selection import NOT_IN_SAMPLE, NOT_SCORED, Cherry, Selection, ShortfallError
 from .snapshot import FOLDER as ORIGINAL
 from .snapshot import Snapshot
 
@@ -109,6 +110,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         min_answer_tokens: rows with fewer answer tokens are not scored.
         token_budget: tokens of a scoring batch; see `ifd_trainer.scorer.Options`.
         warn_share: warn when more than this share of the scored rows has a score of 1 or more.
+        push_history: let `push_to_hub` upload `ifd_history` and reports too; they hold texts of the training set.
 
     Raises:
         TypeError: without a trainer.
@@ -139,6 +141,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         min_answer_tokens: int = 1,
         token_budget: int | None = None,
         warn_share: float = 0.5,
+        push_history: bool = False,
     ) -> None:
         if order not in ("shuffle", "descending", "ascending"):
             raise UserError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
@@ -154,6 +157,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.rhythm = Rhythm(schedule, every, warmup_epochs, freeze_after, warmup, start_anew)
         self.restart = self.rhythm.restart
         attach(trainer)
+        self.run = SelectionRun()
         check_rhythm(trainer, self.rhythm)
         if diverse is not None and trainer.selection_pool.packed:
             raise UserError(
@@ -161,7 +165,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 "packed row is not known before. Set packing=False, or leave diverse out."
             )
         self.trainer = trainer
-        self.seed = trainer.args.seed if seed is None else seed
+        self._seed, self.push_history = seed, push_history
         self.order, self.id_column, self.header = order, id_column, header
         self.warn_share = warn_share
         self.tokenizer = _tokenizer_of(trainer)
@@ -171,13 +175,16 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.history: History | None = None
         self._prefix: list[int] | None = None
         self._fingerprint: str | None = None
-        self._epoch: int | None = None  # the epoch that was selected last
+        self._epoch: int | None = None  # the epoch that was selected last, and whether it has ended
+        self._ended = False
         self._next_epoch = 0
         self._restored: dict[str, Any] | None = None
         self._scores: Scores | None = None  # the last ones, and the epoch they are from
         self._scored_at: int | None = None
+        self._eligible: tuple[Scores, int] | None = None  # the last ones by which a row was eligible, and their epoch
         self._brief: np.ndarray | None = None  # the rows of the brief experience
         self._training_since: float | None = None
+        trainer._attached = type(self).__name__
 
     @classmethod
     def cherry(
@@ -223,17 +230,38 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """What is selected from."""
         return self.trainer.selection_pool
 
+    @property
+    def seed(self) -> int:
+        """Of the shuffle and of repeats."""
+        return self.trainer.args.seed if self._seed is None else self._seed
+
     def budget(self, epoch: int) -> int:
         return self._turn(epoch).budget
 
+    def selects(self, epoch: int) -> bool:
+        return self._turn(epoch).rows in ("selected", "same")
+
+    def position(self, state: transformers.TrainerState) -> tuple[int, int]:
+        saved = self._saved(state)
+        if not state.global_step or saved is None or "first_step" not in saved:
+            # A new run, a checkpoint that is refused later on, or one of an earlier release.
+            return super().position(state)
+        # Not by the plan alone: another callback may have ended an epoch early.
+        epoch, updates = saved["epoch"], state.global_step - saved["first_step"]
+        over = saved["ended"] or epoch >= len(self.plan.epochs) or updates >= self.plan.epochs[epoch].updates
+        return (epoch + 1, 0) if over else (epoch, updates)
+
+    def _saved(self, state: transformers.TrainerState) -> dict[str, Any] | None:
+        """What a checkpoint kept for this callback."""
+        return (state.stateful_callbacks.get(type(self).__name__) or {}).get("attributes", {}).get("selection")
+
     def start(self, epoch: int, state: transformers.TrainerState) -> None:
         self._next_epoch, self._epoch, self._restored = epoch, None, None
-        self._scores = self._scored_at = self._brief = None
+        self._scores = self._scored_at = self._brief = self._eligible = None
         prompts, self._fingerprint = self.pool.read()
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
         self._prefix = response_prefix(self.tokenizer, prompts, self.header)
-        folder = Path(self.trainer.args.output_dir) / FOLDER
-        self.history = History(folder, self._settings())
+        self.history = History(self.run.folder / FOLDER, self._settings())
         if state.global_step > 0:
             self._restore(state)
         if self.trainer.args.save_only_model and self.trainer.is_world_process_zero():
@@ -259,7 +287,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             )
         if self.restart is not None and state.global_step == 0:
             self._keep_original()
-        self.called = False
+        self.run.called = False
         if state.is_world_process_zero:
             self.history.save()
             self.history.discard_other_epochs()
@@ -268,36 +296,46 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
         if self._restored is not None and self._restored["epoch"] == epoch:
-            self.sampler.order = self._restored_order()  # inside an epoch nothing is scored again
+            self.run.select(self._restored_order())  # inside an epoch nothing is scored again
         else:
             self._select(epoch)
-        self._epoch, self._training_since = epoch, time.perf_counter()
+        self._epoch, self._ended, self._training_since = epoch, False, time.perf_counter()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._note(seconds_training=time.perf_counter() - self._training_since)
+        self._ended = not control.should_training_stop  # a run that is stopped may go on inside this epoch
+        trained = self.run.trained(state.global_step)  # raises where these are not the selected ones
+        self._note(trained=len(trained), seconds_training=time.perf_counter() - self._training_since)
+        if len(trained) < len(self.run.order) and state.is_world_process_zero:
+            self.history.correct(self._epoch, self._times(trained))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.restart is not None and state.global_step >= self.plan.max_steps:
             self._original.remove()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
-        loss = next((value for key, value in (metrics or {}).items() if key.endswith("_loss")), None)
-        if loss is not None and self._epoch is not None and self.trainer.is_in_train:
-            self._note(eval_loss=float(loss))
+        record = self.history.record(self._epoch) if self._epoch is not None and self.trainer.is_in_train else None
+        if record is None or not metrics:
+            return
+        sets = self.trainer.eval_dataset
+        for name in sets if isinstance(sets, dict) else ():
+            if f"eval_{name}_loss" in metrics:
+                self._note(eval_losses={**(record["eval_losses"] or {}), name: float(metrics[f"eval_{name}_loss"])})
+        if "eval_loss" in metrics:
+            self._note(eval_loss=float(metrics["eval_loss"]))
 
     # ---- the original weights -----------------------------------------------------------------------------------
 
     @property
     def _original(self) -> Snapshot:
         """Where the original weights wait: in one place, or with sharded weights each process's own part."""
-        folder = Path(self.trainer.args.output_dir) / ORIGINAL
+        folder = self.run.folder / ORIGINAL
         sharded = scoring_model(self.trainer)[1]
         return Snapshot(folder / f"process-{self.trainer.accelerator.process_index:03d}" if sharded else folder)
 
     def _keep_original(self) -> None:
         """Save the weights at the start of a run, or put them back where auto_find_batch_size begins it again."""
         reshard(self.trainer.model)
-        if not self.called:
+        if not self.run.called:
             self._original.restore(self.trainer.model)
         elif scoring_model(self.trainer)[1] or self.trainer.is_world_process_zero():
             self._original.save(self.trainer.model)
@@ -319,14 +357,15 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """Score the pool if it is this epoch's turn, choose and order its rows, log and record them."""
         turn, began = self._turn(epoch), time.perf_counter()
         if turn.score:
-            self._scores, self._scored_at = self.score_pool(f"IFD, epoch {epoch}"), epoch
+            scores = self.score_pool(f"IFD, epoch {epoch}")
+            self._scores, self._scored_at = scores, epoch
         ids = self.pool.ids(self.id_column)
-        selection = self._choose(turn, ids)
+        selection = self._choose_or_stay(turn, ids)
         seconds = time.perf_counter() - began if turn.score or turn.rows == "brief" else 0.0
         scores = Scores.unscored(len(ids), NOT_SCORED) if turn.rows in ("all", "brief") else self._scores
         if epoch == self.restart:
             start_anew(self.trainer, self._original)
-        self.sampler.order = self._agree(selection, epoch)
+        self.run.select(self._agree(selection, epoch))
         if self.trainer.state.is_world_process_zero:
             self._warn(scores, selection, epoch)
         record = self._record(epoch, scores, selection, seconds)
@@ -336,19 +375,44 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.trainer.state.is_world_process_zero:
             self.history.add(record, _rows(ids, scores, selection))
 
-    def _choose(self, turn: Turn, ids: np.ndarray) -> Selection:
+    def _choose_or_stay(self, turn: Turn, ids: np.ndarray) -> Selection:
+        """The rows of a turn; where new scores leave none eligible, by the last scores that left some.
+
+        A run does not end for this after hours of training. Before there are such scores (after warm-up epochs), the
+        rows nearest above the limit are taken. It does end where training has not begun, and where the user wants it
+        to (on_shortfall="error").
+        """
+        try:
+            selection = self._choose(turn, ids)
+        except ShortfallError as error:
+            begun = self.trainer.state.global_step > 0
+            if not begun or self.policy.on_shortfall == "error":
+                raise
+            if self._eligible is None:
+                logger.warning("%s The rows nearest to the limit are taken.", error)
+                relaxed = Cherry(self.policy.max_ifd, self.policy.score, on_shortfall="relax")
+                return self._choose(turn, ids, relaxed)
+            self._scores, self._scored_at = self._eligible
+            logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self._scored_at)
+            return self._choose(turn, ids)
+        if turn.rows in ("selected", "same"):
+            self._eligible = self._scores, self._scored_at
+        return selection
+
+    def _choose(self, turn: Turn, ids: np.ndarray, policy: Cherry | Diverse | None = None) -> Selection:
         """The rows of a turn, from the last scores; the same turn and scores give the same rows."""
+        policy = policy or self.policy
         if turn.rows == "all":
             return Selection.everything(len(ids))
         if turn.rows == "brief":
             return self._brief_selection()
         columns = self._scores.columns()
-        if isinstance(self.policy, Diverse):
+        if isinstance(policy, Diverse):
             columns[EMBEDDING] = self._embeddings(columns, turn.of, ids)
 
         def choose(rows: int) -> Selection:
             rng = np.random.default_rng([self.seed, turn.chosen])
-            return self.policy(columns, rows, ids=ids, rng=rng)
+            return policy(columns, rows, ids=ids, rng=rng)
 
         selection = self.pool.choose(turn.of, choose)
         if not turn.tiers:
@@ -432,7 +496,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "start_anew": self.rhythm.start_anew,
             "scorer": self.pool_scorer.name,
             "order": self.order,
+            "train_sampling_strategy": getattr(self.trainer.args, "train_sampling_strategy", None),
             "seed": self.seed,
+            "id_column": self.id_column,
+            "min_answer_tokens": self.pool_scorer.encoder.min_answer_tokens,
             "score": self.policy.score,
             "max_ifd": self.policy.max_ifd if np.isfinite(self.policy.max_ifd) else None,
             "direct_prefix": self.tokenizer.decode(self._prefix),
@@ -456,7 +523,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "seed": self.seed,
             "pool": len(scores),
             "budget": len(selection.kept),
-            "packed_rows": len(self.sampler.order) if self.pool.packed else None,
+            "packed_rows": len(self.run.order) if self.pool.packed else None,
             "kept": int(kept.sum()),
             "eligible": selection.eligible,
             "shortfall": selection.shortfall,
@@ -469,7 +536,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "reasons": dict(zip(reasons.tolist(), counts.tolist(), strict=True)),
             "seconds_scoring": seconds,
             "seconds_training": None,
+            "trained": None,  # training rows, once the epoch has ended
             "eval_loss": None,
+            "eval_losses": None,  # by the name of the set, where there are several
         }
 
     def _overlap(self, epoch: int, kept: np.ndarray) -> float | None:
@@ -479,7 +548,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         before = self.history.rows(epoch - 1)["times"].to_numpy() > 0
         return float((before & kept).sum() / kept.sum())
 
-    def _note(self, **values: float) -> None:
+    def _times(self, trained: list[TrainingRow]) -> np.ndarray:
+        """How often each example is among these training rows, (n,)."""
+        flat = np.concatenate([np.ravel(row) for row in trained]) if trained else []
+        return np.bincount(np.asarray(flat, dtype=np.int64), minlength=len(self.pool))
+
+    def _note(self, **values: Any) -> None:
         record = self.history.record(self._epoch)
         if record is not None and self.trainer.state.is_world_process_zero:
             record.update(values)
@@ -507,41 +581,68 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         saved = {
             "version": _STATE_VERSION,
             "epoch": self._epoch,
-            **{name: encode_array(array) for name, array in self.pool.to_arrays(self.sampler.order).items()},
-            **{key: self.history.settings[key] for key in _MUST_MATCH},
+            "first_step": self.run.first_step,
+            "ended": self._ended,
+            **{name: encode_array(array) for name, array in self.pool.to_arrays(self.run.order).items()},
+            **{key: self.history.settings[key] for key in (*_MUST_MATCH, "plan", "max_steps")},
         }
+        if self._turn(self._epoch).rows == "brief":
+            saved["brief"] = encode_array(self._brief)
         if self.rhythm.remembers and self._scores is not None:
             saved["scores"] = {"epoch": self._scored_at, **encode_scores(self._scores)}
         return {"args": {}, "attributes": {"selection": saved}}
+
+    def _check_resumable(self, saved: dict[str, Any]) -> None:
+        """Raise where a run with today's settings would not go on as the one in the checkpoint would have.
+
+        Other epochs than planned may follow on those that have begun; the learning rate schedule then has another end.
+        """
+        settings, epochs = self.history.settings, saved["epoch"] + 1
+        differs = [
+            f"{key.replace('fingerprint', 'training set')}: {saved[key]!r} in the checkpoint, {settings[key]!r} now"
+            for key in _MUST_MATCH
+            if key in saved and saved[key] != settings[key]  # checkpoints of earlier releases lack some
+        ]
+        then, now = saved["plan"][:epochs], settings["plan"][:epochs]
+        if not differs and then != now:
+            old, new = next((a, b) for a, b in zip_longest(then, now) if a != b)
+            differs = [
+                f"{key} of epoch {old['epoch']}: {value} in the checkpoint, {(new or {}).get(key, 'none')} now"
+                for key, value in old.items()
+                if value != (new or {}).get(key)
+            ]
+        if differs:
+            raise UserError(
+                f"The run cannot be resumed exactly: {'; '.join(differs)}. Resume with the settings (batch size, "
+                "gradient accumulation and processes among them) and the data set of the checkpoint, or start anew."
+            )
+        if saved["max_steps"] != settings["max_steps"]:
+            logger.warning(
+                "The run was planned with %d updates and now has %d: the rows of epochs that have begun are as before, "
+                "the learning rate schedule is that of the new number from here on.",
+                saved["max_steps"],
+                settings["max_steps"],
+            )
 
     def _restored_order(self) -> list[TrainingRow]:
         names = [name for name in ("positions", "bins") if name in self._restored]
         return self.pool.from_arrays({name: decode_array(self._restored[name]) for name in names})
 
     def _restore(self, state: transformers.TrainerState) -> None:
-        blob = state.stateful_callbacks.get(type(self).__name__)
-        saved = (blob or {}).get("attributes", {}).get("selection")
+        saved = self._saved(state)
         if saved is None or saved.get("version") != _STATE_VERSION:
             raise UserError(
                 "The checkpoint holds no selection state: it was written without this callback, or by another version "
                 "of it. Start training anew, or resume without IFDSelectionCallback."
             )
-        settings = self.history.settings
-        differs = {key: (saved[key], settings[key]) for key in _MUST_MATCH if saved[key] != settings[key]}
-        if differs:
-            found = "; ".join(
-                f"{key.replace('fingerprint', 'training set')}: {then!r} in the checkpoint, {now!r} now"
-                for key, (then, now) in differs.items()
-            )
-            raise UserError(
-                f"The run cannot be resumed exactly: {found}. Resume with the settings and the data set of the "
-                "checkpoint, or start training anew."
-            )
+        self._check_resumable(saved)
         if self.trainer.args.ignore_data_skip:
             logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
         self._restored = saved
-        turn = self._turn(saved["epoch"])
-        if turn.rows == "brief":
+        if "brief" in saved:
+            self._brief = decode_array(saved["brief"])
+        elif self._turn(saved["epoch"]).rows == "brief" and self.rhythm.warmup.method != "random":
+            # An earlier release kept the order alone; random rows are drawn again, the same ones.
             self._brief = np.unique(np.concatenate([np.ravel(row) for row in self._restored_order()]))
         if self.restart is not None and state.global_step <= self.plan.phases[0] and not self._original.complete:
             raise UserError(
@@ -558,7 +659,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 _LOGGED = ("pool", "eligible", "kept", "packed_rows", "cut", "mean_kept", "mean_dropped", "overlap", "shortfall")
 _LOGGED += ("seconds_scoring",)
 _RHYTHM = ("schedule", "every", "warmup_epochs", "freeze_after", "warmup", "start_anew")
-_MUST_MATCH = ("policy", *_RHYTHM, "scorer", "order", "seed", "direct_prefix", "fingerprint", "plan", "max_steps")
+_MUST_MATCH = ("policy", *_RHYTHM, "scorer", "order", "train_sampling_strategy", "seed", "id_column")
+_MUST_MATCH += ("min_answer_tokens", "direct_prefix", "fingerprint")
 
 
 def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,6 +75,11 @@ class History:
         self.epochs = [old for old in self.epochs if old["epoch"] < record["epoch"]] + [record]
         write_atomically(self.rows_path(record["epoch"]), lambda path: rows.to_parquet(path, index=False))
         self.save()
+
+    def correct(self, epoch: int, times: np.ndarray) -> None:
+        """Say how often each row was trained on in an epoch that did not train on all that was planned."""
+        rows = self.rows(epoch).assign(times=times)
+        write_atomically(self.rows_path(epoch), lambda path: rows.to_parquet(path, index=False))
 
     def save(self) -> None:
         """Write `history.json`."""

@@ -1,19 +1,22 @@
 """Everything that touches Trainer internals.
 
 A Trainer builds its train loader once and fixes steps, learning rate schedule and progress bar before the first
-epoch. `attach` gives a trainer seven small overrides with which each epoch may train on rows of its own:
+epoch. `attach` gives a trainer small overrides with which each epoch may train on rows of its own:
 
-- `_get_train_sampler` hands out a `SelectionSampler`, an explicit list of row indices;
+- `_get_train_sampler` hands out a `SelectionSampler`, an explicit list of row indices; whoever asks for another train
+  loader while training runs (for its length, say) gets one with the same rows;
 - `_get_dataloader` reads, with packing, bins of examples instead of the rows that TRL packed, and gives persistent
   workers a generator for their seed;
 - `set_initial_training_values` takes the number of steps from the plan of all epochs;
 - `create_scheduler` begins the learning rate schedule anew where training starts anew, after the brief experience;
 - `_init_training_state` finds epoch and step of a checkpoint in that plan;
-- `_run_epoch` runs the planned number of steps of its epoch;
-- `train` refuses a checkpoint that was cut off while it was written;
-- `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer.
+- `_run_epoch` runs the planned number of steps of its epoch, on the loader that was made for this pool;
+- `train` refuses a checkpoint that was cut off while it was written, and a callback that was never added;
+- `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer;
+- `push_to_hub` and `_push_from_checkpoint` leave the training texts at home.
 
-The state lives in the sampler in the main process: data loader workers, persistent or not, only see indices.
+What trainer and callback share is one object, a `SelectionRun`. The order of an epoch lives there, in the main process:
+data loader workers, persistent or not, only see indices. What a sampler has drawn is kept and held against it.
 Measured on transformers 5.20 to 5.23; a missing hook is a clear error.
 """
 
@@ -22,14 +25,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from abc import abstractmethod
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, set_seed
@@ -38,9 +45,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
 
 from .errors import NotInstalledError, RunError, UserError
+from .formats import common_prefix_length
 from .head import lm_head
+from .history import FOLDER as HISTORY
 from .pool import PackedPool, Pool, TrainingRow
 from .schedule import EpochPlan, Rhythm, TrainingPlan, plan_epoch, plan_training
+from .snapshot import FOLDER as ORIGINAL
 from .snapshot import Snapshot
 
 SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
@@ -50,51 +60,165 @@ _HOOKS += ("_init_training_state", "_run_epoch")
 _EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS, _TUPLE_SIZE = 0, 1, 3, 5, 6, 7
 
 
-class SelectionSampler(Sampler[TrainingRow]):
-    """Yields an explicit list of indices, with packing of bins. Not a RandomSampler: accelerate replaces those."""
+@dataclass
+class SelectionRun:
+    """What a trainer and its selection callback share about a run; the trainer writes, both read.
 
-    def __init__(self, size: int) -> None:
-        self.order: list[TrainingRow] = list(range(size))
+    Attributes:
+        folder: where the run's output goes: `output_dir`, or in a hyperparameter search the trial's folder in it.
+        plan: the steps of all epochs.
+        order: the training rows of the epoch that runs, in the order in which they are trained on.
+        sampler: the one whose rows the epoch that runs is trained on; of several, that of the loop's own loader.
+        epoch: the epoch that runs.
+        first_step: the number of updates before its first one.
+        batch: rows of a batch of all processes together.
+        accumulation: batches of an update.
+        called: whether `train` has just been called: auto_find_batch_size begins a run again, with the weights as they
+            then are.
+    """
+
+    folder: Path = Path()
+    plan: TrainingPlan | None = None
+    order: list[TrainingRow] = field(default_factory=list, repr=False)
+    sampler: SelectionSampler | None = None
+    epoch: int = 0
+    first_step: int = 0
+    batch: int = 1
+    accumulation: int = 1
+    called: bool = False
+    _selected: list[TrainingRow] = field(default_factory=list, repr=False)
+    _samplers: weakref.WeakSet[SelectionSampler] = field(default_factory=weakref.WeakSet, repr=False)
+
+    def select(self, order: list[TrainingRow]) -> None:
+        """The rows of the epoch that begins, in their order; kept twice, since others can reach `order`."""
+        self.order, self._selected = order, list(order)
+
+    def new_sampler(self, pool: Pool) -> SelectionSampler:
+        """A sampler for a loader over the rows of a pool."""
+        sampler = SelectionSampler(self, pool)
+        self._samplers.add(sampler)
+        return sampler
+
+    def sampler_of(self, dataloader: Any) -> SelectionSampler | None:
+        """The sampler in a loader, however it is wrapped: the one whose length is the loader's; None without one."""
+        return next((s for s in self._samplers if has_length(dataloader) and s.batches(dataloader, 0) == 0), None)
+
+    def trained(self, step: int) -> list[TrainingRow]:
+        """The rows of this epoch that were drawn and trained on when `step` updates were done in all.
+
+        The last batch of an epoch that `dataloader_drop_last` drops, and what comes after the end of a run by
+        `max_steps`, is not among them.
+
+        Raises:
+            RunError: when the loader drew other rows than the ones that were selected.
+        """
+        batches = min((step - self.first_step) * self.accumulation, self.plan.epochs[self.epoch].batches)
+        drawn, trained = self.sampler.drawn, min(batches * self.batch, len(self._selected))
+        if drawn != self._selected[: len(drawn)] or len(drawn) < trained:
+            raise RunError(
+                f"In epoch {self.epoch} the train data loader drew {len(drawn)} rows, and {trained} were trained on, "
+                f"but they are not the {len(self._selected)} selected ones: they part after "
+                f"{common_prefix_length(drawn, self._selected)}. Something else changed the rows of the loader or its "
+                "sampler while training ran; with a selection callback they have to stay."
+            )
+        return drawn[:trained]
+
+
+class SelectionSampler(Sampler[TrainingRow]):
+    """Yields the rows of the epoch that runs, and keeps what it has yielded. Not a RandomSampler: accelerate replaces
+    those.
+
+    Attributes:
+        pool: what its loader's rows are.
+        drawn: what it has yielded in its first pass since `watch` was called: the loop's own.
+    """
+
+    def __init__(self, run: SelectionRun, pool: Pool) -> None:
+        self.run, self.pool = run, pool
+        self.drawn: list[TrainingRow] = []
+        self._watching = False
         self._planned: int | None = None
 
+    @property
+    def order(self) -> list[TrainingRow]:
+        """The rows of the epoch that runs, as in all samplers of this run."""
+        return self.run.order
+
+    @order.setter
+    def order(self, rows: list[TrainingRow]) -> None:
+        self.run.order = rows
+
+    def watch(self) -> None:
+        """The next pass is the loop's; those that others make beside it are not kept."""
+        self.drawn, self._watching = [], True
+
     def __iter__(self) -> Iterator[TrainingRow]:
-        return iter(list(self.order))  # a copy: prefetching workers go on while the next epoch is selected
+        drawn, self._watching = self.drawn if self._watching else [], False
+        return self._draw(list(self.order), drawn)  # a copy: workers go on while the next epoch is selected
+
+    @staticmethod
+    def _draw(order: list[TrainingRow], drawn: list[TrainingRow]) -> Iterator[TrainingRow]:
+        for row in order:
+            drawn.append(row)
+            yield row
 
     def __len__(self) -> int:
         return len(self.order) if self._planned is None else self._planned
 
-    @contextlib.contextmanager
-    def of_size(self, size: int) -> Iterator[None]:
-        """Report another length, to ask a prepared data loader how many batches that would be."""
-        self._planned = size
+    def batches(self, dataloader: Any, rows: int) -> int:
+        """Batches that this process runs for so many rows, asked of the prepared loader itself."""
+        self._planned = rows
         try:
-            yield
+            return len(dataloader)
         finally:
             self._planned = None
 
 
 class EpochSelector(TrainerCallback):
-    """A callback that chooses the rows of each epoch; `attach` lets the trainer follow it."""
+    """A callback that chooses the rows of each epoch; `attach` lets the trainer follow it.
 
-    sampler: SelectionSampler
-    plan: TrainingPlan
-    # The epoch before which weights, optimizer and learning rate schedule start anew; it and the epochs after it are
-    # the `num_train_epochs` that the user asked for.
+    Attributes:
+        run: what it shares with the trainer.
+        restart: the epoch before which weights, optimizer and learning rate schedule start anew; it and the epochs
+            after it are the `num_train_epochs` that the user asked for.
+        push_history: whether a push to a hub takes what selection wrote along, training texts among it.
+    """
+
+    run: SelectionRun
     restart: int | None = None
-    # Whether `train` has just been called: auto_find_batch_size begins a run again, with the weights as they then are.
-    called: bool = False
+    push_history: bool = False
 
-    @abstractmethod
+    @property
+    def plan(self) -> TrainingPlan:
+        """The steps of all epochs."""
+        return self.run.plan
+
+    @property
+    def sampler(self) -> SelectionSampler:
+        """What yields the rows of the epoch that runs."""
+        return self.run.sampler
+
     def budget(self, epoch: int) -> int:
         """Training rows of an epoch, as `Pool.training_rows` counts them."""
+        raise NotImplementedError
 
-    @abstractmethod
+    def selects(self, epoch: int) -> bool:
+        """Whether the rows of an epoch are chosen by a score, now or in an epoch before."""
+        raise NotImplementedError
+
+    def position(self, state: transformers.TrainerState) -> tuple[int, int]:
+        """Epoch and updates done in it where a run is that starts, or resumes, with this state."""
+        return self.plan.position(state.global_step)
+
     def start(self, epoch: int, state: transformers.TrainerState) -> None:
         """Training starts (or resumes) at `epoch`; `state` is the trainer's, from the checkpoint on a resume."""
+        raise NotImplementedError
 
 
 class SelectiveTrainer:
     """Overrides, mixed in before the trainer's own class by `attach`."""
+
+    _attached: str | None = None  # the class of a callback that was made for this trainer, which is to be added
 
     @property
     def _selector(self) -> EpochSelector | None:
@@ -105,15 +229,32 @@ class SelectiveTrainer:
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as before; a checkpoint that was cut off while it was written is refused by name."""
-        if self._selector is not None and resume_from_checkpoint:
+        selector = self._selector
+        if selector is None and self._attached:
+            raise UserError(
+                f"The {self._attached} that was made for this trainer is not among its callbacks, so the run would "
+                "train on all rows. Add it: trainer.add_callback(callback). To train without selection, call "
+                "trainer.remove_callback(callback)."
+            )
+        if selector is not None and resume_from_checkpoint:
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint is not None:
                 _check_complete(Path(checkpoint))
-        if self._selector is not None:
-            self._selector.called = True
+        if selector is not None:
+            selector.run.called, selector.run.order = True, []
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback; without its selection callback a trainer trains as before."""
+        super().remove_callback(callback)
+        self._attached = None
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback and return it."""
+        self._attached = None
+        return super().pop_callback(callback)
 
     @property
     def selection_pool(self) -> Pool:
@@ -141,8 +282,8 @@ class SelectiveTrainer:
         if selector is None:
             return super()._get_train_sampler(train_dataset)
         check_supported(self)  # again: arguments may have changed since `attach`
-        selector.sampler = SelectionSampler(selector.budget(0))
-        return selector.sampler
+        selector.run.order = selector.run.order or list(range(selector.budget(0)))
+        return selector.run.new_sampler(self.selection_pool)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
         values = list(super().set_initial_training_values(args, dataloader))
@@ -151,7 +292,9 @@ class SelectiveTrainer:
             return tuple(values)
         if len(values) != _TUPLE_SIZE:
             raise unsupported_version("Trainer.set_initial_training_values returns another tuple")
-        if not self._follows(dataloader):
+        run = selector.run
+        run.sampler = sampler = run.sampler_of(dataloader)
+        if sampler is None:
             raise UserError(
                 "The train data loader does not use the selection's sampler: it comes from a streaming data set, or "
                 "from a get_train_dataloader of your own. Let the trainer build it from trainer.train_dataset."
@@ -159,7 +302,7 @@ class SelectiveTrainer:
 
         def of_epoch(epoch: int) -> EpochPlan:
             budget = selector.budget(epoch)
-            batches = self._batches(dataloader, budget)
+            batches = sampler.batches(dataloader, budget)
             if not batches:
                 raise UserError(
                     f"Epoch {epoch} is planned with {budget} rows, fewer than one global batch, and "
@@ -169,11 +312,20 @@ class SelectiveTrainer:
             return plan_epoch(epoch, budget, batches, args.gradient_accumulation_steps)
 
         before = selector.restart or 0
-        selector.plan = plan = plan_training(of_epoch, before + args.num_train_epochs, args.max_steps, selector.restart)
+        run.plan = plan = plan_training(of_epoch, before + args.num_train_epochs, args.max_steps, selector.restart)
+        run.batch = getattr(dataloader, "total_batch_size", args.train_batch_size * args.world_size)
+        run.accumulation = args.gradient_accumulation_steps
+        run.folder = Path(self._get_output_dir(getattr(self, "_trial", None)))
         if selector.restart is not None and len(plan.phases) < 2:
             raise UserError(
                 f"max_steps={args.max_steps} ends in the brief experience, which takes {plan.phases[0]} updates; the "
                 "training on the selected rows comes after it. Raise max_steps, or go without the brief experience."
+            )
+        if not any(selector.selects(epoch.epoch) for epoch in plan.epochs):
+            raise UserError(
+                f"None of the {len(plan.epochs)} planned epochs selects rows: all of them are warm-up epochs, or train "
+                "on the whole pool. Lower warmup_epochs (or the share of Anneal), raise the number of epochs, or train "
+                "without the callback."
             )
         cut = sum(epoch.updates for epoch in plan.epochs) - plan.max_steps  # of a last epoch that is not finished
         values[_EPOCHS] = len(plan.epochs)
@@ -208,7 +360,7 @@ class SelectiveTrainer:
         selector = self._selector
         if selector is None:
             return result
-        epoch, updates = selector.plan.position(self.state.global_step)
+        epoch, updates = selector.position(self.state)
         if self.state.global_step >= selector.plan.max_steps:
             epoch, updates = len(selector.plan.epochs), 0  # finished: without this, one more step would be made
         selector.start(epoch, self.state)
@@ -228,26 +380,37 @@ class SelectiveTrainer:
     def _run_epoch(self, **kwargs: Any) -> Any:
         selector = self._selector
         if selector is not None:
-            plan, loader = selector.plan.epochs[kwargs["epoch"]], kwargs["train_dataloader"]
-            batches = self._batches(loader, len(selector.sampler))
+            run, loader = selector.run, kwargs["train_dataloader"]
+            plan = run.plan.epochs[kwargs["epoch"]]
+            run.epoch, run.sampler = plan.epoch, run.sampler_of(loader)
+            resumed = plan.epoch == kwargs["epochs_trained"] and kwargs["resume_from_checkpoint"] is not None
+            done = kwargs["steps_trained_in_current_epoch"] // run.accumulation if resumed else 0
+            run.first_step = self.state.global_step - done
+            batches = run.sampler.batches(loader, len(run.order)) if run.sampler is not None else None
             if batches != plan.batches:
                 raise RunError(
                     f"Epoch {plan.epoch} has {batches} batches, but {plan.batches} were planned. The train data loader "
                     "was changed after training began; with a selection callback it has to stay."
                 )
+            if run.sampler.pool is not self.selection_pool:
+                raise RunError(
+                    f"trainer.train_dataset was exchanged before epoch {plan.epoch}, but the train data loader reads "
+                    "the one that was there when training began. With a selection callback it has to stay."
+                )
+            run.sampler.watch()
             kwargs["steps_in_epoch"], kwargs["num_update_steps_per_epoch"] = plan.batches, plan.updates
             if plan.epoch == selector.restart and not kwargs["steps_trained_in_current_epoch"]:
                 kwargs["resume_from_checkpoint"] = None  # its random state is that of the brief experience
         return super()._run_epoch(**kwargs)
 
-    def _follows(self, dataloader: Any) -> bool:
-        """Whether the length of the loader is that of the selection's sampler."""
-        return hasattr(self._selector, "sampler") and has_length(dataloader) and self._batches(dataloader, 0) == 0
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload as before, but for what selection wrote: it holds texts of the training set."""
+        with _kept_at_home(self._selector):
+            return super().push_to_hub(*args, **kwargs)
 
-    def _batches(self, dataloader: Any, rows: int) -> int:
-        """Batches that this process runs for `rows` rows, asked of the prepared loader itself."""
-        with self._selector.sampler.of_size(rows):
-            return len(dataloader)
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with _kept_at_home(self._selector):
+            super()._push_from_checkpoint(checkpoint_folder)
 
 
 def attach(trainer: Trainer) -> None:
@@ -265,10 +428,60 @@ def attach(trainer: Trainer) -> None:
     missing = [name for name in _HOOKS if not hasattr(Trainer, name)]
     if missing:
         raise unsupported_version(f"Trainer has no {', '.join(missing)}")
+    check_kind(trainer)
     check_supported(trainer)
     if not isinstance(trainer, SelectiveTrainer):
         cls = type(trainer)
         trainer.__class__ = type(cls.__name__, (SelectiveTrainer, cls), {"__module__": cls.__module__})
+
+
+# What trainers of TRL other than the SFTTrainer train on, by a part of their names; the first that fits.
+_TRAINED_ON = {
+    "OnlineDPO": "answers that the model makes in training",
+    "DPO": "pairs of a chosen and a rejected answer",
+    "CPO": "pairs of a chosen and a rejected answer",
+    "ORPO": "pairs of a chosen and a rejected answer",
+    "TPO": "pairs of a chosen and a rejected answer",
+    "Reward": "pairs of a chosen and a rejected answer",
+    "KTO": "answers labelled as good or bad",
+    "RPO": "answers that the model makes in training",
+    "RLOO": "answers that the model makes in training",
+    "": "answers of a model or a teacher, or with another loss than that of the rows' answers",
+}
+
+
+def check_kind(trainer: Trainer) -> None:
+    """Raise for trainers that do not train on the answers of their rows, and for those with an order of their own.
+
+    Raises:
+        UserError: with a sentence about that kind.
+    """
+    for cls in type(trainer).__mro__:
+        of_trl = cls.__module__.startswith("trl.") and not cls.__name__.startswith("_")
+        if of_trl and issubclass(cls, Trainer) and cls.__name__ != "SFTTrainer":
+            raise UserError(
+                f"{cls.__name__} trains on {next(what for key, what in _TRAINED_ON.items() if key in cls.__name__)}; "
+                "IFD scores the one answer that a row has. Use the callback with an SFTTrainer or a Trainer, or select "
+                "rows beforehand with `ifd-trainer score` and `ifd-trainer select`."
+            )
+        if "_get_train_sampler" in vars(cls) and cls not in (SelectiveTrainer, Trainer):
+            raise UserError(
+                f"{cls.__name__} has a _get_train_sampler of its own, whose order of rows the selection's would "
+                "replace. Remove it: `order` and `schedule` of the callback say in which order rows are trained on."
+            )
+    assigned = sorted({*_HOOKS, "train"} & vars(trainer).keys())
+    if assigned:
+        raise UserError(
+            f"The trainer has {' and '.join(assigned)} assigned on the instance, which stands before what selection "
+            "does there. Define it in a subclass, or leave it out."
+        )
+    columns = getattr(trainer.train_dataset, "column_names", None) or []
+    images = sorted({"image", "images", "pixel_values"} & set(columns))
+    if images:
+        raise UserError(
+            f"The training set has images (column {images[0]!r}), which are not scored yet: answers would be scored "
+            "without what they are about. Train without the callback, or on rows of text alone."
+        )
 
 
 def check_supported(trainer: Trainer) -> None:
@@ -276,6 +489,12 @@ def check_supported(trainer: Trainer) -> None:
     args, dataset = trainer.args, trainer.train_dataset
     if dataset is None:
         raise UserError("The trainer has no train_dataset to select from.")
+    if hasattr(dataset, "__len__") and not len(dataset):
+        raise UserError(
+            "The prepared training set has no rows. A trainer leaves out rows without an answer, and those whose "
+            f"answer does not begin within max_length={getattr(args, 'max_length', None)} tokens: raise max_length, or "
+            "look at the data set's answers."
+        )
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise UserError(
             "Selection needs a data set with a length, got a streaming one. Load it with streaming=False, or score and "
@@ -454,6 +673,32 @@ def batch_order(
     if order == "shuffle":
         return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     return list(rows if order == "descending" else reversed(rows))
+
+
+# Of an output folder, what selection and its report wrote there: texts of the training set, and the original weights.
+_AT_HOME = (f"*{HISTORY}/*", f"*{ORIGINAL}/*", "*report.html", "*report_files/*")
+
+
+@contextlib.contextmanager
+def _kept_at_home(selector: EpochSelector | None) -> Iterator[None]:
+    """Leave training texts out of what is uploaded from the output folder, unless the user asked for them."""
+    if selector is not None and selector.push_history:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for owner in (HfApi, transformers.trainer):
+            if (upload := getattr(owner, "upload_folder", None)) is not None:
+                stack.enter_context(mock.patch.object(owner, "upload_folder", _without(upload, _AT_HOME)))
+        yield
+
+
+def _without(upload: Callable[..., Any], patterns: Sequence[str]) -> Callable[..., Any]:
+    @wraps(upload)
+    def uploaded(*args: Any, ignore_patterns: Sequence[str] | str | None = None, **kwargs: Any) -> Any:
+        given = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or [])
+        return upload(*args, ignore_patterns=[*given, *patterns], **kwargs)
+
+    return uploaded
 
 
 @contextlib.contextmanager

@@ -267,7 +267,7 @@ class PackedPool(Pool):
             return self._bins(policy(examples).kept) <= budget
 
         eligible = policy(1).eligible
-        count = largest(fits, 1, eligible)
+        count = largest(fits, 1, max(eligible, 1))  # none is, and the policy relaxes its limit: one at least
         selection = policy(count)
         filled = self._bins(selection.kept)
         if filled == budget or count < eligible:

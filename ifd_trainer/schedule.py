@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from numbers import Integral
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from .brief import Brief
 from .errors import UserError
@@ -212,10 +215,11 @@ class Rhythm:
     def __post_init__(self) -> None:
         if (self.warmup is not None or self.start_anew) and self.warmup_epochs < 1:
             raise UserError("warmup and start_anew say what the warm-up epochs do: set warmup_epochs=1 or more.")
-        if self.every < 1:
-            raise UserError(f"every must be at least 1, got {self.every}.")
-        if self.warmup_epochs < 0 or (self.freeze_after is not None and self.freeze_after < 0):
-            raise UserError(f"warmup_epochs and freeze_after cannot be negative, got {self}.")
+        for name, least in (("every", 1), ("warmup_epochs", 0), ("freeze_after", 0)):
+            number = getattr(self, name)
+            whole = isinstance(number, Integral) and not isinstance(number, bool)
+            if not (whole and number >= least) and not (number is None and name == "freeze_after"):
+                raise UserError(f"{name} counts epochs: a whole number of at least {least}, got {number!r}.")
 
     def turn(self, epoch: int, pool: int, epochs: int | None = None) -> Turn:
         """What `epoch` does.
@@ -269,10 +273,16 @@ def parse_keep(entry: str | float | int) -> float | int:
 
 
 def as_schedule(keep: float | int | Sequence[float | int] | Schedule) -> Schedule:
-    """The schedule for a fraction, a count, a list with one entry per epoch, or a schedule."""
+    """The schedule for a fraction, a count, a list with one entry per epoch, or a schedule; numbers of NumPy too."""
     if hasattr(keep, "budget"):
         return keep
-    return PerEpoch(tuple(keep)) if isinstance(keep, (list, tuple)) else Constant(keep)
+    keep = keep.tolist() if isinstance(keep, np.ndarray) else keep
+    return PerEpoch(tuple(map(_plain, keep))) if isinstance(keep, (list, tuple)) else Constant(_plain(keep))
+
+
+def _plain(keep: Any) -> Any:
+    """A number of NumPy (from a sweep, or a computation) as the number of Python that it is."""
+    return keep.item() if isinstance(keep, np.generic) else keep
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class Cherry:
             rng: chooses what is repeated after a shortfall; seed 0 by default.
 
         Raises:
-            ShortfallError: when no row is eligible, or on a shortfall with on_shortfall="error".
+            ShortfallError: when no row is eligible (with "relax": has a score), or on a shortfall with "error".
         """
         if budget < 1:
             raise UserError(f"The budget must be at least one row, got {budget}.")
@@ -151,7 +151,8 @@ class Cherry:
         eligible = scored & (score < self.max_ifd)
         count = int(eligible.sum())
         shortfall = max(budget - count, 0)
-        if shortfall and (self.on_shortfall == "error" or not count):
+        fillable = count or (self.on_shortfall == "relax" and scored.any())
+        if shortfall and (self.on_shortfall == "error" or not fillable):
             raise ShortfallError(self._explain(budget, eligible, scored))
         kept = _best(score, ids, eligible, budget)
         relaxed = _best(-score, ids, scored & ~eligible, shortfall) if self.on_shortfall == "relax" else kept[:0]

@@ -57,9 +57,9 @@ def with_dropout(folder, *, rows=16, **config):
     return sft_trainer(folder, rows, model=build_model(len(TOKENIZER), attention_dropout=0.1), **config)
 
 
-def selecting(folder, *, rows=16, keep=BUDGETS, seed=None, max_ifd=INF, order="shuffle", **config):
+def selecting(folder, *, rows=16, keep=BUDGETS, max_ifd=INF, min_answer_tokens=1, seed=None, order="shuffle", **config):
     trainer = with_dropout(folder, rows=rows, **config)
-    callback = select(trainer, keep=keep, max_ifd=max_ifd, seed=seed, order=order)
+    callback = select(trainer, keep=keep, max_ifd=max_ifd, min_answer_tokens=min_answer_tokens, seed=seed, order=order)
     callback.scored = 0
     score_pool = callback.score_pool
 
@@ -372,6 +372,59 @@ def test_ignore_data_skip_starts_the_epoch_over_with_the_same_rows_and_says_so(t
     assert "the resumed epoch starts over, so the resume is not exact" in caplog.text
 
 
+# ---- what may change --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epochs", "updates"), [(4, 17), (2, 7)])
+def test_other_epochs_may_follow_on_those_that_have_begun(tmp_path, whole, epochs, updates, caplog):
+    checkpoint = copy_of(whole, tmp_path, 5)
+    trainer, callback = selecting(tmp_path, num_train_epochs=epochs)
+    after = train(trainer, resume_from_checkpoint=str(checkpoint))
+    assert after.epochs()[0] == whole.seen.epochs()[1][2:]  # a step of the second epoch was done
+    assert trainer.state.global_step == updates
+    assert callback.scored == epochs - 2
+    assert [len(rows) for rows in after.epochs()] == [4, 10, 10][: epochs - 1]
+    assert (
+        f"planned with 12 updates and now has {updates}: the rows of epochs that have begun are as before"
+        in caplog.text
+    )
+
+
+class EndEpoch(TrainerCallback):
+    """Ends an epoch at a step, as a budget of time or a plateau would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_a_run_with_an_epoch_that_ended_early_resumes_in_the_right_epoch(tmp_path, stop):
+    """Two updates of four in the first epoch: the plan alone would find the others one epoch too early."""
+    whole, _ = selecting(tmp_path / "whole")
+    whole.add_callback(EndEpoch(2))
+    everything = train(whole).order()
+    assert len(everything) == 4 + 6 + 10
+    first, _ = selecting(tmp_path / "part", save_strategy="steps", save_steps=stop)
+    first.add_callback(EndEpoch(2))
+    first.add_callback(Stop(stop))
+    before = train(first).order()
+    again, _ = selecting(tmp_path / "part")
+    after = train(again, resume_from_checkpoint=str(tmp_path / "part" / f"checkpoint-{stop}")).order()
+    assert before + after == everything
+    assert difference(weights_of(again.model), weights_of(whole.model)) == 0.0
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_that_ended_early_goes_on_with_the_next(tmp_path):
+    trainer, _ = selecting(tmp_path, save_strategy="epoch")
+    trainer.add_callback(EndEpoch(2))
+    whole = train(trainer).order()
+    again, _ = selecting(tmp_path)
+    assert train(again, resume_from_checkpoint=str(tmp_path / "checkpoint-2")).order() == whole[4:]
+
+
 # ---- what cannot be resumed -------------------------------------------------------------------------------------
 
 
@@ -384,10 +437,24 @@ def test_ignore_data_skip_starts_the_epoch_over_with_the_same_rows_and_says_so(t
         ({"order": "ascending"}, "order: 'shuffle' in the checkpoint, 'ascending' now"),
         ({"rows": text_rows(raw_rows(16, seed=1))}, "training set: .* in the checkpoint, .* now"),
         ({"rows": text_rows(raw_rows(16)[::-1])}, "training set: .* in the checkpoint, .* now"),
-        ({"num_train_epochs": 2}, "max_steps: 12 in the checkpoint, 7 now"),
-        ({"per_device_train_batch_size": 4}, "plan: .* in the checkpoint, .* now"),
+        ({"min_answer_tokens": 2}, "min_answer_tokens: 1 in the checkpoint, 2 now"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy: 'random' in the checkpoint, 'group_by_length' now",
+        ),
+        ({"per_device_train_batch_size": 4}, "batches of epoch 0: 4 in the checkpoint, 2 now"),
     ],
-    ids=["keep", "max_ifd", "seed", "order", "other_rows", "other_order_of_rows", "epochs", "batch_size"],
+    ids=[
+        "keep",
+        "max_ifd",
+        "seed",
+        "order",
+        "other_rows",
+        "other_order_of_rows",
+        "min_answer_tokens",
+        "strategy",
+        "batch_size",
+    ],
 )
 def test_a_change_that_cannot_be_resumed_is_named(tmp_path, whole, options, named):
     checkpoint = copy_of(whole, tmp_path, 5)

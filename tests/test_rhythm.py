@@ -84,8 +84,14 @@ def test_the_first_epoch_that_selects_scores_even_if_frozen_from_the_start():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Rhythm(Constant(0.5), every=0), "every must be at least 1"),
-        (lambda: Rhythm(Constant(0.5), warmup_epochs=-1), "cannot be negative"),
+        (lambda: Rhythm(Constant(0.5), every=0), "every counts epochs: a whole number of at least 1, got 0"),
+        (
+            lambda: Rhythm(Constant(0.5), warmup_epochs=-1),
+            "warmup_epochs counts epochs: a whole number of at least 0, got -1",
+        ),
+        (lambda: Rhythm(Constant(0.5), every=1.5), "every counts epochs: .* got 1.5"),
+        (lambda: Rhythm(Constant(0.5), every=True), "every counts epochs: .* got True"),
+        (lambda: Rhythm(Constant(0.5), freeze_after=0.5), "freeze_after counts epochs: .* got 0.5"),
         (lambda: Curriculum(tiers=0), "at least 1"),
         (lambda: Curriculum(direction="up"), "easy_to_hard"),
         (lambda: Curriculum(mode="all"), "growing"),
