@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -310,7 +311,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.restart is not None and state.global_step >= self.plan.max_steps:
-            self._original.remove()
+            Snapshot(self.run.folder / ORIGINAL).remove()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
         record = self.history.record(self._epoch) if self._epoch is not None and self.trainer.is_in_train else None
@@ -327,19 +328,36 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     @property
     def _original(self) -> Snapshot:
-        """Where the original weights wait: in one place, or with sharded weights each process's own part."""
+        """Where the original weights wait: in one place, or with sharded weights each process's own part.
+
+        A machine that does not share the disk of the main process has a copy of its own.
+        """
         folder = self.run.folder / ORIGINAL
-        sharded = scoring_model(self.trainer)[1]
-        return Snapshot(folder / f"process-{self.trainer.accelerator.process_index:03d}" if sharded else folder)
+        if scoring_model(self.trainer)[1]:
+            return Snapshot(folder / f"process-{self.trainer.accelerator.process_index:03d}")
+        return self._own_original if self._own_original.complete else Snapshot(folder)
+
+    @property
+    def _own_original(self) -> Snapshot:
+        return Snapshot(self.run.folder / ORIGINAL / f"machine-{platform.node()}")
 
     def _keep_original(self) -> None:
         """Save the weights at the start of a run, or put them back where auto_find_batch_size begins it again."""
-        reshard(self.trainer.model)
+        trainer, model = self.trainer, self.trainer.model
+        reshard(model)
         if not self.run.called:
-            self._original.restore(self.trainer.model)
-        elif scoring_model(self.trainer)[1] or self.trainer.is_world_process_zero():
-            self._original.save(self.trainer.model)
-        self.trainer.accelerator.wait_for_everyone()
+            self._original.restore(model)
+        elif scoring_model(trainer)[1]:
+            self._original.save(model)
+        else:
+            if trainer.is_local_process_zero():
+                self._own_original.remove()  # of an earlier run
+            if trainer.is_world_process_zero():
+                self._original.save(model)
+            trainer.accelerator.wait_for_everyone()
+            if trainer.is_local_process_zero() and not self._original.complete:
+                self._own_original.save(model)
+        trainer.accelerator.wait_for_everyone()
 
     # ---- scoring and selecting ----------------------------------------------------------------------------------
 

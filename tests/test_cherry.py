@@ -19,6 +19,7 @@ from training import (
     TOKENIZER,
     difference,
     model_with,
+    plain_trainer,
     raw_rows,
     reference_scores,
     reference_top,
@@ -304,6 +305,30 @@ def test_two_epochs_of_brief_experience_train_on_one_sample_also_when_resumed(tm
     again = run(tmp_path / "again", save_strategy="no")
     resumed = train(again, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert resumed.order() == witness.order()[8:]
+    assert difference(weights_of(again.model), weights_of(trainer.model)) == 0
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_random_sample_that_repeats_rows_resumes_in_the_same_order(tmp_path, step):
+    rows = tokenised(sft_trainer(tmp_path, 20))
+    # Four usable rows for a sample of six: two of them twice.
+    rows = rows.map(lambda row, i: row if i < 4 else {"labels": [-100] * len(row["labels"])}, with_indices=True)
+    brief = Brief("random", clusters=3, per_cluster=2, max_share=0.3)
+
+    def run(folder, **config):
+        trainer = plain_trainer(folder, rows, num_train_epochs=2, **config)
+        options = {"brief": brief, "warmup_epochs": 2, "max_ifd": INF}
+        trainer.add_callback(IFDSelectionCallback.cherry(trainer, 2, **options))
+        return trainer
+
+    trainer = run(tmp_path, save_strategy="steps", save_steps=2)
+    witness = train(trainer)
+    assert [len(epoch) for epoch in witness.epochs()] == [6, 6, 2, 2]
+    assert len(set(witness.epochs()[0])) == 4
+    Snapshot(tmp_path / "again" / "ifd_original").save(build_model(len(TOKENIZER)))
+    again = run(tmp_path / "again")
+    resumed = train(again, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed.order() == witness.order()[2 * step :]
     assert difference(weights_of(again.model), weights_of(trainer.model)) == 0
 
 

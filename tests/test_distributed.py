@@ -246,13 +246,27 @@ def test_only_the_main_process_writes_the_history(launched, ranks):
         assert ranks[1][case]["written"] == []
         history = History.load(folder / case)
         assert [record["epoch"] for record in history.epochs] == list(range(len(epochs)))
-        for epoch, order in enumerate(ranks[0][case]["orders"]):
+        for epoch in range(len(epochs)):
             rows = history.rows(epoch)
-            assert set(rows.loc[rows["times"] > 0, "row_id"]) == set(order)
+            trained = {
+                row for rank in ranks for update in rank[case]["batches"][epoch] for batch in update for row in batch
+            }
+            assert set(rows.loc[rows["times"] > 0, "row_id"]) == trained
             if case == "cherry" and not epoch:
                 assert rows["ifd"].isna().all()
             else:
                 assert rows["ifd"].tolist() == ranks[0][case]["ifd"][epoch - (case == "cherry")]
+
+
+def test_machines_without_a_shared_disk_begin_anew_from_the_same_weights(ranks, tmp_path):
+    code, text = launch("apart", tmp_path)
+    assert code == 0, text[-8000:]
+    for rank in range(WORLD):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert {key: found[key] for key in ("orders", "weights", "losses")} == {
+            key: ranks[0]["cherry"][key] for key in ("orders", "weights", "losses")
+        }
+        assert not (tmp_path / f"machine{rank}" / "ifd_original").exists()
 
 
 def test_a_process_that_fails_ends_the_launch(tmp_path):
