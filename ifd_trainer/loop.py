@@ -336,6 +336,8 @@ class SelectiveTrainer:
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         selector = self._selector
+        if selector is not None and self.lr_scheduler is None:
+            self._check_polynomial(selector.plan.phases)
         if selector is None or selector.restart is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         phases, parts = selector.plan.phases, []
@@ -350,6 +352,17 @@ class SelectiveTrainer:
         factors = [_in_turn(group, phases) for group in zip(*parts, strict=True)]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.lr_scheduler.optimizer, factors)
         return self.lr_scheduler
+
+    def _check_polynomial(self, phases: Sequence[int]) -> None:
+        """Raise where the polynomial schedule would divide by its updates after the warm-up, and there are none."""
+        if self.args.lr_scheduler_type != SchedulerType.POLYNOMIAL:
+            return
+        for steps in phases:
+            if self.args.get_warmup_steps(steps) >= steps:
+                raise UserError(
+                    f"lr_scheduler_type='polynomial' needs updates after its warm-up, but all {steps} are warm-up. "
+                    "Lower warmup_steps, raise keep or the number of epochs, or use another schedule, such as linear."
+                )
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: Any, trial

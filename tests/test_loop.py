@@ -485,3 +485,20 @@ def test_a_shorter_run_in_the_same_folder_leaves_no_rows_of_the_longer_one(tmp_p
         select(trainer, keep=4, max_ifd=INF)
         train(trainer)
     assert [path.name for path in (tmp_path / "ifd_history").glob("epoch-*")] == ["epoch-000.parquet"]
+
+
+@pytest.mark.parametrize("warmup", [0.5, 2])
+def test_a_polynomial_schedule_without_a_step_after_its_warm_up_is_refused(tmp_path, warmup):
+    trainer = sft_trainer(tmp_path, 16, lr_scheduler_type="polynomial", warmup_steps=warmup, num_train_epochs=1)
+    select(trainer, keep=2, max_ifd=INF)
+    with pytest.raises(ValueError, match=r"but all 1 are warm-up\. Lower warmup_steps"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_polynomial_schedule_with_one_ends_where_it_should(tmp_path):
+    trainer = sft_trainer(tmp_path, 16, lr_scheduler_type="polynomial", warmup_steps=1, num_train_epochs=1)
+    select(trainer, keep=4, max_ifd=INF)
+    seen = train(trainer)
+    assert seen.learning_rates() == pytest.approx([0.0, PEAK])
+    assert seen.final_learning_rate == pytest.approx(1e-7)
