@@ -26,12 +26,13 @@ SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}
 def epoch_table(history: History) -> Table:
     """What each epoch kept and cost, for the terminal.
 
-    Columns: pool and kept rows, repeats (where a budget was larger than the rows kept), with a curriculum the tiers
-    trained on (0 is the one that it begins with), the epoch in which the scores were made (where some are older than
-    their epoch, and not all of one), mean score of the kept and of the dropped rows, share of the kept rows that the
-    epoch before kept too (not for the sample of a brief experience), seconds, held-out loss; "-" where a number is not
-    known. Epochs of the brief experience are called that; a line "anew" stands where training starts anew. Below the
-    table stands what both mean, and which model scored.
+    Columns: pool and kept rows, repeats (where a budget was larger than the rows kept), rows trained on (where an epoch
+    ended before all of them: the last batch dropped, the end of the run; packed rows with packing), with a curriculum
+    the tiers trained on (0 is the one that it begins with), the epoch in which the scores were made (where some are
+    older than their epoch, and not all of one), mean score of the kept and of the dropped rows, share of the kept rows
+    that the epoch before kept too (not for the sample of a brief experience), seconds, held-out loss of each evaluation
+    set; "-" where a number is not known. Epochs of the brief experience are called that; a line "anew" stands where
+    training starts anew. Below the table stands what both mean, and which model scored.
 
     >>> from rich import print
     >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
@@ -108,17 +109,23 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
     score = SCORE_NAMES.get(history.settings.get("score"), "IFD")
     phases = Phases.of(history.settings)
     repeats = any((record.get("budget") or 0) > (record.get("kept") or 0) for record in history.epochs)
+    unfinished = any(_left_out(record) for record in history.epochs)
     tiers = any(record.get("tiers") for record in history.epochs)
     made = {record["epoch"]: scored_at(record) for record in history.epochs}
     made = {epoch: at for epoch, at in made.items() if at is not None}
     scored = len(set(made.values())) > 1 and any(epoch != at for epoch, at in made.items())
-    headers = ["epoch", "pool", "kept", *(["repeats"] if repeats else []), *(["tiers"] if tiers else [])]
+    headers = ["epoch", "pool", "kept", *(["repeats"] if repeats else [])]
+    headers += [*(["trained"] if unfinished else []), *(["tiers"] if tiers else [])]
     headers += [*(["scored in"] if scored else []), f"{score} kept", f"{score} dropped", "overlap", "cut"]
-    headers += ["scoring s", "training s", "held-out loss"]
+    sets = list(dict.fromkeys(name for record in history.epochs for name in record.get("eval_losses") or ()))
+    plain_loss = not sets or any(record.get("eval_loss") is not None for record in history.epochs)
+    headers += ["scoring s", "training s", *(["held-out loss"] if plain_loss else [])]
+    headers += [f"loss on {name}" for name in sets]
     rows = []
     for record in history.epochs:
         epoch, kept, budget = record["epoch"], record.get("kept"), record.get("budget")
         extra = [count_text(max(budget - kept, 0) if None not in (kept, budget) else None)] if repeats else []
+        extra += [count_text(record.get("trained"))] if unfinished else []
         extra += [_tiers_text(record.get("tiers"))] if tiers else []
         extra += [count_text(made.get(epoch))] if scored else []
         overlap = None if phases.is_brief(epoch - 1) else record.get("overlap")  # a sample was not selected
@@ -127,9 +134,16 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
             + [number_text(record.get("mean_kept")), number_text(record.get("mean_dropped"))]
             + [percent_text(overlap), number_text(record.get("cut"))]
             + [number_text(record.get(f"seconds_{part}"), 1) for part in ("scoring", "training")]
-            + [number_text(record.get("eval_loss"), 4)]
+            + ([number_text(record.get("eval_loss"), 4)] if plain_loss else [])
+            + [number_text((record.get("eval_losses") or {}).get(name), 4) for name in sets]
         )
     return headers, rows
+
+
+def _left_out(record: dict[str, Any]) -> bool:
+    """Whether an epoch ended before it had trained on all rows that were planned."""
+    planned = record.get("packed_rows") or record.get("budget")
+    return None not in (record.get("trained"), planned) and record["trained"] < planned
 
 
 def _tiers_text(tiers: list[int] | None) -> str:

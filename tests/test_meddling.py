@@ -28,6 +28,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 from ifd_trainer import Anneal, IFDSelectionCallback
 from ifd_trainer.errors import RunError, UserError
 from ifd_trainer.history import History
+from ifd_trainer.tables import epoch_cells
 
 EVENTS = ("on_train_begin", "on_epoch_begin", "on_step_begin", "on_step_end", "on_epoch_end")
 
@@ -153,6 +154,8 @@ def test_the_history_says_what_was_trained_on_and_not_what_was_planned(tmp_path,
     assert recorded(callback, epochs) == seen_times(seen)
     assert [record["trained"] for record in History.load(tmp_path).epochs] == trained
     assert [record["budget"] for record in callback.history.epochs] == [7, 5, 6][:epochs]
+    headers, lines = epoch_cells(callback.history)
+    assert [line[headers.index("trained")] for line in lines] == list(map(str, trained))
 
 
 def test_an_epoch_that_another_callback_ends_is_recorded_as_it_was(tmp_path):
@@ -200,7 +203,11 @@ def test_each_evaluation_set_keeps_its_own_loss(tmp_path):
         assert record["eval_losses"] == {name: losses[epoch] for name, losses in named.items()}
         assert record["eval_loss"] is None
         assert record["eval_losses"]["one"] != record["eval_losses"]["two"]
-    assert callback.history.epochs[-1]["eval_losses"].keys() == {"one", "two"}
+    headers, lines = epoch_cells(callback.history)
+    assert headers[-2:] == ["loss on one", "loss on two"]
+    assert "held-out loss" not in headers
+    losses = [record["eval_losses"] for record in callback.history.epochs]
+    assert [line[-2:] for line in lines] == [[f"{loss['one']:.4f}", f"{loss['two']:.4f}"] for loss in losses]
 
 
 def test_a_metric_of_ones_own_that_is_called_a_loss_is_not_the_held_out_loss(tmp_path):
