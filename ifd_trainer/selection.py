@@ -153,7 +153,8 @@ class Cherry:
         shortfall = max(budget - count, 0)
         fillable = count or (self.on_shortfall == "relax" and scored.any())
         if shortfall and (self.on_shortfall == "error" or not fillable):
-            raise ShortfallError(self._explain(budget, eligible, scored))
+            unscored = dict(zip(statuses, np.bincount(codes[~scored], minlength=len(statuses)).tolist(), strict=True))
+            raise ShortfallError(self._explain(budget, eligible, scored, unscored))
         kept = _best(score, ids, eligible, budget)
         relaxed = _best(-score, ids, scored & ~eligible, shortfall) if self.on_shortfall == "relax" else kept[:0]
         kept = np.concatenate([kept, relaxed])
@@ -165,10 +166,12 @@ class Cherry:
         reasons = np.array(names, dtype=object)[reason]
         return Selection(kept, reasons, float(score[kept].min()), count, shortfall)
 
-    def _explain(self, budget: int, eligible: np.ndarray, scored: np.ndarray) -> str:
+    def _explain(self, budget: int, eligible: np.ndarray, scored: np.ndarray, unscored: dict[str, int]) -> str:
+        why = ", ".join(f"{count} {status}" for status, count in unscored.items() if count)
         return (
             f"{budget} rows are to be kept, but only {eligible.sum()} of {len(scored)} are eligible: "
             f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {self.score} >= {self.max_ifd}. "
+            f"{f'Without a score: {why}. ' if why else ''}"
             "Lower `keep`, raise `max_ifd` (float('inf') switches the limit off), or look at the prompt format: with a "
             "chat template that the model was not trained on, prompts often do not help."
         )
