@@ -101,7 +101,9 @@ class SelectionRun:
 
     def sampler_of(self, dataloader: Any) -> SelectionSampler | None:
         """The sampler in a loader, however it is wrapped: the one whose length is the loader's; None without one."""
-        return next((s for s in self._samplers if has_length(dataloader) and s.batches(dataloader, 0) == 0), None)
+        if not has_length(dataloader):
+            return None
+        return next((s for s in self._samplers if s.batches(dataloader, 0) == 0 < s.batches(dataloader, 2**30)), None)
 
     def trained(self, step: int) -> list[TrainingRow]:
         """The rows of this epoch that were drawn and trained on when `step` updates were done in all.
@@ -286,12 +288,22 @@ class SelectiveTrainer:
         return selector.run.new_sampler(self.selection_pool)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
-        values = list(super().set_initial_training_values(args, dataloader))
         selector = self._selector
         if selector is None:
-            return tuple(values)
+            return super().set_initial_training_values(args, dataloader)
+        plan = self._plan(selector, args, dataloader)  # before the trainer's own errors, which speak of other things
+        values = list(super().set_initial_training_values(args, dataloader))
         if len(values) != _TUPLE_SIZE:
             raise unsupported_version("Trainer.set_initial_training_values returns another tuple")
+        cut = sum(epoch.updates for epoch in plan.epochs) - plan.max_steps  # of a last epoch that is not finished
+        values[_EPOCHS] = len(plan.epochs)
+        values[_TRAIN_SAMPLES] = plan.rows - cut * self.get_total_train_batch_size(args)
+        values[_UPDATES_PER_EPOCH] = plan.epochs[0].updates
+        values[_STEPS_IN_EPOCH], values[_MAX_STEPS] = plan.epochs[0].batches, plan.max_steps
+        return tuple(values)
+
+    def _plan(self, selector: EpochSelector, args: Any, dataloader: Any) -> TrainingPlan:
+        """The plan of a run on this loader, which its selector and this trainer share from now on."""
         run = selector.run
         run.sampler = sampler = run.sampler_of(dataloader)
         if sampler is None:
@@ -327,12 +339,7 @@ class SelectiveTrainer:
                 "on the whole pool. Lower warmup_epochs (or the share of Anneal), raise the number of epochs, or train "
                 "without the callback."
             )
-        cut = sum(epoch.updates for epoch in plan.epochs) - plan.max_steps  # of a last epoch that is not finished
-        values[_EPOCHS] = len(plan.epochs)
-        values[_TRAIN_SAMPLES] = plan.rows - cut * self.get_total_train_batch_size(args)
-        values[_UPDATES_PER_EPOCH] = plan.epochs[0].updates
-        values[_STEPS_IN_EPOCH], values[_MAX_STEPS] = plan.epochs[0].batches, plan.max_steps
-        return tuple(values)
+        return plan
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         selector = self._selector

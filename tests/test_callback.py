@@ -675,6 +675,13 @@ def test_a_budget_below_one_batch_with_drop_last_is_refused(tmp_path):
     assert trainer.state.global_step == 0
 
 
+def test_a_first_budget_below_one_batch_with_drop_last_is_refused(tmp_path):
+    trainer = sft_trainer(tmp_path, 8, dataloader_drop_last=True, per_device_train_batch_size=4)
+    select(trainer, keep=3)
+    with pytest.raises(ValueError, match="Epoch 0 is planned with 3 rows, fewer than one global batch"):
+        trainer.train()
+
+
 def test_a_data_set_without_a_prompt_boundary_is_refused(tmp_path):
     rows = Dataset.from_list([{"text": row["instruction"] + row["output"]} for row in raw_rows(8)])
     trainer = sft_trainer(tmp_path, rows)
