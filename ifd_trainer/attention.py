@@ -50,6 +50,7 @@ class Plan:
 
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
         self.spans, self.device = spans, device
+        self.tokens = spans[-1].end if spans else 0
         self.kernel = varlen_kernel(device)
         self.packed = None if self.kernel is None else _packed(spans)
         self.dtype: torch.dtype | None = None  # what the attention was computed in, once it was
@@ -171,6 +172,8 @@ def _attention(
     """What transformers calls in place of its own attention; (1, T, heads, D)."""
     if any(kwargs.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
         raise NotExact("the model's attention has a window, a soft cap, a sink or a bias")
+    if not query.shape[2] == key.shape[2] == _running.plan.tokens:
+        raise NotExact("the model attends to other tokens than those of the stream, such as virtual ones")
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     _running.plan.dtype = dtype

@@ -152,10 +152,11 @@ def test_a_kernel_that_gives_other_numbers_is_found_out_and_not_used(use, kernel
 def test_a_device_without_a_kernel_pads(monkeypatch):
     """A call for each span would be slow there: only the check says so, to the choice of an engine."""
     monkeypatch.setattr(attention_module, "varlen_kernel", lambda device: None)
-    query, spans = SimpleNamespace(device=torch.device("mps"), dtype=torch.float32), [Span(0, 2, np.empty(0, int))]
+    query = SimpleNamespace(device=torch.device("mps"), dtype=torch.float32, shape=(1, 1, 2, 8))
+    spans = [Span(0, 2, np.empty(0, int))]
     wanted = pytest.raises(NotExact, match=r"no variable-length kernel for torch\.float32")
     with attending(build_model(400), Plan(spans, query.device), check=True), wanted:
-        attention_module._attention(None, query, None, None, None)
+        attention_module._attention(None, query, query, query, None)
 
 
 def test_kernels_of_pytorch(monkeypatch):
