@@ -2,8 +2,9 @@
 
 `datasets.map` caches by the pickle of the callable. The pickle of an `IFDScorer` holds the options and a digest of
 what the model computes, never the weights: equal models and options hit the cache, changed weights, adapters, settings
-or code miss it (see `ifd_trainer.digests`), and hashing costs one read of the weights in a process. Since the workers of `num_proc` load the model from that pickle, it holds a local
-folder's path too, in one spelling of all: a copy of the folder misses the cache.
+or code miss it (see `ifd_trainer.digests`), and hashing costs one read of the weights in a process. Since the workers
+of `num_proc` load the model from that pickle, it holds a local folder's path too, in one spelling of all: a copy of the
+folder misses the cache.
 
 For a pool beyond one machine, a Ray cluster scores with one model for each GPU (`pip install ifd_trainer[ray]`):
 

@@ -50,7 +50,7 @@ CPU_LOGITS_BUDGET = 2**25
 ACCELERATOR_LOGITS_BUDGET = 2**28
 # Largest difference of the engines' logits on the probe, of their spread, in float32 and in half precision: they round
 # differently.
-_PROBE_TOLERANCE, _HALF_PROBE_TOLERANCE = 1e-3, 5e-2
+_PROBE_TOLERANCE, _HALF_PROBE_TOLERANCE = 1e-3, 0.15
 # Most that tokens which are not to be seen may change a logit, of the largest one. Two forwards of one shape round
 # alike, but for models that round by what else a batch holds: a mixture of experts may even send a token to another
 # expert. 0.7 for a BERT with large random weights.
@@ -268,6 +268,8 @@ def _rounds_by_row(model: nn.Module, device: torch.device) -> bool:
     if model in _by_row:
         return _by_row[model]
     check_causal_lm(model)
+    if _invoked(model):  # any tokens could invoke it
+        return _by_row.setdefault(model, False)
     size = vocabulary_size(model)
     ids = np.tile(np.arange(16) % size, (2, 1))
     other = ids.copy()
@@ -276,11 +278,18 @@ def _rounds_by_row(model: nn.Module, device: torch.device) -> bool:
     where = np.concatenate([np.arange(8), 16 + np.arange(16)])
     one, two = (logits_at(model, {"input_ids": on_device(x, device)}, where).float() for x in (ids, other))
     changed = ((one - two).abs().amax(-1) / one.abs().max()).cpu()
-    by_row = not bool(changed[8:].max() > 0)
+    by_row = not bool(changed[8:].max() > 0 or _mixes_rows(model))
     if changed[:8].max() > (_UNSEEN if by_row else _UNSEEN_IN_MIXED):
         raise UserError(_refusal(model, _SEES_AHEAD))
     _by_row[model] = by_row
     return by_row
+
+
+def _mixes_rows(model: nn.Module) -> bool:
+    """Whether a model's config says that it computes with groups of tokens: experts, quantised products."""
+    config = vars(text_config(model) or object).items()
+    experts = any("expert" in name and isinstance(value, int) and value > 1 for name, value in config)
+    return experts or bool(getattr(_innermost(model), "is_quantized", False))
 
 
 def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | None:
@@ -303,14 +312,20 @@ def _attends_to_all(config: Any) -> bool:
     return layers == {"full_attention"} and getattr(config, "attention_chunk_size", None) is None
 
 
+def _invoked(model: nn.Module) -> bool:
+    """Whether an adapter of PEFT begins where a row has the tokens that invoke it (activated LoRA)."""
+    return any(getattr(adapter, "alora_invocation_tokens", None) for adapter in _adapters(model))
+
+
 def _adapter_reads_rows(model: nn.Module) -> bool:
-    """Whether there is an adapter of PEFT whose work is not that of each token: it puts virtual tokens in front of a
-    row, or begins where the row has the tokens that invoke it."""
-    adapters = (getattr(unwrapped(model), "peft_config", None) or {}).values()
-    return any(
-        getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "alora_invocation_tokens", None)
-        for adapter in adapters
-    )
+    """Whether there is an adapter whose work is not that of each token: such a one, or one that puts virtual tokens in
+    front of a row."""
+    return _invoked(model) or any(getattr(adapter, "is_prompt_learning", False) for adapter in _adapters(model))
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """The configs of a model's adapters."""
+    return list((getattr(unwrapped(model), "peft_config", None) or {}).values())
 
 
 def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
@@ -331,15 +346,20 @@ def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
         spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
         tolerance = _HALF_PROBE_TOLERANCE if batch.plan.dtype in HALF else _PROBE_TOLERANCE
         off = float((found - expected).square().mean().sqrt() / spread)
+        logger.debug("Logits of %s as a stream differ by %.1e of their spread.", type(model).__name__, off)
         if not off <= tolerance:  # NaN is not either
             logger.info("%s is padded: as a stream its logits differ by up to %.1e.", type(model).__name__, off)
             return False
+        moved = replace(batch, positions=batch.positions + (batch.positions > 3))
+        if torch.equal(scored_logits(model, moved, device), found):
+            logger.info("%s is padded: it does not read the positions of a stream.", type(model).__name__)
+            return False
         if not _rounds_by_row(model, device):
             return True
-        # Rounding does not hide what spans see of each other: it is the same where only unseen tokens differ.
+        # Rounding does not hide what rows see of each other: it is the same where only other rows' tokens differ.
         again = scored_logits(model, streamed(others, device), device)
-        unseen = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.scored for s in segments])
-        off = float((again - found)[on_device(unseen, found.device)].abs().max() / found.abs().max())
+        same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.scored for s in segments])
+        off = float((again - found)[on_device(same, found.device)].abs().max() / found.abs().max())
         if not off <= _UNSEEN:
             logger.info("%s is padded: as a stream its rows see each other.", type(model).__name__)
         return off <= _UNSEEN

@@ -11,31 +11,49 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, build_model, build_tokenizer, reference_nll
+from conftest import ROUNDING, SMALL, build_model, build_tokenizer, reference_nll
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BlenderbotSmallConfig,
     BloomConfig,
+    DogeConfig,
     FalconH1Config,
     Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
     XGLMConfig,
 )
 
 from ifd_trainer import engine as engine_module
 from ifd_trainer import scorer as scorer_module
+from ifd_trainer.attention import NotExact
 from ifd_trainer.borrow import borrowed
 from ifd_trainer.encoding import EncodedPair, Encoder, Segment, Status
-from ifd_trainer.engine import streams
+from ifd_trainer.engine import check_causal_lm, streams
+from ifd_trainer.errors import UserError
 from ifd_trainer.formats import ALPACA, MESSAGES, PROMPT_COMPLETION, SHAREGPT, WIZARDLM, Example
 from ifd_trainer.forward import Pending, streamed
 from ifd_trainer.head import lm_head
@@ -540,21 +558,70 @@ def test_lora_adapters_are_part_of_the_model(engine):
     assert not np.allclose(found, expected_nll(build_model(400), segments), rtol=1e-3)
 
 
-def test_virtual_tokens_of_prompt_tuning_stand_in_front(engine):
-    peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = peft.get_peft_model(build_model(400), config)
-    segments = some_segments(4)
-    found = answer_nll(model, segments, token_budget=64, engine=engine)
+def in_front(model: nn.Module, segments: list[Segment]) -> list[float]:
+    """Losses of segments from the logits of their own places, behind what a model puts in front of a row."""
     expected = []
     for segment in segments:
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([segment.ids])).logits[0, 5:].double()
+            logits = model(input_ids=torch.tensor([segment.ids])).logits[0, -len(segment.ids) :].double()
         losses = -torch.log_softmax(logits, -1)[torch.arange(len(segment.ids) - 1), segment.ids[1:]]
         expected.append(losses[segment.start - 1 :].mean().item())
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    return expected
+
+
+VIRTUAL = {
+    "prompt tuning": ("PromptTuningConfig", {}),
+    "prefix tuning": ("PrefixTuningConfig", {}),
+    "P-tuning": ("PromptEncoderConfig", {"encoder_hidden_size": 32}),
+}
+
+
+def with_virtual_tokens(kind: str, **overrides: object) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    name, options = VIRTUAL[kind]
+    config = getattr(peft, name)(task_type="CAUSAL_LM", num_virtual_tokens=5, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return peft.get_peft_model(build_model(400, **overrides), config)
+
+
+@pytest.mark.parametrize("kind", sorted(VIRTUAL))
+def test_virtual_tokens_stand_in_front(engine, kind):
+    model, segments = with_virtual_tokens(kind), some_segments(4)
+    found = answer_nll(model, segments, token_budget=64, engine=engine)
+    np.testing.assert_allclose(found, in_front(model, segments), rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", sorted(VIRTUAL))
+def test_rows_behind_virtual_tokens_are_no_stream_in_any_precision(kind, dtype):
+    """Fresh weights hardly attend, so that losses are near whatever is attended to."""
+    model, segments = with_virtual_tokens(kind, initializer_range=0.02).to(dtype), some_segments()
+    assert not streams(model)
+    found = answer_nll(model, segments)
+    np.testing.assert_allclose(found, in_front(model, segments), rtol=ROUNDING if dtype == torch.float32 else 2e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("kind", ["prompt tuning", "prefix tuning"])
+def test_a_stream_that_is_forced_on_other_tokens_is_an_error_and_no_number(kind):
+    with pytest.raises(NotExact, match="other tokens than those of the stream"):
+        answer_nll(with_virtual_tokens(kind).bfloat16(), some_segments(), engine="stream")
+
+
+def test_an_adapter_that_begins_at_tokens_of_a_row_is_no_stream():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False, alora_invocation_tokens=[7, 8]
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(build_model(400), config)
+    segments = [Segment([*s.ids[:1], 7, 8, *s.ids[1:]], s.start) for s in some_segments()]
+    found = answer_nll(model, segments)
+    np.testing.assert_allclose(found, expected_nll(model, segments), rtol=ROUNDING)
+    with model.disable_adapter():
+        assert not np.allclose(found, expected_nll(model, segments), rtol=1e-3)
 
 
 # ---- no trace ---------------------------------------------------------------------------------------------------
@@ -890,24 +957,146 @@ def test_fresh_weights_that_hardly_attend_do_not_pass_for_attention_by_the_plan(
     np.testing.assert_allclose(answer_nll(model, segments), expected, rtol=1e-5)
 
 
-def test_a_model_whose_tokens_see_what_follows_is_refused(engine):
+class Shifted(LlamaForCausalLM):
+    """Adds a little of the token before to each token, wherever rows begin in a stream."""
+
+    def forward(self, input_ids=None, **kwargs):
+        embedded = self.model.embed_tokens(input_ids)
+        before = torch.cat([torch.zeros_like(embedded[:, :1]), embedded[:, :-1]], 1)
+        return super().forward(inputs_embeds=embedded + 0.01 * before, **kwargs)
+
+
+FRESH = SMALL | {"initializer_range": 0.02}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Shifted(LlamaConfig(**FRESH)),
+        # Positions of its own, which `position_ids` do not change.
+        lambda: AutoModelForCausalLM.from_config(
+            BlenderbotSmallConfig(
+                vocab_size=400, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48
+            )
+        ),
+        # A mask that is computed from the hidden states, and is nothing before training.
+        lambda: AutoModelForCausalLM.from_config(DogeConfig(**FRESH)),
+    ],
+    ids=["a token shift", "positions of its own", "a mask of its own"],
+)
+def test_rounding_does_not_hide_that_a_stream_is_not_exact(build, dtype):
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=400,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        initializer_range=0.4,
+    assert not streams(build().eval().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_of_experts_is_causal_though_it_rounds_by_what_a_batch_holds(dtype):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=4)).eval().to(dtype)
+    segments = some_segments()
+    expected = expected_nll(model, segments)
+    np.testing.assert_allclose(
+        answer_nll(model, segments), expected, rtol=0.05 if dtype == torch.bfloat16 else ROUNDING
     )
-    segments = some_segments(3)
+
+
+# ---- what is no causal language model -----------------------------------------------------------------------------
+
+TINY_BERT = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0.02, 0.4])
+def test_tokens_that_see_what_follows_are_found_out_by_their_numbers(monkeypatch, engine, dtype, spread):
+    """Fresh weights hardly attend: a limit that leaves room for rounding lets them through."""
+    monkeypatch.setattr(engine_module, "check_causal_lm", lambda model: None)
+    torch.manual_seed(0)
+    config = BertConfig(**TINY_BERT, initializer_range=spread)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).train()
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"BertLMHeadModel lets tokens see those that follow.*decoder-only"):
-            answer_nll(AutoModelForCausalLM.from_config(config).train(), segments, engine=engine)
+        with pytest.raises(UserError, match=r"BertLMHeadModel lets tokens see those that follow.*decoder-only"):
+            answer_nll(model, some_segments(3), engine=engine)
     config.is_decoder = True
     model = AutoModelForCausalLM.from_config(config).eval()
-    expected = [reference_nll(model, segment.ids, segment.start) for segment in segments]
-    np.testing.assert_allclose(answer_nll(model, segments, engine=engine), expected, rtol=1e-5)
+    segments = some_segments(3)
+    np.testing.assert_allclose(answer_nll(model, segments), expected_nll(model, segments), rtol=ROUNDING)
+
+
+T5 = {"vocab_size": 400, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+BART = {
+    "vocab_size": 400,
+    "d_model": 16,
+    **{f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")},
+}
+OTHERS = {
+    "encoder-decoder": (lambda: T5ForConditionalGeneration(T5Config(**T5)), "is an encoder-decoder"),
+    "encoder-decoder with a decoder of its own": (
+        lambda: BartForConditionalGeneration(BartConfig(**BART)),
+        "is an encoder-decoder",
+    ),
+    "classifier of texts": (lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL)), "is a classifier"),
+    "classifier of tokens": (lambda: LlamaForTokenClassification(LlamaConfig(**SMALL)), "is a classifier"),
+    "masked": (lambda: BertForMaskedLM(BertConfig(**TINY_BERT)), "lets tokens see those that follow them"),
+    "encoder with a causal head": (
+        lambda: BertLMHeadModel(BertConfig(**TINY_BERT)),
+        "lets tokens see those that follow them",
+    ),
+    "bidirectional": (
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, use_bidirectional_attention=True)),
+        "lets tokens see those that follow them",
+    ),
+    "no head": (lambda: LlamaModel(LlamaConfig(**SMALL)), "has no language model head"),
+}
+
+
+class Around(nn.Module):
+    """What a trainer puts around a model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("kind", sorted(OTHERS))
+def test_each_kind_of_other_model_is_refused_in_a_sentence_about_it(kind):
+    build, words = OTHERS[kind]
+    model = build()
+    wanted = rf"^{type(model).__name__} {words}.* Use a causal \(decoder-only\) language model"
+    for one in (model, Around(model), torch.compile(model)):
+        with pytest.raises(UserError, match=wanted):
+            check_causal_lm(one)
+        with pytest.raises(UserError, match=wanted):
+            score_pairs(one, pairs_of(some_segments(2)))
+
+
+def test_an_adapter_does_not_hide_a_classifier():
+    peft = pytest.importorskip("peft")
+    model = LlamaForSequenceClassification(LlamaConfig(**SMALL))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"^LlamaForSequenceClassification is a classifier"):
+        check_causal_lm(adapted)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: build_model(400),
+        lambda: BertLMHeadModel(BertConfig(**TINY_BERT, is_decoder=True)),
+        lambda: BartForCausalLM(BartConfig(**BART)),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2)),
+        lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=400, n_embd=16, n_layer=1, n_head=2)),
+        lambda: nn.Linear(2, 2),
+    ],
+)
+def test_causal_language_models_and_what_tells_nothing_are_not_refused(build):
+    assert check_causal_lm(build()) is None
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------
