@@ -39,10 +39,11 @@ _NOT_OF_ADAPTERS = (
 # Attributes of modules that tell no forward apart, but how a model was loaded, saved or trained.
 _BOOKKEEPING = (
     *vars(nn.Module()),
-    *("name_or_path", "generation_config", "gradient_checkpointing", "warnings_issued", "hf_device_map"),
+    *("name_or_path", "generation_config", "warnings_issued", "hf_device_map"),
     *("all_tied_weights_keys", "_is_hf_initialized", "loss_type", "model_tags", "add_model_tags"),
     *("targeted_module_names", "targeted_parameter_names", "special_peft_forward_args", "peft_type", "kwargs"),
 )
+_PASSING = ("cache", "gradient_checkpointing")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Tables of positions grow when a longer row comes along: what they begin with is what they are.
 _TABLE_ROWS = 16
@@ -146,14 +147,15 @@ class _Told:
         """Its class, and its settings: plain values, what hooks it has, functions that stand in for its own."""
         bookkeeping = isinstance(module, PreTrainedModel)
         settings = {
-            name: value
+            name: [value] if name.endswith("active_adapter") and isinstance(value, str) else value
             for name, value in vars(module).items()
             if name not in _BOOKKEEPING
-            and "cache" not in name
+            and not any(part in name for part in _PASSING)
             and not (bookkeeping and name.startswith("_"))
             and not isinstance(value, (nn.Module, PretrainedConfig))
         }
-        hooks = [hook for name in _HOOKS for hook in vars(module)[name].values()]
+        # Those of libraries place weights and gradients.
+        hooks = [hook for name in _HOOKS for hook in vars(module)[name].values() if _own(_made_in(hook))]
         return f"{self.of_class(type(module))}{self.of(settings)}{self.of(hooks)}"
 
     def of(self, value: Any) -> str:
@@ -259,6 +261,14 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
+def _made_in(hook: Any) -> str | None:
+    """The module that a callable's code is in."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    code = getattr(hook, "__func__", hook)
+    return code.__module__ if isinstance(code, types.FunctionType) else type(code).__module__
+
+
 def _own(module: str | None) -> bool:
     """Whether a module is of no installed package, such as a script, a notebook or a checkpoint's own code."""
     if module is None or module.split(".")[0] in sys.builtin_module_names:
@@ -266,6 +276,6 @@ def _own(module: str | None) -> bool:
     found = sys.modules.get(module)
     file = getattr(found, "__file__", None)
     if file is None:
-        return module == "__main__" or found is None
+        return getattr(getattr(found, "__spec__", None), "origin", None) not in ("built-in", "frozen")
     installed = any(part in _INSTALLED for part in Path(file).parts)
     return not installed and not file.startswith(sysconfig.get_path("stdlib"))

@@ -592,6 +592,7 @@ def test_virtual_tokens_stand_in_front(engine, kind):
     np.testing.assert_allclose(found, in_front(model, segments), rtol=ROUNDING)
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # as a user's would
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", sorted(VIRTUAL))
 def test_rows_behind_virtual_tokens_are_no_stream_in_any_precision(kind, dtype):
