@@ -43,7 +43,7 @@ _BOOKKEEPING = (
     *("all_tied_weights_keys", "_is_hf_initialized", "loss_type", "model_tags", "add_model_tags"),
     *("targeted_module_names", "targeted_parameter_names", "special_peft_forward_args", "peft_type", "kwargs"),
 )
-_PASSING = ("cache", "gradient_checkpointing")
+_PASSING = ("cache", "_state", "gradient_checkpointing")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Tables of positions grow when a longer row comes along: what they begin with is what they are.
 _TABLE_ROWS = 16
@@ -161,7 +161,7 @@ class _Told:
     def of(self, value: Any) -> str:
         """A value that settings hold; of an object that is none of the known kinds, its class."""
         if isinstance(value, Enum):
-            return f"{type(value).__qualname__}.{value.name}"
+            return self.of(value.value)  # saved and loaded it is that
         if isinstance(value, _PLAIN):
             return repr(value)
         if isinstance(value, Mapping):
@@ -183,10 +183,10 @@ class _Told:
         if isinstance(value, type):
             return self.of_class(value)
         if isinstance(value, PretrainedConfig):
-            names = {key: item for key, item in value.to_dict().items() if key not in _NOT_IN_DIGEST}
-            return self.of(names | {"attention": getattr(value, "_attn_implementation", None)})
+            told = _without(value.to_dict(), _NOT_IN_DIGEST)
+            return self.of(told | {"attention": getattr(value, "_attn_implementation", None)})
         if hasattr(value, "peft_type") and hasattr(value, "to_dict"):
-            return self.of({key: item for key, item in value.to_dict().items() if key not in _NOT_OF_ADAPTERS})
+            return self.of(_without(value.to_dict(), _NOT_OF_ADAPTERS))
         told = self.of_class(type(value))
         if isinstance(value, nn.Module) or not _own(type(value).__module__) or self._known(value):
             return told
@@ -229,6 +229,13 @@ class _Told:
         known = id(thing) in self._seen
         self._seen.add(id(thing))
         return known
+
+
+def _without(value: Any, names: Collection[str]) -> Any:
+    """A dictionary, and those in it, without these keys."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without(item, names) for key, item in value.items() if key not in names}
 
 
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
