@@ -178,19 +178,17 @@ def check_causal_lm(model: nn.Module) -> None:
             was found and what is wanted.
 
     >>> from transformers import GPT2Config, GPT2ForSequenceClassification
-    >>> check_causal_lm(GPT2ForSequenceClassification(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)))
+    >>> model = GPT2ForSequenceClassification(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
+    >>> check_causal_lm(model)                                                # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ifd_trainer.errors.UserError: GPT2ForSequenceClassification is a classifier: ...
     """
     model = _innermost(model)
     if not isinstance(model, PreTrainedModel):
         return
-    kind = _kind(type(model).__name__, model.config)
-    if (
-        kind is None
-        and re.search(r"(?<!LMHead)(?<!DoubleHeads)Model$", type(model).__name__)
-        and lm_head(model) is None
-    ):
+    name = type(model).__name__
+    kind = _kind(name, model.config)
+    if kind is None and lm_head(model) is None and re.search(r"(?<!LMHead)(?<!DoubleHeads)Model$", name):
         kind = _HEADLESS
     if kind is not None:
         raise UserError(_refusal(model, kind))
@@ -219,15 +217,15 @@ def check_causal_config(name: str, config: PretrainedConfig) -> None:
 
 def _kind(name: str, config: Any) -> str | None:
     """What a class of that name is instead of a causal language model."""
-    told = getattr(config, "is_decoder", None) or getattr(config, "causal", None) or name.endswith("ForCausalLM")
     if _CLASSIFIERS.search(name):
         return _CLASSIFIER
-    if getattr(config, "is_encoder_decoder", False) and not name.endswith("ForCausalLM"):
+    if getattr(config, "is_encoder_decoder", False):
         return _ENCODER_DECODER
-    ahead = getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all")
-    if _ENCODERS.search(name) or ahead or (type(config) in MODEL_FOR_MASKED_LM_MAPPING and not told):
-        return _SEES_AHEAD
-    return None
+    told = getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all")
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (
+        getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    )
+    return _SEES_AHEAD if _ENCODERS.search(name) or told or encoder else None
 
 
 def _innermost(model: nn.Module) -> nn.Module:
@@ -287,8 +285,9 @@ def _rounds_by_row(model: nn.Module, device: torch.device) -> bool:
 
 def _mixes_rows(model: nn.Module) -> bool:
     """Whether a model's config says that it computes with groups of tokens: experts, quantised products."""
-    config = vars(text_config(model) or object).items()
-    experts = any("expert" in name and isinstance(value, int) and value > 1 for name, value in config)
+    config = text_config(model)
+    settings = {} if config is None else vars(config)
+    experts = any("expert" in name and isinstance(value, int) and value > 1 for name, value in settings.items())
     return experts or bool(getattr(_innermost(model), "is_quantized", False))
 
 

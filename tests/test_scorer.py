@@ -42,6 +42,8 @@ from transformers import (
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
     Qwen2Config,
+    RobertaConfig,
+    RobertaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     XGLMConfig,
@@ -1047,6 +1049,10 @@ OTHERS = {
     "masked": (lambda: BertForMaskedLM(BertConfig(**TINY_BERT)), "lets tokens see those that follow them"),
     "encoder with a causal head": (
         lambda: BertLMHeadModel(BertConfig(**TINY_BERT)),
+        "lets tokens see those that follow them",
+    ),
+    "encoder with a causal head of its own": (
+        lambda: RobertaForCausalLM(RobertaConfig(**TINY_BERT)),
         "lets tokens see those that follow them",
     ),
     "bidirectional": (
