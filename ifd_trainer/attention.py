@@ -33,6 +33,9 @@ Kernel = Callable[
 
 _NAME = "ifd_stream"
 HALF = (torch.float16, torch.bfloat16)
+# What attention layers are called with that changes nothing of it. Whatever else they are called with may change it: a
+# window, a soft cap, a sink, a bias, or what models yet to come bring along.
+_OF_NO_EFFECT = ("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states")
 _KERNEL_TOLERANCE = 2e-2  # of the largest value, between the two ways; bfloat16 rounds by 0.4 %
 
 
@@ -50,6 +53,7 @@ class Plan:
 
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
         self.spans, self.device = spans, device
+        self.tokens = spans[-1].end if spans else 0
         self.kernel = varlen_kernel(device)
         self.packed = None if self.kernel is None else _packed(spans)
         self.dtype: torch.dtype | None = None  # what the attention was computed in, once it was
@@ -169,8 +173,16 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in place of its own attention; (1, T, heads, D)."""
-    if any(kwargs.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
-        raise NotExact("the model's attention has a window, a soft cap, a sink or a bias")
+    harmless = {"is_causal": True}  # of other switches, those that are off
+    told = [
+        name
+        for name, value in kwargs.items()
+        if name not in _OF_NO_EFFECT and value is not None and value is not harmless.get(name, False)
+    ]
+    if attention_mask is not None or told:
+        raise NotExact(f"the model's attention has a mask or something else of its own: {told}")
+    if not query.shape[2] == key.shape[2] == _running.plan.tokens:
+        raise NotExact("the model attends to other tokens than those of the stream, such as virtual ones")
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     _running.plan.dtype = dtype

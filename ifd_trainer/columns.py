@@ -1,9 +1,10 @@
 """The `datasets.map` transform: its columns, its model, its fingerprint.
 
-`datasets.map` caches by the pickle of the callable. The pickle of an `IFDScorer` holds a digest of the weights and
-the options, never the weights: equal weights and options hit the cache, changed weights miss it, and hashing costs
-one read of the weights in a process. Since the workers of `num_proc` load the model from that pickle, it holds a local
-folder's path too, in one spelling of all: a copy of the folder misses the cache.
+`datasets.map` caches by the pickle of the callable. The pickle of an `IFDScorer` holds the options and a digest of
+what the model computes, never the weights: equal models and options hit the cache, changed weights, adapters, settings
+or code miss it (see `ifd_trainer.digests`), and hashing costs one read of the weights in a process. Since the workers
+of `num_proc` load the model from that pickle, it holds a local folder's path too, in one spelling of all: a copy of the
+folder misses the cache.
 
 For a pool beyond one machine, a Ray cluster scores with one model for each GPU (`pip install ifd_trainer[ray]`):
 
@@ -39,6 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .digests import checkpoint_digest, weights_digest
 from .encoding import EncodedPair, Encoder, Status, check_positive
+from .engine import check_causal_config, check_causal_lm
 from .errors import FileAccessError, NotFoundError, UserError
 from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
 from .positions import window
@@ -118,6 +120,8 @@ class IFDScorer:
             raise UserError(
                 f"model must be a hub name, a path or a loaded causal LM, got {type(model).__name__}: {model!r}."
             )
+        if not named:
+            check_causal_lm(model)
         check_positive(token_budget=token_budget)
         self.name = model_name(model) if named else None
         self.format = format
@@ -232,7 +236,7 @@ class IFDScorer:
     def digest(self) -> str:
         """What tells the weights from others: a digest, the same for every copy of a folder; a hub name's commit."""
         if self.name is not None:
-            return checkpoint_digest(self.name, self.hub["revision"])
+            return checkpoint_digest(self.name, **self.hub)
         return weights_digest(self._model) if self._model is not None else self._weights
 
     def _format(self, columns: Iterable[str]) -> PromptFormat:
@@ -287,7 +291,11 @@ class IFDScorer:
                 "This IFDScorer was sent to another process, and a loaded model does not travel. Pass a name or a "
                 "path instead of a loaded model to use num_proc."
             )
-        self._config = self._read_config() if self._model is None else self._model.config
+        if self._model is not None:
+            self._config = self._model.config
+        else:
+            self._config = self._read_config()
+            check_causal_config(self.name, self._config)
         tokenizer = self.tokenizer
         if tokenizer is None:
             source = self.name or self._config.name_or_path
@@ -310,6 +318,8 @@ class IFDScorer:
             raise FileAccessError(
                 f"{self.name}{f' at {revision}' if revision else ''} cannot be read: {error}"
             ) from error
+        except ValueError as error:  # a type that is not known, or code of its own that was not asked for
+            raise UserError(f"{self.name} cannot be read: {error}") from error
 
     def _load(self, rank: int | None) -> None:
         self._prepare()
@@ -322,12 +332,21 @@ class IFDScorer:
             torch.set_num_threads(1)
         dtype = self.dtype or default_dtype(self._config, device)
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, **self.hub)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                self.name, dtype=dtype, output_loading_info=True, **self.hub
+            )
         except SafetensorError as error:
             raise UserError(
                 f"The weights in {self.name} cannot be read ({error}): a file is damaged or was cut short. Download or "
                 "copy it again."
             ) from error
+        check_causal_lm(model)
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(
+                f"{self.name} lacks {len(missing)} of the weights of a {type(model).__name__} ({', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}), so they would be random: it holds another kind of model, or "
+                "one without its language model head. Score with a checkpoint of a causal language model."
+            )
         self._model = model.to(device)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ the forward begins, so that nothing inside it makes the host wait.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,6 @@ def launch(
     device: torch.device,
     logits: Logits | None,
     pooled: Sequence[int] | None = None,
-    check: bool = False,
 ) -> Pending:
     """Run a forward; on an accelerator, without waiting for its end.
 
@@ -116,20 +115,40 @@ def launch(
         device: where the model runs.
         logits: how the model makes logits, to take them in chunks; None to take them as a whole.
         pooled: how many tokens of each segment, from the first, its mean hidden state is of; None for no means.
-        check: compare the ways to attend along a stream; see `attending`.
     """
-    inputs = {"input_ids": on_device(batch.ids, device)}
-    if batch.positions is not None:
-        inputs["position_ids"] = on_device(batch.positions, device)
     targets = Targets.on(device, batch.which, batch.targets)
     means = None if pooled is None else _Means(batch, pooled, device)
-    attention = contextlib.nullcontext() if batch.plan is None else attending(model, batch.plan, check)
-    with attention, OneDNN() if device.type == "cpu" else contextlib.nullcontext():
+    with _laid_on(device, model, batch) as inputs:
         if logits is None:
             losses = whole_losses(logits_at(model, inputs, batch.where, means), targets)
         else:
             losses = _losses_at(model, inputs, batch.where, targets, logits, means)
     return Pending(batch, Fetched(losses), None if means is None else Fetched(means.found))
+
+
+@contextlib.contextmanager
+def _laid_on(
+    device: torch.device, model: nn.Module, batch: Batch, check: bool = False
+) -> Iterator[dict[str, torch.Tensor]]:
+    """A batch as inputs of `model`, which inside this context runs as the batch wants it."""
+    inputs = {"input_ids": on_device(batch.ids, device)}
+    if batch.positions is not None:
+        inputs["position_ids"] = on_device(batch.positions, device)
+    attention = contextlib.nullcontext() if batch.plan is None else attending(model, batch.plan, check)
+    with attention, OneDNN() if device.type == "cpu" else contextlib.nullcontext():
+        yield inputs
+
+
+def scored_logits(model: nn.Module, batch: Batch, device: torch.device, check: bool = False) -> torch.Tensor:
+    """Logits that the N scored tokens are predicted by, (N, V) float32, one segment after another.
+
+    For trying out a model on few tokens. `check`: compare the ways to attend along a stream; see `attending`.
+    """
+    with _laid_on(device, model, batch, check) as inputs:
+        logits = logits_at(model, inputs, batch.where)
+    which = np.empty_like(batch.which)
+    which[batch.order] = batch.which
+    return logits[on_device(which, logits.device)].float()
 
 
 class _Means:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, build_model, build_tokenizer, reference_nll
+from conftest import ROOT, ROUNDING, build_model, build_tokenizer, reference_nll
 
 from ifd_trainer.encoding import token_count
 
@@ -169,8 +169,8 @@ def test_the_other_procedures_compute_the_losses_of_single_tokens(measuring):
     expected = [reference_nll(model, segment.ids, segment.start) for segment in segments]
     with torch.no_grad():
         for procedure in (measuring.one_row_at_a_time, measuring.padded_batches):
-            np.testing.assert_allclose(procedure(model, segments), expected, rtol=1e-5)
-    np.testing.assert_allclose(measuring.ours(model, pairs), expected, rtol=1e-5)
+            np.testing.assert_allclose(procedure(model, segments), expected, rtol=ROUNDING)
+    np.testing.assert_allclose(measuring.ours(model, pairs), expected, rtol=ROUNDING)
 
 
 def test_operations_counted_by_hand(measuring):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CORPUS, build_model, build_tokenizer, reference_nll
+from conftest import CORPUS, ROUNDING, build_model, build_tokenizer, reference_nll
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
@@ -282,7 +282,7 @@ def test_rows_whose_boundary_tokens_merge_are_selected_by_the_reference_too(tmp_
     seen = train(trainer)
     assert set(seen.order()) == set(reference_top(scores, 6))
     for row in callback.history.rows(0).itertuples():
-        assert (row.cas, row.das) == pytest.approx(scores[row.row_id], rel=1e-5)
+        assert (row.cas, row.das) == pytest.approx(scores[row.row_id], rel=ROUNDING)
 
 
 def test_a_header_of_ones_own_precedes_the_direct_answer(tmp_path):
@@ -296,7 +296,7 @@ def test_a_header_of_ones_own_precedes_the_direct_answer(tmp_path):
     model = model_with(seen.weights[0])
     for row, tokens in zip(callback.history.rows(0).itertuples(), trainer.train_dataset, strict=True):
         answer = [label for label in tokens["labels"] if label != -100][:-1]
-        assert row.das == pytest.approx(reference_nll(model, header + answer, len(header)), rel=1e-5)
+        assert row.das == pytest.approx(reference_nll(model, header + answer, len(header)), rel=ROUNDING)
 
 
 # ---- no trace ---------------------------------------------------------------------------------------------------

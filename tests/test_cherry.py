@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import build_model, build_tokenizer, reference_nll
+from conftest import ROUNDING, build_model, build_tokenizer, reference_nll
 from torch.utils.data import Sampler
 from training import (
     INF,
@@ -241,7 +241,7 @@ def test_another_model_scores_with_its_own_tokenizer(tmp_path):
     scores = scorer({name: [row[name] for row in raw.values()] for name in ("instruction", "output")})
     expected = [list(raw)[i] for i in np.argsort(scores["ifd"])[-KEEP:]]
     assert [set(epoch) for epoch in witness.epochs()] == [set(expected)] * 2
-    np.testing.assert_allclose(callback.history.rows(0)["ifd"], scores["ifd"], rtol=1e-5)
+    np.testing.assert_allclose(callback.history.rows(0)["ifd"], scores["ifd"], rtol=ROUNDING)
     assert callback.history.settings["scorer"] == str(tmp_path / "other")
 
 

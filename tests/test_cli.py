@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import ROUNDING
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -64,7 +65,7 @@ def test_score_keeps_all_columns_and_adds_scores_in_every_file_format(
     assert found["ifd_status"].tolist() == ["empty_answer" if not row["output"] else "ok" for row in ROWS]
     assert found["ifd"].isna().tolist() == [not row["output"] for row in ROWS]
     expected = Dataset.from_list(ROWS).map(IFDScorer(model_path, device="cpu"), batched=True).to_pandas()
-    pd.testing.assert_series_equal(found["ifd"], expected["ifd"], rtol=1e-5, check_dtype=False)
+    pd.testing.assert_series_equal(found["ifd"], expected["ifd"], rtol=ROUNDING, check_dtype=False)
 
 
 def test_score_goes_on_where_it_was_interrupted(
@@ -129,7 +130,7 @@ def test_a_job_goes_on_with_another_token_budget(
     assert score(data, output, model_path, "--part-rows", "3", "--token-budget", "256") == 0
     expected = tmp_path / "expected.parquet"
     assert score(data, expected, model_path) == 0
-    pd.testing.assert_frame_equal(read(output), read(expected), rtol=1e-6)
+    pd.testing.assert_frame_equal(read(output), read(expected), rtol=ROUNDING)
 
 
 def test_rows_of_the_last_part_may_all_be_malformed(tmp_path: Path, model_path: str) -> None:

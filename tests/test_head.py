@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, build_model, reference_nll
+from conftest import ROUNDING, SMALL, build_model, reference_nll
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -129,7 +129,7 @@ def test_losses_are_those_of_whole_logits(kind, places, targets, vocabulary, val
     ):
         logits = nn.functional.linear(hidden, head.weight, head.bias)
         found = losses_of(Logits(vocabulary, lambda x: x * 0.5), head, hidden, which, wanted)
-    np.testing.assert_allclose(found, exact_losses(logits * 0.5, which, wanted), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, exact_losses(logits * 0.5, which, wanted), rtol=ROUNDING, atol=1e-5)
     if kind is Projection:
         assert sum(head.seen) == places
         assert max(head.seen) <= max(values // vocabulary, 1)
@@ -161,7 +161,7 @@ def test_tokens_that_are_never_said(monkeypatch):
         found = losses_of(Logits(50, lambda x: x), head, hidden, which, targets)
         never = losses_of(Logits(50, lambda x: x), head, hidden, np.array([0, 1]), np.array([0, 20]))
         logits = nn.functional.linear(hidden, head.weight, head.bias)
-    np.testing.assert_allclose(found, exact_losses(logits, which, targets), rtol=1e-5)
+    np.testing.assert_allclose(found, exact_losses(logits, which, targets), rtol=ROUNDING)
     assert not np.isfinite(never).any()
 
 
@@ -204,7 +204,7 @@ def test_changed_logits_are_exact_in_chunks(name, sharded, engine, chunk, projec
     model = built(name)
     expected = [reference_nll(model, segment.ids, segment.start) for segment in segments_of()]
     found = answer_nll(model, segments_of(), device="cpu", engine=engine, sharded=sharded)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=ROUNDING)
     assert projected[-1]
 
 
@@ -263,7 +263,7 @@ def test_models_that_no_known_change_explains_keep_whole_logits(kind, chunk, pro
     model.load_state_dict(build_model(VOCABULARY).state_dict())
     segments = [segment for segment in segments_of() if not set(range(100, 110)) & set(segment.ids)]
     expected = [reference_nll(model, segment.ids, segment.start) for segment in segments]
-    np.testing.assert_allclose(answer_nll(model, segments), expected, rtol=1e-5)
+    np.testing.assert_allclose(answer_nll(model, segments), expected, rtol=ROUNDING)
     assert not any(projected)
 
 
@@ -281,7 +281,7 @@ def test_a_hook_on_the_head_that_changes_logits_still_does(chunk, projected):
     model = build_model(VOCABULARY)
     model.lm_head.register_forward_hook(lambda module, args, output: output * 0.5)
     expected = [reference_nll(model, segment.ids, segment.start) for segment in segments_of()]
-    np.testing.assert_allclose(answer_nll(model, segments_of()), expected, rtol=1e-5)
+    np.testing.assert_allclose(answer_nll(model, segments_of()), expected, rtol=ROUNDING)
     assert projected[-1]
 
 
@@ -306,7 +306,7 @@ def test_only_a_head_that_is_nothing_but_a_matrix_is_taken_apart(kind, monkeypat
     tiled = head_module._tiled_losses
     monkeypatch.setattr(head_module, "_tiled_losses", lambda *args: calls.append(0) or tiled(*args))
     found = answer_nll(model, segments_of(), engine="padded")
-    np.testing.assert_allclose(found, expected, rtol=0.05 if kind == "bfloat16" else 1e-5)
+    np.testing.assert_allclose(found, expected, rtol=0.05 if kind == "bfloat16" else ROUNDING)
     assert bool(calls) is (kind == "none")
     with torch.autocast("cpu", torch.bfloat16):
         calls.clear()
@@ -334,7 +334,7 @@ def test_weights_gathered_for_the_call_of_the_head_only(chunk, projected):
     gathered.clear()
     projected.clear()
     found = answer_nll(model, segments_of(), engine="padded", token_budget=64, sharded=True)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=ROUNDING)
     assert all(projected)
     assert len(gathered) == len(projected) > 1  # once a forward, whatever the number of chunks
 
@@ -347,7 +347,7 @@ def test_an_adapter_inside_the_head(sharded, chunk, projected):
         torch.manual_seed(0)
         model = peft.get_peft_model(build_model(VOCABULARY), config)
     expected = [reference_nll(model, segment.ids, segment.start) for segment in segments_of()]
-    np.testing.assert_allclose(answer_nll(model, segments_of(), sharded=sharded), expected, rtol=1e-5)
+    np.testing.assert_allclose(answer_nll(model, segments_of(), sharded=sharded), expected, rtol=ROUNDING)
     assert projected[-1] is not sharded  # its modules would gather weights once a chunk
 
 
@@ -364,7 +364,7 @@ def test_an_error_in_the_head_leaves_no_hook_behind():
     hook.remove()
     assert not model.lm_head._forward_pre_hooks
     expected = [reference_nll(model, segment.ids, segment.start) for segment in segments_of()]
-    np.testing.assert_allclose(answer_nll(model, segments_of()), expected, rtol=1e-5)
+    np.testing.assert_allclose(answer_nll(model, segments_of()), expected, rtol=ROUNDING)
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------

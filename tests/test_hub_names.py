@@ -96,6 +96,23 @@ def test_a_model_with_code_of_its_own_is_scored_where_that_is_allowed(hub, tmp_p
     assert Dataset.from_dict(ROWS).map(again, batched=True)["cas"] == found["cas"]
 
 
+def test_code_from_another_repository_is_told_by_its_commit(hub):
+    """The commit of the weights stays the same when that of their code moves on."""
+    snapshot, code = (hub / f"models--org--{name}" for name in ("own", "code"))
+    config = json.loads((snapshot / "snapshots" / NEW / "config.json").read_text())
+    elsewhere = {name: f"org/code--{value}" for name, value in config["auto_map"].items()}
+    (snapshot / "snapshots" / NEW / "config.json").write_text(json.dumps(config | {"auto_map": elsewhere}))
+    (code / "refs").mkdir(parents=True)
+    for commit in (OLD, NEW):
+        (code / "snapshots" / commit).mkdir(parents=True)
+        for name, text in CODE.items():
+            (code / "snapshots" / commit / name).write_text(text)
+        (code / "refs" / "main").write_text(commit)
+        scorer = IFDScorer("org/own", format="alpaca", trust_remote_code=True)
+        assert scorer.digest() == f"org/own@{NEW}+org/code@{commit}"
+    assert IFDScorer("org/own", format="alpaca").digest() == f"org/own@{NEW}"  # code that is not run
+
+
 def test_code_that_comes_with_a_model_is_not_run_without_being_asked_for(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "n")
     assert run(tmp_path, "--model", "org/own") == 2

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, build_model, reference_nll
+from conftest import ROUNDING, SMALL, build_model, reference_nll
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -304,6 +304,6 @@ def test_scores_are_those_of_single_tokens_and_batches_are_still_halved(fake, ca
 
     model.register_forward_pre_hook(shrink, with_kwargs=True, prepend=True)
     found = answer_nll(model, segments, engine="padded")
-    np.testing.assert_allclose(found[:5], expected, rtol=1e-5)
+    np.testing.assert_allclose(found[:5], expected, rtol=ROUNDING)
     assert ["memory" in record.message for record in caplog.records] == [True]
     assert 1000 * max(memory.sizes) < 7 * MIB

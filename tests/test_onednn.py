@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
+from conftest import ROUNDING, build_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -169,4 +169,4 @@ def test_scoring_uses_it_and_training_afterwards_does_not(products):
     with torch.no_grad():
         model(torch.tensor([[5, 6, 7]]))
     assert products == []
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=ROUNDING)

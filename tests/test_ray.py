@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from conftest import ROOT
+from conftest import ROOT, ROUNDING
 from datasets import Dataset
 
 from ifd_trainer.columns import IFD_COLUMNS, IFDScorer
@@ -43,7 +43,7 @@ def test_two_workers_score_like_the_transform(cluster, tmp_path: Path, model, to
         assert {name: row[name] for name in ROWS[0]} == {name: wanted[name] for name in ROWS[0]}
         assert row["ifd_status"] == wanted["ifd_status"]
         if wanted["ifd"] is not None:
-            assert row["ifd"] == pytest.approx(wanted["ifd"], rel=1e-5)
+            assert row["ifd"] == pytest.approx(wanted["ifd"], rel=ROUNDING)
         else:
             assert row["ifd"] is None or row["ifd"] != row["ifd"]
 

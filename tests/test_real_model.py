@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, reference_nll
+from conftest import ROOT, ROUNDING, reference_nll
 from datasets import load_dataset
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,7 +46,7 @@ def test_both_engines_give_the_losses_of_a_loop_over_tokens(loaded, demo):
     assert streams(model)
     for engine in ("stream", "padded"):
         scores = score_pairs(model, pairs, engine=engine)
-        np.testing.assert_allclose(np.stack([scores.cas, scores.das], axis=1), expected, rtol=1e-5)
+        np.testing.assert_allclose(np.stack([scores.cas, scores.das], axis=1), expected, rtol=ROUNDING)
 
 
 @pytest.mark.timeout(1200)  # a processor without products in bfloat16 takes ten times as long
@@ -101,4 +101,4 @@ def test_a_run_trains_on_the_rows_that_the_transform_ranks_highest(loaded, demo,
     assert kept == set(eligible.nlargest(4, "ifd")["row_id"])
     assert trainer.state.global_step == 1
     both = history.set_index("row_id")["ifd"].reindex(scored["row_id"]).to_numpy()
-    np.testing.assert_allclose(both, scored["ifd"], rtol=1e-5)
+    np.testing.assert_allclose(both, scored["ifd"], rtol=ROUNDING)
