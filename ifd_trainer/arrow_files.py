@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
 from datasets.table import table_cast
 
+from .atomic import write_atomically
 from .errors import UserError
-from .history import write_atomically
 
 _BLOCK = 2**22  # characters of JSON, bytes of CSV: some times that much is in memory
 _PARQUET_ROWS = 10_000  # in memory at a time

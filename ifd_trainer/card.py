@@ -16,11 +16,11 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from . import __version__
+from .atomic import write_atomically
 from .encoding import Status
 from .errors import UserError
 from .foreign import FAILED
 from .frames import number_text, rows_text, spearman
-from .history import write_atomically
 from .plots import histogram_of
 from .provenance import Provenance
 from .refusals import REFUSAL

@@ -35,8 +35,8 @@ from .arrow_files import (
     read_parquet,
     record_blocks,
 )
+from .atomic import write_atomically
 from .errors import NotFoundError, UserError
-from .history import write_atomically
 
 try:
     import fcntl

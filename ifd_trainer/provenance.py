@@ -19,9 +19,9 @@ import yaml
 from datasets import Dataset
 
 from . import __version__
+from .atomic import write_atomically
 from .errors import UserError
 from .foreign import read_scores
-from .history import write_atomically
 from .texts import text_columns
 
 OWN_SCORES = ("ifd", "ifd_ppl", "answer_tokens", "ifd_status", "ifd_definition")  # what `find_scores` reads
