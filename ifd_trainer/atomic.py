@@ -34,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], folder: Path | No
     Args:
         path: the file to be made or replaced; folders on its way are made.
         write: writes the file that it is given.
-        folder: where the temporary file is, on the same file system; by default beside `path`.
+        folder: where the temporary file is, if that is on the same file system; by default beside `path`.
 
     Raises:
         FileAccessError: when the file cannot be written: no space, no permission, or no regular file in its place.
@@ -42,7 +42,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any], folder: Path | No
     path = Path(os.path.realpath(path))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        place = folder or path.parent
+        place = path.parent
+        if folder is not None and folder.stat().st_dev == place.stat().st_dev:
+            place = folder
         _clear_once(place)
         old = _replaced(path)
         temporary = place / f".{path.stem[:50]}-ifdtmp-{_place()}-{os.getpid()}-{token_hex(4)}{path.suffix}"
