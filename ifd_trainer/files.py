@@ -452,11 +452,9 @@ class Parts:
         """Say that parts are damaged, the first time that some are."""
         if damaged and not self._warned:
             self._warned = True
-            logger.warning(
-                "%s is damaged, or of another job%s; what is not whole is scored again.",
-                self.path(damaged[0]),
-                f", and so are {len(damaged) - 1} other parts" if len(damaged) > 1 else "",
-            )
+            shown = ", ".join(self.path(part).name for part in damaged[:3])
+            more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+            logger.warning("Damaged, or of another job, and so scored again: %s%s in %s.", shown, more, self.folder)
 
     def _delete(self) -> None:
         """Delete the files of jobs, which is all that has such names, but for the lock."""
