@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote
 
 import huggingface_hub
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from datasets import Dataset, load_dataset
+from huggingface_hub import DatasetCard
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from ifd_trainer.card import MARKER, public_name, size_category
 from ifd_trainer.cli import main
@@ -436,3 +441,73 @@ def test_names_on_a_card(tmp_path):
         "10K<n<100K",
         "10M<n<100M",
     ]
+
+
+HOSTILE = [
+    "a|b `c` _d_ *e* [f](g) <img src=x onerror=alert(1)> &amp; ~~h~~ $i$ \\",
+    "line one\n---\nlicense: mit\n# two",
+    "``` <!-- --> \t {{ program }} {% raw %}",
+    "# __init__ snake_case - ![x](y)",
+    "\N{RIGHT-TO-LEFT OVERRIDE}名: 'q' \"r\"",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_of_others_are_shown_on_the_card_as_they_are(tmp_path, name):
+    """Of the data, the model, columns and statuses; read back as hubs read it: YAML, and Markdown with tables."""
+    frame = pd.DataFrame(
+        {name: [3, 2, 1], "ifd": [0.9, 0.8, np.nan], "answer_tokens": [2, 3, 0], "ifd_status": ["ok", "ok", name]}
+    )
+    frame["ifd_ppl"], frame["n"] = frame["ifd"], [0, 1, 2]
+    file = f"{name.replace('/', ' ')}.jsonl"
+    write_rows(Dataset.from_pandas(frame), tmp_path / file)
+    made = Provenance(name, f"org/{name}", name, name, dtype=name, program=name)
+    write_provenance(tmp_path / file, made, frame)
+    out = tmp_path / "out" / f"[x] {file}"
+    assert select(tmp_path / file, "--keep", "1", "--output", out, "--id-column", name, "--all") == 0
+    card, line = out.with_suffix(".md"), " ".join(name.split())
+    shown = " ".join(file.split())
+    matter = DatasetCard.load(card).data.to_dict()
+    assert matter["pretty_name"] == f"{shown}: all rows, marked the 1 row with the highest IFD"
+    assert "license" not in matter
+    assert matter == card_of(card)[0]
+    tokens = list(walk(MarkdownIt().enable(["table", "strikethrough"]).parse(card_of(card)[1])))
+    assert [token.content for token in tokens if token.type == "html_block"] == [f"{MARKER}\n"]
+    assert not [token for token in tokens if token.type in ("html_inline", "em_open", "strong_open", "s_open", "hr")]
+    assert [token.attrs["href"] for token in tokens if token.type == "link_open"] == [
+        "https://arxiv.org/abs/2308.12032"
+    ]
+    assert [unquote(token.attrs["src"]) for token in tokens if token.type == "image"] == [out.with_suffix(".png").name]
+    texts = [text_of(token) for token in tokens if token.type == "inline"]
+    assert texts[0] == f"{shown}: all rows, marked the 1 row with the highest IFD"
+    assert texts[1].startswith(f"All 3 rows of {shown}, each with its score")
+    facts = dict(pairwise(texts[2:]))
+    assert facts["source"] == shown
+    assert facts["scoring model"] == f"org/{line}"
+    assert [facts[key] for key in ("its weights", "prompt format", "scored with", "definition of the scores")] == [
+        line
+    ] * 4
+    assert facts["options of the scoring"] == f"dtype: {line}"
+    assert facts["ranked by"] == f"ifd, ties by {line}"
+    assert facts[line] == "1"  # row of that reason
+    assert f"By ifd_status: 2 ok, 1 {line}." in texts
+
+
+def walk(tokens):
+    for token in tokens:
+        yield token
+        yield from walk(token.children or [])
+
+
+def text_of(token) -> str:
+    """What a reader sees of a line."""
+    return "".join(child.content for child in token.children if child.type in ("text", "code_inline", "text_special"))
+
+
+def test_a_name_with_brackets_and_a_card_is_a_data_set(scored, tmp_path):
+    out = tmp_path / "out" / "[a] *b?.jsonl"
+    assert select(scored, "--keep", "2", "--output", out) == 0
+    out.with_suffix(".md").rename(tmp_path / "out" / "README.md")
+    (tmp_path / "out" / "a bc.jsonl").write_text('{"other": 1}\n')
+    found = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))["train"]
+    assert found["instruction"][:] == ["Ask 1.", "Ask 4."]
