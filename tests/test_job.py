@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import importlib
 import itertools
 import json
@@ -28,6 +29,7 @@ from test_distributed import end
 
 from ifd_trainer import files, job
 from ifd_trainer.cli import main
+from ifd_trainer.columns import IFDScorer
 from ifd_trainer.encoding import EncodedPair, Segment
 from ifd_trainer.errors import FileAccessError, RunError, UserError
 from ifd_trainer.files import Parts, load_rows, with_columns, write_rows
@@ -47,6 +49,7 @@ PROGRAM = """
 import os, sys, time
 from pathlib import Path
 from ifd_trainer.cli import main
+from ifd_trainer.columns import IFDScorer
 from ifd_trainer.columns import IFDScorer
 from ifd_trainer.files import Parts
 
@@ -159,6 +162,114 @@ def test_a_launcher_that_starts_the_processes_again_gets_each_part(
     assert "parts are missing" not in text
     assert shared.read_bytes() == alone.read_bytes()
     assert not Path(f"{shared}.parts").exists()
+
+
+def test_rows_of_which_none_has_a_score_are_written_with_a_warning_and_exit_status_1(
+    tmp_path: Path, command: list[str], capsys
+) -> None:
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text("".join(json.dumps({**row, "output": ""}) + "\n" for row in ROWS[:8]), encoding="utf-8")
+    assert main([*command[1:], "--output", str(output)]) == 1
+    captured = capsys.readouterr()
+    assert f"8 rows: 8 empty_answer. Written to {output}." in captured.out
+    assert captured.err.splitlines()[-1] == (
+        "ifd-trainer: warning: none of the 8 rows has a score (8 empty_answer): nothing can be selected from "
+        f"{output}. Check the format and the options; `ifd_status` says why for each row."
+    )
+    assert load_rows(str(output))["ifd_status"][:] == ["empty_answer"] * 8
+    assert not Path(f"{output}.parts").exists()
+    rows.write_text(rows.read_text() + json.dumps(ROWS[1]) + "\n", encoding="utf-8")
+    assert main([*command[1:], "--output", str(output)]) == 0
+
+
+def test_rows_are_not_scored_into_the_file_or_folder_that_they_come_from(
+    tmp_path: Path, command: list[str], monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("ifd_trainer.columns.AutoModelForCausalLM", None)
+    rows, link = Path(command[2]), tmp_path / "link.jsonl"
+    link.symlink_to(rows)
+    before = rows.read_bytes(), names(tmp_path)
+    for output in (rows, link):
+        assert main([*command[1:], "--output", str(output), "--limit", "2"]) == 2
+        assert f"--output {output} is the file that is read" in capsys.readouterr().err
+    assert main(["score", str(tmp_path), *command[3:], "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert "is in the folder that is read" in capsys.readouterr().err
+    assert (rows.read_bytes(), names(tmp_path)) == before
+
+
+def test_compressed_rows_are_scored_as_they_are(tmp_path: Path, command: list[str]) -> None:
+    rows = Path(command[2])
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows.read_bytes()))
+    found = []
+    for source in (rows, tmp_path / "rows.jsonl.gz"):
+        assert main(["score", str(source), *command[3:], "--output", str(tmp_path / "out.parquet")]) == 0
+        found.append((tmp_path / "out.parquet").read_bytes())
+    assert found[0] == found[1]
+
+
+FULL_AT_THE_END = """
+import resource, signal, sys
+from ifd_trainer import cli, files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+write = files.write_rows
+def full(*rows):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    write(*rows)
+files.write_rows = full
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".csv"])
+def test_a_full_disk_at_the_end_is_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, command: list[str], ending: str, monkeypatch
+) -> None:
+    pytest.importorskip("resource")
+    output = tmp_path / f"out{ending}"
+    arguments = [*command[1:], "--output", str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_AT_THE_END, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"ifd-trainer: error: Cannot write {output}: File too large. What is scored so far is kept. Mend this (make "
+        "room, or allow writing there), and run the same command again to go on."
+    )
+    assert not output.exists()
+    assert not [path for path in Path(f"{output}.parts").iterdir() if not path.name.startswith("ifd-")]
+    monkeypatch.setattr(IFDScorer, "encode", None)  # all is scored
+    assert main(arguments) == 0
+    assert len(load_rows(str(output))) == 40
+
+
+@pytest.mark.parametrize("when", ["parts", "output"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    tmp_path: Path, command: list[str], monkeypatch, capsys, when: str
+) -> None:
+    """A disk that takes nothing more, also where a folder is to be made."""
+    output, mkdir, openly = tmp_path / "new" / "out.jsonl", Path.mkdir, os.open
+
+    def no_folder(path: Path, *more: object, **named: object) -> None:
+        if path.is_relative_to(tmp_path / "new"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        mkdir(path, *more, **named)
+
+    def no_output(path: object, flags: int, *more: object) -> int:
+        if ".out-ifdtmp-" in str(path) and flags & os.O_CREAT:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return openly(path, flags, *more)
+
+    monkeypatch.setattr(*((Path, "mkdir", no_folder) if when == "parts" else (os, "open", no_output)))
+    assert main([*command[1:], "--output", str(output)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    file = Path(f"{output}.parts") if when == "parts" else output
+    assert error.startswith(f"ifd-trainer: error: Cannot write {file}: Read-only file system.")
+    assert ("run the same command again to go on" in error) == (when == "output")
 
 
 # ---- waiting ----------------------------------------------------------------------------------------------------
@@ -824,6 +935,63 @@ parts = Parts(sys.argv[1], {"a": 1}, main=True)
 print("ready", flush=True)
 sys.stdin.read()
 """
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_job import Device, finish, names
+folder, calls = Path(FOLDER), ["open", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "truncate", "write"]
+def killed_at(step):
+    left = [step]
+    def counting(call):
+        def counted(*arguments, **named):
+            left[0] -= 1
+            if left[0] < 0:
+                os._exit(9)
+            return call(*arguments, **named)
+        return counted
+    for name in calls:
+        setattr(os, name, counting(getattr(os, name)))
+    finish(folder, Device())
+    os._exit(0)
+step = 0
+while True:
+    if not (child := os.fork()):
+        killed_at(step)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    device = Device()
+    found = finish(folder, device)
+    print(code, found == [n * 10.0 for n in range(9)], *names(folder), len(device.scored))
+    if not code:
+        break
+    (folder / "out.jsonl").unlink()
+    step += 1
+"""
+
+
+def finish(folder: Path, device: Device) -> list[float]:
+    """A job from its beginning, or from where it was cut off, to its end."""
+    parts = Parts(folder / "out.jsonl", {"a": 1}, main=True)
+    score_parts(NUMBERS, device, parts, 2, Process())
+    write_rows(join_parts(NUMBERS, device, parts, 2), folder / "out.jsonl", parts.folder)
+    parts.check_joined()
+    parts.remove()
+    return load_rows(str(folder / "out.jsonl"))["ifd"][:]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_job_that_is_killed_at_any_step_goes_on_and_leaves_nothing(tmp_path: Path) -> None:
+    program = KILLED.replace("FOLDER", repr(str(tmp_path)))
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    lines = done.stdout.splitlines()
+    assert {line.rpartition(" ")[0] for line in lines[:-1]} == {"9 True out.jsonl"}, done.stdout
+    assert lines[-1] == "0 True out.jsonl 5"
+    scored = [int(line.rpartition(" ")[2]) for line in lines]
+    assert set(scored) == {0, 1, 2, 3, 4, 5}
+    assert len(lines) > 40
 
 
 def test_a_second_job_is_refused_until_the_first_one_is_killed(tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -25,6 +25,7 @@ from markdown_it import MarkdownIt
 from ifd_trainer.card import MARKER, public_name, size_category
 from ifd_trainer.cli import main
 from ifd_trainer.encoding import Status
+from ifd_trainer.errors import FileAccessError, UserError
 from ifd_trainer.files import load_rows, write_rows
 from ifd_trainer.provenance import Provenance, provenance_path, read_provenance, write_provenance
 
@@ -276,9 +277,34 @@ def test_provenance_is_believed_for_its_scores_only(scored, tmp_path):
         assert read_provenance(tmp_path / f"copy{ending}", load_rows(str(tmp_path / f"copy{ending}")).to_pandas())
     assert read_provenance(scored, frame.assign(ifd=frame["ifd"] + 0.1)) is None
     assert read_provenance(tmp_path / "other.csv", frame) is None
-    provenance_path(scored).write_text("- 1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="does not say how scores were made"):
+    for other in (b"- 1\n", b"\xff", b"", b"model: [\n", b"model: m\n"):
+        provenance_path(scored).write_bytes(other)
+        with pytest.raises(ValueError, match="does not say how scores were made"):
+            read_provenance(scored, frame)
+
+
+def test_a_provenance_that_was_changed_is_never_believed(scored):
+    """Each bit flipped, each place cut off: told, or as it was, never another one or none."""
+    frame, path = load_rows(scored).to_pandas(), provenance_path(scored)
+    whole, expected = path.read_bytes(), read_provenance(scored, load_rows(scored).to_pandas())
+    damaged = [whole[:at] for at in range(len(whole))]
+    for at, bit in itertools.product(range(len(whole)), range(8)):
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+    same = 0
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            found = read_provenance(scored, frame)
+        except UserError:
+            continue
+        assert found == expected, data
+        same += 1
+    assert same < 20  # the white space at the end, and all but the checksum
+    path.write_bytes(whole.replace(b"org/model\n", b"org/other\n"))
+    with pytest.raises(FileAccessError, match=r"\.yaml was changed after it was written, .*only its line `checksum:`"):
         read_provenance(scored, frame)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    assert read_provenance(scored, frame).model == "org/other"
 
 
 CELL = st.none() | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
@@ -481,7 +507,7 @@ def test_names_of_others_are_shown_on_the_card_as_they_are(tmp_path, name):
     texts = [text_of(token) for token in tokens if token.type == "inline"]
     assert texts[0] == f"{shown}: all rows, marked the 1 row with the highest IFD"
     assert texts[1].startswith(f"All 3 rows of {shown}, each with its score")
-    facts = dict(pairwise(texts[2:]))
+    facts = dict(itertools.pairwise(texts[2:]))
     assert facts["source"] == shown
     assert facts["scoring model"] == f"org/{line}"
     assert [facts[key] for key in ("its weights", "prompt format", "scored with", "definition of the scores")] == [
