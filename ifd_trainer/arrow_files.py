@@ -17,6 +17,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedReader, TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,14 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
 from datasets.table import table_cast
 
-from .errors import UserError
-from .history import write_atomically
+from .atomic import write_atomically
+from .errors import FileAccessError, UserError
 
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # by the ending, as Arrow calls them
+# By the first bytes of a file; the longer ones first. UTF-8 is what is read otherwise.
+_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
+_MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
+_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _BLOCK = 2**22  # characters of JSON, bytes of CSV: some times that much is in memory
 _PARQUET_ROWS = 10_000  # in memory at a time
 _VERSION = 1  # raised when the same file would give other rows
@@ -88,7 +95,15 @@ def _cached(path: Path, write: Callable[[Path, Path], None]) -> Dataset:
     name = f"{write.__name__.strip('_')}-{_VERSION}-{file_digest(path)}.arrow"
     target = Path(datasets.config.HF_DATASETS_CACHE) / "ifd_trainer" / name
     if not target.exists():
-        write_atomically(target, lambda temporary: write(path, temporary))
+        try:
+            write_atomically(target, lambda temporary: write(path, temporary))
+        except FileAccessError as error:
+            if str(target.parent) not in str(error):  # about what is read
+                raise
+            raise FileAccessError(
+                f"{error} The rows of {path} are kept there as Arrow. Make room, or set HF_DATASETS_CACHE to a folder "
+                "with more."
+            ) from error
     return Dataset.from_file(str(target))
 
 
@@ -98,21 +113,53 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
         raise UserError(f"{path} has more than one column named {twice[0]!r}; rename all but one.")
 
 
-def _check_utf8(path: Path) -> None:
-    """Raise ValueError for a file that is not UTF-8, with the line of the first byte that shows it."""
-    decoder, line, block = codecs.getincrementaldecoder("utf-8")(), 1, b"-"
-    with path.open("rb") as file:
+@contextmanager
+def _opened(path: Path) -> Iterator[pa.NativeFile]:
+    """A file's bytes, in passing; those of a compressed one (by its ending) decompressed.
+
+    Raises:
+        FileAccessError: for one that cannot be decompressed, or read at all.
+    """
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    try:
+        with pa.input_stream(path, compression=compression) as file:
+            yield file
+    except pa.ArrowInvalid:  # about what the bytes say
+        raise
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        if compression is None or error.errno is not None:
+            raise FileAccessError(f"Cannot read {path}: {one_line(error)}.") from error
+        raise FileAccessError(
+            f"{path} cannot be decompressed as {compression}: {one_line(error)}. It is cut off or damaged, or of "
+            "another kind than its ending says; download or write it again."
+        ) from error
+
+
+def _encoding(path: Path) -> str:
+    """What encoding the first bytes of a file stand for."""
+    with _opened(path) as file:
+        start = file.read(4)
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "UTF-8")
+
+
+def _check_encoding(path: Path) -> None:
+    """Raise ValueError for a file that is not in the encoding of its first bytes, with the line that shows it."""
+    encoding, line, block = _encoding(path), 1, b"-"
+    decoder = codecs.getincrementaldecoder(encoding)()
+    with _opened(path) as file:
         while block:
             block = file.read(_BLOCK)
             try:
-                decoder.decode(block, final=not block)
+                line += decoder.decode(block, final=not block).count("\n")
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
-                raise UserError(
-                    f"{path}, line {line}, is not UTF-8: it has the byte 0x{error.object[error.start]:02x}. Convert "
-                    "the file, if it is Latin-1 with `iconv -f LATIN1 -t UTF-8`."
-                ) from error
-            line += block.count(b"\n")
+                found = f"it has the byte 0x{error.object[error.start]:02x}"
+                advice = "Convert the file, if it is Latin-1 with `iconv -f LATIN1 -t UTF-8`."
+                if encoding != "UTF-8":
+                    found, advice = error.reason, "Its first bytes say so; it may be cut off or damaged."
+                raise UserError(f"{path}, line {line}, is not {encoding}: {found}. {advice}") from error
 
 
 # ---- Parquet ----------------------------------------------------------------------------------------------------
@@ -129,8 +176,8 @@ def parquet_features(path: Path) -> Features:
     """The types of a Parquet file's columns; errors as for `read_parquet`."""
     try:
         schema = pq.read_schema(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file: {error}.") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} is not a Parquet file, or damaged: {one_line(error)}.") from error
     _check_names(path, schema.names)
     return Features.from_arrow_schema(schema)
 
@@ -143,9 +190,14 @@ def parquet_tables(
     Pages are read as they are wanted, never a whole row group.
     """
     schema = Features({name: type for name, type in features.items() if names is None or name in names}).arrow_schema
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-        for batch in file.iter_batches(rows, columns=schema.names):
-            yield table_cast(pa.Table.from_batches([batch]).select(schema.names), schema)
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(rows, columns=schema.names):
+                yield table_cast(pa.Table.from_batches([batch]).select(schema.names), schema)
+    except (OSError, pa.ArrowInvalid) as error:
+        if isinstance(error, UserError):
+            raise
+        raise FileAccessError(f"{path} is damaged: {one_line(error)}. Write or download it again.") from error
 
 
 # ---- CSV --------------------------------------------------------------------------------------------------------
@@ -171,7 +223,7 @@ def _csv_blocks(path: Path) -> Iterator[pa.Table]:
     try:
         yield from _arrow_csv_blocks(path)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        _check_utf8(path)
+        _check_encoding(path)
         why = one_line(error)
         raise UserError(
             f"{path} cannot be read as CSV: {why}. Wanted: the names of the columns in the first line, as many "
@@ -181,8 +233,9 @@ def _csv_blocks(path: Path) -> Iterator[pa.Table]:
 
 def _arrow_csv_blocks(path: Path) -> Iterator[pa.Table]:
     """The tables, or the errors of Arrow, which do not name the file."""
-    read, parse = pa.csv.ReadOptions(block_size=_BLOCK), pa.csv.ParseOptions(newlines_in_values=True)
-    with pa.csv.open_csv(path, read_options=read, parse_options=parse) as blocks:
+    read = pa.csv.ReadOptions(block_size=_BLOCK, encoding=_encoding(path))
+    parse = pa.csv.ParseOptions(newlines_in_values=True)
+    with _opened(path) as file, pa.csv.open_csv(file, read_options=read, parse_options=parse) as blocks:
         names = blocks.schema.names
     _check_names(path, names)
     convert = pa.csv.ConvertOptions(
@@ -191,7 +244,10 @@ def _arrow_csv_blocks(path: Path) -> Iterator[pa.Table]:
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
-    with pa.csv.open_csv(path, read_options=read, parse_options=parse, convert_options=convert) as blocks:
+    with (
+        _opened(path) as file,
+        pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert) as blocks,
+    ):
         yield blocks.schema.empty_table()
         for block in blocks:
             yield pa.Table.from_batches([block])
@@ -365,26 +421,35 @@ def record_blocks(path: Path) -> Iterator[list]:
     """The values of a JSON list or of JSON lines, some at a time, whatever the file's ending; NaN and Infinity too.
 
     Raises:
-        ValueError: for a file that is neither, or not UTF-8; the message names the line that cannot be read.
+        ValueError: for a file that is neither, or not in its encoding; the message names the line that cannot be read.
     """
-    with path.open(encoding="utf-8-sig") as file:
+    encoding = _encoding(path)
+    codec = "utf-8-sig" if encoding == "UTF-8" else encoding
+    with _opened(path) as stream, TextIOWrapper(BufferedReader(stream, 2**18), codec) as file:
         text, line, listed, ended = "", 1, None, False
         while not ended:
             try:
                 block = file.read(max(_BLOCK, len(text)))  # for a value longer than a block, twice as much each time
             except UnicodeDecodeError:
-                _check_utf8(path)
+                _check_encoding(path)
                 raise
             ended = not block
             text += block or "\n"  # what ends the last value
-            start = _SPACE.match(text).end()
-            if listed is None and start < len(text):
+            start = 0
+            if listed is None and (start := _SPACE.match(text).end()) < len(text):
                 listed = text[start] == "["
                 start += listed
             values, start, error = _parsed(text, start, listed)
             line += text.count("\n", 0, start)
             if error is not None and (ended or not _cut_off(error, text)):
-                raise UserError(f"{path}, line {line}, is not JSON: {error.msg}.")
+                blank = _SPACE.match(text, start).end()
+                line += text.count("\n", start, blank) if blank < len(text) else 0
+                if not ended or not _open_at_end(text[start:], listed):
+                    raise UserError(f"{path}, line {line}, is not JSON: {error.msg}.")
+                raise UserError(
+                    f"{path} ends inside a value, line {line}: the file is cut off, or a quote or bracket there is not "
+                    "closed. Write or download it again, or delete what follows the last whole row."
+                )
             text = text[start:]
             if values:
                 yield values
@@ -395,14 +460,14 @@ def _parsed(text: str, start: int, listed: bool | None) -> tuple[list, int, json
     values = []
     try:
         while True:
-            start = _SPACE.match(text, start).end()
-            if start == len(text) and not listed:
-                return values, start, None
-            if listed and text.startswith("]", start):  # stays in the text: nothing may follow it
-                if (end := _SPACE.match(text, start + 1).end()) < len(text):
+            value_start = _SPACE.match(text, start).end()
+            if value_start == len(text) and not listed:
+                return values, value_start, None
+            if listed and text.startswith("]", value_start):  # stays in the text: nothing may follow it
+                if (end := _SPACE.match(text, value_start + 1).end()) < len(text):
                     raise json.JSONDecodeError("Extra data", text, end)
-                return values, start, None
-            value, end = _DECODER.raw_decode(text, start)
+                return values, value_start, None
+            value, end = _DECODER.raw_decode(text, value_start)
             follows = _SPACE.match(text, end).end()
             if listed and text[follows : follows + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, follows)
@@ -417,3 +482,16 @@ def _parsed(text: str, start: int, listed: bool | None) -> tuple[list, int, json
 def _cut_off(error: json.JSONDecodeError, text: str) -> bool:
     """Whether more text may mend the error: one in the last characters (a cut number or escape), or an open text."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 16
+
+
+def _open_at_end(text: str, listed: bool) -> bool:
+    """Whether the rest of a file, from a value that cannot be read on, could be the beginning of values."""
+    text = text.rstrip()
+    _, _, error = _parsed(text, 0, listed)
+    rest = text[error.pos :] if error is not None else ""
+    return (
+        not rest
+        or error.msg.startswith("Unterminated string")
+        or any(word.startswith(rest) for word in _WORDS)
+        or (error.msg.startswith("Invalid \\") and len(rest) < 6)
+    )

@@ -5,10 +5,13 @@ The card names files and models by their last name only where they are local: it
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -16,11 +19,11 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from . import __version__
+from .atomic import write_atomically
 from .encoding import Status
 from .errors import UserError
 from .foreign import FAILED
 from .frames import number_text, rows_text, spearman
-from .history import write_atomically
 from .plots import histogram_of
 from .provenance import Provenance
 from .refusals import REFUSAL
@@ -29,6 +32,8 @@ from .subset import Subset
 
 MARKER = "<!-- Written by ifd-trainer select. -->"
 UNKNOWN = "not recorded"
+# Characters that may begin markup; an underscore inside a word does not, nor does `#` but at the start of a line.
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|^[#+-]")
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")  # categories of the hub end at powers of ten from 10^3 on
 _DEFINITIONS = {
     "paper": "paper: prompt and answer tokenised together, the same answer tokens in both passes",
@@ -102,17 +107,18 @@ def write_card(
     write_atomically(image, lambda temporary: figure.savefig(temporary, format="png"))
     name = public_name(source)
     written = subset.pool if everything else subset.kept
-    title = f"{name}: {'all rows, marked ' if everything else ''}the {rows_text(subset.kept)} with the highest IFD"
+    what = f"{'all rows, marked ' if everything else ''}the {rows_text(subset.kept)} with the highest IFD"
+    title = f"{' '.join(name.split())}: {what}"
     content = {
         "front_matter": _front_matter(title, written, data),
         "marker": MARKER,
-        "title": title,
-        "opening": _opening(subset, name, everything),
+        "title": _plain(title),
+        "opening": _opening(subset, _plain(name), everything),
         "facts": _facts(subset, name, provenance, id_column),
         "pool": rows_text(subset.pool),
         "counts": [
             {
-                "reason": reason,
+                "reason": _code(reason),
                 "rows": f"{count:,}",
                 "share": f"{100 * count / subset.pool:.2f} %",
                 "meaning": _MEANINGS.get(reason, ""),
@@ -120,9 +126,11 @@ def write_card(
             for reason, count in subset.counts.items()
         ],
         "counted": f"{subset.pool:,}",
-        "statuses": ", ".join(f"{count:,} `{status}`" for status, count in rows["ifd_status"].value_counts().items()),
+        "statuses": ", ".join(
+            f"{count:,} {_code(str(status), cell=False)}" for status, count in rows["ifd_status"].value_counts().items()
+        ),
         "caption": f"Histogram of {subset.score} over the pool, kept rows apart",
-        "image": image.name,
+        "image": quote(os.fsencode(image.name)),
         "score": subset.score,
         "scored": f"{len(frame):,}",
         "kept": f"{subset.kept:,}",
@@ -134,7 +142,7 @@ def write_card(
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )  # Markdown, not HTML: nothing to escape but what `_cell` does
+    )  # Markdown, not HTML: names and texts of others are escaped by `_plain` and `_code`
     text = environment.from_string(template).render(content)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -146,7 +154,8 @@ def public_name(name: str) -> str:
     ('tatsu-lab/alpaca', 'rows.jsonl', 'model')
     """
     local = os.path.exists(name) or name.startswith((".", "/", "~")) or os.path.isabs(name)
-    return (Path(name).name or Path(name).resolve().name) if local else name
+    shown = (Path(name).name or Path(name).resolve().name) if local else name
+    return shown.encode(errors="replace").decode()  # a file's name may be of bytes that are no text
 
 
 def size_category(rows: int) -> str:
@@ -171,8 +180,22 @@ def _front_matter(title: str, rows: int, data: str) -> str:
     # train.parquet is found without being named. Named, `datasets` 5.2 would cache a local folder by this card alone,
     # and show the rows of an earlier folder of the same name and card.
     if not data.startswith("train."):
-        matter["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": data}]}]
-    return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, width=1000)
+        # The path is a pattern: brackets and stars in a name would stand for others.
+        files = [{"split": "train", "path": glob.escape(data)}]
+        matter["configs"] = [{"config_name": "default", "data_files": files}]
+    return yaml.dump(matter, Dumper=_FrontMatter, sort_keys=False, allow_unicode=True, width=10**6)
+
+
+class _FrontMatter(yaml.SafeDumper):
+    """No text over several lines: of those, one of `---` would end the front matter for readers that look for it."""
+
+
+def _on_one_line(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    plain = text.isprintable()
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_FrontMatter.add_representer(str, _on_one_line)
 
 
 def _opening(subset: Subset, name: str, everything: bool) -> str:
@@ -200,14 +223,17 @@ def _facts(subset: Subset, name: str, provenance: Provenance, id_column: str | N
     }
     told = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)
     facts = [
-        ("source", name),
-        ("scoring model", public_name(provenance.model) if provenance.model else UNKNOWN),
-        ("its weights", provenance.weights),
-        ("definition of the scores", _DEFINITIONS.get(provenance.definition, provenance.definition or UNKNOWN)),
-        ("prompt format", provenance.format or UNKNOWN),
-        ("options of the scoring", told),
-        ("scored with", provenance.program or UNKNOWN),
-        ("ranked by", f"`{subset.score}`, ties by {f'`{id_column}`' if id_column else 'position in the source'}"),
+        ("source", _plain(name)),
+        ("scoring model", _plain(public_name(provenance.model) if provenance.model else UNKNOWN)),
+        ("its weights", _plain(provenance.weights or "")),
+        (
+            "definition of the scores",
+            _DEFINITIONS.get(provenance.definition) or _plain(provenance.definition or UNKNOWN),
+        ),
+        ("prompt format", _plain(provenance.format or UNKNOWN)),
+        ("options of the scoring", _plain(told)),
+        ("scored with", _plain(provenance.program or UNKNOWN)),
+        ("ranked by", f"`{subset.score}`, ties by {_code(id_column) if id_column else 'position in the source'}"),
         ("limit", "none" if subset.max_ifd == float("inf") else f"`{subset.score}` < {subset.max_ifd:g}"),
         ("asked for", asked),
         ("kept", f"{rows_text(subset.kept)}, {share}"),
@@ -215,12 +241,30 @@ def _facts(subset: Subset, name: str, provenance: Provenance, id_column: str | N
     ]
     if subset.kept < subset.asked:
         facts.append(("shortfall", f"{rows_text(subset.asked - subset.kept)}: only {subset.eligible:,} were eligible"))
-    return [(key, _cell(value)) for key, value in facts if value]
+    return [(key, value) for key, value in facts if value]
 
 
-def _cell(text: str) -> str:
-    """Text that stays in its cell of a Markdown table."""
-    return " ".join(text.replace("|", "\\|").split())
+def _plain(text: str) -> str:
+    """Text of others on one line, shown in Markdown as it is: no markup, no HTML, no end of a table's cell.
+
+    >>> _plain("a_b *c* <i> x|y")
+    'a_b \\\\*c\\\\* &lt;i&gt; x\\\\|y'
+    """
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKUP.sub(r"\\\g<0>", text)
+
+
+def _code(text: str, cell: bool = True) -> str:
+    """Text of others as code, in a table's cell or elsewhere.
+
+    >>> _code("a_b"), _code("a`|b")
+    ('`a_b`', '`` a`\\\\|b ``')
+    """
+    text = " ".join(text.split()) or " "
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    if len(fence) > 1:
+        text = f" {text} "  # which is not shown
+    return fence + (text.replace("|", "\\|") if cell else text) + fence
 
 
 def _scored(rows: pd.DataFrame, subset: Subset) -> pd.DataFrame:

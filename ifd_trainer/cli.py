@@ -1,7 +1,8 @@
 """The command line: `ifd-trainer score | select | train | report`.
 
-Heavy imports wait until a command runs, so that `--help` answers at once. Exit codes: 0 done, 2 wrong input or usage or
-too little memory (one line on standard error), 130 interrupted.
+Heavy imports wait until a command runs, so that `--help` answers at once. Exit codes: 0 done; 1 `score` is done, but no
+row has a score (a warning on standard error); 2 wrong input or usage or too little memory (one line on standard error);
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -255,11 +256,22 @@ def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
     from .columns import OWN_COLUMNS, SCORES_VERSION
-    from .files import Parts, check_features, check_writable, load_rows, source_digest, with_columns, write_rows
-    from .job import Process, score_parts
+    from .files import (
+        Parts,
+        check_apart,
+        check_features,
+        check_writable,
+        kept,
+        load_rows,
+        source_digest,
+        with_columns,
+        write_rows,
+    )
+    from .job import Process, join_parts, score_parts
     from .provenance import provenance_of, write_provenance
 
     check_writable(options.output)
+    check_apart(options.output, options.data, options.split)
     process = Process.of_launch()
     scorer = _scorer(options, process.local_rank)
     # What is read is cached on disk: the other processes find it there.
@@ -279,16 +291,27 @@ def _score(options: argparse.Namespace) -> int:
         score_parts(rows, scorer, parts, size, process)
         if not process.main:
             return 0
-        scores = parts.join(len(range(0, len(rows), size)))
+        scores = join_parts(rows, scorer, parts, size)
         # Scored again: what was chosen by older scores goes with them.
         rows = with_columns(rows.remove_columns([name for name in OWN_COLUMNS if name in rows.column_names]), scores)
-        write_rows(rows, options.output, parts.folder)
-        write_provenance(options.output, provenance_of(settings, options.model, job["weights"], options.data), scores)
+        with kept():
+            write_rows(rows, options.output, parts.folder)
+            origin = provenance_of(settings, options.model, job["weights"], options.data)
+            write_provenance(options.output, origin, scores)
         counted = sorted(pc.value_counts(scores.data["ifd_status"]).to_pylist(), key=lambda status: -status["counts"])
+        parts.check_joined()
         parts.remove()
-    counts = ", ".join(f"{status['counts']} {status['values']}" for status in counted)
-    print(f"{len(rows)} rows: {counts}. Written to {options.output}.")
-    return 0
+    counts = {status["values"]: status["counts"] for status in counted}
+    shown = ", ".join(f"{count} {status}" for status, count in counts.items())
+    print(f"{len(rows)} rows: {shown}. Written to {options.output}.")
+    if "ok" in counts:
+        return 0
+    print(
+        f"ifd-trainer: warning: none of the {len(rows)} rows has a score ({shown}): nothing can be selected from "
+        f"{options.output}. Check the format and the options; `ifd_status` says why for each row.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:

@@ -29,7 +29,7 @@ import pandas as pd
 from . import ifd as equations
 from .encoding import Status
 from .errors import NotFoundError, UserError
-from .files import READERS, load_rows, read_records
+from .files import ENDINGS, READERS, data_ending, load_rows, read_records
 
 KINDS = ("cherry", "superfiltering", "data-juicer", "ifd-trainer")
 FAILED = "failed"  # status: the program that scored the row gave up on it and wrote zeros
@@ -131,7 +131,7 @@ def _frame(parsed: Sequence[_Row], answers: Sequence[str] | None) -> pd.DataFram
 
 
 def _load(path: Path) -> list:
-    ending = path.suffix.lower()
+    ending = data_ending(path)
     if ending in (".csv", ".parquet"):
         return load_rows(str(path)).to_list()
     if ending in READERS:
@@ -139,7 +139,7 @@ def _load(path: Path) -> list:
     elif zipfile.is_zipfile(path) or ending in (".pt", ".pth", ".bin"):
         records = _load_torch(path)
     else:
-        raise UserError(f"Cannot read scores from {path}; use a file ending in .pt or {', '.join(READERS)}.")
+        raise UserError(f"Cannot read scores from {path}; use a file ending in .pt or {ENDINGS}.")
     if not isinstance(records, list):
         raise UserError(f"{path} holds a {type(records).__name__}, wanted a list with one entry for each row.")
     return records

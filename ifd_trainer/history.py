@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -24,6 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .atomic import write_atomically
 from .errors import NotFoundError, UserError
 
 FOLDER = "ifd_history"
@@ -119,22 +119,3 @@ class History:
         """Row ids with the pool's texts and columns, if they were written."""
         path = self.folder / "pool.parquet"
         return pd.read_parquet(path) if path.exists() else None
-
-
-def write_atomically(path: Path, write: Any, folder: Path | None = None) -> None:
-    """Call `write(temporary_path)`, then put the file in the place of `path`.
-
-    A process that is killed leaves the temporary file, beside `path` or in another folder of the same file system.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder or path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

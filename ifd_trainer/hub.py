@@ -8,13 +8,20 @@ from pathlib import Path
 from .errors import UserError
 
 
+class HubError(UserError, ConnectionError):
+    """A hub that cannot be reached, or that refuses."""
+
+
 def check_repository(name: str) -> None:
     """Raise ValueError now for a name that no hub takes."""
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if name.count("/") != 1:
         raise UserError(f"--push-to-hub takes USER/NAME, got {name!r}.")
-    validate_repo_id(name)  # HFValidationError is a ValueError
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub {name}: {error}") from error
 
 
 def push_files(repository: str, files: Mapping[str, Path], private: bool = False) -> str:
@@ -29,7 +36,7 @@ def push_files(repository: str, files: Mapping[str, Path], private: bool = False
         The address of the repository.
 
     Raises:
-        ConnectionError: when the hub cannot be reached or refuses; the message names the local files.
+        HubError: when the hub cannot be reached or refuses; the message names the local files.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -43,7 +50,7 @@ def push_files(repository: str, files: Mapping[str, Path], private: bool = False
     except Exception as error:  # which classes a broken connection raises differs from release to release of the client
         first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         paths = ", ".join(map(str, files.values()))
-        raise ConnectionError(
+        raise HubError(
             f"Could not push to {repository}: {first}. All files are written ({paths}). Check the network and "
             "`hf auth login`, and run the same command again."
         ) from error

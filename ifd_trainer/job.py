@@ -3,8 +3,11 @@
 Several processes (`torchrun`, `accelerate launch`, `mpirun`) draw the numbers of parts from one counter, so that none
 of them waits for another before the last parts, however unequal parts and devices are. What is done is on disk: a job
 that is interrupted, or one of whose processes dies, goes on with the parts that are missing, with any number of
-processes.
-The processes share the folder of the parts and the launcher's key-value store; they exchange nothing else.
+processes. The processes share the folder of the parts and the launcher's key-value store; they exchange nothing else.
+
+A launcher may start processes again, all of them or those of one machine (`torchrun --max-restarts`), and its store
+keeps what they wrote in an earlier life. So each part is claimed by a process in one of its lives, and when the counter
+has come to its end, parts are drawn whose claimant has died.
 
 While a part is scored, a thread reads and tokenises the next one, so that a fast device does not wait for text.
 """
@@ -53,12 +56,14 @@ class Process:
         local_rank: the number of its device on its machine.
         processes: how many there are.
         store: the launcher's key-value store; None for a single process.
+        life: 1, and one more each time that the launcher starts this process again.
     """
 
     rank: int = 0
     local_rank: int = 0
     processes: int = 1
     store: Any = None
+    life: int = 1
     _numbers: count = field(default_factory=count, repr=False)
     _rows: int = 0
 
@@ -76,7 +81,8 @@ class Process:
         from torch.distributed.rendezvous import rendezvous
 
         store, *_ = next(rendezvous(f"env://?rank={rank}&world_size={processes}"))
-        return cls(rank, get_int_from_env(_VARIABLES["LOCAL_RANK"], rank), processes, store)
+        life = store.add(f"life {rank}", 1)
+        return cls(rank, get_int_from_env(_VARIABLES["LOCAL_RANK"], rank), processes, store, life)
 
     @property
     def main(self) -> bool:
@@ -84,7 +90,10 @@ class Process:
         return self.rank == 0
 
     def first(self, name: str, prepare: Callable[[], Any]) -> Any:
-        """Call a function in the main process, then in the others; `name` says which one of such calls it is."""
+        """Call a function in the main process, then in the others; `name` says which one of such calls it is.
+
+        In a later life the others do not wait for what has been prepared once.
+        """
         if not self.main:
             # As long as a large file takes; if the main process fails, the launcher ends this one.
             self.store.wait([f"{name} ready"], timedelta(days=1))
@@ -93,12 +102,19 @@ class Process:
             self.store.set(f"{name} ready", "")
         return found
 
-    def draw(self) -> int:
-        """The number of the next part, for one process only."""
-        return next(self._numbers) if self.store is None else self.store.add("part", 1) - 1
+    def draw(self, parts: int, done: Callable[[int], bool]) -> int | None:
+        """The number of a part that is not done, of so many, for one process only; None when there are no more."""
+        while (part := self._next()) < parts:
+            if self.store is not None:
+                self.store.set(f"part {part}", self._name())
+            if not done(part):
+                return part
+        if self._any_restarted():
+            return next((part for part in range(parts) if not done(part) and self._inherit(part)), None)
+        return None
 
     def add_rows(self, rows: int) -> int:
-        """Say that rows are done; how many all processes have done by now."""
+        """Say that rows are done; how many all processes have done by now, in all their lives."""
         if self.store is not None:
             return self.store.add("rows", rows)
         self._rows += rows
@@ -107,25 +123,61 @@ class Process:
     def end(self) -> None:
         """Say that this process draws no more parts."""
         if self.store is not None:
-            self.store.add("ended", 1)
+            self.store.set(f"ended {self.rank}", str(self.life))
 
     def ended(self) -> bool:
         """Whether no process draws any more parts."""
-        return self.store is None or self.store.add("ended", 0) == self.processes
+        return self.store is None or all(
+            self._get(f"ended {rank}") == str(self._life_of(rank)) for rank in range(self.processes)
+        )
+
+    def _next(self) -> int:
+        return next(self._numbers) if self.store is None else self.store.add("part", 1) - 1
+
+    def _inherit(self, part: int) -> bool:
+        """Claim a part that is claimed by no process that lives; whether that was done."""
+        claim = self._get(f"part {part}")
+        if claim:
+            rank, life = map(int, claim.split())
+            if life == self._life_of(rank):
+                return False
+        # Two processes may see that it is free: one of them gets it.
+        return self.store.compare_set(f"part {part}", claim, self._name()).decode() == self._name()
+
+    def _any_restarted(self) -> bool:
+        # One that is started again after this question looks for its own parts itself.
+        return self.store is not None and any(self._life_of(rank) > 1 for rank in range(self.processes))
+
+    def _life_of(self, rank: int) -> int:
+        return self.store.add(f"life {rank}", 0)
+
+    def _name(self) -> str:
+        return f"{self.rank} {self.life}"
+
+    def _get(self, key: str) -> str:
+        return self.store.get(key).decode() if self.store.check([key]) else ""
 
 
 def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, process: Process) -> None:
     """Score the parts that are not done yet, `size` rows each, and save each; the main process waits for all.
 
     Raises:
-        RuntimeError: in the main process, when the others make no progress or their parts do not arrive.
+        RuntimeError: in the main process, when the others make no progress or their parts do not arrive; when the
+            folder of the parts is gone.
     """
-    starts = range(0, len(rows), size)
-    sizes = [min(size, len(rows) - start) for start in starts]
+    sizes = sizes_of(len(rows), size)
+    earlier = process.add_rows(0)  # counted in earlier lives; their parts are among those on disk
     done = sum(size for part, size in enumerate(sizes) if parts.done(part, size))
-    ahead = _encoded(
-        lambda part: scorer.encode(rows[starts[part] : starts[part] + size]), lambda: _draw(parts, sizes, process)
-    )
+    if process.main:
+        parts.warn(parts.damaged(len(sizes)))
+
+    def draw() -> int | None:
+        return process.draw(len(sizes), lambda part: parts.done(part, sizes[part]))
+
+    def show(counted: int) -> None:
+        bar.update(done + counted - earlier - bar.n)
+
+    ahead = _encoded(lambda part: scorer.encode(_rows_of(rows, part, size)), draw)
     with closing(ahead):
         # The first one loads the model, which has a bar of its own and is no part of this one's rate.
         encoded = chain([*islice(ahead, 1)], ahead)
@@ -136,18 +188,30 @@ def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, proce
                 rows_per_token = len(pairs) / max(token_count(pairs), 1)
                 scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
                 parts.save(part, scores.columns())
-                bar.update(done + process.add_rows(len(pairs)) - bar.n)  # exact again, and the rows without a score
+                show(process.add_rows(len(pairs)))  # exact again, and the rows without a score
             process.end()
             if process.main:
-                _wait(parts, sizes, process, lambda: bar.update(done + process.add_rows(0) - bar.n))
+                _wait(parts, len(sizes), process, lambda: show(process.add_rows(0)))
 
 
-def _draw(parts: Parts, sizes: Sequence[int], process: Process) -> int | None:
-    """The next part that is not done, for this process only; None when there are no more."""
-    while (part := process.draw()) < len(sizes):
-        if not parts.done(part, sizes[part]):
-            return part
-    return None
+def join_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int) -> Dataset:
+    """The scores of all rows, on disk; a part whose file is damaged by now is scored again."""
+    return parts.join(
+        sizes_of(len(rows), size), lambda part: scorer.score(scorer.encode(_rows_of(rows, part, size))).columns()
+    )
+
+
+def sizes_of(rows: int, size: int) -> list[int]:
+    """The numbers of rows of a job's parts.
+
+    >>> sizes_of(5, 2)
+    [2, 2, 1]
+    """
+    return [min(size, rows - start) for start in range(0, rows, size)]
+
+
+def _rows_of(rows: Dataset, part: int, size: int) -> dict[str, list]:
+    return rows[part * size : (part + 1) * size]
 
 
 def _encoded(
@@ -193,23 +257,31 @@ class _Call(Thread):
         return self._found
 
 
-def _wait(parts: Parts, sizes: Sequence[int], process: Process, show: Callable[[], Any]) -> None:
+def _wait(parts: Parts, count: int, process: Process, show: Callable[[], Any]) -> None:
     """Until all parts are on disk and the other processes draw no more."""
-    missing, since = [part for part, size in enumerate(sizes) if not parts.done(part, size)], time.monotonic()
+    missing, since = [part for part in range(count) if not parts.path(part).exists()], time.monotonic()
     while missing or not process.ended():
         ended = process.ended()
-        left = [part for part in missing if not parts.done(part, sizes[part])]
+        left = [part for part in missing if not parts.path(part).exists()]
+        parts.check_there()
         if len(left) < len(missing):
             missing, since = left, time.monotonic()
             show()
         elif time.monotonic() - since > (GRACE if ended else STALL):
-            why = (
-                f"all processes are done, but {parts.folder} is not the same folder on all of their machines. Write to "
-                "a file system that they share"
-                if ended
-                else f"none was finished in {STALL:.0f} s, so a process has died or hangs. End the others"
-            )
-            raise RunError(
-                f"{len(missing)} of {len(sizes)} parts are missing: {why}, and run the same command again to go on."
-            )
+            raise RunError(_why(missing, count, parts, ended))
         time.sleep(_POLL)
+
+
+def _why(missing: Sequence[int], count: int, parts: Parts, ended: bool) -> str:
+    """What the main process says when it gives up."""
+    if ended:
+        return (
+            f"{len(missing)} of {count} parts are missing: all processes are done, but {parts.folder} is not the same "
+            "folder on all of their machines, or parts were deleted from it. Write to a file system that they share, "
+            "and run the same command again to go on."
+        )
+    what = f"{len(missing)} of {count} parts are missing" if missing else "All parts are there"
+    return (
+        f"{what}: none was finished in {STALL:.0f} s, so a process has died or hangs. End the others, and run the same "
+        "command again to go on."
+    )

@@ -19,12 +19,13 @@ import yaml
 from datasets import Dataset
 
 from . import __version__
-from .errors import UserError
+from .atomic import write_atomically
+from .errors import FileAccessError, UserError
 from .foreign import read_scores
-from .history import write_atomically
 from .texts import text_columns
 
 OWN_SCORES = ("ifd", "ifd_ppl", "answer_tokens", "ifd_status", "ifd_definition")  # what `find_scores` reads
+_CHECKSUM = "checksum: "  # begins the last line, about those before it; older files have none
 _PROGRAMS = {"cherry": "Cherry_LLM", "superfiltering": "Superfiltering", "data-juicer": "data-juicer"}
 
 
@@ -74,7 +75,8 @@ def write_provenance(data: str | os.PathLike, provenance: Provenance, scores: pd
     """Write the provenance of a data file with these scores."""
     known = {name: value for name, value in asdict(provenance).items() if value is not None}
     text = yaml.safe_dump(known | {"scores": scores_digest(scores)}, sort_keys=False, allow_unicode=True)
-    write_atomically(provenance_path(data), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    text += f"{_CHECKSUM}{_digest(text)}\n"
+    write_atomically(provenance_path(data), lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def read_provenance(data: str | os.PathLike, scores: pd.DataFrame) -> Provenance | None:
@@ -82,18 +84,26 @@ def read_provenance(data: str | os.PathLike, scores: pd.DataFrame) -> Provenance
 
     Raises:
         ValueError: for a file that is no provenance.
+        FileAccessError: for one that was changed since it was written.
     """
     path = provenance_path(data)
     if not path.is_file():
         return None
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        digest = found.pop("scores")
+        text = path.read_bytes().decode()
+        found = yaml.safe_load(text)
+        digest, checksum = found.pop("scores"), found.pop(_CHECKSUM.strip(": "), None)
         provenance = Provenance(**found)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         wanted = ", ".join(field.name for field in fields(Provenance))
         raise UserError(f"{path} does not say how scores were made ({wanted}, scores). Delete it.") from error
-    return provenance if digest == scores_digest(scores) else None
+    expected = scores_digest(scores)
+    if len(str(digest)) != len(expected) or checksum not in (None, _digest(text.rpartition(_CHECKSUM)[0])):
+        raise FileAccessError(
+            f"{path} was changed after it was written, by hand or by damage: what it says of {data} may be wrong. "
+            f"Delete it, or, if the change is yours, only its line `{_CHECKSUM.strip()}`."
+        )
+    return provenance if digest == expected else None
 
 
 def find_scores(
@@ -158,6 +168,10 @@ def _one_definition(rows: pd.DataFrame, data: str) -> str | None:
             "all rows with one definition, or select from each part."
         )
     return rows["ifd_definition"].iloc[0] if found else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def scores_digest(scores: pd.DataFrame | Dataset) -> str:

@@ -16,11 +16,12 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
+from .atomic import write_atomically
 from .diversity import REDUNDANT
 from .encoding import Status
 from .errors import UserError
 from .frames import count_text, cut_of, epoch_name, merged, number_text, percent_text, rows_text, spearman
-from .history import History, write_atomically
+from .history import History
 from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
 from .refusals import REFUSAL
 from .selection import ABOVE_LIMIT, OTHER_TIER, RELAXED

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .atomic import write_atomically
 from .errors import FileAccessError, UserError
-from .history import write_atomically
 
 FOLDER = "ifd_original"
 _INDEX = "index.json"

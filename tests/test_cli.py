@@ -113,7 +113,7 @@ def test_parts_of_another_job_are_refused_with_the_options_that_differ(
 ) -> None:
     output = tmp_path / "out.parquet"
     interrupted_score(monkeypatch, data, output, model_path)
-    job = json.loads(Path(f"{output}.parts/job.json").read_text(encoding="utf-8"))
+    job = json.loads(Path(f"{output}.parts/ifd-job.json").read_text(encoding="utf-8"))
     assert job.items() >= {"rows": 11, "part_rows": 3, "definition": "paper", "format": "alpaca"}.items()
     assert job.items() >= {"max_length": 512, "min_answer_tokens": 1, "score_truncated": False}.items()
     assert job.items() >= {"device": "cpu", "dtype": None}.items()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import errno
+import gzip
 import json
 import os
+import re
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from unittest import mock
@@ -23,7 +28,9 @@ from hypothesis import strategies as st
 
 from ifd_trainer import arrow_files, files
 from ifd_trainer.arrow_files import record_blocks
+from ifd_trainer.errors import FileAccessError, NotFoundError, UserError
 from ifd_trainer.files import (
+    check_apart,
     check_features,
     check_writable,
     load_rows,
@@ -279,14 +286,11 @@ def test_values_are_read_over_the_borders_of_blocks(values, listed, indent, arou
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ('{"a": 1}\n{"a": \n{"a": 3}\n', 2),
         ('{"a": 1}\n{"a": 2},\n{"a": 3}\n', 2),
-        ('[{"a": 1},\n{"a": 2}', 2),
         ('[{"a": 1},\n\n{"a" 2}]', 3),
         ('[{"a": 1}]\n{"a": 2}', 1),
         ('[{"a": 1}\n{"a": 2}]', 1),
         ('{"a": "x\ny"}\n', 1),
-        ('{"a": "x', 1),
     ],
 )
 @pytest.mark.parametrize("block", [1, 7, 2**22])
@@ -297,10 +301,48 @@ def test_what_is_no_json_is_named_with_its_line(tmp_path, text, line, block):
         load_rows(str(path))
 
 
+CUT = [
+    ('{"a": 1}\n{"a": \n{"a": 3}\n', 2),
+    ('[{"a": 1},\n{"a": 2}', 2),
+    ('[{"a": 1},\n\n\n', 1),
+    ('{"a": "x', 1),
+    ('{"a": 1}\n\n{"a": "x\\', 3),
+    ('{"a": 1}\n{"a": "x\\ud8', 2),
+    ('{"a": 1}\n{"a": tru', 2),
+    ('{"a": 1}\n{"a"', 2),
+    ('{"a": 1}\n{"a": [1, 2', 2),
+    ('{"a": 1}\n{"a": -', 2),
+]
+
+
+# A line break inside a text is no JSON, wherever the file ends.
+CUT += [(text + "\n", line) for text, line in CUT if not text.endswith(("x", "\\", "ud8"))]
+
+
+@pytest.mark.parametrize(("text", "line"), CUT)
+@pytest.mark.parametrize("block", [1, 7, 2**22])
+def test_json_that_is_cut_off_is_told_from_what_is_none(tmp_path, text, line, block):
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    with (
+        reading_blocks_of(block),
+        pytest.raises(ValueError, match=f"a.json ends inside a value, line {line}: the file"),
+    ):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}\n{"a": 2},', '{"a": 1}\n{"a": x', '{"a": 1}\n}', '{"a": 1}\n{"a": "x"]'])
+def test_what_is_wrong_in_the_last_characters_is_not_cut_off(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2, is not JSON"):
+        load_rows(str(path))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "holds no rows"),
+        ("", "a.json is empty: it has no bytes"),
         ("[]", "holds no rows"),
         ('[{"a": 1}, 3]', "row 2, is not an object but of type int"),
         (f'{{"a": {2**64}}}', "integers of more than 64 bits; write them as text"),
@@ -366,7 +408,7 @@ def test_a_parquet_file_without_rows_has_its_columns(tmp_path):
 def test_what_is_no_parquet_file_and_a_name_that_comes_twice(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_text("instruction,output\n")
-    with pytest.raises(ValueError, match=f"{path} is not a Parquet file: "):
+    with pytest.raises(ValueError, match=f"{path} is not a Parquet file, or damaged: Parquet magic bytes"):
         load_rows(str(path))
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), path)
     with pytest.raises(ValueError, match=f"{path} has more than one column named 'a'"):
@@ -453,7 +495,7 @@ def test_records_with_nan_and_a_line_that_is_none(tmp_path):
     assert np.isnan(first["a"])
     assert (first["b"], second) == ("x\u2028y", {})
     path.write_text('{"a": 1}\n{"a"\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="line 2, is not JSON"):
+    with pytest.raises(ValueError, match="ends inside a value, line 2"):
         read_records(path)
 
 
@@ -471,7 +513,7 @@ def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path, ending, block,
         mock.patch.object(arrow_files, "_BLOCK", block),
         pytest.raises(ValueError, match=f"{path}, line 4, is not UTF-8: it has the byte 0xe9. Convert .*iconv"),
     ):
-        arrow_files._check_utf8(path)
+        arrow_files._check_encoding(path)
     with pytest.raises(ValueError, match=f"{path}, line 4, is not UTF-8"):
         load_rows(str(path))
 
@@ -499,7 +541,8 @@ def test_half_of_a_character_is_named_with_its_row(tmp_path, row):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "cannot be read as CSV: Empty CSV file. Wanted: the names of the columns in the first line"),
+        ("", "is empty: it has no bytes. Write or download it again"),
+        ("\ufeff", "cannot be read as CSV: .*Wanted: the names of the columns in the first line"),
         ("a,b\n1,2\n1,2,3\n", "cannot be read as CSV: .*Expected 2 columns, got 3: 1,2,3. Wanted: .*as many"),
         ("a,b,a\n1,2,3\n", "has more than one column named 'a'; rename all but one"),
     ],
@@ -579,3 +622,203 @@ def test_a_folder_of_unlike_files_is_told_in_a_sentence(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"b": [1]}\n')
     with pytest.raises(ValueError, match=r"The files in .* cannot be read as one data set: .*Name one of them"):
         load_rows(str(tmp_path))
+
+
+# ---- compressed files, other encodings --------------------------------------------------------------------------
+
+
+def compressed(data: bytes, ending: str) -> bytes:
+    if ending == ".zst":
+        return pa.compress(data, "zstd", asbytes=True)
+    return {".gz": gzip, ".bz2": bz2}[ending].compress(data)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".ZST"])
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv"])
+@pytest.mark.parametrize("block", [100, 2**22])
+def test_a_compressed_file_is_read_as_what_is_in_it(tmp_path, ending, compression, block):
+    plain = source(tmp_path, ending)
+    path = tmp_path / f"in{ending}{compression}"
+    whole = plain.read_bytes()
+    # Two streams one after another, as `cat a.gz b.gz` makes them, are one file.
+    path.write_bytes(b"".join(compressed(part, compression.lower()) for part in (whole[:40], whole[40:])))
+    with reading_blocks_of(block if ending != ".csv" else 2**22):
+        assert load_rows(str(path)).to_list() == load_rows(str(plain)).to_list()
+    assert read_records(path) == ROWS if ending != ".csv" else True
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".zst"])
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+@pytest.mark.parametrize("damage", ["cut off", "plain", "other"])
+def test_a_compressed_file_that_is_none_is_told(tmp_path, ending, compression, damage):
+    whole, path = source(tmp_path, ending).read_bytes() * 50, tmp_path / f"b{ending}{compression}"
+    other = ".gz" if compression != ".gz" else ".bz2"
+    path.write_bytes(
+        {"cut off": compressed(whole, compression)[:-9], "plain": whole, "other": compressed(whole, other)}[damage]
+    )
+    with pytest.raises(
+        FileAccessError, match=f"{path} cannot be decompressed as .*: .* It is cut off or damaged, or of"
+    ):
+        load_rows(str(path))
+
+
+def test_errors_in_a_compressed_file_name_it_and_the_line(tmp_path):
+    for name, text, words in (
+        ("a.jsonl.gz", b'{"a": 1}\n{"a" 2}\n', "a.jsonl.gz, line 2, is not JSON"),
+        ("b.jsonl.gz", b'{"a": 1}\n{"a": "x', "b.jsonl.gz ends inside a value, line 2"),
+        ("c.csv.gz", b"a\n\xe9\n", "c.csv.gz, line 2, is not UTF-8: it has the byte 0xe9"),
+        ("d.json.gz", b"", "d.json.gz holds no rows"),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(text))
+        with pytest.raises(ValueError, match=re.escape(words)):
+            load_rows(str(tmp_path / name))
+    (tmp_path / "e.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(ValueError, match=r"e\.parquet\.gz cannot be read in passing\. Decompress it"):
+        load_rows(str(tmp_path / "e.parquet.gz"))
+    (tmp_path / "f.txt.gz").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(
+        ValueError, match=r"format of .*f\.txt\.gz .*\.csv, \.parquet \(all but \.parquet also with \.gz"
+    ):
+        load_rows(str(tmp_path / "f.txt.gz"))
+    with pytest.raises(ValueError, match=r"out\.jsonl\.gz.* use one of \.json, \.jsonl, \.csv, \.parquet\.$"):
+        check_writable(tmp_path / "out.jsonl.gz")
+    with pytest.raises(FileNotFoundError, match=r"No such file: missing\.jsonl\.gz"):
+        load_rows("missing.jsonl.gz")
+
+
+def test_memory_does_not_grow_with_what_is_in_a_compressed_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(arrow_files, "_BLOCK", 2**14)
+    line = json.dumps({"text": "x" * 990}).encode() + b"\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 40_000, 1))  # 40 MB of text
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    try:
+        rows = sum(len(block) for block in record_blocks(tmp_path / "a.jsonl.gz"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert rows == 40_000
+    assert peak + pa.total_allocated_bytes() - before < 4 * 10**6
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be", "utf-8-sig"])
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv"])
+def test_an_encoding_is_told_by_the_first_bytes(tmp_path, ending, encoding):
+    plain = source(tmp_path, ending)
+    path = tmp_path / f"other{ending}"
+    mark = "\ufeff" if encoding.endswith("-be") else ""
+    path.write_bytes((mark + plain.read_bytes().decode()).encode(encoding))
+    assert load_rows(str(path)).to_list() == load_rows(str(plain)).to_list()
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+def test_what_is_not_in_the_encoding_of_its_first_bytes_is_told(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    text = '{"a": 1}\n\n{"a": 2}\n' if ending == ".jsonl" else "a\n1\n2\n"
+    path.write_bytes(text.encode("utf-16")[:-1])
+    with pytest.raises(ValueError, match=f"a{ending}, line 3, is not UTF-16: truncated data. Its first bytes say so"):
+        load_rows(str(path))
+
+
+# ---- places that hold no data -----------------------------------------------------------------------------------
+
+
+def test_places_without_data_are_told_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    (tmp_path / "empty" / ".hidden.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(NotFoundError, match=f"The folder {tmp_path}/empty holds no files. Name a file ending in .json"):
+        load_rows(str(tmp_path / "empty"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.xyz").write_text("x")
+    with pytest.raises(NotFoundError, match=f"No data set in {tmp_path}/other: "):
+        load_rows(str(tmp_path / "other"))
+    write_rows(Dataset.from_dict({"n": [1]}), tmp_path / "rows" / "a.jsonl")
+    with pytest.raises(UserError, match=r"Cannot read .*rows: .*test"):
+        load_rows(str(tmp_path / "rows"), split="test")
+    for error, kind in (
+        (ConnectionError("no route"), FileAccessError),
+        (FileNotFoundError("not there"), NotFoundError),
+    ):
+
+        def fails(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(files, "load_dataset", fails)
+        with pytest.raises(kind, match=r"someone/rows: (no route|not there)"):
+            load_rows("someone/rows")
+
+
+def test_a_file_and_the_same_one_compressed_are_not_read_as_twice_the_rows(tmp_path):
+    write_rows(Dataset.from_dict({"n": [1, 2]}), tmp_path / "rows" / "a.jsonl")
+    (tmp_path / "rows" / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows" / "a.jsonl").read_bytes()))
+    with pytest.raises(ValueError, match=r"rows holds a\.jsonl and a\.jsonl\.gz: rows would come twice\. Name"):
+        load_rows(str(tmp_path / "rows"))
+    (tmp_path / "rows" / "a.jsonl").unlink()
+    assert load_rows(str(tmp_path / "rows"))["n"][:] == [1, 2]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
+def test_rows_are_not_written_over_what_is_read_however_it_is_spelled(tmp_path, monkeypatch, ending):
+    monkeypatch.chdir(tmp_path)
+    path = source(tmp_path, ending)
+    (tmp_path / f"link{ending}").symlink_to(path)
+    os.link(path, tmp_path / f"hard{ending}")
+    (tmp_path / "far").symlink_to(tmp_path)
+    for output in (path, f"in{ending}", f"./far/in{ending}", f"link{ending}", f"hard{ending}"):
+        for read in (str(path), f"link{ending}"):
+            with pytest.raises(UserError, match=r"is the file that is read .*Write to another file"):
+                check_apart(output, read)
+    check_apart(tmp_path / f"out{ending}", str(path))
+    check_apart(tmp_path / f"out{ending}", "someone/rows")
+
+
+def test_rows_are_not_written_into_the_folder_that_is_read(tmp_path):
+    write_rows(Dataset.from_dict({"n": [1]}), tmp_path / "rows" / "a.jsonl")
+    (tmp_path / "link").symlink_to(tmp_path / "rows")
+    for output in ("rows/new.jsonl", "rows/new/b.parquet", "link/new.jsonl"):
+        with pytest.raises(UserError, match=r"is in the folder that is read"):
+            check_apart(tmp_path / output, str(tmp_path / "rows"))
+    check_apart(tmp_path / "rows.jsonl", str(tmp_path / "rows"))
+    # Of a folder with train.parquet that one file is read: another one beside it does no harm.
+    write_rows(Dataset.from_dict({"n": [1]}), tmp_path / "rows" / "train.parquet")
+    check_apart(tmp_path / "rows" / "new.jsonl", str(tmp_path / "rows"))
+    with pytest.raises(UserError, match="is the file that is read"):
+        check_apart(tmp_path / "link" / "train.parquet", str(tmp_path / "rows"))
+
+
+# ---- damage -----------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_the_pages_of_a_written_parquet_file_is_told(tmp_path):
+    path = tmp_path / "a.parquet"
+    rng = np.random.default_rng(0)
+    write_rows(Dataset.from_dict({"ifd": rng.random(2000), "text": [rng.bytes(9).hex() for _ in range(2000)]}), path)
+    whole = path.read_bytes()
+    expected = load_rows(str(path)).to_dict()
+    told = 0
+    pages = sum(pq.read_metadata(path).row_group(0).column(i).total_compressed_size for i in range(2))
+    for at in rng.integers(4, pages, 60):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        found = None
+        with suppress(FileAccessError):
+            found = load_rows(str(path)).to_dict()
+        assert found in (None, expected)  # in a page's header, a bit may mean nothing
+        told += found is None
+    assert told > 50
+
+
+def test_a_full_cache_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = source(tmp_path, ".jsonl")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(arrow_files, "_write_columns", full)
+    with pytest.raises(
+        FileAccessError, match=r"Cannot write .*/cache/.*: No space .*Make room, or set HF_DATASETS_CACHE"
+    ):
+        load_rows(str(path))

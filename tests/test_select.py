@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import huggingface_hub
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from datasets import Dataset, load_dataset
+from huggingface_hub import DatasetCard
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from ifd_trainer.card import MARKER, public_name, size_category
 from ifd_trainer.cli import main
 from ifd_trainer.encoding import Status
+from ifd_trainer.errors import FileAccessError, UserError
 from ifd_trainer.files import load_rows, write_rows
 from ifd_trainer.provenance import Provenance, provenance_path, read_provenance, write_provenance
 
@@ -271,9 +277,34 @@ def test_provenance_is_believed_for_its_scores_only(scored, tmp_path):
         assert read_provenance(tmp_path / f"copy{ending}", load_rows(str(tmp_path / f"copy{ending}")).to_pandas())
     assert read_provenance(scored, frame.assign(ifd=frame["ifd"] + 0.1)) is None
     assert read_provenance(tmp_path / "other.csv", frame) is None
-    provenance_path(scored).write_text("- 1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="does not say how scores were made"):
+    for other in (b"- 1\n", b"\xff", b"", b"model: [\n", b"model: m\n"):
+        provenance_path(scored).write_bytes(other)
+        with pytest.raises(ValueError, match="does not say how scores were made"):
+            read_provenance(scored, frame)
+
+
+def test_a_provenance_that_was_changed_is_never_believed(scored):
+    """Each bit flipped, each place cut off: told, or as it was, never another one or none."""
+    frame, path = load_rows(scored).to_pandas(), provenance_path(scored)
+    whole, expected = path.read_bytes(), read_provenance(scored, load_rows(scored).to_pandas())
+    damaged = [whole[:at] for at in range(len(whole))]
+    for at, bit in itertools.product(range(len(whole)), range(8)):
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+    same = 0
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            found = read_provenance(scored, frame)
+        except UserError:
+            continue
+        assert found == expected, data
+        same += 1
+    assert same < 20  # the white space at the end, and all but the checksum
+    path.write_bytes(whole.replace(b"org/model\n", b"org/other\n"))
+    with pytest.raises(FileAccessError, match=r"\.yaml was changed after it was written, .*only its line `checksum:`"):
         read_provenance(scored, frame)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    assert read_provenance(scored, frame).model == "org/other"
 
 
 CELL = st.none() | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
@@ -436,3 +467,73 @@ def test_names_on_a_card(tmp_path):
         "10K<n<100K",
         "10M<n<100M",
     ]
+
+
+HOSTILE = [
+    "a|b `c` _d_ *e* [f](g) <img src=x onerror=alert(1)> &amp; ~~h~~ $i$ \\",
+    "line one\n---\nlicense: mit\n# two",
+    "``` <!-- --> \t {{ program }} {% raw %}",
+    "# __init__ snake_case - ![x](y)",
+    "\N{RIGHT-TO-LEFT OVERRIDE}名: 'q' \"r\"",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_of_others_are_shown_on_the_card_as_they_are(tmp_path, name):
+    """Of the data, the model, columns and statuses; read back as hubs read it: YAML, and Markdown with tables."""
+    frame = pd.DataFrame(
+        {name: [3, 2, 1], "ifd": [0.9, 0.8, np.nan], "answer_tokens": [2, 3, 0], "ifd_status": ["ok", "ok", name]}
+    )
+    frame["ifd_ppl"], frame["n"] = frame["ifd"], [0, 1, 2]
+    file = f"{name.replace('/', ' ')}.jsonl"
+    write_rows(Dataset.from_pandas(frame), tmp_path / file)
+    made = Provenance(name, f"org/{name}", name, name, dtype=name, program=name)
+    write_provenance(tmp_path / file, made, frame)
+    out = tmp_path / "out" / f"[x] {file}"
+    assert select(tmp_path / file, "--keep", "1", "--output", out, "--id-column", name, "--all") == 0
+    card, line = out.with_suffix(".md"), " ".join(name.split())
+    shown = " ".join(file.split())
+    matter = DatasetCard.load(card).data.to_dict()
+    assert matter["pretty_name"] == f"{shown}: all rows, marked the 1 row with the highest IFD"
+    assert "license" not in matter
+    assert matter == card_of(card)[0]
+    tokens = list(walk(MarkdownIt().enable(["table", "strikethrough"]).parse(card_of(card)[1])))
+    assert [token.content for token in tokens if token.type == "html_block"] == [f"{MARKER}\n"]
+    assert not [token for token in tokens if token.type in ("html_inline", "em_open", "strong_open", "s_open", "hr")]
+    assert [token.attrs["href"] for token in tokens if token.type == "link_open"] == [
+        "https://arxiv.org/abs/2308.12032"
+    ]
+    assert [unquote(token.attrs["src"]) for token in tokens if token.type == "image"] == [out.with_suffix(".png").name]
+    texts = [text_of(token) for token in tokens if token.type == "inline"]
+    assert texts[0] == f"{shown}: all rows, marked the 1 row with the highest IFD"
+    assert texts[1].startswith(f"All 3 rows of {shown}, each with its score")
+    facts = dict(itertools.pairwise(texts[2:]))
+    assert facts["source"] == shown
+    assert facts["scoring model"] == f"org/{line}"
+    assert [facts[key] for key in ("its weights", "prompt format", "scored with", "definition of the scores")] == [
+        line
+    ] * 4
+    assert facts["options of the scoring"] == f"dtype: {line}"
+    assert facts["ranked by"] == f"ifd, ties by {line}"
+    assert facts[line] == "1"  # row of that reason
+    assert f"By ifd_status: 2 ok, 1 {line}." in texts
+
+
+def walk(tokens):
+    for token in tokens:
+        yield token
+        yield from walk(token.children or [])
+
+
+def text_of(token) -> str:
+    """What a reader sees of a line."""
+    return "".join(child.content for child in token.children if child.type in ("text", "code_inline", "text_special"))
+
+
+def test_a_name_with_brackets_and_a_card_is_a_data_set(scored, tmp_path):
+    out = tmp_path / "out" / "[a] *b?.jsonl"
+    assert select(scored, "--keep", "2", "--output", out) == 0
+    out.with_suffix(".md").rename(tmp_path / "out" / "README.md")
+    (tmp_path / "out" / "a bc.jsonl").write_text('{"other": 1}\n')
+    found = load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))["train"]
+    assert found["instruction"][:] == ["Ask 1.", "Ask 4."]

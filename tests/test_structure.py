@@ -11,6 +11,7 @@ PACKAGE = ROOT / "ifd_trainer"
 # A module imports only from modules before it.
 ORDER = [
     "errors",
+    "atomic",
     "formats",
     "refusals",
     "encoding",

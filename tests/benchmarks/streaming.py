@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
                 last = (rows - 1) // size
                 with suppress(SystemExit):
                     run(pool, stop_before=last)
-                saved = list(Path(f"{output}.parts").glob("part-*.parquet"))
+                saved = list(Path(f"{output}.parts").glob("ifd-part-*.arrow"))
                 assert len(saved) == last, f"{len(saved)} parts are saved, wanted {last}"
             seconds, peak = run(few if case == "base" else pool)
             if case != "base":
