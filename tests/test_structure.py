@@ -11,6 +11,7 @@ PACKAGE = ROOT / "ifd_trainer"
 # A module imports only from modules before it.
 ORDER = [
     "errors",
+    "chat",
     "formats",
     "refusals",
     "encoding",
@@ -31,6 +32,7 @@ ORDER = [
     "devices",
     "digests",
     "columns",
+    "row_ids",
     "selection",
     "diversity",
     "brief",
@@ -113,7 +115,7 @@ def test_a_module_imports_only_from_modules_before_it(module):
     assert sorted(imported_modules(tree_of(module)) - set(before)) == []
 
 
-PURE = ["refusals", "ifd", "selection", "diversity", "brief", "schedule", "packing", "pool", "subset"]
+PURE = ["refusals", "ifd", "selection", "diversity", "brief", "schedule", "packing", "pool", "row_ids", "subset"]
 
 
 @pytest.mark.parametrize("module", PURE)
