@@ -290,7 +290,7 @@ def to_prompt_completion(row: Mapping[str, Any], format: PromptFormat) -> dict[s
 def to_training_row(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any = None) -> dict[str, Any]:
     """`to_prompt_completion` with what a chat's template reads beside it, in forms that TRL takes as they are.
 
-    `tools` is JSON or None; `chat_template_kwargs` is JSON of an object.
+    `tools` is JSON, "null" for none.
 
     Raises:
         MalformedRow: when the row cannot be trained on: what `render` refuses, a chat without an answer or without a
@@ -306,8 +306,7 @@ def to_training_row(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any
     options = template_options(row, tokenizer)
     if getattr(tokenizer, "chat_template", None):
         check_chat(found["prompt"], found["completion"], options, tokenizer)
-    tools = options.pop("tools")
-    return found | {"tools": None if tools is None else json.dumps(tools), "chat_template_kwargs": json.dumps(options)}
+    return found | {"tools": json.dumps(options.pop("tools")), "chat_template_kwargs": options}
 
 
 def _cell(row: Mapping[str, Any], name: str) -> Any:

@@ -20,10 +20,10 @@ from .columns import IFD_COLUMNS, IFDScorer
 from .encoding import Encoder, Status, share_out, token_count
 from .errors import NotInstalledError, UserError
 from .formats import Example
-from .headers import TokenRows
 from .loop import scoring_model
 from .pool import Pool
 from .scorer import Scores, prompt_features, score_pairs
+from .token_rows import TokenRows
 
 _CHUNK = 8192  # pool rows encoded and scored at a time, on each process
 

@@ -16,6 +16,7 @@ ORDER = [
     "refusals",
     "encoding",
     "headers",
+    "token_rows",
     "ifd",
     "positions",
     "transfer",
