@@ -48,6 +48,7 @@ _MEANINGS = {
     REFUSAL: "the answer looks like a refusal",
     FAILED: "no score: the program that scored gave up on the row",
     Status.EMPTY_ANSWER.value: "no score: the answer is empty",
+    Status.EMPTY_PROMPT.value: "no score: nothing is asked, the prompt is blank",
     Status.TOO_SHORT.value: "no score: too few answer tokens",
     Status.TRUNCATED.value: "no score: the answer does not fit in the maximal length",
     Status.PROMPT_TOO_LONG.value: "no score: the prompt fills the maximal length",

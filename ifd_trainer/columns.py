@@ -55,7 +55,7 @@ OWN_COLUMNS = (*IFD_COLUMNS, *SELECTION_COLUMNS)
 _ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
 _LOADED = ("_model", "_config", "_encoder")  # attributes that are made on first use
 _PID = os.getpid()
-SCORES_VERSION = 2  # raised when the same weights and options would give other scores
+SCORES_VERSION = 3  # raised when the same weights and options would give other scores
 
 
 class IFDScorer:

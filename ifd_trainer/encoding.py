@@ -5,7 +5,8 @@ answer, and the answer). A definition says how:
 
 - `paper` (default): one joint tokenisation of prompt and answer. The answer begins where the tokens of the prompt
   alone and those of the whole part, which is TRL's rule, so that the transform and the training loop score the same
-  tokens. Both segments hold the same answer tokens, and each of them is scored in both.
+  tokens; what a chat template writes around it is left out by its text. Both segments hold the same answer tokens, and
+  each of them is scored in both.
 - `cherry`: what the program of arXiv 2308.12032 does. Prompt and `### Response:` + answer are tokenised separately;
   the direct answer is cut at max_length - prompt + 4 tokens; a row that does not fit then is skipped.
 - `superfiltering`: what the program of arXiv 2402.00530 does. The direct answer has no header, so its first token is
@@ -19,14 +20,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from itertools import groupby
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from .chat import Frame, common_prefix_length
 from .errors import UserError
-from .formats import Example, common_prefix_length
+from .formats import Example
 
 DEFINITIONS = ("paper", "cherry", "superfiltering")
 DEFAULT_MAX_LENGTH = {"cherry": 512, "superfiltering": 1024}
@@ -37,7 +40,8 @@ class Status(str, Enum):
     """Why a row has no score; `OK` if and only if it has one."""
 
     OK = "ok"
-    EMPTY_ANSWER = "empty_answer"  # no answer token
+    EMPTY_ANSWER = "empty_answer"  # no answer token, or white space alone
+    EMPTY_PROMPT = "empty_prompt"  # nothing is asked: neither instruction nor input, or no message before the answer
     TOO_SHORT = "too_short"  # fewer answer tokens than the definition or `min_answer_tokens` wants
     TRUNCATED = "truncated"  # the answer does not fit in max_length
     PROMPT_TOO_LONG = "prompt_too_long"  # no answer token fits in max_length
@@ -121,11 +125,14 @@ class Encoder:
         """Encode a batch; `None` stands for a row that could not be rendered."""
         pairs = [EncodedPair.unscorable(Status.MALFORMED)] * len(examples)
         present = [(i, example) for i, example in enumerate(examples) if example is not None]
+        blank = {i: _blank_status(example) for i, example in present}
         encode = getattr(self, f"_{self.definition}")
         # A batch is of one kind in practice; rows that add BOS and rows that do not are still kept apart.
         for special, group in groupby(sorted(present, key=_by_kind), key=_by_kind):
             positions, batch = zip(*group, strict=True)
             for position, pair in zip(positions, encode(batch, special), strict=True):
+                if blank[position] is not None and pair.status is not Status.EMPTY_ANSWER:
+                    pair = EncodedPair.unscorable(blank[position])
                 pairs[position] = pair if self._in_window(pair) else EncodedPair.unscorable(Status.TRUNCATED)
         return pairs
 
@@ -134,17 +141,27 @@ class Encoder:
         wholes = self._tokenize([example.prompt + example.answer for example in examples], special)
         headers = {example.header for example in examples}
         prefixes = {header: direct_prefix(self.tokenizer, header, special) for header in headers}
-        trim = EndOfTurn(self.tokenizer)
         for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
             start = common_prefix_length(prompt, whole)
-            yield self.pair(whole[: trim(whole, start)], start, prefixes[example.header])
+            frames = [] if special else [Frame(example.header, example.end)]
+            header, start, end = self.turns(whole, start, len(whole), frames)
+            prefix = prefixes[example.header] if header is None else whole[header:start]
+            yield self.pair(whole[:end], start, prefix)
+
+    @cached_property
+    def turns(self) -> Turns:
+        """Where answers begin and end in tokens."""
+        return Turns(self.tokenizer)
 
     def pair(self, ids: list[int], start: int, prefix: list[int]) -> EncodedPair:
         """The pair for `ids` whose answer begins at `start`, with `prefix` before the direct answer."""
         prefix = header_before(ids[:start], prefix)
-        # Without a prompt the first answer token has nothing before it: the row is its own direct answer, IFD 1.
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:1] == [bos] != prefix[:1]:
+            prefix = [bos, *prefix]  # a model that reads BOS before every text reads it here too
+        # Where the prompt's only token merged with the answer's first, that has nothing before it: IFD is 1.
         before, answer = ids[:start] or prefix, ids[start:]
-        if not answer:
+        if self.turns.is_blank(answer):
             return EncodedPair.unscorable(Status.EMPTY_ANSWER)
         if self.max_length is not None and len(before) + len(answer) > self.max_length:
             if len(before) >= self.max_length:
@@ -277,6 +294,110 @@ class EndOfTurn:
         if token not in self._blank:
             self._blank[token] = not self._tokenizer.decode([token]).strip()
         return self._blank[token]
+
+
+class Turns:
+    """Where answers begin and end in tokens, by the texts that a template writes around them (`Frame`).
+
+    Labels or a prompt's tokens tell where an assistant's turn begins, which may be before, within or behind what the
+    template writes before the answer. Tokens that hold more than the template's text are the answer's.
+
+    Args:
+        tokenizer: a `transformers` tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._trim = EndOfTurn(tokenizer)
+        self._known: dict[str, tuple[list[int], list[int]]] = {}  # the last tokens that spelled a text, around a turn
+
+    def __call__(
+        self, ids: Sequence[int], start: int, end: int, frames: Sequence[Frame] = ()
+    ) -> tuple[int | None, int, int]:
+        """Where the header before the answer in `ids[start:end]`, the answer, and what follows it begin.
+
+        The first of `frames` counts whose text stands around `start`; without one, there is no header to tell.
+        """
+        for frame in frames:
+            found = self._opening(ids, start, frame.before) if frame.before else None
+            if found is not None:
+                afters = [other.after for other in frames if other.before == frame.before]
+                end = min(self._closing(ids, found[1], end, after) for after in afters)
+                return *found, self._trim(ids[:end], found[1])
+        return None, start, self._trim(ids[:end], start)
+
+    def is_blank(self, ids: Sequence[int]) -> bool:
+        """Whether tokens spell nothing but white space."""
+        return not self._text(ids[:8]).strip() and not self._text(ids).strip()
+
+    def _opening(self, ids: Sequence[int], start: int, before: str) -> tuple[int, int] | None:
+        """Tokens (first, end) that spell `before`, which stands around `start`; None where it does not."""
+        if before in self._known:  # rows are alike: most need no decoding
+            left, right = self._known[before]
+            if ids[max(start - len(left), 0) : start] == left and ids[start : start + len(right)] == right:
+                return start - len(left), start + len(right)
+        reach = len(before.encode())
+        left, right = self._text(ids[max(start - reach, 0) : start]), self._text(ids[start : start + reach])
+        cuts = (cut for cut in range(len(before), -1, -1) if left.endswith(before[:cut]))
+        cut = next((cut for cut in cuts if _starts(right, before[cut:])), None)
+        if cut is None:
+            return None
+        size = self._spelled(ids[start:], before[cut:])
+        said = before[:cut] + self._text(ids[start : start + size])
+        first = start
+        while first > 0 and not self._text(ids[first : start + size]).endswith(said):
+            first -= 1
+        if _alike(self._text(ids[start : start + size]), before[cut:]):
+            self._known[before] = list(ids[first:start]), list(ids[start : start + size])
+        return first, start + size
+
+    def _closing(self, ids: Sequence[int], begin: int, end: int, after: str) -> int:
+        """The end of an answer that ends at `end` with `after`, or with a start of it that goes on behind `end`."""
+        core = after.rstrip()
+        if not core:
+            return end
+        reach = len(after.encode())
+        said = self._text(ids[max(end - reach, begin) : end]).rstrip()
+        rest = self._text(ids[end : end + reach]).strip()
+        for cut in range(len(core), 0, -1):
+            part = core[:cut].rstrip()
+            if said.endswith(part) and (cut == len(core) or (rest and rest.startswith(core[cut:].strip()))):
+                first = end
+                while first > begin and not self._text(ids[first:end]).rstrip().endswith(part):
+                    first -= 1
+                return first if _alike(self._text(ids[first:end]).rstrip(), part) else first + 1
+        return end
+
+    def _spelled(self, ids: Sequence[int], text: str) -> int:
+        """How many tokens spell `text`, or the most of it that whole tokens do."""
+        size = 0
+        for count in range(1, min(len(ids), len(text.encode())) + 1):
+            said = self._text(ids[:count])
+            if _alike(said, text):
+                return count
+            if not _starts(text, said.rstrip("\N{REPLACEMENT CHARACTER}")):
+                break
+            size = size if said.endswith("\N{REPLACEMENT CHARACTER}") else count
+        return size if text.strip(" ") else 0
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _starts(text: str, start: str) -> bool:
+    """Whether a text begins with another, whose first space a SentencePiece tokenizer leaves out at a start."""
+    return text.startswith(start) or text.lstrip(" ").startswith(start.lstrip(" "))
+
+
+def _alike(text: str, other: str) -> bool:
+    return text == other or text.lstrip(" ") == other.lstrip(" ") != ""
+
+
+def _blank_status(example: Example) -> Status | None:
+    """What blank texts say of a row, under every definition."""
+    if not example.answer.removesuffix(example.end).strip():
+        return Status.EMPTY_ANSWER
+    return None if example.asked else Status.EMPTY_PROMPT
 
 
 def answer_span(labels: Sequence[int]) -> tuple[int, int]:

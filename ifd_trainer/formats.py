@@ -6,22 +6,30 @@ chat template, or nothing).
 
 Templates: Alpaca and WizardLM prompts as in the paper (arXiv 2308.12032) and its program; the bare prompt of
 Superfiltering (arXiv 2402.00530). `None` and NaN count as no text; published programs render them as "None".
+
+A row asks nothing when its instruction and its input, its prompt, or all messages before the answer but the
+assistant's own are blank: there is no IFD without a prompt. An input alone is one.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .chat import (
+    MalformedRow,
+    asks,
+    chat_messages,
+    check_chat,
+    reads_as_text,
+    split_chat,
+    template_options,
+    text_of,
+)
 from .errors import UserError
-
-
-class MalformedRow(UserError):
-    """A row that its format cannot render, for example a chat without messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,8 @@ class Example:
         header: text that precedes the answer in the direct pass; "" for none (then BOS or EOS is used).
         special_tokens: whether the tokenizer is to add its own BOS (chat templates write theirs).
         counted: what the `cherry` program counts as the prompt when it cuts an answer; None for the whole prompt.
+        end: what a template wrote at the end of `answer`, which is not scored.
+        asked: whether the row's own part of the prompt says anything.
     """
 
     prompt: str
@@ -41,6 +51,8 @@ class Example:
     header: str = ""
     special_tokens: bool = True
     counted: str | None = None
+    end: str = ""
+    asked: bool = True
 
 
 class PromptFormat(Protocol):
@@ -52,21 +64,6 @@ class PromptFormat(Protocol):
     def columns(self) -> tuple[str, ...]: ...
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> Example: ...
-
-
-def text_of(value: Any) -> str:
-    """The text of one cell: "" for None and NaN, `str(value)` for numbers.
-
-    Raises:
-        MalformedRow: for lists, mappings and other values that are not text.
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)):
-        return str(value)
-    raise MalformedRow(f"expected text, got {type(value).__name__}")
 
 
 # A name in braces; behind a letter they are plain text, such as LaTeX's \boxed{answer}.
@@ -125,13 +122,14 @@ class TemplateFormat:
         return (self.instruction, self.output)
 
     def render(self, row: Mapping[str, Any], tokenizer: Any = None) -> Example:
-        instruction, extra = text_of(row[self.instruction]), text_of(row.get(self.input))
+        instruction, extra = text_of(_cell(row, self.instruction)), text_of(row.get(self.input))
         template = self.prompt_with_input if extra else self.prompt
         # str.replace, not str.format: instructions hold braces of their own.
         parts = template.split("{instruction}")
         prompt = instruction.join(part.replace("{input}", extra) for part in parts)
         counted = instruction if self.counts_instruction_only else None
-        return Example(prompt, text_of(row[self.output]), self.header, counted=counted)
+        asked = bool(instruction.strip() or extra.strip())
+        return Example(prompt, text_of(_cell(row, self.output)), self.header, counted=counted, asked=asked)
 
 
 @dataclass(frozen=True)
@@ -147,11 +145,21 @@ class PromptCompletionFormat:
         return (self.prompt, self.completion)
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> Example:
-        prompt, completion = row[self.prompt], row[self.completion]
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-            answer = [] if completion is None else _chat_messages(completion)
-            return _render_chat(_chat_messages(prompt), answer, row, tokenizer)
-        return Example(text_of(prompt), text_of(completion))
+        prompt, completion = self.parts(row)
+        if isinstance(prompt, list):
+            return _render_chat(prompt, completion, row, tokenizer)
+        return Example(prompt, completion, asked=prompt.strip() != "")
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[str, str] | tuple[list[dict], list[dict]]:
+        """Prompt and completion, two texts or two lists of messages.
+
+        Raises:
+            MalformedRow: for anything else.
+        """
+        prompt, completion = _cell(row, self.prompt), _cell(row, self.completion)
+        if reads_as_text(prompt):
+            return text_of(prompt), text_of(completion)
+        return chat_messages(prompt), [] if completion is None else chat_messages(completion)
 
 
 @dataclass(frozen=True)
@@ -170,11 +178,18 @@ class ChatFormat:
         return (self.messages,)
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> Example:
-        messages = _chat_messages(row[self.messages])
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-        if last is None:
-            return Example("", "")
-        return _render_chat(messages[:last], messages[last : last + 1], row, tokenizer)
+        prompt, answer = self.parts(row)
+        return _render_chat(prompt, answer, row, tokenizer) if answer else Example("", "")
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[list[dict], list[dict]]:
+        """The messages before the last assistant turn, and that turn; all and none where there is none.
+
+        Raises:
+            MalformedRow: for what is no list of messages.
+        """
+        messages = chat_messages(_cell(row, self.messages))
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+        return messages[:last], messages[last : last + 1]
 
 
 ALPACA = TemplateFormat(
@@ -206,8 +221,6 @@ SHAREGPT = ChatFormat("sharegpt", "conversations")
 FORMATS: dict[str, PromptFormat] = {
     format.name: format for format in (ALPACA, WIZARDLM, SUPERFILTERING, PROMPT_COMPLETION, MESSAGES, SHAREGPT)
 }
-
-_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
 def detect_format(columns: Iterable[str]) -> PromptFormat:
@@ -262,72 +275,51 @@ def to_prompt_completion(row: Mapping[str, Any], format: PromptFormat) -> dict[s
     """The row as TRL's SFTTrainer reads it: `prompt` and `completion`, as text or as messages.
 
     Text formats give two texts; chats stay messages, so that TRL applies the template and masks the prompt.
+
+    Raises:
+        MalformedRow: when the format cannot render the row.
     """
-    if isinstance(format, ChatFormat):
-        messages = _chat_messages(row[format.messages])
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-        return {"prompt": messages[:last], "completion": messages[last : last + 1]}
-    if isinstance(format, PromptCompletionFormat):
-        return {"prompt": row[format.prompt], "completion": row[format.completion]}
-    example = format.render(row, None)
-    return {"prompt": example.prompt, "completion": example.answer}
+    if isinstance(format, (ChatFormat, PromptCompletionFormat)):
+        prompt, completion = format.parts(row)
+    else:
+        example = format.render(row, None)
+        prompt, completion = example.prompt, example.answer
+    return {"prompt": prompt, "completion": completion}
 
 
-def _chat_messages(turns: Any) -> list[dict[str, Any]]:
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise MalformedRow(f"expected a list of messages, got {type(turns).__name__}")
-    return [_chat_message(turn) for turn in turns]
+def to_training_row(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any = None) -> dict[str, Any]:
+    """`to_prompt_completion` with what a chat's template reads beside it, in forms that TRL takes as they are.
+
+    `tools` is JSON, "null" for none.
+
+    Raises:
+        MalformedRow: when the row cannot be trained on: what `render` refuses, a chat without an answer or without a
+            message before it, and what the tokenizer's chat template, where one is given, cannot write.
+    """
+    found = to_prompt_completion(row, format)
+    if not isinstance(found["prompt"], list):
+        return found
+    if not found["completion"]:
+        raise MalformedRow("the chat has no assistant turn")
+    if not found["prompt"]:
+        raise MalformedRow("the chat begins with its answer: no message stands before it")
+    options = template_options(row, tokenizer)
+    if getattr(tokenizer, "chat_template", None):
+        check_chat(found["prompt"], found["completion"], options, tokenizer)
+    return found | {"tools": json.dumps(options.pop("tools")), "chat_template_kwargs": options}
 
 
-def _chat_message(turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, Mapping):
-        raise MalformedRow(f"expected a message with role and content, got {type(turn).__name__}")
-    if turn.get("role") is not None:
-        return {key: value for key, value in turn.items() if value is not None}
-    if "from" not in turn:
-        raise MalformedRow(f"a message needs 'role' and 'content' (or 'from' and 'value'), got keys {sorted(turn)}")
-    return {"role": _ROLES.get(turn["from"], turn["from"]), "content": text_of(turn.get("value"))}
+def _cell(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise MalformedRow(f"the row has no {name!r}")
+    return row[name]
 
 
-def _render_chat(prompt: list, answer: list, row: Mapping[str, Any], tokenizer: Any) -> Example:
+def _render_chat(prompt: list[dict], answer: list[dict], row: Mapping[str, Any], tokenizer: Any) -> Example:
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
             "The rows are chat messages, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or "
             "use a text format such as 'prompt-completion'."
         )
-    tools = row.get("tools") or None
-    try:
-        options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "tokenize": False}
-    except json.JSONDecodeError as error:
-        raise MalformedRow(f"'tools' is not JSON: {error}") from error
-    options.update(row.get("chat_template_kwargs") or {})
-    try:
-        opened = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options) if prompt else ""
-        closed = tokenizer.apply_chat_template(prompt, **options) if prompt else ""
-        whole = tokenizer.apply_chat_template(prompt + answer, **options)
-    except Exception as error:  # templates raise jinja2 errors, KeyError, TypeError: all of them mean this row
-        raise MalformedRow(f"the chat template cannot render the row: {error}") from error
-    # Some templates render a finished turn unlike an open one; the answer begins where the two part.
-    shared = common_prefix_length(opened, whole)
-    return Example(whole[:shared], whole[shared:], opening(opened, closed), special_tokens=False)
-
-
-def opening(opened: str, closed: str) -> str:
-    """What a template adds to open an assistant's turn, from a chat rendered with and without it.
-
-    >>> opening("<user>Hi<assistant>", "<user>Hi")
-    '<assistant>'
-    """
-    return opened[len(closed) :] if opened.startswith(closed) else ""
-
-
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading items that two sequences share.
-
-    >>> common_prefix_length([1, 2, 3], [1, 2, 4, 5])
-    2
-    """
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    before, rest, frame = split_chat(prompt, answer, template_options(row, tokenizer), tokenizer)
+    return Example(before, rest, frame.before, special_tokens=False, end=frame.after, asked=asks(prompt))

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from .chat import template_frames
 from .encoding import direct_prefix, shared_suffix
 from .errors import UserError
-from .formats import opening
+from .formats import ALPACA
 
 _SHARE = 0.9  # of the prompts that have to end with a header; see `shared_suffix`
+
+
+class GivenHeader(list):
+    """Tokens before a direct answer that a user chose: they take the place of a template's header."""
 
 
 def response_prefix(tokenizer: Any, prompts: Collection[tuple[int, ...]], header: str | None = None) -> list[int]:
@@ -32,7 +37,7 @@ def response_prefix(tokenizer: Any, prompts: Collection[tuple[int, ...]], header
             "assistant_only_loss=True."
         )
     if header is not None:
-        return direct_prefix(tokenizer, header, special=False)
+        return GivenHeader(direct_prefix(tokenizer, header, special=False))
     known = (ids for ids in _known_headers(tokenizer) if _share_opened(prompts, ids) >= _SHARE)
     suffix = next(known, None) or shared_suffix(prompts, _SHARE)
     if not suffix:
@@ -44,14 +49,8 @@ def response_prefix(tokenizer: Any, prompts: Collection[tuple[int, ...]], header
 
 def _known_headers(tokenizer: Any) -> list[list[int]]:
     """Token ids of the response headers that the transform uses: the chat template's, and Alpaca's."""
-    headers = []
-    if getattr(tokenizer, "chat_template", None):
-        user = [{"role": "user", "content": "x"}]
-        opened = tokenizer.apply_chat_template(user, add_generation_prompt=True, tokenize=False)
-        closed = tokenizer.apply_chat_template(user, tokenize=False)
-        headers.append(opening(opened, closed))
-    headers.append("### Response:")
-    return [tokenizer(header, add_special_tokens=False)["input_ids"] for header in headers if header]
+    headers = [frame.before for frame in template_frames(tokenizer)] + [ALPACA.header]
+    return [tokenizer(header, add_special_tokens=False, verbose=False)["input_ids"] for header in headers]
 
 
 def _share_opened(prompts: Collection[tuple[int, ...]], header: list[int]) -> float:

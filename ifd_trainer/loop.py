@@ -44,6 +44,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
 
+from .engine import check_causal_lm
 from .errors import NotInstalledError, RunError, UserError
 from .formats import common_prefix_length
 from .head import lm_head
@@ -495,6 +496,7 @@ def check_kind(trainer: Trainer) -> None:
             f"The trainer has {' and '.join(assigned)} assigned on the instance, which stands before what selection "
             "does there. Define it in a subclass, or leave it out."
         )
+    check_causal_lm(trainer.model)
     columns = getattr(trainer.train_dataset, "column_names", None) or []
     images = sorted({"image", "images", "pixel_values"} & set(columns))
     if images:

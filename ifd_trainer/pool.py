@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from .encoding import IGNORE
 from .errors import UserError
 from .packing import PackedRows, best_fit_decreasing, largest, spread, unpack
+from .row_ids import as_array, find_ids
 from .selection import Selection, ShortfallError
 
 _TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "seq_lengths"}
@@ -158,26 +159,23 @@ class Pool:
         return ends > starts
 
     def ids(self, column: str | None) -> np.ndarray:
-        """Row ids: those in `column`, else in "row_id" or "id" if there is one, else positions.
+        """Row ids: those in `column`, else in "row_id" or "id" where that serves, else positions; see `find_ids`.
 
         Raises:
-            ValueError: when there is no such column, or its values are not unique.
+            ValueError: when there is no such column, or its values are null, not plain or not unique.
         """
         if column not in self._ids:
             self._ids[column] = self._find_ids(column)
         return self._ids[column]
 
     def _find_ids(self, column: str | None) -> np.ndarray:
-        columns = getattr(self.examples, "column_names", None) or []
-        if column is not None and column not in columns:
-            raise UserError(f"id_column {column!r} is not among the training set's columns {sorted(columns)}.")
-        name = column or next((name for name in ("row_id", "id") if name in columns), None)
-        if name is None:
-            return np.arange(len(self))
-        ids = np.asarray(self.examples[name])
-        if len(np.unique(ids)) != len(ids):
-            raise UserError(f"The row ids in column {name!r} are not unique. Rename the column, or pass id_column.")
-        return ids
+        names = getattr(self.examples, "column_names", None) or []
+        name, ids = find_ids(names, self._column, column)
+        return np.arange(len(self)) if name is None else as_array(ids)
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        values = self.examples.select_columns([name]).with_format("arrow")[:][name]
+        return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
 
     def columns(self, start: int, stop: int, without: Collection[str]) -> dict[str, pa.ChunkedArray]:
         """Columns other than token ids and `without`, of the examples from `start` to `stop`."""

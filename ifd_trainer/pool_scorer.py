@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
 from .columns import IFD_COLUMNS, IFDScorer
-from .encoding import EncodedPair, Encoder, EndOfTurn, Status, share_out, token_count
+from .encoding import Encoder, Status, share_out, token_count
 from .errors import NotInstalledError, UserError
 from .formats import Example
 from .loop import scoring_model
 from .pool import Pool
 from .scorer import Scores, prompt_features, score_pairs
+from .token_rows import TokenRows
 
 _CHUNK = 8192  # pool rows encoded and scored at a time, on each process
 
@@ -125,12 +127,15 @@ class PoolScorer:
         """What is scored."""
         return self.trainer.selection_pool
 
+    @cached_property
+    def _read(self) -> TokenRows:
+        """The pool's rows, by the chat template that the trainer wrote them with."""
+        return TokenRows(self.encoder, getattr(self.trainer, "chat_template", None))
+
     def _own_scores(self, rows: np.ndarray, prefix: Sequence[int], description: str) -> dict[str, np.ndarray]:
-        trim = EndOfTurn(self.encoder.tokenizer)
-        pairs: list[EncodedPair] = []
-        for (ids, _), (start, end) in zip(self.pool.tokens(rows), self.pool.spans(rows).tolist(), strict=True):
-            ids = list(ids[:end])
-            pairs.append(self.encoder.pair(ids[: trim(ids, start)], start, prefix))
+        read, spans = self._read, self.pool.spans(rows).tolist()
+        tokens = zip(self.pool.tokens(rows), spans, strict=True)
+        pairs = [read.pair(ids, start, end, prefix) for (ids, _), (start, end) in tokens]
         with self._progress(token_count(pairs), description) as bar:
             return score_pairs(pairs=pairs, progress=bar.update, **self._running()).columns()
 
@@ -146,7 +151,8 @@ class PoolScorer:
         """Prompts and answers as text, without special tokens: another model has its own."""
         prompts, answers = [], []
         for (ids, _), (start, end) in zip(self.pool.tokens(rows), self.pool.spans(rows).tolist(), strict=True):
-            prompts.append(ids[:start])
+            start, end = self._read.span(ids, start, end)
+            prompts.append([] if self._read.asks_nothing(ids[:start]) else ids[:start])
             answers.append(ids[start:end])
         decode = self.encoder.tokenizer.batch_decode
         return decode(prompts, skip_special_tokens=True), decode(answers, skip_special_tokens=True)
@@ -194,7 +200,7 @@ class _Texts:
     columns: tuple[str, ...] = ("prompt", "answer")
 
     def render(self, row: dict[str, Any], tokenizer: Any) -> Example:
-        return Example(row["prompt"], row["answer"], self.header)
+        return Example(row["prompt"], row["answer"], self.header, asked=row["prompt"].strip() != "")
 
 
 def _sentence_transformer(name: str, device: str) -> Callable[[list[str]], np.ndarray]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .formats import common_prefix_length
+from .chat import common_prefix_length
 
 # A further span costs about as much as computing this many tokens (one attention call in each layer).
 SPAN_COST = 8

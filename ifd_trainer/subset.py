@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .encoding import Status
-from .errors import UserError
 from .refusals import REFUSAL
+from .row_ids import find_ids
 from .scan import Scan
 from .schedule import as_schedule
 from .selection import ABOVE_LIMIT, BELOW_CUT, KEPT, Cherry, ShortfallError, coded
@@ -149,64 +149,16 @@ def _ranks_in_ties(score: np.ndarray, ids: pa.ChunkedArray, eligible: np.ndarray
 
 
 def tie_ids(rows: Scan, column: str | None = None) -> tuple[str | None, np.ndarray | pa.ChunkedArray | None]:
-    """The column that tells rows apart, and its values, to be compared as numbers or else as texts.
-
-    Args:
-        rows: n rows.
-        column: the column; by default `row_id`, then `id`, if its values are unique.
-
-    Returns:
-        The name and (n,) ids for `choose`; None twice where positions are all there is.
+    """The column that tells n rows apart, and its values for `choose`; see `find_ids`.
 
     Raises:
-        ValueError: when the column is missing, or has nulls or equal values.
+        ValueError: when the named column is missing, or has nulls, equal values, or values that are no plain ids.
 
     >>> from datasets import Dataset
-    >>> tie_ids(Scan(Dataset.from_dict({"row_id": ["a", "a"], "id": [7, 5]})))
+    >>> tie_ids(Scan(Dataset.from_dict({"row_id": ["a", None], "id": [7, 5]})))
     ('id', array([7, 5]))
     """
-    for name in [column] if column else ["row_id", "id"]:
-        if name not in rows.features:
-            if column:
-                names = sorted(rows.column_names)
-                raise UserError(f"There is no column {column!r} of row ids; the columns are {names}.")
-            continue
-        values = _comparable(rows, name)
-        nulls = int(pd.isna(values).sum()) if isinstance(values, np.ndarray) else values.null_count
-        if not nulls and _unique(values):
-            return name, values
-        if column:
-            shown = pd.Series(values) if isinstance(values, np.ndarray) else values.to_pandas().astype(str)
-            raise UserError(
-                f"The column {name!r} cannot tell rows apart: {nulls} of {len(values)} values are null and "
-                f"{shown.duplicated().sum()} are repeated. Name another with --id-column, or leave it out."
-            )
-    return None, None
-
-
-def _comparable(rows: Scan, name: str) -> np.ndarray | pa.ChunkedArray:
-    """The ids of a column: numbers as an array, all else as texts."""
-    values = rows.column(name)
-    if values.null_count or pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return values
-    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
-        return values.to_numpy()
-    return pa.chunked_array([pa.array(rows.frame([name])[name].astype(str), pa.string())])
-
-
-def _unique(ids: np.ndarray | pa.ChunkedArray) -> bool:
-    """Whether no value occurs twice. Of texts, digests tell; those that share one are compared themselves."""
-    if isinstance(ids, np.ndarray):
-        return not len(_repeated(ids))
-    digests = [pd.util.hash_array(chunk.to_numpy(zero_copy_only=False), categorize=False) for chunk in ids.chunks]
-    digests = np.concatenate([np.zeros(0, np.uint64), *digests])
-    doubtful = ids.filter(pa.array(np.isin(digests, _repeated(digests))))
-    return pc.count_distinct(doubtful).as_py() == len(doubtful)
-
-
-def _repeated(values: np.ndarray) -> np.ndarray:
-    ordered = np.sort(values)
-    return ordered[1:][ordered[1:] == ordered[:-1]]
+    return find_ids(rows.column_names, rows.column, column, "--id-column")
 
 
 def _shortfall(subset: Subset) -> str:

@@ -7,23 +7,36 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List, Value
+from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
 from .brief import Brief
 from .callback import IFDSelectionCallback
+from .chat import reads_as_text
 from .columns import IFDScorer
 from .encoding import DEFINITIONS
 from .errors import NotFoundError, UserError
 from .files import load_rows
-from .formats import FORMATS, MalformedRow, resolve_format, to_prompt_completion
+from .formats import (
+    FORMATS,
+    ChatFormat,
+    MalformedRow,
+    PromptCompletionFormat,
+    PromptFormat,
+    resolve_format,
+    to_training_row,
+)
 from .refusals import looks_like_refusal
+from .row_ids import find_ids
 from .schedule import Anneal, Curriculum, Schedule, as_schedule, parse_keep
 from .snapshot import Snapshot
 
@@ -209,7 +222,7 @@ def build_trainer(recipe: Recipe) -> SFTTrainer:
     with sft.main_process_first(desc="preparing the rows"):  # the others read what it put into the cache
         if scorer is not None:
             rows = rows.map(scorer, batched=True, batch_size=_SCORED_AT_ONCE, desc=f"Scoring with {selection.scorer}")
-        train = _prepare(rows, selection.format)
+        train = _prepare(rows, selection.format, lambda: _tokenizer(recipe))
         if selection.drop_refusals:
             train = _without_refusals(train)
     if selection.label and selection.label not in train.column_names:
@@ -217,7 +230,8 @@ def build_trainer(recipe: Recipe) -> SFTTrainer:
     held_out = None
     if selection.eval_dataset:
         held_out = _find(selection.eval_dataset, recipe.folder)
-        held_out = _prepare(load_rows(held_out, script.dataset_test_split), selection.format)
+        held_out = load_rows(held_out, script.dataset_test_split)
+        held_out = _prepare(held_out, selection.format, lambda: _tokenizer(recipe))
     sft.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -281,8 +295,10 @@ def _scorer(selection: SelectionConfig, sft: SFTConfig) -> IFDScorer:
 def _without_refusals(rows: Dataset) -> Dataset:
     """Rows whose answer does not look like a refusal; says how many were left out."""
 
-    def keeps(completion: str | list[dict[str, str]]) -> bool:
-        return not looks_like_refusal(completion if isinstance(completion, str) else completion[-1]["content"])
+    def keeps(completion: str | list[dict[str, Any]] | None) -> bool:
+        if isinstance(completion, list):
+            completion = completion[-1].get("content") if completion else None
+        return not looks_like_refusal(completion or "")
 
     kept = rows.filter(keeps, input_columns="completion", desc="Leaving out refusals")
     logger.warning(
@@ -310,20 +326,108 @@ def planned(trainer: SFTTrainer) -> str:
     return "\n".join(lines)
 
 
-def _prepare(rows: Dataset, format: str | None) -> Dataset:
-    """Rows as TRL's SFTTrainer reads them, with a `row_id` and all columns that the format does not read."""
-    if "row_id" not in rows.column_names:
-        rows = rows.add_column("row_id", list(range(len(rows))))
+# Columns that TRL reads as its own work, whatever they hold: tokens, masks, texts of other forms.
+_TRLS = {"input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths"}
+_TRLS |= {"token_type_ids", "mm_token_type_ids", "text", "messages", "conversations", "tools", "chat_template_kwargs"}
+
+
+def _prepare(rows: Dataset, format: str | None, tokenizer: Callable[[], Any] | None = None) -> Dataset:
+    """Rows as TRL's SFTTrainer reads them, with an id and all columns that neither the format nor TRL reads.
+
+    Rows that cannot be rendered are left out, with one warning.
+
+    Args:
+        rows: rows in any known format.
+        format: its name; told from the columns by default.
+        tokenizer: gives the tokenizer whose chat template is to write the rows; asked for chats alone.
+
+    Raises:
+        ValueError: when no row can be rendered.
+    """
     resolved = resolve_format(format, rows.column_names)
-    consumed = {"instruction", "input", "output", "text", *resolved.columns} & set(rows.column_names)
+    rows = _with_ids(rows)
+    consumed = {"instruction", "input", "output", *resolved.columns} & set(rows.column_names)
+    aside = sorted((_TRLS - {"text", "tools", "chat_template_kwargs"} - consumed) & set(rows.column_names))
+    if aside:
+        logger.warning("Columns that TRL would take for its own are set aside: %s.", ", ".join(aside))
+    chats = isinstance(resolved, ChatFormat) or _holds_messages(rows, resolved)
+    convert = _Convert(resolved, tokenizer() if chats and tokenizer is not None else None)
+    read = [name for name in rows.column_names if name in {*consumed, "tools", "chat_template_kwargs"}]
+    checked = rows.select_columns(read).map(convert.check, remove_columns=read, desc="Checking rows")
+    bad = np.flatnonzero([problem != "" for problem in checked["problem"]])
+    if len(bad):
+        first = f"row {bad[0]}: {checked[int(bad[0])]['problem']}"
+        if len(bad) == len(rows):
+            raise UserError(f"None of {len(rows)} rows can be trained on as {resolved.name!r}; the first one, {first}.")
+        left_out = "%d of %d rows cannot be trained on as %r and are left out of the pool; the first one, %s."
+        logger.warning(left_out, len(bad), len(rows), resolved.name, first)
+        rows = rows.select(np.setdiff1d(np.arange(len(rows)), bad))
+    removed = sorted((consumed | _TRLS) & set(rows.column_names) - {"prompt", "completion"})
+    features = {name: kind for name, kind in rows.features.items() if name not in removed}
+    # As JSON each message and row has its own names; Arrow would give all of them the names of all, with nulls.
+    kind = List(Json()) if chats else Value("string")
+    features |= {"prompt": kind, "completion": kind}
+    extra = {"tools": Value("string"), "chat_template_kwargs": Json()}
+    features |= {name: kind for name, kind in extra.items() if any(checked[name])}
+    return rows.map(
+        partial(convert, names=sorted(features)),
+        remove_columns=removed,
+        features=Features(features),
+        desc="Formatting rows",
+    )
 
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class _Convert:
+    """A row of a format as TRL reads it, and what is wrong with one that cannot be."""
+
+    format: PromptFormat
+    tokenizer: Any
+
+    def __call__(self, row: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+        found = to_training_row(row, self.format, self.tokenizer)
+        return {name: value for name, value in found.items() if name in names}
+
+    def check(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What is wrong with a row, "" for nothing; and whether it has tools, and variables of a template."""
+        found, problem = {}, ""
         try:
-            return to_prompt_completion(row, resolved)
+            found = to_training_row(row, self.format, self.tokenizer)
         except MalformedRow as error:
-            raise UserError(f"Row {row['row_id']} cannot be rendered as {resolved.name!r}: {error}.") from error
+            problem = str(error) or "malformed"
+        tools = found.get("tools", "null") != "null"
+        return {"problem": problem, "tools": tools, "chat_template_kwargs": bool(found.get("chat_template_kwargs"))}
 
-    return rows.map(convert, remove_columns=sorted(consumed - {"prompt", "completion"}), desc="Formatting rows")
+
+def _tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer that TRL will load, with the chat template that it will use."""
+    name, path, code = recipe.model.model_name_or_path, recipe.sft.chat_template_path, recipe.sft.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.model.model_revision, trust_remote_code=code)
+    if path is not None and os.path.isfile(path):
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    elif path is not None:
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
+    return tokenizer
+
+
+def _with_ids(rows: Dataset) -> Dataset:
+    """Rows with a column that tells them apart: their own, or `row_id` with their positions."""
+
+    def read(name: str) -> Any:
+        return rows.select_columns([name]).with_format("arrow")[:][name]
+
+    if find_ids(rows.column_names, read)[0] is not None:
+        return rows
+    if "row_id" in rows.column_names:
+        rows = rows.remove_columns("row_id")
+    return rows.add_column("row_id", list(range(len(rows))))
+
+
+def _holds_messages(rows: Dataset, format: PromptFormat) -> bool:
+    """Whether the prompts of prompt-completion rows are messages."""
+    return isinstance(format, PromptCompletionFormat) and any(
+        not reads_as_text(row[format.prompt]) for row in rows.take(1)
+    )
 
 
 def _find(source: str, folder: Path) -> str:

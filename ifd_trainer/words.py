@@ -24,6 +24,7 @@ REASONS = {
     ABOVE_LIMIT: "dropped: at or above the limit",
     REFUSAL: "dropped: the answer looks like a refusal",
     Status.EMPTY_ANSWER.value: "no score: the answer has no token",
+    Status.EMPTY_PROMPT.value: "no score: nothing is asked, the prompt is blank",
     Status.TOO_SHORT.value: "no score: too few answer tokens",
     Status.TRUNCATED.value: "no score: the answer does not fit in max_length",
     Status.PROMPT_TOO_LONG.value: "no score: the prompt fills max_length",

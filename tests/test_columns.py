@@ -234,9 +234,11 @@ def test_status_of_a_prompt_without_room_for_an_answer(model, tokenizer):
     assert status_of(scorer, batch_of(["Red.", "Red."], ["Add.", "7" * 40])) == ["ok", "prompt_too_long"]
 
 
-@pytest.mark.parametrize("instruction", [None, NAN, ""])
-def test_a_row_without_an_instruction_is_scored_with_the_bare_template(scorer, instruction):
-    assert status_of(scorer, batch_of(["Red."], [instruction])) == ["ok"]
+@pytest.mark.parametrize("instruction", [None, NAN, "", " \n"])
+def test_a_row_that_asks_nothing_has_no_score(scorer, instruction):
+    batch = batch_of(["Red.", "Red.", " \n"], [instruction, "Name one.", instruction])
+    assert status_of(scorer, batch) == ["empty_prompt", "ok", "empty_answer"]
+    assert status_of(scorer, batch | {"input": ["12 and 30", "", ""]}) == ["ok", "ok", "empty_answer"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from conftest import build_tokenizer
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ifd_trainer.chat import common_prefix_length
 from ifd_trainer.encoding import (
     DEFAULT_MAX_LENGTH,
     EncodedPair,
@@ -29,7 +30,6 @@ from ifd_trainer.formats import (
     SUPERFILTERING,
     WIZARDLM,
     Example,
-    common_prefix_length,
 )
 
 HEADER = "### Response:"
@@ -112,8 +112,11 @@ def test_alpaca_rows_keep_their_tokens(name, instruction, extra, answer):
     )
     trimmed = without_end_of_turn(tokenizer, whole, start)
     pair = encode(tokenizer, row)
-    if len(trimmed) == start:
+    if not answer.strip() or not tokenizer.decode(trimmed[start:]).strip():
         assert pair == EncodedPair(status=Status.EMPTY_ANSWER)
+        return
+    if not (instruction + extra).strip():
+        assert pair == EncodedPair(status=Status.EMPTY_PROMPT)
         return
     assert pair.status is Status.OK
     assert pair.conditioned.ids == trimmed
@@ -157,8 +160,11 @@ def test_chat_rows_are_tokenised_as_the_template_writes_them(name, question, ans
     row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
     pair = encode(tokenizer, MESSAGES.render(row, tokenizer))
     expected = without_end_of_turn(tokenizer, whole, start)
-    if len(expected) == start:
+    if not tokenizer.decode(expected[start:]).strip():
         assert pair.status is Status.EMPTY_ANSWER
+        return
+    if not question.strip():
+        assert pair.status is Status.EMPTY_PROMPT
         return
     header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
     assert pair.conditioned == Segment(expected, start)
@@ -416,10 +422,11 @@ def test_superfiltering_prompt_too_long(tokenizer, limit):
     assert encode(tokenizer, row, definition="superfiltering", max_length=limit).status is Status.PROMPT_TOO_LONG
 
 
-def test_superfiltering_without_a_prompt_scores_no_first_token(tokenizer):
-    row = PROMPT_COMPLETION.render({"prompt": "", "completion": "7777"}, tokenizer)
-    pair = encode(tokenizer, row, definition="superfiltering")
-    assert pair.conditioned == pair.direct == Segment(tokenizer("7777")["input_ids"], 1)
+@pytest.mark.parametrize("definition", ["paper", "superfiltering"])
+@pytest.mark.parametrize("prompt", [None, "", " \n"])
+def test_without_a_prompt_there_is_no_score(tokenizer, definition, prompt):
+    row = PROMPT_COMPLETION.render({"prompt": prompt, "completion": "7777"}, tokenizer)
+    assert encode(tokenizer, row, definition=definition).status is Status.EMPTY_PROMPT
 
 
 @given(

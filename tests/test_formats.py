@@ -214,9 +214,9 @@ def test_sharegpt_roles(tokenizer):
     ],
 )
 def test_fields_that_arrow_filled_with_null_do_not_reach_the_template(format, row):
-    tokenizer = with_template("{% for m in messages %}{{ m.keys() | list | join(',') }};{% endfor %}")
+    tokenizer = with_template("{% for m in messages %}{{ m.keys() | list | join(',') }}: {{ m.content }};{% endfor %}")
     example = format.render(row, tokenizer)
-    assert example.prompt + example.answer == "role,content;role,content;"
+    assert example.prompt + example.answer == "role,content: Name a colour.;role,content: Red.;"
 
 
 @pytest.mark.parametrize("tools", [[{"name": "get"}], json.dumps([{"name": "get"}])])
@@ -246,11 +246,11 @@ def test_the_answer_begins_where_an_open_and_a_finished_turn_part():
     assert (example.prompt, example.answer) == ("[user]Name a colour.[assistant]", "Red.")
 
 
-def test_a_template_without_a_generation_prompt_gives_no_header():
+def test_without_a_generation_prompt_the_header_is_what_the_finished_turn_begins_with():
     tokenizer = with_template("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
     example = MESSAGES.render({"messages": [USER, ASSISTANT]}, tokenizer)
-    assert (example.prompt, example.header) == ("user: Name a colour.\n", "")
-    assert example.answer == "assistant: Red.\n"
+    assert (example.prompt, example.header) == ("user: Name a colour.\nassistant: ", "assistant: ")
+    assert (example.answer, example.end) == ("Red.\n", "\n")
 
 
 @pytest.mark.parametrize(

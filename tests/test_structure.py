@@ -12,10 +12,12 @@ PACKAGE = ROOT / "ifd_trainer"
 ORDER = [
     "errors",
     "atomic",
+    "chat",
     "formats",
     "refusals",
     "encoding",
     "headers",
+    "token_rows",
     "ifd",
     "positions",
     "transfer",
@@ -32,6 +34,7 @@ ORDER = [
     "devices",
     "digests",
     "columns",
+    "row_ids",
     "selection",
     "diversity",
     "brief",
@@ -114,7 +117,7 @@ def test_a_module_imports_only_from_modules_before_it(module):
     assert sorted(imported_modules(tree_of(module)) - set(before)) == []
 
 
-PURE = ["refusals", "ifd", "selection", "diversity", "brief", "schedule", "packing", "pool", "subset"]
+PURE = ["refusals", "ifd", "selection", "diversity", "brief", "schedule", "packing", "pool", "row_ids", "subset"]
 
 
 @pytest.mark.parametrize("module", PURE)
