@@ -44,9 +44,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
 
+from .chat import common_prefix_length
 from .engine import check_causal_lm
 from .errors import NotInstalledError, RunError, UserError
-from .formats import common_prefix_length
 from .head import lm_head
 from .history import FOLDER as HISTORY
 from .pool import PackedPool, Pool, TrainingRow

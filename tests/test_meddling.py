@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import build_model
+from conftest import SMALL, build_model
 from datasets import Dataset
 from training import (
     INF,
@@ -21,7 +21,17 @@ from training import (
     train,
     weights_of,
 )
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.trainer_utils import HPSearchBackend
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTTrainer
 
@@ -335,6 +345,35 @@ def test_other_trainers_of_trl_are_refused_by_what_they_train_on(tmp_path, name,
     trainer = sft_trainer(tmp_path, 8)
     trainer.__class__ = type(name, (SFTTrainer,), {"__module__": "trl.experimental.some"})
     with pytest.raises(UserError, match=f"{name} trains on {what}"):
+        IFDSelectionCallback(trainer)
+
+
+BART = {
+    "vocab_size": 400, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (
+            lambda: BartForConditionalGeneration(BartConfig(**BART)),
+            "BartForConditionalGeneration is an encoder-decoder",
+        ),
+        (
+            lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL)),
+            "LlamaForSequenceClassification is a classifier",
+        ),
+        (lambda: BertForMaskedLM(BertConfig(**SMALL)), "BertForMaskedLM lets tokens see those that follow"),
+        (lambda: LlamaModel(LlamaConfig(**SMALL)), "LlamaModel has no language model head"),
+    ],
+    ids=["encoder_decoder", "classifier", "masked", "headless"],
+)
+def test_a_model_of_another_kind_is_refused_at_construction(tmp_path, make, what):
+    trainer = plain_trainer(tmp_path, tokenised(sft_trainer(tmp_path, 4)))
+    trainer.model = make()
+    with pytest.raises(UserError, match=f"{what}.* Use a causal"):
         IFDSelectionCallback(trainer)
 
 
