@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, Value
 from datasets.table import table_cast
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .history import write_atomically
 
 _BLOCK = 2**22  # characters of JSON, bytes of CSV: some times that much is in memory
@@ -68,11 +68,6 @@ def read_parquet(path: Path) -> Dataset:
         ValueError: for a file that is none, and for types or names of columns that a data set cannot have.
     """
     return _cached(path, _parquet_to_arrow)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, in which Arrow may write several lines."""
-    return " ".join(str(error).split())
 
 
 def file_digest(path: Path) -> str:

@@ -25,3 +25,8 @@ class FileAccessError(UserError, OSError):
 
 class RunError(UserError, RuntimeError):
     """A run that cannot go on through no fault of this program: processes that stall, a loader changed by others."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message of an error, in which Arrow, YAML and transformers write several lines."""
+    return " ".join(str(error).split())

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetsError
 
 from .arrow_files import (
     file_digest,
@@ -37,6 +37,8 @@ from .arrow_files import (
 )
 from .errors import NotFoundError, UserError
 from .history import write_atomically
+from .paths import check_rows, ending_of
+from .paths import check_writable as check_writable  # a name of this module too
 
 try:
     import fcntl
@@ -55,9 +57,10 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         FileNotFoundError: when `source` looks like a file and is none.
         ValueError: for an ending that cannot be read, or a folder of unlike files.
     """
+    check_rows(source)
     path = Path(source)
     if path.is_file():
-        return READERS[_ending(path)](path)
+        return READERS[ending_of(path)](path)
     if (path / f"{split}.parquet").is_file():
         return read_parquet(path / f"{split}.parquet")
     saved = path / split if (path / "dataset_dict.json").is_file() else path
@@ -66,12 +69,16 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
     if path.is_dir():
         try:
             return load_dataset(str(path.resolve()), config, split=split)  # which cannot read "."
-        except DatasetGenerationError as error:
+        except (DatasetsError, OSError, ValueError) as error:
             why = one_line(error.__cause__ or error)[:300]
             raise UserError(f"The files in {path} cannot be read as one data set: {why}. Name one of them.") from error
-    if path.suffix.lower() in READERS or source.startswith((".", "/")):
-        raise NotFoundError(f"No such file: {source}. Files end in {', '.join(READERS)}; other names are hub names.")
-    return load_dataset(source, config, split=split)
+    try:
+        return load_dataset(source, config, split=split)
+    except (DatasetsError, OSError, ValueError) as error:  # no hub, or no such name, config or split
+        raise NotFoundError(
+            f"There is no file or folder {source!r} here, and as the name of a data set on a hub it cannot be read "
+            f"({one_line(error)[:300]}). Check the name, the split ({split}) and the network."
+        ) from error
 
 
 def write_rows(dataset: Dataset, path: str | os.PathLike, folder: Path | None = None) -> None:
@@ -94,7 +101,7 @@ def write_tables(
         ValueError: see `check_features`.
     """
     path = Path(path)
-    ending = _ending(path)
+    ending = ending_of(path)
     check_features(features, path)
     # A set without rows has columns too.
     tables = chain([pa.Table.from_batches([], features.arrow_schema)], tables)
@@ -143,22 +150,10 @@ def read_records(path: str | os.PathLike) -> list:
     return list(chain.from_iterable(record_blocks(Path(path))))
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise ValueError now if `write_rows` could not write to this path after hours of work."""
-    path = Path(path)
-    ending, parent = _ending(path), _existing_parent(path)
-    if path.is_dir():
-        raise UserError(f"Cannot write to {path}: it is a folder. Name a file, such as {path / f'scored{ending}'}.")
-    if not parent.is_dir():
-        raise UserError(f"Cannot write to {path}: {parent} is a file, not a folder. Write to another folder.")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"Cannot write to {path}: the folder {parent} is not writable. Write to another one.")
-
-
 def check_features(features: Features, path: str | os.PathLike) -> None:
     """Raise ValueError now for columns that the format of this path cannot hold: bytes are in Parquet files only."""
     names = [field.name for field in features.arrow_schema if _has_bytes(field.type)]
-    if names and (ending := _ending(Path(path))) != ".parquet":
+    if names and (ending := ending_of(Path(path))) != ".parquet":
         raise UserError(
             f"Cannot write {path}: {ending} is text, and the column {names[0]!r} holds bytes. Write to a .parquet "
             "file, or drop the column."
@@ -325,24 +320,10 @@ def source_digest(source: str, rows: Dataset) -> str:
     return file_digest(path) if path.is_file() else rows._fingerprint
 
 
-def _ending(path: Path) -> str:
-    ending = path.suffix.lower()
-    if ending not in READERS:
-        raise UserError(f"Cannot tell the format of {path} from its ending; use one of {', '.join(READERS)}.")
-    return ending
-
-
 def _has_bytes(type: pa.DataType) -> bool:
     """Whether a type of Arrow is, or has inside, one of bytes."""
     kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
     return any(kind(type) for kind in kinds) or any(_has_bytes(type.field(i).type) for i in range(type.num_fields))
-
-
-def _existing_parent(path: Path) -> Path:
-    parent = path.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
 
 
 def _write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -555,8 +555,14 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypat
         check_writable(tmp_path / "dir.csv")
     with pytest.raises(ValueError, match=f"{tmp_path / 'file'} is a file, not a folder"):
         check_writable(tmp_path / "file" / "new" / "a.csv")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(ValueError, match=f"the folder {tmp_path} is not writable. Write to another one"):
+
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(
+        ValueError, match=rf"the folder {tmp_path} is not writable \(Permission denied\). Write to anoth"
+    ):
         check_writable(tmp_path / "new" / "a.csv")
 
 

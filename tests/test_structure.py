@@ -11,6 +11,9 @@ PACKAGE = ROOT / "ifd_trainer"
 # A module imports only from modules before it.
 ORDER = [
     "errors",
+    "paths",
+    "recipe",
+    "settings",
     "formats",
     "refusals",
     "encoding",
