@@ -213,8 +213,8 @@ class PlanConfig(SFTConfig):
     def __post_init__(self) -> None:
         self.lacking = _set_aside(self)
         self.parallel, self.deepspeed = "deepspeed" if self.deepspeed else None, None
-        self.push_to_hub = False
-        self.report_to = "none"
+        self.push_to_hub, self.report_to = False, "none"
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # several processes are one run then too
         super().__post_init__()
 
     @property
@@ -355,6 +355,12 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
         raise UserError(
             f"scorer={selection.scorer!r} scores the rows before TRL packs them, and packing drops the scores. Set "
             "packing: false, or leave scorer out."
+        )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != sft.world_size:
+        raise UserError(
+            f"{launched} processes were started, but each would train by itself: there is no GPU for them. Set "
+            "use_cpu: true to train on processors, or start one process."
         )
     if not plan:
         if missing := _missing_trackers(sft.report_to):
@@ -602,9 +608,10 @@ def _pool_line(run: Run) -> str:
 def _batch_line(trainer: SFTTrainer) -> str:
     """Rows of an update, which depend on how the run is launched."""
     args = trainer.args
-    parts = [f"{args.train_batch_size} rows", f"{args.gradient_accumulation_steps} batches"]
+    rows = "packed rows" if trainer.selection_pool.packed else "rows"
+    parts = [f"{args.train_batch_size} {rows}", f"{args.gradient_accumulation_steps} batches"]
     parts.append(f"{args.world_size} process{'es' if args.world_size > 1 else ''}")
-    return f"update: {' x '.join(parts)} = {trainer.get_total_train_batch_size(args)} rows"
+    return f"update: {' x '.join(parts)} = {trainer.get_total_train_batch_size(args)} {rows}"
 
 
 def _prepare(rows: Dataset, format: str | None) -> Dataset:
