@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -364,6 +367,70 @@ def test_the_plan_of_a_curriculum_with_packing_is_printed(
     assert "6 updates (epoch 0: 1 rows, 1 updates; epoch 1: 2 rows, 2 updates; epoch 2: 3 rows" in (
         capsys.readouterr().out
     )
+
+
+def plan_of(out: str) -> list[str]:
+    """The lines of a plan in what a command prints."""
+    lines = out[out.index("Plan: ") :].splitlines()
+    return [line for line in lines if line.startswith(("Plan: ", "pool: ", "update: ", "original weights: "))]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--keep", "4", "--gradient_accumulation_steps", "3"], "Plan: 2 updates"),
+        (["--max_steps", "7", "--keep", "4"], "Plan: 7 updates"),
+        (["--num_train_epochs", "1.5", "--keep", "4"], "Plan: 3 updates"),
+        (["--keep", "6", "--curriculum", "easy_to_hard", "--tiers", "2"], "Plan: 4 updates"),
+        (["--keep", "2", "--anneal_share", "0.5"], "epoch 1: 11 rows, 6 updates"),
+        (["--keep", "3", "--method", "cherry"], "original weights: 0.00 GB"),
+        (["--keep", "3", "--method", "cherry", "--brief", "random", "--use_peft", "true"], "original weights: 0.00 GB"),
+        (["--keep", "3", "--scorer", "MODEL", "--definition", "superfiltering"], "pool: 11 of 11 rows"),
+        (
+            ["--keep", "1.0", "--packing", "true", "--per_device_train_batch_size", "1"],
+            "pool: 11 of 11 rows, in 4 packed",
+        ),
+        (["--keep", "2", "--max_length", "58"], "pool: 6 of 11 rows, 5 lost to max_length=58 (no token of their"),
+        (["--keep", "2", "--max_length", "58", "--drop_refusals", "true"], "1 left out as refusals, 5 lost to max_len"),
+    ],
+)
+def test_a_run_is_as_it_was_planned_and_says_which_rows_it_lost(
+    recipe: Path, data: Path, model_path: str, capsys: pytest.CaptureFixture, options: list[str], expected: str
+) -> None:
+    rows = [*ROWS[:-1], ROWS[-1] | {"input": "", "output": "I'm sorry, but I cannot help with that."}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = [model_path if word == "MODEL" else word for word in options]
+    assert main(["train", str(recipe), "--model", model_path, *options, "--plan"]) == 0
+    plan = plan_of(capsys.readouterr().out)
+    assert expected in "\n".join(plan)
+    assert main(["train", str(recipe), "--model", model_path, *options]) == 0
+    assert plan_of(capsys.readouterr().out) == plan
+
+
+def launched(*words: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command that two processes run together."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "ifd_trainer", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_several_processes_run_what_they_planned(recipe: Path, model_path: str) -> None:
+    words = ["train", str(recipe), "--model", model_path, "--packing", "true", "--keep", "2"]
+    code, planned, _ = launched(*words, "--plan", "--use_cpu", "false")  # a plan needs no telling
+    assert code == 0
+    assert plan_of(planned)[1:] == [
+        "pool: 11 of 11 rows, in 4 packed rows",
+        "update: 2 packed rows x 1 batches x 2 processes = 4 packed rows",
+    ]
+    assert planned.count("Plan: ") == 1
+    code, out, _ = launched(*words)
+    assert code == 0
+    assert plan_of(out) == plan_of(planned)
+    if not torch.accelerator.is_available():
+        code, _, errors = launched(*words, "--use_cpu", "false")
+        assert code == 1  # the launcher's
+        assert "error: 2 processes were started, but each would train by itself: there is no GPU for them" in errors
 
 
 @pytest.mark.parametrize(
