@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["train"]:  # its options are TRL's dataclasses, parsed by TRL's parser
             return _train(arguments[1:])
         options = _parser().parse_args(arguments)
+        _check_words(options)
         options.check(options)
         return options.run(options)
     except KeyboardInterrupt:
@@ -306,6 +307,17 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 # What each command is given by path, before anything slow is imported.
 
 
+def _check_words(options: argparse.Namespace) -> None:
+    for name, value in vars(options).items():
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"{name.replace('_', '-')} is empty: give it a value, or leave it out.")
+    # Of a file there is one split, and of a folder one revision: what is asked for would be ignored without a word.
+    if getattr(options, "split", "train") != "train" and Path(options.data).is_file():
+        raise UserError(f"--split {options.split}: the file {options.data} has no splits. Leave it out.")
+    if getattr(options, "revision", None) is not None and Path(options.model).is_dir():
+        raise UserError(f"--revision {options.revision}: the folder {options.model} has no revisions. Leave it out.")
+
+
 def _check_score(options: argparse.Namespace) -> None:
     check_writable(options.output)
     check_model(options.model)
@@ -314,17 +326,15 @@ def _check_score(options: argparse.Namespace) -> None:
 
 def _check_select(options: argparse.Namespace) -> None:
     check_rows(options.data)
-    if not options.output.strip():
-        raise UserError("--output names nothing. Name a file or a folder to write to.")
     if options.scores is not None:
         if not Path(options.scores).is_file():
-            raise NotFoundError(f"--scores: no such file: {options.scores!r}.")
+            raise NotFoundError(f"No such file of scores: {options.scores}.")
         check_readable(Path(options.scores))
 
 
 def _check_report(options: argparse.Namespace) -> None:
     source = Path(options.source)
-    if not options.source.strip() or not source.exists():
+    if not source.exists():
         raise NotFoundError(
             f"No such file or folder: {options.source!r}. A report is made from the output folder of a run, from a "
             "folder that `ifd-trainer select` wrote, or from a scored file."

@@ -23,6 +23,10 @@ class FileAccessError(UserError, OSError):
     """A file that cannot be read or written as it is: no permission, no space, damaged."""
 
 
+class HubError(UserError, ConnectionError):
+    """A hub that cannot be reached, or refuses."""
+
+
 class RunError(UserError, RuntimeError):
     """A run that cannot go on through no fault of this program: processes that stall, a loader changed by others."""
 

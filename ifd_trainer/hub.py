@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from .errors import UserError
+from .errors import HubError, UserError, one_line
 
 
 def check_repository(name: str) -> None:
@@ -14,7 +14,10 @@ def check_repository(name: str) -> None:
 
     if name.count("/") != 1:
         raise UserError(f"--push-to-hub takes USER/NAME, got {name!r}.")
-    validate_repo_id(name)  # HFValidationError is a ValueError
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise UserError(f"--push-to-hub takes USER/NAME, got {name!r}: {one_line(error)}") from error
 
 
 def push_files(repository: str, files: Mapping[str, Path], private: bool = False) -> str:
@@ -43,7 +46,7 @@ def push_files(repository: str, files: Mapping[str, Path], private: bool = False
     except Exception as error:  # which classes a broken connection raises differs from release to release of the client
         first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         paths = ", ".join(map(str, files.values()))
-        raise ConnectionError(
+        raise HubError(
             f"Could not push to {repository}: {first}. All files are written ({paths}). Check the network and "
             "`hf auth login`, and run the same command again."
         ) from error

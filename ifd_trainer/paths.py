@@ -92,10 +92,10 @@ def is_path(source: str) -> bool:
 def check_rows(source: str) -> None:
     """Raise ValueError unless this is a file or folder of rows, or may be the name of a data set on a hub."""
     path = Path(source)
-    if not is_path(source) or path.is_dir():
+    if source.strip() and (not is_path(source) or path.is_dir()):
         return
-    if not path.exists():
-        raise NotFoundError(f"No such file: {source}. Files end in {', '.join(ENDINGS)}; other names are hub names.")
+    if not source.strip() or not path.exists():
+        raise NotFoundError(f"No such file: {source!r}. Files end in {', '.join(ENDINGS)}; other names are hub names.")
     ending_of(path)
     check_readable(path)
 
@@ -159,7 +159,7 @@ def check_checkpoint(given: str | bool | None, output: str) -> str | None:
         FileNotFoundError: when it is not there.
     """
     text = str(given).strip().lower()
-    if given is None or text in ("false", "none", "null"):
+    if given is None or text in ("", "false", "none", "null"):
         return None
     there = list(_checkpoints(output))
     held = f"{output} holds {', '.join(path.name for path in there)}" if there else f"{output} holds no checkpoint"

@@ -11,7 +11,7 @@ from .paths import check_checkpoint, check_folder, check_model, check_readable, 
 
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
 # Keys that TRL and transformers read a file for, if it ends like this.
-_FILES = {
+FILES = {
     "deepspeed": (".json",),
     "fsdp_config": (".json",),
     "accelerator_config": (".json",),
@@ -85,9 +85,15 @@ def check_recipe(recipe: str | None, words: Sequence[str], plan: bool = False) -
     for name in (model, settings.get("scorer")):
         if isinstance(name, str):
             check_model(name)
+    # What is asked for would be ignored without a word.
+    of_file = ("dataset_train_split", "dataset_config") if Path(beside(str(rows), folder)).is_file() else ()
+    for key in (*of_file, *(("model_revision",) if Path(str(model)).is_dir() else ())):
+        if settings.get(key) not in (None, "", "train", "main"):
+            what = "the data set is a file" if key in of_file else "the model is a folder"
+            raise UserError(f"{key} is {settings[key]!r}, but {what}, which has none. Leave {key} out.")
     if isinstance(settings.get("embedder"), str) and settings["embedder"]:
         model_name(settings["embedder"])
-    for key, endings in _FILES.items():
+    for key, endings in FILES.items():
         value = settings.get(key)
         if isinstance(value, str) and value.endswith(endings) and not Path(value).is_file():
             raise NotFoundError(f"{key}: no such file: {value}.")

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError
+from .recipe import ALIASES, FILES
 
 # Keys that TRL's parser or this program reads in another way than their type says.
 _FREE = ("env", "resume_from_checkpoint")
@@ -40,14 +43,19 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
     known = sorted(known)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, [*known, "env"], n=1, cutoff=0.6)
-            near = near or [name for name in known if name.startswith(f"{key}_")][:1]
+            near = [name for name in known if name.startswith(f"{key}_")][:1] if key in ALIASES else []
+            near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
             meant = f"Did you mean {near[0]}?" if near else "ifd-trainer train --help-all lists all keys."
             raise UserError(f"{where}: there is no key {key!r}. {meant}")
 
 
-def check_types(given: Mapping[str, Any], classes: Iterable[type], where: str) -> None:
-    """Raise ValueError for a value of a type that its field does not take; texts are left to the parser."""
+def typed(given: Mapping[str, Any], classes: Iterable[type], where: str) -> dict[str, Any]:
+    """The values as their fields take them: a number for a text is one.
+
+    Raises:
+        ValueError: for a value of a type that its field does not take; texts are left to the parser.
+    """
+    found = dict(given)
     for cls in classes:
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -55,12 +63,39 @@ def check_types(given: Mapping[str, Any], classes: Iterable[type], where: str) -
                 continue
             value, hint = given[field.name], hints[field.name]
             if isinstance(value, str) or _fits(value, hint) or (value is None and field.default is None):
+                kinds = _kinds(hint)
+                if isinstance(value, (int, float)) and str in kinds and not {bool, int, float} & set(kinds):
+                    found[field.name] = str(value)
                 continue
             quotes = (
                 " (in YAML, yes, no, on and off are that: put the word in quotes)" if isinstance(value, bool) else ""
             )
             shown = "null" if value is None else repr(value)
             raise UserError(f"{where}: {field.name} wants {_in_words(hint)}, got {shown}{quotes}.")
+    return found
+
+
+def check_mappings(given: Mapping[str, Any], classes: Iterable[type]) -> None:
+    """Raise ValueError for a text that is to be a mapping in JSON, or the name of a file with one, and is neither."""
+    for cls in classes:
+        for name, hint in get_type_hints(cls).items():
+            text = given.get(name)
+            if not isinstance(text, str) or not text.strip() or dict not in _kinds(hint):
+                continue
+            try:
+                text = Path(text).read_text(encoding="utf-8") if name in FILES and Path(text).is_file() else text
+                mapping = isinstance(json.loads(text), dict)
+            except ValueError:
+                mapping = False
+            if not mapping:
+                file = f" or the name of a {FILES[name][0]} file" if name in FILES else ""
+                raise UserError(f"{name} wants a mapping{file}, such as '{{\"key\": 1}}', got {text!r}.")
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types that a union is made of, without what is inside them."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [get_origin(part) or part for part in parts]
 
 
 def check_ranges(settings: Iterable[Any]) -> None:

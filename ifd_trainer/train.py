@@ -41,10 +41,11 @@ from .files import load_rows
 from .formats import FORMATS, MalformedRow, resolve_format, to_prompt_completion
 from .paths import check_checkpoint, check_model
 from .recipe import ALIASES, beside, check_recipe, read_recipe
+from .recipe import overrides as words_of
 from .refusals import looks_like_refusal
 from .schedule import Anneal, Curriculum, Rhythm, Schedule, as_schedule, parse_keep
 from .selection import Cherry
-from .settings import check_keys, check_ranges, check_types
+from .settings import check_keys, check_mappings, check_ranges, typed
 from .snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -175,8 +176,30 @@ class SelectionConfig:
         Rhythm(self.schedule(), self.every, self.warmup_epochs, self.freeze_after)
         Cherry(self.max_ifd, self.score, self.on_shortfall)
         if self.diverse is not None:
-            Diverse(parse_keep(self.diverse))
-        self.sample()
+            Diverse(self.share())
+        if self.brief != "none":
+            Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
+        self._warn_of_idle_keys()
+
+    def _warn_of_idle_keys(self) -> None:
+        """Say which keys have no effect with the others as they are."""
+        idle = {"method: cherry": ("brief", "brief_clusters", "brief_per_cluster")} if self.method != "cherry" else {}
+        idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
+        idle |= {"diverse": ("embedder",)} if self.diverse is None else {}
+        defaults = {values.name: values.default for values in dataclasses.fields(self)}
+        for needed, names in idle.items():
+            given = [name for name in names if getattr(self, name) not in (defaults[name], "")]
+            if given:
+                logger.warning("%s: no effect without %s.", ", ".join(given), needed)
+
+    def share(self) -> float | int | None:
+        """`diverse` as the callback takes it."""
+        try:
+            return None if self.diverse is None else parse_keep(self.diverse)
+        except UserError as error:
+            raise UserError(
+                f"diverse: {self.diverse!r} is not a number; use a share (0.2) or a count (1000)."
+            ) from error
 
     def sample(self) -> Brief | None:
         """The brief experience of the method cherry, if there is one."""
@@ -305,7 +328,7 @@ class _Parser(TrlParser):
     """TRL's parser; what it refuses is an error of one line, not the usage of some three hundred options."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See ifd-trainer train --help, or --help-all for all keys.")
+        raise UserError(f"{message.rstrip('.')}. See ifd-trainer train --help, or --help-all for all keys.")
 
 
 def make_parser(plan: bool = False) -> TrlParser:
@@ -332,12 +355,17 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
         alias = ALIASES.get(key.removeprefix("--")) if key.startswith("--") else None
         arguments.append((f"--{alias}" if alias else key) + equals + value)
     parser, given = make_parser(plan), read_recipe(recipe)
-    if recipe is not None:
-        check_keys(given, {"env", *(action.dest for action in parser._actions)} - {"help"}, recipe)
-        check_types(given, parser.dataclass_types, recipe)
-        arguments = ["--config", recipe, *arguments]
+    known = {action.dest for action in parser._actions} - {"help"}
+    check_keys(given, known | {"env"}, str(recipe))
+    environment = given.pop("env", {})  # TRL's way to set variables
+    if not isinstance(environment, dict):
+        raise UserError(f"{recipe}: env wants a mapping of variables, got {environment!r}.")
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    given = typed(given, parser.dataclass_types, str(recipe))
+    check_mappings(given | words_of(overrides), parser.dataclass_types)
     if not torch.cuda.is_available():
         parser.set_defaults_with_config(bf16=False)  # TRL's default is True, which a CPU refuses
+    parser.set_defaults_with_config(**given)
     with _translated("The settings do not go together"):
         script, sft, model, selection, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     if unknown:
@@ -531,7 +559,7 @@ def _callback(trainer: SFTTrainer, selection: SelectionConfig, scorer: IFDScorer
         "min_answer_tokens": selection.min_answer_tokens,
         "token_budget": selection.token_budget,
         "scorer": None if scorer is None else "columns",
-        "diverse": None if selection.diverse is None else parse_keep(selection.diverse),
+        "diverse": selection.share(),
         "embedder": selection.embedder or scorer,
     }
     rhythm = {
