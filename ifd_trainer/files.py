@@ -26,13 +26,11 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from .arrow_files import (
-    COMPRESSIONS,
     file_digest,
     holds_json,
-    one_line,
     python_values,
     read_csv,
     read_json,
@@ -40,7 +38,9 @@ from .arrow_files import (
     record_blocks,
 )
 from .atomic import is_temporary, write_atomically, writing
-from .errors import FileAccessError, NotFoundError, RunError, UserError
+from .errors import FileAccessError, NotFoundError, RunError, UserError, one_line
+from .paths import COMPRESSIONS, ENDINGS, check_rows, data_ending, ending_of
+from .paths import check_writable as check_writable  # a name of this module too
 
 try:
     import fcntl
@@ -49,7 +49,6 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}
-ENDINGS = f"{', '.join(READERS)} (all but .parquet also with {', '.join(COMPRESSIONS)})"
 _CHUNK_ROWS = 10_000  # rows in memory at a time
 _JOB, _LOCK, _JOINED, _FINISHED = "ifd-job.json", "ifd-lock", "ifd-joined.arrow", "ifd-finished.json"
 _PART = re.compile(r"ifd-part-(\d{6,})\.arrow")
@@ -68,9 +67,10 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         ValueError: for an ending that cannot be read, an empty file, or a folder of unlike files.
         FileAccessError: when a hub cannot be reached.
     """
+    check_rows(source)
     path = Path(source)
     if path.is_file():
-        return _read_file(path)
+        return READERS[data_ending(path)](path)
     if (path / f"{split}.parquet").is_file():
         return read_parquet(path / f"{split}.parquet")
     saved = _saved(path, split)
@@ -79,41 +79,21 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
     if path.is_dir():
         _check_folder(path)
         source = str(path.resolve())  # `load_dataset` cannot read "."
-    elif data_ending(path) in READERS or source.startswith((".", "/")):
-        raise NotFoundError(f"No such file: {source}. Files end in {ENDINGS}; other names are hub names.")
     try:
         return load_dataset(source, config, split=split)
     except DatasetGenerationError as error:
         why = one_line(error.__cause__ or error)[:300]
         raise UserError(f"The files in {source} cannot be read as one data set: {why}. Name one of them.") from error
-    except FileNotFoundError as error:  # all that `datasets` raises for what it does not find
-        raise NotFoundError(f"No data set in {source}: {one_line(error)[:300]}") from error
-    except ConnectionError as error:
-        raise FileAccessError(
-            f"Cannot fetch {source}: {one_line(error)[:300]} Check the name and the network."
+    except (FileNotFoundError, ConnectionError) as error:  # all that `datasets` raises for what it does not find
+        why = one_line(error)[:300]
+        if path.is_dir():
+            raise NotFoundError(f"No data set in {source}: {why}") from error
+        raise NotFoundError(
+            f"There is no file or folder {source!r} here, and as the name of a data set on a hub it cannot be read "
+            f"({why}). Check the name and the network."
         ) from error
-    except ValueError as error:  # an unknown split or configuration, with those that there are
+    except (DatasetsError, OSError, ValueError) as error:  # an unknown split or configuration, with those there are
         raise UserError(f"Cannot read {source}: {one_line(error)[:300]}") from error
-
-
-def data_ending(path: Path) -> str:
-    """What kind of file a name stands for: its ending in small letters, without that of a compression.
-
-    >>> data_ending(Path("rows.jsonl.GZ"))
-    '.jsonl'
-    """
-    return (Path(path.stem) if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
-
-
-def _read_file(path: Path) -> Dataset:
-    ending = data_ending(path)
-    if ending not in READERS:
-        raise UserError(f"Cannot tell the format of {path} from its ending; use one of {ENDINGS}.")
-    if ending == ".parquet" and path.suffix.lower() != ".parquet":
-        raise UserError(f"{path} cannot be read in passing. Decompress it, and pass the .parquet file.")
-    if not path.stat().st_size:
-        raise UserError(f"{path} is empty: it has no bytes. Write or download it again.")
-    return READERS[ending](path)
 
 
 def _saved(path: Path, split: str) -> Path | None:
@@ -154,7 +134,7 @@ def write_tables(
         ValueError: see `check_features`.
     """
     path = Path(path)
-    ending = _ending(path)
+    ending = ending_of(path)
     check_features(features, path)
     # A set without rows has columns too.
     tables = chain([pa.Table.from_batches([], features.arrow_schema)], tables)
@@ -203,22 +183,6 @@ def read_records(path: str | os.PathLike) -> list:
     return list(chain.from_iterable(record_blocks(Path(path))))
 
 
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise ValueError now if `write_rows` could not write to this path after hours of work."""
-    path = Path(path)
-    ending, parent = _ending(path), _existing_parent(path)
-    if path.is_dir():
-        raise UserError(f"Cannot write to {path}: it is a folder. Name a file, such as {path / f'scored{ending}'}.")
-    if not parent.is_dir():
-        raise UserError(f"Cannot write to {path}: {parent} is a file, not a folder. Write to another folder.")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"Cannot write to {path}: the folder {parent} is not writable. Write to another one.")
-    if path.exists() and not path.is_file():
-        raise UserError(f"Cannot write to {path}: it is there already, and is no regular file. Name another one.")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise UserError(f"Cannot write to {path}: it is there already, and read-only. Name another file.")
-
-
 def check_apart(output: str | os.PathLike, source: str, split: str = "train") -> None:
     """Raise ValueError now if rows would be written over the file, or into the folder, that they are read from.
 
@@ -236,7 +200,7 @@ def check_apart(output: str | os.PathLike, source: str, split: str = "train") ->
 def check_features(features: Features, path: str | os.PathLike) -> None:
     """Raise ValueError now for columns that the format of this path cannot hold: bytes are in Parquet files only."""
     names = [field.name for field in features.arrow_schema if _has_bytes(field.type)]
-    if names and (ending := _ending(Path(path))) != ".parquet":
+    if names and (ending := ending_of(Path(path))) != ".parquet":
         raise UserError(
             f"Cannot write {path}: {ending} is text, and the column {names[0]!r} holds bytes. Write to a .parquet "
             "file, or drop the column."
@@ -567,24 +531,10 @@ def source_digest(source: str, rows: Dataset) -> str:
     return file_digest(path) if path.is_file() else rows._fingerprint
 
 
-def _ending(path: Path) -> str:
-    ending = path.suffix.lower()
-    if ending not in READERS:
-        raise UserError(f"Cannot tell the format of {path} from its ending; use one of {', '.join(READERS)}.")
-    return ending
-
-
 def _has_bytes(type: pa.DataType) -> bool:
     """Whether a type of Arrow is, or has inside, one of bytes."""
     kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
     return any(kind(type) for kind in kinds) or any(_has_bytes(type.field(i).type) for i in range(type.num_fields))
-
-
-def _existing_parent(path: Path) -> Path:
-    parent = path.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
 
 
 def _write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:

@@ -41,7 +41,8 @@ def normalised(frame: pd.DataFrame) -> pd.DataFrame:
         if name not in frame:
             rows[name] = equation(rows["cas"], rows["das"])
     any_score = rows["ifd"].notna() | rows["ifd_ppl"].notna()
-    status = frame["ifd_status"].astype(str).to_numpy() if "ifd_status" in frame else Status.OK.value
+    # A row without a status was not scored, whatever numbers it has: training and `select` take it so too.
+    status = _words(frame["ifd_status"], Status.NONFINITE.value) if "ifd_status" in frame else Status.OK.value
     rows["ifd_status"] = np.where((status == Status.OK.value) & ~any_score, Status.NONFINITE.value, status)
     rows.loc[rows["ifd_status"] != Status.OK.value, ["cas", "das", "ifd", "ifd_ppl"]] = np.nan
     return _with_choice(rows, frame)
@@ -51,12 +52,17 @@ def _with_choice(rows: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
     """Add `reason`, `times` and `kept`, if `frame` says what a policy decided."""
     for name in ("ifd_reason", "reason"):  # a data set may have a column `reason` of its own
         if name in frame and frame[name].isin(_CHOICES).any():
-            rows["reason"] = frame[name].astype(str).to_numpy()
+            rows["reason"] = _words(frame[name], "(none)")
             kept = frame[name].isin([KEPT, RELAXED]).to_numpy()
             rows["times"] = np.nan_to_num(_floats(frame["times"])).astype(int) if "times" in frame else kept.astype(int)
             rows["kept"] = rows["times"] > 0
             break
     return rows
+
+
+def _words(series: pd.Series, missing: str) -> np.ndarray:
+    """Values as texts, `missing` in the place of nulls."""
+    return series.astype(object).where(series.notna(), missing).map(str).to_numpy(dtype=object)
 
 
 def _floats(series: pd.Series) -> np.ndarray:

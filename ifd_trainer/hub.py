@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from .errors import UserError
-
-
-class HubError(UserError, ConnectionError):
-    """A hub that cannot be reached, or that refuses."""
+from .errors import HubError, UserError, one_line
 
 
 def check_repository(name: str) -> None:
     """Raise ValueError now for a name that no hub takes."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.utils import validate_repo_id
 
     if name.count("/") != 1:
         raise UserError(f"--push-to-hub takes USER/NAME, got {name!r}.")
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"--push-to-hub {name}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"--push-to-hub takes USER/NAME, got {name!r}: {one_line(error)}") from error
 
 
 def push_files(repository: str, files: Mapping[str, Path], private: bool = False) -> str:

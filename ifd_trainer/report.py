@@ -22,6 +22,7 @@ from .encoding import Status
 from .errors import UserError
 from .frames import count_text, cut_of, epoch_name, merged, number_text, percent_text, rows_text, spearman
 from .history import History
+from .paths import check_folder
 from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
 from .refusals import REFUSAL
 from .selection import ABOVE_LIMIT, OTHER_TIER, RELAXED
@@ -62,8 +63,10 @@ def write_report(
     >>> write_report("outputs/run")  # doctest: +SKIP
     PosixPath('outputs/run/ifd_history/report.html')
     """
-    if rows < 1:
-        raise UserError(f"rows must be at least 1, got {rows}.")
+    if not isinstance(rows, int) or rows < 1:
+        raise UserError(f"rows must be a whole number of at least 1, got {rows!r}.")
+    if folder is not None:
+        check_folder(folder)
     subject = subject_of(source, label, texts)
     folder = Path(folder) if folder is not None else subject.folder
     plots = _plots(subject) if subject.any_score else []

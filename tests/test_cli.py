@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROUNDING
+from conftest import ROUNDING, build_model, build_tokenizer
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -21,6 +25,7 @@ from ifd_trainer.columns import IFD_COLUMNS, IFDScorer
 from ifd_trainer.files import load_rows, write_rows
 from ifd_trainer.formats import FORMATS
 from ifd_trainer.history import History
+from ifd_trainer.paths import check_checkpoint
 from ifd_trainer.provenance import provenance_path
 
 ROWS = [
@@ -219,9 +224,7 @@ def test_wrong_options_are_told_before_a_folder_is_made_or_weights_are_read(
 @pytest.mark.parametrize("option", ["--part-rows", "--max-length", "--limit", "--token-budget", "--min-answer-tokens"])
 @pytest.mark.parametrize("value", ["0", "-4", "1.5", "many"])
 def test_numbers_below_one_are_refused(option: str, value: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["score", "rows.jsonl", "--model", "m", "--output", "out.jsonl", f"{option}={value}"])
-    assert stop.value.code == 2
+    assert main(["score", "rows.jsonl", "--model", "m", "--output", "out.jsonl", f"{option}={value}"]) == 2
     assert f"argument {option}: wants a whole number of at least 1, got '{value}'" in capsys.readouterr().err
 
 
@@ -253,19 +256,24 @@ def test_damaged_weights_are_one_line(
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nMore."), MemoryError()])
 def test_a_device_out_of_memory_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
 ) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+
     def run(_: object) -> int:
         raise error
 
     monkeypatch.setattr(cli, "_report", run)
-    assert main(["report", "rows.jsonl"]) == 2
+    assert main(["report", str(rows)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert "ut of memory" in errors[0]
     error = RuntimeError("of another kind")
-    with pytest.raises(RuntimeError, match="another kind"):
-        main(["report", "rows.jsonl"])
+    assert main(["report", str(rows)]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert "a fault of this program" in errors[0]
+    assert errors[-1] == "RuntimeError: of another kind"
 
 
 def test_the_help_knows_all_formats(capsys: pytest.CaptureFixture) -> None:
@@ -364,24 +372,453 @@ def test_the_plan_of_a_curriculum_with_packing_is_printed(
     )
 
 
+def plan_of(out: str) -> list[str]:
+    """The lines of a plan in what a command prints."""
+    lines = out[out.index("Plan: ") :].splitlines()
+    return [line for line in lines if line.startswith(("Plan: ", "pool: ", "update: ", "original weights: "))]
+
+
 @pytest.mark.parametrize(
-    ("command", "words"),
+    ("options", "expected"),
     [
-        (["score", "missing.jsonl", "--model", "m", "--output", "out.jsonl"], "No such file: missing.jsonl"),
-        (["score", "missing.jsonl", "--model", "m", "--output", "out.txt"], "Cannot tell the format of out.txt"),
-        (["train", "missing.yaml"], "No such recipe"),
-        (["train", "--keep", "0.1"], "A run needs a model and a data set"),
-        (["report", "missing.parquet"], "No such file"),
-        (["score", "rows.jsonl", "--model", "./nothing", "--output", "out.jsonl"], "No such folder: './nothing'"),
+        (["--keep", "4", "--gradient_accumulation_steps", "3"], "Plan: 2 updates"),
+        (["--max_steps", "7", "--keep", "4"], "Plan: 7 updates"),
+        (["--num_train_epochs", "1.5", "--keep", "4"], "Plan: 3 updates"),
+        (["--keep", "6", "--curriculum", "easy_to_hard", "--tiers", "2"], "Plan: 4 updates"),
+        (["--keep", "2", "--anneal_share", "0.5"], "epoch 1: 11 rows, 6 updates"),
+        (["--keep", "3", "--method", "cherry"], "original weights: 0.00 GB"),
+        (["--keep", "3", "--method", "cherry", "--brief", "random", "--use_peft", "true"], "original weights: 0.00 GB"),
+        (["--keep", "3", "--scorer", "MODEL", "--definition", "superfiltering"], "pool: 11 of 11 rows"),
+        (
+            ["--keep", "1.0", "--packing", "true", "--per_device_train_batch_size", "1"],
+            "pool: 11 of 11 rows, in 4 packed",
+        ),
+        (["--keep", "2", "--max_length", "58"], "pool: 6 of 11 rows, 5 lost to max_length=58 (no token of their"),
+        (["--keep", "2", "--max_length", "58", "--drop_refusals", "true"], "1 left out as refusals, 5 lost to max_len"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(
-    command: list[str], words: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_run_is_as_it_was_planned_and_says_which_rows_it_lost(
+    recipe: Path, data: Path, model_path: str, capsys: pytest.CaptureFixture, options: list[str], expected: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    rows = [*ROWS[:-1], ROWS[-1] | {"input": "", "output": "I'm sorry, but I cannot help with that."}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = [model_path if word == "MODEL" else word for word in options]
+    assert main(["train", str(recipe), "--model", model_path, *options, "--plan"]) == 0
+    plan = plan_of(capsys.readouterr().out)
+    assert expected in "\n".join(plan)
+    assert main(["train", str(recipe), "--model", model_path, *options]) == 0
+    assert plan_of(capsys.readouterr().out) == plan
+
+
+def launched(*words: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command that two processes run together."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "ifd_trainer", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_several_processes_run_what_they_planned(recipe: Path, model_path: str) -> None:
+    words = ["train", str(recipe), "--model", model_path, "--packing", "true", "--keep", "2"]
+    code, planned, _ = launched(*words, "--plan", "--use_cpu", "false")  # a plan needs no telling
+    assert code == 0
+    assert plan_of(planned)[1:] == [
+        "pool: 11 of 11 rows, in 4 packed rows",
+        "update: 2 packed rows x 1 batches x 2 processes = 4 packed rows",
+    ]
+    assert planned.count("Plan: ") == 1
+    code, out, _ = launched(*words)
+    assert code == 0
+    assert plan_of(out) == plan_of(planned)
+    if not torch.accelerator.is_available():
+        code, _, errors = launched(*words, "--use_cpu", "false")
+        assert code == 1  # the launcher's
+        assert "error: 2 processes were started, but each would train by itself: there is no GPU for them" in errors
+
+
+# ---- what a user gets wrong ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the commands of a README work on, and with things of the wrong kind."""
+    place = tmp_path_factory.mktemp("place")
+    tokenizer = build_tokenizer()
+    build_model(len(tokenizer)).save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    scores = pd.DataFrame(ROWS).assign(ifd=0.5, ifd_ppl=0.6, cas=1.0, das=2.0, answer_tokens=3, ifd_status="ok")
+    scores.to_parquet(place / "scored.parquet")
+    (place / "recipe.yaml").write_text(
+        "model_name_or_path: model\ndataset_name: rows.jsonl\nkeep: 3\nmax_ifd: .inf\nnum_train_epochs: 1\n"
+        "per_device_train_batch_size: 2\ngradient_checkpointing: false\nuse_cpu: true\nreport_to: none\n"
+        "save_strategy: 'no'\noutput_dir: run\n",
+        encoding="utf-8",
+    )
+    for name, config in (
+        ("adapter", ("adapter_config.json", "{}")),
+        ("gguf", ("model.gguf", "GGUF")),
+        ("t5", ("config.json", '{"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": true}')),
+        ("bert", ("config.json", '{"architectures": ["BertForMaskedLM"], "model_type": "bert"}')),
+        ("vit", ("config.json", '{"architectures": ["ViTModel"], "model_type": "vit"}')),
+        ("broken", ("config.json", '{"architectures": ')),
+        ("other", ("readme.txt", "nothing")),
+        ("run/checkpoint-5", ("readme.txt", "nothing")),
+    ):
+        (place / name).mkdir(parents=True)
+        (place / name / config[0]).write_text(config[1], encoding="utf-8")
+    (place / "file").write_text("text", encoding="utf-8")
+    (place / "empty.jsonl").touch()
+    return place
+
+
+def told(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *command: str) -> str:
+    """The one line that a command ends with; nothing is left behind."""
+    monkeypatch.chdir(place)
+    capsys.readouterr()
+    before = sorted(place.rglob("*"))
     assert main(command) == 2
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert words in errors[-1]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("ifd-trainer", "Traceback"))]
+    assert len(lines) == 1
+    assert sorted(place.rglob("*")) == before
+    return lines[0].removeprefix("ifd-trainer: error: ")
+
+
+SCORE = ["score", "rows.jsonl", "--model", "model", "--output", "out.jsonl", "--device", "cpu"]
+SELECT = ["select", "scored.parquet", "--output", "out.jsonl"]
+REPORT = ["report", "scored.parquet", "--output", "page"]
+TRAIN = ["train", "recipe.yaml"]
+A_PATH = [
+    (["score", "missing.jsonl", *SCORE[2:]], "No such file: 'missing.jsonl'. Files end in"),
+    (["score", "no/such/rows", *SCORE[2:]], "No such file: 'no/such/rows'"),
+    (["score", "file", *SCORE[2:]], "Cannot tell the format of file from its ending"),
+    (["score", "", *SCORE[2:]], "data is empty: give it a value"),
+    ([*SCORE, "--output", "out.txt"], "Cannot tell the format of out.txt"),
+    ([*SCORE, "--output", "file/out.csv"], "file is a file, not a folder. Write to another folder"),
+    ([*SCORE, "--output", "."], "Cannot tell the format of . from its ending"),
+    ([*SCORE, "--model", "./nothing"], "No such folder: './nothing'. A model is a folder"),
+    ([*SCORE, "--model", "file"], "No such folder: 'file' is a file. A model is a folder"),
+    ([*SCORE, "--model", "adapter"], "holds an adapter and no model. Merge it first"),
+    ([*SCORE, "--model", "gguf"], "holds a GGUF file and no config.json. transformers neither trains nor scores"),
+    ([*SCORE, "--model", "gguf/model.gguf"], "is the name of a GGUF file"),
+    ([*SCORE, "--model", "t5"], "holds a T5ForConditionalGeneration, which does not predict a text from left to right"),
+    ([*SCORE, "--model", "bert"], "holds a BertForMaskedLM"),
+    ([*SCORE, "--model", "other"], "holds no config.json. A model is a folder"),
+    ([*SCORE, "--model", "broken"], "config.json cannot be read"),
+    ([*SCORE, "--split", "test"], "--split test: the file rows.jsonl has no splits"),
+    ([*SCORE, "--revision", "main"], "--revision main: the folder model has no revisions"),
+    (["select", "missing.parquet", *SELECT[2:]], "No such file: 'missing.parquet'"),
+    ([*SELECT, "--scores", "missing.pt"], "No such file of scores: missing.pt"),
+    ([*SELECT, "--scores", "model"], "No such file of scores: model"),
+    ([*SELECT, "--push-to-hub", ""], "push-to-hub is empty"),
+    (["report", "missing"], "No such file or folder: 'missing'. A report is made from the output folder of a run"),
+    (["report", "missing.parquet"], "No such file or folder: 'missing.parquet'"),
+    (["report", "file"], "Cannot tell the format of file"),
+    ([*REPORT, "--output", "file"], "Cannot write to file: it is a file, and a folder is wanted"),
+    ([*REPORT, "--output", "file/page"], "file is a file, not a folder"),
+    (["train", "missing.yaml"], "No such recipe: missing.yaml"),
+    (["train", "model"], "model is a folder. Name a recipe in it"),
+    (["train", "file"], "file holds no YAML mapping. Write one `key: value` a line"),
+    (["train", "--keep", "0.1"], "A run needs a model and a data set"),
+    ([*TRAIN, "--dataset", "missing.jsonl"], "No such file: 'missing.jsonl'"),
+    ([*TRAIN, "--dataset", ""], "No such file: ''. Files end in"),
+    ([*TRAIN, "--eval_dataset", "missing.csv"], "No such file: 'missing.csv'"),
+    ([*TRAIN, "--model", "./nothing"], "No such folder: './nothing'. A model is a folder"),
+    ([*TRAIN, "--model=adapter"], "holds an adapter and no model"),
+    ([*TRAIN, "--model-name-or-path", "gguf"], "holds a GGUF file and no config.json"),
+    ([*TRAIN, "--model", "t5"], "holds a T5ForConditionalGeneration"),
+    ([*TRAIN, "--scorer", "adapter"], "holds an adapter and no model"),
+    ([*TRAIN, "--output_dir", "file"], "Cannot write to file: it is a file, and a folder is wanted"),
+    ([*TRAIN, "--output_dir", "file/run"], "file is a file, not a folder"),
+    ([*TRAIN, "--resume_from_checkpoint", "run/checkpoint-7"], "is no folder. run holds checkpoint-5. Name one"),
+    ([*TRAIN, "--resume_from_checkpoint", "true", "--output_dir", "new"], "true, but new holds no checkpoint"),
+    ([*TRAIN, "--deepspeed", "missing.json"], "deepspeed: no such file: missing.json"),
+    ([*TRAIN, "--chat_template_path", "a.jinja"], "chat_template_path: no such file: a.jinja"),
+    ([*TRAIN, "--dataset_train_split", "test"], "dataset_train_split is 'test', but the data set is a file"),
+    ([*TRAIN, "--dataset_config", "en"], "dataset_config is 'en', but the data set is a file"),
+    ([*TRAIN, "--model_revision", "v2"], "model_revision is 'v2', but the model is a folder"),
+]
+
+
+@pytest.mark.parametrize(("command", "words"), A_PATH)
+def test_a_wrong_path_is_told_in_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command: list[str], words: str
+) -> None:
+    assert words in told(place, monkeypatch, capsys, *command)
+
+
+def test_a_wrong_path_is_told_before_anything_slow_is_imported(place: Path) -> None:
+    program = (
+        "import json, sys\n"
+        "from ifd_trainer.cli import main\n"
+        f"codes = [main(command) for command in json.loads({json.dumps([c for c, _ in A_PATH])!r})]\n"
+        "slow = {'torch', 'transformers', 'trl', 'datasets', 'pandas', 'numpy', 'pyarrow', 'matplotlib'}\n"
+        "print(set(codes), slow & set(sys.modules))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=place, env=environment, capture_output=True, text=True)
+    assert done.stdout == "{2} set()\n"
+    assert len(done.stderr.splitlines()) == len(A_PATH)
+
+
+WRONG = {
+    "--output": ["", "file"],
+    "--format": ["", "missing", "nan"],
+    "--definition": ["", "missing"],
+    "--limit": ["-1", "0", "nan", "1.5", "text", ""],
+    "--device": ["", "gpu", "0", "cuda:99"],
+    "--dtype": ["", "float7", "16"],
+    "--split": [""],
+    "--revision": [""],
+}
+WRONG_OF_SELECT = {
+    "--output": ["", "out.txt"],
+    "--scores": ["", "file", "model"],
+    "--scores-format": ["", "text"],
+    "--scored-by": [""],
+    "--split": ["", "test"],
+    "--keep": ["", "-1", "0", "nan", "text", "1.5", "100"],
+    "--max-ifd": ["", "-1", "0", "nan", "text"],
+    "--score": ["", "cas"],
+    "--id-column": ["", "missing"],
+    "--push-to-hub": ["", "name", "a/b/c", "a b/c"],
+    "--private": [None],
+    "--nothing": [None],
+}
+WRONG_OF_REPORT = {"--output": ["", "file"], "--label": ["", "missing"], "--rows": ["", "0", "-1", "1.5", "nan"]}
+WRONG_OF_TRAIN = {
+    "--format": ["missing"],
+    "--keep": ["", "-1", "0", "nan", "text", "1.5", "100"],
+    "--every": ["", "0", "-1", "1.5", "nan", "text"],
+    "--warmup_epochs": ["-1", "1.5", "text"],
+    "--freeze_after": ["-1", "1.5", "text"],
+    "--method": ["", "text"],
+    "--brief": ["", "text"],
+    "--brief_clusters": ["0", "-1", "1.5"],
+    "--brief_per_cluster": ["0", "-1", "text"],
+    "--scorer": ["", "bert", "./x"],
+    "--definition": ["text", "cherry"],
+    "--diverse": ["", "0", "-1", "nan", "text", "1.5"],
+    "--embedder": ["./x", "file"],
+    "--drop_refusals": ["", "text", "2"],
+    "--curriculum": ["", "text"],
+    "--tiers": ["0", "-1", "1.5", "text"],
+    "--tier_mode": ["", "text"],
+    "--anneal_share": ["-1", "1.5", "nan", "text"],
+    "--max_ifd": ["", "0", "-1", "nan", "None", "text"],
+    "--score": ["", "cas"],
+    "--order": ["", "text"],
+    "--on_shortfall": ["", "text"],
+    "--min_answer_tokens": ["0", "-1", "1.5", "text"],
+    "--token_budget": ["0", "-1", "1.5", "text"],
+    "--label": ["missing"],
+    "--num_train_epochs": ["0", "-1", "nan", "text"],
+    "--max_steps": ["0", "1.5", "text"],
+    "--learning_rate": ["-1", "nan", "text"],
+    "--per_device_train_batch_size": ["0", "-1", "1.5"],
+    "--gradient_accumulation_steps": ["0", "-1", "1.5"],
+    "--max_length": ["0", "-1", "1.5", "3"],
+    "--seed": ["-1", "1.5", "99999999999"],
+    "--warmup_steps": ["-1", "nan"],
+    "--report_to": ["", "missing"],
+    "--lr_scheduler_type": ["", "text"],
+    "--optim": ["text"],
+    "--dtype": ["float7"],
+    "--attn_implementation": ["text"],
+    "--eos_token": ["missing"],
+    "--bf16": ["text"],
+    "--deepspeed": ["-1", "file", "[1]", "{"],
+    "--fsdp": ["text", "full_shard"],
+    "--model_init_kwargs": ["text", "[1]", "{"],
+    "--gradient_checkpointing_kwargs": ["text", "-1"],
+    "--accelerator_config": ["missing", "model"],
+    "--eval_strategy": ["epoch", "text"],
+    "--packing_strategy": ["text"],
+    "--nothing": ["1"],
+    "--keep_n": [None],
+    "--num_train": ["1"],
+}
+OF_COMMANDS = [(SCORE, WRONG), (SELECT, WRONG_OF_SELECT), (REPORT, WRONG_OF_REPORT), (TRAIN, WRONG_OF_TRAIN)]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*command, option, *([] if value is None else [value])]
+        for command, wrong in OF_COMMANDS
+        for option, values in wrong.items()
+        for value in values
+    ],
+    ids=lambda words: " ".join(words[0:1] + words[-2:]) or "empty",
+)
+def test_a_wrong_value_of_every_option_is_told_in_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command: list[str]
+) -> None:
+    line = told(place, monkeypatch, capsys, *command)
+    option = next(word for word in reversed(command) if word.startswith("--"))
+    named = {option, option.removeprefix("--"), option.removeprefix("--").replace("-", "_")}
+    said = {
+        "--output": "rite to",  # Cannot write to, Write to
+        "--scorer": "odel",
+        "--embedder": "A model is",
+        "--diverse": "share must be",
+        "--brief_clusters": "clusters and per_cluster must be",
+        "--brief_per_cluster": "clusters and per_cluster must be",
+        "--scores": "No such file of scores",
+        "--id-column": "no column 'missing' of row ids",
+        "--max_length": "max_length",
+    }
+    assert any(name in line for name in named) or said.get(option, "???") in line or "Cannot tell the format" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("keep: [0.1\nseed: 1\n", "recipe.yaml is not YAML (line 2, column"),
+        ("a: b: c\n", "is not YAML (line 1, column 5"),
+        ("\tkeep: 1\n", "is not YAML (line 1, column 1"),
+        ("- keep\n", "is not YAML"),
+        ("\x00", "is not YAML"),
+        ("keeep: 0.1\n", "there is no key 'keeep'. Did you mean keep?"),
+        ("model: model\n", "there is no key 'model'. Did you mean model_"),
+        ("xyzzy: 1\n", "there is no key 'xyzzy'. ifd-trainer train --help-all lists all keys"),
+        ("max_ifd: null\n", "max_ifd wants a number, got null"),
+        ("max_ifd: None\n", "argument --max_ifd"),
+        ("max_ifd: .nan\n", "max_ifd must be positive, got nan"),
+        ("learning_rate: .nan\n", "learning_rate must be at least 0, got nan"),
+        ("every: 1.5\n", "every wants a whole number, got 1.5"),
+        ("every: null\n", "every wants a whole number, got null"),
+        ("every: [1]\n", "every wants a whole number, got [1]"),
+        ("tiers: true\n", "tiers wants a whole number, got True"),
+        ("tiers: three\n", "argument --tiers: invalid int value: 'three'"),
+        ("scorer: [gpt2]\n", "scorer wants text or null, got ['gpt2']"),
+        ("scorer: {a: 1}\n", "scorer wants text or null, got {'a': 1}"),
+        ("scorer: !!python/name:print\n", "is not YAML (line 1, column 9: could not determine a constructor"),
+        ("method: text\n", "method must be one of dynamic, cherry, got 'text'"),
+        ("keep: [0.1, x]\n", "keep: 'x' is not a number"),
+        ("keep: {a: 1}\n", "keep wants a list, got {'a': 1}"),
+        ("keep: []\n", "keep is an empty list"),
+        ("drop_refusals: 3\n", "drop_refusals wants true or false, got 3"),
+        ("num_train_epochs: three\n", "argument --num_train_epochs"),
+        ("num_train_epochs: [1, 2]\n", "num_train_epochs wants a number, got [1, 2]"),
+        ("save_strategy: no\n", "got False (in YAML, yes, no, on and off are that: put the word in quotes)"),
+        ("report_to: no\n", "got False (in YAML"),
+        ("report_to: [wandb, nothing]\n", "report_to must be none, all or among"),
+        ("model_init_kwargs: [1]\n", "model_init_kwargs wants a mapping or text or null, got [1]"),
+        ("fp16: true\nbf16: true\n", "At most one of fp16 and bf16 can be True"),
+        ("scorer: model\npacking: true\n", "scorer='model' scores the rows before TRL packs them"),
+        ("curriculum: easy_to_hard\nkeep: [3, 3]\n", "A curriculum takes one `keep`"),
+        ("output_dir: file\n", "Cannot write to file: it is a file"),
+        ("dataset_name: 7\n", "There is no file or folder '7' here"),
+        ("dataset_name: empty.jsonl\n", "empty.jsonl is empty: it has no bytes"),
+        ("model_name_or_path: vit\n", "vit holds a ViTModel, which does not predict a text from left to right"),
+        ("env: 3\n", "env wants a mapping of variables, got 3"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_told_in_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, text: str, words: str
+) -> None:
+    path = place / "recipe.yaml"
+    whole = path.read_text(encoding="utf-8")
+    keys = [line.split(":")[0] for line in text.splitlines()]
+    kept = [line for line in whole.splitlines() if line.split(":")[0] not in keys]
+    path.write_text(text + "".join(f"{line}\n" for line in kept), encoding="utf-8")
+    try:
+        assert words in told(place, monkeypatch, capsys, *TRAIN)
+    finally:
+        path.write_text(whole, encoding="utf-8")
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_the_rows_are_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("ifd_trainer.train.get_available_reporting_integrations", list)
+    monkeypatch.setattr("ifd_trainer.train.load_rows", None)
+    line = told(place, monkeypatch, capsys, *TRAIN, "--report_to", "wandb")
+    assert line == "report_to: wandb is not installed. Install its package, or set report_to: none."
+
+
+def test_the_last_checkpoint_is_found_by_its_number(tmp_path: Path) -> None:
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", "other-11"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-12").touch()
+    assert check_checkpoint("true", str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert check_checkpoint(True, str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert check_checkpoint(str(tmp_path / "checkpoint-9"), "nowhere") == str(tmp_path / "checkpoint-9")
+    assert [check_checkpoint(nothing, "nowhere") for nothing in (None, False, "false", "")] == [None] * 4
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_in_a_folder_with_brackets(
+    tmp_path: Path, recipe: Path, model_path: str, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "run[bold] [1]"
+    words = ["train", str(recipe), "--model", model_path, "--output_dir", str(output), "--save_strategy", "epoch"]
+    assert main(words) == 0
+    weights = (output / "model.safetensors").read_bytes()
+    shutil.rmtree(output / "checkpoint-5")
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 0
+    assert (output / "model.safetensors").read_bytes() == weights
+    out = capsys.readouterr().out.splitlines()
+    assert out[-2:] == [f"Model: {output}", f"Report: {output / 'report.html'}"]
+    assert main(["report", str(output)]) == 0
+
+
+@pytest.mark.parametrize("words", [TRAIN, SCORE, SELECT, REPORT])
+def test_debug_shows_the_trace_of_any_error(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str]
+) -> None:
+    monkeypatch.chdir(place)
+    words = [word.replace("rows.jsonl", "missing.jsonl").replace("scored.parquet", "missing.csv") for word in words]
+    words += ["--dataset", "missing.jsonl"] if words[0] == "train" else []
+    assert main([words[0], "--debug", *words[1:]]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "Traceback (most recent call last):"
+    assert errors[-1].startswith("ifd-trainer: error: No such file")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "big.parquet"), "big.parquet cannot be written: no space"),
+        (OSError(errno.EACCES, "Permission denied", "x.csv"), "x.csv cannot be read or written: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "x.csv"), "x.csv cannot be read or written: Read-only file"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space is left. Make room; the same"),
+    ],
+)
+def test_a_full_disk_and_a_file_of_others_are_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, words: str
+) -> None:
+    def run(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_report", run)
+    assert words in told(place, monkeypatch, capsys, *REPORT)
+
+
+@pytest.mark.parametrize("error", [ValueError("of ours"), KeyError("of ours"), ImportError("of ours"), OSError("ours")])
+def test_a_fault_of_the_program_keeps_its_trace_and_says_so(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
+) -> None:
+    def run(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_select", run)
+    monkeypatch.chdir(place)
+    assert main(SELECT) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].startswith("ifd-trainer: this error is not yours but a fault of this program")
+    assert errors[1] == "Traceback (most recent call last):"
+    assert errors[-1].startswith(type(error).__name__)
+
+
+def test_keys_without_effect_are_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(place)
+    assert main([*TRAIN, "--plan", "--brief_clusters", "7", "--tier_mode", "growing", "--embedder", "some/model"]) == 0
+    assert "brief_clusters: no effect without method: cherry." in caplog.text
+    assert "tier_mode: no effect without curriculum." in caplog.text
+    assert "embedder: no effect without diverse." in caplog.text
 
 
 def test_select_of_rows_without_scores_says_what_to_do(

@@ -598,8 +598,14 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypat
         check_writable(tmp_path / "dir.csv")
     with pytest.raises(ValueError, match=f"{tmp_path / 'file'} is a file, not a folder"):
         check_writable(tmp_path / "file" / "new" / "a.csv")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(ValueError, match=f"the folder {tmp_path} is not writable. Write to another one"):
+
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(
+        ValueError, match=rf"the folder {tmp_path} is not writable \(Permission denied\). Write to anoth"
+    ):
         check_writable(tmp_path / "new" / "a.csv")
 
 
@@ -682,7 +688,7 @@ def test_errors_in_a_compressed_file_name_it_and_the_line(tmp_path):
         load_rows(str(tmp_path / "f.txt.gz"))
     with pytest.raises(ValueError, match=r"out\.jsonl\.gz.* use one of \.json, \.jsonl, \.csv, \.parquet\.$"):
         check_writable(tmp_path / "out.jsonl.gz")
-    with pytest.raises(FileNotFoundError, match=r"No such file: missing\.jsonl\.gz"):
+    with pytest.raises(FileNotFoundError, match=r"No such file: 'missing\.jsonl\.gz'"):
         load_rows("missing.jsonl.gz")
 
 

@@ -7,12 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, build_model
 from training import TOKENIZER, raw_rows
+from transformers import PreTrainedModel
+from transformers.utils import is_torch_bf16_gpu_available
 
 from ifd_trainer.cli import main
+from ifd_trainer.columns import IFDScorer
 from ifd_trainer.history import History
 from ifd_trainer.train import parse_recipe
 
@@ -53,6 +57,23 @@ def small(recipe: str, model: str, data: str, folder: Path, *more: str) -> list[
     words += ["--diverse", "15", "--embedder", "", "--keep", "6"] if "diverse" in settings else []
     words += ["--eval_dataset", data] if "eval_dataset" in settings else []
     return [*words, *more]
+
+
+def forbid(patch) -> None:
+    """What a plan may not do is an error: to score, to load weights, to reach a hub."""
+
+    def never(*_, **__):
+        raise AssertionError("a plan does nothing but plan")
+
+    patch.setattr(IFDScorer, "__call__", never)
+    patch.setattr(PreTrainedModel, "from_pretrained", never)
+    patch.setattr("transformers.Trainer.init_hf_repo", never)
+
+
+def plan_of(out: str) -> list[str]:
+    """The lines of a plan in what a command prints."""
+    lines = out[out.index("Plan: ") :].splitlines()
+    return [line for line in lines if line.startswith(("Plan: ", "pool: ", "update: ", "original weights: "))]
 
 
 def test_all_recipes_are_there():
@@ -111,8 +132,14 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_runs(recipe, model, data, tmp_path, capsys):
-    assert main(small(recipe, model, data, tmp_path, "--max_steps", "4", "--save_strategy", "no")) == 0
+def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, monkeypatch):
+    words = small(recipe, model, data, tmp_path, "--max_steps", "4", "--save_strategy", "no")
+    with monkeypatch.context() as patch:
+        forbid(patch)
+        assert main([*words, "--plan"]) == 0
+    plan = plan_of(capsys.readouterr().out)
+    assert main(words) == 0
+    assert plan_of(capsys.readouterr().out) == plan
     history = History.load(tmp_path)
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / ("adapter_model.safetensors" if recipe == CHERRY_LORA else "model.safetensors")).is_file()
@@ -128,6 +155,79 @@ def test_every_recipe_runs(recipe, model, data, tmp_path, capsys):
     if "superfiltering" in recipe:
         assert history.settings["scorer"] == "columns"
         assert history.settings["score"] == "ifd_ppl"
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> str:
+    """As many rows as the largest count in a recipe wants."""
+    path = tmp_path_factory.mktemp("large") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in raw_rows(1100)))
+    return str(path)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "demo"])
+def test_a_recipe_for_gpus_is_planned_as_it_is_on_any_machine(recipe, model, large, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    forbid(monkeypatch)
+    assert main(["train", str(FOLDER / f"{recipe}.yaml"), "--plan", "--model", model, "--dataset", large]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[lines.index(next(line for line in lines if line.startswith("Plan: "))) :]
+    assert lines[1] == "pool: 1100 of 1100 rows"
+    assert lines[2].endswith("= 32 rows" if recipe.endswith("fsdp") else "= 128 rows")
+    if not is_torch_bf16_gpu_available():
+        assert lines[-1] == "this machine has no GPU with bfloat16 (bf16: true); training needs it"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "lacking"),
+    [
+        (["--attn_implementation", "flash_attention_2"], "no GPU for attn_implementation: flash_attention_2"),
+        (["--tf32", "true"], "no GPU with TF32 (tf32: true)"),
+        (["--bf16", "false", "--fp16", "true"], "this machine has no GPU for float16 (fp16: true); training needs it"),
+        (["--fsdp", "full_shard"], "no second process (fsdp: start it with torchrun or accelerate launch)"),
+        (["--load_in_4bit", "true"], "no package bitsandbytes (load_in_4bit, load_in_8bit)"),
+        (["--report_to", "wandb"], "no package wandb (report_to)"),
+        (["--push_to_hub", "true", "--hub_model_id", "someone/something"], ""),
+        (["--deepspeed", "ds.json"], ""),
+    ],
+)
+def test_what_a_machine_lacks_is_noted_in_a_plan(options, lacking, model, data, tmp_path, capsys, monkeypatch):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has what others lack")
+    monkeypatch.setattr("ifd_trainer.train._installed", lambda package: package not in ("bitsandbytes", "wandb"))
+    monkeypatch.setattr("ifd_trainer.train.get_available_reporting_integrations", list)
+    monkeypatch.chdir(tmp_path)
+    forbid(monkeypatch)
+    Path("ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    words = ["train", str(FOLDER / "alpaca_dynamic.yaml"), "--plan", "--model", model, "--dataset", data]
+    assert main([*words, *options]) == 0
+    out = capsys.readouterr().out
+    assert "3 updates (epoch 0: 4 rows, 1 updates; epoch 1: 4 rows" in out
+    assert lacking in out.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["ds.json"]
+
+
+def test_what_is_refused_under_deepspeed_is_refused_in_its_plan(model, data, tmp_path, capsys):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    words = small("alpaca_cherry_5pct", model, data, tmp_path, "--plan", "--deepspeed", str(tmp_path / "ds.json"))
+    assert main(words) == 2
+    assert "cannot start anew from the original weights under DeepSpeed" in capsys.readouterr().err
+
+
+def test_the_disk_of_the_original_weights_is_known_without_them(model, data, tmp_path, capsys):
+    config = json.loads((Path(model) / "config.json").read_text())
+    config |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 32, "head_dim": 128}))
+    TOKENIZER.save_pretrained(folder)
+    assert main(small("alpaca_cherry_5pct", str(folder), data, tmp_path, "--plan")) == 0
+    assert "original weights: 25.92 GB in" in capsys.readouterr().out  # 6.5 billion numbers of 4 bytes
+    assert main(small(CHERRY_LORA, str(folder), data, tmp_path, "--plan")) == 0
+    assert "original weights: 0.16 GB in" in capsys.readouterr().out
+    assert main(small(CHERRY_LORA, str(folder), data, tmp_path, "--plan", "--load_in_4bit", "true")) == 0
+    assert "original weights: 0.08 GB in" in capsys.readouterr().out
 
 
 def test_a_recipe_reads_csv_too(model, tmp_path):

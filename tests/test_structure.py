@@ -11,8 +11,11 @@ PACKAGE = ROOT / "ifd_trainer"
 # A module imports only from modules before it.
 ORDER = [
     "errors",
+    "paths",
     "atomic",
     "chat",
+    "recipe",
+    "settings",
     "formats",
     "refusals",
     "encoding",
