@@ -108,7 +108,7 @@ def _chat_message(turn: Any, number: int) -> dict[str, Any]:
         raise MalformedRow(
             f"a message needs 'role' and 'content' (or 'from' and 'value'), got keys {sorted(map(str, turn))}"
         )
-    known = _ROLE_OF.get(role.strip().lower()) if isinstance(role, str) else None
+    known = role_of(role)
     if known is None:
         raise MalformedRow(
             f"message {number} has the unknown role {_shown(role)}; known are {', '.join(_ROLES)}, and names such as "
@@ -124,6 +124,15 @@ def _chat_message(turn: Any, number: int) -> dict[str, Any]:
     elif known != "assistant" or not _says(message):
         raise MalformedRow(f"message {number} ({known}) has no content")
     return message
+
+
+def role_of(name: Any) -> str | None:
+    """The role that a name stands for, None for one that is not known.
+
+    >>> role_of("gpt"), role_of("narrator")
+    ('assistant', None)
+    """
+    return _ROLE_OF.get(name.strip().lower()) if isinstance(name, str) else None
 
 
 def content_of(content: Any, number: int = 0) -> str:

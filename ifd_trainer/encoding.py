@@ -309,6 +309,7 @@ class Turns:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._trim = EndOfTurn(tokenizer)
+        self._reaches: dict[str, int] = {}
         self._known: dict[str, tuple[list[int], list[int]]] = {}  # the last tokens that spelled a text, around a turn
 
     def __call__(
@@ -318,8 +319,17 @@ class Turns:
 
         The first of `frames` counts whose text stands around `start`; without one, there is no header to tell.
         """
+        frames = [frame for frame in frames if frame.before]
+        reach = max((self._reach(frame.before) for frame in frames), default=0)
+        around: list[str] = []  # the texts before and behind `start`, if they are needed
         for frame in frames:
-            found = self._opening(ids, start, frame.before) if frame.before else None
+            found = self._as_before(ids, start, frame.before)
+            if found is None:
+                around = around or [
+                    self._text(ids[max(start - reach, 0) : start]),
+                    self._text(ids[start : start + reach]),
+                ]
+                found = self._opening(ids, start, frame.before, *around)
             if found is not None:
                 afters = [other.after for other in frames if other.before == frame.before]
                 end = min(self._closing(ids, found[1], end, after) for after in afters)
@@ -330,14 +340,18 @@ class Turns:
         """Whether tokens spell nothing but white space."""
         return not self._text(ids[:8]).strip() and not self._text(ids).strip()
 
-    def _opening(self, ids: Sequence[int], start: int, before: str) -> tuple[int, int] | None:
-        """Tokens (first, end) that spell `before`, which stands around `start`; None where it does not."""
-        if before in self._known:  # rows are alike: most need no decoding
-            left, right = self._known[before]
-            if ids[max(start - len(left), 0) : start] == left and ids[start : start + len(right)] == right:
-                return start - len(left), start + len(right)
-        reach = len(before.encode())
-        left, right = self._text(ids[max(start - reach, 0) : start]), self._text(ids[start : start + reach])
+    def _as_before(self, ids: Sequence[int], start: int, before: str) -> tuple[int, int] | None:
+        """`_opening` for the tokens that spelled the text the last time: most rows are alike, and need no decoding."""
+        left, right = self._known.get(before, (None, None))
+        if left is None or ids[max(start - len(left), 0) : start] != left or ids[start : start + len(right)] != right:
+            return None
+        return start - len(left), start + len(right)
+
+    def _opening(self, ids: Sequence[int], start: int, before: str, left: str, right: str) -> tuple[int, int] | None:
+        """Tokens (first, end) that spell `before`, which stands around `start`; None where it does not.
+
+        `left` and `right` are the texts before and behind `start`, long enough to hold it.
+        """
         cuts = (cut for cut in range(len(before), -1, -1) if left.endswith(before[:cut]))
         cut = next((cut for cut in cuts if _starts(right, before[cut:])), None)
         if cut is None:
@@ -356,7 +370,7 @@ class Turns:
         core = after.rstrip()
         if not core:
             return end
-        reach = len(after.encode())
+        reach = self._reach(after)
         said = self._text(ids[max(end - reach, begin) : end]).rstrip()
         rest = self._text(ids[end : end + reach]).strip()
         for cut in range(len(core), 0, -1):
@@ -379,6 +393,12 @@ class Turns:
                 break
             size = size if said.endswith("\N{REPLACEMENT CHARACTER}") else count
         return size if text.strip(" ") else 0
+
+    def _reach(self, text: str) -> int:
+        """More tokens than spell a text, whatever it merges with at its ends."""
+        if text not in self._reaches:
+            self._reaches[text] = len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 8
+        return self._reaches[text]
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .chat import role_of
 from .errors import UserError
 
 _ALPACA = re.compile(
@@ -93,7 +94,7 @@ def _common_start(texts: set[str]) -> str:
 def _split_chat(turns: Any) -> tuple[str, str]:
     """What precedes the last assistant turn, and that turn."""
     turns = [turn for turn in (turns if isinstance(turns, (list, tuple, np.ndarray)) else []) if _is_turn(turn)]
-    last = max((i for i, turn in enumerate(turns) if _role(turn) in ("assistant", "gpt")), default=len(turns))
+    last = max((i for i, turn in enumerate(turns) if _role(turn) == "assistant"), default=len(turns))
     return plain(turns[:last]), plain(turns[last]) if last < len(turns) else ""
 
 
@@ -114,8 +115,8 @@ def _is_turn(item: Any) -> bool:
     return isinstance(item, Mapping) and ("role" in item or "from" in item)
 
 
-def _role(turn: Mapping[str, Any]) -> Any:
-    return turn.get("role", turn.get("from"))
+def _role(turn: Mapping[str, Any]) -> str | None:
+    return role_of(turn.get("role") or turn.get("from"))
 
 
 def shortened(text: str, characters: int, lines: int = 8) -> str:
