@@ -272,10 +272,10 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert ("run the same command again to go on" in error) == (when == "output")
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("seen", ["at its start", "before its first part", "in a part"])
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_process_that_is_started_again_after_the_output_was_written_leaves_nothing(
-    tmp_path: Path, command: list[str], monkeypatch, capsys, late: bool, status: int
+    tmp_path: Path, command: list[str], monkeypatch, capsys, seen: str, status: int
 ) -> None:
     """It had drawn its last part before it died, so that the main process did not wait for it."""
     output, store = tmp_path / "out.jsonl", Store(part=14, life_0=2, life_1=1, ended_0=2, ended_1=1)
@@ -285,14 +285,14 @@ def test_a_process_that_is_started_again_after_the_output_was_written_leaves_not
     def finish(*_: object) -> None:
         """What the main process does in the meantime."""
         store.set("finished", str(status))
-        shutil.rmtree(f"{output}.parts")
+        shutil.rmtree(f"{output}.parts", ignore_errors=True)
 
     monkeypatch.setattr(Process, "of_launch", lambda: start(1, 2, store))
-    if late:
-        score = IFDScorer.score
-        monkeypatch.setattr(IFDScorer, "score", lambda *pairs: (finish(), score(*pairs))[1])
-    else:
-        store.set("finished", str(status))
+    if seen == "at its start":
+        finish()
+    step = getattr(IFDScorer, method := "score" if seen == "in a part" else "check")
+    monkeypatch.setattr(IFDScorer, method, lambda *arguments: (finish(), step(*arguments))[1])
+    if seen != "in a part":
         monkeypatch.setattr("ifd_trainer.columns.AutoModelForCausalLM", None)
     before = names(tmp_path)
     assert main([*command[1:], "--output", str(output)]) == 0
