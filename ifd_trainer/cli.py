@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
-from .errors import NotFoundError, UserError, one_line
+from .errors import NotFoundError, RunError, UserError, one_line
 from .formats import FORMATS
 from .paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .recipe import check_recipe
@@ -365,6 +365,8 @@ def _score(options: argparse.Namespace) -> int:
     check_writable(options.output)
     check_apart(options.output, options.data, options.split)
     process = Process.of_launch()
+    if (status := process.finished()) is not None:
+        return status if process.main else 0
     scorer = _scorer(options, process.local_rank)
     # What is read is cached on disk: the other processes find it there.
     rows = process.first("rows", lambda: load_rows(options.data, options.split))
@@ -380,8 +382,14 @@ def _score(options: argparse.Namespace) -> int:
     job |= {"weights": scorer.digest(), **settings, "scores_version": SCORES_VERSION}
     del job["token_budget"]  # with another one, after trouble with memory, scores differ by rounding alone
     with closing(process.first("parts", lambda: Parts(options.output, job, process.main))) as parts:
-        score_parts(rows, scorer, parts, size, process)
+        try:
+            score_parts(rows, scorer, parts, size, process)
+        except RunError:  # the parts are gone
+            if process.finished() is None:
+                raise
         if not process.main:
+            if process.finished() is not None:
+                parts.remove()  # what this process, started again, has made after it was finished
             return 0
         scores = join_parts(rows, scorer, parts, size)
         # Scored again: what was chosen by older scores goes with them.
@@ -392,18 +400,18 @@ def _score(options: argparse.Namespace) -> int:
             write_provenance(options.output, origin, scores)
         counted = sorted(pc.value_counts(scores.data["ifd_status"]).to_pylist(), key=lambda status: -status["counts"])
         parts.check_joined()
+        counts = {status["values"]: status["counts"] for status in counted}
+        process.finish(status := 0 if "ok" in counts else 1)
         parts.remove()
-    counts = {status["values"]: status["counts"] for status in counted}
     shown = ", ".join(f"{count} {status}" for status, count in counts.items())
     print(f"{len(rows)} rows: {shown}. Written to {options.output}.")
-    if "ok" in counts:
-        return 0
-    print(
-        f"ifd-trainer: warning: none of the {len(rows)} rows has a score ({shown}): nothing can be selected from "
-        f"{options.output}. Check the format and the options; `ifd_status` says why for each row.",
-        file=sys.stderr,
-    )
-    return 1
+    if status:
+        print(
+            f"ifd-trainer: warning: none of the {len(rows)} rows has a score ({shown}): nothing can be selected from "
+            f"{options.output}. Check the format and the options; `ifd_status` says why for each row.",
+            file=sys.stderr,
+        )
+    return status
 
 
 def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:

@@ -109,7 +109,7 @@ class Process:
                 self.store.set(f"part {part}", self._name())
             if not done(part):
                 return part
-        if self._any_restarted():
+        if self._any_restarted() and self.finished() is None:
             return next((part for part in range(parts) if not done(part) and self._inherit(part)), None)
         return None
 
@@ -131,6 +131,21 @@ class Process:
             self._get(f"ended {rank}") == str(self._life_of(rank)) for rank in range(self.processes)
         )
 
+    def finish(self, status: int) -> None:
+        """Say, in the main process, that the output is written, before the parts are deleted."""
+        if self.store is not None:
+            self.store.set("finished", str(status))
+
+    def finished(self) -> int | None:
+        """The status of a job that is finished, for a process that is started again; None where it is not finished.
+
+        One that comes late is not waited for, if it had drawn its last part in an earlier life.
+        """
+        if self.life == 1:  # it was waited for, and the store may be gone with the main process
+            return None
+        found = self._get("finished")
+        return int(found) if found else None
+
     def _next(self) -> int:
         return next(self._numbers) if self.store is None else self.store.add("part", 1) - 1
 
@@ -139,7 +154,7 @@ class Process:
         claim = self._get(f"part {part}")
         if claim:
             rank, life = map(int, claim.split())
-            if life == self._life_of(rank):
+            if rank < self.processes and life == self._life_of(rank):  # there may be fewer processes now
                 return False
         # Two processes may see that it is free: one of them gets it.
         return self.store.compare_set(f"part {part}", claim, self._name()).decode() == self._name()

@@ -272,6 +272,37 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert ("run the same command again to go on" in error) == (when == "output")
 
 
+@pytest.mark.parametrize("seen", ["at its start", "before its first part", "in a part"])
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_process_that_is_started_again_after_the_output_was_written_leaves_nothing(
+    tmp_path: Path, command: list[str], monkeypatch, capsys, seen: str, status: int
+) -> None:
+    """It had drawn its last part before it died, so that the main process did not wait for it."""
+    output, store = tmp_path / "out.jsonl", Store(part=14, life_0=2, life_1=1, ended_0=2, ended_1=1)
+    store.values |= {f"{name} ready": "" for name in ("rows", "check", "parts")}
+    store.values |= {f"part {part}": "1 1" for part in range(14)}
+
+    def finish(*_: object) -> None:
+        """What the main process does in the meantime."""
+        store.set("finished", str(status))
+        shutil.rmtree(f"{output}.parts", ignore_errors=True)
+
+    monkeypatch.setattr(Process, "of_launch", lambda: start(1, 2, store))
+    if seen == "at its start":
+        finish()
+    step = getattr(IFDScorer, method := "score" if seen == "in a part" else "check")
+    monkeypatch.setattr(IFDScorer, method, lambda *arguments: (finish(), step(*arguments))[1])
+    if seen != "in a part":
+        monkeypatch.setattr("ifd_trainer.columns.AutoModelForCausalLM", None)
+    before = names(tmp_path)
+    assert main([*command[1:], "--output", str(output)]) == 0
+    assert names(tmp_path) == before
+    assert "Written" not in capsys.readouterr().out
+    monkeypatch.setattr(Process, "of_launch", lambda: start(0, 2, store))
+    assert main([*command[1:], "--output", str(output)]) == status
+    assert names(tmp_path) == before
+
+
 # ---- waiting ----------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +324,9 @@ class Store:
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self.values for key in keys)
+
+    def wait(self, keys: list[str], _: object) -> None:
+        assert self.check(keys)
 
     def compare_set(self, key: str, expected: str, value: str) -> bytes:
         if self.values.get(key, "") == expected:
@@ -363,6 +397,16 @@ def test_what_a_process_had_drawn_before_it_died_is_drawn_by_one_that_lives(live
     now[0].end()
     now[1].end()
     assert now[0].ended()
+
+
+def test_what_was_drawn_by_a_process_that_is_no_more_is_inherited() -> None:
+    """Where a machine is lost, a launcher may go on with fewer processes, whose numbers begin at 0 again."""
+    store = Store()
+    before = [start(rank, 4, store) for rank in range(4)]
+    assert [process.draw(4, lambda _: False) for process in before] == [0, 1, 2, 3]
+    now = [start(rank, 2, store) for rank in range(2)]
+    done = {0}
+    assert [now[i].draw(4, done.__contains__) for i in (0, 1, 0, 0, 1)] == [1, 2, 3, None, None]
 
 
 def test_of_two_processes_that_inherit_at_the_same_time_one_gets_the_part() -> None:
