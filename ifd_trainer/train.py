@@ -405,12 +405,7 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
             f"scorer={selection.scorer!r} scores the rows before TRL packs them, and packing drops the scores. Set "
             "packing: false, or leave scorer out."
         )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != sft.world_size:
-        raise UserError(
-            f"{launched} processes were started, but each would train by itself: there is no GPU for them. Set "
-            "use_cpu: true to train on processors, or start one process."
-        )
+    _check_processes(sft)
     if not plan:
         if missing := _missing_trackers(sft.report_to):
             raise NotInstalledError(
@@ -418,6 +413,16 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
             )
         sft.resume_from_checkpoint = check_checkpoint(sft.resume_from_checkpoint, sft.output_dir)
     return Recipe(script, sft, model, selection, Path(recipe).resolve().parent if recipe else Path.cwd())
+
+
+def _check_processes(sft: SFTConfig) -> None:
+    """Raise for processes that do not know of one another: each would write over what the others write."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != sft.world_size:
+        raise UserError(
+            f"{launched} processes were started, but each would train by itself: there is no GPU for them. Set "
+            "use_cpu: true to train on processors, or start one process."
+        )
 
 
 def build_run(recipe: Recipe) -> Run:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -22,11 +23,13 @@ import ifd_trainer
 from ifd_trainer import cli
 from ifd_trainer.cli import main
 from ifd_trainer.columns import IFD_COLUMNS, IFDScorer
+from ifd_trainer.errors import UserError
 from ifd_trainer.files import load_rows, write_rows
 from ifd_trainer.formats import FORMATS
 from ifd_trainer.history import History
 from ifd_trainer.paths import check_checkpoint
 from ifd_trainer.provenance import provenance_path
+from ifd_trainer.train import _check_processes
 
 ROWS = [
     {"instruction": f"Name {n} things.", "input": "" if n % 2 else f"about {n} cats", "output": f"The {n} is {n * 7}."}
@@ -430,10 +433,13 @@ def test_several_processes_run_what_they_planned(recipe: Path, model_path: str) 
     code, out, _ = launched(*words)
     assert code == 0
     assert plan_of(out) == plan_of(planned)
-    if not torch.accelerator.is_available():
-        code, _, errors = launched(*words, "--use_cpu", "false")
-        assert code == 1  # the launcher's
-        assert "error: 2 processes were started, but each would train by itself: there is no GPU for them" in errors
+
+
+def test_processes_that_would_each_train_by_themselves_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started, but each would train by itself: there is no GPU"):
+        _check_processes(SimpleNamespace(world_size=1))
+    _check_processes(SimpleNamespace(world_size=2))
 
 
 # ---- what a user gets wrong ---------------------------------------------------------------------------------------

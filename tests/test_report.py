@@ -21,7 +21,8 @@ from scipy.stats import spearmanr
 
 from ifd_trainer import plots as plotting
 from ifd_trainer import report
-from ifd_trainer.frames import spearman
+from ifd_trainer.errors import FileAccessError
+from ifd_trainer.frames import normalised, spearman
 from ifd_trainer.history import History
 from ifd_trainer.plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
 from ifd_trainer.report import write_report
@@ -752,3 +753,55 @@ def test_no_pyplot_and_no_global_state(tmp_path):
         "assert matplotlib.rcParams.copy() == before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# ---- what cannot be read or written ------------------------------------------------------------------------------
+
+
+def test_a_row_without_a_status_counts_as_not_scored(tmp_path, plots):
+    frame = scores(8).assign(ifd_reason=["kept"] * 3 + ["below_cut"] * 5)
+    frame[["ifd_status", "ifd_reason"]] = frame[["ifd_status", "ifd_reason"]].astype(object)
+    frame.loc[2, ["ifd_status", "ifd_reason"]] = None
+    rows = normalised(frame)
+    before = normalised(frame.assign(ifd_status=frame["ifd_status"].fillna("ok")))
+    assert rows["ifd_status"][2] == "nonfinite"
+    assert rows["reason"].tolist() == ["kept"] * 2 + ["(none)"] + ["below_cut"] * 5
+    assert rows["ifd"].isna().tolist() == [value or i == 2 for i, value in enumerate(before["ifd"].isna())]
+    page = visible(page_of(write_report(frame, tmp_path)))
+    assert "r02 the loss is not finite" in " ".join(page.split())
+    assert normalised(frame.assign(ifd_status=None))["ifd"].isna().all()
+    assert write_report(frame.assign(ifd_status=None), tmp_path).is_file()
+
+
+def test_a_file_in_the_place_of_a_folder_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "page").write_text("text")
+    monkeypatch.setattr(report, "subject_of", None)
+    for folder in (tmp_path / "page", tmp_path / "page" / "more"):
+        with pytest.raises(ValueError, match="is a file"):
+            write_report(scores(5), folder)
+    with pytest.raises(ValueError, match=r"rows must be a whole number of at least 1, got 1\.5"):
+        write_report(scores(5), rows=1.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("history.json", "[1]"),
+        ("history.json", '{"version": 1}'),
+        ("history.json", '{"version": 1, "settings": null, "epochs": []}'),
+        ("history.json", '{"version": 1, "settings": {}, "epochs": 3}'),
+        ("history.json", '{"version": 1, "settings": {}, "epochs": [{"epoch": null}]}'),
+        ("history.json", "\xff"),
+        ("train.parquet", "no parquet"),
+    ],
+)
+def test_files_that_are_damaged_are_told_in_a_sentence(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(FileAccessError, match=re.escape(f"The files in {tmp_path} cannot be read")):
+        write_report(tmp_path, tmp_path / "page")
+
+
+def test_a_pool_that_cannot_be_read_leaves_out_the_texts(history, plots):
+    (history.folder / "pool.parquet").write_bytes(b"no parquet")
+    page = visible(page_of(write_report(history.folder)))
+    assert "pool.parquet cannot be read: rows are listed without their texts and labels." in page
