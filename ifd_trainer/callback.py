@@ -22,10 +22,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 
 from .brief import Brief
-from .checkpoint import decode_array, decode_scores, encode_array, encode_scores
+from .checkpoint import load_selection, save_selection
 from .columns import IFDScorer
 from .diversity import EMBEDDING, Diverse
-from .encoding import Encoder, Status
+from .encoding import Encoder, Status, decoded
 from .errors import UserError
 from .headers import response_prefix
 from .history import FOLDER, History
@@ -49,8 +49,9 @@ from .snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
-_STATE_VERSION = 2
-_TEXTS = 2048  # pool rows decoded at a time for the history
+_STATE_VERSION = 3
+_READ_VERSIONS = (2, _STATE_VERSION)  # of version 2: all arrays in trainer_state.json
+_TEXTS = 500  # pool rows decoded at a time for the history: of more, their tokens as Python objects leave the cache
 
 
 class IFDSelectionCallback(EpochSelector, ExportableState):
@@ -173,7 +174,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self._fingerprint: str | None = None
         self._epoch: int | None = None  # the epoch that was selected last
         self._next_epoch = 0
+        self._saved: dict[str, Any] | None = None  # what the last checkpoint holds of the selection
         self._restored: dict[str, Any] | None = None
+        self._restored_arrays: dict[str, np.ndarray] = {}
         self._scores: Scores | None = None  # the last ones, and the epoch they are from
         self._scored_at: int | None = None
         self._brief: np.ndarray | None = None  # the rows of the brief experience
@@ -226,8 +229,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def budget(self, epoch: int) -> int:
         return self._turn(epoch).budget
 
-    def start(self, epoch: int, state: transformers.TrainerState) -> None:
-        self._next_epoch, self._epoch, self._restored = epoch, None, None
+    def start(self, epoch: int, state: transformers.TrainerState, checkpoint: str | None = None) -> None:
+        self._next_epoch, self._epoch, self._restored, self._saved = epoch, None, None, None
         self._scores = self._scored_at = self._brief = None
         prompts, self._fingerprint = self.pool.read()
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
@@ -235,7 +238,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         folder = Path(self.trainer.args.output_dir) / FOLDER
         self.history = History(folder, self._settings())
         if state.global_step > 0:
-            self._restore(state)
+            self._restore(state, Path(checkpoint))
         if self.trainer.args.save_only_model and self.trainer.is_world_process_zero():
             logger.warning(
                 "save_only_model=True: checkpoints hold no optimizer and no random state, so a resume from them "
@@ -263,7 +266,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if state.is_world_process_zero:
             self.history.save()
             self.history.discard_other_epochs()
-            self.history.save_pool(self._pool_texts())
+            self._save_pool()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
@@ -485,43 +488,53 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             record.update(values)
             self.history.save()
 
+    def _save_pool(self) -> None:
+        """The pool's texts for reports, unless they are there; a run goes on without them."""
+        made_from = [self._fingerprint, self.pool.columns_digest(), str(self.id_column)]
+        try:
+            self.history.save_pool(self._pool_texts(), " ".join(made_from))
+        except (OSError, pa.ArrowException) as error:
+            logger.warning(
+                "The texts of the training set could not be written to %s: %s. Training goes on; reports of this run "
+                "show rows without their texts.",
+                self.history.folder / "pool.parquet",
+                error,
+            )
+
     def _pool_texts(self) -> Iterator[pa.Table]:
         """The pool's texts and columns for reports, some thousand rows at a time."""
-        ids = self.pool.ids(self.id_column)
-        for first in range(0, len(ids), _TEXTS):
-            positions = np.arange(first, min(first + _TEXTS, len(ids)))
-            rows = list(zip(self.pool.tokens(positions), self.pool.spans(positions).tolist(), strict=True))
-            texts = {
-                "row_id": ids[positions],
-                "prompt": self.tokenizer.batch_decode([tokens[:start] for (tokens, _), (start, _) in rows]),
-                "answer": self.tokenizer.batch_decode([tokens[start:end] for (tokens, _), (start, end) in rows]),
-            }
-            yield pa.table(texts | self.pool.columns(first, first + len(positions), without=texts))
+        ids, first = self.pool.ids(self.id_column), 0
+        for prompts, answers in self.pool.segments(_TEXTS):
+            part = slice(first, first := first + len(prompts))
+            texts = {"prompt": decoded(self.tokenizer, prompts), "answer": decoded(self.tokenizer, answers)}
+            texts = {"row_id": ids[part], **texts}
+            yield pa.table(texts | self.pool.columns(part.start, part.stop, without=texts))
 
     # ---- checkpoint state ---------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, inside `trainer_state.json`: the epoch, its exact order, and what it depends on."""
+    def save(self, checkpoint: Path) -> None:
         if self._epoch is None:
-            return {"args": {}, "attributes": {}}
-        saved = {
+            return
+        scores = self._scores if self.rhythm.remembers else None
+        self._saved = {
             "version": _STATE_VERSION,
             "epoch": self._epoch,
-            **{name: encode_array(array) for name, array in self.pool.to_arrays(self.sampler.order).items()},
+            "scored_at": self._scored_at if scores is not None else None,
+            **save_selection(checkpoint, self.pool.to_arrays(self.sampler.order), scores),
             **{key: self.history.settings[key] for key in _MUST_MATCH},
         }
-        if self.rhythm.remembers and self._scores is not None:
-            saved["scores"] = {"epoch": self._scored_at, **encode_scores(self._scores)}
-        return {"args": {}, "attributes": {"selection": saved}}
+
+    def state(self) -> dict[str, Any]:
+        """What `trainer_state.json` keeps: the epoch, what it depends on, and the digest of the file beside it."""
+        return {"args": {}, "attributes": {} if self._saved is None else {"selection": self._saved}}
 
     def _restored_order(self) -> list[TrainingRow]:
-        names = [name for name in ("positions", "bins") if name in self._restored]
-        return self.pool.from_arrays({name: decode_array(self._restored[name]) for name in names})
+        return self.pool.from_arrays(self._restored_arrays)
 
-    def _restore(self, state: transformers.TrainerState) -> None:
+    def _restore(self, state: transformers.TrainerState, checkpoint: Path) -> None:
         blob = state.stateful_callbacks.get(type(self).__name__)
         saved = (blob or {}).get("attributes", {}).get("selection")
-        if saved is None or saved.get("version") != _STATE_VERSION:
+        if saved is None or saved.get("version") not in _READ_VERSIONS:
             raise UserError(
                 "The checkpoint holds no selection state: it was written without this callback, or by another version "
                 "of it. Start training anew, or resume without IFDSelectionCallback."
@@ -539,6 +552,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             )
         if self.trainer.args.ignore_data_skip:
             logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
+        self._restored_arrays, scores = load_selection(checkpoint, saved, len(self.pool))
         self._restored = saved
         turn = self._turn(saved["epoch"])
         if turn.rows == "brief":
@@ -548,8 +562,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 f"The run stopped before training had started anew, but the original weights are not in "
                 f"{self._original.folder}. Put the folder back, or start training anew."
             )
-        if "scores" in saved:
-            self._scores, self._scored_at = decode_scores(saved["scores"]), saved["scores"]["epoch"]
+        if scores is not None:
+            lossy = saved["version"] == 2 and self.pool_scorer.other == "columns"  # only cas and das were kept
+            self._scores = self.score_pool() if lossy else scores
+            self._scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs
             self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]

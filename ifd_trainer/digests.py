@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -44,7 +45,13 @@ def _files_digest(stamps: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path, _, _ in stamps:
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
+        for block in blocks(path):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, 16 MiB at a time."""
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            yield block
