@@ -24,8 +24,9 @@ from transformers.trainer_callback import ExportableState
 from .brief import Brief
 from .checkpoint import load_selection, save_selection
 from .columns import IFDScorer
+from .decoding import Decoder
 from .diversity import EMBEDDING, Diverse
-from .encoding import Encoder, Status, decoded
+from .encoding import Encoder, Status
 from .errors import UserError
 from .headers import response_prefix
 from .history import FOLDER, History
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 _STATE_VERSION = 3
 _READ_VERSIONS = (2, _STATE_VERSION)  # of version 2: all arrays in trainer_state.json
-_TEXTS = 500  # pool rows decoded at a time for the history: of more, their tokens as Python objects leave the cache
+_TEXTS = 1000  # pool rows decoded at a time for the history
 
 
 class IFDSelectionCallback(EpochSelector, ExportableState):
@@ -503,11 +504,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def _pool_texts(self) -> Iterator[pa.Table]:
         """The pool's texts and columns for reports, some thousand rows at a time."""
-        ids, first = self.pool.ids(self.id_column), 0
-        for prompts, answers in self.pool.segments(_TEXTS):
-            part = slice(first, first := first + len(prompts))
-            texts = {"prompt": decoded(self.tokenizer, prompts), "answer": decoded(self.tokenizer, answers)}
-            texts = {"row_id": ids[part], **texts}
+        ids, decode, first = self.pool.ids(self.id_column), Decoder(self.tokenizer), 0
+        for tokens, bounds in self.pool.segments(_TEXTS):
+            found = decode(tokens, bounds)
+            part = slice(first, first := first + len(found) // 3)
+            texts = {"row_id": ids[part], "prompt": found[0::3], "answer": found[1::3]}
             yield pa.table(texts | self.pool.columns(part.start, part.stop, without=texts))
 
     # ---- checkpoint state ---------------------------------------------------------------------------------------
@@ -580,7 +581,7 @@ _MUST_MATCH = ("policy", *_RHYTHM, "scorer", "order", "seed", "direct_prefix", "
 def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:
     """One row for each pool row: what was measured and decided."""
     times = np.bincount(selection.kept, minlength=len(scores))
-    rows = pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons.astype(str), "times": times})
+    rows = pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons, "times": times})
     if selection.tier is not None:
         rows["tier"] = pd.array(selection.tier, dtype="Int64")
         rows.loc[selection.tier < 0, "tier"] = pd.NA

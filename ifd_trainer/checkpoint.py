@@ -33,11 +33,11 @@ def save_selection(folder: Path, order: Mapping[str, np.ndarray], scores: Scores
     Returns:
         What `trainer_state.json` has to hold for `load_selection`.
     """
-    arrays = {_ORDER + name: array for name, array in order.items()}
+    arrays = {_ORDER + name: _narrow(array) for name, array in order.items()}
     if scores is not None:
         columns = scores.columns()
         texts, columns["ifd_status"] = coded(columns["ifd_status"])  # any text may be a status of imported scores
-        arrays |= {_SCORES + name: array for name, array in columns.items()}
+        arrays |= {_SCORES + name: _narrow(array) for name, array in columns.items()}
         arrays[_STATUSES] = np.frombuffer(json.dumps(texts.tolist()).encode(), dtype=np.uint8)
 
     def write(path: Path) -> None:
@@ -83,7 +83,7 @@ def load_selection(folder: Path, saved: Mapping[str, Any], rows: int) -> tuple[d
     order = {name.removeprefix(_ORDER): array for name, array in arrays.items() if name.startswith(_ORDER)}
     if not columns:
         return order, None
-    texts = np.array(json.loads(arrays[_STATUSES].tobytes()), dtype=object)
+    texts = np.array(json.loads(arrays[_STATUSES].astype(np.uint8).tobytes()), dtype=object)
     columns["ifd_status"] = texts[columns["ifd_status"]]
     return order, Scores(**columns)
 
@@ -95,9 +95,14 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _narrow(array: np.ndarray) -> np.ndarray:
+    """Counts and positions in as few bytes as they need; floats as they are."""
+    return array if array.dtype.kind == "f" else array.astype(np.min_scalar_type(array.max(initial=0)))
+
+
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+        return {name: array if array.dtype.kind == "f" else array.astype(np.int64) for name, array in file.items()}
 
 
 # ---- checkpoints of version 2: arrays as text in trainer_state.json ----------------------------------------------

@@ -278,15 +278,6 @@ class EndOfTurn:
         return self._blank[token]
 
 
-def decoded(tokenizer: Any, rows: list[list[int]]) -> list[str]:
-    """The text of each row of token ids, with special tokens.
-
-    By the Rust tokenizer where there is one: `batch_decode` takes twice as long, for it looks at each token in Python.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return tokenizer.batch_decode(rows) if backend is None else backend.decode_batch(rows, skip_special_tokens=False)
-
-
 def answer_span(labels: Sequence[int]) -> tuple[int, int]:
     """The last run of labels other than -100, as (start, end); (n, n) if there is none.
 

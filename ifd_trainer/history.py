@@ -28,7 +28,7 @@ from .errors import NotFoundError, UserError
 FOLDER = "ifd_history"
 VERSION = 1
 _DIGEST = b"ifd_trainer.digest"  # in the metadata of pool.parquet
-_PARTS = 16  # parts of the pool in a row group of it
+_PARTS = 10  # parts of the pool in a row group of it
 
 
 @dataclass

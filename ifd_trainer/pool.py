@@ -107,14 +107,16 @@ class Pool:
             out[part] = tails(ids, starts, starts + self._spans[part, 0], width)
         return out
 
-    def segments(self, size: int) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-        """Token ids of prompts and answers of all examples, in their order and `size` examples at a time."""
+    def segments(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Token ids of all examples in their order, `size` examples at a time, and where their parts begin.
+
+        Of each example three parts: prompt, answer, and what stands after it; the last bound is the end of the ids.
+        """
         done = 0
         for ids, _, sizes in self._batches(size):
-            firsts, tokens = np.cumsum(sizes) - sizes, ids.tolist()
-            starts, ends = (firsts[:, None] + self.spans(np.arange(done, done := done + len(sizes)))).T.tolist()
-            prompts = [tokens[first:start] for first, start in zip(firsts.tolist(), starts, strict=True)]
-            yield prompts, [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
+            firsts = np.cumsum(sizes) - sizes
+            spans = self.spans(np.arange(done, done := done + len(sizes)))
+            yield ids, np.append(firsts[:, None] + np.column_stack([np.zeros_like(sizes), spans]), len(ids))
 
     def _packed_into(self) -> bytes:
         """What the digest says beside the tokens."""

@@ -269,16 +269,16 @@ def texts_of_a_run(folder, rows, tokenizer=None, **options):
 def test_texts_that_are_there_and_right_are_not_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr(callback_module, "_TEXTS", 5)
     first, file = texts_of_a_run(tmp_path, noted_rows())
-    decoded, decode = [], callback_module.decoded
+    decoded, decode = [], callback_module.Decoder.__call__
 
-    def counted(tokenizer, rows):
-        decoded.append(len(rows))
-        return decode(tokenizer, rows)
+    def counted(self, ids, bounds):
+        decoded.append(len(bounds) // 3)
+        return decode(self, ids, bounds)
 
-    monkeypatch.setattr(callback_module, "decoded", counted)
+    monkeypatch.setattr(callback_module.Decoder, "__call__", counted)
     again, same = texts_of_a_run(tmp_path, noted_rows())
     assert same == file
-    assert decoded == [5, 5]  # prompts and answers of the first part, which are compared
+    assert decoded == [5]  # the first part, which is compared
     assert again.equals(first)
 
 

@@ -14,6 +14,7 @@ ORDER = [
     "formats",
     "refusals",
     "encoding",
+    "decoding",
     "prompts",
     "headers",
     "ifd",

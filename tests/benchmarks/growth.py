@@ -3,7 +3,7 @@
 The pool is synthetic: ids of tokens that read as words, with lengths like those of Alpaca's rows, and scores as columns
 (`scorer="columns"`), so that no model scores anything. A plain `Trainer` makes two steps on a tiny model, writes a
 checkpoint after the first one, and a second process resumes from it. Each size runs in two processes of its own, one
-after the other. Writes growth.json.
+after the other. Seconds are those of the clock and those of all threads on the processor. Writes growth.json.
 
     start            the pool is read, its ids are checked, the response header is found
     texts            `pool.parquet`, when training begins
@@ -132,7 +132,7 @@ def worker(pool: Path, model: str, folder: Path, resume: bool) -> None:
     )
     callback = IFDSelectionCallback.cherry(trainer, keep=0.1, scorer="columns")
     trainer.add_callback(callback)
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[tuple[float, float]]] = {}
     for owner, name, part in (
         (callback, "start", "start"),
         (callback, "_restore", "read"),
@@ -163,15 +163,15 @@ def _held() -> int:
     return memory.rss - getattr(memory, "shared", 0)
 
 
-def _timed(owner: Any, name: str, seconds: list[float]) -> None:
+def _timed(owner: Any, name: str, seconds: list[tuple[float, float]]) -> None:
     method = getattr(owner, name)
 
     def timed(*arguments: Any, **options: Any) -> Any:
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         try:
             return method(*arguments, **options)
         finally:
-            seconds.append(time.perf_counter() - began)
+            seconds.append((time.perf_counter() - began, time.process_time() - busy))
 
     setattr(owner, name, timed)
 
@@ -196,7 +196,8 @@ def cases(sizes: list[int], model: str, folder: Path) -> Iterator[dict[str, Any]
             orders.append(found["order"])
             name = "resume" if resume else "run"
             parts = {f"resume: {part}" if resume else part: spent for part, spent in found["seconds"].items()}
-            case["seconds"] |= {**parts, f"{name}: whole process": whole}
+            case["seconds"] |= parts
+            case["whole_seconds"] = {**case.get("whole_seconds", {}), name: whole}
             case["peak_bytes"][name] = peak
             if not resume:
                 case["bytes"] = found["bytes"]
@@ -207,7 +208,8 @@ def cases(sizes: list[int], model: str, folder: Path) -> Iterator[dict[str, Any]
 def printed(case: dict[str, Any], base: dict[str, Any]) -> str:
     """A size as lines of a table."""
     lines = [f"{case['rows']:,} rows"]
-    lines += [f"  {part:24s} {seconds:8.2f} s" for part, seconds in case["seconds"].items()]
+    lines += [f"  {part:24s} {wall:8.2f} s, {busy:7.2f} s of CPU" for part, (wall, busy) in case["seconds"].items()]
+    lines += [f"  {name + ', whole process':24s} {seconds:8.2f} s" for name, seconds in case["whole_seconds"].items()]
     lines += [f"  {name:24s} {size / 2**20:8.2f} MiB" for name, size in case["bytes"].items()]
     over = {name: peak - base["peak_bytes"][name] for name, peak in case["peak_bytes"].items()}
     lines += [f"  {name + ', over base':24s} {size / 2**20:8.0f} MiB" for name, size in over.items()]
