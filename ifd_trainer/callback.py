@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +24,9 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 
 from .brief import Brief
-from .checkpoint import decode_array, decode_scores, encode_array, encode_scores
+from .checkpoint import load_selection, save_selection
 from .columns import IFDScorer
+from .decoding import Decoder
 from .diversity import EMBEDDING, Diverse
 from .encoding import Encoder, Status
 from .errors import UserError
@@ -51,8 +53,9 @@ from .snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
-_STATE_VERSION = 2
-_TEXTS = 2048  # pool rows decoded at a time for the history
+_STATE_VERSION = 3
+_READ_VERSIONS = (2, _STATE_VERSION)  # of version 2: all arrays in trainer_state.json
+_TEXTS = 1000  # pool rows decoded at a time for the history
 
 
 class IFDSelectionCallback(EpochSelector, ExportableState):
@@ -179,7 +182,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self._epoch: int | None = None  # the epoch that was selected last, and whether it has ended
         self._ended = False
         self._next_epoch = 0
+        self._saved: dict[str, Any] | None = None  # what the last checkpoint holds of the selection
         self._restored: dict[str, Any] | None = None
+        self._restored_arrays: dict[str, np.ndarray] = {}
         self._scores: Scores | None = None  # the last ones, and the epoch they are from
         self._scored_at: int | None = None
         self._eligible: tuple[Scores, int] | None = None  # the last ones by which a row was eligible, and their epoch
@@ -243,7 +248,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return self._turn(epoch).rows in ("selected", "same")
 
     def position(self, state: transformers.TrainerState) -> tuple[int, int]:
-        saved = self._saved(state)
+        saved = self._kept_in(state)
         if not state.global_step or saved is None or "first_step" not in saved:
             # A new run, a checkpoint that is refused later on, or one of an earlier release.
             return super().position(state)
@@ -252,19 +257,19 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         over = saved["ended"] or epoch >= len(self.plan.epochs) or updates >= self.plan.epochs[epoch].updates
         return (epoch + 1, 0) if over else (epoch, updates)
 
-    def _saved(self, state: transformers.TrainerState) -> dict[str, Any] | None:
+    def _kept_in(self, state: transformers.TrainerState) -> dict[str, Any] | None:
         """What a checkpoint kept for this callback."""
         return (state.stateful_callbacks.get(type(self).__name__) or {}).get("attributes", {}).get("selection")
 
-    def start(self, epoch: int, state: transformers.TrainerState) -> None:
-        self._next_epoch, self._epoch, self._restored = epoch, None, None
+    def start(self, epoch: int, state: transformers.TrainerState, checkpoint: str | None = None) -> None:
+        self._next_epoch, self._epoch, self._restored, self._saved = epoch, None, None, None
         self._scores = self._scored_at = self._brief = self._eligible = None
         prompts, self._fingerprint = self.pool.read()
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
         self._prefix = response_prefix(self.tokenizer, prompts, self.header)
         self.history = History(self.run.folder / FOLDER, self._settings())
         if state.global_step > 0:
-            self._restore(state)
+            self._restore(state, Path(checkpoint))
         if self.trainer.args.save_only_model and self.trainer.is_world_process_zero():
             logger.warning(
                 "save_only_model=True: checkpoints hold no optimizer and no random state, so a resume from them "
@@ -292,7 +297,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if state.is_world_process_zero:
             self.history.save()
             self.history.discard_other_epochs()
-            self.history.save_pool(self._pool_texts())
+            self._save_pool()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
@@ -577,38 +582,50 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             record.update(values)
             self.history.save()
 
+    def _save_pool(self) -> None:
+        """The pool's texts for reports, unless they are there; a run goes on without them."""
+        made_from = [self._fingerprint, self.pool.columns_digest(), str(self.id_column)]
+        try:
+            self.history.save_pool(self._pool_texts(), " ".join(made_from))
+        except (OSError, pa.ArrowException) as error:
+            logger.warning(
+                "The texts of the training set could not be kept in %s: %s. Training goes on; reports of this run "
+                "show rows without their texts.",
+                self.history.folder / "pool.parquet",
+                str(error).rstrip("."),
+            )
+
     def _pool_texts(self) -> Iterator[pa.Table]:
         """The pool's texts and columns for reports, some thousand rows at a time."""
-        ids = self.pool.ids(self.id_column)
-        for first in range(0, len(ids), _TEXTS):
-            positions = np.arange(first, min(first + _TEXTS, len(ids)))
-            rows = list(zip(self.pool.tokens(positions), self.pool.spans(positions).tolist(), strict=True))
-            texts = {
-                "row_id": ids[positions],
-                "prompt": self.tokenizer.batch_decode([tokens[:start] for (tokens, _), (start, _) in rows]),
-                "answer": self.tokenizer.batch_decode([tokens[start:end] for (tokens, _), (start, end) in rows]),
-            }
-            yield pa.table(texts | self.pool.columns(first, first + len(positions), without=texts))
+        ids, decode, first = self.pool.ids(self.id_column), Decoder(self.tokenizer), 0
+        for tokens, bounds in self.pool.segments(_TEXTS):
+            found = decode(tokens, bounds)
+            part = slice(first, first := first + len(found) // 3)
+            texts = {"row_id": ids[part], "prompt": found[0::3], "answer": found[1::3]}
+            yield pa.table(texts | self.pool.columns(part.start, part.stop, without=texts))
 
     # ---- checkpoint state ---------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, inside `trainer_state.json`: the epoch, its exact order, and what it depends on."""
+    def save(self, checkpoint: Path) -> None:
         if self._epoch is None:
-            return {"args": {}, "attributes": {}}
-        saved = {
+            return
+        arrays = self.pool.to_arrays(self.run.order)
+        if self._brief is not None:
+            arrays["brief"] = self._brief
+        self._saved = {
             "version": _STATE_VERSION,
             "epoch": self._epoch,
             "first_step": self.run.first_step,
             "ended": self._ended,
-            **{name: encode_array(array) for name, array in self.pool.to_arrays(self.run.order).items()},
+            "scored_at": self._scored_at,
+            "eligible": self._eligible is not None,
+            **save_selection(checkpoint, arrays, self._scores),
             **{key: self.history.settings[key] for key in (*_MUST_MATCH, "plan", "max_steps")},
         }
-        if self._turn(self._epoch).rows == "brief":
-            saved["brief"] = encode_array(self._brief)
-        if self.rhythm.remembers and self._scores is not None:
-            saved["scores"] = {"epoch": self._scored_at, **encode_scores(self._scores)}
-        return {"args": {}, "attributes": {"selection": saved}}
+
+    def state(self) -> dict[str, Any]:
+        """What `trainer_state.json` keeps: the epoch, what it depends on, and the digest of the file beside it."""
+        return {"args": {}, "attributes": {} if self._saved is None else {"selection": self._saved}}
 
     def _check_resumable(self, saved: dict[str, Any]) -> None:
         """Raise where a run with today's settings would not go on as the one in the checkpoint would have.
@@ -643,12 +660,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             )
 
     def _restored_order(self) -> list[TrainingRow]:
-        names = [name for name in ("positions", "bins") if name in self._restored]
-        return self.pool.from_arrays({name: decode_array(self._restored[name]) for name in names})
+        return self.pool.from_arrays(self._restored_arrays)
 
-    def _restore(self, state: transformers.TrainerState) -> None:
-        saved = self._saved(state)
-        if saved is None or saved.get("version") != _STATE_VERSION:
+    def _restore(self, state: transformers.TrainerState, checkpoint: Path) -> None:
+        saved = self._kept_in(state)
+        if saved is None or saved.get("version") not in _READ_VERSIONS:
             raise UserError(
                 "The checkpoint holds no selection state: it was written without this callback, or by another version "
                 "of it. Start training anew, or resume without IFDSelectionCallback."
@@ -656,10 +672,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self._check_resumable(saved)
         if self.trainer.args.ignore_data_skip:
             logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
+        self._restored_arrays, scores = load_selection(checkpoint, saved, len(self.pool))
         self._restored = saved
-        if "brief" in saved:
-            self._brief = decode_array(saved["brief"])
-        elif self._turn(saved["epoch"]).rows == "brief" and self.rhythm.warmup.method != "random":
+        self._brief = self._restored_arrays.pop("brief", None)
+        if self._brief is None and self._turn(saved["epoch"]).rows == "brief" and self.rhythm.warmup.method != "random":
             # An earlier release kept the order alone; random rows are drawn again, the same ones.
             self._brief = np.unique(np.concatenate([np.ravel(row) for row in self._restored_order()]))
         if self.restart is not None and state.global_step <= self.plan.phases[0] and not self._original.complete:
@@ -667,8 +683,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 f"The run stopped before training had started anew, but the original weights are not in "
                 f"{self._original.folder}. Put the folder back, or start training anew."
             )
-        if "scores" in saved:
-            self._scores, self._scored_at = decode_scores(saved["scores"]), saved["scores"]["epoch"]
+        if scores is not None:
+            lossy = saved["version"] == 2 and self.pool_scorer.other == "columns"  # only cas and das were kept
+            self._scores = self.score_pool() if lossy else scores
+            self._scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
+            self._eligible = (self._scores, self._scored_at) if saved.get("eligible", True) else None
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs
             self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]
@@ -684,7 +703,7 @@ _MUST_MATCH += ("min_answer_tokens", "direct_prefix", "fingerprint")
 def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:
     """One row for each pool row: what was measured and decided."""
     times = np.bincount(selection.kept, minlength=len(scores))
-    rows = pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons.astype(str), "times": times})
+    rows = pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons, "times": times})
     if selection.tier is not None:
         rows["tier"] = pd.array(selection.tier, dtype="Int64")
         rows.loc[selection.tier < 0, "tier"] = pd.NA

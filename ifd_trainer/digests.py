@@ -110,9 +110,8 @@ def _files_digest(stamps: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path, _, _ in stamps:
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
+        for block in blocks(path):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -286,3 +285,10 @@ def _own(module: str | None) -> bool:
         return getattr(getattr(found, "__spec__", None), "origin", None) not in ("built-in", "frozen")
     installed = any(part in _INSTALLED for part in Path(file).parts)
     return not installed and not file.startswith(sysconfig.get_path("stdlib"))
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, 16 MiB at a time."""
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            yield block

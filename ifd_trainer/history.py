@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from .errors import NotFoundError, UserError
 
 FOLDER = "ifd_history"
 VERSION = 1
+_DIGEST = b"ifd_trainer.digest"  # in the metadata of pool.parquet
+_PARTS = 10  # parts of the pool in a row group of it
 
 
 @dataclass
@@ -93,17 +95,31 @@ class History:
         for path in set(self.folder.glob("epoch-*.parquet")) - known:
             path.unlink()
 
-    def save_pool(self, pool: pd.DataFrame | Iterable[pa.Table]) -> None:
-        """Write the pool's texts, as one frame or part by part (no part is kept in memory)."""
+    def save_pool(self, pool: pd.DataFrame | Iterable[pa.Table], digest: str = "") -> bool:
+        """Write the pool's texts, as one frame or part by part (no part is kept in memory).
+
+        Args:
+            digest: of what the texts are made from. A file that was written with the same one, and begins with the
+                same part, is left as it is.
+
+        Returns:
+            Whether the file was written anew.
+        """
+        parts = iter([pa.Table.from_pandas(pool, preserve_index=False)] if isinstance(pool, pd.DataFrame) else pool)
+        first, path = next(parts), self.folder / "pool.parquet"
+        if digest and _is_pool(path, digest, first):
+            return False
+        path.unlink(missing_ok=True)  # if this one cannot be written, a report must not show the texts of another run
+        schema = first.schema.with_metadata({**(first.schema.metadata or {}), _DIGEST: digest.encode()})
 
         def write(path: Path) -> None:
-            parts = iter([pa.Table.from_pandas(pool, preserve_index=False)] if isinstance(pool, pd.DataFrame) else pool)
-            first = next(parts)
-            with pq.ParquetWriter(path, first.schema) as writer:
-                for part in chain([first], parts):
-                    writer.write_table(part)
+            with pq.ParquetWriter(path, schema) as writer:
+                rest = chain([first], parts)
+                while group := list(islice(rest, _PARTS)):
+                    writer.write_table(pa.concat_tables(group))
 
-        write_atomically(self.folder / "pool.parquet", write)
+        write_atomically(path, write)
+        return True
 
     def rows_path(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:03d}.parquet"
@@ -119,3 +135,14 @@ class History:
         """Row ids with the pool's texts and columns, if they were written."""
         path = self.folder / "pool.parquet"
         return pd.read_parquet(path) if path.exists() else None
+
+
+def _is_pool(path: Path, digest: str, first: pa.Table) -> bool:
+    """Whether a file holds the pool with this digest, whose first part is that."""
+    texts = [name for name in ("prompt", "answer") if name in first.column_names]
+    try:
+        with pq.ParquetFile(path) as file:
+            known = (file.schema_arrow.metadata or {}).get(_DIGEST) == digest.encode()
+            return known and file.read_row_group(0, texts)[: len(first)].equals(first.select(texts))
+    except (OSError, pa.ArrowException):  # not there, or damaged
+        return False

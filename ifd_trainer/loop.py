@@ -11,6 +11,7 @@ epoch. `attach` gives a trainer small overrides with which each epoch may train 
 - `create_scheduler` begins the learning rate schedule anew where training starts anew, after the brief experience;
 - `_init_training_state` finds epoch and step of a checkpoint in that plan;
 - `_run_epoch` runs the planned number of steps of its epoch, on the loader that was made for this pool;
+- `_save_checkpoint` writes the selection's order and scores beside `trainer_state.json`, before it;
 - `train` refuses a checkpoint that was cut off while it was written, and a callback that was never added;
 - `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer;
 - `push_to_hub` and `_push_from_checkpoint` leave the training texts at home.
@@ -42,7 +43,7 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get_last_checkpoint, has_length
 
 from .chat import common_prefix_length
 from .engine import check_causal_lm
@@ -56,7 +57,7 @@ from .snapshot import Snapshot
 
 SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
 _HOOKS = ("_get_train_sampler", "_get_dataloader", "set_initial_training_values", "create_scheduler")
-_HOOKS += ("_init_training_state", "_run_epoch")
+_HOOKS += ("_init_training_state", "_run_epoch", "_save_checkpoint")
 # Positions in the tuple that `set_initial_training_values` returns.
 _EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS, _TUPLE_SIZE = 0, 1, 3, 5, 6, 7
 
@@ -213,8 +214,12 @@ class EpochSelector(TrainerCallback):
         """Epoch and updates done in it where a run is that starts, or resumes, with this state."""
         return self.plan.position(state.global_step)
 
-    def start(self, epoch: int, state: transformers.TrainerState) -> None:
+    def start(self, epoch: int, state: transformers.TrainerState, checkpoint: str | None = None) -> None:
         """Training starts (or resumes) at `epoch`; `state` is the trainer's, from the checkpoint on a resume."""
+        raise NotImplementedError
+
+    def save(self, checkpoint: Path) -> None:
+        """Write what is too large for `trainer_state.json` into the folder of a checkpoint, on the main process."""
         raise NotImplementedError
 
 
@@ -384,11 +389,18 @@ class SelectiveTrainer:
         epoch, updates = selector.position(self.state)
         if self.state.global_step >= selector.plan.max_steps:
             epoch, updates = len(selector.plan.epochs), 0  # finished: without this, one more step would be made
-        selector.start(epoch, self.state)
+        selector.start(epoch, self.state, resume_from_checkpoint)
         # The trainer stores states of the callbacks that it found here.
         self.state.stateful_callbacks.setdefault(type(selector).__name__, selector.state())
         skip = 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
         return epoch, skip
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        selector = self._selector
+        if selector is not None and self.args.should_save:  # before trainer_state.json, which holds its digest
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            selector.save(folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_callback_state(self) -> None:
         selector, stored = self._selector, self.state.stateful_callbacks

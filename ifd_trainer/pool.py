@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 from .encoding import IGNORE
 from .errors import UserError
 from .packing import PackedRows, best_fit_decreasing, largest, spread, unpack
+from .prompts import WINDOW, Prompts, first_tokens, tails
 from .row_ids import as_array, find_ids
 from .selection import Selection, ShortfallError
 
@@ -71,7 +71,7 @@ class Pool:
                     row = examples[position]
                     yield np.asarray(row["input_ids"]).tolist(), np.asarray(row["labels"]).tolist()
 
-    def read(self) -> tuple[set[tuple[int, ...]], str]:
+    def read(self) -> tuple[Prompts, str]:
         """All tokens in one pass: the distinct prompts, and a digest of all token ids and labels in their order.
 
         Lengths and answers' places are kept, for `lengths` and `spans`. Called when a run starts: what was found
@@ -80,22 +80,44 @@ class Pool:
         Raises:
             ValueError: for a data set without the columns, or a row whose input_ids and labels differ in length.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        prompts: set[tuple[int, ...]] = set()
-        known: dict[int, int] = {}  # one int object for each token id: prompts of a large pool would hold millions
-        lengths, spans = [], []
+        digest, rows, done = hashlib.blake2b(digest_size=16), len(self), 0
+        lengths, spans = np.empty(rows, np.int64), np.empty((rows, 2), np.int64)
+        keys, firsts, last = np.empty(rows, np.int64), np.empty(rows, np.int64), np.empty((rows, WINDOW), np.int32)
         for ids, labels, sizes in self._batches():
+            part = slice(done, done := done + len(sizes))
             digest.update(_rows_in_turn(ids, labels, sizes))
-            lengths.append(sizes)
-            spans.append(_answer_spans(labels, sizes))
-            coded = pa.array(ids).dictionary_encode()
-            shared = np.array([known.setdefault(token, token) for token in coded.dictionary.to_pylist()], dtype=object)
-            tokens, firsts = shared[coded.indices.to_numpy()].tolist(), np.cumsum(sizes) - sizes
-            ends = firsts + spans[-1][:, 0]
-            prompts.update(tuple(tokens[first:end]) for first, end in zip(firsts.tolist(), ends.tolist(), strict=True))
+            lengths[part], spans[part] = sizes, _answer_spans(labels, sizes)
+            starts = np.cumsum(sizes) - sizes
+            ends = starts + spans[part, 0]
+            keys[part] = _keys(ids, starts, ends)
+            firsts[part], last[part] = first_tokens(ids, starts, ends), tails(ids, starts, ends, WINDOW)
         digest.update(self._packed_into())
-        self._lengths, self._spans, self._ids = np.concatenate(lengths), np.concatenate(spans), {}
-        return prompts, digest.hexdigest()
+        self._lengths, self._spans, self._ids = lengths, spans, {}
+        _, distinct = np.unique(keys, return_index=True)
+        if len(distinct) == rows:
+            distinct = slice(None)  # no copy
+        wider = lambda width: self._tails(width)[distinct]  # noqa: E731
+        return Prompts(spans[distinct, 0], firsts[distinct], last[distinct], wider), digest.hexdigest()
+
+    def _tails(self, width: int) -> np.ndarray:
+        """The last tokens of all prompts; see `Prompts`."""
+        out, done = np.empty((len(self), width), np.int32), 0
+        for ids, _, sizes in self._batches():
+            part = slice(done, done := done + len(sizes))
+            starts = np.cumsum(sizes) - sizes
+            out[part] = tails(ids, starts, starts + self._spans[part, 0], width)
+        return out
+
+    def segments(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Token ids of all examples in their order, `size` examples at a time, and where their parts begin.
+
+        Of each example three parts: prompt, answer, and what stands after it; the last bound is the end of the ids.
+        """
+        done = 0
+        for ids, _, sizes in self._batches(size):
+            firsts = np.cumsum(sizes) - sizes
+            spans = self.spans(np.arange(done, done := done + len(sizes)))
+            yield ids, np.append(firsts[:, None] + np.column_stack([np.zeros_like(sizes), spans]), len(ids))
 
     def _packed_into(self) -> bytes:
         """What the digest says beside the tokens."""
@@ -115,20 +137,18 @@ class Pool:
         columns = self.examples.select_columns(["input_ids", "labels"])
         return columns if columns.format["type"] == "custom" else columns.with_format(None)
 
-    def _batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """All tokens, a thousand rows at a time: flat input_ids and labels, and the size of each row; int64."""
+    def _batches(self, size: int = 1000) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """All tokens, `size` rows at a time: flat input_ids and labels, and the size of each row; int64."""
         stored = self._stored()
-        if stored is not None and stored.format["type"] != "custom":
-            stored, rows = stored.with_format("arrow"), None  # as they are stored: no Python object for each token
-        else:
-            stored, rows = None, self.tokens()
-        for start in range(0, len(self), 1000):
-            stop = min(start + 1000, len(self))
-            if rows is None:
+        flat = stored is not None and stored.format["type"] != "custom"
+        stored = stored.with_format("arrow") if flat else None  # as they are stored: no Python object for each token
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            if flat:
                 part = stored[start:stop]
                 columns = [part["input_ids"], part["labels"]]
             else:
-                pairs = list(islice(rows, stop - start))
+                pairs = list(self.tokens(np.arange(start, stop)))
                 columns = [pa.array(column, pa.list_(pa.int64())) for column in zip(*pairs, strict=True)]
             flat = [pc.list_flatten(column).to_numpy().astype(np.int64) for column in columns]
             sizes = [pc.list_value_length(column).to_numpy().astype(np.int64) for column in columns]
@@ -185,6 +205,17 @@ class Pool:
             return {}
         part = self.examples.select_columns(names).with_format("arrow")[start:stop]
         return {name: part[name] for name in names}
+
+    def columns_digest(self) -> str:
+        """A digest of all columns other than token ids, of which `read` makes one; the same for equal values."""
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, len(self), 10_000):
+            table = pa.table(self.columns(start, min(start + 10_000, len(self)), without=())).combine_chunks()
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+            digest.update(sink.getvalue())
+        return digest.hexdigest()
 
     # ---- from a budget to training rows -------------------------------------------------------------------------
 
@@ -331,6 +362,15 @@ def _rows_in_turn(ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.
     out = np.empty(len(sizes) + 2 * len(ids), dtype=np.int64)
     out[firsts], out[places], out[places + np.repeat(sizes, sizes)] = sizes, ids, labels
     return out
+
+
+def _keys(ids: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[int]:
+    """A number of 64 bits for each of the parts of `ids` from `starts` to `ends`: equal parts have the same one.
+
+    Of a million different parts, two have the same one with a probability of 3e-8.
+    """
+    data, size = ids.tobytes(), ids.itemsize
+    return [hash(data[start:end]) for start, end in zip((size * starts).tolist(), (size * ends).tolist(), strict=True)]
 
 
 def _answer_spans(labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -236,6 +236,38 @@ def test_a_dry_run_of_the_benchmark_of_large_files(saved_model, tmp_path, monkey
     assert len(checked_rows) == 2
 
 
+def test_a_dry_run_of_the_benchmark_of_growth(saved_model, tmp_path):
+    bench = loaded(ROOT / "tests" / "benchmarks" / "growth.py")
+    bench.main(["--model", saved_model, "--tiny", "--output", str(tmp_path)])
+    base, case = json.loads((tmp_path / "growth.json").read_text())["cases"]
+    assert (base["rows"], case["rows"]) == (100, 400)
+    parts = ["start", "texts", "epoch", "checkpoint"]
+    parts += [f"resume: {part}" for part in ("start", "read", *parts[1:])]
+    assert sorted(case["seconds"]) == sorted(parts)
+    # A row has four floats, a count and a status in the file of a checkpoint; trainer_state.json does not grow.
+    assert 400 * 32 < case["bytes"]["ifd_selection.npz"] < 400 * 80
+    assert abs(case["bytes"]["trainer_state.json"] - base["bytes"]["trainer_state.json"]) < 100
+    assert set(case["bytes"]) == {"epoch-000.parquet", "pool.parquet", "ifd_selection.npz", "trainer_state.json"}
+
+
+def test_the_pool_of_the_benchmark_of_growth_reads_as_it_says(tmp_path):
+    from datasets import Dataset
+
+    from ifd_trainer.headers import response_prefix
+    from ifd_trainer.pool import Pool
+
+    bench, tokenizer = loaded(ROOT / "tests" / "benchmarks" / "growth.py"), build_tokenizer()
+    header = tokenizer("### Response:", add_special_tokens=False)["input_ids"]
+    bench.write_pool(tmp_path / "pool", 3000, np.arange(100, 300), header)
+    pool = Pool(Dataset.from_file(str(tmp_path / "pool" / "rows.arrow")))
+    prompts, _ = pool.read()
+    assert response_prefix(tokenizer, prompts) == header
+    assert len(prompts) == len(pool) == 3000
+    starts, ends = pool.spans(np.arange(3000)).T
+    assert np.median(ends - starts) == pytest.approx(45, rel=0.1)
+    assert (ends == pool.lengths(np.arange(3000))).all()
+
+
 def test_the_benchmark_of_large_files_tells_wrong_rows(tmp_path):
     bench = loaded(ROOT / "tests" / "benchmarks" / "streaming.py")
     rows = {"id": ["row-3", "row-1"], "instruction": ["a", "b"], "output": ["c", "d"]}

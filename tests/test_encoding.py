@@ -20,7 +20,6 @@ from ifd_trainer.encoding import (
     direct_prefix,
     header_before,
     share_out,
-    shared_suffix,
     token_budget_batches,
 )
 from ifd_trainer.formats import (
@@ -489,36 +488,6 @@ def test_direct_prefix_needs_some_token():
 )
 def test_header_before(prompt, header, expected):
     assert header_before(prompt, header) == expected
-
-
-def test_shared_suffix_is_the_header_of_all_prompts():
-    assert shared_suffix([[1, 5, 8, 9], [2, 6, 8, 9], [3, 8, 9]]) == [8, 9]
-
-
-def test_shared_suffix_forgives_a_few_merged_headers():
-    prompts = [[i, 8, 9] for i in range(19)] + [[99, 8]]
-    assert shared_suffix(prompts) == [8, 9]
-    assert shared_suffix(prompts, share=1.0) == []
-
-
-def test_shared_suffix_counts_distinct_prompts():
-    assert shared_suffix([[1, 9]] * 50 + [[2, 9], [3, 8], [4, 8]], share=0.5) == [9]
-    assert shared_suffix([[1, 9]] * 50 + [[2, 7], [3, 8], [4, 8]], share=0.75) == []
-
-
-@pytest.mark.parametrize("prompts", [[], [[1, 2]], [[1, 2], [1, 2]], [[], []], [[1, 2], [3, 4]]])
-def test_prompts_that_say_nothing_about_a_header(prompts):
-    assert shared_suffix(prompts) == []
-
-
-@given(prompts=st.lists(ids, max_size=8))
-def test_all_prompts_end_with_a_suffix_that_all_must_share(prompts):
-    suffix = shared_suffix(prompts, share=1.0)
-    distinct = {tuple(prompt) for prompt in prompts}
-    assert all(list(prompt[len(prompt) - len(suffix) :]) == suffix for prompt in distinct)
-    longer = {prompt[len(prompt) - len(suffix) - 1 :] for prompt in distinct}
-    short = any(len(prompt) == len(suffix) for prompt in distinct)
-    assert len(distinct) < 2 or short or len(longer) > 1  # no longer one does
 
 
 @given(a=ids, b=ids)
