@@ -685,6 +685,7 @@ def test_random_states_of_accelerators_are_as_before(monkeypatch):
     )
     model = build_model(400)
     monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+    monkeypatch.setattr(torch, "cuda", module)  # where PyTorch 2.6 looks
     with borrowed(model, torch.device("cuda")):  # the model's weights are on the CPU, as with offloading
         states.update({0: "a", 1: "b", 2: "c"})
     assert states == {0: "a", 1: "b", 2: "third"}
@@ -1145,8 +1146,9 @@ def test_a_compiled_model_is_run_as_it_is(shared_model):
         model.compile(backend=backend)
         np.testing.assert_allclose(answer_nll(model, segments), expected_nll(shared_model, segments), rtol=ROUNDING)
     assert compiled == []
-    model(torch.tensor([[1, 2, 3]]))
-    assert compiled != []
+    if hasattr(torch.compiler, "is_exporting"):  # without it transformers 5 does not compile
+        model(torch.tensor([[1, 2, 3]]))
+        assert compiled != []
     torch.compiler.reset()
 
 
