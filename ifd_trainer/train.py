@@ -36,7 +36,6 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config, get_quantization_config
 
@@ -46,6 +45,7 @@ from .chat import reads_as_text
 from .columns import IFD_COLUMNS, IFDScorer
 from .diversity import Diverse
 from .encoding import DEFINITIONS, check_positive
+from .engine import check_causal_config
 from .errors import FileAccessError, NotInstalledError, UserError, one_line
 from .files import load_rows
 from .formats import (
@@ -167,6 +167,12 @@ class SelectionConfig:
     )
     min_answer_tokens: int = field(default=1, metadata={"help": "Rows with shorter answers are not scored."})
     token_budget: int | None = field(default=None, metadata={"help": "Tokens of a scoring batch."})
+    push_history: bool = field(
+        default=False,
+        metadata={
+            "help": "Let a push to a hub take ifd_history and reports along; they hold texts of the training set."
+        },
+    )
     label: str | None = field(
         default=None, metadata={"help": "A column of labels to show in the report; selection never reads it."}
     )
@@ -484,14 +490,9 @@ def _model_config(model: ModelConfig, sft: SFTConfig) -> PretrainedConfig:
         )
     except (OSError, ValueError) as error:
         raise FileAccessError(f"The model {name} cannot be read: {one_line(error)}") from error
-    of_code = bool(getattr(config, "auto_map", None))
     if not config.architectures:
         raise UserError(f"{name} does not say which model it is: its config.json has no architectures. Add them there.")
-    if config.is_encoder_decoder or (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not of_code):
-        raise UserError(
-            f"{name} holds a {config.architectures[0]}, which does not predict a text from left to right. IFD is "
-            "defined for causal (decoder-only) language models: take one of those."
-        )
+    check_causal_config(name, config)
     return config
 
 
@@ -585,6 +586,7 @@ def _callback(trainer: SFTTrainer, selection: SelectionConfig, scorer: IFDScorer
         "on_shortfall": selection.on_shortfall,
         "min_answer_tokens": selection.min_answer_tokens,
         "token_budget": selection.token_budget,
+        "push_history": selection.push_history,
         "scorer": None if scorer is None else "columns",
         "diverse": selection.share(),
         "embedder": selection.embedder or scorer,

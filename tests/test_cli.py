@@ -717,7 +717,10 @@ def test_a_wrong_value_of_every_option_is_told_in_one_line(
         ("output_dir: file\n", "Cannot write to file: it is a file"),
         ("dataset_name: 7\n", "There is no file or folder '7' here"),
         ("dataset_name: empty.jsonl\n", "empty.jsonl is empty: it has no bytes"),
-        ("model_name_or_path: vit\n", "vit holds a ViTModel, which does not predict a text from left to right"),
+        (
+            "model_name_or_path: vit\n",
+            "vit is a model of the type 'vit', which transformers does not load as a causal language model",
+        ),
         ("env: 3\n", "env wants a mapping of variables, got 3"),
     ],
 )
