@@ -13,8 +13,7 @@ SMOLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ifd_trainer/smollm2-135m
 .PHONY: help model demo test gpu style quality bench versions clean
 
 OLDEST := .venv-oldest
-LOOP_TESTS := tests/test_loop.py tests/test_callback.py tests/test_cherry.py tests/test_distributed.py \
-	tests/test_resume.py tests/test_packing.py tests/test_pool.py tests/test_rhythm.py
+LOOP_TESTS := tests/training
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10

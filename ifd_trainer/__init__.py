@@ -8,31 +8,31 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .brief import Brief
-    from .callback import IFDSelectionCallback
-    from .columns import IFD_COLUMNS, IFDScorer
-    from .diversity import Diverse
-    from .formats import ALPACA, WIZARDLM, TemplateFormat
-    from .report import write_report
-    from .schedule import Anneal, Constant, Curriculum, PerEpoch
-    from .selection import Cherry, Selection
+    from .data.formats import ALPACA, WIZARDLM, TemplateFormat
+    from .method.brief_experience import Brief
+    from .method.facility_location import Diverse
+    from .method.schedule import Anneal, Constant, Curriculum, PerEpoch
+    from .method.selection import Cherry, Selection
+    from .report.page import write_report
+    from .scoring.transform import IFD_COLUMNS, IFDScorer
+    from .training.callback import IFDSelectionCallback
 
 _HOME = {
-    "ALPACA": "formats",
-    "Anneal": "schedule",
-    "Brief": "brief",
-    "Cherry": "selection",
-    "Constant": "schedule",
-    "Curriculum": "schedule",
-    "Diverse": "diversity",
-    "IFDScorer": "columns",
-    "IFDSelectionCallback": "callback",
-    "IFD_COLUMNS": "columns",
-    "PerEpoch": "schedule",
-    "Selection": "selection",
-    "TemplateFormat": "formats",
-    "WIZARDLM": "formats",
-    "write_report": "report",
+    "ALPACA": "data.formats",
+    "Anneal": "method.schedule",
+    "Brief": "method.brief_experience",
+    "Cherry": "method.selection",
+    "Constant": "method.schedule",
+    "Curriculum": "method.schedule",
+    "Diverse": "method.facility_location",
+    "IFDScorer": "scoring.transform",
+    "IFDSelectionCallback": "training.callback",
+    "IFD_COLUMNS": "scoring.transform",
+    "PerEpoch": "method.schedule",
+    "Selection": "method.selection",
+    "TemplateFormat": "data.formats",
+    "WIZARDLM": "data.formats",
+    "write_report": "report.page",
 }
 __all__ = [
     "ALPACA",

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
+from .data.formats import FORMATS
+from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, RunError, UserError, one_line
-from .formats import FORMATS
-from .paths import check_folder, check_model, check_readable, check_rows, check_writable
-from .recipe import check_recipe
+from .training.recipe_file import check_recipe
 
 if TYPE_CHECKING:
-    from .columns import IFDScorer
+    from .scoring.transform import IFDScorer
 
 _FORMATS = ", ".join(FORMATS)
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
@@ -347,8 +347,7 @@ def _check_report(options: argparse.Namespace) -> None:
 def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
-    from .columns import OWN_COLUMNS, SCORES_VERSION
-    from .files import (
+    from .data.files import (
         Parts,
         check_apart,
         check_features,
@@ -359,8 +358,9 @@ def _score(options: argparse.Namespace) -> int:
         with_columns,
         write_rows,
     )
-    from .job import Process, join_parts, score_parts
-    from .provenance import provenance_of, write_provenance
+    from .publish.provenance import provenance_of, write_provenance
+    from .scoring.scoring_job import Process, join_parts, score_parts
+    from .scoring.transform import OWN_COLUMNS, SCORES_VERSION
 
     check_writable(options.output)
     check_apart(options.output, options.data, options.split)
@@ -417,8 +417,8 @@ def _score(options: argparse.Namespace) -> int:
 def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
     import torch
 
-    from .columns import IFDScorer
-    from .devices import default_device
+    from .scoring.devices import default_device
+    from .scoring.transform import IFDScorer
 
     device = options.device
     if device is None or (device == "cuda" and torch.cuda.is_available()):
@@ -441,13 +441,13 @@ def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
 def _select(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from .card import card_paths, check_card, summary, write_card
-    from .files import check_features, check_writable, output_file, write_tables
-    from .hub import check_repository, push_files
-    from .provenance import OWN_SCORES, find_scores
-    from .scan import Marked, Scan
-    from .schedule import parse_keep
-    from .subset import choose, tie_ids
+    from .data.column_scan import Marked, Scan
+    from .data.files import check_features, check_writable, output_file, write_tables
+    from .method.schedule import parse_keep
+    from .publish.card import card_paths, check_card, summary, write_card
+    from .publish.hub import check_repository, push_files
+    from .publish.provenance import OWN_SCORES, find_scores
+    from .publish.select import choose, tie_ids
 
     data, in_folder = output_file(options.output)
     if data.is_file():
@@ -534,7 +534,7 @@ def _train(arguments: list[str]) -> int:
     plan = "--plan" in arguments
     arguments = [word for word in arguments if word != "--plan"]
     if "--help-all" in arguments:
-        from .train import make_parser
+        from .training.recipe_run import make_parser
 
         make_parser().print_help()
         return 0
@@ -543,9 +543,9 @@ def _train(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from .report import write_report
-    from .tables import epoch_table, label_rich_table
-    from .train import build_run, parse_recipe, planned, selection_of
+    from .report.page import write_report
+    from .report.tables import epoch_table, label_rich_table
+    from .training.recipe_run import build_run, parse_recipe, planned, selection_of
 
     parsed = parse_recipe(recipe, arguments, plan)
     run = build_run(parsed)
@@ -570,8 +570,8 @@ def _train(arguments: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .files import load_rows
-    from .report import write_report
+    from .data.files import load_rows
+    from .report.page import write_report
 
     source = Path(options.source)
     data = source if source.is_dir() else load_rows(options.source).to_pandas()

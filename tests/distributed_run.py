@@ -20,7 +20,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import build_model
-from training import (
+from tiny_runs import (
     DEVICE,
     INF,
     TOKENIZER,
@@ -35,10 +35,10 @@ from training import (
 )
 from transformers import Trainer
 
-import ifd_trainer.history as history_module
-import ifd_trainer.pool_scorer as pool_scorer_module
+import ifd_trainer.training.history as history_module
+import ifd_trainer.training.pool_scorer as pool_scorer_module
 from ifd_trainer import Brief, IFDSelectionCallback
-from ifd_trainer.encoding import token_count
+from ifd_trainer.data.encoding import token_count
 
 ROWS = 24
 CHUNK = pool_scorer_module._CHUNK

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, ROUNDING, build_model, build_tokenizer, reference_nll
 
-from ifd_trainer.encoding import token_count
+from ifd_trainer.data.encoding import token_count
 
 DRY = ["--device", "cpu", "--dtype", "float32", "--tiny", "--runs", "1"]
 
@@ -253,8 +253,8 @@ def test_a_dry_run_of_the_benchmark_of_growth(saved_model, tmp_path):
 def test_the_pool_of_the_benchmark_of_growth_reads_as_it_says(tmp_path):
     from datasets import Dataset
 
-    from ifd_trainer.headers import response_prefix
-    from ifd_trainer.pool import Pool
+    from ifd_trainer.data.response_header import response_prefix
+    from ifd_trainer.training.pool import Pool
 
     bench, tokenizer = loaded(ROOT / "tests" / "benchmarks" / "growth.py"), build_tokenizer()
     header = tokenizer("### Response:", add_special_tokens=False)["input_ids"]

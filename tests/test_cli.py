@@ -22,14 +22,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 import ifd_trainer
 from ifd_trainer import cli
 from ifd_trainer.cli import main
-from ifd_trainer.columns import IFD_COLUMNS, IFDScorer
+from ifd_trainer.data.files import load_rows, write_rows
+from ifd_trainer.data.formats import FORMATS
+from ifd_trainer.data.paths import check_checkpoint
 from ifd_trainer.errors import UserError
-from ifd_trainer.files import load_rows, write_rows
-from ifd_trainer.formats import FORMATS
-from ifd_trainer.history import History
-from ifd_trainer.paths import check_checkpoint
-from ifd_trainer.provenance import provenance_path
-from ifd_trainer.train import _check_processes
+from ifd_trainer.publish.provenance import provenance_path
+from ifd_trainer.scoring.transform import IFD_COLUMNS, IFDScorer
+from ifd_trainer.training.history import History
+from ifd_trainer.training.recipe_run import _check_processes
 
 ROWS = [
     {"instruction": f"Name {n} things.", "input": "" if n % 2 else f"about {n} cats", "output": f"The {n} is {n * 7}."}
@@ -152,7 +152,7 @@ def test_rows_that_are_all_malformed_are_told_before_weights_are_read(
     tmp_path: Path, model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"messages": null}\n{"messages": null}\n')
-    monkeypatch.setattr("ifd_trainer.columns.AutoModelForCausalLM", None)
+    monkeypatch.setattr("ifd_trainer.scoring.transform.AutoModelForCausalLM", None)
     assert score(tmp_path / "rows.jsonl", tmp_path / "out.jsonl", model_path, "--format", "messages") == 2
     assert "None of 2 rows can be rendered as 'messages'" in capsys.readouterr().err
 
@@ -217,7 +217,7 @@ def test_wrong_options_are_told_before_a_folder_is_made_or_weights_are_read(
     if "mps" in options and torch.backends.mps.is_available():
         pytest.skip("there is such a device")
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    monkeypatch.setattr("ifd_trainer.columns.AutoModelForCausalLM", None)
+    monkeypatch.setattr("ifd_trainer.scoring.transform.AutoModelForCausalLM", None)
     before = sorted(tmp_path.iterdir())
     assert score(tmp_path / "rows.jsonl", tmp_path / "new" / "out.jsonl", model_path, *options) == 2
     assert words in capsys.readouterr().err
@@ -741,8 +741,8 @@ def test_what_is_wrong_in_a_recipe_is_told_in_one_line(
 def test_a_tracker_that_is_not_installed_is_told_before_the_rows_are_read(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("ifd_trainer.train.get_available_reporting_integrations", list)
-    monkeypatch.setattr("ifd_trainer.train.load_rows", None)
+    monkeypatch.setattr("ifd_trainer.training.recipe_run.get_available_reporting_integrations", list)
+    monkeypatch.setattr("ifd_trainer.training.recipe_run.load_rows", None)
     line = told(place, monkeypatch, capsys, *TRAIN, "--report_to", "wandb")
     assert line == "report_to: wandb is not installed. Install its package, or set report_to: none."
 

@@ -1,4 +1,4 @@
-"""The package's shape: data flows one way, and everything public says what it is."""
+"""The package's shape: rooms that import one way, and everything public says what it is."""
 
 from __future__ import annotations
 
@@ -8,140 +8,87 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "ifd_trainer"
-# A module imports only from modules before it.
-ORDER = [
-    "errors",
-    "paths",
-    "atomic",
-    "chat",
-    "recipe",
-    "settings",
-    "formats",
-    "refusals",
-    "encoding",
-    "decoding",
-    "prompts",
-    "headers",
-    "token_rows",
-    "ifd",
-    "positions",
-    "transfer",
-    "stream",
-    "attention",
-    "onednn",
-    "head",
-    "memory",
-    "forward",
-    "borrow",
-    "engine",
-    "scorer",
-    "devices",
-    "digests",
-    "columns",
-    "row_ids",
-    "selection",
-    "diversity",
-    "brief",
-    "schedule",
-    "packing",
-    "pool",
-    "history",
-    "checkpoint",
-    "snapshot",
-    "loop",
-    "pool_scorer",
-    "callback",
-    "arrow_files",
-    "files",
-    "job",
-    "train",
-    "foreign",
-    "texts",
-    "scan",
-    "subset",
-    "frames",
-    "words",
-    "tables",
-    "subject",
-    "provenance",
-    "plots",
-    "card",
-    "hub",
-    "report",
-    "cli",
-    "__main__",
-]
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+# A room imports from itself and from the rooms before it; `errors` is everybody's, the top may import all.
+ROOMS = ["method", "data", "scoring", "training", "report", "publish"]
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
 
 
-def tree_of(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+def tree_of(module) -> ast.Module:
+    return ast.parse((PACKAGE / module).with_suffix(".py").read_text(encoding="utf-8"))
 
 
-def imported_modules(tree: ast.Module) -> set[str]:
-    """Modules of this package that a module imports, at its top or inside a function, in whatever spelling."""
+def imported(tree: ast.Module, room: str | None) -> set[tuple[str, ...]]:
+    """(room, module) or (module,) of this package that a module imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
-            found |= {name[1] for name in names if name[0] == PACKAGE.name and len(name) > 1}
+            found |= {tuple(name[1:3]) for name in names if name[0] == PACKAGE.name and len(name) > 1}
         elif isinstance(node, ast.ImportFrom):
-            path = (node.module or "").split(".") if node.module else []
+            path = node.module.split(".") if node.module else []
             if not node.level:
                 if path[:1] != [PACKAGE.name]:
                     continue
                 path = path[1:]
-            found |= {path[0]} if path else {alias.name for alias in node.names}
-    return found - {"__version__"}
+            elif node.level == 1 and room is not None:
+                path = [room, *path]
+            whole = len(path) > 1 or (path and path[0] not in ROOMS)
+            found |= {tuple(path[:2])} if whole else {(*path, alias.name) for alias in node.names}
+    return found - {("__version__",)}
 
 
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("from .ifd import ifd", {"ifd"}),
-        ("from . import ifd as equations, loop", {"ifd", "loop"}),
-        ("from ifd_trainer.loop import attach", {"loop"}),
-        ("import ifd_trainer.loop as l", {"loop"}),
-        ("from ifd_trainer import report", {"report"}),
-        ("def f():\n    from .cli import main", {"cli"}),
-        ("from . import __version__", set()),
+        ("from .page import write_report", {("report", "page")}),
+        ("from . import page as one, plots", {("report", "page"), ("report", "plots")}),
+        ("from ..method.equations import ifd", {("method", "equations")}),
+        ("from ..method import equations", {("method", "equations")}),
+        ("from ..errors import UserError", {("errors",)}),
+        ("from ifd_trainer.training.callback import IFDSelectionCallback", {("training", "callback")}),
+        ("import ifd_trainer.training.callback as c", {("training", "callback")}),
+        ("def f():\n    from ..cli import main", {("cli",)}),
+        ("from .. import __version__", set()),
         ("import torch\nfrom transformers import Trainer", set()),
     ],
 )
 def test_imports_are_found_in_every_spelling(source, found):
-    assert imported_modules(ast.parse(source)) == found
+    assert imported(ast.parse(source), "report") == found
 
 
-def test_every_module_has_its_place():
-    assert [module for module in MODULES if module not in ORDER] == []
+@pytest.mark.parametrize("module", [module for module in MODULES if len(module.parts) > 1], ids=str)
+def test_a_room_imports_only_from_rooms_before_it(module):
+    room = module.parts[0]
+    allowed = ROOMS[: ROOMS.index(room) + 1]
+    others = {name for name in imported(tree_of(module), room) if name != ("errors",)}
+    assert {name for name in others if name[0] not in allowed} == set()
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_modules_before_it(module):
-    before = ORDER[: ORDER.index(module)]
-    assert sorted(imported_modules(tree_of(module)) - set(before)) == []
+def test_no_two_modules_import_each_other():
+    imports = {module.parts: imported(tree_of(module), module.parts[0]) for module in MODULES if len(module.parts) > 1}
+    waiting = {name: {other for other in needs if other in imports} for name, needs in imports.items()}
+    while ready := [name for name, needs in waiting.items() if not needs]:
+        waiting = {name: needs - set(ready) for name, needs in waiting.items() if name not in ready}
+    assert waiting == {}
 
 
-PURE = ["refusals", "ifd", "selection", "diversity", "brief", "schedule", "packing", "pool", "row_ids", "subset"]
+def third_party(tree: ast.Module) -> set[str]:
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("module", PURE)
-def test_pure_modules_do_without_torch_and_trainers(module):
-    names = {
-        alias.name.split(".")[0]
-        for node in ast.walk(tree_of(module))
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    names |= {
-        node.module.split(".")[0]
-        for node in ast.walk(tree_of(module))
-        if isinstance(node, ast.ImportFrom) and node.module
-    }
-    assert not names & {"torch", "transformers", "trl", "datasets", "accelerate"}
+@pytest.mark.parametrize("module", [module for module in MODULES if module.parts[0] == "method"], ids=str)
+def test_the_method_does_without_torch_and_trainers(module):
+    assert not third_party(tree_of(module)) & {"torch", "transformers", "trl", "datasets", "accelerate"}
 
 
-@pytest.mark.parametrize("module", ["__init__", *MODULES])
+@pytest.mark.parametrize("module", [module for module in MODULES if len(module.parts) > 1], ids=str)
+def test_only_training_knows_trl(module):
+    assert "trl" not in third_party(tree_of(module)) or module.parts[0] == "training"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
 def test_everything_public_has_a_docstring(module):
     tree = tree_of(module)
     missing = [] if ast.get_docstring(tree) else ["the module"]

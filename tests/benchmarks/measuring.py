@@ -31,11 +31,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from ifd_trainer.encoding import EncodedPair, Segment
-from ifd_trainer.engine import EngineName
-from ifd_trainer.head import lm_head
-from ifd_trainer.onednn import OneDNN, available
-from ifd_trainer.scorer import score_pairs
+from ifd_trainer.data.encoding import EncodedPair, Segment
+from ifd_trainer.scoring.chunked_lm_head import lm_head
+from ifd_trainer.scoring.engine import EngineName
+from ifd_trainer.scoring.losses import score_pairs
+from ifd_trainer.scoring.onednn import OneDNN, available
 
 OURS, ONE_ROW, PADDED = "this package", "one row at a time", "padded batches of 8"
 _COLORS = {OURS: "#0072B2", ONE_ROW: "#D55E00", PADDED: "#009E73"}

@@ -44,10 +44,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl import SFTConfig, SFTTrainer
 
 from ifd_trainer import IFDSelectionCallback
-from ifd_trainer.columns import IFDScorer
-from ifd_trainer.files import load_rows
-from ifd_trainer.formats import resolve_format, to_prompt_completion
-from ifd_trainer.history import History
+from ifd_trainer.data.files import load_rows
+from ifd_trainer.data.formats import resolve_format, to_prompt_completion
+from ifd_trainer.scoring.transform import IFDScorer
+from ifd_trainer.training.history import History
 
 ROOT = Path(__file__).resolve().parents[2]
 KEEPS = (0.1, 1.0)

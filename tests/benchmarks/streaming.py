@@ -37,10 +37,10 @@ def losses_of(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def worker(stop_before: int, arguments: list[str]) -> int:
     """`ifd-trainer` without a model; it stops before it saves a part (-1: it goes on to its end)."""
     from ifd_trainer import cli
-    from ifd_trainer.columns import IFDScorer
-    from ifd_trainer.encoding import EncodedPair, Segment
-    from ifd_trainer.files import Parts
-    from ifd_trainer.scorer import Scores
+    from ifd_trainer.data.encoding import EncodedPair, Segment
+    from ifd_trainer.data.files import Parts
+    from ifd_trainer.scoring.losses import Scores
+    from ifd_trainer.scoring.transform import IFDScorer
 
     def encode(self: IFDScorer, batch: dict[str, list], rank: int | None = None) -> list[EncodedPair]:
         segments = [Segment([0, int(name.removeprefix("row-"))], 1) for name in batch["id"]]

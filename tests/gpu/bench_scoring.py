@@ -56,7 +56,7 @@ from measuring import (
     write,
 )
 
-from ifd_trainer.attention import varlen_kernel
+from ifd_trainer.scoring.span_attention import varlen_kernel
 
 
 def llama(**values: Any) -> LlamaConfig:

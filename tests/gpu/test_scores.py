@@ -12,10 +12,10 @@ from conftest import DEVICE, build_model, reference_nll
 from scipy.stats import spearmanr
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ifd_trainer.encoding import Segment
-from ifd_trainer.engine import streams
-from ifd_trainer.scorer import answer_nll, prompt_features
-from ifd_trainer.transfer import Fetched
+from ifd_trainer.data.encoding import Segment
+from ifd_trainer.scoring.engine import streams
+from ifd_trainer.scoring.losses import answer_nll, prompt_features
+from ifd_trainer.scoring.transfer import Fetched
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")

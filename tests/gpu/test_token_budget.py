@@ -11,8 +11,8 @@ import torch
 from conftest import DEVICE, reference_nll
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ifd_trainer.encoding import Segment
-from ifd_trainer.scorer import answer_nll
+from ifd_trainer.data.encoding import Segment
+from ifd_trainer.scoring.losses import answer_nll
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import DEVICE, build_model, reference_nll
 
-from ifd_trainer.attention import varlen_kernel
-from ifd_trainer.encoding import Segment
-from ifd_trainer.engine import streams
-from ifd_trainer.frames import spearman
-from ifd_trainer.scorer import answer_nll
+from ifd_trainer.data.encoding import Segment
+from ifd_trainer.report.score_frames import spearman
+from ifd_trainer.scoring.engine import streams
+from ifd_trainer.scoring.losses import answer_nll
+from ifd_trainer.scoring.span_attention import varlen_kernel
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")

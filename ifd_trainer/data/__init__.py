@@ -1,0 +1,1 @@
+"""Rows to token ids: formats, chat templates, encoding, files."""

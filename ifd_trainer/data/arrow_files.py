@@ -1,0 +1,492 @@
+"""CSV, JSON and Parquet files as Arrow files, made a block at a time: memory does not grow with the file.
+
+CSV and JSON are read twice, once for the types of their columns, which no row but the last one settles, and once for
+their values. A Parquet file says its types, and is read without ever holding one of its row groups (pandas writes a
+million rows into one). The Arrow file is kept in the cache of `datasets`, under a digest of what it was made from, and
+read from disk.
+
+Values stay what they are. A place that holds values of several types, or mappings of unlike keys, has the type `Json`
+of `datasets`: each value is a JSON text in the file, and a Python value again in the data set's rows.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedReader, TextIOWrapper
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets.config
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Json, List, Value
+from datasets.table import table_cast
+
+from ..errors import FileAccessError, UserError, one_line
+from .atomic import write_atomically
+from .paths import COMPRESSIONS
+
+# By the first bytes of a file; the longer ones first. UTF-8 is what is read otherwise.
+_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
+_MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
+_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+_BLOCK = 2**22  # characters of JSON, bytes of CSV: some times that much is in memory
+_PARQUET_ROWS = 10_000  # in memory at a time
+_VERSION = 1  # raised when the same file would give other rows
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\r\n]*")
+_WHOLE_FLOAT = 2**53  # integers up to here are floats too
+
+
+def read_csv(path: Path) -> Dataset:
+    """The rows of a CSV file: columns of text, and of numbers where these are written back as they were read.
+
+    Raises:
+        ValueError: for a file that is no CSV or not UTF-8, names of columns that a data set cannot have, or a row of
+            more than 4 MiB.
+    """
+    return _cached(path, _csv_to_arrow)
+
+
+def read_json(path: Path) -> Dataset:
+    """The rows of a JSON list or of JSON lines, whatever the file's ending; a list of texts is a column `text`.
+
+    Columns are in the order in which they first appear; a row without one has null there.
+
+    Raises:
+        ValueError: for a file that is neither or not UTF-8, for one without columns, and for half of a character.
+    """
+    return _cached(path, _json_to_arrow)
+
+
+def read_parquet(path: Path) -> Dataset:
+    """The rows of a Parquet file.
+
+    Raises:
+        ValueError: for a file that is none, and for types or names of columns that a data set cannot have.
+    """
+    return _cached(path, _parquet_to_arrow)
+
+
+def file_digest(path: Path) -> str:
+    """A digest of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _cached(path: Path, write: Callable[[Path, Path], None]) -> Dataset:
+    name = f"{write.__name__.strip('_')}-{_VERSION}-{file_digest(path)}.arrow"
+    target = Path(datasets.config.HF_DATASETS_CACHE) / "ifd_trainer" / name
+    if not target.exists():
+        try:
+            write_atomically(target, lambda temporary: write(path, temporary))
+        except FileAccessError as error:
+            if str(target.parent) not in str(error):  # about what is read
+                raise
+            raise FileAccessError(
+                f"{error} The rows of {path} are kept there as Arrow. Make room, or set HF_DATASETS_CACHE to a folder "
+                "with more."
+            ) from error
+    return Dataset.from_file(str(target))
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise UserError(f"{path} has more than one column named {twice[0]!r}; rename all but one.")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pa.NativeFile]:
+    """A file's bytes, in passing; those of a compressed one (by its ending) decompressed.
+
+    Raises:
+        FileAccessError: for one that cannot be decompressed, or read at all.
+    """
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    try:
+        with pa.input_stream(path, compression=compression) as file:
+            yield file
+    except pa.ArrowInvalid:  # about what the bytes say
+        raise
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        if compression is None or error.errno is not None:
+            raise FileAccessError(f"Cannot read {path}: {one_line(error)}.") from error
+        raise FileAccessError(
+            f"{path} cannot be decompressed as {compression}: {one_line(error)}. It is cut off or damaged, or of "
+            "another kind than its ending says; download or write it again."
+        ) from error
+
+
+def _encoding(path: Path) -> str:
+    """What encoding the first bytes of a file stand for."""
+    with _opened(path) as file:
+        start = file.read(4)
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "UTF-8")
+
+
+def _check_encoding(path: Path) -> None:
+    """Raise ValueError for a file that is not in the encoding of its first bytes, with the line that shows it."""
+    encoding, line, block = _encoding(path), 1, b"-"
+    decoder = codecs.getincrementaldecoder(encoding)()
+    with _opened(path) as file:
+        while block:
+            block = file.read(_BLOCK)
+            try:
+                line += decoder.decode(block, final=not block).count("\n")
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                found = f"it has the byte 0x{error.object[error.start]:02x}"
+                advice = "Convert the file, if it is Latin-1 with `iconv -f LATIN1 -t UTF-8`."
+                if encoding != "UTF-8":
+                    found, advice = error.reason, "Its first bytes say so; it may be cut off or damaged."
+                raise UserError(f"{path}, line {line}, is not {encoding}: {found}. {advice}") from error
+
+
+# ---- Parquet ----------------------------------------------------------------------------------------------------
+
+
+def _parquet_to_arrow(path: Path, target: Path) -> None:
+    features = parquet_features(path)
+    with pa.ipc.new_stream(target, features.arrow_schema) as writer:
+        for table in parquet_tables(path, features, _PARQUET_ROWS):
+            writer.write_table(table)
+
+
+def parquet_features(path: Path) -> Features:
+    """The types of a Parquet file's columns; errors as for `read_parquet`."""
+    try:
+        schema = pq.read_schema(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{path} is not a Parquet file, or damaged: {one_line(error)}.") from error
+    _check_names(path, schema.names)
+    return Features.from_arrow_schema(schema)
+
+
+def parquet_tables(
+    path: Path, features: Features, rows: int, names: Collection[str] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of a Parquet file, up to so many at a time; all columns, or those with these names.
+
+    Pages are read as they are wanted, never a whole row group.
+    """
+    schema = Features({name: type for name, type in features.items() if names is None or name in names}).arrow_schema
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(rows, columns=schema.names):
+                yield table_cast(pa.Table.from_batches([batch]).select(schema.names), schema)
+    except (OSError, pa.ArrowInvalid) as error:
+        if isinstance(error, UserError):
+            raise
+        raise FileAccessError(f"{path} is damaged: {one_line(error)}. Write or download it again.") from error
+
+
+# ---- CSV --------------------------------------------------------------------------------------------------------
+
+
+def _csv_to_arrow(path: Path, target: Path) -> None:
+    types: dict[str, list[pa.DataType]] = {}  # of each column, the numbers as which no character was lost so far
+    filled = set()
+    for block in _csv_blocks(path):
+        for name in block.schema.names:
+            texts = block[name]
+            types[name] = [type for type in types.get(name, (pa.int64(), pa.float64())) if _survive(texts, type)]
+            if texts.null_count < len(texts):
+                filled.add(name)
+    schema = pa.schema([(name, types[name][0] if types[name] and name in filled else pa.string()) for name in types])
+    with pa.ipc.new_stream(target, schema) as writer:
+        for block in _csv_blocks(path):
+            writer.write_table(block.cast(schema))
+
+
+def _csv_blocks(path: Path) -> Iterator[pa.Table]:
+    """Tables of text; `,,` is null, `,"",` the empty text. One table without rows where the file has none."""
+    try:
+        yield from _arrow_csv_blocks(path)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        _check_encoding(path)
+        why = one_line(error)
+        raise UserError(
+            f"{path} cannot be read as CSV: {why}. Wanted: the names of the columns in the first line, as many "
+            "values in each row, values with commas or line breaks in double quotes, and no row of more than 4 MiB."
+        ) from error
+
+
+def _arrow_csv_blocks(path: Path) -> Iterator[pa.Table]:
+    """The tables, or the errors of Arrow, which do not name the file."""
+    read = pa.csv.ReadOptions(block_size=_BLOCK, encoding=_encoding(path))
+    parse = pa.csv.ParseOptions(newlines_in_values=True)
+    with _opened(path) as file, pa.csv.open_csv(file, read_options=read, parse_options=parse) as blocks:
+        names = blocks.schema.names
+    _check_names(path, names)
+    convert = pa.csv.ConvertOptions(
+        column_types=dict.fromkeys(names, pa.string()),
+        null_values=[""],
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+    )
+    with (
+        _opened(path) as file,
+        pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert) as blocks,
+    ):
+        yield blocks.schema.empty_table()
+        for block in blocks:
+            yield pa.Table.from_batches([block])
+
+
+def _survive(texts: pa.ChunkedArray, type: pa.DataType) -> bool:
+    """Whether the texts lose no character as integers or floats."""
+    try:
+        numbers = pc.cast(texts, type)
+    except pa.ArrowInvalid:
+        return False
+    if pa.types.is_floating(type) and not pc.all(pc.is_finite(numbers), min_count=0).as_py():
+        return False
+    return pc.cast(numbers, pa.string()).equals(texts)
+
+
+# ---- JSON -------------------------------------------------------------------------------------------------------
+
+
+def _json_to_arrow(path: Path, target: Path) -> None:
+    try:
+        _write_columns(path, _columns_of(path), target)
+    except UnicodeEncodeError:
+        _check_characters(path)
+        raise
+
+
+def _check_characters(path: Path) -> None:
+    """Raise ValueError for a row with one half of a surrogate pair, for which UTF-8 has no bytes."""
+    for number, row in enumerate(chain.from_iterable(_row_blocks(path)), 1):
+        try:
+            _dumps(row).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{path}, row {number}, has {error.object[error.start]!r}, which is half of a character: write both "
+                "halves, as in '\\ud83d\\ude00', or leave it out."
+            ) from error
+
+
+def _columns_of(path: Path) -> dict[str, _Values]:
+    columns: dict[str, _Values] = {}
+    for rows in _row_blocks(path):
+        for name in dict.fromkeys(chain.from_iterable(rows)):
+            columns.setdefault(name, _Values()).add([row.get(name) for row in rows])
+    if not columns:
+        raise UserError(f"{path} holds no rows: it is to be a JSON list of objects, or one object on each line.")
+    return columns
+
+
+def _write_columns(path: Path, columns: dict[str, _Values], target: Path) -> None:
+    try:
+        features = Features({name: column.feature(Json) for name, column in columns.items()})
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    # Arrow makes nested arrays of texts, not of its type for JSON: the first schema has text in the place of JSON.
+    made = Features({name: column.feature(_text) for name, column in columns.items()}).arrow_schema
+    schema = features.arrow_schema
+    with pa.ipc.new_stream(target, schema) as writer:
+        for rows in _row_blocks(path):
+            arrays = [
+                pa.array(_converted([row.get(name) for row in rows], feature, _dumps), made.field(name).type)
+                for name, feature in features.items()
+            ]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=made).cast(schema))
+
+
+def _row_blocks(path: Path) -> Iterator[list[dict]]:
+    first = 1
+    for values in record_blocks(path):
+        kinds = set(map(type, values))
+        if kinds == {str}:
+            values = [{"text": value} for value in values]
+        elif kinds != {dict}:
+            i = next(i for i, value in enumerate(values) if not isinstance(value, dict))
+            raise UserError(f"{path}, row {first + i}, is not an object but of type {type(values[i]).__name__}.")
+        yield values
+        first += len(values)
+
+
+class _Values:
+    """What the values of a column, or of a place inside its values, have been so far."""
+
+    def __init__(self) -> None:
+        self.kinds: set[type] = set()
+        self.least = self.most = 0  # of integers
+        self.items: _Values | None = None  # of lists
+        self.fields: dict[str, _Values] | None = None  # of mappings
+        self.unlike = False  # mappings without keys, or of different ones
+
+    def add(self, values: list) -> None:
+        """Take note of further values."""
+        kinds = set(map(type, values)) - {type(None)}
+        self.kinds |= kinds
+        if int in kinds:
+            numbers = [value for value in values if type(value) is int]
+            self.least, self.most = min(self.least, min(numbers)), max(self.most, max(numbers))
+        if list in kinds:
+            self.items = self.items or _Values()
+            self.items.add([item for value in values if type(value) is list for item in value])
+        if dict in kinds:
+            rows = [value for value in values if type(value) is dict]
+            self.fields = {key: _Values() for key in rows[0]} if self.fields is None else self.fields
+            self.unlike |= not self.fields or any(row.keys() != self.fields.keys() for row in rows)
+            for key, place in self.fields.items() if not self.unlike else ():
+                place.add([row[key] for row in rows])
+
+    def feature(self, mixed: Callable[[], Any]) -> Any:
+        """The type that holds them all as they are; `mixed()` for values of several types.
+
+        Raises:
+            ValueError: for integers that `datasets` cannot read.
+        """
+        if self.least < -(2**63) or self.most >= 2**64:
+            raise UserError("it has integers of more than 64 bits; write them as text")
+        if self.kinds == {list}:
+            return List(self.items.feature(mixed) if self.items.kinds else _text())  # Arrow casts no lists of null
+        if self.kinds == {dict} and not self.unlike:
+            return {key: place.feature(mixed) for key, place in self.fields.items()}
+        if self.kinds == {int}:
+            return Value("int64") if self.most < 2**63 else mixed()
+        if self.kinds == {int, float} and max(-self.least, self.most) <= _WHOLE_FLOAT:
+            return Value("float64")
+        if len(self.kinds) > 1 or dict in self.kinds:
+            return mixed()
+        return Value({bool: "bool", float: "float64", str: "string"}[next(iter(self.kinds))] if self.kinds else "null")
+
+
+def _text() -> Value:
+    return Value("string")
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def python_values(column: pa.Array | pa.ChunkedArray, feature: Any) -> list:
+    """The values of a column, also those of the type `Json`, with all digits of their floats."""
+    return _converted(column.to_pylist(), feature, json.loads)
+
+
+def holds_json(feature: Any) -> bool:
+    """Whether a feature is, or has inside, the type `Json`."""
+    if isinstance(feature, dict):
+        return any(map(holds_json, feature.values()))
+    return holds_json(feature.feature) if isinstance(feature, List) else isinstance(feature, Json)
+
+
+def _converted(values: list, feature: Any, function: Callable[[Any], Any]) -> list:
+    """The values of a feature, those at its places of the type `Json` replaced by `function(value)`."""
+    if not holds_json(feature):
+        return values
+    if isinstance(feature, Json):
+        return [None if value is None else function(value) for value in values]
+    if isinstance(feature, List):
+        return [None if value is None else _converted(value, feature.feature, function) for value in values]
+    names = list(feature)
+    places = [
+        _converted([None if value is None else value[name] for value in values], feature[name], function)
+        for name in names
+    ]
+    rows = zip(*places, strict=True)
+    return [
+        None if value is None else dict(zip(names, row, strict=True)) for value, row in zip(values, rows, strict=True)
+    ]
+
+
+# ---- JSON text --------------------------------------------------------------------------------------------------
+
+
+def record_blocks(path: Path) -> Iterator[list]:
+    """The values of a JSON list or of JSON lines, some at a time, whatever the file's ending; NaN and Infinity too.
+
+    Raises:
+        ValueError: for a file that is neither, or not in its encoding; the message names the line that cannot be read.
+    """
+    encoding = _encoding(path)
+    codec = "utf-8-sig" if encoding == "UTF-8" else encoding
+    with _opened(path) as stream, TextIOWrapper(BufferedReader(stream, 2**18), codec) as file:
+        text, line, listed, ended = "", 1, None, False
+        while not ended:
+            try:
+                block = file.read(max(_BLOCK, len(text)))  # for a value longer than a block, twice as much each time
+            except UnicodeDecodeError:
+                _check_encoding(path)
+                raise
+            ended = not block
+            text += block or "\n"  # what ends the last value
+            start = 0
+            if listed is None and (start := _SPACE.match(text).end()) < len(text):
+                listed = text[start] == "["
+                start += listed
+            values, start, error = _parsed(text, start, listed)
+            line += text.count("\n", 0, start)
+            if error is not None and (ended or not _cut_off(error, text)):
+                blank = _SPACE.match(text, start).end()
+                line += text.count("\n", start, blank) if blank < len(text) else 0
+                if not ended or not _open_at_end(text[start:], listed):
+                    raise UserError(f"{path}, line {line}, is not JSON: {error.msg}.")
+                raise UserError(
+                    f"{path} ends inside a value, line {line}: the file is cut off, or a quote or bracket there is not "
+                    "closed. Write or download it again, or delete what follows the last whole row."
+                )
+            text = text[start:]
+            if values:
+                yield values
+
+
+def _parsed(text: str, start: int, listed: bool | None) -> tuple[list, int, json.JSONDecodeError | None]:
+    """The values from `start` on, where the next one begins, and why it cannot be read, if there is to be one."""
+    values = []
+    try:
+        while True:
+            value_start = _SPACE.match(text, start).end()
+            if value_start == len(text) and not listed:
+                return values, value_start, None
+            if listed and text.startswith("]", value_start):  # stays in the text: nothing may follow it
+                if (end := _SPACE.match(text, value_start + 1).end()) < len(text):
+                    raise json.JSONDecodeError("Extra data", text, end)
+                return values, value_start, None
+            value, end = _DECODER.raw_decode(text, value_start)
+            follows = _SPACE.match(text, end).end()
+            if listed and text[follows : follows + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, follows)
+            if not listed and follows == end:
+                raise json.JSONDecodeError("Extra data", text, end)
+            values.append(value)
+            start = follows + text.startswith(",", follows) if listed else follows
+    except json.JSONDecodeError as error:
+        return values, start, error
+
+
+def _cut_off(error: json.JSONDecodeError, text: str) -> bool:
+    """Whether more text may mend the error: one in the last characters (a cut number or escape), or an open text."""
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 16
+
+
+def _open_at_end(text: str, listed: bool) -> bool:
+    """Whether the rest of a file, from a value that cannot be read on, could be the beginning of values."""
+    text = text.rstrip()
+    _, _, error = _parsed(text, 0, listed)
+    rest = text[error.pos :] if error is not None else ""
+    return (
+        not rest
+        or error.msg.startswith("Unterminated string")
+        or any(word.startswith(rest) for word in _WORDS)
+        or (error.msg.startswith("Invalid \\") and len(rest) < 6)
+    )

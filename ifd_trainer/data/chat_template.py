@@ -1,0 +1,404 @@
+"""Chat messages of a row, and what a chat template writes around an assistant's answer.
+
+A template writes more than a header before an answer and an end-of-turn after it: an empty think block (Qwen3), a
+channel (gpt-oss), a recipient. Whatever it adds is context or end, never answer. It is found by rendering: by where the
+template puts a text that no row holds.
+
+From the data of a row, only what cannot do harm reaches a template: messages, tools, and variables that are no
+parameters of `apply_chat_template`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from ..errors import UserError
+
+_MARK = "IFDx7answer"  # stands for a text of a row: nothing that a template trims, escapes, splits or looks for
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates know for what was thought
+_ROLES = {
+    "system": ("system",),
+    "developer": ("developer",),
+    "user": ("user", "human", "prompter"),
+    "assistant": (
+        *("assistant", "gpt", "bot", "chatbot", "model", "ai", "chatgpt", "gpt-4", "gpt4", "bing", "bard", "claude"),
+        *("function_call", "function-call", "tool_call", "tool-call"),
+    ),
+    "tool": (
+        *("tool", "function", "ipython", "observation", "environment"),
+        *("function_response", "function-response", "tool_response", "tool-response", "function_result", "tool_result"),
+    ),
+}
+_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
+# Names that `apply_chat_template` and the template's renderer give their own meaning, in any version.
+_NOT_VARIABLES = {
+    *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens", "kwargs", "self"),
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens"),
+}
+
+
+class MalformedRow(UserError):
+    """A row that its format cannot render, for example a chat without messages."""
+
+
+def text_of(value: Any) -> str:
+    """The text of one cell: "" for None and NaN, `str(value)` for numbers.
+
+    Raises:
+        MalformedRow: for lists, mappings and other values that are not text, and for text that is no Unicode.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise MalformedRow("the text holds half of a surrogate pair, which no tokenizer reads") from error
+        return value
+    if isinstance(value, (int, float)):
+        return str(value)
+    raise MalformedRow(f"expected text, got {type(value).__name__}")
+
+
+def common_prefix_length(a: Sequence[int] | str, b: Sequence[int] | str) -> int:
+    """Number of leading items that two sequences share.
+
+    >>> common_prefix_length([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+# ---- messages -----------------------------------------------------------------------------------------------------
+
+
+def chat_messages(turns: Any) -> list[dict[str, Any]]:
+    """Messages with role and content, from these (OpenAI, TRL) or from turns with from and value (ShareGPT).
+
+    Roles have one of the names that templates know (`gpt`, `bot`, `model` become `assistant`); contents are texts,
+    parts that are all text joined.
+
+    Raises:
+        MalformedRow: for anything else: an unknown role, an image, a message that says nothing.
+    """
+    turns = _plain(turns)
+    if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)):
+        raise MalformedRow(f"expected a list of messages, got {type(turns).__name__}")
+    return [_chat_message(turn, number) for number, turn in enumerate(turns)]
+
+
+def _chat_message(turn: Any, number: int) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise MalformedRow(f"expected a message with role and content, got {type(turn).__name__}")
+    given = {key: value for key, value in turn.items() if value is not None}
+    role = given.get("role", given.get("from"))
+    if role is None:
+        raise MalformedRow(
+            f"a message needs 'role' and 'content' (or 'from' and 'value'), got keys {sorted(map(str, turn))}"
+        )
+    known = role_of(role)
+    if known is None:
+        raise MalformedRow(
+            f"message {number} has the unknown role {_shown(role)}; known are {', '.join(_ROLES)}, and names such as "
+            "human and gpt"
+        )
+    content = given.get("content", given.get("value"))
+    if "role" not in given:
+        return {"role": known, "content": content_of(content, number)}
+    message = given | {"role": known}
+    message.pop("value", None)
+    if content is not None:
+        message["content"] = content_of(content, number)
+    elif known != "assistant" or not _says(message):
+        raise MalformedRow(f"message {number} ({known}) has no content")
+    return message
+
+
+def role_of(name: Any) -> str | None:
+    """The role that a name stands for, None for one that is not known.
+
+    >>> role_of("gpt"), role_of("narrator")
+    ('assistant', None)
+    """
+    return _ROLE_OF.get(name.strip().lower()) if isinstance(name, str) else None
+
+
+def content_of(content: Any, number: int = 0) -> str:
+    """The text of a message's content: a text, or a list of parts that are all text.
+
+    >>> content_of([{"type": "text", "text": "Name "}, {"type": "text", "text": "one."}])
+    'Name one.'
+
+    Raises:
+        MalformedRow: for a part that is no text, such as an image.
+    """
+    if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
+        return text_of(content)
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part.get("text") if kind in ("text", None) and isinstance(part, Mapping) else None
+        if not isinstance(text, str):
+            raise MalformedRow(
+                f"message {number} has a part of type {_shown(kind or type(part).__name__)}; only text can be scored"
+            )
+        texts.append(text_of(text))
+    return "".join(texts)
+
+
+def asks(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether messages before an answer say anything: an assistant's own turns alone are no prompt."""
+    return any(
+        message["role"] != "assistant" and str(message.get("content") or "").strip() != "" for message in messages
+    )
+
+
+def reads_as_text(value: Any) -> bool:
+    """Whether a prompt or completion is text (or nothing) and no list of messages."""
+    value = _plain(value)
+    return isinstance(value, (str, bytes)) or not isinstance(value, Sequence)
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's arrays as lists: what a data set in numpy's format holds."""
+    if hasattr(value, "tolist") and not isinstance(value, str):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---- what else a row says -----------------------------------------------------------------------------------------
+
+
+def template_options(row: Mapping[str, Any], tokenizer: Any = None) -> dict[str, Any]:
+    """What a row gives its chat template beside messages: `tools`, and the variables in `chat_template_kwargs`.
+
+    Both may be JSON texts; "" and null are none. Variables that are null are left out: Arrow fills in nulls where
+    other rows have a value.
+
+    Raises:
+        MalformedRow: for what is neither, and for names that are parameters of `apply_chat_template` or special tokens:
+            a row chooses among a template's variants, it does not replace the template.
+    """
+    tools = _from_json(row.get("tools"), "tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise MalformedRow(f"'tools' has to be a list of objects, or that as JSON; got {_shown(tools)}")
+    given = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise MalformedRow(f"'chat_template_kwargs' has to be an object with names, got {_shown(given)}")
+    variables = {name: value for name, value in given.items() if value is not None}
+    taken = sorted(set(variables) & (_NOT_VARIABLES | _parameters(type(tokenizer))))
+    if taken:
+        raise MalformedRow(
+            f"'chat_template_kwargs' sets {', '.join(taken)}, which is not for a row to say; only variables of the "
+            "template are, such as enable_thinking"
+        )
+    return {"tools": tools, **variables}
+
+
+@cache
+def _parameters(kind: type) -> frozenset[str]:
+    """Parameters of a tokenizer's `apply_chat_template`, of whatever version."""
+    method = getattr(kind, "apply_chat_template", None)
+    return frozenset(inspect.signature(method).parameters) if method else frozenset()
+
+
+def _from_json(value: Any, name: str) -> Any:
+    value = _plain(value)
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise MalformedRow(f"'{name}' is not JSON: {error}") from error
+
+
+# ---- what a template writes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a template writes around an answer.
+
+    Attributes:
+        before: from the end of the turn before to the answer's first character: the assistant's header, and what the
+            template puts behind it.
+        after: behind the answer's last character.
+    """
+
+    before: str
+    after: str
+
+
+Render = Callable[..., str]
+
+
+def renderer(tokenizer: Any, options: Mapping[str, Any]) -> Render:
+    """The tokenizer's chat template as a function of messages."""
+    return partial(tokenizer.apply_chat_template, tokenize=False, **options)
+
+
+def check_chat(prompt: list[dict], answer: list[dict], options: Mapping[str, Any], tokenizer: Any) -> None:
+    """Render a row as TRL does, to see whether the template can.
+
+    Raises:
+        MalformedRow: when it cannot.
+    """
+    render = renderer(tokenizer, options)
+    try:
+        render(prompt, add_generation_prompt=True)
+        render(prompt + answer)
+    except Exception as error:
+        raise MalformedRow(f"the chat template cannot render the row: {error}") from error
+
+
+def split_chat(
+    prompt: list[dict], answer: list[dict], options: Mapping[str, Any], tokenizer: Any
+) -> tuple[str, str, Frame]:
+    """A chat as the template writes it, cut where the answer begins: (prompt, answer and end, frame).
+
+    The answer begins behind all that the template writes before the first text of the row's own answer, and not before
+    the end of what it writes to open a turn.
+
+    Raises:
+        MalformedRow: when the template cannot render the messages, neither with texts nor with parts as contents.
+    """
+    render = renderer(tokenizer, options)
+    eos = getattr(tokenizer, "eos_token", None) or ""
+    try:
+        return _split(render, prompt, answer, eos)
+    except Exception as error:  # templates raise jinja2 errors, KeyError, TypeError: all of them mean this row
+        first = error
+    try:  # templates of models that see images read contents as lists of parts
+        return _split(render, _in_parts(prompt), _in_parts(answer), eos)
+    except Exception:
+        raise MalformedRow(f"the chat template cannot render the row: {first}") from first
+
+
+def template_frames(tokenizer: Any, template: str | None = None) -> list[Frame]:
+    """What a tokenizer's chat template writes around answers in chats of several kinds, the longest first.
+
+    Args:
+        template: a template in place of the tokenizer's own.
+    """
+    if template is None and not getattr(tokenizer, "chat_template", None):
+        return []
+    render = renderer(tokenizer, {} if template is None else {"chat_template": template})
+    eos = getattr(tokenizer, "eos_token", None) or ""
+    user, said = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    tool = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "name": "f", "content": "z"}]
+    frames = set()
+    for prompt in ([user], [{"role": "system", "content": "s"}, user], [user, said, user], [user, *tool]):
+        for answer in ([said], [said | dict.fromkeys(_REASONING, "w")]):
+            try:
+                frame = _split(render, prompt, answer, eos)[2]
+                opened = _behind(render(prompt), render(prompt, add_generation_prompt=True), eos)
+            except Exception:  # a kind of chat that this template does not know
+                continue
+            # An answer may begin as an open turn goes on; behind an empty one, a template may leave out white space.
+            frames |= {Frame(before, frame.after) for before in (frame.before, opened, frame.before.rstrip())}
+    return sorted((frame for frame in frames if frame.before), key=lambda frame: (-len(frame.before), frame.before))
+
+
+def _split(render: Render, prompt: list[dict], answer: list[dict], eos: str) -> tuple[str, str, Frame]:
+    opened = render(prompt, add_generation_prompt=True) if prompt else ""
+    closed = render(prompt) if prompt else ""
+    if not answer:
+        return opened, "", Frame(_behind(closed, opened, eos), "")
+    whole = render(prompt + answer)
+    if not any(_says(message) for message in answer):
+        return whole, "", Frame(_behind(closed, opened, eos), "")
+    # Some templates render a finished turn unlike an open one; the answer begins no earlier than where the two part,
+    # and the row's own text may begin as the open turn goes on: probes tell.
+    befores = [
+        around[0] for around in (_around_mark(render, [*prompt, probe]) for probe in _probes(answer[0])) if around
+    ]
+    lengths = [len(before) for before in befores if whole.startswith(before)]
+    begin = max(lengths, default=common_prefix_length(opened, whole))
+    begin = max(begin, len(opened)) if whole.startswith(opened) else begin
+    after = ""
+    around = _around_mark(render, [*prompt, *answer[:-1], _probes(answer[-1])[0]])
+    if around is not None and whole[begin:].endswith(around[1]):
+        after = around[1]
+    before = _behind(closed, whole[:begin], eos)
+    if not before.strip() and prompt:  # the header stands at the end of the user's turn: [/INST]
+        marked = _around_mark(render, [*prompt[:-1], _marked(prompt[-1]), _probes(answer[0])[0]])
+        between = marked[2] if marked is not None else ""
+        before = between if whole[:begin].endswith(between) else before
+    return whole[:begin], whole[begin:], Frame(before, after)
+
+
+def _says(message: Mapping[str, Any]) -> bool:
+    """Whether a message says anything: in its content, or in what only some have (tool calls, what was thought)."""
+    return any(str(message.get(name) or "").strip() for name in ("content", "tool_calls", "function_call", *_REASONING))
+
+
+def _behind(closed: str, text: str, eos: str) -> str:
+    """What `text` says behind a chat that a template closed, perhaps with EOS."""
+    for start in (closed, closed.removesuffix(eos)):
+        if text.startswith(start):
+            return text[len(start) :]
+    return text[common_prefix_length(closed, text) :]
+
+
+def _probes(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Messages of the same role that hold a mark in place of the text: as content, and as what was thought before."""
+    probes = [{"role": message["role"], "content": _like(message, _MARK)}]
+    if any(message.get(name) for name in _REASONING) or "</think>" in str(message.get("content")):
+        probes.append(probes[0] | dict.fromkeys(_REASONING, _MARK))
+    return probes
+
+
+def _marked(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {**message, "content": _like(message, _MARK)}
+
+
+def _like(message: Mapping[str, Any], text: str) -> Any:
+    return [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
+
+
+def _in_parts(messages: Collection[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**message, "content": [{"type": "text", "text": message.get("content") or ""}]} for message in messages]
+
+
+def _around_mark(render: Render, messages: list[dict]) -> tuple[str, str, str] | None:
+    """The text before the first mark, behind the last, and between the two; None where it cannot be rendered.
+
+    Raises:
+        ValueError: when the template does not write the mark: it would not write the row's text either.
+    """
+    try:
+        text = render(messages)
+    except Exception:  # the row itself could be rendered: it is unlike the probe
+        return None
+    first, last = text.find(_MARK), text.rfind(_MARK)
+    if first < 0:
+        raise ValueError("it leaves out the text of the assistant's message")
+    return text[:first], text[last + len(_MARK) :], text[first + len(_MARK) : last]

@@ -1,0 +1,165 @@
+"""A data set read for selection: a few columns in memory, all others in passing, some rows at a time.
+
+Choosing a part of ten million rows needs their scores, not their texts. A Parquet file is read as it is, without the
+copy that a cache of Arrow files would make of it; all else is what `load_rows` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetInfo, Features
+
+from .arrow_files import parquet_features, parquet_tables
+from .files import load_rows, tables_of
+from .readable_text import answers_of, text_sources
+from .refusals import looks_like_refusal, may_refuse
+
+_BATCH_ROWS = 2**16
+
+
+class Scan:
+    """The rows of a data set, to be read in passing as often as needed.
+
+    Args:
+        source: a file, a folder of files or a hub name, as for `load_rows`; or a data set.
+        split: split of a folder or a hub data set.
+
+    Attributes:
+        features: the types of all columns.
+
+    Raises:
+        FileNotFoundError: when `source` looks like a file and is none.
+        ValueError: for an ending that cannot be read.
+
+    >>> rows = Scan(Dataset.from_dict({"a": [1, 2], "b": ["x", "y"]}))
+    >>> len(rows), [table.to_pydict() for table in rows.tables(["a"])]
+    (2, [{'a': [1, 2]}])
+    """
+
+    def __init__(self, source: str | Dataset, split: str = "train") -> None:
+        self._file = None if isinstance(source, Dataset) else _parquet_file(Path(source), split)
+        if self._file is None:
+            self._dataset = source if isinstance(source, Dataset) else load_rows(source, split)
+            self.features, self._rows = self._dataset.features, len(self._dataset)
+        else:
+            self.features = parquet_features(self._file)
+            self._rows = pq.read_metadata(self._file).num_rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of all columns, in their order."""
+        return list(self.features)
+
+    def tables(self, names: Collection[str] | None = None) -> Iterator[pa.Table]:
+        """The columns with these names, all by default, in the order of the data set; up to 65,536 rows at a time."""
+        if self._file is not None:
+            return parquet_tables(self._file, self.features, _BATCH_ROWS, names)
+        names = [name for name in self.column_names if names is None or name in names]
+        return tables_of(self._dataset.select_columns(names), _BATCH_ROWS)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column in memory."""
+        schema = Features({name: self.features[name]}).arrow_schema
+        return pa.chunked_array(
+            [chunk for table in self.tables([name]) for chunk in table[name].chunks], schema[0].type
+        )
+
+    def frame(self, names: Collection[str]) -> pd.DataFrame:
+        """Columns in memory as they are."""
+        features = Features({name: feature for name, feature in self.features.items() if name in names})
+        tables = [features.arrow_schema.empty_table(), *self.tables(names)]
+        return Dataset(pa.concat_tables(tables), info=DatasetInfo(features=features)).to_pandas()
+
+    def coded_frame(self, names: Collection[str]) -> pd.DataFrame:
+        """Columns in memory, the texts among them categorical: of few different ones, no Python object for each row."""
+        columns = {}
+        for name in self.column_names:
+            if name in names:
+                values = self.column(name)
+                if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+                    values = values.dictionary_encode()
+                columns[name] = values.to_pandas()
+        return pd.DataFrame(columns, copy=False)
+
+    def refusals(self) -> np.ndarray:
+        """Which rows have an answer that looks like a refusal, (n,) bool; see `looks_like_refusal`.
+
+        Raises:
+            ValueError: when the rows have no texts of a known kind.
+        """
+        sources = text_sources(self.column_names)
+        if not sources:
+            answers_of(pd.DataFrame(columns=self.column_names))  # raises, and says what is wanted
+        found = [np.zeros(0, dtype=bool)]
+        for table in self.tables(sources):
+            refused = np.ones(len(table), dtype=bool)
+            if pa.types.is_string(table.schema.field(sources[-1]).type):
+                refused = may_refuse(table[sources[-1]])
+            answers = answers_of(table.filter(pa.array(refused)).to_pandas())
+            refused[refused] = [looks_like_refusal(answer) for answer in answers]
+            found.append(refused)
+        return np.concatenate(found)
+
+
+def _parquet_file(path: Path, split: str) -> Path | None:
+    path = path if path.is_file() else path / f"{split}.parquet"
+    return path if path.suffix.lower() == ".parquet" and path.is_file() else None
+
+
+class Marked:
+    """The rows of a scan, all or some, with further columns at the end, in the place of old ones of the same names.
+
+    Args:
+        scan: n rows.
+        added: (n rows) columns of numbers (NaN becomes null) and of texts, categorical ones as what they stand for.
+        kept: (n,) bool, the rows wanted.
+
+    Attributes:
+        features: the types of all columns.
+
+    >>> rows, added = Scan(Dataset.from_dict({"a": [1, 2]})), pd.DataFrame({"b": [0.5, 0.7]})
+    >>> marked = Marked(rows, added, kept=np.array([False, True]))
+    >>> [table.to_pydict() for table in marked.tables()]
+    [{'a': [2], 'b': [0.7]}]
+    """
+
+    def __init__(self, scan: Scan, added: pd.DataFrame, kept: np.ndarray) -> None:
+        self._scan, self._kept = scan, kept
+        self._added = {name: _arrow(values) for name, values in added.items()}
+        self._names = [name for name in scan.column_names if name not in self._added]
+        types = pa.schema([(name, _plain_type(values.type)) for name, values in self._added.items()])
+        self.features = Features(
+            {name: scan.features[name] for name in self._names} | Features.from_arrow_schema(types)
+        )
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The rows, some at a time."""
+        start, schema = 0, self.features.arrow_schema
+        for table in self._scan.tables(self._names or None):  # without a column, a table has no rows
+            rows = pa.array(self._kept[start : start + len(table)])
+            added = [values.slice(start, len(table)).filter(rows) for values in self._added.values()]
+            start += len(table)
+            if rows.true_count:
+                types = schema.types[len(self._names) :]
+                added = [values.cast(type) for values, type in zip(added, types, strict=True)]
+                yield pa.table([*table.select(self._names).filter(rows).columns, *added], schema=schema)
+
+
+def _arrow(values: pd.Series) -> pa.Array | pa.ChunkedArray:
+    """A column as Arrow: float64, int64, or texts, coded where they are categorical."""
+    types = {"f": pa.float64(), "i": pa.int64()}
+    type = None if isinstance(values.dtype, pd.CategoricalDtype) else types.get(values.dtype.kind, pa.string())
+    return pa.array(values, type, from_pandas=True)
+
+
+def _plain_type(type: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_dictionary(type) else type

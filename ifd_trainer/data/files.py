@@ -1,0 +1,607 @@
+"""Data sets in and out: JSON, JSON lines, CSV, Parquet files and hub names; and parts of a job that can be resumed.
+
+What is read is written back as it was: text stays text (also "NA", "007" or a date), null and the empty text stay
+apart, nested values stay nested, and each of several types in a column stays of its type. CSV has no nested values: a
+list or a mapping is written there as JSON. Reading and writing a file take memory for some rows, however many it holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_line
+from .arrow_files import (
+    file_digest,
+    holds_json,
+    python_values,
+    read_csv,
+    read_json,
+    read_parquet,
+    record_blocks,
+)
+from .atomic import is_temporary, write_atomically, writing
+from .paths import COMPRESSIONS, ENDINGS, check_rows, data_ending, ending_of
+from .paths import check_writable as check_writable  # a name of this module too
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}
+_CHUNK_ROWS = 10_000  # rows in memory at a time
+_JOB, _LOCK, _JOINED, _FINISHED = "ifd-job.json", "ifd-lock", "ifd-joined.arrow", "ifd-finished.json"
+_PART = re.compile(r"ifd-part-(\d{6,})\.arrow")
+_DIGEST = 16  # bytes
+_ROW_GROUP_BYTES = 100 * 10**6
+
+
+def load_rows(source: str, split: str = "train", config: str | None = None) -> Dataset:
+    """A data set from a file (by its ending), a folder of files or of `save_to_disk`, or from a hub, by name.
+
+    JSON and CSV may be compressed (`.jsonl.gz`, `.csv.bz2`, `.json.zst`).
+
+    Raises:
+        FileNotFoundError: when `source` looks like a file and is none, for a folder without data, and for a name that
+            the hub does not know.
+        ValueError: for an ending that cannot be read, an empty file, or a folder of unlike files.
+        FileAccessError: when a hub cannot be reached.
+    """
+    check_rows(source)
+    path = Path(source)
+    if path.is_file():
+        return READERS[data_ending(path)](path)
+    if (path / f"{split}.parquet").is_file():
+        return read_parquet(path / f"{split}.parquet")
+    saved = _saved(path, split)
+    if saved is not None:
+        return load_from_disk(saved).with_format(None)
+    if path.is_dir():
+        _check_folder(path)
+        source = str(path.resolve())  # `load_dataset` cannot read "."
+    try:
+        return load_dataset(source, config, split=split)
+    except DatasetGenerationError as error:
+        why = one_line(error.__cause__ or error)[:300]
+        raise UserError(f"The files in {source} cannot be read as one data set: {why}. Name one of them.") from error
+    except (FileNotFoundError, ConnectionError) as error:  # all that `datasets` raises for what it does not find
+        why = one_line(error)[:300]
+        if path.is_dir():
+            raise NotFoundError(f"No data set in {source}: {why}") from error
+        raise NotFoundError(
+            f"There is no file or folder {source!r} here, and as the name of a data set on a hub it cannot be read "
+            f"({why}). Check the name and the network."
+        ) from error
+    except (DatasetsError, OSError, ValueError) as error:  # an unknown split or configuration, with those there are
+        raise UserError(f"Cannot read {source}: {one_line(error)[:300]}") from error
+
+
+def _saved(path: Path, split: str) -> Path | None:
+    """The folder of `save_to_disk` in or at this path."""
+    saved = path / split if (path / "dataset_dict.json").is_file() else path
+    return saved if (saved / "state.json").is_file() and (saved / "dataset_info.json").is_file() else None
+
+
+def _check_folder(path: Path) -> None:
+    """Raise ValueError for a folder without files, or with a file and the same one compressed: rows come twice."""
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    if not files:
+        raise NotFoundError(f"The folder {path} holds no files. Name a file ending in {ENDINGS}, or a folder of them.")
+    plain: dict[Path, Path] = {}
+    for file in sorted(files):
+        name = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
+        if (twin := plain.setdefault(name, file)) != file:
+            raise UserError(f"{path} holds {twin.name} and {file.name}: rows would come twice. Name one of them.")
+
+
+def write_rows(dataset: Dataset, path: str | os.PathLike, folder: Path | None = None) -> None:
+    """Write a data set in the format of the path's ending, atomically; nulls stay nulls. See `write_tables`."""
+    write_tables(tables_of(dataset, _CHUNK_ROWS), dataset.features, path, folder)
+
+
+def write_tables(
+    tables: Iterable[pa.Table], features: Features, path: str | os.PathLike, folder: Path | None = None
+) -> None:
+    """Write tables one after another, as `write_rows` does a data set; few of them are in memory at a time.
+
+    Args:
+        tables: parts of a data set.
+        features: the types of its columns.
+        path: the file; its ending says the format.
+        folder: where the file is until it is complete, on the same file system; by default beside its place.
+
+    Raises:
+        ValueError: see `check_features`.
+    """
+    path = Path(path)
+    ending = ending_of(path)
+    check_features(features, path)
+    # A set without rows has columns too.
+    tables = chain([pa.Table.from_batches([], features.arrow_schema)], tables)
+
+    def write(temporary: Path) -> None:
+        if ending == ".parquet":
+            _write_parquet(tables, features.arrow_schema, temporary)
+            return
+        info = DatasetInfo(features=features)
+        # A fingerprint that is given is not computed from the rows.
+        parts = (Dataset(part, info, fingerprint="part") for table in tables for part in _slices(table))
+        if ending == ".csv":
+            _write_csv(parts, temporary)
+        else:
+            _write_json(parts, temporary, lines=ending == ".jsonl")
+
+    write_atomically(path, write, folder)
+
+
+def tables_of(dataset: Dataset, rows: int) -> Iterator[pa.Table]:
+    """A data set as tables of so many rows, the last one of fewer.
+
+    >>> [table.num_rows for table in tables_of(Dataset.from_dict({"a": [1, 2, 3]}), 2)]
+    [2, 1]
+    """
+    return dataset.with_format("arrow").iter(rows)
+
+
+def _slices(table: pa.Table) -> Iterator[pa.Table]:
+    return (table.slice(start, _CHUNK_ROWS) for start in range(0, max(len(table), 1), _CHUNK_ROWS))
+
+
+def with_columns(dataset: Dataset, columns: Dataset) -> Dataset:
+    """The data set with these columns at its end, in the place of old ones of the same names."""
+    kept = [name for name in dataset.column_names if name not in columns.column_names]
+    both = concatenate_datasets([dataset.select_columns(kept), columns], axis=1)
+    return both.select_columns([*kept, *columns.column_names])  # joined, columns come in the order of their files
+
+
+def read_records(path: str | os.PathLike) -> list:
+    """The values of a JSON list, or of JSON lines, whatever the file's ending; NaN and Infinity are read too.
+
+    Raises:
+        ValueError: for a file that is neither; the message names the line of the value that cannot be read.
+    """
+    return list(chain.from_iterable(record_blocks(Path(path))))
+
+
+def check_apart(output: str | os.PathLike, source: str, split: str = "train") -> None:
+    """Raise ValueError now if rows would be written over the file, or into the folder, that they are read from.
+
+    What is read could not be scored again, with `--limit` rows would be lost, and a folder would hold them twice.
+    """
+    read, written = Path(source), Path(output)
+    whole = read / f"{split}.parquet"
+    file = whole if whole.is_file() else read
+    if file.is_file() and written.exists() and written.samefile(file):
+        raise UserError(f"--output {output} is the file that is read ({file}). Write to another file.")
+    if file.is_dir() and Path(os.path.realpath(written)).is_relative_to(Path(os.path.realpath(read))):
+        raise UserError(f"--output {output} is in the folder that is read ({source}). Write to another folder.")
+
+
+def check_features(features: Features, path: str | os.PathLike) -> None:
+    """Raise ValueError now for columns that the format of this path cannot hold: bytes are in Parquet files only."""
+    names = [field.name for field in features.arrow_schema if _has_bytes(field.type)]
+    if names and (ending := ending_of(Path(path))) != ".parquet":
+        raise UserError(
+            f"Cannot write {path}: {ending} is text, and the column {names[0]!r} holds bytes. Write to a .parquet "
+            "file, or drop the column."
+        )
+
+
+def output_file(output: str) -> tuple[Path, bool]:
+    """The data file for an output, and whether the output is a folder: a name without an ending, or one that is there.
+
+    >>> output_file("cherry")[0].as_posix(), output_file("cherry.jsonl")[0].as_posix()
+    ('cherry/train.parquet', 'cherry.jsonl')
+    """
+    path = Path(output)
+    folder = path.is_dir() or output.endswith(("/", os.sep)) or not path.suffix
+    return (path / "train.parquet" if folder else path), folder
+
+
+class Parts:
+    """Finished parts of a job beside its output file, so that it can be interrupted and run again.
+
+    A part is an Arrow stream and a digest of it, of the job and of the part's number: one that is damaged, cut off, of
+    another job or in the place of another part is none. Files of others in the folder are left alone.
+
+    Args:
+        output: the file that the job makes; parts are kept in `<output>.parts`, beside the file that a link leads to.
+        job: what the parts depend on, by name; parts of another job are not taken over.
+        main: whether this is the process of the job that writes the output. It keeps other jobs out of the folder until
+            it ends, and makes the folder its own when an earlier job has finished no part there.
+
+    Raises:
+        ValueError: when the folder holds parts of another job, or such of which nothing says whose they are, and when
+            another job is at work in it.
+        FileAccessError: when the folder cannot be made.
+    """
+
+    def __init__(
+        self, output: str | os.PathLike, job: Mapping[str, str | int | float | None], main: bool = False
+    ) -> None:
+        self.output = Path(output)
+        self.folder = Path(f"{os.path.realpath(output) if self.output.is_symlink() else os.fspath(output)}.parts")
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._key = json.dumps(dict(job), sort_keys=True).encode()
+        self._lock = _lock(self.folder / _LOCK, output) if main else None
+        self._done: set[int] = set()
+        self._joined: str | None = None
+        self._warned = False
+        path = self.folder / _JOB
+        try:
+            if main and (self.folder / _FINISHED).exists():  # an earlier job was killed while it deleted its parts
+                self._delete()
+            if not self._goes_on(path, job, main):
+                write_atomically(path, lambda temporary: temporary.write_text(json.dumps(dict(job)), encoding="utf-8"))
+        except BaseException:
+            self.close()
+            raise
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"ifd-part-{part:06d}.arrow"
+
+    def done(self, part: int, rows: int) -> bool:
+        """Whether a part is there, whole, of so many rows. Each is read once."""
+        if part not in self._done and self._read(part, rows) is not None:
+            self._done.add(part)
+        return part in self._done
+
+    def damaged(self, count: int) -> list[int]:
+        """The parts, of so many, whose file is there and was not found whole by `done`."""
+        return [part for part in range(count) if part not in self._done and self.path(part).exists()]
+
+    def save(self, part: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Write the columns of a part, numbers or texts; NaN becomes null.
+
+        Raises:
+            FileAccessError: when it cannot be written; the message says that the job can go on.
+            RunError: when the folder is not there any more.
+        """
+        with kept():
+            self._save(part, columns)
+
+    def join(self, sizes: Sequence[int], again: Callable[[int], Mapping[str, np.ndarray]]) -> Dataset:
+        """The parts one after another, on disk: valid until `remove`.
+
+        Args:
+            sizes: the number of rows of each part.
+            again: gives the columns of a part whose file is not whole; it is saved, with one warning for all of them.
+
+        Raises:
+            FileAccessError: when they cannot be written.
+            RunError: when the folder is not there any more.
+        """
+        digest, path = hashlib.blake2b(digest_size=16), self.folder / _JOINED
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file, pa.PythonFile(_Digested(file, digest), mode="w") as sink:
+                writer, waiting = None, []
+                for part, rows in enumerate(sizes):
+                    waiting.append(self._whole(part, rows, again))
+                    if part + 1 < len(sizes) and sum(table.num_rows for table in waiting) < _CHUNK_ROWS:
+                        continue
+                    table = pa.concat_tables(waiting).combine_chunks()
+                    writer = writer or pa.ipc.new_stream(sink, table.schema)
+                    writer.write_table(table)
+                    waiting = []
+                writer.close()
+
+        self.check_there()
+        with kept():
+            write_atomically(path, write)
+        self._joined = digest.hexdigest()
+        return Dataset.from_file(str(path))
+
+    def check_joined(self) -> None:
+        """Raise RunError if what `join` has written is not what it was, after it has been read for the last time."""
+        path = self.folder / _JOINED
+        if not path.is_file() or file_digest(path) != self._joined:
+            raise RunError(
+                f"{path} was changed or deleted while {self.output} was written from it, so that {self.output} may be "
+                "wrong. Run the same command again: the parts are kept."
+            )
+
+    def remove(self) -> None:
+        """Delete the parts, and the folder if nothing else is in it.
+
+        One that is interrupted leaves no parts that a later job could take for its own.
+        """
+        with suppress(FileNotFoundError):  # deleted by someone else, which is as well
+            (self.folder / _JOB).replace(self.folder / _FINISHED)
+        self._delete()
+        self._leave()
+
+    def close(self) -> None:
+        """Let other jobs into the folder; they go on with the parts that are there."""
+        if self._lock is not None:
+            if not self._found():
+                self._delete()
+            self._leave()
+
+    def _save(self, part: int, columns: Mapping[str, np.ndarray]) -> None:
+        types = {"O": pa.string(), "f": pa.float64(), "i": pa.int64()}
+        table = pa.table(
+            {name: pa.array(values, types[values.dtype.kind], from_pandas=True) for name, values in columns.items()}
+        )
+        self.check_there()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        data = sink.getvalue().to_pybytes()
+        write_atomically(self.path(part), lambda temporary: temporary.write_bytes(data + self._digest(part, data)))
+
+    def _goes_on(self, path: Path, job: Mapping[str, str | int | float | None], main: bool) -> bool:
+        """Whether the folder is this job's already. One of another job is refused; without parts it is taken over."""
+        parts = self._found()
+        if not parts and (main or not path.exists()):
+            return False
+        try:
+            _check_job(path, job)
+        except UserError:
+            # The file may be damaged: a part can say too that it is of this job.
+            if all(self._table(part) is None for part in parts):
+                raise
+            return False
+        return True
+
+    def _found(self) -> list[int]:
+        """The numbers of the parts whose files are there, whole or not."""
+        matches = (_PART.fullmatch(path.name) for path in self.folder.glob("ifd-part-*"))
+        return [int(found[1]) for found in matches if found is not None]
+
+    def check_there(self) -> None:
+        """Raise RunError if the folder is not there any more."""
+        if not (self.folder / _JOB).is_file():
+            raise RunError(
+                f"{self.folder} was deleted or moved while its job was at work. Run the same command again: it goes on "
+                "with the parts that are there."
+            )
+
+    def _digest(self, part: int, data: bytes | memoryview) -> bytes:
+        digest = hashlib.blake2b(self._key, digest_size=_DIGEST)
+        digest.update(f" part {part} ".encode())
+        digest.update(data)
+        return digest.digest()
+
+    def _read(self, part: int, rows: int) -> pa.Table | None:
+        table = self._table(part)
+        return table if table is not None and table.num_rows == rows else None
+
+    def _table(self, part: int) -> pa.Table | None:
+        """The table of a part; None where its file is missing, damaged, or of another part or job."""
+        try:
+            found = self.path(part).read_bytes()
+        except OSError:
+            return None
+        data, digest = memoryview(found)[:-_DIGEST], found[-_DIGEST:]
+        if digest != self._digest(part, data):
+            return None
+        return pa.ipc.open_stream(pa.py_buffer(data)).read_all()
+
+    def _whole(self, part: int, rows: int, again: Callable[[int], Mapping[str, np.ndarray]]) -> pa.Table:
+        table = self._read(part, rows)
+        if table is None:
+            self.warn([part])
+            self._save(part, again(part))
+            table = self._read(part, rows)
+        if table is None:
+            raise RunError(
+                f"{self.path(part)} is not what was written there a moment ago: the disk is at fault, or another "
+                "program. Write to another disk."
+            )
+        return table
+
+    def warn(self, damaged: Sequence[int]) -> None:
+        """Say that parts are damaged, the first time that some are."""
+        if damaged and not self._warned:
+            self._warned = True
+            shown = ", ".join(self.path(part).name for part in damaged[:3])
+            more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+            logger.warning("Damaged, or of another job, and so scored again: %s%s in %s.", shown, more, self.folder)
+
+    def _delete(self) -> None:
+        """Delete the files of jobs, which is all that has such names, but for the lock."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.name in (_JOB, _JOINED) or _PART.fullmatch(path.name) or is_temporary(path):
+                path.unlink(missing_ok=True)
+        (self.folder / _FINISHED).unlink(missing_ok=True)  # last: until then, the others may have to be deleted
+
+    def _leave(self) -> None:
+        """Give the lock back; the folder goes if it is empty."""
+        if self._lock is not None:
+            if not self._found():
+                (self.folder / _LOCK).unlink(missing_ok=True)
+            os.close(self._lock)  # on network file systems an open file keeps its folder
+            self._lock = None
+        with suppress(OSError):  # there are files of others in it
+            self.folder.rmdir()
+
+
+class _Digested:
+    """A file to write to, and a digest of what is written."""
+
+    def __init__(self, file: BinaryIO, digest: hashlib.blake2b) -> None:
+        self._file, self._update = file, digest.update
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        self._update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Errors of writing while a job's parts are kept: the message says that the same command goes on."""
+    try:
+        yield
+    except FileAccessError as error:
+        raise FileAccessError(
+            f"{error} What is scored so far is kept. Mend this (make room, or allow writing there), and run the same "
+            "command again to go on."
+        ) from error
+
+
+def _lock(path: Path, output: str | os.PathLike) -> int | None:
+    """A lock that ends with this process, also when it is killed; None on systems that have no locks.
+
+    Raises:
+        ValueError: when another process has it.
+        FileAccessError: when the lock's file cannot be opened, or is a symbolic link, to whatever file of others.
+    """
+    if fcntl is None:
+        return None
+    while True:
+        with writing(path):
+            # Never closed by the garbage collector, which ends the lock.
+            if path.is_symlink():
+                raise FileAccessError(f"{path} is a symbolic link, which no lock of a job is. Delete it.")
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(file, 1000, 0).decode(errors="replace")
+            os.close(file)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                path.unlink(missing_ok=True)
+                return None
+            raise UserError(
+                f"Another job is making {os.fspath(output)} ({holder}). Wait until it is done, end it, or write to "
+                "another file."
+            ) from error
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
+            break
+        os.close(file)  # the job before deleted it in between
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+    return file
+
+
+def _check_job(path: Path, job: Mapping[str, str | int | float | None]) -> None:
+    """Raise ValueError if the parts beside this file are not known to be of the job."""
+    folder, remedy = path.parent, "Delete the folder to start anew, or write to another file."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differs = [key for key in {**job, **found} if found.get(key) != job.get(key)]
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} holds parts, but no {path.name} to say of which job. {remedy}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}), so the parts may be of another job. {remedy}") from error
+    if differs:
+        changes = "; ".join(f"{key}: {_shown(found.get(key))} there, {_shown(job.get(key))} now" for key in differs)
+        raise UserError(f"{folder} holds parts of another job: {changes}. {remedy}")
+
+
+def _shown(option: str | int | float | None) -> str:
+    return "not set" if option is None else str(option)
+
+
+def source_digest(source: str, rows: Dataset) -> str:
+    """A digest of a file's bytes, or the fingerprint of a hub data set."""
+    path = Path(source)
+    return file_digest(path) if path.is_file() else rows._fingerprint
+
+
+def _has_bytes(type: pa.DataType) -> bool:
+    """Whether a type of Arrow is, or has inside, one of bytes."""
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(kind(type) for kind in kinds) or any(_has_bytes(type.field(i).type) for i in range(type.num_fields))
+
+
+def _write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
+    """Row groups of about 100 MB in memory, as data hubs like them, cut so that equal rows make equal pages."""
+    waiting: list[pa.Table] = []
+    size = 0
+    with pq.ParquetWriter(
+        path, schema, use_content_defined_chunking=True, write_page_index=True, write_page_checksum=True
+    ) as writer:
+        for table in tables:
+            waiting.append(table)
+            size += table.nbytes
+            if size >= _ROW_GROUP_BYTES:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting, size = [], 0
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+
+
+def _python_columns(part: Dataset, names: list[str]) -> dict[str, list]:
+    """These columns as Python values, with every digit of the floats that `Json` holds."""
+    exact = [name for name in names if holds_json(part.features[name])]
+    others = [name for name in names if name not in exact]
+    found = part.with_format(None).select_columns(others)[:] if others else {}
+    table = part.with_format("arrow").select_columns(exact)[:] if exact else None
+    found |= {name: python_values(table[name], part.features[name]) for name in exact}
+    return {name: found[name] for name in names}
+
+
+def _dumps(value: Any) -> str:
+    """JSON in which text stays readable."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _write_json(parts: Iterable[Dataset], path: Path, lines: bool) -> None:
+    """One object a line, or a list of them; a missing score is null."""
+    with path.open("w", encoding="utf-8") as file:
+        separator = first = "" if lines else "[\n"
+        for part in parts:
+            columns = _python_columns(part, part.column_names)
+            for values in zip(*columns.values(), strict=True):
+                file.write(separator + _dumps(dict(zip(columns, values, strict=True))))
+                separator = "\n" if lines else ",\n"
+        if lines:
+            file.write("\n")
+        else:
+            file.write("[\n\n]\n" if separator == first else "\n]\n")
+
+
+def _write_csv(parts: Iterable[Dataset], path: Path) -> None:
+    """Some rows at a time; texts in quotes, a null and NaN without."""
+    writer = None
+    for part in parts:
+        nested = [
+            name
+            for name, feature in part.features.items()
+            if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type)
+        ]
+        table, values = part.with_format("arrow")[:], _python_columns(part, nested)
+        for i, field in enumerate(table.schema):
+            if field.name in nested:
+                texts = [None if cell is None else _dumps(cell) for cell in values[field.name]]
+                table = table.set_column(i, field.name, pa.array(texts, pa.string()))
+            elif pa.types.is_floating(field.type):
+                table = table.set_column(
+                    i, field, pc.if_else(pc.is_nan(table[i]), pa.scalar(None, field.type), table[i])
+                )
+        writer = writer or pa.csv.CSVWriter(path, table.schema)
+        writer.write_table(table)
+    writer.close()

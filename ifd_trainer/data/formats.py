@@ -1,0 +1,325 @@
+"""Raw rows to prompt and answer text.
+
+A format says three things about a row: the prompt the model reads, the answer whose loss is measured, and the
+header, the text that stands before the answer when it is scored alone (`### Response:`, the assistant header of a
+chat template, or nothing).
+
+Templates: Alpaca and WizardLM prompts as in the paper (arXiv 2308.12032) and its program; the bare prompt of
+Superfiltering (arXiv 2402.00530). `None` and NaN count as no text; published programs render them as "None".
+
+A row asks nothing when its instruction and its input, its prompt, or all messages before the answer but the
+assistant's own are blank: there is no IFD without a prompt. An input alone is one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import UserError
+from .chat_template import (
+    MalformedRow,
+    asks,
+    chat_messages,
+    check_chat,
+    reads_as_text,
+    split_chat,
+    template_options,
+    text_of,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One rendered row.
+
+    Attributes:
+        prompt: text before the answer, in its format.
+        answer: text whose tokens are scored; may end with a template's end-of-turn text.
+        header: text that precedes the answer in the direct pass; "" for none (then BOS or EOS is used).
+        special_tokens: whether the tokenizer is to add its own BOS (chat templates write theirs).
+        counted: what the `cherry` program counts as the prompt when it cuts an answer; None for the whole prompt.
+        end: what a template wrote at the end of `answer`, which is not scored.
+        asked: whether the row's own part of the prompt says anything.
+    """
+
+    prompt: str
+    answer: str
+    header: str = ""
+    special_tokens: bool = True
+    counted: str | None = None
+    end: str = ""
+    asked: bool = True
+
+
+class PromptFormat(Protocol):
+    """What every format offers: a name, the columns it reads, and `render`."""
+
+    name: str
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    def render(self, row: Mapping[str, Any], tokenizer: Any) -> Example: ...
+
+
+# A name in braces; behind a letter they are plain text, such as LaTeX's \boxed{answer}.
+_PLACEHOLDER = re.compile(r"(?<!\w)\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class TemplateFormat:
+    """A prompt template over an instruction, an input (optional) and an output, in columns of any names.
+
+    Args:
+        name: what errors and data cards call the format.
+        prompt: the prompt of a row without an input. `{instruction}` stands for the instruction, whatever its column
+            is called.
+        prompt_with_input: the prompt of a row with an input, for which `{input}` stands; the same as `prompt` where
+            no row has one.
+        header: the text before the answer when it is scored alone, as the prompts end; "" for none.
+        instruction, input, output: names of the columns; that of the input may be missing from the data.
+        counts_instruction_only: see `Example.counted`.
+
+    Raises:
+        ValueError: for a template without its placeholders, or with a column's name in place of them.
+
+    >>> qa = TemplateFormat("qa", "{instruction} A:", "{input} {instruction} A:", "A:", instruction="q", output="a")
+    >>> qa.render({"q": "2 + 2?", "a": "4"}).prompt
+    '2 + 2? A:'
+    """
+
+    name: str
+    prompt: str
+    prompt_with_input: str
+    header: str = "### Response:"
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    counts_instruction_only: bool = False
+
+    def __post_init__(self) -> None:
+        with_input = ("instruction", "input") if self.prompt_with_input != self.prompt else ("instruction",)
+        columns = {self.instruction, self.input, self.output, "output"} - {"instruction", "input"}
+        for template, needed in (("prompt", ("instruction",)), ("prompt_with_input", with_input)):
+            text = getattr(self, template)
+            missing = [f"lacks {{{name}}}" for name in needed if f"{{{name}}}" not in text]
+            # Other braces may be text ("reply as {answer}"); the name of a column is a mistake.
+            unknown = sorted(columns & set(_PLACEHOLDER.findall(text)))
+            if missing or unknown:
+                raise UserError(
+                    f"TemplateFormat {self.name!r}: {template}={text!r} "
+                    f"{' and '.join(missing + [f'has {{{name}}}' for name in unknown])}. Write {{instruction}} for the "
+                    "instruction and, in prompt_with_input, {input} for the input, whatever their columns are called; "
+                    "name the columns with instruction=..., input=... and output=..."
+                )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.instruction, self.output)
+
+    def render(self, row: Mapping[str, Any], tokenizer: Any = None) -> Example:
+        instruction, extra = text_of(_cell(row, self.instruction)), text_of(row.get(self.input))
+        template = self.prompt_with_input if extra else self.prompt
+        # str.replace, not str.format: instructions hold braces of their own.
+        parts = template.split("{instruction}")
+        prompt = instruction.join(part.replace("{input}", extra) for part in parts)
+        counted = instruction if self.counts_instruction_only else None
+        asked = bool(instruction.strip() or extra.strip())
+        return Example(prompt, text_of(_cell(row, self.output)), self.header, counted=counted, asked=asked)
+
+
+@dataclass(frozen=True)
+class PromptCompletionFormat:
+    """TRL's prompt-completion rows: two texts, or two lists of chat messages."""
+
+    name: str = "prompt-completion"
+    prompt: str = "prompt"
+    completion: str = "completion"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.prompt, self.completion)
+
+    def render(self, row: Mapping[str, Any], tokenizer: Any) -> Example:
+        prompt, completion = self.parts(row)
+        if isinstance(prompt, list):
+            return _render_chat(prompt, completion, row, tokenizer)
+        return Example(prompt, completion, asked=prompt.strip() != "")
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[str, str] | tuple[list[dict], list[dict]]:
+        """Prompt and completion, two texts or two lists of messages.
+
+        Raises:
+            MalformedRow: for anything else.
+        """
+        prompt, completion = _cell(row, self.prompt), _cell(row, self.completion)
+        if reads_as_text(prompt):
+            return text_of(prompt), text_of(completion)
+        return chat_messages(prompt), [] if completion is None else chat_messages(completion)
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Chat messages under the tokenizer's chat template; the last assistant turn is the answer.
+
+    Reads `messages` (role, content) or ShareGPT's `conversations` (from, value). Turns after the last assistant
+    turn are ignored, since no answer depends on them.
+    """
+
+    name: str = "messages"
+    messages: str = "messages"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.messages,)
+
+    def render(self, row: Mapping[str, Any], tokenizer: Any) -> Example:
+        prompt, answer = self.parts(row)
+        return _render_chat(prompt, answer, row, tokenizer) if answer else Example("", "")
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[list[dict], list[dict]]:
+        """The messages before the last assistant turn, and that turn; all and none where there is none.
+
+        Raises:
+            MalformedRow: for what is no list of messages.
+        """
+        messages = chat_messages(_cell(row, self.messages))
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+        return messages[:last], messages[last : last + 1]
+
+
+ALPACA = TemplateFormat(
+    "alpaca",
+    prompt=(
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:"
+    ),
+    prompt_with_input=(
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    ),
+)
+WIZARDLM = TemplateFormat(
+    "wizardlm",
+    prompt="{instruction}\n\n### Response:",
+    prompt_with_input="{instruction}\nInput:{input}\n\n### Response:",
+    counts_instruction_only=True,
+)
+SUPERFILTERING = TemplateFormat(
+    "superfiltering", prompt="{instruction}\n", prompt_with_input="{instruction}\n{input}\n", header=""
+)
+PROMPT_COMPLETION = PromptCompletionFormat()
+MESSAGES = ChatFormat()
+SHAREGPT = ChatFormat("sharegpt", "conversations")
+
+FORMATS: dict[str, PromptFormat] = {
+    format.name: format for format in (ALPACA, WIZARDLM, SUPERFILTERING, PROMPT_COMPLETION, MESSAGES, SHAREGPT)
+}
+
+
+def detect_format(columns: Iterable[str]) -> PromptFormat:
+    """The format that the columns of a data set speak of.
+
+    `messages`; `conversations`; `prompt` and `completion`; `instruction`, `input`, `output` (Alpaca); `instruction`
+    and `output` alone (WizardLM), looked for in this order.
+
+    Raises:
+        ValueError: when none fits; the message names the columns found and the ones wanted.
+
+    >>> detect_format(["instruction", "input", "output"]).name
+    'alpaca'
+    """
+    columns = list(columns)
+    has = set(columns)
+    for format in (MESSAGES, SHAREGPT, PROMPT_COMPLETION):
+        if has.issuperset(format.columns):
+            return format
+    if has.issuperset(ALPACA.columns):
+        return ALPACA if ALPACA.input in has else WIZARDLM
+    raise UserError(
+        f"Cannot tell the format from the columns {sorted(columns)}. Wanted: 'messages'; 'conversations'; 'prompt' and "
+        "'completion'; 'instruction', 'input' and 'output' (Alpaca); or 'instruction' and 'output' (WizardLM). Rename "
+        "columns with `dataset.rename_columns`, or pass format=TemplateFormat(...) with your column names."
+    )
+
+
+def resolve_format(format: str | PromptFormat | None, columns: Iterable[str]) -> PromptFormat:
+    """A format by name, as it is, or detected from `columns`; checks that its columns are there.
+
+    Raises:
+        ValueError: for an unknown name, or when a column that the format reads is missing.
+    """
+    columns = list(columns)
+    if format is None:
+        return detect_format(columns)
+    if isinstance(format, str):
+        if format not in FORMATS:
+            raise UserError(f"Unknown format {format!r}. Known formats: {', '.join(sorted(FORMATS))}.")
+        format = FORMATS[format]
+    missing = [column for column in format.columns if column not in columns]
+    if missing:
+        raise UserError(
+            f"Format {format.name!r} reads the columns {list(format.columns)}, but {missing} are not among the data "
+            f"set's columns {sorted(columns)}. Rename columns, or choose another format of {sorted(FORMATS)}."
+        )
+    return format
+
+
+def to_prompt_completion(row: Mapping[str, Any], format: PromptFormat) -> dict[str, Any]:
+    """The row as TRL's SFTTrainer reads it: `prompt` and `completion`, as text or as messages.
+
+    Text formats give two texts; chats stay messages, so that TRL applies the template and masks the prompt.
+
+    Raises:
+        MalformedRow: when the format cannot render the row.
+    """
+    if isinstance(format, (ChatFormat, PromptCompletionFormat)):
+        prompt, completion = format.parts(row)
+    else:
+        example = format.render(row, None)
+        prompt, completion = example.prompt, example.answer
+    return {"prompt": prompt, "completion": completion}
+
+
+def to_training_row(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any = None) -> dict[str, Any]:
+    """`to_prompt_completion` with what a chat's template reads beside it, in forms that TRL takes as they are.
+
+    `tools` is JSON, "null" for none.
+
+    Raises:
+        MalformedRow: when the row cannot be trained on: what `render` refuses, a chat without an answer or without a
+            message before it, and what the tokenizer's chat template, where one is given, cannot write.
+    """
+    found = to_prompt_completion(row, format)
+    if not isinstance(found["prompt"], list):
+        return found
+    if not found["completion"]:
+        raise MalformedRow("the chat has no assistant turn")
+    if not found["prompt"]:
+        raise MalformedRow("the chat begins with its answer: no message stands before it")
+    options = template_options(row, tokenizer)
+    if getattr(tokenizer, "chat_template", None):
+        check_chat(found["prompt"], found["completion"], options, tokenizer)
+    return found | {"tools": json.dumps(options.pop("tools")), "chat_template_kwargs": options}
+
+
+def _cell(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise MalformedRow(f"the row has no {name!r}")
+    return row[name]
+
+
+def _render_chat(prompt: list[dict], answer: list[dict], row: Mapping[str, Any], tokenizer: Any) -> Example:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise UserError(
+            "The rows are chat messages, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or "
+            "use a text format such as 'prompt-completion'."
+        )
+    before, rest, frame = split_chat(prompt, answer, template_options(row, tokenizer), tokenizer)
+    return Example(before, rest, frame.before, special_tokens=False, end=frame.after, asked=asks(prompt))

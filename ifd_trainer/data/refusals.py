@@ -1,0 +1,102 @@
+"""Answers in which an assistant refuses, or speaks of itself as a language model: told by a few phrases, no model.
+
+The experiments of arXiv 2308.12032 on WizardLM data leave out rows whose answer holds such boilerplate. The phrases
+here are this project's own choice, English only. Whoever needs other ones filters before scoring.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+# Anywhere in an answer: a model that speaks of itself.
+SELF_REFERENCES = (
+    "as an ai language model",
+    "as an ai model",
+    "as an ai assistant",
+    "as an ai chatbot",
+    "as an ai text-based",
+    "as an ai, i",
+    "as an artificial intelligence, i",
+    "as an artificial intelligence language model",
+    "as a language model, i",
+    "as a large language model",
+    "i am an ai language model",
+    "i'm an ai language model",
+    "i am just an ai",
+    "i'm just an ai",
+    "with a gpt language model",  # with the two below: how Alpaca's answers say that there is none
+    "for a gpt language model",
+    "<nooutput>",
+)
+# At the start of an answer only: further on, a story or a letter may say the same.
+OPENINGS = (
+    "i'm sorry, but i",
+    "i am sorry, but i",
+    "i'm sorry, i can't",
+    "i'm sorry, i cannot",
+    "i am sorry, i cannot",
+    "sorry, but i can't",
+    "sorry, but i cannot",
+    "sorry, i can't",
+    "sorry, i cannot",
+    "i apologize, but i",
+    "i cannot assist",
+    "i can't assist",
+    "i cannot help with",
+    "i can't help with",
+    "i cannot fulfill",
+    "i can't fulfill",
+    "i cannot provide",
+    "i can't provide",
+    "i'm unable to",
+    "i am unable to",
+    "i'm not able to",
+    "i am not able to",
+)
+_APOSTROPHE = "‘’ʼ＇`´′"
+_APOSTROPHES = re.compile(f"[{_APOSTROPHE}]")
+_SELF_REFERENCE = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, SELF_REFERENCES))})(?!\w)")
+_OPENING = re.compile(rf"(?:{'|'.join(map(re.escape, OPENINGS))})(?!\w)")
+
+
+def looks_like_refusal(answer: str) -> bool:
+    """Whether an answer opens with one of `OPENINGS` or holds one of `SELF_REFERENCES` as whole words.
+
+    Upper and lower case, kinds of apostrophes and of white space do not matter.
+
+    >>> looks_like_refusal("I\N{RIGHT SINGLE QUOTATION MARK}m sorry, but I cannot help with that.")
+    True
+    >>> looks_like_refusal("As an AI researcher, she wrote: I'm sorry, but I cannot come.")
+    False
+    """
+    text = " ".join(_APOSTROPHES.sub("'", answer).casefold().split())
+    return bool(_OPENING.match(text) or _SELF_REFERENCE.search(text))
+
+
+def may_refuse(answers: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Which of n texts hold one of the phrases at all, (n,) bool, without a Python object for each of them.
+
+    All that `looks_like_refusal`, which says more and takes longer, are among them.
+
+    >>> may_refuse(pa.array(["She said: sorry, but I can't.", "Paris.", None])).tolist()
+    [True, False, False]
+    """
+    found = pc.match_substring_regex(answers, _superset())
+    return pc.fill_null(found, False).to_numpy(zero_copy_only=False)
+
+
+@cache
+def _superset() -> str:
+    """The phrases as one pattern, with any white space and apostrophe; or a character that folds to ASCII ones."""
+    codes = range(sys.maxunicode + 1)
+    space = "[" + "".join(f"\\x{{{code:x}}}" for code in codes if chr(code).isspace()) + "]+"
+    phrases = "|".join(re.escape(phrase) for phrase in SELF_REFERENCES + OPENINGS)
+    phrases = phrases.replace("\\ ", space).replace("'", f"['{_APOSTROPHE}]")
+    folds = "".join(chr(code) for code in codes[128:] if any(part.isascii() for part in chr(code).casefold()))
+    return f"(?i:{phrases})|[{folds}]"

@@ -1,0 +1,77 @@
+"""Prompts, headers and answers of tokenised rows, of which only tokens and labels are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..method.reasons import Status
+from .chat_template import renderer, template_frames
+from .encoding import EncodedPair, Encoder
+from .formats import ALPACA, SUPERFILTERING, WIZARDLM
+from .response_header import GivenHeader
+
+
+class TokenRows:
+    """Rows of tokens and labels, read as the transform reads raw rows: what a template adds is no part of an answer.
+
+    Args:
+        encoder: for the tokenizer that made the rows.
+        template: the chat template that wrote them, if it is not the tokenizer's own.
+    """
+
+    def __init__(self, encoder: Encoder, template: str | None = None) -> None:
+        tokenizer = encoder.tokenizer
+        self._encoder, self._turns = encoder, encoder.turns
+        self._frames = template_frames(tokenizer, template)
+        self._blank = {_letters(prompt) for prompt in _blank_prompts(tokenizer, template)}
+        self._longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in _blank_prompts(tokenizer, template)) + 8
+
+    def pair(self, ids: Sequence[int], start: int, end: int, prefix: Sequence[int]) -> EncodedPair:
+        """The row's pair, where the labels say that the answer is `ids[start:end]`.
+
+        The direct answer is preceded by the template's header as the row has it; by `prefix`, which `response_prefix`
+        gives, where a user chose that or the row has none.
+        """
+        ids = list(ids)
+        header, start, end = self._turns(ids, start, end, self._frames)
+        given = header is None or isinstance(prefix, GivenHeader)
+        pair = self._encoder.pair(ids[:end], start, list(prefix) if given else ids[header:start])
+        if pair.status is not Status.EMPTY_ANSWER and self.asks_nothing(ids[:start]):
+            return EncodedPair.unscorable(Status.EMPTY_PROMPT)
+        return pair
+
+    def span(self, ids: Sequence[int], start: int, end: int) -> tuple[int, int]:
+        """Where the answer begins and ends within the labels' `start` and `end`."""
+        return self._turns(list(ids), start, end, self._frames)[1:]
+
+    def asks_nothing(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt holds nothing but what a template or a known format adds, as far as tokens tell."""
+        if len(prompt) > self._longest:
+            return False
+        decode = self._encoder.tokenizer.decode
+        return any(_letters(decode(list(prompt), skip_special_tokens=skip)) in self._blank for skip in (False, True))
+
+
+def _blank_prompts(tokenizer: Any, template: str | None) -> Iterator[str]:
+    """Prompts in which nothing is asked, as the known formats and the chat template write them."""
+    yield ""
+    for format in (ALPACA, WIZARDLM, SUPERFILTERING):
+        yield format.render({format.instruction: "", format.output: ""}).prompt
+    if template is None and not getattr(tokenizer, "chat_template", None):
+        return
+    render = renderer(tokenizer, {} if template is None else {"chat_template": template})
+    user, system = {"role": "user", "content": ""}, {"role": "system", "content": ""}
+    for messages in ([user], [system, user], [system]):
+        for opened in (True, False):
+            try:
+                text = render(messages, add_generation_prompt=opened)
+            except Exception:  # no chat that this template knows
+                continue
+            yield text
+            yield from () if opened else (text + frame.before for frame in template_frames(tokenizer, template))
+    yield from (frame.before for frame in template_frames(tokenizer, template))
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())

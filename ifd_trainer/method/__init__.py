@@ -1,0 +1,1 @@
+"""The equations, policies, schedules and reasons: pure, NumPy alone, no model."""

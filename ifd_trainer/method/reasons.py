@@ -1,0 +1,59 @@
+"""Why a row is trained on, is not, or has no score: every reason there is, with its sentence for a reader.
+
+A status says whether a row has a score; a reason says what became of it. Every row has one: a row without a score is
+dropped for its status.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Status(str, Enum):
+    """Why a row has no score; `OK` if and only if it has one."""
+
+    OK = "ok"
+    EMPTY_ANSWER = "empty_answer"  # no answer token, or white space alone
+    EMPTY_PROMPT = "empty_prompt"  # nothing is asked: neither instruction nor input, or no message before the answer
+    TOO_SHORT = "too_short"  # fewer answer tokens than the definition or `min_answer_tokens` wants
+    TRUNCATED = "truncated"  # the answer does not fit in max_length
+    PROMPT_TOO_LONG = "prompt_too_long"  # no answer token fits in max_length
+    NONFINITE = "nonfinite"  # the model gave NaN or infinity, or a direct score of zero
+    MALFORMED = "malformed"  # the format cannot render the row
+
+    def __str__(self) -> str:
+        return self.value
+
+
+FAILED = "failed"  # status of imported scores: the program that scored the row gave up on it and wrote zeros
+NOT_SCORED = "not_scored"  # status in an epoch that trains on all rows without scoring any
+
+KEPT = "kept"
+RELAXED = "kept_above_limit"  # kept although its score is at or above the limit: on_shortfall="relax"
+ABOVE_LIMIT = "above_limit"  # score >= max_ifd: the prompt does not help
+BELOW_CUT = "below_cut"  # eligible, but the budget was spent on harder rows
+REDUNDANT = "redundant"  # among the candidates of a diverse selection, but others stand for it
+OTHER_TIER = "other_tier"  # among the rows of a curriculum, but not in this epoch's tiers
+NOT_IN_SAMPLE = "not_in_sample"  # in an epoch that trains on a sample drawn without scores: the brief experience
+REFUSAL = "refusal"  # the answer looks like a refusal
+
+# In the order in which tables and plots show them.
+MEANINGS = {
+    KEPT: "kept",
+    RELAXED: "kept, though at or above the limit",
+    BELOW_CUT: "dropped: below the cut",
+    REDUNDANT: "dropped: other rows stand for it",
+    OTHER_TIER: "not in this epoch's tiers",
+    NOT_IN_SAMPLE: "not in the sample of the brief experience",
+    ABOVE_LIMIT: "dropped: at or above the limit",
+    REFUSAL: "dropped: the answer looks like a refusal",
+    Status.EMPTY_ANSWER.value: "no score: the answer has no token",
+    Status.EMPTY_PROMPT.value: "no score: nothing is asked, the prompt is blank",
+    Status.TOO_SHORT.value: "no score: too few answer tokens",
+    Status.TRUNCATED.value: "no score: the answer does not fit in max_length",
+    Status.PROMPT_TOO_LONG.value: "no score: the prompt fills max_length",
+    Status.NONFINITE.value: "no score: the loss is not finite, or the direct score is 0",
+    Status.MALFORMED.value: "no score: the format cannot render the row",
+    FAILED: "no score: the program that scored gave up on the row",
+    NOT_SCORED: "no score: nothing was scored in this epoch",
+}

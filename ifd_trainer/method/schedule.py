@@ -1,0 +1,384 @@
+"""Epoch to budget, and the plan of steps.
+
+Budgets are known before training: a Trainer fixes its number of steps, its learning rate schedule and its progress
+bar before the first epoch, so an epoch cannot be found shorter later on without ending the schedule early.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from ..errors import UserError
+from .brief_experience import Brief
+
+
+class Schedule(Protocol):
+    """Anything that says how many rows of a pool an epoch trains on; `turn`, if there is one, says more."""
+
+    def budget(self, epoch: int, pool: int) -> int: ...
+
+
+class Tier(NamedTuple):
+    """One tier of a curriculum, as an epoch sees it.
+
+    Attributes:
+        number: 0 for the tier that the curriculum begins with.
+        rows: its size.
+        trained: whether the epoch trains on it.
+    """
+
+    number: int
+    rows: int
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one epoch does.
+
+    Attributes:
+        budget: rows to train on.
+        rows: "selected" now, the "same" as in the epoch before, "all" of the pool, scorable or not, or the "brief"
+            experience's sample.
+        score: whether the pool is scored with the model as it is; if not, the last scores stand.
+        tiers: of a curriculum, the tier with the highest scores first; the rows are those of the tiers that are
+            `trained`, of `budget` rows together. Without tiers, the rows are the ones with the highest scores.
+        chosen: the epoch whose choice this is; an earlier one for the "same" rows.
+    """
+
+    budget: int
+    rows: Literal["selected", "same", "all", "brief"] = "selected"
+    score: bool = True
+    tiers: tuple[Tier, ...] = ()
+    chosen: int = 0
+
+    @property
+    def of(self) -> int:
+        """Rows with the highest scores that this epoch's are chosen among: those of all tiers."""
+        return sum(tier.rows for tier in self.tiers) or self.budget
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same budget in every epoch: a float is a fraction of the pool, an int a number of rows.
+
+    >>> Constant(0.1).budget(epoch=3, pool=52002)
+    5200
+    """
+
+    keep: float | int
+
+    def __post_init__(self) -> None:
+        _check(self.keep)
+
+    def budget(self, epoch: int, pool: int) -> int:
+        return _rows(self.keep, pool)
+
+
+@dataclass(frozen=True)
+class PerEpoch:
+    """One budget for each epoch; the last one stands for all epochs after it.
+
+    >>> [PerEpoch((1.0, 0.5, 10)).budget(epoch, pool=100) for epoch in range(4)]
+    [100, 50, 10, 10]
+    """
+
+    keep: tuple[float | int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise UserError("keep is an empty list; give one entry per epoch, e.g. keep=[1.0, 0.5, 0.1].")
+        for entry in self.keep:
+            _check(entry)
+
+    def budget(self, epoch: int, pool: int) -> int:
+        return _rows(self.keep[min(epoch, len(self.keep) - 1)], pool)
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Tiers of the rows with the highest scores, one after the other, from easy to hard or from hard to easy.
+
+    Of the pool, the `keep` rows with the highest scores are divided by score into `tiers` parts of equal size, give or
+    take one row. Stage s (0, 1, ..., tiers - 1; each takes `epochs_per_tier` epochs, the last one all that remain)
+    trains on
+
+        mode "tiers":      tier s alone
+        mode "growing":    tiers 0 to s
+        mode "shrinking":  tiers s to the last
+
+    where tier 0 is the easiest ("easy_to_hard") or the hardest ("hard_to_easy").
+
+    With packing, rows are packed rows: the examples go by their scores, each tier takes as many as fill its packed
+    rows, and no packed row holds examples of two tiers. As each tier is packed by itself, a few examples with the
+    lowest scores, which would fit if all `keep` rows were packed together, are left out ("below_cut"): 0.02 to 0.7 %
+    of the tokens in trials with 2,000 to 52,000 log-normal lengths in 3 to 5 tiers. See `PackedPool.divide`.
+
+    >>> curriculum = Curriculum(keep=30, tiers=3, mode="growing")
+    >>> [curriculum.budget(epoch, pool=100) for epoch in range(4)]
+    [10, 20, 30, 30]
+    """
+
+    keep: float | int = 1.0
+    tiers: int = 3
+    direction: Literal["easy_to_hard", "hard_to_easy"] = "easy_to_hard"
+    mode: Literal["tiers", "growing", "shrinking"] = "tiers"
+    epochs_per_tier: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.keep)
+        if self.direction not in ("easy_to_hard", "hard_to_easy"):
+            raise UserError(f"direction must be 'easy_to_hard' or 'hard_to_easy', got {self.direction!r}.")
+        if self.mode not in ("tiers", "growing", "shrinking"):
+            raise UserError(f"mode must be 'tiers', 'growing' or 'shrinking', got {self.mode!r}.")
+        if self.tiers < 1 or self.epochs_per_tier < 1:
+            raise UserError(
+                f"tiers and epochs_per_tier must be at least 1, got {self.tiers} and {self.epochs_per_tier}."
+            )
+
+    def budget(self, epoch: int, pool: int) -> int:
+        return self.turn(epoch, pool).budget
+
+    def turn(self, epoch: int, pool: int) -> Turn:
+        """The tiers, and which of them an epoch trains on."""
+        of = _rows(self.keep, pool)
+        if of < self.tiers:
+            raise UserError(f"{of} rows cannot be divided into {self.tiers} tiers; raise keep or lower tiers.")
+        stage = min(epoch // self.epochs_per_tier, self.tiers - 1)
+        first = 0 if self.mode == "growing" else stage
+        last = self.tiers - 1 if self.mode == "shrinking" else stage
+        tiers = []
+        for rank in range(self.tiers):  # 0 has the highest scores
+            number = self.tiers - 1 - rank if self.direction == "easy_to_hard" else rank
+            rows = (rank + 1) * of // self.tiers - rank * of // self.tiers
+            tiers.append(Tier(number, rows, first <= number <= last))
+        return Turn(sum(tier.rows for tier in tiers if tier.trained), tiers=tuple(tiers))
+
+
+@dataclass(frozen=True)
+class Anneal:
+    """Another schedule, and the whole pool for the last share of the epochs (at least one epoch).
+
+    Source: the annealing of InfoBatch (arXiv 2303.04947), which trains on the full set at the end.
+
+    Args:
+        schedule: a schedule, or what `keep` takes.
+        share: of the epochs, in (0, 1]; rounded, but one epoch at least.
+
+    >>> Anneal(0.1, share=0.25).full_from(epochs=4)
+    3
+    """
+
+    schedule: Schedule | float | int
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"share must be in (0, 1], got {self.share}.")
+        object.__setattr__(self, "schedule", as_schedule(self.schedule))
+
+    def budget(self, epoch: int, pool: int) -> int:
+        return self.schedule.budget(epoch, pool)
+
+    def full_from(self, epochs: int) -> int:
+        """The first epoch that trains on the whole pool."""
+        return epochs - max(1, round(self.share * epochs))
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """A schedule and when it scores: what each epoch of a run does.
+
+    Args:
+        schedule: rows per epoch.
+        every: select in each `every`-th epoch; the epochs between train on the same rows in another order.
+        warmup_epochs: train on the whole pool first for so many epochs, or on a sample of it.
+        freeze_after: from this epoch on nothing is scored again, the last scores stand (the first epoch that selects
+            always scores). A fully trained model is a worse scorer (arXiv 2308.12032, appendix G).
+        warmup: the sample of the warm-up epochs; None for the whole pool.
+        start_anew: training starts anew after the warm-up epochs, and the schedule counts its epochs from there.
+    """
+
+    schedule: Schedule
+    every: int = 1
+    warmup_epochs: int = 0
+    freeze_after: int | None = None
+    warmup: Brief | None = None
+    start_anew: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.warmup is not None or self.start_anew) and self.warmup_epochs < 1:
+            raise UserError("warmup and start_anew say what the warm-up epochs do: set warmup_epochs=1 or more.")
+        for name, least in (("every", 1), ("warmup_epochs", 0), ("freeze_after", 0)):
+            number = getattr(self, name)
+            whole = isinstance(number, Integral) and not isinstance(number, bool)
+            if not (whole and number >= least) and not (number is None and name == "freeze_after"):
+                raise UserError(f"{name} counts epochs: a whole number of at least {least}, got {number!r}.")
+
+    def turn(self, epoch: int, pool: int, epochs: int | None = None) -> Turn:
+        """What `epoch` does.
+
+        Args:
+            epochs: epochs of the run; None if `max_steps` decides.
+
+        Raises:
+            ValueError: for `Anneal` without a number of epochs.
+        """
+        schedule = self.schedule
+        if isinstance(schedule, Anneal):
+            if epochs is None:
+                raise UserError("Anneal needs to know the number of epochs: set num_train_epochs, not max_steps.")
+            if epoch - (self.restart or 0) >= schedule.full_from(epochs):
+                return Turn(pool, "all", score=False)
+            schedule = schedule.schedule
+        if epoch < self.warmup_epochs:
+            sample = self.warmup is not None
+            return Turn(self.warmup.rows(pool) if sample else pool, "brief" if sample else "all", score=False)
+        since = (epoch - self.warmup_epochs) % self.every
+        chosen = epoch - since  # the epoch that selected the rows of this one
+        counted = chosen - (self.restart or 0)
+        turn = schedule.turn(counted, pool) if hasattr(schedule, "turn") else None
+        turn = turn or Turn(schedule.budget(counted, pool))
+        turn = replace(turn, chosen=chosen)
+        if since:
+            return replace(turn, rows="same", score=False)
+        frozen = self.freeze_after is not None and epoch >= self.freeze_after and epoch > self.warmup_epochs
+        return replace(turn, score=not frozen)
+
+    @property
+    def restart(self) -> int | None:
+        """The epoch before which training starts anew, if it does."""
+        return self.warmup_epochs if self.start_anew else None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether an epoch may need scores or rows of an earlier one."""
+        return self.every > 1 or self.freeze_after is not None
+
+
+def parse_keep(entry: str | float | int) -> float | int:
+    """One entry of `keep` from text: without a point a number of rows, else a fraction; numbers pass unchanged."""
+    if isinstance(entry, (int, float)):
+        return entry
+    try:
+        return int(entry) if entry.strip().lstrip("+").isdigit() else float(entry)
+    except ValueError as error:
+        raise UserError(f"keep: {entry!r} is not a number; use 0.1, 1000, or a list of these.") from error
+
+
+def as_schedule(keep: float | int | Sequence[float | int] | Schedule) -> Schedule:
+    """The schedule for a fraction, a count, a list with one entry per epoch, or a schedule; numbers of NumPy too."""
+    if hasattr(keep, "budget"):
+        return keep
+    keep = keep.tolist() if isinstance(keep, np.ndarray) else keep
+    return PerEpoch(tuple(map(_plain, keep))) if isinstance(keep, (list, tuple)) else Constant(_plain(keep))
+
+
+def _plain(keep: Any) -> Any:
+    """A number of NumPy (from a sweep, or a computation) as the number of Python that it is."""
+    return keep.item() if isinstance(keep, np.generic) else keep
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch: rows to train on, batches per process, optimizer updates."""
+
+    epoch: int
+    budget: int
+    batches: int
+    updates: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """All epochs of a run, and the number of optimizer updates in total (the last epoch may be cut short).
+
+    Attributes:
+        restart: the epoch before which training starts anew, after the brief experience; None if it does not.
+    """
+
+    epochs: tuple[EpochPlan, ...]
+    max_steps: int
+    restart: int | None = None
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """Updates before training starts anew, and after; all of them if it does not, or stops before."""
+        if self.restart is None:
+            return (self.max_steps,)
+        before = sum(epoch.updates for epoch in self.epochs[: self.restart])
+        return (before, self.max_steps - before) if self.max_steps > before else (self.max_steps,)
+
+    @property
+    def rows(self) -> int:
+        """Rows that the planned epochs train on, repeats counted."""
+        return sum(epoch.budget for epoch in self.epochs)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, updates done in it) after `step` updates; a finished epoch counts as the next one at 0."""
+        for plan in self.epochs:
+            if step < plan.updates:
+                return plan.epoch, step
+            step -= plan.updates
+        return len(self.epochs), step
+
+    def __str__(self) -> str:
+        texts = [f"epoch {p.epoch}: {p.budget} rows, {p.updates} updates" for p in self.epochs]
+        if self.restart is not None:
+            texts[self.restart - 1] += "; then anew from the original weights"
+        return f"{self.max_steps} updates ({'; '.join(texts)})"
+
+
+def plan_epoch(epoch: int, budget: int, batches: int, accumulation: int) -> EpochPlan:
+    """The plan of one epoch; the last update may gather fewer than `accumulation` batches."""
+    return EpochPlan(epoch, budget, batches, max(math.ceil(batches / accumulation), 1))
+
+
+def plan_training(
+    of_epoch: Callable[[int], EpochPlan], num_train_epochs: float, max_steps: int = -1, restart: int | None = None
+) -> TrainingPlan:
+    """The plan of a run.
+
+    Args:
+        of_epoch: the plan of the given epoch.
+        num_train_epochs: epochs, may be fractional; used when max_steps is not positive.
+        max_steps: total updates, as in `TrainingArguments`; the run takes as many epochs as that needs.
+        restart: the epoch before which training starts anew.
+    """
+    if max_steps > 0:
+        epochs, total = [], 0
+        while total < max_steps:
+            epochs.append(of_epoch(len(epochs)))
+            total += epochs[-1].updates
+        return TrainingPlan(tuple(epochs), max_steps, restart)
+    epochs = [of_epoch(epoch) for epoch in range(math.ceil(num_train_epochs))]
+    whole = int(num_train_epochs)
+    total = sum(plan.updates for plan in epochs[:whole])
+    if len(epochs) > whole:
+        # 2.1 - 2 is a little more than 0.1: without rounding, a tenth of ten updates would be two.
+        total += math.ceil(round((num_train_epochs - whole) * epochs[whole].updates, 6))
+    return TrainingPlan(tuple(epochs), total, restart)
+
+
+def _check(keep: float | int) -> None:
+    ok = (isinstance(keep, int) and keep >= 1) or (isinstance(keep, float) and 0 < keep <= 1)
+    if not ok or isinstance(keep, bool):
+        raise UserError(
+            f"keep must be a fraction in (0, 1], written with a point (0.1, or 1.0 for all rows), or a whole number of "
+            f"rows (1000), got {keep!r}."
+        )
+
+
+def _rows(keep: float | int, pool: int) -> int:
+    """Rows for `keep` of a pool: the denominator of a fraction is the whole pool, scorable or not."""
+    if isinstance(keep, int):
+        if keep > pool:
+            raise UserError(f"keep={keep} rows were asked for, but the pool has only {pool}.")
+        return keep
+    return max(1, round(keep * pool))

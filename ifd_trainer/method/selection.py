@@ -1,0 +1,201 @@
+"""Scores to kept rows: pure, seeded, each dropped row with its reason.
+
+A policy is a frozen dataclass that maps score columns and a budget to a `Selection`. It sees nothing but arrays, so
+ten million rows cost a sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from ..errors import UserError
+from .reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED, Status
+
+
+class ShortfallError(UserError):
+    """Fewer eligible rows than the budget asks for."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a policy decided about n rows.
+
+    Attributes:
+        kept: (budget,) positions to train on, highest score first; a row occurs more than once only after a
+            shortfall, the repeats behind the first pass.
+        reasons: (n,) `kept`, `kept_above_limit`, `above_limit`, `below_cut`, or the status of an unscorable row.
+        cut: lowest score kept.
+        eligible: number of rows that were scorable and under the limit.
+        shortfall: budget minus eligible, 0 if there were enough.
+        tier: (n,) the number of each row's tier in a curriculum, -1 for a row in none; None without a curriculum.
+        parts: of a curriculum, `kept` by the number of the tier, the one with the highest scores first.
+    """
+
+    kept: np.ndarray
+    reasons: np.ndarray
+    cut: float
+    eligible: int
+    shortfall: int
+    tier: np.ndarray | None = None
+    parts: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def everything(cls, rows: int) -> Selection:
+        """All rows of a pool, whatever their scores."""
+        return cls(np.arange(rows), np.full(rows, KEPT, dtype=object), float("nan"), rows, 0)
+
+    @classmethod
+    def of(cls, kept: np.ndarray, rows: int, reason: str) -> Selection:
+        """The rows `kept`, chosen otherwise than by a score; the others are dropped for one reason."""
+        reasons = np.full(rows, reason, dtype=object)
+        reasons[kept] = KEPT
+        return cls(kept, reasons, float("nan"), rows, 0)
+
+    def in_tiers(self, score: np.ndarray, tiers: Mapping[int, np.ndarray], trained: Collection[int]) -> Selection:
+        """Only the kept rows in some of the tiers.
+
+        Args:
+            score: (n,) what was ranked by.
+            tiers: kept positions by number of the tier, the one with the highest scores first. A row that is repeated
+                may be in several; a kept row in none is dropped like the ones below the cut.
+            trained: numbers of the tiers to keep.
+        """
+        parts = {number: part for number, part in tiers.items() if number in trained}
+        kept, chosen = np.concatenate(list(parts.values())), np.concatenate(list(tiers.values()))
+        reasons, tier = self.reasons.copy(), np.full(len(self.reasons), -1)
+        left = np.setdiff1d(self.kept, chosen)
+        reasons[left] = np.where(reasons[left] == RELAXED, ABOVE_LIMIT, BELOW_CUT)
+        reasons[np.setdiff1d(chosen, kept)] = OTHER_TIER
+        for number in sorted(tiers, key=lambda number: (number in trained, -number)):  # the last one stands
+            tier[tiers[number]] = number
+        return replace(self, kept=kept, reasons=reasons, cut=float(score[kept].min()), tier=tier, parts=parts)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Positions kept, each once, highest score first."""
+        _, first = np.unique(self.kept, return_index=True)
+        return self.kept[np.sort(first)]
+
+
+@dataclass(frozen=True)
+class Cherry:
+    """Keep the rows with the highest IFD under a limit: the paper's "cherry" samples.
+
+    A row is eligible when its status is `ok` and its score < `max_ifd`; of these the highest `budget` are kept. Ties
+    are broken by row id, lowest first. Source: arXiv 2308.12032, section 2.3.
+
+    Args:
+        max_ifd: rows at or above are dropped, their prompt does not help; `float("inf")` switches this off.
+        score: the column to rank by, "ifd" or "ifd_ppl".
+        on_shortfall: what to do with fewer eligible rows than the budget. "repeat" repeats eligible rows, each as
+            often as any other give or take one, chosen by the seed; "relax" fills with rows at or above the limit,
+            the nearest first; "error" raises.
+
+    >>> columns = {"ifd": np.array([0.2, 0.9, 1.3]), "ifd_status": np.array(["ok", "ok", "ok"])}
+    >>> selection = Cherry()(columns, budget=1)
+    >>> selection.kept.tolist(), selection.reasons.tolist()
+    ([1], ['below_cut', 'kept', 'above_limit'])
+    """
+
+    max_ifd: float = 1.0
+    score: Literal["ifd", "ifd_ppl"] = "ifd"
+    on_shortfall: Literal["repeat", "relax", "error"] = "repeat"
+
+    def __post_init__(self) -> None:
+        if not self.max_ifd > 0:
+            raise UserError(f"max_ifd must be positive, got {self.max_ifd}; for no limit give infinity, inf.")
+        if self.score not in ("ifd", "ifd_ppl"):
+            raise UserError(f"score must be 'ifd' or 'ifd_ppl', got {self.score!r}.")
+        if self.on_shortfall not in ("repeat", "relax", "error"):
+            raise UserError(f"on_shortfall must be 'repeat', 'relax' or 'error', got {self.on_shortfall!r}.")
+
+    def __call__(
+        self,
+        columns: Mapping[str, np.ndarray],
+        budget: int,
+        *,
+        ids: np.ndarray | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Selection:
+        """Select `budget` of n rows.
+
+        Args:
+            columns: arrays (n,): the score column, NaN for none, and `ifd_status`.
+            budget: number of rows to train on, at least 1.
+            ids: (n,) row ids that break ties; positions by default.
+            rng: chooses what is repeated after a shortfall; seed 0 by default.
+
+        Raises:
+            ShortfallError: when no row is eligible (with "relax": has a score), or on a shortfall with "error".
+        """
+        if budget < 1:
+            raise UserError(f"The budget must be at least one row, got {budget}.")
+        score = np.asarray(columns[self.score], dtype=np.float64)
+        statuses, codes = coded(columns["ifd_status"])
+        ids = np.arange(len(score)) if ids is None else np.asarray(ids)
+        ok = (statuses == Status.OK.value)[codes]
+        scored = ok & np.isfinite(score)
+        eligible = scored & (score < self.max_ifd)
+        count = int(eligible.sum())
+        shortfall = max(budget - count, 0)
+        fillable = count or (self.on_shortfall == "relax" and scored.any())
+        if shortfall and (self.on_shortfall == "error" or not fillable):
+            unscored = dict(zip(statuses, np.bincount(codes[~scored], minlength=len(statuses)).tolist(), strict=True))
+            raise ShortfallError(self._explain(budget, eligible, scored, unscored))
+        kept = _best(score, ids, eligible, budget)
+        relaxed = _best(-score, ids, scored & ~eligible, shortfall) if self.on_shortfall == "relax" else kept[:0]
+        kept = np.concatenate([kept, relaxed])
+        kept = np.concatenate([kept, _repeats(kept, budget - len(kept), rng)])
+        names = [*statuses, Status.NONFINITE.value, ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED]
+        reason = codes.copy()
+        for code, rows in enumerate((ok & ~scored, scored, eligible, kept, relaxed), start=len(statuses)):
+            reason[rows] = code
+        reasons = np.array(names, dtype=object)[reason]
+        return Selection(kept, reasons, float(score[kept].min()), count, shortfall)
+
+    def _explain(self, budget: int, eligible: np.ndarray, scored: np.ndarray, unscored: dict[str, int]) -> str:
+        why = ", ".join(f"{count} {status}" for status, count in unscored.items() if count)
+        return (
+            f"{budget} rows are to be kept, but only {eligible.sum()} of {len(scored)} are eligible: "
+            f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {self.score} >= {self.max_ifd}. "
+            f"{f'Without a score: {why}. ' if why else ''}"
+            "Lower `keep`, raise `max_ifd` (float('inf') switches the limit off), or look at the prompt format: with a "
+            "chat template that the model was not trained on, prompts often do not help."
+        )
+
+
+def coded(values: np.ndarray | pd.Series | pd.Categorical) -> tuple[np.ndarray, np.ndarray]:
+    """The different texts of an array (k,), as objects, and for each of its n values which of them it is (n,).
+
+    Ten million statuses are a handful of texts: what is computed on the numbers makes no Python object for each row.
+
+    >>> texts, codes = coded(np.array(["ok", "failed", "ok"]))
+    >>> texts[codes].tolist()
+    ['ok', 'failed', 'ok']
+    """
+    values = values if isinstance(values, (pd.Series, pd.Categorical)) else np.asarray(values, dtype=object)
+    codes, texts = pd.factorize(values, use_na_sentinel=False)
+    return np.asarray(texts, dtype=object).astype(str).astype(object), codes
+
+
+def _best(score: np.ndarray, ids: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` positions under the mask, highest score first, ties by id; no others are sorted."""
+    positions = np.flatnonzero(mask) if count else np.flatnonzero(())
+    if count < len(positions):
+        cut = np.partition(score[positions], len(positions) - count)[len(positions) - count]
+        positions = positions[score[positions] >= cut]
+    return positions[np.lexsort((ids[positions], -score[positions]))][:count]
+
+
+def _repeats(rows: np.ndarray, missing: int, rng: np.random.Generator | None) -> np.ndarray:
+    """`missing` repeats of `rows`, each as often as any other give or take one."""
+    if missing <= 0:
+        return rows[:0]
+    rng = rng or np.random.default_rng(0)
+    rounds, rest = divmod(missing, len(rows))
+    return np.concatenate([np.tile(rows, rounds), rows[np.sort(rng.permutation(len(rows))[:rest])]])

@@ -1,0 +1,1 @@
+"""A selected set leaves the house: selection of a file, cards, hubs, scores of other programs."""

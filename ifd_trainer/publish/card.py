@@ -1,0 +1,306 @@
+"""The data card of a selected data set: README.md as data hubs read it, and a histogram of the scores.
+
+The card names files and models by their last name only where they are local: it is written to be published.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from .. import __version__
+from ..data.atomic import write_atomically
+from ..errors import UserError
+from ..method.reasons import KEPT, MEANINGS, Status
+from ..report.plots import histogram_of
+from ..report.score_frames import number_text, rows_text, spearman
+from .provenance import Provenance
+from .select import Subset
+
+MARKER = "<!-- Written by ifd-trainer select. -->"
+UNKNOWN = "not recorded"
+# Characters that may begin markup; an underscore inside a word does not, nor does `#` but at the start of a line.
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|^[#+-]")
+_SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")  # categories of the hub end at powers of ten from 10^3 on
+_DEFINITIONS = {
+    "paper": "paper: prompt and answer tokenised together, the same answer tokens in both passes",
+    "cherry": "cherry: as the program Cherry_LLM computes it (arXiv 2308.12032)",
+    "superfiltering": "superfiltering: as the program Superfiltering computes it (arXiv 2402.00530)",
+    "data-juicer": "data-juicer: as data-juicer's instruction_following_difficulty_filter computes it",
+}
+_COLUMNS = {
+    "cas": "conditioned answer score s(A\\|Q): mean loss of the answer's tokens given the prompt, nats per token",
+    "das": "direct answer score s(A): their mean loss without the prompt, nats per token",
+    "ifd": "cas / das",
+    "ifd_ppl": "exp(cas - das), the ratio of perplexities",
+    "answer_tokens": "number of scored tokens",
+    "ifd_status": "`ok`, or why there is no score",
+    "ifd_definition": "how the scores are defined; those of two definitions cannot be compared",
+    "ifd_rank": "1 is the highest score kept",
+    "ifd_reason": "`kept`, or why not",
+}
+
+
+def check_card(path: Path) -> None:
+    """Raise ValueError now if a card would be written over a file that is none."""
+    if path.is_file() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(
+            f"{path} is there already and was not written by `ifd-trainer select`. Write to another place, or pass "
+            "--no-card."
+        )
+
+
+def write_card(
+    path: Path,
+    image: Path,
+    *,
+    data: str,
+    source: str,
+    rows: pd.DataFrame,
+    subset: Subset,
+    provenance: Provenance,
+    id_column: str | None = None,
+    columns: Sequence[str] = (),
+    everything: bool = False,
+) -> None:
+    """Write the card and its histogram.
+
+    Args:
+        path, image: the files to write, in one folder.
+        data: name of the data file in that folder.
+        source: the rows that were chosen from, a hub name or a file.
+        rows: (n rows) score columns and `ifd_status` of the whole pool.
+        subset: what was chosen of it.
+        provenance: how the scores were made.
+        id_column: what broke ties; None for the position.
+        columns: names of all columns of the data file.
+        everything: whether the data file holds the rows that were not kept too.
+    """
+    frame = _scored(rows, subset)
+    figure = histogram_of({None: frame}, subset.score, subset.max_ifd)
+    write_atomically(image, lambda temporary: figure.savefig(temporary, format="png"))
+    name = public_name(source)
+    written = subset.pool if everything else subset.kept
+    what = f"{'all rows, marked ' if everything else ''}the {rows_text(subset.kept)} with the highest IFD"
+    title = f"{' '.join(name.split())}: {what}"
+    content = {
+        "front_matter": _front_matter(title, written, data),
+        "marker": MARKER,
+        "title": _plain(title),
+        "opening": _opening(subset, _plain(name), everything),
+        "facts": _facts(subset, name, provenance, id_column),
+        "pool": rows_text(subset.pool),
+        "counts": [
+            {
+                "reason": _code(reason),
+                "rows": f"{count:,}",
+                "share": f"{100 * count / subset.pool:.2f} %",
+                "meaning": MEANINGS.get(reason, ""),
+            }
+            for reason, count in subset.counts.items()
+        ],
+        "counted": f"{subset.pool:,}",
+        "statuses": ", ".join(
+            f"{count:,} {_code(str(status), cell=False)}" for status, count in rows["ifd_status"].value_counts().items()
+        ),
+        "caption": f"Histogram of {subset.score} over the pool, kept rows apart",
+        "image": quote(os.fsencode(image.name)),
+        "score": subset.score,
+        "scored": f"{len(frame):,}",
+        "kept": f"{subset.kept:,}",
+        "quantiles": _quantiles(frame, subset.score),
+        "columns": [(column, meaning) for column, meaning in _COLUMNS.items() if column in columns],
+        "limits": _limits(frame, subset.score),
+        "program": f"ifd_trainer {__version__}",
+    }
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )  # Markdown, not HTML: names and texts of others are escaped by `_plain` and `_code`
+    text = environment.from_string(template).render(content)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def public_name(name: str) -> str:
+    """A hub name as it is; of a local file or folder the last part, which says nothing about a machine.
+
+    >>> public_name("tatsu-lab/alpaca"), public_name("/home/someone/rows.jsonl"), public_name("../model/")
+    ('tatsu-lab/alpaca', 'rows.jsonl', 'model')
+    """
+    local = os.path.exists(name) or name.startswith((".", "/", "~")) or os.path.isabs(name)
+    shown = (Path(name).name or Path(name).resolve().name) if local else name
+    return shown.encode(errors="replace").decode()  # a file's name may be of bytes that are no text
+
+
+def size_category(rows: int) -> str:
+    """The hub's category of a data set's size.
+
+    >>> size_category(1000)
+    '1K<n<10K'
+    """
+    if rows < 1000:
+        return f"n<{_SIZES[0]}"
+    power = min(len(str(rows)) - 4, len(_SIZES) - 2)
+    return f"{_SIZES[power]}<n<{_SIZES[power + 1]}"
+
+
+def _front_matter(title: str, rows: int, data: str) -> str:
+    matter = {
+        "pretty_name": title,
+        "task_categories": ["text-generation"],
+        "size_categories": [size_category(rows)],
+        "tags": ["instruction-tuning", "data-selection", "ifd", "ifd_trainer"],
+    }
+    # train.parquet is found without being named. Named, `datasets` 5.2 would cache a local folder by this card alone,
+    # and show the rows of an earlier folder of the same name and card.
+    if not data.startswith("train."):
+        # The path is a pattern: brackets and stars in a name would stand for others.
+        files = [{"split": "train", "path": glob.escape(data)}]
+        matter["configs"] = [{"config_name": "default", "data_files": files}]
+    return yaml.dump(matter, Dumper=_FrontMatter, sort_keys=False, allow_unicode=True, width=10**6)
+
+
+class _FrontMatter(yaml.SafeDumper):
+    """No text over several lines: of those, one of `---` would end the front matter for readers that look for it."""
+
+
+def _on_one_line(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    plain = text.isprintable()
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_FrontMatter.add_representer(str, _on_one_line)
+
+
+def _opening(subset: Subset, name: str, everything: bool) -> str:
+    kept = f"{rows_text(subset.kept)} of the {subset.pool:,} of {name}"
+    what = "the rows with the highest Instruction-Following Difficulty (IFD)"
+    if subset.max_ifd != float("inf"):
+        what += f" below {subset.max_ifd:g}"
+    if everything:
+        return f"All {rows_text(subset.pool)} of {name}, each with its score; {kept} are marked `kept`: {what}."
+    return f"{kept[0].upper()}{kept[1:]}: {what}."
+
+
+def _facts(subset: Subset, name: str, provenance: Provenance, id_column: str | None) -> list[tuple[str, str]]:
+    share = f"{100 * subset.kept / subset.pool:.2f} % of all {rows_text(subset.pool)} of the pool"
+    asked = (
+        f"{100 * subset.keep:g} % of all {rows_text(subset.pool)} of the pool = {rows_text(subset.asked)}"
+        if isinstance(subset.keep, float)
+        else rows_text(subset.asked)
+    )
+    options = {
+        "maximal length": provenance.max_length,
+        "least answer tokens": provenance.min_answer_tokens,
+        "too long answers scored in part": provenance.score_truncated or None,
+        "dtype": provenance.dtype,
+    }
+    told = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)
+    facts = [
+        ("source", _plain(name)),
+        ("scoring model", _plain(public_name(provenance.model) if provenance.model else UNKNOWN)),
+        ("its weights", _plain(provenance.weights or "")),
+        (
+            "definition of the scores",
+            _DEFINITIONS.get(provenance.definition) or _plain(provenance.definition or UNKNOWN),
+        ),
+        ("prompt format", _plain(provenance.format or UNKNOWN)),
+        ("options of the scoring", _plain(told)),
+        ("scored with", _plain(provenance.program or UNKNOWN)),
+        ("ranked by", f"`{subset.score}`, ties by {_code(id_column) if id_column else 'position in the source'}"),
+        ("limit", "none" if subset.max_ifd == float("inf") else f"`{subset.score}` < {subset.max_ifd:g}"),
+        ("asked for", asked),
+        ("kept", f"{rows_text(subset.kept)}, {share}"),
+        ("lowest score kept", number_text(subset.cut, 4)),
+    ]
+    if subset.kept < subset.asked:
+        facts.append(("shortfall", f"{rows_text(subset.asked - subset.kept)}: only {subset.eligible:,} were eligible"))
+    return [(key, value) for key, value in facts if value]
+
+
+def _plain(text: str) -> str:
+    """Text of others on one line, shown in Markdown as it is: no markup, no HTML, no end of a table's cell.
+
+    >>> _plain("a_b *c* <i> x|y")
+    'a_b \\\\*c\\\\* &lt;i&gt; x\\\\|y'
+    """
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKUP.sub(r"\\\g<0>", text)
+
+
+def _code(text: str, cell: bool = True) -> str:
+    """Text of others as code, in a table's cell or elsewhere.
+
+    >>> _code("a_b"), _code("a`|b")
+    ('`a_b`', '`` a`\\\\|b ``')
+    """
+    text = " ".join(text.split()) or " "
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    if len(fence) > 1:
+        text = f" {text} "  # which is not shown
+    return fence + (text.replace("|", "\\|") if cell else text) + fence
+
+
+def _scored(rows: pd.DataFrame, subset: Subset) -> pd.DataFrame:
+    """The rows with a score, and what the card shows of them, no more: ten million rows have to fit."""
+    score, tokens = (rows[name].to_numpy(dtype=float, na_value=np.nan) for name in (subset.score, "answer_tokens"))
+    scored = (rows["ifd_status"] == Status.OK.value).to_numpy() & np.isfinite(score)
+    columns = {
+        subset.score: score[scored],
+        "answer_tokens": tokens[scored],
+        "kept": subset.ranks.notna().to_numpy()[scored],
+        "reason": subset.reasons[scored],
+    }
+    return pd.DataFrame(columns, copy=False)
+
+
+def _quantiles(frame: pd.DataFrame, score: str) -> list[tuple[str, str, str]]:
+    levels = np.linspace(0, 1, 11)
+    both = [frame[score].quantile(levels), frame.loc[frame["kept"], score].quantile(levels)]
+    ends = {0: "0 % (lowest)", 5: "50 % (median)", 10: "100 % (highest)"}
+    return [
+        (ends.get(i, f"{10 * i} %"), *(number_text(values.iloc[i], 4) for values in both)) for i in range(len(levels))
+    ]
+
+
+def _limits(frame: pd.DataFrame, score: str) -> str:
+    rho = spearman(frame["answer_tokens"], frame[score])
+    length = "" if rho is None else f" (Spearman's rank correlation of `{score}` and answer tokens here: {rho:.2f})"
+    return (
+        f"IFD is confounded with the length of the answer{length}, so that selecting by IFD can select by length. It "
+        "does not remove label noise: answers that are wrong or belong to another prompt often score high and stay "
+        "under the limit. Scores hold for one model, one prompt format and one definition, and cannot be compared "
+        "with others."
+    )
+
+
+def card_paths(data: Path, folder: bool) -> tuple[Path, Path]:
+    """Where the card and the histogram of a data file go: README.md in a folder, beside a file under its name.
+
+    >>> [path.as_posix() for path in card_paths(Path("out/cherry.jsonl"), folder=False)]
+    ['out/cherry.md', 'out/cherry.png']
+    """
+    if folder:
+        return data.with_name("README.md"), data.with_name("histogram.png")
+    return data.with_suffix(".md"), data.with_suffix(".png")
+
+
+def summary(subset: Subset) -> str:
+    """One line for the terminal: rows kept, of how many, and what became of the rest."""
+    rest: dict[str, Any] = {reason: count for reason, count in subset.counts.items() if reason != KEPT}
+    others = ", ".join(f"{count} {reason}" for reason, count in rest.items()) or "none"
+    share = 100 * subset.kept / subset.pool
+    return (
+        f"{subset.kept} rows kept, {share:.2f} % of all {subset.pool} rows in the pool ({subset.asked} asked for), "
+        f"{subset.score} >= {subset.cut:.4f}. Not kept: {others}."
+    )

@@ -1,0 +1,187 @@
+"""Scores of a data set, and what made them: a small YAML file beside the data, since CSV has no room for it.
+
+`scored.parquet` has `scored.parquet.ifd.yaml`. It holds a digest of the scores, so that it is believed for these
+scores only: after a file has been scored anew by something else, it says nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from datasets import Dataset
+
+from .. import __version__
+from ..data.atomic import write_atomically
+from ..data.readable_text import text_columns
+from ..errors import FileAccessError, UserError
+from .imported_scores import read_scores
+
+OWN_SCORES = ("ifd", "ifd_ppl", "answer_tokens", "ifd_status", "ifd_definition")  # what `find_scores` reads
+_CHECKSUM = "checksum: "  # begins the last line, about those before it; older files have none
+_PROGRAMS = {"cherry": "Cherry_LLM", "superfiltering": "Superfiltering", "data-juicer": "data-juicer"}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How scores were made; None for what is not known.
+
+    Attributes:
+        definition: `paper`, `cherry`, `superfiltering` (see `data.encoding`) or `data-juicer`.
+        model: hub name or path of the model that scored.
+        weights: what tells its weights from others: a hub name with its commit, or a digest of a folder.
+        format: name of the prompt format.
+        max_length, min_answer_tokens, score_truncated, dtype: options of the scoring.
+        source: the rows that were scored, a hub name or a file.
+        program: name and version of the program that scored.
+    """
+
+    definition: str | None = None
+    model: str | None = None
+    weights: str | None = None
+    format: str | None = None
+    max_length: int | None = None
+    min_answer_tokens: int | None = None
+    score_truncated: bool | None = None
+    dtype: str | None = None
+    source: str | None = None
+    program: str | None = None
+
+
+def provenance_of(settings: Mapping[str, Any], model: str, weights: str, source: str) -> Provenance:
+    """The provenance of scores of this program, made with these `IFDScorer.settings` and weights of this digest."""
+    names = ("definition", "format", "max_length", "min_answer_tokens", "score_truncated", "dtype")
+    options = {name: settings[name] for name in names}
+    return Provenance(model=model, weights=weights, source=source, program=f"ifd_trainer {__version__}", **options)
+
+
+def provenance_path(data: str | os.PathLike) -> Path:
+    """Where the provenance of a data file is.
+
+    >>> provenance_path("runs/scored.csv").as_posix()
+    'runs/scored.csv.ifd.yaml'
+    """
+    return Path(f"{os.fspath(data)}.ifd.yaml")
+
+
+def write_provenance(data: str | os.PathLike, provenance: Provenance, scores: pd.DataFrame | Dataset) -> None:
+    """Write the provenance of a data file with these scores."""
+    known = {name: value for name, value in asdict(provenance).items() if value is not None}
+    text = yaml.safe_dump(known | {"scores": scores_digest(scores)}, sort_keys=False, allow_unicode=True)
+    text += f"{_CHECKSUM}{_digest(text)}\n"
+    write_atomically(provenance_path(data), lambda temporary: temporary.write_bytes(text.encode()))
+
+
+def read_provenance(data: str | os.PathLike, scores: pd.DataFrame) -> Provenance | None:
+    """The provenance of a data file, None where there is none or where it speaks of other scores.
+
+    Raises:
+        ValueError: for a file that is no provenance.
+        FileAccessError: for one that was changed since it was written.
+    """
+    path = provenance_path(data)
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_bytes().decode()
+        found = yaml.safe_load(text)
+        digest, checksum = found.pop("scores"), found.pop(_CHECKSUM.strip(": "), None)
+        provenance = Provenance(**found)
+    except (UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        wanted = ", ".join(field.name for field in fields(Provenance))
+        raise UserError(f"{path} does not say how scores were made ({wanted}, scores). Delete it.") from error
+    expected = scores_digest(scores)
+    if len(str(digest)) != len(expected) or checksum not in (None, _digest(text.rpartition(_CHECKSUM)[0])):
+        raise FileAccessError(
+            f"{path} was changed after it was written, by hand or by damage: what it says of {data} may be wrong. "
+            f"Delete it, or, if the change is yours, only its line `{_CHECKSUM.strip()}`."
+        )
+    return provenance if digest == expected else None
+
+
+def find_scores(
+    rows: pd.DataFrame, data: str, scores: str | None = None, *, kind: str | None = None, model: str | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame, Provenance]:
+    """The scores of a data set, from a file of their own or from its columns.
+
+    Args:
+        rows: all columns of the data set; of one that has scores, `OWN_SCORES` are enough. Texts may be categorical.
+        data: the file or hub name that it came from.
+        scores: a file of scores, see `publish.imported_scores`; None for those in the rows.
+        kind: what wrote the scores; told from their content by default.
+        model: the model that gave the scores, if it is not recorded.
+
+    Returns:
+        The score columns, those of them that the rows do not have yet, and how they were made.
+
+    Raises:
+        ValueError: when there are no scores, or scores of several definitions.
+    """
+    if scores is None and "ifd_status" in rows and kind in (None, "ifd-trainer"):
+        found, kind, new = _own_scores(rows, data), "ifd-trainer", []
+    else:
+        answers = text_columns(rows)
+        answers = None if answers is None else answers["answer"].tolist()
+        try:
+            foreign = read_scores(scores or data, len(rows), kind=kind, answers=answers)
+        except (ValueError, FileNotFoundError) as error:
+            if scores is not None:
+                raise
+            raise UserError(f"No scores: score it first with `ifd-trainer score`, or pass --scores. {error}") from error
+        found, kind, new = foreign.columns, foreign.kind, list(foreign.columns)
+    if kind == "ifd-trainer":
+        provenance = read_provenance(scores or data, found) or Provenance(definition=_one_definition(rows, data))
+    else:
+        provenance = Provenance(definition=kind, program=_PROGRAMS[kind], source=data)
+    added = found[new].copy()
+    if provenance.definition:
+        added["ifd_definition"] = pd.Categorical.from_codes(np.zeros(len(rows), np.int8), [provenance.definition])
+    return found, added, replace(provenance, model=model or provenance.model)
+
+
+def _own_scores(rows: pd.DataFrame, data: str) -> pd.DataFrame:
+    if not {"ifd", "ifd_ppl"} & set(rows):
+        raise UserError(f"{data} has ifd_status, but neither ifd nor ifd_ppl: score it first with `ifd-trainer score`.")
+    numbers = ("ifd", "ifd_ppl", "answer_tokens")
+    found = {name: pd.to_numeric(rows[name]) if name in rows else np.nan for name in numbers}
+    _one_definition(rows, data)
+    status = rows["ifd_status"]
+    status = status if isinstance(status.dtype, pd.CategoricalDtype) else status.astype(str)
+    return pd.DataFrame(found | {"ifd_status": status}, index=rows.index, copy=False)
+
+
+def _one_definition(rows: pd.DataFrame, data: str) -> str | None:
+    """What the column `ifd_definition` says, if it is there."""
+    if "ifd_definition" not in rows:
+        return None
+    found = sorted(map(str, rows["ifd_definition"].unique()))
+    if len(found) > 1:
+        raise UserError(
+            f"{data} holds scores of several definitions ({', '.join(found)}), which cannot be ranked together. Score "
+            "all rows with one definition, or select from each part."
+        )
+    return rows["ifd_definition"].iloc[0] if found else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def scores_digest(scores: pd.DataFrame | Dataset) -> str:
+    """A digest of the columns `ifd` and `ifd_ppl`, the same in every file format; of a data set, chunk by chunk."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("ifd", "ifd_ppl"):
+        if isinstance(scores, pd.DataFrame):
+            chunks = [pd.to_numeric(scores[name]).to_numpy(dtype=np.float64, na_value=np.nan)]
+        else:
+            chunks = (chunk.to_numpy(zero_copy_only=False) for chunk in scores.data[name].chunks)
+        for values in chunks:
+            digest.update(np.where(np.isnan(values), np.nan, values).astype("<f8").tobytes())
+    return digest.hexdigest()

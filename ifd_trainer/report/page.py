@@ -1,0 +1,448 @@
+"""One HTML page that needs no other file, from a history or from score columns: tables, plots and rows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+from ..data.atomic import write_atomically
+from ..data.paths import check_folder
+from ..data.readable_text import plain, shortened
+from ..errors import UserError
+from ..method.reasons import ABOVE_LIMIT, MEANINGS, OTHER_TIER, REDUNDANT, REFUSAL, RELAXED, Status
+from ..training.history import History
+from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
+from .report_data import Subject, subject_of
+from .score_frames import count_text, cut_of, epoch_name, merged, number_text, percent_text, rows_text, spearman
+from .tables import SCORE_NAMES, epoch_cells, epoch_notes, label_cells, label_shares, restart_line
+from .wording import Phases, settings_in_words
+
+
+def write_report(
+    source: History | pd.DataFrame | str | os.PathLike | Any,
+    folder: str | os.PathLike | None = None,
+    *,
+    label: str | None = None,
+    texts: pd.DataFrame | Any | None = None,
+    rows: int = 10,
+) -> Path:
+    """Write `report.html`, which needs no other file, and its plots as PNG files in `report_files` beside it.
+
+    Args:
+        source: a `History`, the folder of a run or of its history, the folder that `ifd-trainer select` wrote, or a
+            data frame or data set with the columns of `IFDScorer` (and `reason` or `ifd_reason`, if rows were
+            selected).
+        folder: where the report goes; by default the source's folder, or `ifd_report` for a data set.
+        label: a column whose values are compared by the share of their rows that was kept; by default `quality` or
+            `label`, if there is one.
+        texts: a data frame or data set with the rows' texts (prompt and answer or completion; instruction, input and
+            output; or messages) and other columns, for sources that have none; rows are matched by `row_id` or `id`.
+        rows: most rows in each table of rows.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        FileNotFoundError: when a folder holds neither a history nor `train.parquet`.
+        ValueError: for rows without IFD columns, an unknown label, or texts that cannot be matched.
+
+    >>> write_report("outputs/run")  # doctest: +SKIP
+    PosixPath('outputs/run/ifd_history/report.html')
+    """
+    if not isinstance(rows, int) or rows < 1:
+        raise UserError(f"rows must be a whole number of at least 1, got {rows!r}.")
+    if folder is not None:
+        check_folder(folder)
+    subject = subject_of(source, label, texts)
+    folder = Path(folder) if folder is not None else subject.folder
+    plots = _plots(subject) if subject.any_score else []
+    for plot in plots:
+        write_atomically(folder / "report_files" / f"{plot.name}.png", lambda path, png=plot.png: path.write_bytes(png))
+    for name in set(_PLOTS) - {plot.name for plot in plots}:
+        (folder / "report_files" / f"{name}.png").unlink(missing_ok=True)  # of an earlier report in this place
+    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(template).render(_content(subject, plots, rows))
+    write_atomically(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    return folder / "report.html"
+
+
+def _content(subject: Subject, plots: list[_Plot], rows: int) -> dict[str, Any]:
+    """What the template shows."""
+    history = subject.history
+    return {
+        "title": subject.title,
+        "facts": _facts(subject),
+        "notes": subject.notes + _observations(subject),
+        "scored": subject.any_score,
+        "any_rows": any(len(rows) for rows in subject.epochs.values()),
+        "chosen": subject.last is not None and "kept" in subject.last,
+        "score": SCORE_NAMES[subject.score],
+        "epochs": _epoch_grid(history) if history is not None and history.epochs else None,
+        "epoch_notes": " ".join(epoch_notes(history)) if history is not None else "",
+        "brief": _brief_section(subject, rows),
+        "of_history": history is not None,
+        "reasons": _reason_cells(subject),
+        "plots": {plot.name: plot for plot in plots},
+        "label": subject.labels.name if subject.labels is not None else None,
+        "labels": _label_lines(subject),
+        "sections": _sections(subject, rows),
+    }
+
+
+def _epoch_grid(history: History) -> tuple[list[str], list[list[str]], dict[int, str]]:
+    """Headers and lines of the table of epochs, and what stands between lines, by the line that it precedes."""
+    headers, lines = epoch_cells(history)
+    phases, anew = Phases.of(history.settings), restart_line(history)
+    for record, line in zip(history.epochs, lines, strict=True):
+        kind = phases.kind(record["epoch"])
+        line[0] += f" ({kind})" if kind else ""
+    return headers, lines, {} if anew is None else {anew: "Training starts anew from the original weights"}
+
+
+# ---- what it says ------------------------------------------------------------------------------------------------
+
+
+def _facts(subject: Subject) -> list[tuple[str, str]]:
+    """What this was, in plain words: (name, text)."""
+    if subject.history is not None:
+        return settings_in_words(subject.history.settings, subject.history.epochs)
+    rows = subject.last
+    facts = [
+        ("Rows", f"{len(rows):,}, of which {rows[subject.score].notna().sum():,} have a score"),
+        ("Score", SCORE_NAMES[subject.score]),
+    ]
+    if "kept" in rows:
+        facts.append(("Kept", f"{rows['kept'].sum():,} rows, cut at {number_text(cut_of(rows, subject.score))}"))
+    if subject.details is not None and "ifd_definition" in subject.details:
+        facts.append(("Definition", ", ".join(sorted(map(str, subject.details["ifd_definition"].unique())))))
+    values = rows[subject.score]
+    if values.notna().any():
+        facts.append(("Median and mean score", f"{number_text(values.median())} and {number_text(values.mean())}"))
+    return facts
+
+
+def _observations(subject: Subject) -> list[str]:
+    """What a reader should know of these rows before trusting the numbers."""
+    notes = []
+    for record in subject.history.epochs if subject.history is not None else []:
+        budget, kept, shortfall = (record.get(name) or 0 for name in ("budget", "kept", "shortfall"))
+        relaxed = (record.get("reasons") or {}).get(RELAXED, 0)
+        if shortfall:
+            ways = [f"{rows_text(relaxed)} at or above the limit"] if relaxed else []
+            ways += [f"{budget - kept:,} repeats"] if budget > kept else []
+            notes.append(
+                f"Epoch {record['epoch']}: {budget:,} rows were planned, {budget - shortfall:,} were eligible; the "
+                f"rest was filled with {' and '.join(ways) or 'other rows'}."
+            )
+    for epoch, rows in merged(subject.epochs, [subject.score]).items():
+        scores = rows[subject.score].dropna()
+        if len(scores) and (scores >= 1).mean() > 0.5:
+            notes.append(
+                f"{epoch_name(epoch, 'In this data set').capitalize()}: {percent_text((scores >= 1).mean())} of the "
+                "scored rows are at 1 or more: their prompt does not help. Is the prompt format one the model knows?"
+            )
+    return notes + _duplicate_note(subject)
+
+
+def _duplicate_note(subject: Subject) -> list[str]:
+    if subject.details is None or subject.last is None or "answer" not in subject.details:
+        return []
+    texts = subject.details[["instruction", "input", "answer"]].fillna("")
+    double = texts.duplicated(keep=False) & (texts["answer"] != "")
+    if not double.any():
+        return []
+    note = f"{rows_text(int(double.sum()))} have the same prompt and answer as another row"
+    if "kept" in subject.last:
+        kept = set(subject.last.loc[subject.last["kept"], "key"]) & set(double.index[double])
+        last = subject.last_epoch
+        which = "last epoch" if last == next(reversed(subject.epochs)) else "last epoch with scores"
+        where = f" in the {which} ({epoch_name(last)})" if subject.history else ""
+        note += f"; {len(kept):,} of them were kept{where}"
+    return [note + "."]
+
+
+def _reason_cells(subject: Subject) -> tuple[list[str], list[list[str]]]:
+    """Counts by reason, one column for each epoch; of a data set without reasons, counts by status."""
+    if subject.history is not None:
+        name = subject.phases.name
+        counts = {name(record["epoch"]): record.get("reasons") or {} for record in subject.history.epochs}
+        for epoch, rows in subject.epochs.items():
+            counts[name(epoch)] = counts[name(epoch)] or _reason_counts(rows)
+    else:
+        counts = {"rows": _reason_counts(subject.last)}
+    words = {Status.OK.value: "has a score"} | MEANINGS
+    found = set().union(*counts.values())
+    order = [*(reason for reason in words if reason in found), *sorted(found - words.keys())]
+    lines = [[words.get(name, name), *(count_text(int(of.get(name, 0))) for of in counts.values())] for name in order]
+    return ["", *counts], lines
+
+
+def _reason_counts(rows: pd.DataFrame) -> dict[str, int]:
+    return rows["reason" if "reason" in rows else "ifd_status"].value_counts().to_dict()
+
+
+def _label_lines(subject: Subject) -> tuple[list[str], list[list[str]]] | None:
+    """The kept share of each label (the 30 most frequent), with the median score in the last epoch."""
+    if subject.labels is None or subject.last is None or subject.labels.empty:
+        return None
+    shares = _named_shares(subject)
+    scores = subject.last.set_index("key")[subject.score].dropna()
+    medians = scores.groupby(subject.labels.reindex(scores.index).to_numpy()).median()
+    medians.loc["all rows"] = scores.median()
+    cells = label_cells(shares)
+    shown = cells[:30] + cells[-1:] if len(cells) > 31 else cells
+    where = f", {epoch_name(subject.last_epoch)}" if subject.history is not None else ""
+    headers = [str(subject.labels.name), "rows", f"median {SCORE_NAMES[subject.score]}{where}"]
+    headers += [f"kept, {name}" if name != "kept" else name for name in shares.columns[1:]]
+    headers = [re.sub(r"epoch (\d)", "epoch\N{NO-BREAK SPACE}\\1", header) for header in headers]
+    return headers, [[value, row[0], number_text(medians.get(value)), *row[1:]] for value, row in shown]
+
+
+def _named_shares(subject: Subject) -> pd.DataFrame:
+    """`label_shares`, warm-up epochs named as such."""
+    shares = label_shares(subject.epochs, subject.labels)
+    return shares.rename(columns={epoch_name(epoch): subject.phases.name(epoch) for epoch in subject.epochs})
+
+
+# ---- plots ------------------------------------------------------------------------------------------------------
+
+_PLOTS = ("kept_flow", "ifd_histogram", "cas_das", "ifd_length", "kept_by_label")
+
+
+@dataclass(frozen=True)
+class _Plot:
+    name: str
+    title: str
+    caption: str
+    png: bytes
+    width: int  # on the page, half the file's pixels
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.png).decode("ascii")
+
+
+def _plots(subject: Subject) -> list[_Plot]:
+    """The plots that these rows allow, each with a caption that says how to read it."""
+    epochs, score, limit, phases = subject.scored, subject.score, subject.max_ifd, subject.phases
+    chosen = all("kept" in rows for rows in subject.epochs.values())
+    colors = _colors_in_words(epochs) if chosen else ""
+    if len(subject.epochs) > len(epochs):
+        colors += _left_out(subject)
+    plots = []
+    if chosen and len(subject.epochs) > 1:
+        sample = [epoch for epoch in subject.epochs if phases.is_brief(epoch)]
+        figure = plot_kept_flow(subject.epochs, sample=sample, restart=phases.restart)
+        caption = _FLOW_CAPTION + (" Nothing is compared with the brief experience." if sample else "")
+        plots.append(_plot("kept_flow", "What stays and what changes", caption, figure))
+    if len(epochs) > 5:
+        colors += f" Five of {len(epochs)} are shown."
+    ends = " The first and the last are shown." if len(epochs) > 2 else ""
+    figure = plot_ifd_histogram(epochs, score=score, max_ifd=limit)
+    plots.append(_plot("ifd_histogram", "Distribution", "How many rows have which score." + colors, figure))
+    if any((rows["cas"].notna() & rows["das"].notna()).any() for rows in epochs.values()):
+        figure = plot_cas_das(epochs, score=score, max_ifd=limit)
+        plots.append(_plot("cas_das", "With and without the prompt", _CAS_DAS_CAPTION + ends, figure))
+    if any((rows["answer_tokens"] > 0).any() for rows in epochs.values()):
+        figure = plot_ifd_length(epochs, score=score)
+        plots.append(_plot("ifd_length", "Score and answer length", _length_caption(epochs, score) + ends, figure))
+    if subject.labels is not None and chosen and len(subject.labels):
+        shares = _named_shares(subject)
+        figure = plot_kept_by_label(shares)
+        plots.append(_plot("kept_by_label", f"Kept, by {shares.index.name}", _LABEL_CAPTION, figure))
+    return plots
+
+
+def _colors_in_words(epochs: Mapping[Any, pd.DataFrame]) -> str:
+    reasons = set().union(*(rows["reason"] for rows in epochs.values()))
+    text = " Blue rows were kept, grey ones not"
+    text += "; for light blue ones other rows stand" if REDUNDANT in reasons else ""
+    return text + ("; orange ones are at or above the limit." if ABOVE_LIMIT in reasons else ".")
+
+
+def _left_out(subject: Subject) -> str:
+    """Which epochs have no panel of their own, and why."""
+    bare = [epoch for epoch, rows in subject.epochs.items() if rows[subject.score].isna().all()]
+    text = " Epochs with the same scores and the same rows kept are drawn once."
+    text = text if any(isinstance(epoch, str) for epoch in subject.scored) else ""
+    if bare:
+        listed = " and ".join(filter(None, [", ".join(map(str, bare[:-1])), str(bare[-1])]))
+        text += f" Epoch{'s' if len(bare) > 1 else ''} {listed} went without scores."
+    return text
+
+
+_FLOW_CAPTION = (
+    "Above the axis, the rows that an epoch trains on; below it, rows that the epoch before trained on and this one "
+    "does not. Tall blue parts mean that scoring again changed little."
+)
+_CAS_DAS_CAPTION = (
+    "Each point is a row. Further to the right the answer is harder to predict alone, further up it is harder to "
+    "predict after its prompt. Above the solid line the prompt does not help; rows near it have the highest scores."
+)
+_LABEL_CAPTION = (
+    "Of each label's rows, the share that was kept. Bars that pass the dashed line belong to labels that are kept "
+    "more often than the pool as a whole."
+)
+
+
+def _length_caption(epochs: Mapping[Any, pd.DataFrame], score: str) -> str:
+    ends = dict.fromkeys([next(iter(epochs)), next(reversed(epochs))])
+    values = [
+        (epoch, number_text(spearman(rows["answer_tokens"].where(rows["answer_tokens"] > 0), rows[score]), 2))
+        for epoch, rows in ((epoch, epochs[epoch]) for epoch in ends)
+    ]
+    text = " and ".join(value + (f" in {epoch_name(epoch)}" if epoch is not None else "") for epoch, value in values)
+    return (
+        f"Spearman's rank correlation of score and answer length is {text}. Near 1 the highest scores are those of "
+        "the longest answers, near -1 those of the shortest, and near 0 length plays no part."
+    )
+
+
+def _plot(name: str, title: str, caption: str, figure: Figure) -> _Plot:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # Labels may be in scripts that the plot font lacks; the page's table shows them in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(file, format="png", dpi="figure", facecolor="white")
+    return _Plot(name, title, caption, file.getvalue(), int(figure.get_figwidth() * figure.dpi / 2))
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _RowTable:
+    title: str
+    total: int
+    headers: list[str]
+    rows: list[dict[str, Any]]  # cells, and the texts where they are known
+
+
+@dataclass(frozen=True)
+class _Section:
+    title: str
+    tables: list[_RowTable]
+
+
+def _sections(subject: Subject, most: int) -> list[_Section]:
+    """Tables of rows: of the last epoch with scores, then of the first. The brief experience has its own."""
+    epochs = subject.scored or {e: rows for e, rows in subject.epochs.items() if not subject.phases.is_brief(e)}
+    names = list(dict.fromkeys([*reversed(epochs)][:1] + [*epochs][:1]))
+    fewer = " with scores" if set(subject.epochs) - set(subject.with_scores) else ""
+    sections = []
+    for name in names:
+        rows = epochs[name]
+        if rows.empty:
+            continue
+        which = f" (the {['last', 'first'][len(sections)]}{fewer})" if len(names) > 1 else ""
+        tables = [
+            _row_table(subject, title, part, shown, reason=title == _UNSCORABLE)
+            for title, part, shown in _parts(rows, subject.score, most)
+        ]
+        sections.append(_Section(f"Rows of {epoch_name(name)}{which}" if name is not None else "Rows", tables))
+    return sections
+
+
+def _brief_section(subject: Subject, most: int) -> dict[str, Any] | None:
+    """The sample of the brief experience: a few of its rows, evenly spread over it."""
+    brief = [epoch for epoch in subject.epochs if subject.phases.is_brief(epoch)]
+    if not brief:
+        return None
+    rows = subject.epochs[brief[0]]
+    sample = rows[rows["kept"]] if "kept" in rows else rows.iloc[:0]
+    count = min(most, len(sample))
+    shown = sample.iloc[[i * len(sample) // count for i in range(count)]]
+    table = _row_table(subject, "Rows of the sample", sample, shown, scored=False)
+    after = subject.phases.restart is not None
+    return {"table": table, "anew": after}
+
+
+_UNSCORABLE = "Rows without a score"
+_DROPPED = {  # for reasons other than their score
+    REDUNDANT: "Dropped, for other rows stand for them",
+    OTHER_TIER: "In other tiers, highest scores",
+    REFUSAL: "Dropped, answers that look like refusals",
+}
+
+
+def _parts(rows: pd.DataFrame, score: str, most: int) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """(title, all rows of that kind, those to show) for each table."""
+    ranked = rows[rows[score].notna()].sort_values([score, "key"], ascending=[False, True])
+    unscored = rows[rows[score].isna()]
+    if ranked.empty:
+        parts = []
+    elif "kept" not in rows:
+        under = ranked[ranked[score] < 1]
+        parts = [("Highest scores below 1", under, under.head(most))]
+        low = under.iloc[most:].tail(most)[::-1]
+        parts.append(("Lowest scores", under, low))
+        over = ranked[ranked[score] >= 1]
+        parts.append(("Scores of 1 or more: the prompt does not help", over, over.head(most)))
+    else:
+        kept, above = ranked[ranked["kept"]], ranked[~ranked["kept"] & (ranked["reason"] == ABOVE_LIMIT)]
+        special = [name for name in _DROPPED if (ranked["reason"] == name).any()]
+        below = ranked[~ranked["kept"] & ~ranked["reason"].isin([ABOVE_LIMIT, *special])]
+        parts = [
+            ("Kept, highest scores", kept, kept.head(most)),
+            ("Kept, lowest scores", kept, kept.iloc[most:].tail(most)[::-1]),
+            ("Dropped, just below the cut", below, below.head(most)),
+            ("Dropped, at or above the limit", above, above.head(most)),
+        ]
+        others = [(_DROPPED[name], ranked[~ranked["kept"] & (ranked["reason"] == name)]) for name in special]
+        parts += [(title, part, part.head(most)) for title, part in others]
+    return [*parts, (_UNSCORABLE, unscored, unscored.head(most))]
+
+
+def _row_table(
+    subject: Subject,
+    title: str,
+    part: pd.DataFrame,
+    shown: pd.DataFrame,
+    reason: bool = False,
+    scored: bool = True,
+) -> _RowTable:
+    """A table of the rows `shown` of all those in `part`.
+
+    Args:
+        reason: with the reason why there is no score, in the place of scores.
+        scored: with scores and the number of answer tokens, which are not known without.
+    """
+    values = [subject.score, "cas", "das"] if scored and not reason else []
+    repeated = "times" in part and (part["times"] > 1).any()
+    headers = ["row", *(["why"] if reason else []), *(SCORE_NAMES.get(name, name) for name in values)]
+    headers += [*(["tokens"] if scored else []), *(["times"] if repeated else [])]
+    headers += [str(subject.labels.name)] if subject.labels is not None else []
+    lines = []
+    for row in shown.to_dict("records"):
+        words = MEANINGS.get(row["ifd_status"], row["ifd_status"]).removeprefix("no score: ")
+        cells = [str(row["row_id"])]
+        cells += [*([words] if reason else []), *(number_text(row[name]) for name in values)]
+        cells += [number_text(row["answer_tokens"], 0)] if scored else []
+        cells += [str(row["times"])] if repeated else []
+        cells += [str(subject.labels.get(row["key"], "(none)"))] if subject.labels is not None else []
+        lines.append({"cells": cells, "texts": _texts_of(subject.details, row["key"])})
+    return _RowTable(title, len(part), headers, lines)
+
+
+def _texts_of(details: pd.DataFrame | None, key: str) -> dict[str, str] | None:
+    if details is None or "answer" not in details or key not in details.index:
+        return None
+    row = details.loc[key]
+    texts = {name: plain(row[name]) for name in ("instruction", "input", "answer")}
+    return {
+        "instruction": shortened(texts["instruction"], 400),
+        "input": shortened(texts["input"], 240, lines=5),
+        "answer": shortened(texts["answer"], 500),
+    }

@@ -1,0 +1,375 @@
+"""Plots of scores and selections: data frames to a matplotlib Figure; no pyplot, nothing global is touched.
+
+A plot takes one data frame as `report.score_frames` describes it, or one for each epoch (`{0: frame, 1: frame}`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from ..data.readable_text import shortened
+from ..errors import UserError
+from ..method.reasons import ABOVE_LIMIT, REDUNDANT
+from .score_frames import by_epoch, cut_of, epoch_name, number_text, percent_text, rows_text, spearman
+
+_WIDTH, _DPI = 8.0, 192  # inches; at 192 the page shows two pixels of the file on one of its own
+_BLUE, _SKY, _GREEN, _ORANGE, _GREY = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#B3B3B3"  # Okabe and Ito
+_PINK = "#CC79A7"  # theirs too
+_INK = "#333333"
+_FARTHEST = 3.0  # a histogram never reaches farther: perplexity ratios of short answers go to the thousands
+_MOST_POINTS = 20_000
+
+
+def plot_ifd_histogram(
+    rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: str = "ifd", max_ifd: float | None = None
+) -> Figure:
+    """How many rows have which score: one panel for each epoch (five at most), the cut in each of them.
+
+    Scores beyond 3, or far beyond the 95th percentile, are not drawn; each panel says how many there are.
+
+    Args:
+        rows: scored rows, or such frames by epoch.
+        score: "ifd" or "ifd_ppl".
+        max_ifd: the policy's limit; without one the line stands at 1, from where on the prompt does not help.
+    """
+    return histogram_of(by_epoch(rows, most=5), score, max_ifd)
+
+
+def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float | None) -> Figure:
+    """`plot_ifd_histogram` of rows that are normalised already; only the score, `kept` and `reason` are looked at."""
+    edges = _edges(pd.concat([frame[score] for frame in epochs.values()]).dropna())
+    figure, axes = _figure(1.1 + 1.5 * max(len(epochs), 1.4), rows=len(epochs), sharex=True)
+    for ax, (epoch, frame) in zip(axes[:, 0], epochs.items(), strict=True):
+        groups = _groups(frame, score)
+        ax.hist(
+            [frame.loc[group.mask, score] for group in groups],
+            bins=edges,
+            stacked=True,
+            color=[group.color for group in groups],
+        )
+        ax.set_ylabel(f"{epoch_name(epoch)}\nrows" if epoch is not None else "rows")
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        _score_lines(ax, edges, cut_of(frame, score), max_ifd)
+        beyond = int((frame[score] > edges[-1]).sum())
+        if beyond:
+            _inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:g}", ha="right")
+        if _say_if_empty(ax, frame[score]):
+            ax.set_ylim(0, 1)
+    axes[-1, 0].set_xlabel(_score_axis(score))
+    axes[-1, 0].set_xlim(edges[0], edges[-1])
+    _legend_of_groups(figure, epochs.values(), score)
+    return figure
+
+
+def plot_cas_das(
+    rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: str = "ifd", max_ifd: float | None = None
+) -> Figure:
+    """Conditioned against direct answer score (nats per token), with the lines of equal score at 1 and at the cut.
+
+    Of several epochs the first and the last are shown. Of more than 20,000 rows a seeded sample is drawn.
+    """
+    epochs = by_epoch(rows, most=2)
+    points = pd.concat([frame[["cas", "das"]] for frame in epochs.values()]).dropna()
+    right, top = 1.05 * _reach(points["das"]), 1.05 * _reach(points["cas"])
+    figure, axes = _figure(4.3, columns=len(epochs), sharex=True, sharey=True)
+    for ax, (epoch, frame) in zip(axes[0], epochs.items(), strict=True):
+        drawn = _scatter(ax, frame, "das", "cas", score)
+        cut = cut_of(frame, score)
+        lines = [(1.0, "-", f"{_short(score)} 1: cas = das"), (cut, "--", f"cut {number_text(cut)}")]
+        if max_ifd is not None and max_ifd != 1:
+            lines.append((max_ifd, ":", f"limit {max_ifd:g}"))
+        direct = np.linspace(0, right, 2)
+        for level, style, text in lines:
+            if level is not None:
+                conditioned = level * direct if score == "ifd" else direct + np.log(level)
+                ax.plot(direct, conditioned, style, color=_INK, linewidth=1, label=text)
+        ax.legend(loc="upper left", frameon=False, fontsize=8)
+        ax.set(xlim=(0, right), ylim=(0, top), xlabel="direct answer score, das (nats per token)")
+        ax.set_title(_panel_title(epoch, drawn, frame[score]), fontsize=9, loc="left", color=_INK)
+        beyond = int(((frame["das"] > right) | (frame["cas"] > top)).sum())
+        if beyond:
+            _inside(ax, 0.99, 0.02, f"{rows_text(beyond)} beyond the axes", ha="right")
+        _say_if_empty(ax, frame["cas"])
+    axes[0, 0].set_ylabel("conditioned answer score, cas\n(nats per token)")
+    _legend_of_groups(figure, epochs.values(), score)
+    return figure
+
+
+def plot_ifd_length(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: str = "ifd") -> Figure:
+    """The score against the number of answer tokens, with Spearman's rank correlation of the two.
+
+    Of several epochs the first and the last are shown. Of more than 20,000 rows a seeded sample is drawn; the
+    correlation is that of all.
+    """
+    epochs = by_epoch(rows, most=2)
+    edges = _edges(pd.concat([frame[score] for frame in epochs.values()]).dropna())
+    figure, axes = _figure(3.8, columns=len(epochs), sharex=True, sharey=True)
+    for ax, (epoch, frame) in zip(axes[0], epochs.items(), strict=True):
+        frame = frame.assign(answer_tokens=frame["answer_tokens"].where(frame["answer_tokens"] > 0))
+        drawn = _scatter(ax, frame, "answer_tokens", score, score)
+        rho = spearman(frame["answer_tokens"], frame[score])
+        title = f"{_panel_title(epoch, drawn, frame[score])}Spearman {number_text(rho, 2)}"
+        ax.set_title(title, fontsize=9, loc="left", color=_INK)
+        cut, beyond = cut_of(frame, score), int((frame[score] > edges[-1]).sum())
+        if cut is not None and cut <= edges[-1]:
+            ax.axhline(cut, linestyle="--", color=_INK, linewidth=1)
+            _inside(ax, 1.01, cut, f"cut\n{cut:.3f}", va="center", transform=ax.get_yaxis_transform())
+        if beyond:
+            _inside(ax, 0.01, 0.96, f"{rows_text(beyond)} beyond {edges[-1]:g}", va="top")
+        _say_if_empty(ax, frame[score])
+        ax.set(ylim=(edges[0], edges[-1]), xlabel="answer length (tokens, logarithmic)")
+        _log_ticks(ax, frame.loc[frame[score].notna(), "answer_tokens"])
+    axes[0, 0].set_ylabel(_score_axis(score))
+    _legend_of_groups(figure, epochs.values(), score)
+    return figure
+
+
+def plot_kept_flow(
+    epochs: Mapping[Any, pd.DataFrame], *, sample: Collection[Any] = (), restart: int | None = None
+) -> Figure:
+    """How the kept rows change: for each epoch those kept again, back again and new, and below the axis those gone.
+
+    "Again" and "gone" compare with the epoch before it in `epochs`.
+
+    Args:
+        epochs: rows by epoch.
+        sample: epochs that trained on a sample drawn without scores; nothing is compared with these.
+        restart: the epoch before which training started anew: a line stands there.
+
+    Raises:
+        ValueError: when the rows do not say what was kept.
+    """
+    flow = _flow(by_epoch(epochs), sample)
+    figure, axes = _figure(3.4)
+    ax, at = axes[0, 0], np.arange(len(flow))
+    base = np.zeros(len(flow))
+    tallest = max(flow.drop(columns="gone").sum(axis=1).max(), flow["gone"].max(), 1) if len(flow) else 1
+    styles = {
+        "again": (_BLUE, "white", "kept in the epoch before too"),
+        "back": (_SKY, "black", "kept in an earlier epoch, not in the one before"),
+        "new": (_GREEN, "white", "kept for the first time"),
+        "gone": (_GREY, "black", "kept in the epoch before, dropped now"),
+    }
+    if flow["sample"].any():
+        styles = {"sample": (_PINK, "black", "sample of the brief experience")} | styles
+    for column, (color, ink, text) in styles.items():
+        counts = flow[column].to_numpy()
+        heights, bottoms = (-counts, np.zeros(len(flow))) if column == "gone" else (counts, base.copy())
+        label = text if counts.any() else None  # the legend lists what is drawn
+        ax.bar(at, heights, width=0.7, bottom=bottoms, color=color, label=label, edgecolor="white", linewidth=0.8)
+        for x, count, height, bottom in zip(at, counts, heights, bottoms, strict=True):
+            if count > 0.07 * tallest and len(flow) <= 16:
+                ax.text(x, bottom + height / 2, f"{count:,}", ha="center", va="center", color=ink, fontsize=8)
+        base += 0 if column == "gone" else counts
+    ax.axhline(0, color=_INK, linewidth=0.8)
+    anew = next((i for i, epoch in enumerate(flow.index) if restart is not None and epoch >= restart), 0)
+    if anew:
+        ax.axvline(anew - 0.5, linestyle="--", color=_INK, linewidth=1)
+        where = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
+        _inside(ax, anew - 0.5, 1.01, "training starts anew", ha="center", **where)
+    ax.set_xlim(-0.6, max(len(flow), 1) - 0.4)
+    step = -(-len(flow) // 20)
+    ax.set_xticks(at[::step], [str(epoch) for epoch in flow.index[::step]])
+    ax.set_xlabel("epoch")
+    ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):,.0f}"))
+    ax.set_ylabel("rows")
+    ax.set_ylim(-1.05 * flow["gone"].max() if flow["gone"].any() else 0, 1.05 * tallest)
+    if ax.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _flow(epochs: Mapping[Any, pd.DataFrame], sample: Collection[Any]) -> pd.DataFrame:
+    """Numbers of rows by epoch: `sample`, or `again`, `back`, `new` (together those kept) and `gone`."""
+    counts, before, ever = [], set(), set()
+    for epoch, rows in epochs.items():
+        if "kept" not in rows:
+            raise UserError("The rows do not say what was kept: they have no column `reason`.")
+        kept = set(rows.loc[rows["kept"], "row_id"])
+        if epoch in sample:
+            counts.append([len(kept), 0, 0, 0, 0])
+            continue
+        parts = (kept & before, (kept & ever) - before, kept - ever, before - kept)
+        counts.append([0, *(len(part) for part in parts)])
+        before, ever = kept, ever | kept
+    return pd.DataFrame(counts, index=list(epochs), columns=["sample", "again", "back", "new", "gone"], dtype=int)
+
+
+def plot_kept_by_label(shares: pd.DataFrame) -> Figure:
+    """The share of each label's rows that was kept, beside the share of all rows.
+
+    Args:
+        shares: what `label_table` returns. Of more than 15 labels the most frequent are drawn, and of more than
+            five epochs five, the first and the last included.
+    """
+    epochs = list(shares.columns[1:])
+    epochs = [epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, 5).round().astype(int))] if epochs else []
+    shown = shares.iloc[:15]
+    thickness = 0.8 / max(len(epochs), 1)
+    figure, axes = _figure(1.2 + max(len(shown), 2) * max(0.3, 0.17 * len(epochs)))
+    ax, at = axes[0, 0], np.arange(len(shown))
+    shades = colormaps["Blues"](np.linspace(0.4, 0.95, len(epochs))) if len(epochs) > 1 else [_BLUE]
+    for i, (epoch, shade) in enumerate(zip(epochs, shades, strict=False)):
+        y = at - 0.4 + (i + 0.5) * thickness
+        ax.barh(y, 100 * shown[epoch], height=0.9 * thickness, color=shade, label=epoch)
+        for height, share in zip(y, shown[epoch], strict=True):
+            ax.annotate(
+                percent_text(share),
+                (100 * share, height),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=_INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over the dashed line
+            )
+    if epochs:
+        overall = 100 * (shares[epochs[-1]] * shares["rows"]).sum() / shares["rows"].sum()
+        ax.axvline(overall, linestyle="--", color=_INK, linewidth=1, label=f"all rows, {epochs[-1]}: {overall:.0f} %")
+    names = [f"{shortened(str(value), 30)} ({count:,})" for value, count in shown["rows"].items()]
+    ax.set_yticks(at, names, parse_math=False)
+    ax.invert_yaxis()
+    ax.set_xlim(0, max(10.0, 100 * shown[epochs].max().max() * 1.1) if epochs and len(shown) else 100)
+    ax.set_xlabel("rows kept (per cent of the label's rows; their number in brackets)")
+    if epochs:
+        handles = sorted(ax.get_legend_handles_labels()[0], key=lambda handle: isinstance(handle, Line2D))
+        figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Group:
+    name: str
+    mask: pd.Series
+    color: str
+    marker: str
+
+
+def _groups(rows: pd.DataFrame, score: str) -> list[_Group]:
+    """Scored rows by what became of them, each with a colour and a marker of its own."""
+    scored = rows[score].notna()
+    if "kept" not in rows:
+        return [_Group("rows with a score", scored, _BLUE, "o")]
+    above, redundant = rows["reason"] == ABOVE_LIMIT, rows["reason"] == REDUNDANT
+    return [
+        _Group("not kept", scored & ~rows["kept"] & ~above & ~redundant, _GREY, "o"),
+        _Group("kept", scored & rows["kept"], _BLUE, "D"),
+        _Group("dropped: at or above the limit", scored & above & ~rows["kept"], _ORANGE, "^"),
+        _Group("dropped: other rows stand for it", scored & redundant, _SKY, "v"),
+    ]
+
+
+def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
+    axes = figure.subplots(max(rows, 1), max(columns, 1), squeeze=False, **options)
+    for ax in axes.flat:
+        ax.set_facecolor("white")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9)
+        ax.xaxis.label.set_size(9)
+        ax.yaxis.label.set_size(9)
+    return figure, axes
+
+
+def _edges(values: pd.Series) -> np.ndarray:
+    """Bin edges that hold 1 and nearly all values, between 0 and 3."""
+    if values.empty:
+        return np.linspace(0, 1.2, 13)
+    low = np.floor(10 * min(values.min(), 0.9)) / 10
+    high = np.ceil(10 * max(1.05, _reach(values))) / 10
+    low, high = max(low, 0.0), min(high, _FARTHEST)
+    wanted = (high - low) / np.clip(4 * np.sqrt(len(values)), 20, 80)
+    width = next((width for width in (0.01, 0.02, 0.025, 0.05) if width >= wanted), 0.1)  # 1 is always an edge
+    return np.linspace(low, high, round((high - low) / width) + 1)
+
+
+def _reach(values: pd.Series) -> float:
+    """Upper end of an axis: the greatest value, unless it is far from nearly all others."""
+    if values.empty:
+        return 1.0
+    most = values.quantile(0.95, interpolation="lower")
+    few = len(values) < 20
+    return float(max(values.max() if few or values.max() <= 2 * most else 1.5 * most, 1e-3))
+
+
+def _score_lines(ax: Axes, edges: np.ndarray, cut: float | None, max_ifd: float | None) -> None:
+    """The cut, and the limit (or 1), each with its value above the panel."""
+    lines = [(1.0, "-", "1: the prompt does not help") if max_ifd is None else (max_ifd, "-", f"limit {max_ifd:g}")]
+    if cut is not None:
+        lines.append((cut, "--", f"cut {cut:.3f}"))
+    lines = sorted(line for line in lines if edges[0] <= line[0] <= edges[-1])
+    for i, (x, style, text) in enumerate(lines):
+        ax.axvline(x, linestyle=style, color=_INK, linewidth=1)
+        side = "right" if i == 0 and len(lines) > 1 else "left"  # the texts of close lines must not meet
+        ax.text(x, 1.01, f" {text} ", transform=ax.get_xaxis_transform(), ha=side, va="bottom", fontsize=8, color=_INK)
+
+
+def _scatter(ax: Axes, rows: pd.DataFrame, x: str, y: str, score: str) -> int:
+    """Draw the rows that have both values; how many were drawn if it is a sample, else 0."""
+    points = rows.dropna(subset=[x, y])
+    sampled = len(points) > _MOST_POINTS
+    points = points.sample(_MOST_POINTS, random_state=0) if sampled else points
+    size = float(np.clip(3000 / max(len(points), 1), 2, 16))
+    for group in _groups(points, score):
+        part = points[group.mask]
+        ax.scatter(part[x], part[y], s=size, marker=group.marker, color=group.color, alpha=0.75, linewidths=0)
+    return _MOST_POINTS if sampled else 0
+
+
+def _legend_of_groups(figure: Figure, frames: Iterable[pd.DataFrame], score: str) -> None:
+    groups = [group for frame in frames for group in _groups(frame, score) if group.mask.any()]
+    named = {group.name: group for group in groups}
+    if len(named) < 2:
+        return
+    points = any(ax.collections for ax in figure.axes)
+    handles = [
+        Line2D([], [], linestyle="", marker=group.marker, color=group.color, markersize=5, label=name)
+        if points
+        else Patch(color=group.color, label=name)
+        for name, group in named.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+
+
+def _log_ticks(ax: Axes, tokens: pd.Series) -> None:
+    if tokens.notna().any():
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _panel_title(epoch: Any, drawn: int, values: pd.Series) -> str:
+    count = f"{drawn:,} of {values.notna().sum():,} rows drawn" if drawn else f"{rows_text(int(values.notna().sum()))}"
+    return f"{epoch_name(epoch)}: {count}   " if epoch is not None else f"{count}   "
+
+
+def _inside(ax: Axes, x: float, y: float, text: str, **where: Any) -> None:
+    ax.text(x, y, text, **{"transform": ax.transAxes, "va": "bottom", "fontsize": 8, "color": _INK} | where)
+
+
+def _say_if_empty(ax: Axes, values: pd.Series) -> bool:
+    empty = not values.notna().any()
+    if empty:
+        _inside(ax, 0.5, 0.5, "No row has a score.", ha="center", va="center")
+    return empty
+
+
+def _short(score: str) -> str:
+    return {"ifd": "IFD", "ifd_ppl": "perplexity ratio"}.get(score, score)
+
+
+def _score_axis(score: str) -> str:
+    return {"ifd": "IFD = cas / das (ratio, no unit)", "ifd_ppl": "IFD as a ratio of perplexities (no unit)"}[score]

@@ -1,0 +1,240 @@
+"""What a report is about, from whatever it is made from: a run's history, a folder, or rows with score columns."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..data.readable_text import text_columns
+from ..errors import FileAccessError, NotFoundError, UserError, one_line
+from ..method.reasons import BELOW_CUT
+from ..training.history import FOLDER, History
+from .score_frames import merged, normalised, read_epochs
+from .tables import SCORE_NAMES, labels_of
+from .wording import Phases
+
+SELECTED = "train.parquet"  # the rows in a folder that `ifd-trainer select` wrote
+
+
+@dataclass
+class Subject:
+    """What a report is about, whatever it was made from.
+
+    Attributes:
+        epochs: normalised rows by epoch, with `key`; one frame under None for a data set.
+        details: texts and the pool's columns, indexed by key; None if not known.
+        labels: the label of each row, indexed by key; None without a label.
+    """
+
+    title: str
+    score: str
+    epochs: dict[Any, pd.DataFrame]
+    details: pd.DataFrame | None
+    labels: pd.Series | None
+    folder: Path
+    max_ifd: float | None = None
+    history: History | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def phases(self) -> Phases:
+        """Which kind each epoch is of."""
+        return Phases.of(self.history.settings if self.history is not None else {})
+
+    @property
+    def scored(self) -> dict[Any, pd.DataFrame]:
+        """Epochs with scores; those that follow one another with the same scores and the same rows kept are one."""
+        return merged(self.with_scores, [self.score, "kept"])
+
+    @property
+    def with_scores(self) -> dict[Any, pd.DataFrame]:
+        """Epochs in which some row has a score."""
+        return {epoch: rows for epoch, rows in self.epochs.items() if rows[self.score].notna().any()}
+
+    @property
+    def last_epoch(self) -> Any:
+        """The last epoch with scores; if none has any, the last one."""
+        return next(reversed(self.with_scores or self.epochs or {None: None}))
+
+    @property
+    def last(self) -> pd.DataFrame | None:
+        """Rows of the last epoch with scores."""
+        return self.epochs.get(self.last_epoch)
+
+    @property
+    def any_score(self) -> bool:
+        """Whether there is any score at all."""
+        return bool(self.with_scores)
+
+
+def subject_of(source: Any, label: str | None, texts: Any) -> Subject:
+    """The subject that a source makes; arguments and errors as for `write_report`."""
+    texts, folder = _frame(texts) if texts is not None else None, None
+    if isinstance(source, (str, os.PathLike)):
+        folder, source = Path(source), _read_folder(Path(source))
+    if isinstance(source, History):
+        subject = _subject_of_history(source, texts)
+    else:
+        subject = _subject_of_rows(source, texts, folder or Path("ifd_report"))
+    known = [] if subject.details is None else list(subject.details.columns)
+    if label is not None and label not in known:
+        raise UserError(
+            f"There is no column {label!r} to take labels from; the columns are {sorted(map(str, known))}. "
+            "Pass another label, or the column in `texts`."
+        )
+    label = label or next((name for name in ("quality", "label") if name in known), None)
+    subject.labels = labels_of(subject.details[label]) if label is not None else None
+    return subject
+
+
+def _read_folder(folder: Path) -> History | pd.DataFrame:
+    """The history of a run, or the rows of a folder that `ifd-trainer select` wrote."""
+    if folder.is_file():
+        raise NotFoundError(
+            f"{folder} is a file: read it first, and pass its rows (`ifd-trainer report` takes its name)."
+        )
+    rows = folder / SELECTED
+    try:
+        if any((folder / name).exists() for name in ("history.json", f"{FOLDER}/history.json")):
+            history = History.load(folder)
+            if not isinstance(history.settings, dict) or not all(isinstance(r["epoch"], int) for r in history.epochs):
+                raise ValueError("history.json has no settings, or records without an epoch")
+            return history
+        if rows.is_file():
+            return pd.read_parquet(rows)
+    except UserError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # of Arrow, JSON, and a key that is gone
+        raise FileAccessError(
+            f"The files in {folder} cannot be read ({one_line(error)}): one is damaged, or of another program. Copy it "
+            "again, or make it anew."
+        ) from error
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
+    listed = "there is no such folder" if found is None else f"it holds {', '.join(found[:8]) or 'nothing'}"
+    raise NotFoundError(
+        f"No selection history in {folder}, and no rows: {listed}{', ...' if found and len(found) > 8 else ''}. A "
+        f"report is made from the output folder of a training run (with {FOLDER}/history.json), or from a folder that "
+        f"`ifd-trainer select --output FOLDER` wrote (with {SELECTED}); pass a scored file by its own name."
+    )
+
+
+def _subject_of_history(history: History, texts: pd.DataFrame | None) -> Subject:
+    epochs, notes = read_epochs(history)
+    try:
+        pool, lost = history.pool(), "is missing"
+    except (OSError, ValueError):
+        pool, lost = None, "cannot be read"
+    if pool is not None:
+        details = _details(pool, pool["row_id"].map(str))
+    else:
+        details = None
+        if texts is None:
+            notes.append(f"pool.parquet {lost}: rows are listed without their texts and labels.")
+    if texts is not None:
+        given = _details(texts, _ids(texts).map(str))
+        details = given if details is None else _replaced(details, given)
+    settings = history.settings
+    return Subject(
+        title="What was selected, epoch by epoch",
+        score=settings.get("score") if settings.get("score") in SCORE_NAMES else "ifd",
+        epochs=epochs,
+        details=details,
+        labels=None,
+        folder=history.folder,
+        max_ifd=settings.get("max_ifd"),
+        history=history,
+        notes=notes,
+    )
+
+
+def _subject_of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> Subject:
+    frame = _frame(source).reset_index(drop=True)
+    rows = normalised(frame)
+    rows["key"] = rows.index.map(str)  # ids of a data set need not be unique
+    details = _details(frame, rows["key"])
+    if texts is not None:
+        by_id = "row_id" in frame or "id" in frame
+        if not by_id and len(texts) != len(frame):
+            raise UserError(f"{len(frame)} rows and {len(texts)} texts, without a column `row_id` or `id` to match.")
+        given = _details(texts, _ids(texts).map(str) if by_id else rows["key"])
+        given = given.reindex(rows["row_id"].map(str)).set_axis(details.index) if by_id else given
+        details = _replaced(details, given)
+    chosen = "reason" in rows
+    notes = []
+    if chosen and len(rows) and rows["kept"].all():
+        card = (
+            " README.md beside it counts them."
+            if (folder / SELECTED).exists() and (folder / "README.md").exists()
+            else ""
+        )
+        notes.append("Every row here was kept: the rows that were dropped are not in this data set." + card)
+    return Subject(
+        title="Scores of a data set" + (" and what was selected" if chosen else ""),
+        score=_score_of(rows, frame.get("ifd_rank")),
+        epochs={None: rows},
+        details=details,
+        labels=None,
+        folder=folder,
+        notes=notes,
+    )
+
+
+def _frame(data: Any) -> pd.DataFrame:
+    if isinstance(data, pd.DataFrame):
+        return data
+    if hasattr(data, "to_pandas"):
+        return data.to_pandas()
+    raise TypeError(
+        f"A report is made from a History, a folder, a pandas data frame or a data set, not from "
+        f"{type(data).__name__}. Of a DatasetDict, pass one of its splits."
+    )
+
+
+def _ids(texts: pd.DataFrame) -> pd.Series:
+    name = next((name for name in ("row_id", "id") if name in texts), None)
+    if name is None:
+        raise UserError(f"`texts` has no column `row_id` or `id`, only {list(texts.columns)}: rows cannot be matched.")
+    if texts[name].duplicated().any():
+        raise UserError(f"The column {name!r} of `texts` holds the same id twice: rows cannot be matched.")
+    return texts[name]
+
+
+def _details(frame: pd.DataFrame, keys: pd.Series) -> pd.DataFrame:
+    """The frame's columns by key, its texts as `instruction`, `input` and `answer`."""
+    texts = text_columns(frame)
+    rest = frame.drop(columns=[name for name in ("instruction", "input", "answer") if name in frame])
+    parts = [rest.reset_index(drop=True), *([texts] if texts is not None else [])]
+    return pd.concat(parts, axis=1).set_axis(pd.Index(keys.to_numpy(), dtype=object), axis=0)
+
+
+def _replaced(details: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
+    """The columns of `given` in the place of those in `details`; rows that only `given` has are left out."""
+    kept = details.drop(columns=[name for name in given.columns if name in details])
+    return kept.join(given)
+
+
+def _score_of(rows: pd.DataFrame, ranks: pd.Series | None = None) -> str:
+    """The score that rows of a data set were selected by.
+
+    The one that falls along `ranks` (1 is the highest), else the one in which kept rows and rows below the cut part.
+    """
+    if ranks is not None and ranks.notna().any():
+        ranked = rows.loc[ranks.astype(float).sort_values().dropna().index]
+        falling = [name for name in SCORE_NAMES if ranked[name].notna().all() and ranked[name].is_monotonic_decreasing]
+        if falling:
+            return falling[0]
+    if rows["ifd"].notna().any() and "reason" in rows:
+        kept, below = rows[rows["kept"]], rows[rows["reason"] == BELOW_CUT]
+        parts = [name for name in SCORE_NAMES if not kept[name].min() < below[name].max()]
+        return parts[0] if parts else "ifd"
+    return "ifd" if rows["ifd"].notna().any() or not rows["ifd_ppl"].notna().any() else "ifd_ppl"

@@ -1,0 +1,181 @@
+"""Score columns as plain data frames, and numbers as text: what plots, tables and the page share.
+
+Rows are data frames with the columns `cas`, `das` (nats per token), `ifd`, `ifd_ppl`, `answer_tokens`, `ifd_status`
+and, where a policy has chosen, `reason` (or `ifd_reason`) and `times`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..errors import UserError
+from ..method import equations as equations
+from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, NOT_IN_SAMPLE, OTHER_TIER, REDUNDANT, RELAXED, Status
+from ..training.history import History
+
+MISSING = "-"
+_CHOICES = (KEPT, RELAXED, BELOW_CUT, REDUNDANT, OTHER_TIER, NOT_IN_SAMPLE, ABOVE_LIMIT)
+
+
+def normalised(frame: pd.DataFrame) -> pd.DataFrame:
+    """A copy with the columns that this module reads, as floats and plain strings; NaN where there is no score.
+
+    `kept`, `reason` and `times` are there only if a policy has chosen.
+    """
+    if not {"ifd", "ifd_ppl"} & set(frame.columns) and not {"cas", "das"} <= set(frame.columns):
+        raise UserError(
+            f"The rows have no IFD columns (`ifd`, or `cas` and `das`), only {list(frame.columns)}. Score them first: "
+            'ds.map(IFDScorer("model"), batched=True), or `ifd-trainer score`.'
+        )
+    name = next((name for name in ("row_id", "id") if name in frame), None)
+    rows = pd.DataFrame({"row_id": np.arange(len(frame)) if name is None else frame[name].to_numpy()})
+    for name in ("cas", "das", "ifd", "ifd_ppl", "answer_tokens"):
+        rows[name] = _floats(frame[name]) if name in frame else np.nan
+    for name, equation in (("ifd", equations.ifd), ("ifd_ppl", equations.ifd_ppl)):
+        if name not in frame:
+            rows[name] = equation(rows["cas"], rows["das"])
+    any_score = rows["ifd"].notna() | rows["ifd_ppl"].notna()
+    # A row without a status was not scored, whatever numbers it has: training and `select` take it so too.
+    status = _words(frame["ifd_status"], Status.NONFINITE.value) if "ifd_status" in frame else Status.OK.value
+    rows["ifd_status"] = np.where((status == Status.OK.value) & ~any_score, Status.NONFINITE.value, status)
+    rows.loc[rows["ifd_status"] != Status.OK.value, ["cas", "das", "ifd", "ifd_ppl"]] = np.nan
+    return _with_choice(rows, frame)
+
+
+def _with_choice(rows: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """Add `reason`, `times` and `kept`, if `frame` says what a policy decided."""
+    for name in ("ifd_reason", "reason"):  # a data set may have a column `reason` of its own
+        if name in frame and frame[name].isin(_CHOICES).any():
+            rows["reason"] = _words(frame[name], "(none)")
+            kept = frame[name].isin([KEPT, RELAXED]).to_numpy()
+            rows["times"] = np.nan_to_num(_floats(frame["times"])).astype(int) if "times" in frame else kept.astype(int)
+            rows["kept"] = rows["times"] > 0
+            break
+    return rows
+
+
+def _words(series: pd.Series, missing: str) -> np.ndarray:
+    """Values as texts, `missing` in the place of nulls."""
+    return series.astype(object).where(series.notna(), missing).map(str).to_numpy(dtype=object)
+
+
+def _floats(series: pd.Series) -> np.ndarray:
+    values = pd.to_numeric(series, errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def by_epoch(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], most: int | None = None) -> dict[Any, pd.DataFrame]:
+    """Normalised rows by epoch (None for rows that belong to none); `most` of them, the first and the last included."""
+    epochs = dict(rows) if isinstance(rows, Mapping) else {None: rows}
+    chosen = list(epochs)
+    if most is not None and len(chosen) > most:
+        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
+    return {epoch: normalised(epochs[epoch]) for epoch in chosen}
+
+
+def merged(epochs: Mapping[Any, pd.DataFrame], columns: Sequence[str]) -> dict[Any, pd.DataFrame]:
+    """Rows by epoch, those of epochs that follow one another once if they agree in `columns`: under `1-3`, say.
+
+    >>> rows = pd.DataFrame({"ifd": [0.5]})
+    >>> list(merged({0: rows, 1: rows, 3: rows}, ["ifd"]))
+    ['0-1', 3]
+    """
+    groups: list[tuple[list[Any], pd.DataFrame]] = []
+    for epoch, rows in epochs.items():
+        if groups and groups[-1][0][-1] + 1 == epoch and _agree(groups[-1][1], rows, columns):
+            groups[-1][0].append(epoch)
+        else:
+            groups.append(([epoch], rows))
+    return {of[0] if len(of) == 1 else f"{of[0]}-{of[-1]}": rows for of, rows in groups}
+
+
+def read_epochs(history: History) -> tuple[dict[int, pd.DataFrame], list[str]]:
+    """Rows of each epoch that can be read, and a note on each that cannot."""
+    epochs, notes = {}, []
+    for record in history.epochs:
+        epoch = record["epoch"]
+        try:
+            rows = normalised(history.rows(epoch))
+        except FileNotFoundError:
+            notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} is missing; plots and rows leave it out.")
+        except (OSError, ValueError):
+            notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} cannot be read; plots and rows leave it out.")
+        else:
+            epochs[epoch] = rows.assign(key=rows["row_id"].map(str))
+    return epochs, notes
+
+
+def _agree(one: pd.DataFrame, other: pd.DataFrame, columns: Sequence[str]) -> bool:
+    return all(
+        (name in one) == (name in other) and (name not in one or one[name].equals(other[name])) for name in columns
+    )
+
+
+def epoch_name(epoch: Any, alone: str = "") -> str:
+    """`epoch 3`, `epochs 1-3`, or `alone` for rows that belong to no epoch."""
+    return alone if epoch is None else f"epoch{'s' if isinstance(epoch, str) else ''} {epoch}"
+
+
+def cut_of(rows: pd.DataFrame, score: str) -> float | None:
+    """Lowest score kept."""
+    lowest = rows.loc[rows["kept"], score].min() if "kept" in rows else np.nan
+    return float(lowest) if pd.notna(lowest) else None
+
+
+def spearman(x: pd.Series, y: pd.Series) -> float | None:
+    """Spearman's rank correlation; None where it is not defined. (`Series.corr("spearman")` would need scipy.)"""
+    x, y = (values.to_numpy(dtype=float, na_value=np.nan) for values in (x, y))
+    both = ~(np.isnan(x) | np.isnan(y))
+    if not both.all():
+        x, y = x[both], y[both]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    x, y = _ranks(x), _ranks(y)
+    middle = (len(x) + 1) / 2
+    x -= middle
+    y -= middle
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values sharing the mean of theirs; of millions in less time and memory than pandas takes."""
+    if values.min() >= 0 and values.max() < len(values):  # whole numbers need no sorting, but to be counted
+        whole = values.astype(np.int64)
+        if (whole == values).all():
+            counts = np.bincount(whole)
+            return (np.cumsum(counts) - (counts - 1) / 2)[whole]
+    order = np.argsort(values)
+    ordered = values[order]
+    differ = np.append(ordered[1:] != ordered[:-1], True)
+    means = np.arange(1.0, len(values) + 1)
+    if not differ.all():
+        last = np.flatnonzero(differ)  # of each run of equal values
+        runs = np.diff(last, prepend=-1)
+        means = np.repeat(last + 1 - (runs - 1) / 2, runs)
+    ordered[order] = means
+    return ordered
+
+
+def number_text(value: Any, digits: int = 3) -> str:
+    """A number with so many digits, "-" where there is none."""
+    known = value is not None and np.isfinite(value)
+    return f"{round(value, digits) + 0.0:.{digits}f}" if known else MISSING  # + 0.0: no "-0.00"
+
+
+def percent_text(value: float | None) -> str:
+    """A share as per cent, "-" where there is none."""
+    return MISSING if value is None or not np.isfinite(value) else f"{100 * value:.0f} %"
+
+
+def count_text(value: int | None) -> str:
+    """A count with separators, "-" where there is none."""
+    return MISSING if value is None else f"{value:,}"
+
+
+def rows_text(count: int) -> str:
+    """`1 row`, `2,000 rows`."""
+    return "1 row" if count == 1 else f"{count:,} rows"

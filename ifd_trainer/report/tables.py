@@ -1,0 +1,180 @@
+"""A run in numbers: tables by epoch and by label, for the terminal and for the page.
+
+epoch_table                     what each epoch kept and cost
+label_table, label_rich_table   of which labels rows were kept
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from ..data.readable_text import plain
+from ..errors import UserError
+from ..training.history import History
+from .score_frames import MISSING, count_text, epoch_name, number_text, percent_text, read_epochs
+from .wording import Phases, scored_at, scoring_sentence
+
+SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}
+
+
+def epoch_table(history: History) -> Table:
+    """What each epoch kept and cost, for the terminal.
+
+    Columns: pool and kept rows, repeats (where a budget was larger than the rows kept), rows trained on (where an epoch
+    ended before all of them: the last batch dropped, the end of the run; packed rows with packing), with a curriculum
+    the tiers trained on (0 is the one that it begins with), the epoch in which the scores were made (where some are
+    older than their epoch, and not all of one), mean score of the kept and of the dropped rows, share of the kept rows
+    that the epoch before kept too (not for the sample of a brief experience), seconds, held-out loss of each evaluation
+    set; "-" where a number is not known. Epochs of the brief experience are called that; a line "anew" stands where
+    training starts anew. Below the table stands what both mean, and which model scored.
+
+    >>> from rich import print
+    >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
+    """
+    headers, rows = epoch_cells(history)
+    phases = Phases.of(history.settings)
+    caption = Text(" ".join(epoch_notes(history)))
+    table = Table(title="Selection by epoch", caption=caption, caption_justify="left")
+    table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, 0  # fits in 80 columns
+    for header in headers:
+        table.add_column(header.replace(" ", "\n"), justify="right", overflow="fold")
+    anew = restart_line(history)
+    for number, (record, row) in enumerate(zip(history.epochs, rows, strict=True)):
+        if number == anew:
+            table.add_row("anew", *[""] * (len(headers) - 1))
+        kind = {"brief experience": "brief"}.get(phases.kind(record["epoch"]), phases.kind(record["epoch"]))
+        table.add_row(f"{row[0]} {kind}".strip(), *row[1:])
+    return table
+
+
+def label_table(history: History, label: str) -> pd.DataFrame:
+    """The share of each label's rows that was kept, epoch by epoch.
+
+    Args:
+        history: of a run.
+        label: a column of `history.pool()`, for example "quality".
+
+    Returns:
+        One row for each value of the label, the most frequent first: `rows` (how many rows of the pool have it) and
+        for each epoch with rows on disk a column `epoch 0`, `epoch 1`, ... with values in [0, 1]. Rows without a
+        label are counted under "(none)". A row that is repeated in an epoch counts once.
+
+    Raises:
+        ValueError: when there is no `pool.parquet`, or no such column in it.
+    """
+    pool = history.pool()
+    if pool is None:
+        raise UserError(f"{history.folder} holds no pool.parquet, so the rows' labels are not known.")
+    if label not in pool:
+        raise UserError(f"The pool has no column {label!r}; its columns are {sorted(map(str, pool.columns))}.")
+    epochs, _ = read_epochs(history)
+    return label_shares(epochs, labels_of(pool[label].set_axis(pool["row_id"].map(str))))
+
+
+def label_rich_table(history: History, label: str) -> Table:
+    """`label_table` for the terminal, with a last line for all rows."""
+    shares = label_table(history, label)
+    table = Table(title=Text(f"Share of rows kept, by {label}"))
+    table.add_column(Text(label))
+    phases = Phases.of(history.settings)
+    for column in shares.columns:
+        kind = next((phases.kind(e) for e in range(phases.warmup) if column == epoch_name(e)), "")
+        table.add_column(f"{column}\n({kind})" if kind else column, justify="right")
+    for value, cells in label_cells(shares):
+        table.add_row(Text(value), *cells)
+    return table
+
+
+def epoch_notes(history: History) -> list[str]:
+    """What the numbers by epoch do not say by themselves."""
+    notes = Phases.of(history.settings).sentences() if history.epochs else []
+    return notes + [text for text in [scoring_sentence(history.settings, history.epochs)] if text]
+
+
+def restart_line(history: History) -> int | None:
+    """The line of the table of epochs before which training started anew, if both sides of it are there."""
+    restart = Phases.of(history.settings).restart
+    lines = [i for i, record in enumerate(history.epochs) if restart is not None and record["epoch"] >= restart]
+    return lines[0] if lines and lines[0] else None
+
+
+def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines of the table of epochs, one line for each."""
+    score = SCORE_NAMES.get(history.settings.get("score"), "IFD")
+    phases = Phases.of(history.settings)
+    repeats = any((record.get("budget") or 0) > (record.get("kept") or 0) for record in history.epochs)
+    unfinished = any(_left_out(record) for record in history.epochs)
+    tiers = any(record.get("tiers") for record in history.epochs)
+    made = {record["epoch"]: scored_at(record) for record in history.epochs}
+    made = {epoch: at for epoch, at in made.items() if at is not None}
+    scored = len(set(made.values())) > 1 and any(epoch != at for epoch, at in made.items())
+    headers = ["epoch", "pool", "kept", *(["repeats"] if repeats else [])]
+    headers += [*(["trained"] if unfinished else []), *(["tiers"] if tiers else [])]
+    headers += [*(["scored in"] if scored else []), f"{score} kept", f"{score} dropped", "overlap", "cut"]
+    sets = list(dict.fromkeys(name for record in history.epochs for name in record.get("eval_losses") or ()))
+    plain_loss = not sets or any(record.get("eval_loss") is not None for record in history.epochs)
+    headers += ["scoring s", "training s", *(["held-out loss"] if plain_loss else [])]
+    headers += [f"loss on {name}" for name in sets]
+    rows = []
+    for record in history.epochs:
+        epoch, kept, budget = record["epoch"], record.get("kept"), record.get("budget")
+        extra = [count_text(max(budget - kept, 0) if None not in (kept, budget) else None)] if repeats else []
+        extra += [count_text(record.get("trained"))] if unfinished else []
+        extra += [_tiers_text(record.get("tiers"))] if tiers else []
+        extra += [count_text(made.get(epoch))] if scored else []
+        overlap = None if phases.is_brief(epoch - 1) else record.get("overlap")  # a sample was not selected
+        rows.append(
+            [str(epoch), count_text(record.get("pool")), count_text(kept), *extra]
+            + [number_text(record.get("mean_kept")), number_text(record.get("mean_dropped"))]
+            + [percent_text(overlap), number_text(record.get("cut"))]
+            + [number_text(record.get(f"seconds_{part}"), 1) for part in ("scoring", "training")]
+            + ([number_text(record.get("eval_loss"), 4)] if plain_loss else [])
+            + [number_text((record.get("eval_losses") or {}).get(name), 4) for name in sets]
+        )
+    return headers, rows
+
+
+def _left_out(record: dict[str, Any]) -> bool:
+    """Whether an epoch ended before it had trained on all rows that were planned."""
+    planned = record.get("packed_rows") or record.get("budget")
+    return None not in (record.get("trained"), planned) and record["trained"] < planned
+
+
+def _tiers_text(tiers: list[int] | None) -> str:
+    """`1`, or `0-2` for the tiers 0, 1 and 2: those of an epoch follow one another."""
+    if not tiers:
+        return MISSING
+    return str(tiers[0]) if len(tiers) == 1 else f"{tiers[0]}-{tiers[-1]}"
+
+
+def labels_of(series: pd.Series) -> pd.Series:
+    """Values of a column as text; "(none)" where there is none."""
+    values = [plain(value) or "(none)" for value in series]
+    return pd.Series(values, index=series.index, name=series.name, dtype=object)
+
+
+def label_shares(epochs: Mapping[Any, pd.DataFrame], labels: pd.Series) -> pd.DataFrame:
+    """`label_table` of rows by epoch; `labels` is indexed by the rows' keys."""
+    counts = labels.value_counts()
+    table = pd.DataFrame({"rows": counts.loc[sorted(counts.index, key=lambda value: (-counts[value], value))]})
+    table.index.name = labels.name
+    for epoch, rows in epochs.items():
+        if "kept" in rows:
+            kept = labels.reindex(rows.loc[rows["kept"], "key"]).value_counts()
+            table[epoch_name(epoch, "kept")] = kept.reindex(table.index, fill_value=0) / table["rows"]
+    return table
+
+
+def label_cells(shares: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    """Lines of a table of shares, each a label and its cells; the last one is for all rows."""
+    totals = [(shares[column] * shares["rows"]).sum() / shares["rows"].sum() for column in shares.columns[1:]]
+    lines = [
+        (value, [count_text(int(row.iloc[0])), *map(percent_text, row.iloc[1:])]) for value, row in shares.iterrows()
+    ]
+    return [*lines, ("all rows", [count_text(int(shares["rows"].sum())), *map(percent_text, totals)])]

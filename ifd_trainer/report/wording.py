@@ -1,0 +1,220 @@
+"""What a history's settings, epochs and reasons mean, in plain words: for tables, plots and the page alike."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .score_frames import count_text, epoch_name, rows_text
+
+_SHORTFALL = {
+    "repeat": "rows are repeated",
+    "relax": "the nearest rows at or above the limit are taken too",
+    "error": "the run stops",
+}
+_ORDERS = {
+    "shuffle": "shuffled anew in each epoch",
+    "descending": "highest score first",
+    "ascending": "lowest score first",
+}
+_SAMPLES = {"kmeans": "by k-means over their prompts, of middle perplexity", "random": "at random"}
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Which epochs of a run were warm-up, and where training started anew.
+
+    Attributes:
+        warmup: epochs before the first that selects.
+        brief: whether these are the brief experience, on a sample, and not on the whole pool.
+        restart: the epoch before which training started anew from the original weights; None if it did not.
+
+    >>> phases = Phases.of({"warmup_epochs": 1, "warmup": "Brief()", "start_anew": True})
+    >>> phases.name(0), phases.name(1), phases.restart
+    ('epoch 0 (brief experience)', 'epoch 1', 1)
+    """
+
+    warmup: int = 0
+    brief: bool = False
+    restart: int | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Phases:
+        """The phases of a run with these settings; those of older histories say nothing of it."""
+        warmup = settings.get("warmup_epochs") or 0
+        sample = settings.get("warmup") not in (None, "None")  # settings hold its repr
+        return cls(warmup, sample and warmup > 0, warmup if settings.get("start_anew") else None)
+
+    def is_brief(self, epoch: Any) -> bool:
+        """Whether an epoch belongs to the brief experience."""
+        return self.brief and epoch is not None and epoch < self.warmup
+
+    def kind(self, epoch: int) -> str:
+        """`brief experience`, `warm-up`, or "" for an epoch that selects."""
+        return ("brief experience" if self.brief else "warm-up") if epoch < self.warmup else ""
+
+    def name(self, epoch: Any, alone: str = "") -> str:
+        """`epoch 3`, of the warm-up with its kind; see `epoch_name`."""
+        kind = self.kind(epoch) if isinstance(epoch, int) else ""
+        return epoch_name(epoch, alone) + (f" ({kind})" if kind else "")
+
+    def sentences(self) -> list[str]:
+        """What a reader of a table of epochs should know of them."""
+        if not self.warmup:
+            return []
+        span = "Epoch 0 is" if self.warmup == 1 else f"Epochs 0-{self.warmup - 1} are"
+        said = [f"{span} {'the brief experience, on a sample' if self.brief else 'a warm-up on the whole pool'}."]
+        if self.restart is not None:
+            said.append(
+                f"Before epoch {self.restart}, training starts anew from the original weights: losses before and "
+                "after are not one curve."
+            )
+        return said
+
+
+def scored_at(record: Mapping[str, Any]) -> int | None:
+    """The epoch whose scores a record speaks of; None without scores. Older records scored in their own epoch."""
+    return record.get("scored_at", record["epoch"] if record.get("mean_kept") is not None else None)
+
+
+def scoring_sentence(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> str:
+    """Which model scored, and when; "" if nothing has been scored."""
+    scorer, made = settings.get("scorer"), {record["epoch"]: scored_at(record) for record in epochs}
+    made = {epoch: at for epoch, at in made.items() if at is not None}
+    times = sorted(set(made.values()))
+    if not times:
+        return ""
+    if scorer == "columns":
+        return "The scores are those that the training set came with; the run itself scored nothing."
+    if scorer:
+        return f"The scores are those of another model, {scorer}, and do not change from epoch to epoch."
+    phases = Phases.of(settings)
+    before = f" (of epoch {phases.restart}, before training starts anew)" if phases.restart in times else ""
+    if all(epoch == at for epoch, at in made.items()) and (len(made) > 1 or settings.get("freeze_after") is None):
+        return f"Each epoch is scored with the model as it is when the epoch begins{before}."
+    if len(times) == 1:
+        model = "as it was then"
+        if phases.warmup and times[0] == phases.warmup:
+            model = "that the brief experience had given" if phases.brief else "that the warm-up had given"
+        return f"All scores were made once, when epoch {times[0]} began, by the model {model}."
+    listed = f"{', '.join(map(str, times[:-1]))} and {times[-1]}"
+    return (
+        f"Scores were made when epochs {listed} began, by the model as it was then{before}; the epochs between go by "
+        "the last ones."
+    )
+
+
+def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What a run was: (name, text)."""
+    phases, plan = Phases.of(settings), settings.get("plan") or []
+    facts = [("Model", settings.get("model") or "not recorded")]
+    if settings.get("scorer") == "columns":
+        facts.append(("Scored by", "nothing in this run: the scores are columns of the training set"))
+    elif settings.get("scorer"):
+        facts.append(("Scored by", f"another model, {settings['scorer']}"))
+    if settings.get("pool"):
+        facts.append(("Pool", rows_text(settings["pool"])))
+    policy, options = call_of(settings.get("policy"))
+    if rule := _rule(policy, options, settings):
+        facts.append(("Rule", rule))
+    if shortfall := options.get("on_shortfall"):
+        facts.append(("With too few such rows", _SHORTFALL.get(shortfall, str(shortfall))))
+    facts.append(("Policy", str(settings.get("policy") or "not recorded")))
+    if phases.brief:
+        facts.append(("Brief experience", _brief_in_words(phases, settings)))
+    if plan:
+        packed = settings.get("packed_rows")  # with packing, the plan counts packed rows
+        budgets = _budgets_in_words(plan, packed or settings.get("pool"), phases)
+        facts.append(("Packed rows to train on" if packed else "Rows to train on", budgets))
+    if settings.get("schedule"):
+        facts.append(("Schedule", str(settings["schedule"])))
+    if settings.get("max_steps"):
+        facts.append(("Optimizer updates", _updates_in_words(settings["max_steps"], plan, phases)))
+    facts.append(("Epochs", f"{len(epochs)} recorded" + (f" of {len(plan)} planned" if plan else "")))
+    if settings.get("order"):
+        facts.append(("Order of rows", _ORDERS.get(settings["order"], settings["order"])))
+    if settings.get("direct_prefix"):
+        facts.append(("Text before a direct answer", repr(settings["direct_prefix"])))
+    if settings.get("seed") is not None:
+        facts.append(("Seed", str(settings["seed"])))
+    return facts
+
+
+def call_of(text: Any) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a dataclass from its repr, which is all that a history has of a policy or a sample.
+
+    Arguments that are no plain values are left out; of what is no repr, ("", {}).
+
+    >>> call_of("Cherry(max_ifd=inf, score='ifd')")
+    ('Cherry', {'max_ifd': inf, 'score': 'ifd'})
+    """
+    try:
+        call = ast.parse(str(text), mode="eval").body
+    except (SyntaxError, ValueError):
+        return "", {}
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        return "", {}
+    found = {}
+    for keyword in call.keywords:
+        if isinstance(keyword.value, ast.Constant):
+            found[keyword.arg] = keyword.value.value
+        elif isinstance(keyword.value, ast.Name) and keyword.value.id == "inf":
+            found[keyword.arg] = float("inf")
+    return call.func.id, found
+
+
+def score_in_words(score: str | None) -> str:
+    """The name of a score with its equation."""
+    return "perplexity ratio exp(cas - das)" if score == "ifd_ppl" else "IFD = cas / das"
+
+
+def _rule(policy: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    limit, score = settings.get("max_ifd"), score_in_words(settings.get("score"))
+    if policy == "Cherry":
+        return f"the rows with the highest {score}, {f'of those below {limit:g}' if limit else 'without a limit'}"
+    if policy == "Diverse":
+        share = options.get("share")
+        of = f"{share:,} " if isinstance(share, int) else f"{100 * share:g} % of the " if share else ""
+        below = f" (below {limit:g})" if limit else ""
+        return (
+            f"of the {of}eligible rows{below} with the highest {score}, those whose embeddings stand best for all of "
+            "these (facility location)"
+        )
+    return None
+
+
+def _brief_in_words(phases: Phases, settings: Mapping[str, Any]) -> str:
+    name, options = call_of(settings["warmup"])
+    budgets = [epoch["budget"] for epoch in settings.get("plan") or []]
+    rows = rows_text(budgets[0]) if budgets else "a sample of rows"
+    how = _SAMPLES.get(options.get("method")) if name == "Brief" else None
+    when = "epoch 0" if phases.warmup == 1 else f"epochs 0-{phases.warmup - 1}"
+    after = "training starts anew from the original weights" if phases.restart is not None else "training goes on"
+    return f"{when}, on {rows} chosen {how or 'as ' + str(settings['warmup']) + ' says'}; then {after}"
+
+
+def _updates_in_words(total: int, plan: Sequence[Mapping[str, Any]], phases: Phases) -> str:
+    before = sum(epoch["updates"] for epoch in plan if phases.restart is not None and epoch["epoch"] < phases.restart)
+    if not before:
+        return f"{total:,} planned"
+    warmup = "brief experience" if phases.brief else "warm-up"
+    return f"{total:,} planned: {before:,} in the {warmup}, {total - before:,} after training starts anew"
+
+
+def _budgets_in_words(plan: Sequence[Mapping[str, Any]], pool: int | None, phases: Phases) -> str:
+    sample = [epoch for epoch in plan if phases.is_brief(epoch["epoch"])]
+    rest = [epoch for epoch in plan if not phases.is_brief(epoch["epoch"])]
+    parts = [f"{rows_text(sample[0]['budget'])} in the brief experience"] if sample else []
+    return ", then ".join(parts + ([_budgets_of(rest, pool)] if rest else []))
+
+
+def _budgets_of(plan: Sequence[Mapping[str, Any]], pool: int | None) -> str:
+    budgets = [epoch["budget"] for epoch in plan]
+    listed = [f"{count_text(epoch['budget'])} in epoch {epoch['epoch']}" for epoch in plan[:12]]
+    if len(set(budgets)) == 1:
+        share = f" ({100 * budgets[0] / pool:.1f} % of the pool)" if pool else ""
+        epochs = "one epoch" if len(plan) == 1 else f"each of {len(plan)} epochs"
+        return f"{rows_text(budgets[0])}{share} in {epochs}"
+    return ", ".join(listed) + (f", and so on to {budgets[-1]:,}" if len(budgets) > 12 else "")

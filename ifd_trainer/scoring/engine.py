@@ -1,0 +1,386 @@
+"""How a model is run over segments: two engines, and which of them gives a model's own numbers.
+
+- `stream`, on a CPU, and in half precision on CUDA where there is a variable-length attention kernel: the segments of a
+  batch as one stream without padding, shared beginnings computed once (see `scoring.prefix_stream` and
+  `scoring.span_attention`). A model is compared with the other engine on a few tokens before its first use; one that
+  gives other numbers is scored by the other engine.
+- `padded`: segments of like length, padded on the right without an attention mask. Under causal attention no token
+  sees what follows it, so padding changes nothing.
+
+The LM head runs on the scored positions only, in chunks (see `scoring.chunked_lm_head`), and the log-softmax in float32
+whatever the model's dtype. On a CPU, float32 products are oneDNN's (see `scoring.onednn`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from ..data.encoding import Segment, token_budget_batches
+from ..errors import UserError
+from .chunked_lm_head import Logits, find_change, lm_head, text_config, unwrapped, vocabulary_size
+from .eval_guard import borrowed
+from .forward import Batch, Pending, launch, logits_at, padded, scored_logits, streamed
+from .prefix_stream import stream_batches
+from .rope_limits import kinds_of_lengths
+from .span_attention import HALF
+from .transfer import on_device
+
+logger = logging.getLogger(__name__)
+
+EngineName = Literal["auto", "stream", "padded"]
+_LAYOUTS = {"stream": streamed, "padded": padded}
+
+# A kernel for all spans is given the keys of each span's path: at most so many for each token of a batch.
+_SEEN = 4
+# Logits of a batch of a model whose logits cannot be taken in chunks, on a CPU and elsewhere: 128 MiB and 1 GiB in
+# float32, or 220 and 1,766 scored tokens at a vocabulary of 152,000. A segment with more is a batch of its own.
+CPU_LOGITS_BUDGET = 2**25
+ACCELERATOR_LOGITS_BUDGET = 2**28
+# Largest difference of the engines' logits on the probe, of their spread, in float32 and in half precision: they round
+# differently.
+_PROBE_TOLERANCE, _HALF_PROBE_TOLERANCE = 1e-3, 0.15
+# Most that tokens which are not to be seen may change a logit, of the largest one. Two forwards of one shape round
+# alike, but for models that round by what else a batch holds: a mixture of experts may even send a token to another
+# expert. 0.7 for a BERT with large random weights.
+_UNSEEN, _UNSEEN_IN_MIXED = 1e-5, 0.1
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to run a model, which is in eval mode and without gradients.
+
+    Attributes:
+        name: "stream" or "padded".
+        model: a causal language model, or what a trainer wrapped around one.
+        device: where the token ids go.
+        logits: how the model makes logits, to take them in chunks; None to take them as a whole.
+    """
+
+    name: EngineName
+    model: nn.Module
+    device: torch.device
+    logits: Logits | None
+
+    @classmethod
+    def of(cls, model: nn.Module, device: torch.device, name: EngineName = "auto", sharded: bool = False) -> Engine:
+        """The engine of that name, or the one that fits the model; what a model does is tried out in forwards, once.
+
+        `sharded`: the weights are spread over processes, which gather them in every forward.
+
+        Raises:
+            UserError: for a model whose tokens see what follows them, or that is no language model.
+        """
+        _rounds_by_row(model, device)
+        logits = _logits(model, device, sharded)
+        if name == "auto":
+            name = "stream" if streams(model, device) else "padded"
+        return cls(name, model, device, logits)
+
+    @property
+    def setting(self) -> tuple[Hashable, ...]:
+        """What the memory of a forward depends on beside the model and the lengths of rows."""
+        return (self.name, *_setting(self.model, self.device))
+
+    def scored_budget(self, segments: Sequence[Segment]) -> int:
+        """Scored tokens of a batch: any number, or as many as are projected as a whole."""
+        if self.logits:
+            return max(sum(segment.scored for segment in segments), 1)
+        budget = CPU_LOGITS_BUDGET if self.device.type == "cpu" else ACCELERATOR_LOGITS_BUDGET
+        return max(budget // vocabulary_size(self.model), 1)
+
+    def batches(self, segments: Sequence[Segment], token_budget: int) -> list[np.ndarray]:
+        """Partition segments into batches: index arrays."""
+        lengths, scored_budget = [len(segment.ids) for segment in segments], self.scored_budget(segments)
+        batches: list[np.ndarray] = []
+        for kind in kinds_of_lengths(lengths, text_config(self.model)):
+            ids, scored = [segments[i].ids for i in kind], [segments[i].scored for i in kind]
+            if self.name == "padded":
+                found = token_budget_batches([lengths[i] for i in kind], token_budget, scored, scored_budget)
+            else:
+                seen_budget = None if self.device.type == "cpu" else _SEEN * token_budget
+                found = stream_batches(ids, token_budget, scored, scored_budget, seen_budget)
+            batches += [kind[batch] for batch in found]
+        return batches
+
+    def lay_out(self, segments: Sequence[Segment]) -> Batch:
+        """A batch, on the host."""
+        return _LAYOUTS[self.name](segments, self.device)
+
+    def launch(self, batch: Batch, pooled: Sequence[int] | None = None) -> Pending:
+        """Run a batch; see `scoring.forward.launch`."""
+        return launch(self.model, batch, self.device, self.logits, pooled)
+
+    def nll(self, segments: Sequence[Segment]) -> np.ndarray:
+        """Run segments as one batch, and wait for it: their mean negative log-likelihood, (n,)."""
+        return self.launch(self.lay_out(segments)).nll()
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter (its input embedding, for a model spread over devices)."""
+    return next(model.parameters()).device
+
+
+def streams(model: nn.Module, device: torch.device | None = None) -> bool:
+    """Whether the `stream` engine gives the numbers of the `padded` one for this model, tried out once.
+
+    It does not for models without attention layers, with sliding windows, soft-capped scores or attention sinks, for
+    absolute positions that ignore `position_ids`, adapters that read a row as a whole (virtual tokens, invocation
+    tokens), and off a CPU without a kernel for the dtype.
+    """
+    device = device or model_device(model)
+    known, setting = _probed.setdefault(model, {}), _setting(model, device)
+    if setting not in known:
+        known[setting] = _streams_exactly(model, device)
+        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if known[setting] else "padded")
+    return known[setting]
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------
+
+_WANTED = (
+    "Use a causal (decoder-only) language model, as AutoModelForCausalLM loads it from a checkpoint like Llama or Qwen."
+)
+_ENCODER_DECODER = (
+    "is an encoder-decoder: its encoder reads the prompt and its decoder the answer, so there is no loss of the answer "
+    "alone to compare with"
+)
+_CLASSIFIER = "is a classifier: it gives scores of labels for a text, and no probabilities of the next token"
+_SEES_AHEAD = (
+    "lets tokens see those that follow them, as masked language models (encoders) do, so its losses are not those of "
+    "predicting an answer"
+)
+_HEADLESS = "has no language model head: it gives hidden states, and no probabilities of the next token"
+_CLASSIFIERS = re.compile(r"Classification|QuestionAnswering|MultipleChoice|SentencePrediction|RewardModel")
+_ENCODERS = re.compile(r"MaskedLM|ForPreTraining")
+
+
+def check_causal_lm(model: nn.Module) -> None:
+    """Raise for a model that by its class and config is no causal language model; runs no forward.
+
+    Args:
+        model: of transformers, also inside PEFT or what a trainer wraps around it. Of another model, whose class and
+            config tell nothing, nothing is refused.
+
+    Raises:
+        UserError: for an encoder-decoder, a classifier, a masked language model, or a model without a head; says what
+            was found and what is wanted.
+
+    >>> from transformers import GPT2Config, GPT2ForSequenceClassification
+    >>> model = GPT2ForSequenceClassification(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
+    >>> check_causal_lm(model)                                                # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ifd_trainer.errors.UserError: GPT2ForSequenceClassification is a classifier: ...
+    """
+    model = _innermost(model)
+    if not isinstance(model, PreTrainedModel):
+        return
+    name = type(model).__name__
+    kind = _kind(name, model.config)
+    if kind is None and lm_head(model) is None and re.search(r"(?<!LMHead)(?<!DoubleHeads)Model$", name):
+        kind = _HEADLESS
+    if kind is not None:
+        raise UserError(_refusal(model, kind))
+
+
+def check_causal_config(name: str, config: PretrainedConfig) -> None:
+    """Raise for the config of a checkpoint that `AutoModelForCausalLM` does not load, or loads as what it is not.
+
+    Args:
+        name: of the checkpoint, for the message.
+        config: of transformers.
+
+    Raises:
+        UserError: for the kinds of `check_causal_lm`, and for others that are no language models.
+    """
+    classes = getattr(config, "architectures", None) or [""]
+    if any(kind := _kind(found, config) for found in classes):
+        raise UserError(f"{name} ({', '.join(classes) or config.model_type}) {kind}. {_WANTED}")
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not own and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{name} is a model of the type {config.model_type!r}, which transformers does not load as a causal "
+            f"language model. {_WANTED}"
+        )
+
+
+def _kind(name: str, config: Any) -> str | None:
+    """What a class of that name is instead of a causal language model."""
+    if _CLASSIFIERS.search(name):
+        return _CLASSIFIER
+    if getattr(config, "is_encoder_decoder", False):
+        return _ENCODER_DECODER
+    told = getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all")
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (
+        getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    )
+    return _SEES_AHEAD if _ENCODERS.search(name) or told or encoder else None
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The model inside what trainers, `torch.compile` and PEFT put around it."""
+    while True:
+        inner = unwrapped(getattr(model, "_orig_mod", model))
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        if inner is model:
+            return model
+        model = inner
+
+
+def _refusal(model: nn.Module, kind: str) -> str:
+    return f"{type(_innermost(model)).__name__} {kind}. {_WANTED}"
+
+
+# ---- what is tried out -------------------------------------------------------------------------------------------
+
+# For each model and setting.
+_changes: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Logits | None]] = weakref.WeakKeyDictionary()
+_probed: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = weakref.WeakKeyDictionary()
+_by_row: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _setting(model: nn.Module, device: torch.device) -> tuple[Hashable, ...]:
+    """What an engine depends on beside the model: kind of device, dtype of the weights, autocast, kind of adapters."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return device.type, next(model.parameters()).dtype, autocast, _adapter_reads_rows(model)
+
+
+def _rounds_by_row(model: nn.Module, device: torch.device) -> bool:
+    """Whether the logits of a row are the same bits whatever other rows a batch holds; tried out once.
+
+    Raises:
+        UserError: for a model that is no causal language model: by what it is, or because other tokens at the end of a
+            row change the logits before them.
+    """
+    if model in _by_row:
+        return _by_row[model]
+    check_causal_lm(model)
+    if _invoked(model):  # any tokens could invoke it
+        return _by_row.setdefault(model, False)
+    size = vocabulary_size(model)
+    ids = np.tile(np.arange(16) % size, (2, 1))
+    other = ids.copy()
+    other[0, 8:] = 0
+    # All of the second row, which no token of the first is to change, shows how the model rounds.
+    where = np.concatenate([np.arange(8), 16 + np.arange(16)])
+    one, two = (logits_at(model, {"input_ids": on_device(x, device)}, where).float() for x in (ids, other))
+    changed = ((one - two).abs().amax(-1) / one.abs().max()).cpu()
+    by_row = not bool(changed[8:].max() > 0 or _mixes_rows(model))
+    if changed[:8].max() > (_UNSEEN if by_row else _UNSEEN_IN_MIXED):
+        raise UserError(_refusal(model, _SEES_AHEAD))
+    _by_row[model] = by_row
+    return by_row
+
+
+def _mixes_rows(model: nn.Module) -> bool:
+    """Whether a model's config says that it computes with groups of tokens: experts, quantised products."""
+    config = text_config(model)
+    settings = {} if config is None else vars(config)
+    experts = any("expert" in name and isinstance(value, int) and value > 1 for name, value in settings.items())
+    return experts or bool(getattr(_innermost(model), "is_quantized", False))
+
+
+def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | None:
+    """How logits come from the LM head, tried out once; None where they are not taken in chunks."""
+    known, setting = _changes.setdefault(model, {}), _setting(model, device)
+    if setting not in known:
+        inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
+        known[setting] = find_change(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
+        logger.debug("Logits of %s: %s", type(model).__name__, known[setting])
+    found = known[setting]
+    # Modules inside the head (adapters) would gather their weights once a chunk, and processes differ in chunks.
+    if not sharded or found is None:
+        return found
+    return None if list(lm_head(model).children()) else replace(found, gathered=True)
+
+
+def _attends_to_all(config: Any) -> bool:
+    """Whether every layer sees all earlier tokens; windows and chunks longer than the probe would not show in it."""
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return layers == {"full_attention"} and getattr(config, "attention_chunk_size", None) is None
+
+
+def _invoked(model: nn.Module) -> bool:
+    """Whether an adapter of PEFT begins where a row has the tokens that invoke it (activated LoRA)."""
+    return any(getattr(adapter, "alora_invocation_tokens", None) for adapter in _adapters(model))
+
+
+def _adapter_reads_rows(model: nn.Module) -> bool:
+    """Whether there is an adapter whose work is not that of each token: such a one, or one that puts virtual tokens in
+    front of a row."""
+    return _invoked(model) or any(getattr(adapter, "is_prompt_learning", False) for adapter in _adapters(model))
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """The configs of a model's adapters."""
+    return list((getattr(unwrapped(model), "peft_config", None) or {}).values())
+
+
+def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
+    if not _attends_to_all(text_config(model)) or _adapter_reads_rows(model):
+        return False
+    segments, others = _probe(vocabulary_size(model))
+    batch = streamed(segments, device)
+    if device.type != "cpu" and batch.plan.kernel is None:
+        return False
+    # Whatever such a model raises here, the padded engine scores it or raises it again.
+    with borrowed(model, device), contextlib.suppress(Exception):
+        expected = scored_logits(model, padded(segments, device), device)
+        found = scored_logits(model, batch, device, check=True)
+        if batch.plan.layers != text_config(model).num_hidden_layers:
+            # Fresh weights hardly attend, so that the losses of such a model do not tell.
+            logger.info("%s is padded: not all of its layers attend in the usual way.", type(model).__name__)
+            return False
+        spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+        tolerance = _HALF_PROBE_TOLERANCE if batch.plan.dtype in HALF else _PROBE_TOLERANCE
+        off = float((found - expected).square().mean().sqrt() / spread)
+        logger.debug("Logits of %s as a stream differ by %.1e of their spread.", type(model).__name__, off)
+        if not off <= tolerance:  # NaN is not either
+            logger.info("%s is padded: as a stream its logits differ by up to %.1e.", type(model).__name__, off)
+            return False
+        moved = replace(batch, positions=batch.positions + (batch.positions > 3))
+        if torch.equal(scored_logits(model, moved, device), found):
+            logger.info("%s is padded: it does not read the positions of a stream.", type(model).__name__)
+            return False
+        if not _rounds_by_row(model, device):
+            return True
+        # Rounding does not hide what rows see of each other: it is the same where only other rows' tokens differ.
+        again = scored_logits(model, streamed(others, device), device)
+        same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.scored for s in segments])
+        off = float((again - found)[on_device(same, found.device)].abs().max() / found.abs().max())
+        if not off <= _UNSEEN:
+            logger.info("%s is padded: as a stream its rows see each other.", type(model).__name__)
+        return off <= _UNSEEN
+    return False
+
+
+def _probe(vocabulary: int) -> tuple[list[Segment], list[Segment]]:
+    """Segments of some length, of any tokens: on a few special ones, rounding alone was 3.6 % in bfloat16.
+
+    And the same with other tokens in two of them, whose stream is laid out alike.
+    """
+    rng = np.random.default_rng(0)
+
+    def some(size: int, first: int) -> list[int]:
+        return [first % vocabulary, *rng.integers(0, vocabulary, size - 1).tolist()]
+
+    beginning, quarter = some(32, 0), max(vocabulary // 4, 1)
+    starts = [*(beginning + some(1, n * quarter) for n in (1, 2, 3)), [quarter]]
+    ends = [rng.integers(0, vocabulary, size).tolist() for size in (15, 23, 39, 23)]
+    new = [rng.integers(0, vocabulary, len(end)).tolist() if n in (1, 3) else end for n, end in enumerate(ends)]
+
+    def segments(ends: list[list[int]]) -> list[Segment]:
+        return [Segment(start + end, len(start)) for start, end in zip(starts, ends, strict=True)]
+
+    return segments(ends), segments(new)

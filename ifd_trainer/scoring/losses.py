@@ -1,0 +1,292 @@
+"""Mean negative log-likelihood of answer tokens, and the scores made of it.
+
+`score_pairs` scores encoded rows: both segments of a row are forwards among all others, in batches that an engine makes
+and runs (see `scoring.engine`). An accelerator does not wait for the host: the next batch is laid out while it runs
+one. Scoring leaves no trace: every module's train or eval mode, the attention function and the global random state are
+as before.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..data.encoding import EncodedPair, Segment, token_count
+from ..errors import UserError
+from ..method import equations as equations
+from ..method.reasons import Status
+from .chunked_lm_head import lm_head, text_config, unwrapped
+from .engine import Engine, EngineName, model_device
+from .eval_guard import borrowed
+from .forward import Batch, Pending
+from .rope_limits import remembers_lengths
+from .token_budget import token_budget as measured_budget
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+logger = logging.getLogger(__name__)
+
+# Share of the tokens that did not fit which are tried next: halves of a batch are not of quite the same size.
+_HALVED = 0.55
+
+
+@dataclass
+class _Fits:
+    """The most tokens of a batch, since one did not fit in memory."""
+
+    tokens: float = float("inf")
+
+
+# For each model and setting: a job has a call for each of its parts, and not all of them are to find out anew.
+_fits: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Fits]] = weakref.WeakKeyDictionary()
+# What is run where nothing is to be scored.
+_NOTHING = [Segment([0, 0], 1)]
+
+
+class Options(TypedDict, total=False):
+    """How a model is run over many rows.
+
+    Attributes:
+        device: where the token ids go; the model's device by default.
+        token_budget: tokens of a batch; by default 2,048 on a CPU, fewer for a model with wide layers, and elsewhere
+            what a quarter of the device's memory holds, or 3 GiB (1,024 to 65,536 tokens), measured on a few batches.
+            Halved, with one warning, whenever the device runs out of memory.
+        progress: called with the number of tokens done after each batch.
+        engine: "auto", "stream" or "padded".
+        forwards: for processes that have to run the same number of forwards: called with the number of batches before
+            the first one, returns how many forwards to run, at least as many. Those without a batch run on two tokens.
+        sharded: the processes hold parts of one model's weights and gather them in every forward (FSDP, ZeRO-3). A
+            process that is out of memory then cannot halve its batch: the others would wait for it in a forward.
+    """
+
+    device: torch.device | str | None
+    token_budget: int | None
+    progress: Callable[[int], Any] | None
+    engine: EngineName
+    forwards: Callable[[int], int] | None
+    sharded: bool
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of n rows as arrays of shape (n,); cas, das in nats per token; NaN where `ifd_status` is not `ok`."""
+
+    cas: np.ndarray
+    das: np.ndarray
+    ifd: np.ndarray
+    ifd_ppl: np.ndarray
+    answer_tokens: np.ndarray
+    ifd_status: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.cas)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Arrays by column name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def unscored(cls, rows: int, status: str) -> Scores:
+        """No scores at all, for one reason."""
+        blank = np.full(rows, np.nan)
+        return cls.from_nll(blank, blank, np.zeros(rows, dtype=np.int64), np.full(rows, status, dtype=object))
+
+    @classmethod
+    def from_nll(cls, cas: np.ndarray, das: np.ndarray, tokens: np.ndarray, status: np.ndarray) -> Scores:
+        """Scores from the two mean losses; a row whose ratio is not finite becomes `nonfinite`."""
+        ratio, ppl = equations.ifd(cas, das), equations.ifd_ppl(cas, das)
+        ok = status == Status.OK.value
+        broken = ok & ~(np.isfinite(ratio) & np.isfinite(ppl))
+        status = np.where(broken, Status.NONFINITE.value, status)
+        blank = status != Status.OK.value
+        values = [np.where(blank, np.nan, x) for x in (cas, das, ratio, ppl)]
+        return cls(*values, answer_tokens=tokens, ifd_status=status)
+
+
+def score_pairs(model: nn.Module, pairs: Sequence[EncodedPair], **options: Unpack[Options]) -> Scores:
+    """Score encoded rows.
+
+    Args:
+        model: a causal language model, or what a trainer wrapped around one (DDP, FSDP, DeepSpeed); put into eval mode
+            and back.
+        pairs: n encoded rows.
+        options: see `Options`.
+
+    Returns:
+        Scores of the n rows, in their order.
+
+    Raises:
+        torch.OutOfMemoryError: when one row alone does not fit, or a batch of a sharded model.
+    """
+    segments = [segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct)]
+    nll = answer_nll(model, segments, **options)
+    status = np.array([pair.status.value for pair in pairs], dtype=object)
+    scored = status == Status.OK.value
+    cas, das = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
+    cas[scored], das[scored] = nll[0::2], nll[1::2]
+    tokens = np.array([pair.conditioned.scored if pair.conditioned else 0 for pair in pairs], dtype=np.int64)
+    return Scores.from_nll(cas, das, tokens, status)
+
+
+def answer_nll(model: nn.Module, segments: Sequence[Segment], **options: Unpack[Options]) -> np.ndarray:
+    """Mean negative log-likelihood of each segment's scored tokens.
+
+        nll = -1/N * sum_{i >= start} log P(ids[i] | ids[:i])
+
+    Options: see `Options`.
+
+    Returns:
+        (n,) float64, nats per token.
+    """
+    nll = np.empty(len(segments), dtype=np.float64)
+    for batch, losses, _ in _forwards(model, segments, **options):
+        nll[batch] = losses
+    return nll
+
+
+def prompt_features(
+    model: nn.Module, prompts: Sequence[Sequence[int]], **options: Unpack[Options]
+) -> tuple[np.ndarray, np.ndarray]:
+    """How a model sees n prompts of T tokens q_t: what the brief experience is sampled by (arXiv 2308.12032).
+
+        embedding  = 1/T * sum_t h_t                            h_t: last hidden state, what the LM head reads
+        perplexity = exp(-1/(T-1) * sum_{t > 1} log P(q_t | q_<t))
+
+    Options: see `Options`.
+
+    Returns:
+        Embeddings (n, H) float32 and perplexities (n,) float64; NaN for a prompt of no token, and a perplexity of NaN
+        for a prompt of one.
+
+    Raises:
+        ValueError: for a model that does not tell its LM head.
+    """
+    if lm_head(model) is None:
+        raise UserError(f"{type(unwrapped(model)).__name__} does not tell its output embeddings, so no hidden state.")
+    # A prompt of one token is its own continuation: that loss is not used.
+    segments = [Segment([*ids, *ids][: max(len(ids), 2)], 1) for ids in map(list, prompts) if ids]
+    present = np.flatnonzero([len(ids) > 0 for ids in prompts])
+    perplexity = np.full(len(prompts), np.nan)
+    embeddings = np.full((len(prompts), 0), np.nan, dtype=np.float32)
+    sizes = [len(prompts[i]) for i in present]
+    for batch, losses, pooled in _forwards(model, segments, sizes, **options):
+        if not embeddings.shape[1]:
+            embeddings = np.full((len(prompts), pooled.shape[1]), np.nan, dtype=np.float32)
+        perplexity[present[batch]] = np.exp(losses)
+        embeddings[present[batch]] = pooled
+    perplexity[[len(ids) < 2 for ids in prompts]] = np.nan
+    return embeddings, perplexity
+
+
+def _forwards(
+    model: nn.Module,
+    segments: Sequence[Segment],
+    pooled: Sequence[int] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    token_budget: int | None = None,
+    progress: Callable[[int], Any] | None = None,
+    engine: EngineName = "auto",
+    forwards: Callable[[int], int] | None = None,
+    sharded: bool = False,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Run all segments in batches; their positions, their mean NLL and their mean hidden states.
+
+    `pooled` says how many tokens of each segment, from the first, are averaged; None for no hidden states.
+    """
+    if not segments and forwards is None:
+        return  # with `forwards`, trying out is done by all processes or by none
+    device = torch.device(device) if device is not None else model_device(model)
+    lengths = [len(segment.ids) for segment in segments]
+    with borrowed(model, device):
+        runner = Engine.of(model, device, engine, sharded)
+        if not token_budget:
+            # Forwards that other processes would have to share in are not spent on measuring.
+            alone = not sharded and (forwards is None or unwrapped(model) is model)
+            run, scored_budget = runner.nll if alone else None, runner.scored_budget(segments)
+            token_budget = measured_budget(model, lengths, scored_budget, device, run, runner.setting)
+        fits = _fits.setdefault(model, {}).setdefault(runner.setting, _Fits())
+        batches = runner.batches(segments, int(min(token_budget, fits.tokens)))
+        if remembers_lengths(text_config(model)):
+            runner.nll(_NOTHING)  # what was scored or tried out before is forgotten
+        idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
+
+        def lay_out(rows: np.ndarray) -> Batch:
+            return runner.lay_out([segments[i] for i in rows])
+
+        def begin(rows: np.ndarray, batch: Batch) -> Pending:
+            return runner.launch(batch, None if pooled is None else [pooled[i] for i in rows])
+
+        for rows, pending in _in_turn(lay_out, begin, batches, device, fits, halve=not sharded):
+            nll, means = pending.nll(), pending.means()
+            if progress is not None:
+                progress(sum(lengths[i] for i in rows))
+            yield rows, nll, means
+        for _ in range(idle):
+            runner.nll(_NOTHING)
+
+
+def _in_turn(
+    lay_out: Callable[[np.ndarray], Batch],
+    begin: Callable[[np.ndarray, Batch], Pending],
+    batches: list[np.ndarray],
+    device: torch.device,
+    fits: _Fits,
+    halve: bool = True,
+) -> Iterator[tuple[np.ndarray, Pending]]:
+    """Run batches one after another; what they give is waited for once the next one is launched, but for a CPU.
+
+    One that does not fit in memory is run in halves, and so are all that follow with more than half of its tokens.
+    """
+
+    def attempt(rows: np.ndarray, batch: Batch) -> Pending | None:
+        """What a forward gives, or None if it does not fit."""
+        try:
+            return begin(rows, batch)
+        except torch.OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise torch.OutOfMemoryError(
+                    f"Out of memory on {device} while scoring a single row. Lower max_length, or score with a smaller "
+                    "model or on a larger device."
+                ) from error
+            if not halve:
+                raise torch.OutOfMemoryError(
+                    f"Out of memory on {device} while scoring {len(rows)} rows in a batch with a model whose weights "
+                    "are spread over processes. Lower token_budget."
+                ) from error
+        if fits.tokens == float("inf"):
+            logger.warning("Out of memory on %s with %d tokens in a batch: going on with half.", device, batch.ids.size)
+        fits.tokens = _HALVED * batch.ids.size
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # not before the error is gone, whose traceback holds what the forward had made
+        return None
+
+    queue, launched = batches[::-1], deque()
+    while queue:
+        rows = queue.pop()
+        batch = lay_out(rows)
+        pending = attempt(rows, batch) if batch.ids.size <= fits.tokens or len(rows) == 1 else None
+        if pending is None:
+            half = len(rows) // 2
+            queue += [rows[half:], rows[:half]]
+            continue
+        launched.append((rows, pending))
+        while len(launched) > (device.type != "cpu"):
+            yield launched.popleft()
+    yield from launched
+
+
+def token_progress(pairs: Sequence[EncodedPair], description: str, enabled: bool = True) -> tqdm:
+    """A progress bar that counts tokens, for `score_pairs(progress=bar.update)`."""
+    total = token_count(pairs)
+    return tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=not enabled, leave=False)

@@ -1,0 +1,398 @@
+"""The `datasets.map` transform: its columns, its model, its fingerprint.
+
+`datasets.map` caches by the pickle of the callable. The pickle of an `IFDScorer` holds the options and a digest of
+what the model computes, never the weights: equal models and options hit the cache, changed weights, adapters, settings
+or code miss it (see `weights_digest`), and hashing costs one read of the weights in a process. Since the workers
+of `num_proc` load the model from that pickle, it holds a local folder's path too, in one spelling of all: a copy of the
+folder misses the cache.
+
+For a pool beyond one machine, a Ray cluster scores with one model for each GPU (`pip install ifd_trainer[ray]`):
+
+    rows = ray.data.read_parquet("s3://bucket/pool/")
+    scored = rows.map_batches(
+        IFDScorer,  # the class: each worker loads the model once; on CPUs leave out num_gpus
+        fn_constructor_kwargs={"model": "HuggingFaceTB/SmolLM2-135M", "format": "alpaca"},
+        batch_format="pyarrow",  # the only one: all columns stay as they are, and their types
+        batch_size=2048,
+        num_gpus=1,
+        concurrency=16,
+    )
+    scored.write_parquet("s3://bucket/scored/")
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets.formatting.formatting import LazyRow
+from datasets.utils import are_progress_bars_disabled
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from ..data.encoding import EncodedPair, Encoder, check_positive
+from ..data.formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
+from ..data.paths import check_model, model_name
+from ..errors import FileAccessError, UserError, one_line
+from ..method.reasons import Status
+from .devices import check_device, default_device, default_dtype, device_type, named_dtype
+from .engine import check_causal_config, check_causal_lm
+from .losses import Scores, prompt_features, score_pairs, token_progress
+from .rope_limits import window
+from .weights_digest import checkpoint_digest, weights_digest
+
+logger = logging.getLogger(__name__)
+
+IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
+# What `ifd-trainer select` adds, from scores that are no longer there once a row is scored again.
+SELECTION_COLUMNS = {"ifd_definition": pa.string(), "ifd_rank": pa.int64(), "ifd_reason": pa.string()}
+OWN_COLUMNS = (*IFD_COLUMNS, *SELECTION_COLUMNS)
+_ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
+_LOADED = ("_model", "_config", "_encoder")  # attributes that are made on first use
+_PID = os.getpid()
+SCORES_VERSION = 3  # raised when the same weights and options would give other scores
+
+
+class IFDScorer:
+    """Attach IFD columns to a data set: `ds.map(IFDScorer(model), batched=True)`.
+
+    For each row, with the answer's N tokens a_i and the prompt Q (arXiv 2308.12032):
+
+        cas = -1/N * sum_i log P(a_i | Q, a_<i)    das = -1/N * sum_i log P(a_i | header, a_<i)
+        ifd = cas / das                            ifd_ppl = exp(cas - das)
+
+    Columns: `cas`, `das` (nats per token), `ifd`, `ifd_ppl` (float64, null unless `ifd_status` is "ok"),
+    `answer_tokens` (int64) and `ifd_status` (`Status`). All other columns stay as they are, but what a selection by
+    older scores left behind: `ifd_definition` becomes that of these scores, `ifd_rank` and `ifd_reason` null.
+    End-of-turn tokens are not part of the answer.
+
+    Args:
+        model: a hub name, a local path, or a loaded causal LM.
+        tokenizer: loaded, or its name or path; needed with a loaded model unless `model.config.name_or_path` leads to
+            one.
+        format: a `PromptFormat` or its name; detected from the columns by default.
+        definition: "paper" (default), "cherry" or "superfiltering": what precedes and bounds the direct answer; see
+            `data.encoding`.
+        max_length: most tokens of prompt and answer, at most the model's context window; by default that ("cherry":
+            512, "superfiltering": 1024, where the window is not smaller).
+        min_answer_tokens: rows with fewer answer tokens are `too_short`.
+        score_truncated: score the part of a too long answer that fits, as the paper does, instead of `truncated`.
+        device: "cuda", "mps" or "cpu" by default, the first there is. With `map(with_rank=True, num_proc=N)` each
+            process takes the device of its rank.
+        dtype: by default the checkpoint's own on an accelerator (bfloat16 if it says float16 and the device can),
+            float32 on a CPU, where bfloat16 is slower.
+        token_budget: tokens of a batch; see `scoring.losses.Options`.
+        revision, trust_remote_code: passed to `from_pretrained`; the revision is not that of a named tokenizer.
+
+    Raises:
+        ValueError: for a format that cannot be told from the columns, `map` without `batched=True`, or options that
+            contradict each other or the model.
+        FileNotFoundError: for the path of a folder that is not there.
+
+    >>> from datasets import load_dataset                                                    # doctest: +SKIP
+    >>> ds = load_dataset("json", data_files="alpaca.json", split="train")                   # doctest: +SKIP
+    >>> ds = ds.map(IFDScorer("HuggingFaceTB/SmolLM2-135M", format="alpaca"), batched=True)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        format: str | PromptFormat | None = None,
+        definition: str = "paper",
+        max_length: int | None = None,
+        min_answer_tokens: int = 1,
+        score_truncated: bool = False,
+        device: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        token_budget: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        named = isinstance(model, (str, os.PathLike))
+        if not named and not isinstance(model, torch.nn.Module):
+            raise UserError(
+                f"model must be a hub name, a path or a loaded causal LM, got {type(model).__name__}: {model!r}."
+            )
+        if not named:
+            check_causal_lm(model)
+        check_positive(token_budget=token_budget)
+        self.name = model_name(model) if named else None
+        self.format = format
+        self.options = {
+            "definition": definition,
+            "max_length": max_length,
+            "min_answer_tokens": min_answer_tokens,
+            "score_truncated": score_truncated,
+        }
+        Encoder(None, **self.options)  # wrong options are errors here, not after the model has loaded
+        self.device, self.dtype, self.token_budget = device, named_dtype(dtype), token_budget
+        if device is not None:
+            device_type(device)
+        self.hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = AutoTokenizer.from_pretrained(model_name(tokenizer), trust_remote_code=trust_remote_code)
+        self.tokenizer = tokenizer
+        self._model = None if named else model
+        self._config: PretrainedConfig | None = None
+        self._encoder: Encoder | None = None
+
+    def __call__(
+        self, batch: Mapping[str, list] | pa.Table, rank: int | None = None, *more: Any
+    ) -> dict[str, list] | pa.Table:
+        """Columns for a batch of rows, as `datasets.map(batched=True)` passes and takes them.
+
+        An Arrow table, as Ray passes it with `batch_format="pyarrow"`, comes back whole, with the columns at its end.
+        """
+        if isinstance(batch, pa.Table):
+            return self._table(batch, rank)
+        self._need_batch(batch, rank, *more)
+        pairs = self.encode(batch, rank)
+        # `map` shows a batch once it is done, which on a CPU takes minutes; workers would write over each other.
+        show = os.getpid() == _PID and not are_progress_bars_disabled()
+        with token_progress(pairs, "Scoring a batch", show) as bar:
+            scores = self.score(pairs, bar.update)
+        return {name: _Column(values) for name, values in scores.columns().items()} | self._not_selected(batch)
+
+    def _not_selected(self, batch: Mapping[str, list]) -> dict[str, list]:
+        """Columns of an older selection, for rows that are scored anew: `map` can replace a column, not drop it."""
+        rows = len(next(iter(batch.values()), []))
+        values = {"ifd_definition": self.options["definition"]}
+        return {
+            name: _Column(np.full(rows, values.get(name), dtype=object), kind)
+            for name, kind in SELECTION_COLUMNS.items()
+            if name in batch
+        }
+
+    def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
+        if not table.num_rows:  # Ray tells a schema by an empty block
+            scores = Scores.unscored(0, Status.OK.value)
+        else:
+            scores = self.score(self.encode(table.to_pydict(), rank))
+        table = table.drop_columns([name for name in OWN_COLUMNS if name in table.column_names])
+        for name, values in scores.columns().items():
+            table = table.append_column(name, pa.array(_Column(values), _ARROW_TYPES[values.dtype.kind]))
+        return table
+
+    def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
+        """Render and tokenise a batch; loads the model on first use."""
+        self._load(rank)
+        pairs, problem = self._encoded(batch, self._format(batch))
+        if problem is not None:  # no error: the last rows of a long job may be like that
+            logger.warning(problem)
+        return pairs
+
+    def _encoded(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[list[EncodedPair], str | None]:
+        """Encoded rows, and what is wrong if none of them could be rendered."""
+        problem = None
+        examples, error = _render(batch, format, self._encoder.tokenizer)
+        if error is not None and all(example is None for example in examples):
+            problem = (
+                f"None of {len(examples)} rows can be rendered as {format.name!r}; the first one: {error}. Check the "
+                "columns, or pass another format."
+            )
+        pairs = self._encoder(examples)
+        known = getattr(self._config.get_text_config(), "vocab_size", None)
+        most = max((max(pair.conditioned.ids) for pair in pairs if pair.conditioned), default=0)
+        if isinstance(known, int) and most >= known:
+            raise UserError(
+                f"The tokenizer gives token {most}, and the model has {known} tokens: they do not belong together. Use "
+                "the model's own tokenizer, or resize its embeddings."
+            )
+        return pairs, problem
+
+    def check(self, batch: Mapping[str, list]) -> None:
+        """Raise now what scoring such rows would raise once the weights are loaded, from the tokenizer and the config.
+
+        A device that is not there, columns that the format does not find, a format that the definition or the tokenizer
+        does not go with, rows of which none can be rendered, tokens that the model does not have, a max_length above
+        its window.
+        """
+        if self.device is not None:
+            check_device(self.device)
+        format = self._format(batch)
+        self._prepare()
+        _, problem = self._encoded(batch, format)
+        if problem is not None:
+            raise UserError(problem)
+
+    def settings(self, columns: Iterable[str]) -> dict[str, str | int | bool | None]:
+        """The options in force for rows with these columns, the format by its name; None for what loading decides."""
+        self._prepare()
+        return self.options | {
+            "max_length": self._encoder.max_length,
+            "format": self._format(columns).name,
+            "device": None if self.device is None else device_type(self.device),
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "token_budget": self.token_budget,
+        }
+
+    def digest(self) -> str:
+        """What tells the weights from others: a digest, the same for every copy of a folder; a hub name's commit."""
+        if self.name is not None:
+            return checkpoint_digest(self.name, **self.hub)
+        return weights_digest(self._model) if self._model is not None else self._weights
+
+    def _format(self, columns: Iterable[str]) -> PromptFormat:
+        bare = self.format is None and self.options["definition"] == "superfiltering"
+        return resolve_format(SUPERFILTERING if bare else self.format, columns)
+
+    def score(self, pairs: list[EncodedPair], progress: Callable[[int], Any] | None = None) -> Scores:
+        """Scores of encoded rows; `progress` is called with the number of tokens done after each batch."""
+        return score_pairs(self._model, pairs, token_budget=self.token_budget, progress=progress)
+
+    def embed(self, texts: Sequence[str], progress: Callable[[int], Any] | None = None) -> np.ndarray:
+        """Mean of the last hidden states of each text, (n, H) float32, NaN for an empty one; see `prompt_features`.
+
+        Texts longer than the model's window are cut at their end.
+        """
+        self._load(None)
+        most = self._encoder.window
+        ids = self._encoder.tokenizer(list(texts), truncation=most is not None, max_length=most, verbose=False)
+        return prompt_features(self._model, ids["input_ids"], token_budget=self.token_budget, progress=progress)[0]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that scores, loaded on first use."""
+        self._load(None)
+        return self._model
+
+    def _need_batch(self, batch: Mapping[str, list], rank: int | None, *more: Any) -> None:
+        if more or isinstance(batch, (list, str)) or isinstance(rank, (list, str)):
+            raise UserError(
+                "IFDScorer reads the columns of its format itself: call `dataset.map(scorer, batched=True)` without "
+                "input_columns and with_indices."
+            )
+        if not isinstance(batch, Mapping):
+            raise UserError(
+                f"IFDScorer takes Python values or an Arrow table, got a {type(batch).__name__}: call it on "
+                '`dataset.with_format(None)`, or in Ray with `map_batches(..., batch_format="pyarrow")`.'
+            )
+        if _in_ray():  # what comes back there takes the place of the rows, and is not added to them
+            raise UserError(
+                "IFDScorer got a dictionary of arrays. In Ray pass an Arrow table, whose columns all stay: "
+                '`map_batches(IFDScorer, batch_format="pyarrow", ...)`.'
+            )
+        if isinstance(batch, LazyRow) or any(isinstance(value, str) for value in batch.values()):
+            raise UserError("IFDScorer scores batches: call `dataset.map(scorer, batched=True)`.")
+
+    def _prepare(self) -> None:
+        """Load what is small and tells most mistakes: config and tokenizer."""
+        if self._encoder is not None:
+            return
+        if self._model is None and self.name is None:
+            raise UserError(
+                "This IFDScorer was sent to another process, and a loaded model does not travel. Pass a name or a "
+                "path instead of a loaded model to use num_proc."
+            )
+        if self._model is not None:
+            self._config = self._model.config
+        else:
+            self._config = self._read_config()
+            check_causal_config(self.name, self._config)
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            source = self.name or self._config.name_or_path
+            if not source:
+                raise UserError("Pass the tokenizer too: the loaded model does not say where it came from.")
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
+            except (OSError, ValueError) as error:
+                raise FileAccessError(f"{source} has no tokenizer that can be read: {one_line(error)}") from error
+        self._encoder = Encoder(tokenizer, **self.options, window=window(self._config.get_text_config()))
+
+    def _read_config(self) -> PretrainedConfig:
+        check_model(self.name)
+        try:
+            return AutoConfig.from_pretrained(self.name, **self.hub)
+        except (OSError, ValueError) as error:  # whose message may name neither model nor revision
+            revision = self.hub["revision"]
+            raise FileAccessError(
+                f"{self.name}{f' at {revision}' if revision else ''} cannot be read: {one_line(error)}"
+            ) from error
+
+    def _load(self, rank: int | None) -> None:
+        self._prepare()
+        if self._model is not None:
+            return
+        device = self.device or default_device(rank)
+        check_device(device)
+        if os.getpid() != _PID and torch.device(device).type == "cpu":
+            # A forked worker waits forever for OpenMP threads that its parent had and a fork does not copy.
+            torch.set_num_threads(1)
+        dtype = self.dtype or default_dtype(self._config, device)
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                self.name, dtype=dtype, output_loading_info=True, **self.hub
+            )
+        except SafetensorError as error:
+            raise UserError(
+                f"The weights in {self.name} cannot be read ({error}): a file is damaged or was cut short. Download or "
+                "copy it again."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise FileAccessError(f"The weights in {self.name} cannot be loaded: {one_line(error)}") from error
+        check_causal_lm(model)
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(
+                f"{self.name} lacks {len(missing)} of the weights of a {type(model).__name__} ({', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}), so they would be random: it holds another kind of model, or "
+                "one without its language model head. Score with a checkpoint of a causal language model."
+            )
+        self._model = model.to(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is pickled is what identifies the scores: options and a digest of the weights. Nothing that is loaded
+        # on use belongs here, or a second `map` with the same scorer would miss the cache of the first.
+        state = {key: value for key, value in vars(self).items() if key not in _LOADED}
+        return state | {"_weights": self.digest(), "_version": SCORES_VERSION}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, **dict.fromkeys(_LOADED))
+
+    def __repr__(self) -> str:
+        model = self.name or type(self._model).__name__
+        return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r})"
+
+
+def _in_ray() -> bool:
+    """Whether this is a worker of a Ray cluster."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return False
+    context = ray.get_runtime_context()
+    return context.get_actor_id() is not None or context.get_task_id() is not None
+
+
+class _Column(list):
+    """Values of a column, None for NaN, with their Arrow type: a batch of nulls does not tell `datasets` its type."""
+
+    def __init__(self, values: np.ndarray, type: pa.DataType | None = None) -> None:
+        super().__init__(None if value != value else value for value in values.tolist())
+        self.type = type or _ARROW_TYPES[values.dtype.kind]
+
+    def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
+        return pa.array(list(self), type or self.type)
+
+
+def _render(
+    batch: Mapping[str, list], format: PromptFormat, tokenizer: Any
+) -> tuple[list[Example | None], Exception | None]:
+    """Examples, None where a row is malformed, and the first error."""
+    columns = list(batch)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    examples, first = [], None
+    for row in rows:
+        try:
+            examples.append(format.render(row, tokenizer))
+        except MalformedRow as error:
+            first = first or error
+            examples.append(None)
+    return examples, first

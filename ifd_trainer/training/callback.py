@@ -1,0 +1,718 @@
+"""When to score and select: at the start of each epoch of a Trainer run.
+
+`IFDSelectionCallback` only decides when. Tokens come from `encoding`, scores from `scorer`, the choice from
+`selection`, the plan of steps from `schedule`; `loop` makes the trainer follow.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+import transformers
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_callback import ExportableState
+
+from ..data.encoding import Encoder
+from ..data.response_header import response_prefix
+from ..data.token_decoding import Decoder
+from ..errors import UserError
+from ..method.brief_experience import Brief
+from ..method.facility_location import EMBEDDING, Diverse
+from ..method.reasons import NOT_IN_SAMPLE, NOT_SCORED, Status
+from ..method.schedule import Rhythm, Schedule, Turn, as_schedule
+from ..method.selection import Cherry, Selection, ShortfallError
+from ..scoring.losses import Scores
+from ..scoring.transform import IFDScorer
+from .history import FOLDER, History
+from .initial_weights import FOLDER as ORIGINAL
+from .initial_weights import Snapshot
+from .pool import Pool, TrainingRow
+from .pool_scorer import PoolScorer
+from .state_codec import load_selection, save_selection
+from .trainer_hooks import (
+    EpochSelector,
+    SelectionRun,
+    attach,
+    batch_order,
+    check_rhythm,
+    metrics_set_aside,
+    reshard,
+    scoring_model,
+    start_anew,
+)
+
+logger = logging.getLogger(__name__)
+
+_STATE_VERSION = 3
+_READ_VERSIONS = (2, _STATE_VERSION)  # of version 2: all arrays in trainer_state.json
+_TEXTS = 1000  # pool rows decoded at a time for the history
+
+
+class IFDSelectionCallback(EpochSelector, ExportableState):
+    """Before each epoch, score the pool with the model as it is and train on the rows with the highest IFD.
+
+        trainer = SFTTrainer(model=..., args=SFTConfig(...), train_dataset=ds)
+        trainer.add_callback(IFDSelectionCallback(trainer, keep=0.10))
+        trainer.train()
+
+    The pool is the trainer's prepared training set; an answer is the last run of `labels != -100`, without the
+    template's end-of-turn tokens. IFD = cas / das (arXiv 2308.12032) with the response header that all prompts share
+    before the direct answer. Rows with IFD >= `max_ifd` and unscorable rows are dropped. Steps, `max_steps`, the
+    learning rate schedule and `state.epoch` follow the planned budgets. Scoring leaves no trace in the random state
+    or the modules' modes.
+
+    With `packing=True` (strategy "bfd") the pool is the examples inside the packed rows, known by their position
+    there, and a row of the plan is a packed row: a fraction `keep` is one of the packed rows of the whole pool (that
+    is, of its tokens), an int `keep` a number of packed rows. Examples are taken from the highest score downwards, as
+    many as best-fit decreasing packs into exactly that number of rows of at most `max_length` tokens, anew in each
+    epoch; only if all eligible ones leave rows empty does `on_shortfall` say what fills them. Examples stay whole, and
+    the first token of one is never predicted from the one before it. The tiers of a `Curriculum` are of packed rows,
+    each with examples of one tier alone: the tier with the highest scores is filled first, as above, then the next
+    from the examples that follow.
+
+    Several processes share the scoring and train on one order. As in any run, accelerate's `even_batches` fills the
+    last global batch of an epoch with the first rows of its order: those are trained on twice.
+
+    What was selected is logged through `trainer.log` (keys `ifd/...`) and written to `<output_dir>/ifd_history`; see
+    `training.history`.
+
+    Args:
+        trainer: the trainer that this callback is added to.
+        keep: rows per epoch: a fraction of the pool (float), a number of rows (int), or a list with one entry per
+            epoch. With packing, packed rows.
+        max_ifd: rows at or above this score are dropped; float("inf") for no limit.
+        seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
+        score: rank by "ifd" or "ifd_ppl".
+        order: "shuffle" (another one each epoch; the pool's order with train_sampling_strategy="sequential"),
+            "descending" or "ascending" score (packed rows go by the mean rank of their examples).
+        schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
+        every, warmup_epochs, freeze_after: select in each `every`-th epoch only; train on the whole pool for the first
+            epochs; stop scoring from an epoch on. See `Rhythm`.
+        warmup: a `Brief` to train on the brief-experience sample in the warm-up epochs instead of the whole pool.
+        start_anew: go back to the original weights after the warm-up epochs, which then do not count among the
+            trainer's `num_train_epochs`; see `cherry`.
+        scorer: None to score with the model in training; a name, a path or a loaded model to score with that one, once
+            and for all; "columns" for the scores that the training set has from `IFDScorer`.
+        diverse: choose the rows among this share of the eligible ones with the highest scores (a float, or an int
+            for a number of rows) so that they stand for all of it: facility location over prompt embeddings, as
+            Superfiltering.D does with 0.2; see `Diverse`.
+        embedder: what embeds prompts for that: by default the model that scores; an `IFDScorer`; or the name of a
+            sentence-transformers model.
+        on_shortfall: "repeat", "relax" or "error" when fewer rows are eligible than planned; see `Cherry`.
+        id_column: column of row ids in the training set; "row_id" or "id" if there is one, else the position.
+        header: text that precedes a direct answer, if it is not to be found from the prompts.
+        min_answer_tokens: rows with fewer answer tokens are not scored.
+        token_budget: tokens of a scoring batch; see `scoring.losses.Options`.
+        warn_share: warn when more than this share of the scored rows has a score of 1 or more.
+        push_history: let `push_to_hub` upload `ifd_history` and reports too; they hold texts of the training set.
+
+    Raises:
+        TypeError: without a trainer.
+        ValueError: for a configuration in which selection cannot be exact.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        keep: float | int | Sequence[float | int] | Schedule = 0.10,
+        max_ifd: float = 1.0,
+        seed: int | None = None,
+        *,
+        schedule: Schedule | None = None,
+        every: int = 1,
+        warmup_epochs: int = 0,
+        warmup: Brief | None = None,
+        start_anew: bool = False,
+        freeze_after: int | None = None,
+        scorer: str | PreTrainedModel | None = None,
+        diverse: float | int | None = None,
+        embedder: str | IFDScorer | None = None,
+        score: Literal["ifd", "ifd_ppl"] = "ifd",
+        order: Literal["shuffle", "descending", "ascending"] = "shuffle",
+        on_shortfall: Literal["repeat", "relax", "error"] = "repeat",
+        id_column: str | None = None,
+        header: str | None = None,
+        min_answer_tokens: int = 1,
+        token_budget: int | None = None,
+        warn_share: float = 0.5,
+        push_history: bool = False,
+    ) -> None:
+        if order not in ("shuffle", "descending", "ascending"):
+            raise UserError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
+        strategy = getattr(getattr(trainer, "args", None), "train_sampling_strategy", None)
+        if order != "shuffle" and strategy == "group_by_length":
+            raise UserError(
+                f"order={order!r} orders rows by score, train_sampling_strategy='group_by_length' by length. Set one "
+                "of them: order='shuffle', or train_sampling_strategy='random'."
+            )
+        limits = {"max_ifd": max_ifd, "score": score, "on_shortfall": on_shortfall}
+        self.policy = Cherry(**limits) if diverse is None else Diverse(diverse, **limits)
+        schedule = as_schedule(keep if schedule is None else schedule)
+        self.rhythm = Rhythm(schedule, every, warmup_epochs, freeze_after, warmup, start_anew)
+        self.restart = self.rhythm.restart
+        attach(trainer)
+        self.run = SelectionRun()
+        check_rhythm(trainer, self.rhythm)
+        if diverse is not None and trainer.selection_pool.packed:
+            raise UserError(
+                "diverse= chooses examples that stand for others, whatever their length: how many of them fill a "
+                "packed row is not known before. Set packing=False, or leave diverse out."
+            )
+        self.trainer = trainer
+        self._seed, self.push_history = seed, push_history
+        self.order, self.id_column, self.header = order, id_column, header
+        self.warn_share = warn_share
+        self.tokenizer = _tokenizer_of(trainer)
+        # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
+        encoder = Encoder(self.tokenizer, min_answer_tokens=min_answer_tokens)
+        self.pool_scorer = PoolScorer(trainer, encoder, scorer, embedder, token_budget)
+        self.history: History | None = None
+        self._prefix: list[int] | None = None
+        self._fingerprint: str | None = None
+        self._epoch: int | None = None  # the epoch that was selected last, and whether it has ended
+        self._ended = False
+        self._next_epoch = 0
+        self._saved: dict[str, Any] | None = None  # what the last checkpoint holds of the selection
+        self._restored: dict[str, Any] | None = None
+        self._restored_arrays: dict[str, np.ndarray] = {}
+        self._scores: Scores | None = None  # the last ones, and the epoch they are from
+        self._scored_at: int | None = None
+        self._eligible: tuple[Scores, int] | None = None  # the last ones by which a row was eligible, and their epoch
+        self._brief: np.ndarray | None = None  # the rows of the brief experience
+        self._training_since: float | None = None
+        trainer._attached = type(self).__name__
+
+    @classmethod
+    def cherry(
+        cls,
+        trainer: Trainer,
+        keep: float | int | Sequence[float | int] = 0.05,
+        *,
+        brief: Brief | Literal["kmeans", "random"] | None = "kmeans",
+        scorer: str | PreTrainedModel | None = None,
+        **options: Any,
+    ) -> IFDSelectionCallback:
+        """The whole method of arXiv 2308.12032 in one `trainer.train()`.
+
+            trainer.add_callback(IFDSelectionCallback.cherry(trainer, keep=0.05))
+
+        One epoch on the brief-experience sample; the pool scored once, by the model that this gives; then weights,
+        optimizer, learning rate schedule and random state start anew, and the trainer's `num_train_epochs` are trained
+        on the rows with the highest IFD. `state.epoch` and the history count the brief experience as epoch 0;
+        `max_steps` counts its steps too. Resumable in each part. The original weights wait on disk, in
+        `<output_dir>/ifd_original`, as large as the trainable parameters; the folder goes when training ends.
+
+        Args:
+            keep: as for the callback; a list has one entry for each epoch after the brief experience.
+            brief: "kmeans" or "random" rows, or a `Brief` with other numbers; None to score with the model as it is,
+                as version 2 of the authors' method does.
+            scorer: score with another model, by name or instance, and without a brief experience (Superfiltering,
+                arXiv 2402.00530: `scorer="gpt2"`); "columns" for scores that the training set already has.
+            options: other arguments of the callback.
+
+        Raises:
+            ValueError: for packing together with a brief experience, or under DeepSpeed.
+        """
+        brief = Brief(brief) if isinstance(brief, str) else brief
+        if scorer is not None:
+            brief = None
+        before = {"warmup_epochs": 1, "warmup": brief, "start_anew": True} if brief is not None else {}
+        return cls(trainer, keep, scorer=scorer, **{"freeze_after": 0, **before, **options})
+
+    # ---- what the loop asks -------------------------------------------------------------------------------------
+
+    @property
+    def pool(self) -> Pool:
+        """What is selected from."""
+        return self.trainer.selection_pool
+
+    @property
+    def seed(self) -> int:
+        """Of the shuffle and of repeats."""
+        return self.trainer.args.seed if self._seed is None else self._seed
+
+    def budget(self, epoch: int) -> int:
+        return self._turn(epoch).budget
+
+    def selects(self, epoch: int) -> bool:
+        return self._turn(epoch).rows in ("selected", "same")
+
+    def position(self, state: transformers.TrainerState) -> tuple[int, int]:
+        saved = self._kept_in(state)
+        if not state.global_step or saved is None or "first_step" not in saved:
+            # A new run, a checkpoint that is refused later on, or one of an earlier release.
+            return super().position(state)
+        # Not by the plan alone: another callback may have ended an epoch early.
+        epoch, updates = saved["epoch"], state.global_step - saved["first_step"]
+        over = saved["ended"] or epoch >= len(self.plan.epochs) or updates >= self.plan.epochs[epoch].updates
+        return (epoch + 1, 0) if over else (epoch, updates)
+
+    def _kept_in(self, state: transformers.TrainerState) -> dict[str, Any] | None:
+        """What a checkpoint kept for this callback."""
+        return (state.stateful_callbacks.get(type(self).__name__) or {}).get("attributes", {}).get("selection")
+
+    def start(self, epoch: int, state: transformers.TrainerState, checkpoint: str | None = None) -> None:
+        self._next_epoch, self._epoch, self._restored, self._saved = epoch, None, None, None
+        self._scores = self._scored_at = self._brief = self._eligible = None
+        prompts, self._fingerprint = self.pool.read()
+        self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
+        self._prefix = response_prefix(self.tokenizer, prompts, self.header)
+        self.history = History(self.run.folder / FOLDER, self._settings())
+        if state.global_step > 0:
+            self._restore(state, Path(checkpoint))
+        if self.trainer.args.save_only_model and self.trainer.is_world_process_zero():
+            logger.warning(
+                "save_only_model=True: checkpoints hold no optimizer and no random state, so a resume from them "
+                "trains the same rows but is not exact."
+            )
+        logger.info("Selection plan: %s", self.plan)
+        if self.restart is not None and epoch <= self.restart:
+            logger.info(
+                "The original weights take %.2f GB in %s until training ends.",
+                Snapshot.size(self.trainer.model) / 1e9,
+                self._original.folder,
+            )
+
+    # ---- events -------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state is not self.trainer.state:
+            raise UserError(
+                "This IFDSelectionCallback was made for another trainer. Make one for each: "
+                "trainer.add_callback(IFDSelectionCallback(trainer, ...))."
+            )
+        if self.restart is not None and state.global_step == 0:
+            self._keep_original()
+        self.run.called = False
+        if state.is_world_process_zero:
+            self.history.save()
+            self.history.discard_other_epochs()
+            self._save_pool()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        if self._restored is not None and self._restored["epoch"] == epoch:
+            self.run.select(self._restored_order())  # inside an epoch nothing is scored again
+        else:
+            self._select(epoch)
+        self._epoch, self._ended, self._training_since = epoch, False, time.perf_counter()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._ended = not control.should_training_stop  # a run that is stopped may go on inside this epoch
+        trained = self.run.trained(state.global_step)  # raises where these are not the selected ones
+        self._note(trained=len(trained), seconds_training=time.perf_counter() - self._training_since)
+        if len(trained) < len(self.run.order) and state.is_world_process_zero:
+            self.history.correct(self._epoch, self._times(trained))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.restart is not None and state.global_step >= self.plan.max_steps:
+            Snapshot(self.run.folder / ORIGINAL).remove()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
+        record = self.history.record(self._epoch) if self._epoch is not None and self.trainer.is_in_train else None
+        if record is None or not metrics:
+            return
+        sets = self.trainer.eval_dataset
+        for name in sets if isinstance(sets, dict) else ():
+            if f"eval_{name}_loss" in metrics:
+                self._note(eval_losses={**(record["eval_losses"] or {}), name: float(metrics[f"eval_{name}_loss"])})
+        if "eval_loss" in metrics:
+            self._note(eval_loss=float(metrics["eval_loss"]))
+
+    # ---- the original weights -----------------------------------------------------------------------------------
+
+    @property
+    def _original(self) -> Snapshot:
+        """Where the original weights wait: in one place, or with sharded weights each process's own part.
+
+        A machine that does not share the disk of the main process has a copy of its own.
+        """
+        folder = self.run.folder / ORIGINAL
+        if scoring_model(self.trainer)[1]:
+            return Snapshot(folder / f"process-{self.trainer.accelerator.process_index:03d}")
+        return self._own_original if self._own_original.complete else Snapshot(folder)
+
+    @property
+    def _own_original(self) -> Snapshot:
+        return Snapshot(self.run.folder / ORIGINAL / f"machine-{platform.node()}")
+
+    def _keep_original(self) -> None:
+        """Save the weights at the start of a run, or put them back where auto_find_batch_size begins it again."""
+        trainer, model = self.trainer, self.trainer.model
+        reshard(model)
+        if not self.run.called:
+            self._original.restore(model)
+        elif scoring_model(trainer)[1]:
+            self._original.save(model)
+        else:
+            if trainer.is_local_process_zero():
+                self._own_original.remove()  # of an earlier run
+            if trainer.is_world_process_zero():
+                self._original.save(model)
+            trainer.accelerator.wait_for_everyone()
+            if trainer.is_local_process_zero() and not self._original.complete:
+                self._own_original.save(model)
+        trainer.accelerator.wait_for_everyone()
+
+    # ---- scoring and selecting ----------------------------------------------------------------------------------
+
+    def _turn(self, epoch: int) -> Turn:
+        args = self.trainer.args
+        epochs = None if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+        try:
+            return self.rhythm.turn(epoch, self.pool.training_rows, epochs)
+        except ValueError as error:
+            if not self.pool.packed:
+                raise
+            raise UserError(f"{error} With packing=True, rows are packed rows.") from error
+
+    def _select(self, epoch: int) -> None:
+        """Score the pool if it is this epoch's turn, choose and order its rows, log and record them."""
+        turn, began = self._turn(epoch), time.perf_counter()
+        if turn.score:
+            scores = self.score_pool(f"IFD, epoch {epoch}")
+            self._scores, self._scored_at = scores, epoch
+        ids = self.pool.ids(self.id_column)
+        selection = self._choose_or_stay(turn, ids)
+        seconds = time.perf_counter() - began if turn.score or turn.rows == "brief" else 0.0
+        scores = Scores.unscored(len(ids), NOT_SCORED) if turn.rows in ("all", "brief") else self._scores
+        if epoch == self.restart:
+            start_anew(self.trainer, self._original)
+        self.run.select(self._agree(selection, epoch))
+        if self.trainer.state.is_world_process_zero:
+            self._warn(scores, selection, epoch)
+        record = self._record(epoch, scores, selection, seconds)
+        logged = {f"ifd/{key}": record[key] for key in _LOGGED if record.get(key) is not None}
+        with metrics_set_aside(self.trainer):
+            self.trainer.log(logged)
+        if self.trainer.state.is_world_process_zero:
+            self.history.add(record, _rows(ids, scores, selection))
+
+    def _choose_or_stay(self, turn: Turn, ids: np.ndarray) -> Selection:
+        """The rows of a turn; where new scores leave none eligible, by the last scores that left some.
+
+        A run does not end for this after hours of training. Before there are such scores (after warm-up epochs), the
+        rows nearest above the limit are taken. It does end where training has not begun, and where the user wants it
+        to (on_shortfall="error").
+        """
+        try:
+            selection = self._choose(turn, ids)
+        except ShortfallError as error:
+            begun = self.trainer.state.global_step > 0
+            if not begun or self.policy.on_shortfall == "error":
+                raise
+            if self._eligible is None:
+                logger.warning("%s The rows nearest to the limit are taken.", error)
+                relaxed = Cherry(self.policy.max_ifd, self.policy.score, on_shortfall="relax")
+                return self._choose(turn, ids, relaxed)
+            self._scores, self._scored_at = self._eligible
+            logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self._scored_at)
+            return self._choose(turn, ids)
+        if turn.rows in ("selected", "same"):
+            self._eligible = self._scores, self._scored_at
+        return selection
+
+    def _choose(self, turn: Turn, ids: np.ndarray, policy: Cherry | Diverse | None = None) -> Selection:
+        """The rows of a turn, from the last scores; the same turn and scores give the same rows."""
+        policy = policy or self.policy
+        if turn.rows == "all":
+            return Selection.everything(len(ids))
+        if turn.rows == "brief":
+            return self._brief_selection()
+        columns = self._scores.columns()
+        if isinstance(policy, Diverse):
+            columns[EMBEDDING] = self._embeddings(columns, turn.of, ids)
+
+        def choose(rows: int) -> Selection:
+            rng = np.random.default_rng([self.seed, turn.chosen])
+            return policy(columns, rows, ids=ids, rng=rng)
+
+        selection = self.pool.choose(turn.of, choose)
+        if not turn.tiers:
+            return selection
+        score = columns[self.policy.score]
+        ranked = selection.kept[np.argsort(-score[selection.kept], kind="stable")]
+        parts = self.pool.divide(ranked, [tier.rows for tier in turn.tiers])
+        tiers = {tier.number: part for tier, part in zip(turn.tiers, parts, strict=True)}
+        return selection.in_tiers(score, tiers, {tier.number for tier in turn.tiers if tier.trained})
+
+    def score_pool(self, description: str = "IFD") -> Scores:
+        """Scores of all pool rows with the model as it is now, or with the other `scorer`."""
+        return self.pool_scorer.scores(self._prefix, description)
+
+    def _embeddings(self, columns: dict[str, np.ndarray], budget: int, ids: np.ndarray) -> np.ndarray:
+        """Prompt embeddings (n, d) of the candidates of a diverse selection; NaN for the other rows."""
+        rows = np.sort(self.policy.among(columns, budget, ids=ids))
+        found = self.pool_scorer.embeddings(rows)
+        embeddings = np.full((len(ids), found.shape[1]), np.nan, dtype=np.float32)
+        embeddings[rows] = found
+        return embeddings
+
+    def _brief_selection(self) -> Selection:
+        """The rows of the brief experience, chosen by the model as it is now."""
+        if self._brief is None:
+            embeddings, perplexity = None, self.pool.has_answer().astype(np.float64)
+            perplexity[perplexity == 0] = np.nan
+            if self.rhythm.warmup.method == "kmeans":
+                embeddings, perplexity = self.pool_scorer.features(description="Prompts, brief experience")
+            ids = self.pool.ids(self.id_column)
+            self._brief = self.rhythm.warmup(embeddings, perplexity, ids=ids, seed=self.seed)
+        return Selection.of(self._brief, len(self.pool), NOT_IN_SAMPLE)
+
+    def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
+        """This epoch's order, the same on every process."""
+        turn = self._turn(epoch)
+        parts = [(selection.kept, turn.budget)]
+        if turn.tiers:
+            parts = [(selection.parts[tier.number], tier.rows) for tier in turn.tiers if tier.trained]
+        rows = [row for part, budget in parts for row in self.pool.arrange(part, budget)]
+        lengths = self.pool.lengths(selection.kept)
+        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+        order = batch_order(self.trainer, rows, lengths, self.order, seed)
+        if self.trainer.accelerator.num_processes > 1:
+            shared = [order]
+            torch.distributed.broadcast_object_list(shared, src=0)
+            order = shared[0]
+        return order
+
+    def _warn(self, scores: Scores, selection: Selection, epoch: int) -> None:
+        scored = scores.ifd_status == Status.OK.value
+        share = float(np.mean(scores.columns()[self.policy.score][scored] >= 1)) if scored.any() else 0.0
+        if share > self.warn_share and self._scored_at == epoch:  # once for each scoring
+            logger.warning(
+                "Epoch %d: %.0f %% of the scored rows have %s >= 1, that is, their prompt does not help. Is the prompt "
+                "format one the model knows? A chat template on a base model has this effect.",
+                epoch,
+                100 * share,
+                self.policy.score,
+            )
+        if selection.shortfall:
+            logger.warning(
+                "Epoch %d: %d rows are planned, %d are eligible; %d were filled (on_shortfall=%r).",
+                epoch,
+                len(selection.kept),
+                selection.eligible,
+                selection.shortfall,
+                self.policy.on_shortfall,
+            )
+
+    # ---- records ------------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "policy": repr(self.policy),
+            "schedule": repr(self.rhythm.schedule),
+            "every": self.rhythm.every,
+            "warmup_epochs": self.rhythm.warmup_epochs,
+            "freeze_after": self.rhythm.freeze_after,
+            "warmup": repr(self.rhythm.warmup),
+            "start_anew": self.rhythm.start_anew,
+            "scorer": self.pool_scorer.name,
+            "order": self.order,
+            "train_sampling_strategy": getattr(self.trainer.args, "train_sampling_strategy", None),
+            "seed": self.seed,
+            "id_column": self.id_column,
+            "min_answer_tokens": self.pool_scorer.encoder.min_answer_tokens,
+            "score": self.policy.score,
+            "max_ifd": self.policy.max_ifd if np.isfinite(self.policy.max_ifd) else None,
+            "direct_prefix": self.tokenizer.decode(self._prefix),
+            "model": str(getattr(self.trainer.model.config, "name_or_path", "")),
+            "pool": len(self.pool),
+            "packed_rows": self.pool.training_rows if self.pool.packed else None,
+            "fingerprint": self._fingerprint,
+            "plan": [vars(plan) for plan in self.plan.epochs],
+            "max_steps": self.plan.max_steps,
+        }
+
+    def _record(self, epoch: int, scores: Scores, selection: Selection, seconds: float) -> dict[str, Any]:
+        values = scores.columns()[self.policy.score]
+        kept = np.zeros(len(scores), dtype=bool)
+        kept[selection.kept] = True
+        dropped = ~kept & np.isfinite(values)
+        reasons, counts = np.unique(selection.reasons.astype(str), return_counts=True)
+        return {
+            "epoch": epoch,
+            "step": self.trainer.state.global_step,
+            "seed": self.seed,
+            "pool": len(scores),
+            "budget": len(selection.kept),
+            "packed_rows": len(self.run.order) if self.pool.packed else None,
+            "kept": int(kept.sum()),
+            "eligible": selection.eligible,
+            "shortfall": selection.shortfall,
+            "tiers": sorted(selection.parts) if selection.tier is not None else None,
+            "cut": selection.cut if np.isfinite(selection.cut) else None,
+            "scored_at": self._scored_at if np.isfinite(values).any() else None,
+            "mean_kept": float(values[kept].mean()) if np.isfinite(values).any() else None,
+            "mean_dropped": float(values[dropped].mean()) if dropped.any() else None,
+            "overlap": self._overlap(epoch, kept),
+            "reasons": dict(zip(reasons.tolist(), counts.tolist(), strict=True)),
+            "seconds_scoring": seconds,
+            "seconds_training": None,
+            "trained": None,  # training rows, once the epoch has ended
+            "eval_loss": None,
+            "eval_losses": None,  # by the name of the set, where there are several
+        }
+
+    def _overlap(self, epoch: int, kept: np.ndarray) -> float | None:
+        """Share of this epoch's kept rows that the epoch before kept too."""
+        if self.history.record(epoch - 1) is None or not self.history.rows_path(epoch - 1).exists():
+            return None
+        before = self.history.rows(epoch - 1)["times"].to_numpy() > 0
+        return float((before & kept).sum() / kept.sum())
+
+    def _times(self, trained: list[TrainingRow]) -> np.ndarray:
+        """How often each example is among these training rows, (n,)."""
+        flat = np.concatenate([np.ravel(row) for row in trained]) if trained else []
+        return np.bincount(np.asarray(flat, dtype=np.int64), minlength=len(self.pool))
+
+    def _note(self, **values: Any) -> None:
+        record = self.history.record(self._epoch)
+        if record is not None and self.trainer.state.is_world_process_zero:
+            record.update(values)
+            self.history.save()
+
+    def _save_pool(self) -> None:
+        """The pool's texts for reports, unless they are there; a run goes on without them."""
+        made_from = [self._fingerprint, self.pool.columns_digest(), str(self.id_column)]
+        try:
+            self.history.save_pool(self._pool_texts(), " ".join(made_from))
+        except (OSError, pa.ArrowException) as error:
+            logger.warning(
+                "The texts of the training set could not be kept in %s: %s. Training goes on; reports of this run "
+                "show rows without their texts.",
+                self.history.folder / "pool.parquet",
+                str(error).rstrip("."),
+            )
+
+    def _pool_texts(self) -> Iterator[pa.Table]:
+        """The pool's texts and columns for reports, some thousand rows at a time."""
+        ids, decode, first = self.pool.ids(self.id_column), Decoder(self.tokenizer), 0
+        for tokens, bounds in self.pool.segments(_TEXTS):
+            found = decode(tokens, bounds)
+            part = slice(first, first := first + len(found) // 3)
+            texts = {"row_id": ids[part], "prompt": found[0::3], "answer": found[1::3]}
+            yield pa.table(texts | self.pool.columns(part.start, part.stop, without=texts))
+
+    # ---- checkpoint state ---------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: Path) -> None:
+        if self._epoch is None:
+            return
+        arrays = self.pool.to_arrays(self.run.order)
+        if self._brief is not None:
+            arrays["brief"] = self._brief
+        self._saved = {
+            "version": _STATE_VERSION,
+            "epoch": self._epoch,
+            "first_step": self.run.first_step,
+            "ended": self._ended,
+            "scored_at": self._scored_at,
+            "eligible": self._eligible is not None,
+            **save_selection(checkpoint, arrays, self._scores),
+            **{key: self.history.settings[key] for key in (*_MUST_MATCH, "plan", "max_steps")},
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What `trainer_state.json` keeps: the epoch, what it depends on, and the digest of the file beside it."""
+        return {"args": {}, "attributes": {} if self._saved is None else {"selection": self._saved}}
+
+    def _check_resumable(self, saved: dict[str, Any]) -> None:
+        """Raise where a run with today's settings would not go on as the one in the checkpoint would have.
+
+        Other epochs than planned may follow on those that have begun; the learning rate schedule then has another end.
+        """
+        settings, epochs = self.history.settings, saved["epoch"] + 1
+        differs = [
+            f"{key.replace('fingerprint', 'training set')}: {saved[key]!r} in the checkpoint, {settings[key]!r} now"
+            for key in _MUST_MATCH
+            if key in saved and saved[key] != settings[key]  # checkpoints of earlier releases lack some
+        ]
+        then, now = saved["plan"][:epochs], settings["plan"][:epochs]
+        if not differs and then != now:
+            old, new = next((a, b) for a, b in zip_longest(then, now) if a != b)
+            differs = [
+                f"{key} of epoch {old['epoch']}: {value} in the checkpoint, {(new or {}).get(key, 'none')} now"
+                for key, value in old.items()
+                if value != (new or {}).get(key)
+            ]
+        if differs:
+            raise UserError(
+                f"The run cannot be resumed exactly: {'; '.join(differs)}. Resume with the settings (batch size, "
+                "gradient accumulation and processes among them) and the data set of the checkpoint, or start anew."
+            )
+        if saved["max_steps"] != settings["max_steps"]:
+            logger.warning(
+                "The run was planned with %d updates and now has %d: the rows of epochs that have begun are as before, "
+                "the learning rate schedule is that of the new number from here on.",
+                saved["max_steps"],
+                settings["max_steps"],
+            )
+
+    def _restored_order(self) -> list[TrainingRow]:
+        return self.pool.from_arrays(self._restored_arrays)
+
+    def _restore(self, state: transformers.TrainerState, checkpoint: Path) -> None:
+        saved = self._kept_in(state)
+        if saved is None or saved.get("version") not in _READ_VERSIONS:
+            raise UserError(
+                "The checkpoint holds no selection state: it was written without this callback, or by another version "
+                "of it. Start training anew, or resume without IFDSelectionCallback."
+            )
+        self._check_resumable(saved)
+        if self.trainer.args.ignore_data_skip:
+            logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
+        self._restored_arrays, scores = load_selection(checkpoint, saved, len(self.pool))
+        self._restored = saved
+        self._brief = self._restored_arrays.pop("brief", None)
+        if self._brief is None and self._turn(saved["epoch"]).rows == "brief" and self.rhythm.warmup.method != "random":
+            # An earlier release kept the order alone; random rows are drawn again, the same ones.
+            self._brief = np.unique(np.concatenate([np.ravel(row) for row in self._restored_order()]))
+        if self.restart is not None and state.global_step <= self.plan.phases[0] and not self._original.complete:
+            raise UserError(
+                f"The run stopped before training had started anew, but the original weights are not in "
+                f"{self._original.folder}. Put the folder back, or start training anew."
+            )
+        if scores is not None:
+            lossy = saved["version"] == 2 and self.pool_scorer.other == "columns"  # only cas and das were kept
+            self._scores = self.score_pool() if lossy else scores
+            self._scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
+            self._eligible = (self._scores, self._scored_at) if saved.get("eligible", True) else None
+        if (self.history.folder / "history.json").exists():
+            epochs = History.load(self.history.folder).epochs
+            self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]
+
+
+_LOGGED = ("pool", "eligible", "kept", "packed_rows", "cut", "mean_kept", "mean_dropped", "overlap", "shortfall")
+_LOGGED += ("seconds_scoring",)
+_RHYTHM = ("schedule", "every", "warmup_epochs", "freeze_after", "warmup", "start_anew")
+_MUST_MATCH = ("policy", *_RHYTHM, "scorer", "order", "train_sampling_strategy", "seed", "id_column")
+_MUST_MATCH += ("min_answer_tokens", "direct_prefix", "fingerprint")
+
+
+def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:
+    """One row for each pool row: what was measured and decided."""
+    times = np.bincount(selection.kept, minlength=len(scores))
+    rows = pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons, "times": times})
+    if selection.tier is not None:
+        rows["tier"] = pd.array(selection.tier, dtype="Int64")
+        rows.loc[selection.tier < 0, "tier"] = pd.NA
+    return rows
+
+
+def _tokenizer_of(trainer: Trainer) -> Any:
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    if tokenizer is None or not hasattr(tokenizer, "all_special_ids"):
+        raise UserError("The trainer has no tokenizer: pass processing_class=tokenizer to the trainer.")
+    return tokenizer

@@ -1,0 +1,148 @@
+"""What a run selected, epoch by epoch, on disk beside its checkpoints.
+
+    history.json          settings, and one record for each epoch (counts, means, seconds, held-out loss)
+    epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on; with a
+                          curriculum its tier (0 is the one that the curriculum begins with)
+    pool.parquet          the pool's texts and its columns other than token ids, for reports
+
+Files are replaced atomically: a reader, or a run that is killed, never sees half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data.atomic import write_atomically
+from ..errors import NotFoundError, UserError
+
+FOLDER = "ifd_history"
+VERSION = 1
+_DIGEST = b"ifd_trainer.digest"  # in the metadata of pool.parquet
+_PARTS = 10  # parts of the pool in a row group of it
+
+
+@dataclass
+class History:
+    """The history of one run, in memory and in `folder`.
+
+    Attributes:
+        folder: where the files are, usually `<output_dir>/ifd_history`.
+        settings: what was selected and how; written once.
+        epochs: one record for each epoch, in order.
+    """
+
+    folder: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> History:
+        """Read a history; `folder` may be the run's output folder too.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: when the file is damaged or of another version.
+        """
+        folder = Path(folder)
+        if not (folder / "history.json").exists() and (folder / FOLDER / "history.json").exists():
+            folder = folder / FOLDER
+        path = folder / "history.json"
+        if not path.exists():
+            raise NotFoundError(f"No selection history in {folder}: it is written by a run with the callback.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged ({error}); the run has to be repeated.") from error
+        if content.get("version") != VERSION:
+            raise UserError(f"{path} has version {content.get('version')}, this program reads version {VERSION}.")
+        return cls(folder, content["settings"], content["epochs"])
+
+    def record(self, epoch: int) -> dict[str, Any] | None:
+        """The record of an epoch, or None."""
+        return next((record for record in self.epochs if record["epoch"] == epoch), None)
+
+    def add(self, record: dict[str, Any], rows: pd.DataFrame) -> None:
+        """Write an epoch's record and rows; records of this and later epochs (of a run cut short) give way."""
+        self.epochs = [old for old in self.epochs if old["epoch"] < record["epoch"]] + [record]
+        write_atomically(self.rows_path(record["epoch"]), lambda path: rows.to_parquet(path, index=False))
+        self.save()
+
+    def correct(self, epoch: int, times: np.ndarray) -> None:
+        """Say how often each row was trained on in an epoch that did not train on all that was planned."""
+        rows = self.rows(epoch).assign(times=times)
+        write_atomically(self.rows_path(epoch), lambda path: rows.to_parquet(path, index=False))
+
+    def save(self) -> None:
+        """Write `history.json`."""
+        content = {"version": VERSION, "settings": self.settings, "epochs": self.epochs}
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_atomically(self.folder / "history.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def discard_other_epochs(self) -> None:
+        """Delete the rows of epochs without a record: an earlier run in this folder left them."""
+        known = {self.rows_path(record["epoch"]) for record in self.epochs}
+        for path in set(self.folder.glob("epoch-*.parquet")) - known:
+            path.unlink()
+
+    def save_pool(self, pool: pd.DataFrame | Iterable[pa.Table], digest: str = "") -> bool:
+        """Write the pool's texts, as one frame or part by part (no part is kept in memory).
+
+        Args:
+            digest: of what the texts are made from. A file that was written with the same one, and begins with the
+                same part, is left as it is.
+
+        Returns:
+            Whether the file was written anew.
+        """
+        parts = iter([pa.Table.from_pandas(pool, preserve_index=False)] if isinstance(pool, pd.DataFrame) else pool)
+        first, path = next(parts), self.folder / "pool.parquet"
+        if digest and _is_pool(path, digest, first):
+            return False
+        path.unlink(missing_ok=True)  # if this one cannot be written, a report must not show the texts of another run
+        schema = first.schema.with_metadata({**(first.schema.metadata or {}), _DIGEST: digest.encode()})
+
+        def write(path: Path) -> None:
+            with pq.ParquetWriter(path, schema) as writer:
+                rest = chain([first], parts)
+                while group := list(islice(rest, _PARTS)):
+                    writer.write_table(pa.concat_tables(group))
+
+        write_atomically(path, write)
+        return True
+
+    def rows_path(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:03d}.parquet"
+
+    def rows(self, epoch: int) -> pd.DataFrame:
+        """Row id, scores, status, reason and `times` (how often trained on) of every pool row in an epoch.
+
+        With a curriculum also `tier`: 0, 1, ... in the order of the stages, null for rows that were not chosen.
+        """
+        return pd.read_parquet(self.rows_path(epoch))
+
+    def pool(self) -> pd.DataFrame | None:
+        """Row ids with the pool's texts and columns, if they were written."""
+        path = self.folder / "pool.parquet"
+        return pd.read_parquet(path) if path.exists() else None
+
+
+def _is_pool(path: Path, digest: str, first: pa.Table) -> bool:
+    """Whether a file holds the pool with this digest, whose first part is that."""
+    texts = [name for name in ("prompt", "answer") if name in first.column_names]
+    try:
+        with pq.ParquetFile(path) as file:
+            known = (file.schema_arrow.metadata or {}).get(_DIGEST) == digest.encode()
+            return known and file.read_row_group(0, texts)[: len(first)].equals(first.select(texts))
+    except (OSError, pa.ArrowException):  # not there, or damaged
+        return False

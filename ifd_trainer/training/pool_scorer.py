@@ -1,0 +1,245 @@
+"""All rows of a trainer's pool through a model: their scores, and how the model sees their prompts.
+
+Several processes share the rows out by tokens, and each ends up with the values of all of them. With sharded weights
+they run the same number of forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer
+
+from ..data.encoding import Encoder, share_out, token_count
+from ..data.formats import Example
+from ..data.token_rows import TokenRows
+from ..errors import NotInstalledError, UserError
+from ..method.reasons import Status
+from ..scoring.losses import Scores, prompt_features, score_pairs
+from ..scoring.transform import IFD_COLUMNS, IFDScorer
+from .pool import Pool
+from .trainer_hooks import scoring_model
+
+_CHUNK = 8192  # pool rows encoded and scored at a time, on each process
+
+
+class PoolScorer:
+    """Runs the rows of a pool through the trainer's model as it is, or through another one.
+
+    Args:
+        trainer: the model, its device and its processes.
+        encoder: for the trainer's tokenizer.
+        other: None for the trainer's own model; the name, the path or the instance of another model, which reads the
+            pool's texts with its own tokenizer; or "columns" for scores that the training set already has.
+        embedder: what embeds prompts for a diverse selection: by default the model that scores (with "columns" the
+            trainer's), an `IFDScorer`, or the name of a sentence-transformers model.
+        token_budget: tokens of a batch.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        encoder: Encoder,
+        other: str | PreTrainedModel | None = None,
+        embedder: str | IFDScorer | None = None,
+        token_budget: int | None = None,
+    ) -> None:
+        self.trainer, self.encoder, self.other, self.token_budget = trainer, encoder, other, token_budget
+        self.embedder = embedder
+        self.rank, self.world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+
+    @property
+    def name(self) -> str | None:
+        """What scores, where it is not the trainer's model."""
+        if self.other is None or isinstance(self.other, str):
+            return self.other
+        return self.other.config.name_or_path or type(self.other).__name__
+
+    def scores(self, prefix: Sequence[int], description: str = "IFD") -> Scores:
+        """Scores of all rows, with the tokens `prefix` before a direct answer."""
+        if self.other == "columns":
+            return _stored_scores(self.pool.examples)
+        starts, ends = self.pool.spans(np.arange(len(self.pool))).T
+        tokens = self.pool.lengths(np.arange(len(self.pool))) + ends - starts  # of both segments of a row
+        if self.other is None:
+            columns = self._shared_out(tokens, lambda rows: self._own_scores(rows, prefix, description))
+        else:
+            scorer = self._other_scorer(self.encoder.tokenizer.decode(prefix, skip_special_tokens=True))
+            columns = self._shared_out(tokens, lambda rows: self._other_scores(scorer, rows, description))
+        return Scores(**columns)
+
+    def features(self, rows: np.ndarray | None = None, description: str = "Prompts") -> tuple[np.ndarray, np.ndarray]:
+        """Prompt embeddings (m, H) and perplexities (m,) of the rows, of all by default; see `prompt_features`."""
+        rows = np.arange(len(self.pool)) if rows is None else rows
+        starts, ends = self.pool.spans(rows).T
+
+        def run(part: np.ndarray) -> dict[str, np.ndarray]:
+            tokens = self.pool.tokens(rows[part])
+            prompts = [list(ids[:start]) for (ids, _), start in zip(tokens, starts[part], strict=True)]
+            with self._progress(sum(map(len, prompts)), description) as bar:
+                embeddings, perplexity = prompt_features(prompts=prompts, progress=bar.update, **self._running())
+            return {"embeddings": embeddings, "perplexity": perplexity}
+
+        columns = self._shared_out(starts, run)
+        columns["perplexity"][starts == ends] = np.nan  # no answer: a row that no training can use
+        return columns["embeddings"], columns["perplexity"]
+
+    def embeddings(self, rows: np.ndarray, description: str = "Embeddings") -> np.ndarray:
+        """Embeddings of the rows' prompts, (m, d) float32, by which a diverse selection tells rows apart.
+
+        Raises:
+            ImportError: for a sentence-transformers model where that package is not installed.
+        """
+        embedder = self.embedder
+        if embedder is None and self.other in (None, "columns"):
+            return self.features(rows, description)[0]
+        if embedder is None:
+            embedder = self._other_scorer("")
+        elif isinstance(embedder, str):
+            embedder = _sentence_transformer(embedder, str(self.trainer.args.device))
+
+        def run(part: np.ndarray) -> dict[str, np.ndarray]:
+            prompts, _ = self._texts(rows[part])
+            with self._progress(len(prompts), description) as bar:
+                found = embedder.embed(prompts) if isinstance(embedder, IFDScorer) else embedder(prompts)
+                bar.update(len(prompts))
+            return {"embeddings": found}
+
+        return self._shared_out(self.pool.spans(rows)[:, 0], run)["embeddings"]
+
+    def _other_scorer(self, header: str) -> IFDScorer:
+        return IFDScorer(
+            self.other,
+            format=_Texts(header),
+            score_truncated=True,
+            device=str(self.trainer.args.device),
+            token_budget=self.token_budget,
+            trust_remote_code=getattr(self.trainer.args, "trust_remote_code", False),
+        )
+
+    @property
+    def pool(self) -> Pool:
+        """What is scored."""
+        return self.trainer.selection_pool
+
+    @cached_property
+    def _read(self) -> TokenRows:
+        """The pool's rows, by the chat template that the trainer wrote them with."""
+        return TokenRows(self.encoder, getattr(self.trainer, "chat_template", None))
+
+    def _own_scores(self, rows: np.ndarray, prefix: Sequence[int], description: str) -> dict[str, np.ndarray]:
+        read, spans = self._read, self.pool.spans(rows).tolist()
+        tokens = zip(self.pool.tokens(rows), spans, strict=True)
+        pairs = [read.pair(ids, start, end, prefix) for (ids, _), (start, end) in tokens]
+        with self._progress(token_count(pairs), description) as bar:
+            return score_pairs(pairs=pairs, progress=bar.update, **self._running()).columns()
+
+    def _other_scores(self, scorer: IFDScorer, rows: np.ndarray, description: str) -> dict[str, np.ndarray]:
+        if not len(rows):
+            return Scores.unscored(0, "").columns()
+        prompts, answers = self._texts(rows)
+        pairs = scorer.encode({"prompt": prompts, "answer": answers})
+        with self._progress(token_count(pairs), description) as bar:
+            return scorer.score(pairs, bar.update).columns()
+
+    def _texts(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
+        """Prompts and answers as text, without special tokens: another model has its own."""
+        prompts, answers = [], []
+        for (ids, _), (start, end) in zip(self.pool.tokens(rows), self.pool.spans(rows).tolist(), strict=True):
+            start, end = self._read.span(ids, start, end)
+            prompts.append([] if self._read.asks_nothing(ids[:start]) else ids[:start])
+            answers.append(ids[start:end])
+        decode = self.encoder.tokenizer.batch_decode
+        return decode(prompts, skip_special_tokens=True), decode(answers, skip_special_tokens=True)
+
+    def _running(self) -> dict[str, Any]:
+        """How the trainer's model is run."""
+        model, sharded = scoring_model(self.trainer)
+        world = self.world
+        return {
+            "model": model,
+            "device": self.trainer.args.device,
+            "token_budget": self.token_budget,
+            "forwards": (lambda batches: max(_from_all(batches, world))) if world > 1 else None,
+            "sharded": sharded,
+        }
+
+    def _progress(self, total: int, description: str) -> tqdm:
+        show = self.trainer.is_local_process_zero() and not self.trainer.args.disable_tqdm
+        return tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=not show, leave=False)
+
+    def _shared_out(
+        self, tokens: np.ndarray, run: Callable[[np.ndarray], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Columns of all rows in their order; each process runs a part, with about the same number of tokens."""
+        parts, ran = [], []
+        for start in range(0, len(tokens), _CHUNK * self.world):
+            rows = np.arange(start, min(start + _CHUNK * self.world, len(tokens)))
+            shares = [rows[share] for share in share_out(tokens[rows], self.world)] if self.world > 1 else [rows]
+            ran.append(shares)
+            parts.append(run(shares[self.rank]))
+        columns = {name: _joined([part[name] for part in parts]) for name in parts[0]}
+        if self.world == 1:
+            return columns
+        found = _from_all(columns, self.world)
+        order = np.argsort(np.concatenate([share for shares in zip(*ran, strict=True) for share in shares]))
+        return {name: _joined([part[name] for part in found])[order] for name in columns}
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Decoded prompts and answers as a format: what another model than the trainer's reads."""
+
+    header: str
+    name: str = "decoded"
+    columns: tuple[str, ...] = ("prompt", "answer")
+
+    def render(self, row: dict[str, Any], tokenizer: Any) -> Example:
+        return Example(row["prompt"], row["answer"], self.header, asked=row["prompt"].strip() != "")
+
+
+def _sentence_transformer(name: str, device: str) -> Callable[[list[str]], np.ndarray]:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise NotInstalledError(
+            f"embedder={name!r} is a sentence-transformers model: pip install sentence-transformers, or leave it out "
+            "to embed prompts with the model that scores."
+        ) from error
+    model = SentenceTransformer(name, device=device)
+    return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False).astype(np.float32)
+
+
+def _stored_scores(examples: Any) -> Scores:
+    """Scores from the columns that `IFDScorer` attached to the training set before."""
+    names = getattr(examples, "column_names", None) or []
+    missing = [name for name in IFD_COLUMNS if name not in names]
+    if missing:
+        raise UserError(
+            f"scorer='columns' reads the scores of the training set, which has no {', '.join(missing)}. Attach them "
+            "with dataset.map(IFDScorer(model), batched=True) before the trainer is made; packing drops them."
+        )
+    table = examples.select_columns(list(IFD_COLUMNS)).with_format("arrow")[:].to_pandas()
+    columns = {name: table[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in IFD_COLUMNS[:4]}
+    status = table["ifd_status"].fillna(Status.NONFINITE.value).to_numpy(dtype=object)
+    tokens = table["answer_tokens"].fillna(0).to_numpy(dtype=np.int64)
+    return Scores(**columns, answer_tokens=tokens, ifd_status=status)
+
+
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """One array of several; a part without rows does not know how wide the others are."""
+    parts = list(parts)
+    return np.concatenate([part for part in parts if len(part)] or parts[:1])
+
+
+def _from_all(value: Any, world: int) -> list[Any]:
+    """The value that each process has, in the order of their ranks."""
+    values: list[Any] = [None] * world
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,109 @@
+"""A recipe file and the words that override it, as far as they can be told right or wrong without importing torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.paths import check_checkpoint, check_folder, check_model, check_readable, check_rows, model_name
+from ..errors import FileAccessError, NotFoundError, UserError
+
+ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
+# Keys that TRL and transformers read a file for, if it ends like this.
+FILES = {
+    "deepspeed": (".json",),
+    "fsdp_config": (".json",),
+    "accelerator_config": (".json",),
+    "chat_template_path": (".jinja", ".j2"),
+}
+
+
+def read_recipe(path: str | None) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty one without a file.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for a file that is no YAML, or holds no mapping.
+    """
+    if path is None:
+        return {}
+    file = Path(path)
+    if file.is_dir():
+        raise NotFoundError(f"{path} is a folder. Name a recipe in it, a YAML file.")
+    if not file.exists():
+        raise NotFoundError(f"No such recipe: {path}.")
+    check_readable(file)
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        why = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise FileAccessError(f"{path} is not YAML ({where}{why}). Write one `key: value` a line.") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise FileAccessError(f"{path} holds no YAML mapping. Write one `key: value` a line.")
+    return found
+
+
+def overrides(words: Sequence[str]) -> dict[str, str]:
+    """Values of `--key value` and `--key=value` by key, the last one of each; a key without value is "true".
+
+    >>> overrides(["--model", "m", "--keep", "0.1", "0.2", "--max-length=9", "--packing"])
+    {'model_name_or_path': 'm', 'keep': '0.1', 'max_length': '9', 'packing': 'true'}
+    """
+    found = {}
+    for position, word in enumerate(words):
+        if not word.startswith("--"):
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            following = next(iter(words[position + 1 : position + 2]), "--")
+            value = "true" if following.startswith("--") else following
+        key = key.replace("-", "_")
+        found[ALIASES.get(key, key)] = value
+    return found
+
+
+def check_recipe(recipe: str | None, words: Sequence[str], plan: bool = False) -> None:
+    """Raise ValueError for a path that is wrong, and for a run without a model or a data set.
+
+    Args:
+        plan: whether nothing is to be written, scored or resumed, so that these paths do not matter.
+    """
+    settings: Mapping[str, Any] = {**read_recipe(recipe), **overrides(words)}
+    folder = Path(recipe).resolve().parent if recipe is not None else Path()
+    model, rows = settings.get("model_name_or_path"), settings.get("dataset_name")
+    if model is None or rows is None:
+        raise UserError("A run needs a model and a data set: --model NAME_OR_PATH --dataset FILE_OR_NAME.")
+    # What is no text at all is told where types are.
+    for source in (rows, settings.get("eval_dataset")):
+        if isinstance(source, str):
+            check_rows(beside(source, folder))
+    for name in (model, settings.get("scorer")):
+        if isinstance(name, str):
+            check_model(name)
+    # What is asked for would be ignored without a word.
+    of_file = ("dataset_train_split", "dataset_config") if Path(beside(str(rows), folder)).is_file() else ()
+    for key in (*of_file, *(("model_revision",) if Path(str(model)).is_dir() else ())):
+        if settings.get(key) not in (None, "", "train", "main"):
+            what = "the data set is a file" if key in of_file else "the model is a folder"
+            raise UserError(f"{key} is {settings[key]!r}, but {what}, which has none. Leave {key} out.")
+    if isinstance(settings.get("embedder"), str) and settings["embedder"]:
+        model_name(settings["embedder"])
+    for key, endings in FILES.items():
+        value = settings.get(key)
+        if isinstance(value, str) and value.endswith(endings) and not Path(value).is_file():
+            raise NotFoundError(f"{key}: no such file: {value}.")
+    if not plan:
+        output = str(settings.get("output_dir") or "trainer_output")
+        check_folder(output)
+        check_checkpoint(settings.get("resume_from_checkpoint"), output)
+
+
+def beside(source: str, folder: Path) -> str:
+    """A path as given, or relative to the recipe's folder; hub names pass unchanged."""
+    there = folder / source
+    return str(there) if source and not Path(source).exists() and there.is_file() else source

@@ -1,0 +1,124 @@
+"""What a checkpoint keeps of a selection: the order of its epoch and the last scores, each bit for bit.
+
+They lie in a file of their own in the checkpoint's folder; `trainer_state.json`, which is written after it, holds the
+file's digest. A checkpoint that was cut off, or put together from two, is told by that. The file's name does not end
+in `.safetensors`: programs that load a model take every such file in its folder for weights.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.atomic import write_atomically
+from ..errors import FileAccessError, NotFoundError, UserError
+from ..method.selection import coded
+from ..scoring.losses import Scores
+from ..scoring.weights_digest import blocks
+
+FILE = "ifd_selection.npz"
+_ORDER, _SCORES, _STATUSES = "order/", "scores/", "statuses"
+
+
+def save_selection(folder: Path, order: Mapping[str, np.ndarray], scores: Scores | None) -> dict[str, str]:
+    """Write the file into a checkpoint's folder.
+
+    Returns:
+        What `trainer_state.json` has to hold for `load_selection`.
+    """
+    arrays = {_ORDER + name: _narrow(array) for name, array in order.items()}
+    if scores is not None:
+        columns = scores.columns()
+        texts, columns["ifd_status"] = coded(columns["ifd_status"])  # any text may be a status of imported scores
+        arrays |= {_SCORES + name: _narrow(array) for name, array in columns.items()}
+        arrays[_STATUSES] = np.frombuffer(json.dumps(texts.tolist()).encode(), dtype=np.uint8)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    write_atomically(folder / FILE, write)
+    return {"file": FILE, "digest": _digest(folder / FILE)}
+
+
+def load_selection(folder: Path, saved: Mapping[str, Any], rows: int) -> tuple[dict[str, np.ndarray], Scores | None]:
+    """The order and the scores, if there are any, that a checkpoint keeps.
+
+    Args:
+        folder: of the checkpoint.
+        saved: what `trainer_state.json` holds: `save_selection`'s result, or all arrays as text (version 2).
+        rows: of the pool.
+
+    Raises:
+        FileNotFoundError: when the file is not there.
+        OSError: when it cannot be read.
+        ValueError: when it is not the one that was written with `trainer_state.json`.
+    """
+    if "file" not in saved:
+        return _load_version_2(saved)
+    path = folder / saved["file"]
+    advice = "Copy the whole checkpoint again, resume from another one, or start training anew."
+    try:
+        intact = _digest(path) == saved["digest"]
+        arrays = _arrays(path) if intact else {}
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            f"The checkpoint {folder} has no {path.name}, which holds the rows that it had selected. {advice}"
+        ) from error
+    except OSError as error:
+        raise FileAccessError(f"{path} cannot be read ({error}). {advice}") from error
+    columns = {name.removeprefix(_SCORES): array for name, array in arrays.items() if name.startswith(_SCORES)}
+    if not intact or any(len(column) != rows for column in columns.values()):
+        raise UserError(
+            f"{path} is damaged, or of another checkpoint: it is not the file that was written together with "
+            f"trainer_state.json beside it. {advice}"
+        )
+    order = {name.removeprefix(_ORDER): array for name, array in arrays.items() if name.startswith(_ORDER)}
+    if not columns:
+        return order, None
+    texts = np.array(json.loads(arrays[_STATUSES].astype(np.uint8).tobytes()), dtype=object)
+    columns["ifd_status"] = texts[columns["ifd_status"]]
+    return order, Scores(**columns)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for block in blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    """Counts and positions in as few bytes as they need; floats as they are."""
+    return array if array.dtype.kind == "f" else array.astype(np.min_scalar_type(array.max(initial=0)))
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: array if array.dtype.kind == "f" else array.astype(np.int64) for name, array in file.items()}
+
+
+# ---- checkpoints of version 2: arrays as text in trainer_state.json ----------------------------------------------
+
+_STATUSES_2 = ("ok", "empty_answer", "too_short", "truncated", "prompt_too_long", "nonfinite", "malformed")
+
+
+def _load_version_2(saved: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Scores | None]:
+    order = {name: _array(saved[name], np.int64) for name in ("positions", "bins") if name in saved}
+    if "scores" not in saved:
+        return order, None
+    stored = saved["scores"]
+    status = np.array(_STATUSES_2, dtype=object)[_array(stored["status"], np.int64)]
+    losses = [_array(stored[name], np.float64) for name in ("cas", "das")]
+    return order, Scores.from_nll(*losses, _array(stored["answer_tokens"], np.int64), status)
+
+
+def _array(text: str, dtype: type) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=dtype)

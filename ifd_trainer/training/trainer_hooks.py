@@ -1,0 +1,751 @@
+"""Everything that touches Trainer internals.
+
+A Trainer builds its train loader once and fixes steps, learning rate schedule and progress bar before the first
+epoch. `attach` gives a trainer small overrides with which each epoch may train on rows of its own:
+
+- `_get_train_sampler` hands out a `SelectionSampler`, an explicit list of row indices; whoever asks for another train
+  loader while training runs (for its length, say) gets one with the same rows;
+- `_get_dataloader` reads, with packing, bins of examples instead of the rows that TRL packed, and gives persistent
+  workers a generator for their seed;
+- `set_initial_training_values` takes the number of steps from the plan of all epochs;
+- `create_scheduler` begins the learning rate schedule anew where training starts anew, after the brief experience;
+- `_init_training_state` finds epoch and step of a checkpoint in that plan;
+- `_run_epoch` runs the planned number of steps of its epoch, on the loader that was made for this pool;
+- `_save_checkpoint` writes the selection's order and scores beside `trainer_state.json`, before it;
+- `train` refuses a checkpoint that was cut off while it was written, and a callback that was never added;
+- `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer;
+- `push_to_hub` and `_push_from_checkpoint` leave the training texts at home.
+
+What trainer and callback share is one object, a `SelectionRun`. The order of an epoch lives there, in the main process:
+data loader workers, persistent or not, only see indices. What a sampler has drawn is kept and held against it.
+Measured on transformers 5.20 to 5.23; a missing hook is a clear error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import HfApi
+from torch import nn
+from torch.utils.data import IterableDataset, Sampler
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get_last_checkpoint, has_length
+
+from ..data.chat_template import common_prefix_length
+from ..errors import NotInstalledError, RunError, UserError
+from ..method.schedule import EpochPlan, Rhythm, TrainingPlan, plan_epoch, plan_training
+from ..scoring.chunked_lm_head import lm_head
+from ..scoring.engine import check_causal_lm
+from .history import FOLDER as HISTORY
+from .initial_weights import FOLDER as ORIGINAL
+from .initial_weights import Snapshot
+from .pool import PackedPool, Pool, TrainingRow
+
+SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
+_HOOKS = ("_get_train_sampler", "_get_dataloader", "set_initial_training_values", "create_scheduler")
+_HOOKS += ("_init_training_state", "_run_epoch", "_save_checkpoint")
+# Positions in the tuple that `set_initial_training_values` returns.
+_EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS, _TUPLE_SIZE = 0, 1, 3, 5, 6, 7
+
+
+@dataclass
+class SelectionRun:
+    """What a trainer and its selection callback share about a run; the trainer writes, both read.
+
+    Attributes:
+        folder: where the run's output goes: `output_dir`, or in a hyperparameter search the trial's folder in it.
+        plan: the steps of all epochs.
+        order: the training rows of the epoch that runs, in the order in which they are trained on.
+        sampler: the one whose rows the epoch that runs is trained on; of several, that of the loop's own loader.
+        epoch: the epoch that runs.
+        first_step: the number of updates before its first one.
+        batch: rows of a batch of all processes together.
+        accumulation: batches of an update.
+        called: whether `train` has just been called: auto_find_batch_size begins a run again, with the weights as they
+            then are.
+    """
+
+    folder: Path = Path()
+    plan: TrainingPlan | None = None
+    order: list[TrainingRow] = field(default_factory=list, repr=False)
+    sampler: SelectionSampler | None = None
+    epoch: int = 0
+    first_step: int = 0
+    batch: int = 1
+    accumulation: int = 1
+    called: bool = False
+    _selected: list[TrainingRow] = field(default_factory=list, repr=False)
+    _samplers: weakref.WeakSet[SelectionSampler] = field(default_factory=weakref.WeakSet, repr=False)
+
+    def select(self, order: list[TrainingRow]) -> None:
+        """The rows of the epoch that begins, in their order; kept twice, since others can reach `order`."""
+        self.order, self._selected = order, list(order)
+
+    def new_sampler(self, pool: Pool) -> SelectionSampler:
+        """A sampler for a loader over the rows of a pool."""
+        sampler = SelectionSampler(self, pool)
+        self._samplers.add(sampler)
+        return sampler
+
+    def sampler_of(self, dataloader: Any) -> SelectionSampler | None:
+        """The sampler in a loader, however it is wrapped: the one whose length is the loader's; None without one."""
+        if not has_length(dataloader):
+            return None
+        return next((s for s in self._samplers if s.batches(dataloader, 0) == 0 < s.batches(dataloader, 2**30)), None)
+
+    def trained(self, step: int) -> list[TrainingRow]:
+        """The rows of this epoch that were drawn and trained on when `step` updates were done in all.
+
+        The last batch of an epoch that `dataloader_drop_last` drops, and what comes after the end of a run by
+        `max_steps`, is not among them.
+
+        Raises:
+            RunError: when the loader drew other rows than the ones that were selected.
+        """
+        batches = min((step - self.first_step) * self.accumulation, self.plan.epochs[self.epoch].batches)
+        drawn, trained = self.sampler.drawn, min(batches * self.batch, len(self._selected))
+        if drawn != self._selected[: len(drawn)] or len(drawn) < trained:
+            raise RunError(
+                f"In epoch {self.epoch} the train data loader drew {len(drawn)} rows, and {trained} were trained on, "
+                f"but they are not the {len(self._selected)} selected ones: they part after "
+                f"{common_prefix_length(drawn, self._selected)}. Something else changed the rows of the loader or its "
+                "sampler while training ran; with a selection callback they have to stay."
+            )
+        return drawn[:trained]
+
+
+class SelectionSampler(Sampler[TrainingRow]):
+    """Yields the rows of the epoch that runs, and keeps what it has yielded. Not a RandomSampler: accelerate replaces
+    those.
+
+    Attributes:
+        pool: what its loader's rows are.
+        drawn: what it has yielded in its first pass since `watch` was called: the loop's own.
+    """
+
+    def __init__(self, run: SelectionRun, pool: Pool) -> None:
+        self.run, self.pool = run, pool
+        self.drawn: list[TrainingRow] = []
+        self._watching = False
+        self._planned: int | None = None
+
+    @property
+    def order(self) -> list[TrainingRow]:
+        """The rows of the epoch that runs, as in all samplers of this run."""
+        return self.run.order
+
+    @order.setter
+    def order(self, rows: list[TrainingRow]) -> None:
+        self.run.order = rows
+
+    def watch(self) -> None:
+        """The next pass is the loop's; those that others make beside it are not kept."""
+        self.drawn, self._watching = [], True
+
+    def __iter__(self) -> Iterator[TrainingRow]:
+        drawn, self._watching = self.drawn if self._watching else [], False
+        return self._draw(list(self.order), drawn)  # a copy: workers go on while the next epoch is selected
+
+    @staticmethod
+    def _draw(order: list[TrainingRow], drawn: list[TrainingRow]) -> Iterator[TrainingRow]:
+        for row in order:
+            drawn.append(row)
+            yield row
+
+    def __len__(self) -> int:
+        return len(self.order) if self._planned is None else self._planned
+
+    def batches(self, dataloader: Any, rows: int) -> int:
+        """Batches that this process runs for so many rows, asked of the prepared loader itself."""
+        self._planned = rows
+        try:
+            return len(dataloader)
+        finally:
+            self._planned = None
+
+
+class EpochSelector(TrainerCallback):
+    """A callback that chooses the rows of each epoch; `attach` lets the trainer follow it.
+
+    Attributes:
+        run: what it shares with the trainer.
+        restart: the epoch before which weights, optimizer and learning rate schedule start anew; it and the epochs
+            after it are the `num_train_epochs` that the user asked for.
+        push_history: whether a push to a hub takes what selection wrote along, training texts among it.
+    """
+
+    run: SelectionRun
+    restart: int | None = None
+    push_history: bool = False
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The steps of all epochs."""
+        return self.run.plan
+
+    @property
+    def sampler(self) -> SelectionSampler:
+        """What yields the rows of the epoch that runs."""
+        return self.run.sampler
+
+    def budget(self, epoch: int) -> int:
+        """Training rows of an epoch, as `Pool.training_rows` counts them."""
+        raise NotImplementedError
+
+    def selects(self, epoch: int) -> bool:
+        """Whether the rows of an epoch are chosen by a score, now or in an epoch before."""
+        raise NotImplementedError
+
+    def position(self, state: transformers.TrainerState) -> tuple[int, int]:
+        """Epoch and updates done in it where a run is that starts, or resumes, with this state."""
+        return self.plan.position(state.global_step)
+
+    def start(self, epoch: int, state: transformers.TrainerState, checkpoint: str | None = None) -> None:
+        """Training starts (or resumes) at `epoch`; `state` is the trainer's, from the checkpoint on a resume."""
+        raise NotImplementedError
+
+    def save(self, checkpoint: Path) -> None:
+        """Write what is too large for `trainer_state.json` into the folder of a checkpoint, on the main process."""
+        raise NotImplementedError
+
+
+class SelectiveTrainer:
+    """Overrides, mixed in before the trainer's own class by `attach`."""
+
+    _attached: str | None = None  # the class of a callback that was made for this trainer, which is to be added
+
+    @property
+    def _selector(self) -> EpochSelector | None:
+        found = [c for c in self.callback_handler.callbacks if isinstance(c, EpochSelector)]
+        if len(found) > 1:
+            raise UserError(f"A trainer follows one selection callback, found {len(found)}: remove the others.")
+        return found[0] if found else None
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as before; a checkpoint that was cut off while it was written is refused by name."""
+        selector = self._selector
+        if selector is None and self._attached:
+            raise UserError(
+                f"The {self._attached} that was made for this trainer is not among its callbacks, so the run would "
+                "train on all rows. Add it: trainer.add_callback(callback). To train without selection, call "
+                "trainer.remove_callback(callback)."
+            )
+        if selector is not None and resume_from_checkpoint:
+            checkpoint = resume_from_checkpoint
+            if checkpoint is True:
+                checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is not None:
+                _check_complete(Path(checkpoint))
+        if selector is not None:
+            selector.run.called, selector.run.order = True, []
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback; without its selection callback a trainer trains as before."""
+        super().remove_callback(callback)
+        self._attached = None
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback and return it."""
+        self._attached = None
+        return super().pop_callback(callback)
+
+    @property
+    def selection_pool(self) -> Pool:
+        """What is selected from: the training set as it is now, unpacked if it is packed."""
+        pool = self.__dict__.get("_selection_pool")
+        if pool is None or pool.source is not self.train_dataset:
+            self._selection_pool = pool = _pool_of(self)
+        return pool
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        selecting = self._selector is not None
+        if is_training and selecting and getattr(self.args, "packing", False):
+            check_supported(self)
+            dataset = self.selection_pool.dataset
+        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        if selecting and self.args.dataloader_persistent_workers:
+            # Workers are seeded when they start: once in a whole run, once more in a resumed one. Drawn from the global
+            # random state, as is usual, that seed would shift all that a resumed run draws after it, as for dropout.
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+            inner.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        selector = self._selector
+        if selector is None:
+            return super()._get_train_sampler(train_dataset)
+        check_supported(self)  # again: arguments may have changed since `attach`
+        selector.run.order = selector.run.order or list(range(selector.budget(0)))
+        return selector.run.new_sampler(self.selection_pool)
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+        selector = self._selector
+        if selector is None:
+            return super().set_initial_training_values(args, dataloader)
+        plan = self._plan(selector, args, dataloader)  # before the trainer's own errors, which speak of other things
+        values = list(super().set_initial_training_values(args, dataloader))
+        if len(values) != _TUPLE_SIZE:
+            raise unsupported_version("Trainer.set_initial_training_values returns another tuple")
+        cut = sum(epoch.updates for epoch in plan.epochs) - plan.max_steps  # of a last epoch that is not finished
+        values[_EPOCHS] = len(plan.epochs)
+        values[_TRAIN_SAMPLES] = plan.rows - cut * self.get_total_train_batch_size(args)
+        values[_UPDATES_PER_EPOCH] = plan.epochs[0].updates
+        values[_STEPS_IN_EPOCH], values[_MAX_STEPS] = plan.epochs[0].batches, plan.max_steps
+        return tuple(values)
+
+    def _plan(self, selector: EpochSelector, args: Any, dataloader: Any) -> TrainingPlan:
+        """The plan of a run on this loader, which its selector and this trainer share from now on."""
+        run = selector.run
+        run.sampler = sampler = run.sampler_of(dataloader)
+        if sampler is None:
+            raise UserError(
+                "The train data loader does not use the selection's sampler: it comes from a streaming data set, or "
+                "from a get_train_dataloader of your own. Let the trainer build it from trainer.train_dataset."
+            )
+
+        def of_epoch(epoch: int) -> EpochPlan:
+            budget = selector.budget(epoch)
+            batches = sampler.batches(dataloader, budget)
+            if not batches:
+                raise UserError(
+                    f"Epoch {epoch} is planned with {budget} rows, fewer than one global batch, and "
+                    "dataloader_drop_last=True would drop them all. Raise keep, lower the batch size, or set "
+                    "dataloader_drop_last=False."
+                )
+            return plan_epoch(epoch, budget, batches, args.gradient_accumulation_steps)
+
+        before = selector.restart or 0
+        run.plan = plan = plan_training(of_epoch, before + args.num_train_epochs, args.max_steps, selector.restart)
+        run.batch = getattr(dataloader, "total_batch_size", args.train_batch_size * args.world_size)
+        run.accumulation = args.gradient_accumulation_steps
+        run.folder = Path(self._get_output_dir(getattr(self, "_trial", None)))
+        if selector.restart is not None and len(plan.phases) < 2:
+            raise UserError(
+                f"max_steps={args.max_steps} ends in the brief experience, which takes {plan.phases[0]} updates; the "
+                "training on the selected rows comes after it. Raise max_steps, or go without the brief experience."
+            )
+        if not any(selector.selects(epoch.epoch) for epoch in plan.epochs):
+            raise UserError(
+                f"None of the {len(plan.epochs)} planned epochs selects rows: all of them are warm-up epochs, or train "
+                "on the whole pool. Lower warmup_epochs (or the share of Anneal), raise the number of epochs, or train "
+                "without the callback."
+            )
+        return plan
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        selector = self._selector
+        if selector is not None and self.lr_scheduler is None:
+            self._check_polynomial(selector.plan.phases)
+        if selector is None or selector.restart is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        phases, parts = selector.plan.phases, []
+        for steps in phases:
+            self.lr_scheduler = None
+            parts.append(getattr(super().create_scheduler(steps, optimizer), "lr_lambdas", None))
+        if None in parts:
+            raise UserError(
+                f"lr_scheduler_type={SchedulerType(self.args.lr_scheduler_type).value!r} is no function of the step "
+                "alone, so it cannot begin anew after the brief experience. Use linear, cosine or another one that is."
+            )
+        factors = [_in_turn(group, phases) for group in zip(*parts, strict=True)]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.lr_scheduler.optimizer, factors)
+        return self.lr_scheduler
+
+    def _check_polynomial(self, phases: Sequence[int]) -> None:
+        """Raise where the polynomial schedule would divide by its updates after the warm-up, and there are none."""
+        if self.args.lr_scheduler_type != SchedulerType.POLYNOMIAL:
+            return
+        for steps in phases:
+            if self.args.get_warmup_steps(steps) >= steps:
+                raise UserError(
+                    f"lr_scheduler_type='polynomial' needs updates after its warm-up, but all {steps} are warm-up. "
+                    "Lower warmup_steps, raise keep or the number of epochs, or use another schedule, such as linear."
+                )
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume_from_checkpoint: Any, trial
+    ) -> tuple[int, int]:
+        result = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        selector = self._selector
+        if selector is None:
+            return result
+        epoch, updates = selector.position(self.state)
+        if self.state.global_step >= selector.plan.max_steps:
+            epoch, updates = len(selector.plan.epochs), 0  # finished: without this, one more step would be made
+        selector.start(epoch, self.state, resume_from_checkpoint)
+        # The trainer stores states of the callbacks that it found here.
+        self.state.stateful_callbacks.setdefault(type(selector).__name__, selector.state())
+        skip = 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
+        return epoch, skip
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        selector = self._selector
+        if selector is not None and self.args.should_save:  # before trainer_state.json, which holds its digest
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            selector.save(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _load_callback_state(self) -> None:
+        selector, stored = self._selector, self.state.stateful_callbacks
+        name = type(selector).__name__
+        mine = stored.pop(name, None) if selector is not None else None
+        super()._load_callback_state()
+        if mine is not None:
+            stored[name] = mine
+
+    def _run_epoch(self, **kwargs: Any) -> Any:
+        selector = self._selector
+        if selector is not None:
+            run, loader = selector.run, kwargs["train_dataloader"]
+            plan = run.plan.epochs[kwargs["epoch"]]
+            run.epoch, run.sampler = plan.epoch, run.sampler_of(loader)
+            resumed = plan.epoch == kwargs["epochs_trained"] and kwargs["resume_from_checkpoint"] is not None
+            done = kwargs["steps_trained_in_current_epoch"] // run.accumulation if resumed else 0
+            run.first_step = self.state.global_step - done
+            batches = run.sampler.batches(loader, len(run.order)) if run.sampler is not None else None
+            if batches != plan.batches:
+                raise RunError(
+                    f"Epoch {plan.epoch} has {batches} batches, but {plan.batches} were planned. The train data loader "
+                    "was changed after training began; with a selection callback it has to stay."
+                )
+            if run.sampler.pool is not self.selection_pool:
+                raise RunError(
+                    f"trainer.train_dataset was exchanged before epoch {plan.epoch}, but the train data loader reads "
+                    "the one that was there when training began. With a selection callback it has to stay."
+                )
+            run.sampler.watch()
+            kwargs["steps_in_epoch"], kwargs["num_update_steps_per_epoch"] = plan.batches, plan.updates
+            if plan.epoch == selector.restart and not kwargs["steps_trained_in_current_epoch"]:
+                kwargs["resume_from_checkpoint"] = None  # its random state is that of the brief experience
+        return super()._run_epoch(**kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload as before, but for what selection wrote: it holds texts of the training set."""
+        with _kept_at_home(self._selector):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with _kept_at_home(self._selector):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+
+def attach(trainer: Trainer) -> None:
+    """Let `trainer` follow an `EpochSelector` among its callbacks; without one it behaves as before.
+
+    Raises:
+        TypeError: when `trainer` is no Trainer.
+        ImportError: when this version of transformers lacks a hook.
+        ValueError: for a configuration in which a selection could not be exact; the message has the fix.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"The callback needs the trainer it selects for: IFDSelectionCallback(trainer, ...), got {trainer!r}."
+        )
+    missing = [name for name in _HOOKS if not hasattr(Trainer, name)]
+    if missing:
+        raise unsupported_version(f"Trainer has no {', '.join(missing)}")
+    check_kind(trainer)
+    check_supported(trainer)
+    if not isinstance(trainer, SelectiveTrainer):
+        cls = type(trainer)
+        trainer.__class__ = type(cls.__name__, (SelectiveTrainer, cls), {"__module__": cls.__module__})
+
+
+# What trainers of TRL other than the SFTTrainer train on, by a part of their names; the first that fits.
+_TRAINED_ON = {
+    "OnlineDPO": "answers that the model makes in training",
+    "DPO": "pairs of a chosen and a rejected answer",
+    "CPO": "pairs of a chosen and a rejected answer",
+    "ORPO": "pairs of a chosen and a rejected answer",
+    "TPO": "pairs of a chosen and a rejected answer",
+    "Reward": "pairs of a chosen and a rejected answer",
+    "KTO": "answers labelled as good or bad",
+    "RPO": "answers that the model makes in training",
+    "RLOO": "answers that the model makes in training",
+    "": "answers of a model or a teacher, or with another loss than that of the rows' answers",
+}
+
+
+def check_kind(trainer: Trainer) -> None:
+    """Raise for trainers that do not train on the answers of their rows, and for those with an order of their own.
+
+    Raises:
+        UserError: with a sentence about that kind.
+    """
+    for cls in type(trainer).__mro__:
+        of_trl = cls.__module__.startswith("trl.") and not cls.__name__.startswith("_")
+        if of_trl and issubclass(cls, Trainer) and cls.__name__ != "SFTTrainer":
+            raise UserError(
+                f"{cls.__name__} trains on {next(what for key, what in _TRAINED_ON.items() if key in cls.__name__)}; "
+                "IFD scores the one answer that a row has. Use the callback with an SFTTrainer or a Trainer, or select "
+                "rows beforehand with `ifd-trainer score` and `ifd-trainer select`."
+            )
+        if "_get_train_sampler" in vars(cls) and cls not in (SelectiveTrainer, Trainer):
+            raise UserError(
+                f"{cls.__name__} has a _get_train_sampler of its own, whose order of rows the selection's would "
+                "replace. Remove it: `order` and `schedule` of the callback say in which order rows are trained on."
+            )
+    assigned = sorted({*_HOOKS, "train"} & vars(trainer).keys())
+    if assigned:
+        raise UserError(
+            f"The trainer has {' and '.join(assigned)} assigned on the instance, which stands before what selection "
+            "does there. Define it in a subclass, or leave it out."
+        )
+    check_causal_lm(trainer.model)
+    columns = getattr(trainer.train_dataset, "column_names", None) or []
+    images = sorted({"image", "images", "pixel_values"} & set(columns))
+    if images:
+        raise UserError(
+            f"The training set has images (column {images[0]!r}), which are not scored yet: answers would be scored "
+            "without what they are about. Train without the callback, or on rows of text alone."
+        )
+
+
+def check_supported(trainer: Trainer) -> None:
+    """Raise for what selection cannot do exactly, before the first step."""
+    args, dataset = trainer.args, trainer.train_dataset
+    if dataset is None:
+        raise UserError("The trainer has no train_dataset to select from.")
+    if hasattr(dataset, "__len__") and not len(dataset):
+        raise UserError(
+            "The prepared training set has no rows. A trainer leaves out rows without an answer, and those whose "
+            f"answer does not begin within max_length={getattr(args, 'max_length', None)} tokens: raise max_length, or "
+            "look at the data set's answers."
+        )
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise UserError(
+            "Selection needs a data set with a length, got a streaming one. Load it with streaming=False, or score and "
+            "select it beforehand with `ifd-trainer score` and `ifd-trainer select`."
+        )
+    if getattr(args, "packing", False):
+        _check_packing(args.packing_strategy, dataset)
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise UserError(
+            "train_sampling_strategy='batch_rebalance' orders rows by itself. Use 'random' or 'group_by_length'."
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise UserError(
+            "dispatch_batches=True sends batches from one process, which fails on rows of unequal length. Set "
+            "accelerator_config={'dispatch_batches': False}."
+        )
+    if args.world_size > 1 and not (args.accelerator_config.even_batches or args.dataloader_drop_last):
+        raise UserError(
+            "even_batches=False gives some processes a batch more than others, which then wait for ever. Leave "
+            "accelerator_config['even_batches'] at True, or set dataloader_drop_last=True."
+        )
+    split = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    found = [f"{name} parallelism over {size} processes" for name, size in split.items() if size > 1]
+    if found:
+        raise UserError(
+            f"Selection scores each row on one process, but this run has {' and '.join(found)}, where several "
+            "processes share a row. Use data parallelism (DDP, FSDP or DeepSpeed ZeRO) alone, or score and select "
+            "beforehand with `ifd-trainer score` and `ifd-trainer select`."
+        )
+    if trainer.is_fsdp_xla_enabled:
+        raise UserError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
+
+
+def check_rhythm(trainer: Trainer, rhythm: Rhythm) -> None:
+    """Raise for a warm-up that this trainer cannot do."""
+    if rhythm.start_anew and trainer.is_deepspeed_enabled:
+        raise UserError(
+            "Training cannot start anew from the original weights under DeepSpeed, which keeps copies of them in its "
+            "optimizer. Use DDP or FSDP, or go without the brief experience (brief=None)."
+        )
+    if rhythm.warmup is not None and getattr(trainer.args, "packing", False):
+        raise UserError(
+            "The brief experience is a sample of examples, whose number of packed rows is not known before training. "
+            "Set packing=False, or go without the brief experience (brief=None)."
+        )
+
+
+def start_anew(trainer: Trainer, snapshot: Snapshot) -> None:
+    """Put back the original weights, and let optimizer, random state and best checkpoint begin as in a new run.
+
+    The learning rate schedule begins anew by itself (`create_scheduler`). The random state becomes the one that
+    `Trainer` sets when it is made, `set_seed(args.seed)`.
+    """
+    reshard(trainer.model)
+    snapshot.restore(trainer.model)
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate wraps it
+        optimizer = optimizer.optimizer
+    optimizer.state.clear()
+    state = trainer.state
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+    set_seed(trainer.args.seed)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let each process hold nothing but its own part of the weights: FSDP leaves some whole after a forward."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def _in_turn(factors: Sequence[Callable[[int], float]], phases: Sequence[int]) -> Callable[[int], float]:
+    """The factor of the learning rate at a step of all phases; each phase counts its steps from 0."""
+
+    def factor(step: int) -> float:  # a function, not an object: those would be written into checkpoints
+        phase = 0
+        while phase < len(phases) - 1 and step >= phases[phase]:
+            step, phase = step - phases[phase], phase + 1
+        return factors[phase](step)
+
+    return factor
+
+
+def scoring_model(trainer: Trainer) -> tuple[nn.Module, bool]:
+    """The model that scores, and whether the processes hold parts of its weights (FSDP, DeepSpeed ZeRO-3).
+
+    Such a model gathers its weights in every forward of the wrapped module, so all processes have to run the same
+    number of forwards. Otherwise it is the model itself: DDP's wrapper would only add its bookkeeping.
+    """
+    zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    by_transformers = getattr(trainer, "is_distributed_loading_by_transformers", False)  # since transformers 5.22
+    sharded = bool(trainer.is_fsdp_enabled or zero3 or by_transformers)
+    if zero3 and any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
+        _announce_lm_head(trainer.model)
+    return (trainer.model_wrapped if sharded else trainer.model), sharded
+
+
+def _announce_lm_head(model: nn.Module) -> None:
+    """Tell ZeRO-3 that the model's own forward reads the weight of its LM head, as TRL's loss does in training.
+
+    ZeRO-3 finds such a read by itself, unless the weight happens to be there at the first one. After scoring, which
+    calls the head as a module, it is: ZeRO-3 fetches ahead by the order of the forward before. The weight would then
+    be missing in the backward pass (measured with deepspeed 0.19.8 and trl 1.16).
+    """
+    import deepspeed
+
+    head = lm_head(model)
+    parent = next((module for module in model.modules() if head in module.children()), None) if head else None
+    if parent is not None:
+        deepspeed.zero.register_external_parameter(parent, head.weight)
+
+
+def _check_complete(checkpoint: Path) -> None:
+    """Raise unless `trainer_state.json`, the last file of a checkpoint to be written, is there and whole."""
+    path = checkpoint / TRAINER_STATE_NAME
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = "has no" if isinstance(error, FileNotFoundError) else f"has a damaged ({error})"
+        raise UserError(
+            f"The checkpoint {checkpoint} {what} {TRAINER_STATE_NAME}, so what it had selected is not known: it was "
+            "probably cut off while it was written. Delete it and resume from the one before, or start training anew."
+        ) from error
+
+
+def _check_packing(strategy: str, dataset: Any) -> None:
+    if strategy != "bfd":
+        raise UserError(
+            f"packing_strategy={strategy!r} cuts examples into pieces, which cannot be scored and selected one by one. "
+            "Set packing_strategy='bfd', which keeps them whole, or packing=False."
+        )
+    columns = getattr(dataset, "column_names", None) or []
+    missing = [name for name in ("input_ids", "labels", "seq_lengths") if name not in columns]
+    if missing:
+        raise UserError(
+            f"packing=True, but the prepared training set has no {' and no '.join(missing)}: it has {columns}, so the "
+            "examples in its rows cannot be told apart. Do not use skip_prepare_dataset, or set packing=False."
+        )
+
+
+def _pool_of(trainer: Trainer) -> Pool:
+    if not getattr(trainer.args, "packing", False):
+        return Pool(trainer.train_dataset)
+    # The first process writes the unpacked examples to the cache of `datasets`, the others read them there.
+    with trainer.args.main_process_first(desc="unpacking the training set"):
+        return PackedPool(trainer.train_dataset, trainer.args.max_length)
+
+
+def unsupported_version(what: str) -> NotInstalledError:
+    """The error for a transformers release whose internals are not the ones this module knows."""
+    return NotInstalledError(
+        f"{what} in transformers {transformers.__version__}; selection works with {SUPPORTED}. Install one of those."
+    )
+
+
+def batch_order(
+    trainer: Trainer, rows: list[TrainingRow], lengths: np.ndarray, order: str, seed: int
+) -> list[TrainingRow]:
+    """The order in which an epoch visits its training rows.
+
+    Args:
+        rows: training rows, highest score first.
+        lengths: tokens of each row, for `group_by_length`; bins are about equally long and are not grouped.
+        order: "shuffle" (in the pool's order with train_sampling_strategy="sequential"), "descending" or "ascending"
+            score.
+        seed: of the shuffle and of the grouping by length; another one for each epoch.
+    """
+    args = trainer.args
+    generator = torch.Generator().manual_seed(seed)
+    strategy = getattr(args, "train_sampling_strategy", None)
+    if strategy == "sequential" and order == "shuffle":
+        return sorted(rows)
+    if strategy == "group_by_length" and not trainer.selection_pool.packed:
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return [rows[i] for i in get_length_grouped_indices(lengths.tolist(), batch, generator=generator)]
+    if order == "shuffle":
+        return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    return list(rows if order == "descending" else reversed(rows))
+
+
+# Of an output folder, what selection and its report wrote there: texts of the training set, and the original weights.
+_AT_HOME = (f"*{HISTORY}/*", f"*{ORIGINAL}/*", "*report.html", "*report_files/*")
+
+
+@contextlib.contextmanager
+def _kept_at_home(selector: EpochSelector | None) -> Iterator[None]:
+    """Leave training texts out of what is uploaded from the output folder, unless the user asked for them."""
+    if selector is not None and selector.push_history:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for owner in (HfApi, transformers.trainer):
+            if (upload := getattr(owner, "upload_folder", None)) is not None:
+                stack.enter_context(mock.patch.object(owner, "upload_folder", _without(upload, _AT_HOME)))
+        yield
+
+
+def _without(upload: Callable[..., Any], patterns: Sequence[str]) -> Callable[..., Any]:
+    @wraps(upload)
+    def uploaded(*args: Any, ignore_patterns: Sequence[str] | str | None = None, **kwargs: Any) -> Any:
+        given = [ignore_patterns] if isinstance(ignore_patterns, str) else list(ignore_patterns or [])
+        return upload(*args, ignore_patterns=[*given, *patterns], **kwargs)
+
+    return uploaded
+
+
+@contextlib.contextmanager
+def metrics_set_aside(trainer: Trainer) -> Iterator[None]:
+    """Let `trainer.log` be called without it averaging and clearing the metrics that TRL has gathered so far."""
+    metrics = getattr(trainer, "_metrics", None)
+    if not isinstance(metrics, dict):
+        yield
+        return
+    trainer._metrics = {mode: copy.copy(values) for mode, values in metrics.items()}
+    for values in trainer._metrics.values():
+        values.clear()
+    try:
+        yield
+    finally:
+        trainer._metrics = metrics

@@ -1,0 +1,254 @@
+"""When an epoch scores, which rows it trains on: curricula, annealing, warm-up, freezing, every k epochs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import model_with, reference_scores, reference_top, select, sft_trainer, train
+
+from ifd_trainer.cli import main
+from ifd_trainer.method.schedule import Anneal, Constant, Curriculum, PerEpoch, Rhythm
+from ifd_trainer.training.callback import IFDSelectionCallback
+from ifd_trainer.training.recipe_run import SelectionConfig
+
+INF = float("inf")
+POOL = 24
+
+
+def trained_ranks(turn):
+    """Ranks (0 is the highest score) that a turn of a curriculum trains on."""
+    numbers = [number for number, rows, _ in turn.tiers for _ in range(rows)]
+    trained = {tier.number for tier in turn.tiers if tier.trained}
+    ranks = [rank for rank, number in enumerate(numbers) if number in trained]
+    assert ranks == list(range(ranks[0], ranks[-1] + 1))  # tiers that are trained together are neighbours
+    assert len(ranks) == turn.budget
+    return range(ranks[0], ranks[-1] + 1)
+
+
+@given(
+    pool=st.integers(1, 500),
+    keep=st.integers(1, 500),
+    tiers=st.integers(1, 9),
+    direction=st.sampled_from(["easy_to_hard", "hard_to_easy"]),
+    epochs_per_tier=st.integers(1, 3),
+)
+def test_tiers_partition_the_kept_ranks_and_differ_by_one_row_at_most(pool, keep, tiers, direction, epochs_per_tier):
+    if not tiers <= keep <= pool:
+        return
+    curriculum = Curriculum(keep, tiers, direction, "tiers", epochs_per_tier)
+    turns = [curriculum.turn(stage * epochs_per_tier, pool) for stage in range(tiers)]
+    ranks = [trained_ranks(turn) for turn in turns]
+    assert [[tier.number for tier in turn.tiers if tier.trained] for turn in turns] == [[s] for s in range(tiers)]
+    assert sorted(rank for part in ranks for rank in part) == list(range(keep))
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+    assert (ranks[0].start <= ranks[-1].start) is (direction == "hard_to_easy" or tiers == 1)
+    assert {turn.of for turn in turns} == {keep}
+    for mode, expected in (("growing", ranks[: tiers // 2 + 1]), ("shrinking", ranks[tiers // 2 :])):
+        turn = Curriculum(keep, tiers, direction, mode, epochs_per_tier).turn(tiers // 2 * epochs_per_tier, pool)
+        assert sorted(rank for part in expected for rank in part) == list(trained_ranks(turn))
+
+
+def test_the_last_tier_takes_all_epochs_that_remain():
+    curriculum = Curriculum(keep=9, tiers=3, direction="hard_to_easy", epochs_per_tier=2)
+    assert [trained_ranks(curriculum.turn(epoch, 20))[0] for epoch in range(8)] == [0, 0, 3, 3, 6, 6, 6, 6]
+
+
+@pytest.mark.parametrize(("share", "epochs", "first"), [(0.2, 3, 2), (0.5, 4, 2), (1.0, 3, 0), (0.01, 10, 9)])
+def test_annealing_takes_the_last_share_of_the_epochs(share, epochs, first):
+    rhythm = Rhythm(Anneal(0.25, share))
+    turns = [rhythm.turn(epoch, 100, epochs) for epoch in range(epochs)]
+    assert [turn.rows for turn in turns] == ["selected"] * first + ["all"] * (epochs - first)
+    assert [turn.budget for turn in turns] == [25] * first + [100] * (epochs - first)
+
+
+def test_annealing_needs_a_number_of_epochs():
+    with pytest.raises(ValueError, match="set num_train_epochs, not max_steps"):
+        Rhythm(Anneal(0.5)).turn(0, 100, None)
+
+
+def test_every_warmup_and_freeze_together():
+    rhythm = Rhythm(PerEpoch((10, 20, 30, 40, 50, 60, 70)), every=2, warmup_epochs=1, freeze_after=4)
+    turns = [rhythm.turn(epoch, 100, 7) for epoch in range(7)]
+    assert [turn.rows for turn in turns] == ["all", "selected", "same", "selected", "same", "selected", "same"]
+    assert [turn.score for turn in turns] == [False, True, False, True, False, False, False]
+    assert [turn.budget for turn in turns] == [100, 20, 20, 40, 40, 60, 60]
+    assert [turn.chosen for turn in turns[1:]] == [1, 1, 3, 3, 5, 5]
+
+
+def test_the_first_epoch_that_selects_scores_even_if_frozen_from_the_start():
+    rhythm = Rhythm(Constant(0.5), freeze_after=0, warmup_epochs=1)
+    assert [rhythm.turn(epoch, 10, 3).score for epoch in range(3)] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Rhythm(Constant(0.5), every=0), "every counts epochs: a whole number of at least 1, got 0"),
+        (
+            lambda: Rhythm(Constant(0.5), warmup_epochs=-1),
+            "warmup_epochs counts epochs: a whole number of at least 0, got -1",
+        ),
+        (lambda: Rhythm(Constant(0.5), every=1.5), "every counts epochs: .* got 1.5"),
+        (lambda: Rhythm(Constant(0.5), every=True), "every counts epochs: .* got True"),
+        (lambda: Rhythm(Constant(0.5), freeze_after=0.5), "freeze_after counts epochs: .* got 0.5"),
+        (lambda: Curriculum(tiers=0), "at least 1"),
+        (lambda: Curriculum(direction="up"), "easy_to_hard"),
+        (lambda: Curriculum(mode="all"), "growing"),
+        (lambda: Curriculum(keep=2, tiers=3).budget(0, 100), "cannot be divided into 3 tiers"),
+        (lambda: Anneal(0.5, share=0.0), r"share must be in \(0, 1\]"),
+    ],
+)
+def test_what_cannot_be_is_an_error(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+# ---- inside a run -----------------------------------------------------------------------------------------------
+
+
+def run(folder, epochs=3, **options):
+    """Train and count the scorings."""
+    trainer = sft_trainer(folder, POOL, num_train_epochs=epochs)
+    callback = select(trainer, max_ifd=INF, **options)
+    scored, score_pool = [], callback.score_pool
+
+    def count(description):
+        scored.append(callback._next_epoch - 1)
+        return score_pool(description)
+
+    callback.score_pool = count
+    return trainer, callback, train(trainer), scored
+
+
+def ranking(trainer, witness, epoch):
+    """Row ids by score at the start of an epoch, highest first, computed independently."""
+    return reference_top(reference_scores(trainer, model_with(witness.weights[epoch])), POOL, INF)
+
+
+def test_every_second_epoch_selects_and_the_one_between_trains_on_the_same_rows(tmp_path):
+    trainer, callback, seen, scored = run(tmp_path, epochs=4, keep=[6, 7, 8, 9], every=2)
+    epochs = seen.epochs()
+    assert scored == [0, 2]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]  # shuffled anew
+    assert sorted(epochs[2]) == sorted(epochs[3]) == sorted(ranking(trainer, seen, 2)[:8])
+    assert [record["scored_at"] for record in callback.history.epochs] == [0, 0, 2, 2]
+
+
+def test_warm_up_trains_on_every_row_without_scoring(tmp_path):
+    trainer, callback, seen, scored = run(tmp_path, keep=6, warmup_epochs=1)
+    epochs = seen.epochs()
+    assert scored == [1, 2]
+    assert sorted(epochs[0]) == sorted(trainer.train_dataset["row_id"])
+    assert sorted(epochs[1]) == sorted(ranking(trainer, seen, 1)[:6])
+    assert callback.history.rows(0)["ifd_status"].unique().tolist() == ["not_scored"]
+    assert callback.history.epochs[0]["mean_kept"] is None
+
+
+def test_frozen_epochs_select_by_the_last_scores(tmp_path):
+    trainer, _, seen, scored = run(tmp_path, keep=[4, 8, 12], freeze_after=1)
+    first = ranking(trainer, seen, 0)
+    assert scored == [0]
+    assert [sorted(rows) for rows in seen.epochs()] == [sorted(first[:size]) for size in (4, 8, 12)]
+
+
+@pytest.mark.parametrize("direction", ["easy_to_hard", "hard_to_easy"])
+@pytest.mark.parametrize(("mode", "sizes"), [("tiers", [4, 4, 4]), ("growing", [4, 8, 12]), ("shrinking", [12, 8, 4])])
+def test_a_curriculum_trains_on_its_tiers_of_the_scores_of_the_moment(tmp_path, direction, mode, sizes):
+    trainer, callback, seen, _ = run(tmp_path, schedule=Curriculum(12, 3, direction, mode))
+    for epoch, rows in enumerate(seen.epochs()):
+        kept = ranking(trainer, seen, epoch)[:12]
+        tiers = [kept[:4], kept[4:8], kept[8:]]
+        tiers = tiers[::-1] if direction == "easy_to_hard" else tiers
+        stages = {"tiers": tiers[epoch : epoch + 1], "growing": tiers[: epoch + 1], "shrinking": tiers[epoch:]}[mode]
+        assert sorted(rows) == sorted(row for tier in stages for row in tier)
+        history = callback.history.rows(epoch)
+        reasons = history["reason"].value_counts()
+        assert reasons["kept"] == sizes[epoch]
+        assert reasons.get("other_tier", 0) == 12 - sizes[epoch]
+        for number, tier in enumerate(tiers):
+            assert sorted(history["row_id"][history["tier"] == number]) == sorted(tier)
+        assert (history["tier"].isna() == (history["reason"] == "below_cut")).all()
+        numbers = {"tiers": [epoch], "growing": list(range(epoch + 1)), "shrinking": list(range(epoch, 3))}[mode]
+        assert callback.history.epochs[epoch]["tiers"] == numbers
+        assert set(history["tier"][history["reason"] == "kept"]) == set(numbers)
+    assert trainer.state.global_step == sum(size // 2 for size in sizes)
+    assert seen.final_learning_rate == 0
+
+
+def test_annealing_ends_on_the_whole_pool(tmp_path):
+    trainer, _, seen, scored = run(tmp_path, schedule=Anneal(6, share=0.34))
+    assert scored == [0, 1]
+    assert sorted(seen.epochs()[2]) == sorted(trainer.train_dataset["row_id"])
+    assert trainer.state.global_step == 3 + 3 + 12
+
+
+def test_an_annealed_epoch_and_a_run_without_a_curriculum_have_no_tiers(tmp_path):
+    _, callback, _, _ = run(tmp_path, schedule=Anneal(Curriculum(12, 2), share=0.34))
+    assert [record["tiers"] for record in callback.history.epochs] == [[0], [1], None]
+    assert ["tier" in callback.history.rows(epoch) for epoch in range(3)] == [True, True, False]
+
+
+def test_a_row_repeated_across_tiers_counts_to_the_one_that_is_trained(tmp_path):
+    trainer = sft_trainer(tmp_path, 12, num_train_epochs=3)
+    callback = select(trainer, schedule=Curriculum(12, 3), freeze_after=1)
+    seen = train(trainer)
+    assert any(record["shortfall"] for record in callback.history.epochs)
+    for epoch, rows in enumerate(seen.epochs()):
+        history = callback.history.rows(epoch)
+        trained = history["row_id"].isin(rows)
+        assert len(rows) == 4
+        assert set(history["tier"][trained]) == {epoch}
+        assert (history["tier"].isna() == ~history["reason"].isin(["kept", "other_tier"])).all()
+
+
+@pytest.mark.parametrize("options", [{"every": 3}, {"freeze_after": 1}], ids=["every", "frozen"])
+@pytest.mark.parametrize("step", [3, 4])  # at the end of the first epoch, and inside the second
+def test_scores_of_an_earlier_epoch_survive_a_resume(tmp_path, options, step):
+    whole = train(_resumable(tmp_path / "whole", **options)[0])
+    _resumable(tmp_path / "cut", **options)[0].train()
+    resumed, callback = _resumable(tmp_path / "again", **options)
+    callback.score_pool = None  # to call it would be an error: all that is needed is in the checkpoint
+    seen = train(resumed, resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{step}"))
+    assert seen.order() == whole.order()[2 * step :]
+    assert resumed.state.global_step == 9
+
+
+def _resumable(folder, **options):
+    trainer = sft_trainer(folder, POOL, save_strategy="steps", save_steps=1)
+    return trainer, select(trainer, keep=6, max_ifd=INF, **options)
+
+
+# ---- as a user writes it ----------------------------------------------------------------------------------------
+
+
+def test_the_callback_takes_a_schedule_in_place_of_keep(tmp_path):
+    trainer = sft_trainer(tmp_path, POOL)
+    callback = IFDSelectionCallback(trainer, schedule=Curriculum(0.5, tiers=2), every=2, freeze_after=3)
+    assert callback.rhythm == Rhythm(Curriculum(0.5, tiers=2), 2, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "schedule"),
+    [
+        ({"keep": ["0.1"]}, Constant(0.1)),
+        ({"keep": ["100"]}, Constant(100)),
+        ({"keep": 0.1}, Constant(0.1)),
+        ({"keep": ["1.0", "50"]}, PerEpoch((1.0, 50))),
+        ({"keep": ["0.3"], "curriculum": "hard_to_easy", "tiers": 2}, Curriculum(0.3, 2, "hard_to_easy")),
+        ({"keep": ["0.3"], "anneal_share": 0.5}, Anneal(0.3, 0.5)),
+    ],
+)
+def test_recipe_keys_make_the_schedule(config, schedule):
+    assert SelectionConfig(**config).schedule() == schedule
+
+
+def test_a_curriculum_of_a_list_is_an_error():
+    with pytest.raises(ValueError, match="a list was given"):
+        SelectionConfig(keep=["0.1", "0.2"], curriculum="easy_to_hard").schedule()
+
+
+def test_help_names_the_schedule_options(capsys):
+    assert main(["train", "--help"]) == 0
+    assert "--freeze_after" in capsys.readouterr().out

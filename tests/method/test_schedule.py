@@ -1,0 +1,152 @@
+"""Budgets, and plans of steps against a simulation of the run."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from ifd_trainer.method.schedule import (
+    Constant,
+    EpochPlan,
+    PerEpoch,
+    TrainingPlan,
+    as_schedule,
+    plan_epoch,
+    plan_training,
+)
+
+updates_of_epochs = st.lists(st.integers(1, 12), min_size=1, max_size=6)
+
+
+def plans(updates: list[int]):
+    """The plan of an epoch; the last entry stands for all epochs after it."""
+    return lambda epoch: EpochPlan(epoch, budget=2 * (n := updates[min(epoch, len(updates) - 1)]), batches=n, updates=n)
+
+
+# ---- budgets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "pool", "rows"),
+    [(0.1, 52002, 5200), (0.05, 100, 5), (1.0, 7, 7), (0.5, 3, 2), (0.001, 10, 1), (1, 10, 1), (10, 10, 10)],
+)
+def test_a_fraction_or_a_count_of_the_pool(keep, pool, rows):
+    assert [Constant(keep).budget(epoch, pool) for epoch in (0, 5)] == [rows, rows]
+
+
+@given(keep=st.floats(min_value=1e-9, max_value=1.0), pool=st.integers(1, 10**6))
+def test_a_fraction_is_at_least_one_row_and_at_most_the_pool(keep, pool):
+    assert 1 <= Constant(keep).budget(0, pool) <= pool
+
+
+def test_one_budget_for_each_epoch_and_the_last_for_all_that_follow():
+    schedule = PerEpoch((1.0, 0.5, 10))
+    assert [schedule.budget(epoch, pool=40) for epoch in range(5)] == [40, 20, 10, 10, 10]
+
+
+@pytest.mark.parametrize("keep", [0, -1, 0.0, -0.5, 1.5, float("nan"), True, False, "0.1", None])
+@pytest.mark.parametrize(
+    "build", [Constant, lambda keep: PerEpoch((0.5, keep)), as_schedule], ids=["one", "list", "as"]
+)
+def test_what_is_neither_a_fraction_nor_a_count(build, keep):
+    with pytest.raises(ValueError, match=rf"keep must be a fraction in \(0, 1\].*got {keep!r}"):
+        build(keep)
+
+
+def test_a_count_larger_than_the_pool():
+    with pytest.raises(ValueError, match="keep=11 rows were asked for, but the pool has only 10"):
+        Constant(11).budget(0, 10)
+
+
+@pytest.mark.parametrize("build", [lambda: PerEpoch(()), lambda: as_schedule([])])
+def test_an_empty_list(build):
+    with pytest.raises(ValueError, match="empty list"):
+        build()
+
+
+def test_as_schedule():
+    assert as_schedule(0.1) == Constant(0.1)
+    assert as_schedule(3) == Constant(3)
+    assert as_schedule([1.0, 5]) == as_schedule((1.0, 5)) == PerEpoch((1.0, 5))
+    schedule = PerEpoch((0.5,))
+    assert as_schedule(schedule) is schedule
+
+
+def test_as_schedule_takes_a_schedule_of_ones_own():
+    class Halving:
+        def budget(self, epoch: int, pool: int) -> int:
+            return max(pool >> epoch, 1)
+
+    assert [as_schedule(Halving()).budget(epoch, 8) for epoch in range(3)] == [8, 4, 2]
+
+
+# ---- plans ------------------------------------------------------------------------------------------------------
+
+
+@given(batches=st.integers(0, 100), accumulation=st.integers(1, 9))
+def test_updates_of_an_epoch(batches, accumulation):
+    updates = waiting = 0
+    for _ in range(batches):
+        waiting += 1
+        if waiting == accumulation:
+            updates, waiting = updates + 1, 0
+    updates += waiting > 0  # the last update gathers what is left
+    plan = plan_epoch(3, budget=50, batches=batches, accumulation=accumulation)
+    assert plan == EpochPlan(3, 50, batches, max(updates, 1))
+
+
+@given(updates=updates_of_epochs, tenths=st.integers(1, 60))
+@example(updates=[10], tenths=21)
+@example(updates=[10], tenths=11)
+@example(updates=[3, 5], tenths=18)
+def test_plan_for_a_number_of_epochs(updates, tenths):
+    plan = plan_training(plans(updates), tenths / 10)
+    # Step by step: after update i of n in epoch e, the run is at epoch e + i/n, and ends once that is reached.
+    steps, epoch = 0, 0
+    wanted = Fraction(tenths, 10)
+    while epoch < wanted:
+        n = plans(updates)(epoch).updates
+        for i in range(1, n + 1):
+            steps += 1
+            if epoch + Fraction(i, n) >= wanted:
+                break
+        epoch += 1
+    assert plan.max_steps == steps
+    assert [p.epoch for p in plan.epochs] == list(range(math.ceil(wanted)))
+    assert plan.rows == sum(plans(updates)(e).budget for e in range(math.ceil(wanted)))
+
+
+@given(updates=updates_of_epochs, max_steps=st.integers(1, 60), epochs=st.integers(1, 9))
+def test_plan_for_a_number_of_steps(updates, max_steps, epochs):
+    plan = plan_training(plans(updates), epochs, max_steps)
+    taken, epoch = 0, -1
+    while taken < max_steps:
+        epoch += 1
+        for _ in range(plans(updates)(epoch).updates):
+            taken += 1
+            if taken == max_steps:
+                break
+    assert plan.max_steps == max_steps
+    assert [p.epoch for p in plan.epochs] == list(range(epoch + 1))
+
+
+@pytest.mark.parametrize("max_steps", [-1, 0])
+def test_epochs_count_where_max_steps_is_not_positive(max_steps):
+    assert plan_training(plans([4]), 2, max_steps).max_steps == 8
+
+
+@given(updates=updates_of_epochs)
+def test_position_after_each_step(updates):
+    plan = plan_training(plans(updates), len(updates))
+    expected = [(epoch, i) for epoch, n in enumerate(updates) for i in range(n)] + [(len(updates), 0)]
+    assert [plan.position(step) for step in range(plan.max_steps + 1)] == expected
+
+
+def test_a_plan_reads_as_a_sentence():
+    plan = TrainingPlan((EpochPlan(0, 10, 5, 5), EpochPlan(1, 4, 2, 2)), 7)
+    assert str(plan) == "7 updates (epoch 0: 10 rows, 5 updates; epoch 1: 4 rows, 2 updates)"
+    assert plan.rows == 14

@@ -1,0 +1,267 @@
+"""Every recipe: what its header says, the paper's numbers, its plan, and a real run of a few steps on a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT, build_model
+from tiny_runs import TOKENIZER, raw_rows
+from transformers import PreTrainedModel
+from transformers.utils import is_torch_bf16_gpu_available
+
+from ifd_trainer.cli import main
+from ifd_trainer.scoring.transform import IFDScorer
+from ifd_trainer.training.history import History
+from ifd_trainer.training.recipe_run import parse_recipe
+
+FOLDER = ROOT / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("accelerate"))
+CHERRY = ["alpaca_cherry_5pct", "alpaca_cherry_10pct", "alpaca_cherry_fsdp", "wizardlm_cherry_10pct"]
+CHERRY_LORA = "alpaca_cherry_lora_24gb"
+ROWS = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with a tiny model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    build_model(len(TOKENIZER)).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """Forty rows, two of them refusals, as a local file."""
+    rows = [{**row, "quality": "good"} for row in raw_rows(ROWS, with_input=True)]
+    rows[3]["output"] = "As an AI language model, I cannot say which park is red."
+    rows[8]["output"] = "I'm sorry, but I cannot answer that."
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def small(recipe: str, model: str, data: str, folder: Path, *more: str) -> list[str]:
+    """The command line of a recipe at toy size."""
+    words = ["train", str(FOLDER / f"{recipe}.yaml"), "--model", model, "--dataset", data, "--output_dir", str(folder)]
+    words += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--use_cpu", "true"]
+    words += ["--bf16", "false", "--gradient_checkpointing", "false", "--disable_tqdm", "true"]
+    settings = yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())
+    words += ["--scorer", model] if "scorer" in settings else []
+    words += ["--diverse", "15", "--embedder", "", "--keep", "6"] if "diverse" in settings else []
+    words += ["--eval_dataset", data] if "eval_dataset" in settings else []
+    return [*words, *more]
+
+
+def forbid(patch) -> None:
+    """What a plan may not do is an error: to score, to load weights, to reach a hub."""
+
+    def never(*_, **__):
+        raise AssertionError("a plan does nothing but plan")
+
+    patch.setattr(IFDScorer, "__call__", never)
+    patch.setattr(PreTrainedModel, "from_pretrained", never)
+    patch.setattr("transformers.Trainer.init_hf_repo", never)
+
+
+def plan_of(out: str) -> list[str]:
+    """The lines of a plan in what a command prints."""
+    lines = out[out.index("Plan: ") :].splitlines()
+    return [line for line in lines if line.startswith(("Plan: ", "pool: ", "update: ", "original weights: "))]
+
+
+def test_all_recipes_are_there():
+    assert {
+        *CHERRY,
+        CHERRY_LORA,
+        "alpaca_superfiltering",
+        "alpaca_superfiltering_diverse",
+        "alpaca_dynamic",
+        "alpaca_curriculum",
+        "wizardlm_dynamic",
+        "demo",
+    } == set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_header_says_what_it_reproduces_on_what_and_how_long(recipe):
+    header = (FOLDER / f"{recipe}.yaml").read_text().split("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in header)
+    for word in ("Reproduces", "Hardware", "Time"):
+        assert sum(line.startswith(f"# {word}: ") for line in header) == 1
+
+
+@pytest.mark.parametrize("recipe", [*CHERRY, CHERRY_LORA, "alpaca_superfiltering", "alpaca_superfiltering_diverse"])
+def test_the_hyperparameters_are_the_papers(recipe):
+    parsed = parse_recipe(str(FOLDER / f"{recipe}.yaml"), ["--use_cpu", "true", "--bf16", "false"])
+    sft = parsed.sft
+    gpus = 4 if recipe.endswith("fsdp") else 1
+    assert sft.per_device_train_batch_size * sft.gradient_accumulation_steps * gpus == 128
+    assert sft.learning_rate == (2e-4 if recipe == CHERRY_LORA else 2e-5)
+    assert (sft.num_train_epochs, sft.weight_decay, sft.warmup_steps) == (3, 0, 0.03)
+    assert sft.lr_scheduler_type == "cosine"
+    assert sft.max_length == (1024 if recipe.startswith("wizardlm") else 512)
+    assert parsed.selection.max_ifd == 1.0
+    assert parsed.selection.method == "cherry"
+    if parsed.selection.brief != "none":
+        assert (parsed.selection.brief_clusters, parsed.selection.brief_per_cluster) == (100, 10)
+    assert parsed.selection.drop_refusals is recipe.startswith("wizardlm")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
+    assert main(small(recipe, model, data, tmp_path, "--plan")) == 0
+    plan = capsys.readouterr().out
+    pool = 38 if recipe.startswith("wizardlm") else ROWS
+    keep = {"alpaca_curriculum": 0.3 / 3, "alpaca_cherry_5pct": 0.05, "alpaca_superfiltering": 0.05, "demo": 0.12}
+    rows = 6 if recipe.endswith("diverse") else round(keep.get(recipe, 0.1) * pool)
+    updates = -(-rows // 2)
+    if recipe in (*CHERRY, CHERRY_LORA):
+        assert "then anew from the original weights; epoch 1:" in plan
+        assert "original weights: 0.00 GB in" in plan
+    epochs = range(1, 4) if recipe in (*CHERRY, CHERRY_LORA) else range(3)
+    for epoch in epochs:
+        assert f"epoch {epoch}: {rows} rows, {updates} updates" in plan
+    assert not (tmp_path / "ifd_history").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, monkeypatch):
+    words = small(recipe, model, data, tmp_path, "--max_steps", "4", "--save_strategy", "no")
+    with monkeypatch.context() as patch:
+        forbid(patch)
+        assert main([*words, "--plan"]) == 0
+    plan = plan_of(capsys.readouterr().out)
+    assert main(words) == 0
+    assert plan_of(capsys.readouterr().out) == plan
+    history = History.load(tmp_path)
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / ("adapter_model.safetensors" if recipe == CHERRY_LORA else "model.safetensors")).is_file()
+    scored = [record for record in history.epochs if record["scored_at"] is not None]
+    assert scored
+    assert {record["pool"] for record in history.epochs} == {38 if recipe.startswith("wizardlm") else ROWS}
+    if recipe in (*CHERRY, CHERRY_LORA):
+        sample = 3 if recipe.startswith("wizardlm") else 4  # a tenth of the pool
+        assert history.epochs[0]["reasons"] == {"kept": sample, "not_in_sample": history.epochs[0]["pool"] - sample}
+        assert not (tmp_path / "ifd_original").exists()
+    if recipe.endswith("diverse"):
+        assert scored[0]["reasons"]["redundant"] == 9
+    if "superfiltering" in recipe:
+        assert history.settings["scorer"] == "columns"
+        assert history.settings["score"] == "ifd_ppl"
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> str:
+    """As many rows as the largest count in a recipe wants."""
+    path = tmp_path_factory.mktemp("large") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in raw_rows(1100)))
+    return str(path)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "demo"])
+def test_a_recipe_for_gpus_is_planned_as_it_is_on_any_machine(recipe, model, large, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    forbid(monkeypatch)
+    assert main(["train", str(FOLDER / f"{recipe}.yaml"), "--plan", "--model", model, "--dataset", large]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[lines.index(next(line for line in lines if line.startswith("Plan: "))) :]
+    assert lines[1] == "pool: 1100 of 1100 rows"
+    assert lines[2].endswith("= 32 rows" if recipe.endswith("fsdp") else "= 128 rows")
+    if not is_torch_bf16_gpu_available():
+        assert lines[-1] == "this machine has no GPU with bfloat16 (bf16: true); training needs it"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "lacking"),
+    [
+        (["--attn_implementation", "flash_attention_2"], "no GPU for attn_implementation: flash_attention_2"),
+        (["--tf32", "true"], "no GPU with TF32 (tf32: true)"),
+        (["--bf16", "false", "--fp16", "true"], "this machine has no GPU for float16 (fp16: true); training needs it"),
+        (["--fsdp", "full_shard"], "no second process (fsdp: start it with torchrun or accelerate launch)"),
+        (["--load_in_4bit", "true"], "no package bitsandbytes (load_in_4bit, load_in_8bit)"),
+        (["--report_to", "wandb"], "no package wandb (report_to)"),
+        (["--push_to_hub", "true", "--hub_model_id", "someone/something"], ""),
+        (["--deepspeed", "ds.json"], ""),
+    ],
+)
+def test_what_a_machine_lacks_is_noted_in_a_plan(options, lacking, model, data, tmp_path, capsys, monkeypatch):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has what others lack")
+    monkeypatch.setattr(
+        "ifd_trainer.training.recipe_run._installed", lambda package: package not in ("bitsandbytes", "wandb")
+    )
+    monkeypatch.setattr("ifd_trainer.training.recipe_run.get_available_reporting_integrations", list)
+    monkeypatch.chdir(tmp_path)
+    forbid(monkeypatch)
+    Path("ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    words = ["train", str(FOLDER / "alpaca_dynamic.yaml"), "--plan", "--model", model, "--dataset", data]
+    assert main([*words, *options]) == 0
+    out = capsys.readouterr().out
+    assert "3 updates (epoch 0: 4 rows, 1 updates; epoch 1: 4 rows" in out
+    assert lacking in out.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["ds.json"]
+
+
+def test_what_is_refused_under_deepspeed_is_refused_in_its_plan(model, data, tmp_path, capsys):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    words = small("alpaca_cherry_5pct", model, data, tmp_path, "--plan", "--deepspeed", str(tmp_path / "ds.json"))
+    assert main(words) == 2
+    assert "cannot start anew from the original weights under DeepSpeed" in capsys.readouterr().err
+
+
+def test_the_disk_of_the_original_weights_is_known_without_them(model, data, tmp_path, capsys):
+    config = json.loads((Path(model) / "config.json").read_text())
+    config |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 32, "head_dim": 128}))
+    TOKENIZER.save_pretrained(folder)
+    assert main(small("alpaca_cherry_5pct", str(folder), data, tmp_path, "--plan")) == 0
+    assert "original weights: 25.92 GB in" in capsys.readouterr().out  # 6.5 billion numbers of 4 bytes
+    assert main(small(CHERRY_LORA, str(folder), data, tmp_path, "--plan")) == 0
+    assert "original weights: 0.16 GB in" in capsys.readouterr().out
+    assert main(small(CHERRY_LORA, str(folder), data, tmp_path, "--plan", "--load_in_4bit", "true")) == 0
+    assert "original weights: 0.08 GB in" in capsys.readouterr().out
+
+
+def test_a_recipe_reads_csv_too(model, tmp_path):
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["row_id", "instruction", "input", "output"])
+        writer.writeheader()
+        writer.writerows(raw_rows(ROWS, with_input=True))
+    words = small("alpaca_dynamic", model, str(tmp_path / "rows.csv"), tmp_path / "run", "--max_steps", "2")
+    assert main([*words, "--save_strategy", "no"]) == 0
+    assert History.load(tmp_path / "run").epochs[0]["kept"] == 4
+
+
+def test_refusals_are_left_out_with_a_count(model, data, tmp_path, caplog):
+    assert main(small("wizardlm_dynamic", model, data, tmp_path, "--plan")) == 0
+    assert "drop_refusals: 2 of 40 rows were left out" in caplog.text
+
+
+def test_settings_that_contradict_each_other_are_named(model, data, tmp_path, capsys):
+    words = small("alpaca_cherry_5pct", model, data, tmp_path, "--scorer", model)
+    assert main(words) == 2
+    assert "scores without a brief experience" in capsys.readouterr().err
+    assert main(small("alpaca_dynamic", model, data, tmp_path, "--definition", "cherry")) == 2
+    assert "Set scorer, or leave definition out" in capsys.readouterr().err
+
+
+def test_a_label_that_is_missing_is_said_before_training(model, data, tmp_path, capsys):
+    assert main(small("alpaca_dynamic", model, data, tmp_path, "--label", "colour")) == 2
+    assert "label='colour' is not among the data set's columns" in capsys.readouterr().err
+    assert not (tmp_path / "ifd_history").exists()
+
+
+def test_the_accelerate_config_is_one():
+    config = load_config_from_file(str(FOLDER / "accelerate_fsdp.yaml"))
+    assert (config.distributed_type.value, config.num_processes, config.mixed_precision) == ("FSDP", 4, "bf16")
+    assert config.fsdp_config["fsdp_version"] == 2
