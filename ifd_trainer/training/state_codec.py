@@ -19,7 +19,6 @@ import numpy as np
 
 from ..data.atomic import write_atomically
 from ..errors import FileAccessError, NotFoundError, UserError
-from ..method.selection import coded
 from ..scoring.losses import Scores
 from ..scoring.weights_digest import blocks
 
@@ -35,10 +34,11 @@ def save_selection(folder: Path, order: Mapping[str, np.ndarray], scores: Scores
     """
     arrays = {_ORDER + name: _narrow(array) for name, array in order.items()}
     if scores is not None:
-        columns = scores.columns()
-        texts, columns["ifd_status"] = coded(columns["ifd_status"])  # any text may be a status of imported scores
+        columns, codes = scores.columns(), {}
+        status = [codes.setdefault(text, len(codes)) for text in columns["ifd_status"].tolist()]  # whatever text it is
+        columns["ifd_status"] = np.array(status, dtype=np.int64)
         arrays |= {_SCORES + name: _narrow(array) for name, array in columns.items()}
-        arrays[_STATUSES] = np.frombuffer(json.dumps(texts.tolist()).encode(), dtype=np.uint8)
+        arrays[_STATUSES] = np.frombuffer(json.dumps(list(codes)).encode(), dtype=np.uint8)
 
     def write(path: Path) -> None:
         with path.open("wb") as file:

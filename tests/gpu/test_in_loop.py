@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import build_model
 from distributed_run import RESUME_FROM
-from test_distributed import launch
+from launching import launch
 from tiny_runs import DEVICE, INF, difference, raw_rows, select, sft_trainer, text_rows, train, weights_of
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")

@@ -21,8 +21,8 @@ from scipy.stats import spearmanr
 
 from ifd_trainer.errors import FileAccessError
 from ifd_trainer.method.selection import Cherry
-from ifd_trainer.report.page import page as report
-from ifd_trainer.report.page import plots as plotting
+from ifd_trainer.report import page as report
+from ifd_trainer.report import plots as plotting
 from ifd_trainer.report.page import write_report
 from ifd_trainer.report.plots import (
     plot_cas_das,

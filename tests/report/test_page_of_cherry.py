@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from conftest import build_model
 from datasets import Dataset
-from test_report import PLOTS, assert_no_holes, assert_pngs, grid, make_history, page_of, printed, row_tables, visible
-from test_report import scores as scores_of
+from test_page import PLOTS, assert_no_holes, assert_pngs, grid, make_history, page_of, printed, row_tables, visible
+from test_page import scores as scores_of
 from tiny_runs import INF, TOKENIZER, raw_rows, sft_trainer, text_rows, train
 
 from ifd_trainer import Brief, IFDSelectionCallback

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pytest
 from conftest import ROOT
 from datasets import Dataset
-from test_distributed import end
+from launching import end
 
 from ifd_trainer.cli import main
 from ifd_trainer.data import files
@@ -887,9 +887,9 @@ def test_a_full_disk_names_the_part_and_the_same_job_goes_on(tmp_path: Path) -> 
 
 FULL_DISK = """
 import resource, signal, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/scoring"]
 from pathlib import Path
-from test_job import Device, score_numbers
+from test_scoring_job import Device, score_numbers
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def at(step, part):
     if (step, part) == ("save", 1):
@@ -985,9 +985,9 @@ sys.stdin.read()
 
 KILLED = """
 import os, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/scoring"]
 from pathlib import Path
-from test_job import Device, finish, names
+from test_scoring_job import Device, finish, names
 os.fsync = lambda file: None  # the system outlives its processes; waiting for a disk a thousand times takes long
 folder, calls = Path(FOLDER), ["open", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "truncate", "write"]
 def killed_at(step):

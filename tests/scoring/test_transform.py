@@ -730,14 +730,14 @@ def test_a_saved_and_loaded_model_is_the_same(tokenizer, checkpoint):
 DIGESTS = """
 import sys
 sys.path[:0] = {paths}
-from test_columns import adapted, code_of_its_own
+from test_transform import adapted, code_of_its_own
 from ifd_trainer.scoring.weights_digest import weights_digest
 print("digests", weights_digest(adapted(400)), weights_digest(code_of_its_own("2.0")))
 """
 
 
 def test_another_process_has_the_same_digests():
-    code = DIGESTS.format(paths=[str(ROOT), str(ROOT / "tests")])
+    code = DIGESTS.format(paths=[str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "scoring")])
     environment = os.environ | {"PYTHONHASHSEED": "1"}  # which changes the order of sets
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=environment, check=True

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from tiny_runs import INF, difference, raw_rows, select, sft_trainer, text_rows, train, weights_of
@@ -31,6 +31,7 @@ def same_bits(one, other):
 
 
 @given(values=st.tuples(floats, floats, floats, floats), statuses=st.lists(st.text(), min_size=5, max_size=5))
+@example(values=(np.full(5, np.nan),) * 4, statuses=["ok", "ok\0", "", "\0", "ok"])
 def test_scores_and_order_come_back_bit_for_bit_whatever_they_are(tmp_path_factory, values, statuses):
     folder = tmp_path_factory.mktemp("checkpoint")
     scores = Scores(*values, answer_tokens=np.arange(5) * 2**40, ifd_status=np.array(statuses, dtype=object))

@@ -6,11 +6,7 @@ read what each process wrote. A launch that takes too long is ended with all its
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from importlib.util import find_spec
 from itertools import chain, cycle, islice
@@ -18,18 +14,16 @@ from pathlib import Path
 
 import distributed_run
 import numpy as np
-import psutil
 import pytest
 import torch
-from conftest import ROOT
 from distributed_run import CASES, RESUME_FROM, SHARDED
+from launching import WORLD, launch
 from tiny_runs import PEAK, select, sft_trainer
 from trl import SFTConfig
 
 from ifd_trainer.training.history import History
 
-BATCH, WORLD = 2, 2
-LAUNCH_LIMIT = 240  # seconds; a launch takes about 25 on two cores
+BATCH = 2
 # Updates in each epoch, by hand: a global batch holds 4 rows, with split_batches 2.
 UPDATES = {
     "base": [4, 3, 5],
@@ -51,40 +45,6 @@ each_run = pytest.mark.parametrize(("kind", "case"), RUNS)
 
 
 # ---- launching --------------------------------------------------------------------------------------------------
-
-
-def launch(task: str, folder: Path, limit: float = LAUNCH_LIMIT, processes: int = WORLD) -> tuple[int, str]:
-    """Exit code and output of the processes; a failure, with the output, when they take more than `limit` seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    output = folder / f"{task}.txt"  # not a pipe, which a process that outlives its parent would keep open
-    with output.open("w") as sink:
-        process = subprocess.Popen(
-            [*command, str(ROOT / "tests" / "distributed_run.py"), task, str(folder)],
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        )
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end(process)
-    text = output.read_text(errors="replace")
-    if code is None:
-        pytest.fail(f"{processes} processes were not done after {limit} s:\n{text[-8000:]}")
-    return code, text
-
-
-def end(process: subprocess.Popen) -> None:
-    """Kill a launcher with its workers, which are in process groups of their own."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-    process.kill()
-    process.wait()
 
 
 @pytest.fixture(scope="module")
