@@ -18,7 +18,7 @@ from ifd_trainer import Brief, IFDSelectionCallback
 from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows, write_rows
 from ifd_trainer.method.facility_location import Diverse
-from ifd_trainer.report.page import page as report
+from ifd_trainer.report import page as report
 from ifd_trainer.report.page import write_report
 from ifd_trainer.report.plots import plot_ifd_histogram, plot_kept_flow
 from ifd_trainer.report.score_frames import merged
