@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from ifd_trainer.data.chat_template import Frame, chat_messages, common_prefix_length, template_frames, template_options
+from ifd_trainer.data.distinct_prompts import Prompts
 from ifd_trainer.data.encoding import Encoder, answer_span
 from ifd_trainer.data.formats import (
     ALPACA,
@@ -111,7 +112,7 @@ def test_the_transform_and_the_loop_read_the_same_tokens(name, masked, special):
     for kind, messages in chats.items():
         if kind != "system" or name not in NO_SYSTEM:
             rows[kind] = as_trained_on(tokenizer, messages, masked)
-    prefix = response_prefix(tokenizer, {tuple(ids[:start]) for ids, (start, _) in rows.values()})
+    prefix = response_prefix(tokenizer, Prompts.of(ids[:start] for ids, (start, _) in rows.values()))
     read = TokenRows(encoder, template if masked else None)
     for kind, (ids, (start, end)) in rows.items():
         example = MESSAGES.render({"messages": chats[kind]}, tokenizer)
