@@ -3,7 +3,8 @@
     history.json          settings, and one record for each epoch (counts, means, seconds, held-out loss)
     epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on; with a
                           curriculum its tier (0 is the one that the curriculum begins with)
-    pool.parquet          the pool's texts and its columns other than token ids, for reports
+    pool.parquet          the pool's texts and its columns other than token ids, for reports; a resume, or another run
+                          on the same training set, leaves it as it is
 
 Files are replaced atomically: a reader, or a run that is killed, never sees half a file.
 """

@@ -140,11 +140,11 @@ class Pool:
     def _batches(self, size: int = 1000) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """All tokens, `size` rows at a time: flat input_ids and labels, and the size of each row; int64."""
         stored = self._stored()
-        flat = stored is not None and stored.format["type"] != "custom"
-        stored = stored.with_format("arrow") if flat else None  # as they are stored: no Python object for each token
+        plain = stored is not None and stored.format["type"] != "custom"
+        stored = stored.with_format("arrow") if plain else None  # as they are stored: no Python object for each token
         for start in range(0, len(self), size):
             stop = min(start + size, len(self))
-            if flat:
+            if plain:
                 part = stored[start:stop]
                 columns = [part["input_ids"], part["labels"]]
             else:
@@ -207,7 +207,7 @@ class Pool:
         return {name: part[name] for name in names}
 
     def columns_digest(self) -> str:
-        """A digest of all columns other than token ids, of which `read` makes one; the same for equal values."""
+        """A digest of all columns other than those of tokens, of which `read` makes one."""
         digest = hashlib.blake2b(digest_size=16)
         for start in range(0, len(self), 10_000):
             table = pa.table(self.columns(start, min(start + 10_000, len(self)), without=())).combine_chunks()

@@ -45,7 +45,7 @@ def save_selection(folder: Path, order: Mapping[str, np.ndarray], scores: Scores
             np.savez(file, allow_pickle=False, **arrays)
 
     write_atomically(folder / FILE, write)
-    return {"file": FILE, "digest": _digest(folder / FILE)}
+    return {FILE: _digest(folder / FILE)}
 
 
 def load_selection(folder: Path, saved: Mapping[str, Any], rows: int) -> tuple[dict[str, np.ndarray], Scores | None]:
@@ -61,12 +61,12 @@ def load_selection(folder: Path, saved: Mapping[str, Any], rows: int) -> tuple[d
         OSError: when it cannot be read.
         ValueError: when it is not the one that was written with `trainer_state.json`.
     """
-    if "file" not in saved:
+    if FILE not in saved:
         return _load_version_2(saved)
-    path = folder / saved["file"]
+    path = folder / FILE
     advice = "Copy the whole checkpoint again, resume from another one, or start training anew."
     try:
-        intact = _digest(path) == saved["digest"]
+        intact = _digest(path) == saved[FILE]
         arrays = _arrays(path) if intact else {}
     except FileNotFoundError as error:
         raise NotFoundError(
@@ -97,7 +97,9 @@ def _digest(path: Path) -> str:
 
 def _narrow(array: np.ndarray) -> np.ndarray:
     """Counts and positions in as few bytes as they need; floats as they are."""
-    return array if array.dtype.kind == "f" else array.astype(np.min_scalar_type(array.max(initial=0)))
+    if array.dtype.kind == "f" or array.min(initial=0) < 0:
+        return array
+    return array.astype(np.min_scalar_type(array.max(initial=0)))
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -142,6 +143,21 @@ def many_rows(count):
         prompt, answer = rng.integers(5, 60_000, rng.integers(1, 9)).tolist(), rng.integers(5, 60_000, 4).tolist()
         rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
     return rows
+
+
+@pytest.mark.parametrize(
+    "kind", [list, Rows, lambda rows: stored(rows).with_transform(dict)], ids=["list", "own", "transform"]
+)
+def test_other_data_sets_are_read_over_several_batches_too(kind):
+    rows = many_rows(2100)
+    pool = Pool(kind(rows))
+    prompts, fingerprint = pool.read()
+    assert fingerprint == digest_of(rows)
+    assert len(prompts) == len({tuple(row["input_ids"][:-4]) for row in rows})
+    found = [(ids[start:end].tolist()) for ids, bounds in pool.segments(700) for start, end in pairwise(bounds)]
+    assert found[0::3] == [row["input_ids"][:-4] for row in rows]
+    assert found[1::3] == [row["input_ids"][-4:] for row in rows]
+    assert not any(found[2::3])
 
 
 def test_rows_are_read_in_the_order_of_the_data_set_over_several_batches():
