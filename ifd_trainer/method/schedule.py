@@ -1,4 +1,4 @@
-"""Epoch to budget, and the plan of steps.
+"""How many rows each epoch trains on (its budget), and the plan of steps that follows from it.
 
 Budgets are known before training: a Trainer fixes its number of steps, its learning rate schedule and its progress
 bar before the first epoch, so an epoch cannot be found shorter later on without ending the schedule early.

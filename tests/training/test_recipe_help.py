@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def test_help_imports_nothing_that_makes_it_wait(words):
         "import sys\nfrom ifd_trainer.cli import main\n"
         f"try:\n    main({words})\nexcept SystemExit:\n    pass\nprint('imported', *sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     out, _, imported = done.stdout.rpartition("imported ")
     assert "usage: " in out
     assert HEAVY & set(imported.split()) == set()
