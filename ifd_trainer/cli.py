@@ -18,62 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
+from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, RunError, UserError, one_line
+from .method.choices import RANKED_BY
+from .publish.score_programs import KINDS
 from .training.recipe_file import check_recipe
+from .training.recipe_help import train_help
 
 if TYPE_CHECKING:
     from .scoring.transform import IFDScorer
 
-_FORMATS = ", ".join(FORMATS)
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
-_TRAIN_HELP = """\
-usage: ifd-trainer train [RECIPE.yaml] [--plan] [--KEY VALUE ...]
-
-Fine-tune with TRL's SFTTrainer; before each epoch, score all rows with the model as it is and train on the rows with
-the highest IFD. RECIPE.yaml is TRL's flat YAML; every key can be given or overridden here.
-
-  --plan                   print rows and steps of each epoch, and stop: nothing is scored, written or loaded but the
-                           rows and the tokenizer, so a laptop can plan what a GPU is to train
-  --debug                  show the trace of every error
-  --model NAME_OR_PATH     the model to fine-tune
-  --dataset FILE_OR_NAME   rows to select from (.json, .jsonl, .csv, .parquet, or a hub name)
-  --eval_dataset FILE      held-out rows; with --eval_strategy epoch their loss is shown for each epoch
-  --format NAME            {formats}; told from the columns by default
-  --keep N [N ...]         rows per epoch: a fraction (0.1), a number (1000), or one entry for each epoch
-  --method dynamic|cherry  dynamic: score and select before each epoch (default); cherry: the paper's method, a brief
-                           experience, one scoring, then all epochs from the original weights on the rows kept
-  --brief kmeans|random|none, --brief_clusters N, --brief_per_cluster N
-                           rows of the brief experience (default kmeans, 100 x 10; none scores without it)
-  --scorer NAME_OR_PATH, --definition paper|cherry|superfiltering
-                           score with another model, once (Superfiltering: gpt2 and superfiltering)
-  --diverse X, --embedder NAME
-                           choose rows that stand for the share X with the highest scores (facility location)
-  --drop_refusals true     leave out rows whose answer looks like a refusal
-  --every K, --warmup_epochs N, --freeze_after N
-                           select each K epochs; train on all rows for N epochs first; score nothing from epoch N on
-  --curriculum easy_to_hard|hard_to_easy, --tiers N, --tier_mode tiers|growing|shrinking
-                           train on tiers of the kept rows, one after the other
-  --anneal_share X         train on all rows for the last share X of the epochs
-  --max_ifd X              drop rows with a score of X or more (default 1.0; inf for no limit)
-  --score ifd|ifd_ppl      what to rank by (default ifd)
-  --order shuffle|descending|ascending
-  --on_shortfall repeat|relax|error
-                           when fewer rows are eligible than planned (default repeat)
-  --min_answer_tokens N    do not score rows with shorter answers (default 1)
-  --token_budget N         tokens of a scoring batch
-  --label COLUMN           labels to show in the report; selection never reads them
-  --output_dir DIR         checkpoints, history (ifd_history/) and report.html
-  --num_train_epochs, --learning_rate, --per_device_train_batch_size, --max_length, --use_peft, ...
-                           all options of TRL's SFTConfig and ModelConfig: --help-all lists them
-  --resume_from_checkpoint DIR
-                           go on from a checkpoint, exactly where it stopped; true: from the last one in output_dir
-
-Examples:
-  ifd-trainer train recipes/demo.yaml --model HuggingFaceTB/SmolLM2-135M
-  ifd-trainer train --model Qwen/Qwen3-0.6B --dataset alpaca.json --keep 0.1 --num_train_epochs 3 --output_dir out
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,19 +147,20 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a hub name (default: its main branch)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--format", help=f"prompt format: {_FORMATS}; told from the columns by default")
+    parser.add_argument("--format", help=f"prompt format: {', '.join(FORMATS)}; told from the columns by default")
     parser.add_argument(
         "--definition",
         default="paper",
-        choices=["paper", "cherry", "superfiltering"],
+        choices=DEFINITIONS,
         help="paper: one tokenisation, the same answer tokens in both passes (default); cherry, superfiltering: what "
         "the published programs of these names compute",
     )
+    limits = " and ".join(f"{name} {most}" for name, most in DEFAULT_MAX_LENGTH.items())
     parser.add_argument(
         "--max-length",
         type=_positive,
-        help="most tokens of prompt and answer (default: the model's window; cherry 512 and superfiltering 1024, where "
-        "the window is not smaller)",
+        help=f"most tokens of prompt and answer (default: the model's window; {limits}, where the window is not "
+        "smaller)",
     )
     parser.add_argument(
         "--min-answer-tokens", type=_positive, default=1, help="shorter answers are not scored (default 1)"
@@ -254,7 +212,7 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--scores-format",
-        choices=["cherry", "superfiltering", "data-juicer", "ifd-trainer"],
+        choices=KINDS,
         help="what wrote the scores; told from their content by default",
     )
     parser.add_argument("--scored-by", metavar="MODEL", help="model that gave the scores, for the card")
@@ -267,7 +225,7 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--score",
-        choices=["ifd", "ifd_ppl"],
+        choices=RANKED_BY,
         help="column to rank by (default: ifd_ppl for scores of Superfiltering's definition, else ifd)",
     )
     parser.add_argument(
@@ -529,12 +487,12 @@ def _check_apart(output: Path, options: argparse.Namespace) -> None:
 
 def _train(arguments: list[str]) -> int:
     if not arguments or not {"-h", "--help"}.isdisjoint(arguments):
-        print(_TRAIN_HELP.format(formats=_FORMATS))
+        print(train_help())
         return 0
     plan = "--plan" in arguments
     arguments = [word for word in arguments if word != "--plan"]
     if "--help-all" in arguments:
-        from .training.recipe_run import make_parser
+        from .training.recipe import make_parser
 
         make_parser().print_help()
         return 0
@@ -545,7 +503,9 @@ def _train(arguments: list[str]) -> int:
 
     from .report.page import write_report
     from .report.tables import epoch_table, label_rich_table
-    from .training.recipe_run import build_run, parse_recipe, planned, selection_of
+    from .training.recipe import parse_recipe
+    from .training.recipe_plan import planned
+    from .training.recipe_run import build_run, selection_of
 
     parsed = parse_recipe(recipe, arguments, plan)
     run = build_run(parsed)

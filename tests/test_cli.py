@@ -29,7 +29,7 @@ from ifd_trainer.errors import UserError
 from ifd_trainer.publish.provenance import provenance_path
 from ifd_trainer.scoring.transform import IFD_COLUMNS, IFDScorer
 from ifd_trainer.training.history import History
-from ifd_trainer.training.recipe_run import _check_processes
+from ifd_trainer.training.recipe import _check_processes
 
 ROWS = [
     {"instruction": f"Name {n} things.", "input": "" if n % 2 else f"about {n} cats", "output": f"The {n} is {n * 7}."}
@@ -741,7 +741,7 @@ def test_what_is_wrong_in_a_recipe_is_told_in_one_line(
 def test_a_tracker_that_is_not_installed_is_told_before_the_rows_are_read(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("ifd_trainer.training.recipe_run.get_available_reporting_integrations", list)
+    monkeypatch.setattr("ifd_trainer.training.recipe_machine.get_available_reporting_integrations", list)
     monkeypatch.setattr("ifd_trainer.training.recipe_run.load_rows", None)
     line = told(place, monkeypatch, capsys, *TRAIN, "--report_to", "wandb")
     assert line == "report_to: wandb is not installed. Install its package, or set report_to: none."

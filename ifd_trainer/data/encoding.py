@@ -28,10 +28,9 @@ import numpy as np
 from ..errors import UserError
 from ..method.reasons import Status
 from .chat_template import Frame, common_prefix_length
+from .definitions import DEFAULT_MAX_LENGTH, DEFINITIONS
 from .formats import Example
 
-DEFINITIONS = ("paper", "cherry", "superfiltering")
-DEFAULT_MAX_LENGTH = {"cherry": 512, "superfiltering": 1024}
 IGNORE = -100
 
 

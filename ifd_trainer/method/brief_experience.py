@@ -23,11 +23,11 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from ..errors import UserError
+from .choices import BRIEF_ROWS, BriefRows
 
 LARGEST_KMEANS = 100_000  # rows, some ten seconds by what was measured; above, batches, which are hardly worse
 
@@ -45,7 +45,7 @@ class Brief:
     (1000, 30)
     """
 
-    method: Literal["kmeans", "random"] = "kmeans"
+    method: BriefRows = "kmeans"
     clusters: int = 100
     per_cluster: int = 10
     low: float = 25
@@ -53,7 +53,7 @@ class Brief:
     max_share: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.method not in ("kmeans", "random"):
+        if self.method not in BRIEF_ROWS:
             raise UserError(f"method must be 'kmeans' or 'random', got {self.method!r}.")
         _check_percentiles(self.low, self.high)
         sample_shape(1, self.clusters, self.per_cluster, self.max_share)  # says what is wrong with these

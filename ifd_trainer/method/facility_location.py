@@ -19,11 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from ..errors import UserError
+from .choices import Score, Shortfall
 from .reasons import REDUNDANT
 from .selection import Cherry, Selection
 
@@ -130,8 +130,8 @@ class Diverse:
 
     share: float | int = 0.2
     max_ifd: float = 1.0
-    score: Literal["ifd", "ifd_ppl"] = "ifd"
-    on_shortfall: Literal["repeat", "relax", "error"] = "repeat"
+    score: Score = "ifd"
+    on_shortfall: Shortfall = "repeat"
 
     def __post_init__(self) -> None:
         count = isinstance(self.share, int) and not isinstance(self.share, bool) and self.share >= 1

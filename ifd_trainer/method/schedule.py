@@ -1,4 +1,4 @@
-"""Epoch to budget, and the plan of steps.
+"""How many rows each epoch trains on (its budget), and the plan of steps that follows from it.
 
 Budgets are known before training: a Trainer fixes its number of steps, its learning rate schedule and its progress
 bar before the first epoch, so an epoch cannot be found shorter later on without ending the schedule early.
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import UserError
 from .brief_experience import Brief
+from .choices import DIRECTIONS, TIER_MODES, Direction, TierMode
 
 
 class Schedule(Protocol):
@@ -127,15 +128,15 @@ class Curriculum:
 
     keep: float | int = 1.0
     tiers: int = 3
-    direction: Literal["easy_to_hard", "hard_to_easy"] = "easy_to_hard"
-    mode: Literal["tiers", "growing", "shrinking"] = "tiers"
+    direction: Direction = "easy_to_hard"
+    mode: TierMode = "tiers"
     epochs_per_tier: int = 1
 
     def __post_init__(self) -> None:
         _check(self.keep)
-        if self.direction not in ("easy_to_hard", "hard_to_easy"):
+        if self.direction not in DIRECTIONS:
             raise UserError(f"direction must be 'easy_to_hard' or 'hard_to_easy', got {self.direction!r}.")
-        if self.mode not in ("tiers", "growing", "shrinking"):
+        if self.mode not in TIER_MODES:
             raise UserError(f"mode must be 'tiers', 'growing' or 'shrinking', got {self.mode!r}.")
         if self.tiers < 1 or self.epochs_per_tier < 1:
             raise UserError(

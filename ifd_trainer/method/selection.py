@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from ..errors import UserError
+from .choices import RANKED_BY, SHORTFALLS, Score, Shortfall
 from .reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED, Status
 
 
@@ -103,15 +103,15 @@ class Cherry:
     """
 
     max_ifd: float = 1.0
-    score: Literal["ifd", "ifd_ppl"] = "ifd"
-    on_shortfall: Literal["repeat", "relax", "error"] = "repeat"
+    score: Score = "ifd"
+    on_shortfall: Shortfall = "repeat"
 
     def __post_init__(self) -> None:
         if not self.max_ifd > 0:
             raise UserError(f"max_ifd must be positive, got {self.max_ifd}; for no limit give infinity, inf.")
-        if self.score not in ("ifd", "ifd_ppl"):
+        if self.score not in RANKED_BY:
             raise UserError(f"score must be 'ifd' or 'ifd_ppl', got {self.score!r}.")
-        if self.on_shortfall not in ("repeat", "relax", "error"):
+        if self.on_shortfall not in SHORTFALLS:
             raise UserError(f"on_shortfall must be 'repeat', 'relax' or 'error', got {self.on_shortfall!r}.")
 
     def __call__(

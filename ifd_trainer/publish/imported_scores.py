@@ -30,8 +30,8 @@ from ..data.files import ENDINGS, READERS, data_ending, load_rows, read_records
 from ..errors import NotFoundError, UserError
 from ..method import equations as equations
 from ..method.reasons import FAILED, Status
+from .score_programs import KINDS
 
-KINDS = ("cherry", "superfiltering", "data-juicer", "ifd-trainer")
 STATS = "__dj__stats__"
 SCORES = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
 _SAME_LOSS = 1e-5  # relative difference of a mean loss and the logarithm of its perplexity, both in float32

@@ -23,10 +23,10 @@ from ..data.atomic import write_atomically
 from ..data.readable_text import text_columns
 from ..errors import FileAccessError, UserError
 from .imported_scores import read_scores
+from .score_programs import PROGRAMS
 
 OWN_SCORES = ("ifd", "ifd_ppl", "answer_tokens", "ifd_status", "ifd_definition")  # what `find_scores` reads
 _CHECKSUM = "checksum: "  # begins the last line, about those before it; older files have none
-_PROGRAMS = {"cherry": "Cherry_LLM", "superfiltering": "Superfiltering", "data-juicer": "data-juicer"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def find_scores(
     if kind == "ifd-trainer":
         provenance = read_provenance(scores or data, found) or Provenance(definition=_one_definition(rows, data))
     else:
-        provenance = Provenance(definition=kind, program=_PROGRAMS[kind], source=data)
+        provenance = Provenance(definition=kind, program=PROGRAMS[kind], source=data)
     added = found[new].copy()
     if provenance.definition:
         added["ifd_definition"] = pd.Categorical.from_codes(np.zeros(len(rows), np.int8), [provenance.definition])

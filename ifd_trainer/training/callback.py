@@ -1,7 +1,7 @@
 """When to score and select: at the start of each epoch of a Trainer run.
 
-`IFDSelectionCallback` only decides when. Tokens come from `encoding`, scores from `scorer`, the choice from
-`selection`, the plan of steps from `schedule`; `loop` makes the trainer follow.
+`IFDSelectionCallback` only decides when. The trainer's rows are in `pool`, their scores come from `pool_scorer`, the
+choice from `method.selection`, the plan of steps from `method.schedule`; `trainer_hooks` makes the trainer follow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from ..data.response_header import response_prefix
 from ..data.token_decoding import Decoder
 from ..errors import UserError
 from ..method.brief_experience import Brief
+from ..method.choices import ORDERS, BriefRows, Order, Score, Shortfall
 from ..method.facility_location import EMBEDDING, Diverse
 from ..method.reasons import NOT_IN_SAMPLE, NOT_SCORED, Status
 from ..method.schedule import Rhythm, Schedule, Turn, as_schedule
@@ -138,9 +139,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         scorer: str | PreTrainedModel | None = None,
         diverse: float | int | None = None,
         embedder: str | IFDScorer | None = None,
-        score: Literal["ifd", "ifd_ppl"] = "ifd",
-        order: Literal["shuffle", "descending", "ascending"] = "shuffle",
-        on_shortfall: Literal["repeat", "relax", "error"] = "repeat",
+        score: Score = "ifd",
+        order: Order = "shuffle",
+        on_shortfall: Shortfall = "repeat",
         id_column: str | None = None,
         header: str | None = None,
         min_answer_tokens: int = 1,
@@ -148,7 +149,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         warn_share: float = 0.5,
         push_history: bool = False,
     ) -> None:
-        if order not in ("shuffle", "descending", "ascending"):
+        if order not in ORDERS:
             raise UserError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
         strategy = getattr(getattr(trainer, "args", None), "train_sampling_strategy", None)
         if order != "shuffle" and strategy == "group_by_length":
@@ -199,7 +200,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         trainer: Trainer,
         keep: float | int | Sequence[float | int] = 0.05,
         *,
-        brief: Brief | Literal["kmeans", "random"] | None = "kmeans",
+        brief: Brief | BriefRows | None = "kmeans",
         scorer: str | PreTrainedModel | None = None,
         **options: Any,
     ) -> IFDSelectionCallback:

@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ifd_trainer.data.chat_template import common_prefix_length
+from ifd_trainer.data.definitions import DEFAULT_MAX_LENGTH
 from ifd_trainer.data.encoding import (
-    DEFAULT_MAX_LENGTH,
     EncodedPair,
     Encoder,
     EndOfTurn,

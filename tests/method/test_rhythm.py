@@ -10,7 +10,7 @@ from tiny_runs import model_with, reference_scores, reference_top, select, sft_t
 from ifd_trainer.cli import main
 from ifd_trainer.method.schedule import Anneal, Constant, Curriculum, PerEpoch, Rhythm
 from ifd_trainer.training.callback import IFDSelectionCallback
-from ifd_trainer.training.recipe_run import SelectionConfig
+from ifd_trainer.training.recipe_selection import SelectionConfig
 
 INF = float("inf")
 POOL = 24

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifd_trainer.publish.imported_scores import KINDS, answer_length, read_scores
+from ifd_trainer.publish.imported_scores import answer_length, read_scores
+from ifd_trainer.publish.score_programs import KINDS
 
 NAN = float("nan")
 # Losses of all tokens of a text, of which the last ones are the answer's; the answers' means are 1.0, 2.0 and 3.0, 2.0.

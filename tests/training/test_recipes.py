@@ -18,7 +18,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ifd_trainer.cli import main
 from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.training.history import History
-from ifd_trainer.training.recipe_run import parse_recipe
+from ifd_trainer.training.recipe import parse_recipe
 
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("accelerate"))
@@ -196,9 +196,9 @@ def test_what_a_machine_lacks_is_noted_in_a_plan(options, lacking, model, data, 
     if torch.accelerator.is_available():
         pytest.skip("this machine has what others lack")
     monkeypatch.setattr(
-        "ifd_trainer.training.recipe_run._installed", lambda package: package not in ("bitsandbytes", "wandb")
+        "ifd_trainer.training.recipe_machine.installed", lambda package: package not in ("bitsandbytes", "wandb")
     )
-    monkeypatch.setattr("ifd_trainer.training.recipe_run.get_available_reporting_integrations", list)
+    monkeypatch.setattr("ifd_trainer.training.recipe_machine.get_available_reporting_integrations", list)
     monkeypatch.chdir(tmp_path)
     forbid(monkeypatch)
     Path("ds.json").write_text('{"zero_optimization": {"stage": 3}}')

@@ -1,0 +1,22 @@
+"""The words among which a user chooses, each list once: policies and schedules, recipes and `--help` all read it here.
+
+Nothing is imported for it, so that the command line can say what there is to choose at once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Score = Literal["ifd", "ifd_ppl"]  # what rows are ranked by
+Shortfall = Literal["repeat", "relax", "error"]  # what is done with fewer eligible rows than planned
+Order = Literal["shuffle", "descending", "ascending"]  # of the kept rows within an epoch, by their scores
+BriefRows = Literal["kmeans", "random"]  # which rows give the brief experience
+Direction = Literal["easy_to_hard", "hard_to_easy"]  # of a curriculum
+TierMode = Literal["tiers", "growing", "shrinking"]  # which of its tiers are trained on together
+
+RANKED_BY = get_args(Score)
+SHORTFALLS = get_args(Shortfall)
+ORDERS = get_args(Order)
+BRIEF_ROWS = get_args(BriefRows)
+DIRECTIONS = get_args(Direction)
+TIER_MODES = get_args(TierMode)

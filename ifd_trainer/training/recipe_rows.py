@@ -1,0 +1,141 @@
+"""The rows of a data set as TRL's SFTTrainer is given them: with ids, without those that cannot be trained on.
+
+Rows that cannot be rendered are left out here, and counted; TRL would stop at the first of them. So are refusals, where
+a recipe wants that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Json, List, Value
+
+from ..data.chat_template import reads_as_text
+from ..data.formats import (
+    ChatFormat,
+    MalformedRow,
+    PromptCompletionFormat,
+    PromptFormat,
+    resolve_format,
+    to_training_row,
+)
+from ..data.refusals import looks_like_refusal
+from ..data.row_ids import find_ids
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Columns that TRL reads as its own work, whatever they hold: tokens, masks, texts of other forms.
+_TRLS = {"input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths"}
+_TRLS |= {"token_type_ids", "mm_token_type_ids", "text", "messages", "conversations", "tools", "chat_template_kwargs"}
+
+
+def prepare(rows: Dataset, format: str | None, tokenizer: Callable[[], Any] | None = None) -> Dataset:
+    """Rows as TRL's SFTTrainer reads them, with an id and all columns that neither the format nor TRL reads.
+
+    Rows that cannot be rendered are left out, with one warning.
+
+    Args:
+        rows: rows in any known format.
+        format: its name; told from the columns by default.
+        tokenizer: gives the tokenizer whose chat template is to write the rows; asked for chats alone.
+
+    Raises:
+        ValueError: when no row can be rendered.
+    """
+    resolved = resolve_format(format, rows.column_names)
+    rows = _with_ids(rows)
+    consumed = {"instruction", "input", "output", *resolved.columns} & set(rows.column_names)
+    aside = sorted((_TRLS - {"text", "tools", "chat_template_kwargs"} - consumed) & set(rows.column_names))
+    if aside:
+        logger.warning("Columns that TRL would take for its own are set aside: %s.", ", ".join(aside))
+    chats = isinstance(resolved, ChatFormat) or _holds_messages(rows, resolved)
+    convert = _Convert(resolved, tokenizer() if chats and tokenizer is not None else None)
+    read = [name for name in rows.column_names if name in {*consumed, "tools", "chat_template_kwargs"}]
+    checked = rows.select_columns(read).map(convert.check, remove_columns=read, desc="Checking rows")
+    bad = np.flatnonzero([problem != "" for problem in checked["problem"]])
+    if len(bad):
+        first = f"row {bad[0]}: {checked[int(bad[0])]['problem']}"
+        if len(bad) == len(rows):
+            raise UserError(f"None of {len(rows)} rows can be trained on as {resolved.name!r}; the first one, {first}.")
+        left_out = "%d of %d rows cannot be trained on as %r and are left out of the pool; the first one, %s."
+        logger.warning(left_out, len(bad), len(rows), resolved.name, first)
+        rows = rows.select(np.setdiff1d(np.arange(len(rows)), bad))
+    removed = sorted((consumed | _TRLS) & set(rows.column_names) - {"prompt", "completion"})
+    features = {name: kind for name, kind in rows.features.items() if name not in removed}
+    # As JSON each message and row has its own names; Arrow would give all of them the names of all, with nulls.
+    kind = List(Json()) if chats else Value("string")
+    features |= {"prompt": kind, "completion": kind}
+    extra = {"tools": Value("string"), "chat_template_kwargs": Json()}
+    features |= {name: kind for name, kind in extra.items() if any(checked[name])}
+    return rows.map(
+        partial(convert, names=sorted(features)),
+        remove_columns=removed,
+        features=Features(features),
+        desc="Formatting rows",
+    )
+
+
+@dataclass(frozen=True)
+class _Convert:
+    """A row of a format as TRL reads it, and what is wrong with one that cannot be."""
+
+    format: PromptFormat
+    tokenizer: Any
+
+    def __call__(self, row: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+        found = to_training_row(row, self.format, self.tokenizer)
+        return {name: value for name, value in found.items() if name in names}
+
+    def check(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What is wrong with a row, "" for nothing; and whether it has tools, and variables of a template."""
+        found, problem = {}, ""
+        try:
+            found = to_training_row(row, self.format, self.tokenizer)
+        except MalformedRow as error:
+            problem = str(error) or "malformed"
+        tools = found.get("tools", "null") != "null"
+        return {"problem": problem, "tools": tools, "chat_template_kwargs": bool(found.get("chat_template_kwargs"))}
+
+
+def _with_ids(rows: Dataset) -> Dataset:
+    """Rows with a column that tells them apart: their own, or `row_id` with their positions."""
+
+    def read(name: str) -> Any:
+        return rows.select_columns([name]).with_format("arrow")[:][name]
+
+    if find_ids(rows.column_names, read)[0] is not None:
+        return rows
+    if "row_id" in rows.column_names:
+        rows = rows.remove_columns("row_id")
+    return rows.add_column("row_id", list(range(len(rows))))
+
+
+def _holds_messages(rows: Dataset, format: PromptFormat) -> bool:
+    """Whether the prompts of prompt-completion rows are messages."""
+    return isinstance(format, PromptCompletionFormat) and any(
+        not reads_as_text(row[format.prompt]) for row in rows.take(1)
+    )
+
+
+def without_refusals(rows: Dataset) -> Dataset:
+    """Rows whose answer does not look like a refusal; says how many were left out."""
+
+    def keeps(completion: str | list[dict[str, Any]] | None) -> bool:
+        if isinstance(completion, list):
+            completion = completion[-1].get("content") if completion else None
+        return not looks_like_refusal(completion or "")
+
+    kept = rows.filter(keeps, input_columns="completion", desc="Leaving out refusals")
+    logger.warning(
+        "drop_refusals: %d of %d rows were left out, their answers look like refusals; the pool is the other %d.",
+        len(rows) - len(kept),
+        len(rows),
+        len(kept),
+    )
+    return kept

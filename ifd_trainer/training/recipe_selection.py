@@ -1,0 +1,97 @@
+"""What the selection keys of a recipe mean together: the schedule and the policies they describe, checked.
+
+A setting that contradicts another one is an error here, before a model is loaded; one that has no effect is warned of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+from ..data.encoding import check_positive
+from ..data.formats import FORMATS, resolve_format
+from ..errors import UserError
+from ..method.brief_experience import Brief
+from ..method.facility_location import Diverse
+from ..method.schedule import Anneal, Curriculum, Rhythm, Schedule, as_schedule, parse_keep
+from ..method.selection import Cherry
+from .selection_keys import SelectionKeys
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SelectionConfig(SelectionKeys):
+    """The selection keys of a recipe with values that go together."""
+
+    def __post_init__(self) -> None:
+        for values in dataclasses.fields(self):  # argparse looks at those of the command line only
+            choices, value = values.metadata.get("choices"), getattr(self, values.name)
+            if choices is not None and value is not None and value not in choices:
+                raise UserError(f"{values.name} must be one of {', '.join(choices)}, got {value!r}.")
+        if self.method == "cherry" and self.brief != "none" and self.scorer is not None:
+            raise UserError(
+                f"scorer={self.scorer!r} scores without a brief experience, but brief is {self.brief!r}: set brief: "
+                "none, or leave scorer out."
+            )
+        if self.definition != "paper" and self.scorer is None:
+            raise UserError(
+                f"definition={self.definition!r} is computed from the raw rows by a scorer; the model in training "
+                "scores the tokens that it trains on (definition: paper). Set scorer, or leave definition out."
+            )
+        if not 0 <= self.anneal_share <= 1:
+            raise UserError(f"anneal_share must be in [0, 1], got {self.anneal_share}.")
+        if self.format is not None and self.format not in FORMATS:
+            resolve_format(self.format, ())  # says which there are
+        check_positive(min_answer_tokens=self.min_answer_tokens, token_budget=self.token_budget, tiers=self.tiers)
+        # What these refuse is told before a model is loaded.
+        Rhythm(self.schedule(), self.every, self.warmup_epochs, self.freeze_after)
+        Cherry(self.max_ifd, self.score, self.on_shortfall)
+        if self.diverse is not None:
+            Diverse(self.share())
+        if self.brief != "none":
+            Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
+        self._warn_of_idle_keys()
+
+    def _warn_of_idle_keys(self) -> None:
+        """Say which keys have no effect with the others as they are."""
+        idle = {"method: cherry": ("brief", "brief_clusters", "brief_per_cluster")} if self.method != "cherry" else {}
+        idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
+        idle |= {"diverse": ("embedder",)} if self.diverse is None else {}
+        defaults = {values.name: values.default for values in dataclasses.fields(self)}
+        for needed, names in idle.items():
+            given = [name for name in names if getattr(self, name) not in (defaults[name], "")]
+            if given:
+                logger.warning("%s: no effect without %s.", ", ".join(given), needed)
+
+    def share(self) -> float | int | None:
+        """`diverse` as the callback takes it."""
+        try:
+            return None if self.diverse is None else parse_keep(self.diverse)
+        except UserError as error:
+            raise UserError(
+                f"diverse: {self.diverse!r} is not a number; use a share (0.2) or a count (1000)."
+            ) from error
+
+    def sample(self) -> Brief | None:
+        """The brief experience of the method cherry, if there is one."""
+        if self.method != "cherry" or self.brief == "none":
+            return None
+        return Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
+
+    def budgets(self) -> float | int | list[float | int]:
+        """`keep` as the callback takes it: text with a point is a fraction, without one a number of rows."""
+        entries = self.keep if isinstance(self.keep, (list, tuple)) else [self.keep]
+        numbers = [parse_keep(entry) for entry in entries]
+        return numbers[0] if len(numbers) == 1 else numbers
+
+    def schedule(self) -> Schedule:
+        """The schedule that `keep`, `curriculum` and `anneal_share` describe together."""
+        keep = self.budgets()
+        if self.curriculum and isinstance(keep, list):
+            raise UserError("A curriculum takes one `keep`, which it divides into tiers; a list was given.")
+        schedule = (
+            Curriculum(keep, self.tiers, self.curriculum, self.tier_mode) if self.curriculum else as_schedule(keep)
+        )
+        return Anneal(schedule, self.anneal_share) if self.anneal_share else schedule

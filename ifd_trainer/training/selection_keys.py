@@ -1,0 +1,161 @@
+"""The keys that this package adds to TRL's recipes: their names, defaults, choices and what they say in `--help`.
+
+This is the only place where a key is described: the parser of recipes, `ifd-trainer train --help` and `--help-all` are
+all made from it. Nothing slow is imported, so that the help is there at once; what the values mean together, and which
+of them contradict each other, is in `recipe_selection`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..data.definitions import DEFINITIONS
+from ..data.formats import FORMATS
+from ..method.choices import BRIEF_ROWS, DIRECTIONS, ORDERS, RANKED_BY, SHORTFALLS, TIER_MODES
+
+# Titles of the help; each stands before this key, and the keys after it belong to it too.
+GROUPS = {
+    "format": "Rows",
+    "keep": "How many rows are trained on, and when",
+    "method": "Method",
+    "score": "Which rows are kept",
+    "scorer": "Scoring",
+    "label": "Report and history",
+}
+
+
+@dataclass
+class SelectionKeys:
+    """What a recipe says about data and selection, beside TRL's own keys; the metadata is argparse's."""
+
+    format: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Prompt format of the rows: {', '.join(FORMATS)}. Told from the columns by default.",
+            "metavar": "NAME",
+        },
+    )
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out rows: a file or a hub name; with --eval_strategy epoch their loss is shown for each "
+            "epoch.",
+            "metavar": "FILE_OR_NAME",
+        },
+    )
+    drop_refusals: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave rows out of the pool whose answer looks like a refusal (English).",
+            "metavar": "true",
+        },
+    )
+    keep: list[str] = field(
+        default_factory=lambda: ["0.1"],
+        metadata={
+            "help": "Rows per epoch: a fraction of the pool (0.1, 1.0), a number of rows (1000), or one entry for each "
+            "epoch (1.0 0.5 0.1). With packing, of packed rows.",
+            "metavar": "N",
+        },
+    )
+    every: int = field(
+        default=1,
+        metadata={"help": "Select in each so many epochs; between, train on the same rows.", "metavar": "K"},
+    )
+    warmup_epochs: int = field(
+        default=0, metadata={"help": "Train on all rows for so many epochs first.", "metavar": "N"}
+    )
+    freeze_after: int | None = field(
+        default=None, metadata={"help": "From this epoch on, score nothing again.", "metavar": "N"}
+    )
+    anneal_share: float = field(
+        default=0.0, metadata={"help": "Train on all rows for this last share of the epochs.", "metavar": "X"}
+    )
+    curriculum: str | None = field(
+        default=None,
+        metadata={"help": "Train on tiers of the kept rows, one after the other.", "choices": list(DIRECTIONS)},
+    )
+    tiers: int = field(default=3, metadata={"help": "Tiers of the curriculum.", "metavar": "N"})
+    tier_mode: str = field(
+        default="tiers",
+        metadata={
+            "help": "One tier at a time, growing from the first, or shrinking to the last.",
+            "choices": list(TIER_MODES),
+        },
+    )
+    order: str = field(default="shuffle", metadata={"help": "Order within an epoch.", "choices": list(ORDERS)})
+    method: str = field(
+        default="dynamic",
+        metadata={
+            "help": "dynamic: score and select before each epoch. cherry: brief experience, one scoring, then all "
+            "epochs from the original weights on the rows that were kept (arXiv 2308.12032).",
+            "choices": ["dynamic", "cherry"],
+        },
+    )
+    brief: str = field(
+        default="kmeans",
+        metadata={
+            "help": "Rows of the brief experience: k-means over prompts, random, or none to score without it.",
+            "choices": [*BRIEF_ROWS, "none"],
+        },
+    )
+    brief_clusters: int = field(
+        default=100, metadata={"help": "Clusters of the brief experience in a large pool.", "metavar": "N"}
+    )
+    brief_per_cluster: int = field(default=10, metadata={"help": "Rows of each of these clusters.", "metavar": "N"})
+    score: str = field(default="ifd", metadata={"help": "Rank by ifd or ifd_ppl.", "choices": list(RANKED_BY)})
+    max_ifd: float = field(
+        default=1.0,
+        metadata={"help": "Rows with a score at or above this are dropped; inf for no limit.", "metavar": "X"},
+    )
+    on_shortfall: str = field(
+        default="repeat",
+        metadata={
+            "help": "When fewer rows are eligible than planned: repeat eligible rows, relax the limit, or stop.",
+            "choices": list(SHORTFALLS),
+        },
+    )
+    diverse: str | None = field(
+        default=None,
+        metadata={
+            "help": "Choose the rows among this share of the eligible ones with the highest scores, so that they stand "
+            "for all of it (facility location; Superfiltering.D: 0.2).",
+            "metavar": "X",
+        },
+    )
+    embedder: str | None = field(
+        default=None,
+        metadata={
+            "help": "A sentence-transformers model for that; by default the model that scores.",
+            "metavar": "NAME_OR_PATH",
+        },
+    )
+    scorer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Score with this model, once, instead of the one in training (Superfiltering: gpt2).",
+            "metavar": "NAME_OR_PATH",
+        },
+    )
+    definition: str = field(
+        default="paper",
+        metadata={"help": "What `scorer` computes; see `ifd-trainer score --help`.", "choices": list(DEFINITIONS)},
+    )
+    min_answer_tokens: int = field(
+        default=1, metadata={"help": "Rows with shorter answers are not scored.", "metavar": "N"}
+    )
+    token_budget: int | None = field(default=None, metadata={"help": "Tokens of a scoring batch.", "metavar": "N"})
+    label: str | None = field(
+        default=None,
+        metadata={
+            "help": "A column of labels to show in the report; selection never reads it.",
+            "metavar": "COLUMN",
+        },
+    )
+    push_history: bool = field(
+        default=False,
+        metadata={
+            "help": "Let a push to a hub take ifd_history and reports along; they hold texts of the training set.",
+            "metavar": "true",
+        },
+    )
