@@ -507,7 +507,7 @@ A_PATH = [
     ([*SCORE, "--model", "adapter"], "holds an adapter and no model. Merge it first"),
     ([*SCORE, "--model", "gguf"], "holds a GGUF file and no config.json. transformers neither trains nor scores"),
     ([*SCORE, "--model", "gguf/model.gguf"], "is the name of a GGUF file"),
-    ([*SCORE, "--model", "t5"], "holds a T5ForConditionalGeneration, which does not predict a text from left to right"),
+    ([*SCORE, "--model", "t5"], "(T5ForConditionalGeneration) is an encoder-decoder"),
     ([*SCORE, "--model", "bert"], "holds a BertForMaskedLM"),
     ([*SCORE, "--model", "other"], "holds no config.json. A model is a folder"),
     ([*SCORE, "--model", "broken"], "config.json cannot be read"),

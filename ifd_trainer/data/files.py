@@ -88,7 +88,8 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         why = one_line(error)[:300]
         if path.is_dir():
             raise NotFoundError(f"No data set in {source}: {why}") from error
-        raise NotFoundError(
+        kind = FileAccessError if isinstance(error, ConnectionError) else NotFoundError
+        raise kind(
             f"There is no file or folder {source!r} here, and as the name of a data set on a hub it cannot be read "
             f"({why}). Check the name and the network."
         ) from error

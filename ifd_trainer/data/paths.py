@@ -42,7 +42,7 @@ _UNPACK_GGUF = (
 
 
 def check_model(name: str | os.PathLike) -> str:
-    """`model_name`; raises ValueError for a folder that holds no causal language model to score with or to train."""
+    """`model_name`; raises ValueError for a folder that holds no model."""
     name = model_name(name)
     folder = Path(name)
     if not folder.is_dir():
@@ -63,26 +63,7 @@ def check_model(name: str | os.PathLike) -> str:
         raise FileAccessError(f"{config} cannot be read ({error}). Download or copy the model again.") from error
     if not isinstance(values, dict):
         raise FileAccessError(f"{config} holds no mapping. Download or copy the model again.")
-    kind = next(iter(values.get("architectures") or []), None)
-    kind = kind if isinstance(kind, str) else str(values.get("model_type"))
-    if values.get("is_encoder_decoder") or kind.endswith(_OTHER_HEADS):
-        raise UserError(
-            f"{name} holds a {kind}, which does not predict a text from left to right. IFD is defined for causal "
-            "(decoder-only) language models: take one of those."
-        )
     return name
-
-
-_OTHER_HEADS = (
-    "ForMaskedLM",
-    "ForPreTraining",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-    "ForSeq2SeqLM",
-    "ForImageClassification",
-)
 
 
 def is_path(source: str) -> bool:

@@ -312,8 +312,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ended = not control.should_training_stop  # a run that is stopped may go on inside this epoch
         trained = self.run.trained(state.global_step)  # raises where these are not the selected ones
+        record = self.history.record(self._epoch) or {}
+        said = record.get("trained")  # by a run that stopped inside this epoch, and was resumed
         self._note(trained=len(trained), seconds_training=time.perf_counter() - self._training_since)
-        if len(trained) < len(self.run.order) and state.is_world_process_zero:
+        if record and len(trained) != (said or len(self.run.order)) and state.is_world_process_zero:
             self.history.correct(self._epoch, self._times(trained))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

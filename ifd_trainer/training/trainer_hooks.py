@@ -254,16 +254,6 @@ class SelectiveTrainer:
             selector.run.called, selector.run.order = True, []
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def remove_callback(self, callback: Any) -> None:
-        """Remove a callback; without its selection callback a trainer trains as before."""
-        super().remove_callback(callback)
-        self._attached = None
-
-    def pop_callback(self, callback: Any) -> Any:
-        """Remove a callback and return it."""
-        self._attached = None
-        return super().pop_callback(callback)
-
     @property
     def selection_pool(self) -> Pool:
         """What is selected from: the training set as it is now, unpacked if it is packed."""
@@ -466,6 +456,23 @@ def attach(trainer: Trainer) -> None:
     if not isinstance(trainer, SelectiveTrainer):
         cls = type(trainer)
         trainer.__class__ = type(cls.__name__, (SelectiveTrainer, cls), {"__module__": cls.__module__})
+        _notice_removal(trainer)
+
+
+def _notice_removal(trainer: Trainer) -> None:
+    """Let a trainer whose selection callback was removed on purpose train as before."""
+    handler = trainer.callback_handler  # whose methods are asked for in each call, also by a method bound before
+
+    def noticing(remove: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def removed(callback: Any) -> Any:
+            if issubclass(callback if isinstance(callback, type) else type(callback), EpochSelector):
+                trainer._attached = None
+            return remove(callback)
+
+        return removed
+
+    handler.remove_callback = noticing(handler.remove_callback)
+    handler.pop_callback = noticing(handler.pop_callback)
 
 
 # What trainers of TRL other than the SFTTrainer train on, by a part of their names; the first that fits.

@@ -371,6 +371,21 @@ def test_ignore_data_skip_starts_the_epoch_over_with_the_same_rows_and_says_so(t
     assert "the resumed epoch starts over, so the resume is not exact" in caplog.text
 
 
+@pytest.mark.parametrize("step", [2, 5, 11])
+def test_an_epoch_that_was_stopped_and_resumed_is_recorded_as_a_whole(tmp_path, whole, step):
+    """What the stopped run had trained on in its last epoch is not all that the epoch did."""
+    checkpoint, before = interrupted(tmp_path, step)
+    epoch = len(before.epochs()) - 1
+    partial = History.load(tmp_path)
+    assert partial.epochs[epoch]["trained"] == partial.rows(epoch)["times"].sum() == len(before.epochs()[epoch])
+    trainer, callback = selecting(tmp_path)
+    train(trainer, resume_from_checkpoint=str(checkpoint))
+    assert [record["trained"] for record in callback.history.epochs] == [8, 6, 10]
+    for number, rows in enumerate(whole.seen.epochs()):
+        table = callback.history.rows(number)
+        assert sorted(table["row_id"][table["times"] > 0]) == sorted(rows)
+
+
 # ---- what may change --------------------------------------------------------------------------------------------
 
 
