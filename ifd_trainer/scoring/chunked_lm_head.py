@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .model_parts import lm_head, unwrapped
 from .onednn import rounded
 from .transfer import on_device
 
@@ -284,33 +285,3 @@ class _Divided(_Multiplied):
 class _Capped(_Multiplied):
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         return torch.tanh((logits.float() if self.widened else logits) / self.number) * self.number
-
-
-def lm_head(model: nn.Module) -> nn.Module | None:
-    """The output embedding of a causal LM, or None where the model does not tell."""
-    get = getattr(unwrapped(model), "get_output_embeddings", None)
-    with contextlib.suppress(AttributeError, NotImplementedError):
-        return get() if get is not None else None
-    return None
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, FullyShardedDataParallel or a DeepSpeed engine."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
-    return model
-
-
-def text_config(model: nn.Module) -> Any:
-    """The config of a model's language part; None for a model without a config."""
-    config = getattr(unwrapped(model), "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def vocabulary_size(model: nn.Module) -> int:
-    """Number of tokens, that of the input embeddings for a config that does not tell, or else a usual number."""
-    size = getattr(text_config(model), "vocab_size", None)
-    if not size:
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            size = unwrapped(model).get_input_embeddings().num_embeddings
-    return size or 2**15

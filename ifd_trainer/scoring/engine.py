@@ -29,9 +29,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..data.encoding import Segment, token_budget_batches
 from ..errors import UserError
-from .chunked_lm_head import Logits, find_change, lm_head, text_config, unwrapped, vocabulary_size
+from .chunked_lm_head import Logits, find_change
 from .eval_guard import borrowed
 from .forward import Batch, Pending, launch, logits_at, padded, scored_logits, streamed
+from .model_parts import lm_head, text_config, unwrapped, vocabulary_size
 from .prefix_stream import stream_batches
 from .rope_limits import kinds_of_lengths
 from .span_attention import HALF

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..data.encoding import Segment
-from .chunked_lm_head import Logits, Targets, lm_head, whole_losses
+from .chunked_lm_head import Logits, Targets, whole_losses
+from .model_parts import lm_head
 from .onednn import OneDNN, rounded
 from .prefix_stream import build_stream
 from .span_attention import Plan, attending

@@ -24,10 +24,10 @@ from ..data.encoding import EncodedPair, Segment, token_count
 from ..errors import UserError
 from ..method import equations as equations
 from ..method.reasons import Status
-from .chunked_lm_head import lm_head, text_config, unwrapped
 from .engine import Engine, EngineName, model_device
 from .eval_guard import borrowed
 from .forward import Batch, Pending
+from .model_parts import lm_head, text_config, unwrapped
 from .rope_limits import remembers_lengths
 from .token_budget import token_budget as measured_budget
 

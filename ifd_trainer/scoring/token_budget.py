@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from ..data.encoding import Segment
-from .chunked_lm_head import CPU_CHUNK_VALUES, text_config, vocabulary_size
+from .chunked_lm_head import CPU_CHUNK_VALUES
+from .model_parts import text_config, vocabulary_size
 from .onednn import rounded_down
 
 logger = logging.getLogger(__name__)

@@ -55,11 +55,11 @@ from ifd_trainer.errors import UserError
 from ifd_trainer.method.reasons import Status
 from ifd_trainer.scoring import engine as engine_module
 from ifd_trainer.scoring import losses as scorer_module
-from ifd_trainer.scoring.chunked_lm_head import lm_head
 from ifd_trainer.scoring.engine import check_causal_lm, streams
 from ifd_trainer.scoring.eval_guard import borrowed
 from ifd_trainer.scoring.forward import Pending, streamed
 from ifd_trainer.scoring.losses import Scores, answer_nll, prompt_features, score_pairs, token_progress
+from ifd_trainer.scoring.model_parts import lm_head
 from ifd_trainer.scoring.span_attention import NotExact
 from ifd_trainer.scoring.transfer import Fetched
 
