@@ -15,7 +15,7 @@ for. A model for which none of them is exact, or that does not call its head as 
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,9 +26,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from .model_parts import lm_head, unwrapped
+from ..errors import one_line
+from .model_parts import FORWARD_ERRORS, lm_head, unwrapped
 from .onednn import rounded
+from .private_names import tells_hooks
 from .transfer import on_device
+
+logger = logging.getLogger(__name__)
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 # Values at u places (u, ...), for each of n targets its place among the u, and the targets; returns (n,) losses.
@@ -127,6 +131,7 @@ def _is_a_matrix(head: nn.Module) -> bool:
         and head.weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and "forward" not in vars(head)
+        and tells_hooks()
         and not head._forward_hooks
         and len(head._forward_pre_hooks) < 2  # the one in which this runs
     )
@@ -217,15 +222,28 @@ def find_change(model: nn.Module, run: Callable[[], torch.Tensor]) -> Logits | N
         given.append(_test_values(output))
         return given[-1].clone()  # a model may change its logits in place
 
-    # Whatever such a model raises here, it raises again with whole logits, or it does not raise there.
-    with contextlib.suppress(Exception), head.register_forward_hook(replace):
-        found = run()
-        if len(given) != 1 or given[0].dim() != 3 or given[0].shape[1] != 2:
-            return None
-        values = given[0]
-        for change in _changes(getattr(unwrapped(model), "config", None)):
-            if found.shape == values.shape and torch.equal(found.float(), change(values).float()):
-                return Logits(values.shape[-1], change)
+    try:
+        with head.register_forward_hook(replace):
+            found = run()
+        return _explained(model, found, given)
+    except FORWARD_ERRORS as error:  # with whole logits it raises that again, or it does not raise there
+        logger.warning(
+            "%s is scored with whole logits, which takes more memory: with logits of two positions it raised %s: %s",
+            type(model).__name__,
+            type(error).__name__,
+            one_line(error),
+        )
+    return None
+
+
+def _explained(model: nn.Module, found: torch.Tensor, given: list[torch.Tensor]) -> Logits | None:
+    """The change that turns what the head gave into what the model returned, bit for bit."""
+    if len(given) != 1 or given[0].dim() != 3 or given[0].shape[1] != 2:
+        return None
+    values = given[0]
+    for change in _changes(getattr(unwrapped(model), "config", None)):
+        if found.shape == values.shape and torch.equal(found.float(), change(values).float()):
+            return Logits(values.shape[-1], change)
     return None
 
 

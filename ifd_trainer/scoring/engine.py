@@ -13,7 +13,7 @@ whatever the model's dtype. On a CPU, float32 products are oneDNN's (see `scorin
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import logging
 import re
 import weakref
@@ -28,14 +28,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..data.encoding import Segment, token_budget_batches
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .chunked_lm_head import Logits, find_change
 from .eval_guard import borrowed
 from .forward import Batch, Pending, launch, logits_at, padded, scored_logits, streamed
-from .model_parts import lm_head, text_config, unwrapped, vocabulary_size
+from .model_parts import FORWARD_ERRORS, lm_head, text_config, unwrapped, vocabulary_size
 from .prefix_stream import stream_batches
+from .private_names import can_set_attention
 from .rope_limits import kinds_of_lengths
-from .span_attention import HALF
+from .span_attention import HALF, NotExact, warn_without_kernel
 from .transfer import on_device
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ class Engine:
         logits = _logits(model, device, sharded)
         if name == "auto":
             name = "stream" if streams(model, device) else "padded"
+        elif not can_set_attention():
+            name = "padded"  # as a stream, rows would see each other
         return cls(name, model, device, logits)
 
     @property
@@ -253,8 +256,11 @@ _by_row: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary(
 
 def _setting(model: nn.Module, device: torch.device) -> tuple[Hashable, ...]:
     """What an engine depends on beside the model: kind of device, dtype of the weights, autocast, kind of adapters."""
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return device.type, next(model.parameters()).dtype, autocast, _adapter_reads_rows(model)
+    return device.type, next(model.parameters()).dtype, _autocast(device), _adapter_reads_rows(model)
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _rounds_by_row(model: nn.Module, device: torch.device) -> bool:
@@ -328,42 +334,69 @@ def _adapters(model: nn.Module) -> list[Any]:
     return list((getattr(unwrapped(model), "peft_config", None) or {}).values())
 
 
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether a model's forward has a parameter `position_ids`, or takes any."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
+    return any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
-    if not _attends_to_all(text_config(model)) or _adapter_reads_rows(model):
+    if not _attends_to_all(text_config(model)) or _adapter_reads_rows(model) or not can_set_attention():
         return False
     segments, others = _probe(vocabulary_size(model))
     batch = streamed(segments, device)
     if device.type != "cpu" and batch.plan.kernel is None:
+        if device.type == "cuda" and {next(model.parameters()).dtype, _autocast(device)} & set(HALF):
+            warn_without_kernel()
         return False
-    # Whatever such a model raises here, the padded engine scores it or raises it again.
-    with borrowed(model, device), contextlib.suppress(Exception):
-        expected = scored_logits(model, padded(segments, device), device)
-        found = scored_logits(model, batch, device, check=True)
-        if batch.plan.layers != text_config(model).num_hidden_layers:
-            # Fresh weights hardly attend, so that the losses of such a model do not tell.
-            logger.info("%s is padded: not all of its layers attend in the usual way.", type(model).__name__)
-            return False
-        spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
-        tolerance = _HALF_PROBE_TOLERANCE if batch.plan.dtype in HALF else _PROBE_TOLERANCE
-        off = float((found - expected).square().mean().sqrt() / spread)
-        logger.debug("Logits of %s as a stream differ by %.1e of their spread.", type(model).__name__, off)
-        if not off <= tolerance:  # NaN is not either
-            logger.info("%s is padded: as a stream its logits differ by up to %.1e.", type(model).__name__, off)
-            return False
-        moved = replace(batch, positions=batch.positions + (batch.positions > 3))
-        if torch.equal(scored_logits(model, moved, device), found):
-            logger.info("%s is padded: it does not read the positions of a stream.", type(model).__name__)
-            return False
-        if not _rounds_by_row(model, device):
-            return True
-        # Rounding does not hide what rows see of each other: it is the same where only other rows' tokens differ.
-        again = scored_logits(model, streamed(others, device), device)
-        same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.scored for s in segments])
-        off = float((again - found)[on_device(same, found.device)].abs().max() / found.abs().max())
-        if not off <= _UNSEEN:
-            logger.info("%s is padded: as a stream its rows see each other.", type(model).__name__)
-        return off <= _UNSEEN
+    if not _takes_positions(model):
+        logger.info("%s is padded: its forward takes no positions.", type(model).__name__)
+        return False
+    try:
+        with borrowed(model, device):
+            return _same_as_padded(model, batch, device, segments, others)
+    except NotExact as error:
+        logger.info("%s is padded: %s.", type(model).__name__, error)
+    except FORWARD_ERRORS as error:  # the padded engine scores the model, or raises it again
+        logger.warning(
+            "%s is padded, which is slower: as a stream it raised %s: %s",
+            type(model).__name__,
+            type(error).__name__,
+            one_line(error),
+        )
     return False
+
+
+def _same_as_padded(
+    model: nn.Module, batch: Batch, device: torch.device, segments: list[Segment], others: list[Segment]
+) -> bool:
+    """Whether a stream of `segments` gives the logits of the padded engine; `others` differ from them in some rows."""
+    expected = scored_logits(model, padded(segments, device), device)
+    found = scored_logits(model, batch, device, check=True)
+    if batch.plan.layers != text_config(model).num_hidden_layers:
+        # Fresh weights hardly attend, so that the losses of such a model do not tell.
+        logger.info("%s is padded: not all of its layers attend in the usual way.", type(model).__name__)
+        return False
+    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+    tolerance = _HALF_PROBE_TOLERANCE if batch.plan.dtype in HALF else _PROBE_TOLERANCE
+    off = float((found - expected).square().mean().sqrt() / spread)
+    logger.debug("Logits of %s as a stream differ by %.1e of their spread.", type(model).__name__, off)
+    if not off <= tolerance:  # NaN is not either
+        logger.info("%s is padded: as a stream its logits differ by up to %.1e.", type(model).__name__, off)
+        return False
+    moved = replace(batch, positions=batch.positions + (batch.positions > 3))
+    if torch.equal(scored_logits(model, moved, device), found):
+        logger.info("%s is padded: it does not read the positions of a stream.", type(model).__name__)
+        return False
+    if not _rounds_by_row(model, device):
+        return True
+    # Rounding does not hide what rows see of each other: it is the same where only other rows' tokens differ.
+    again = scored_logits(model, streamed(others, device), device)
+    same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.scored for s in segments])
+    off = float((again - found)[on_device(same, found.device)].abs().max() / found.abs().max())
+    if not off <= _UNSEEN:
+        logger.info("%s is padded: as a stream its rows see each other.", type(model).__name__)
+    return off <= _UNSEEN
 
 
 def _probe(vocabulary: int) -> tuple[list[Segment], list[Segment]]:

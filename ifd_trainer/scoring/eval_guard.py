@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .private_names import tells_compiled
+
 
 @contextlib.contextmanager
 def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
@@ -29,7 +31,10 @@ def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
     Other models keep what they have compiled inside, such as flex attention.
     """
-    compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
+    in_place = tells_compiled()
+    compiled = any(
+        hasattr(module, "_orig_mod") or (in_place and module._compiled_call_impl) for module in model.modules()
+    )
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 

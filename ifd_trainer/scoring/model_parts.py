@@ -12,6 +12,10 @@ from typing import Any
 
 from torch import nn
 
+# What the forward of a model that this package does not know may raise where it is run as it was not made for: on
+# positions of a stream, on another shape of hidden states.
+FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError)
+
 
 def lm_head(model: nn.Module) -> nn.Module | None:
     """The output embedding of a causal LM, or None where the model does not tell."""
