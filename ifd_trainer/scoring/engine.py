@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -32,6 +31,7 @@ from ..errors import UserError, one_line
 from .chunked_lm_head import Logits, find_change
 from .eval_guard import borrowed
 from .forward import Batch, Pending, launch, logits_at, padded, scored_logits, streamed
+from .model_notes import noted
 from .model_parts import FORWARD_ERRORS, lm_head, text_config, unwrapped, vocabulary_size
 from .prefix_stream import stream_batches
 from .private_names import can_set_attention
@@ -144,11 +144,13 @@ def streams(model: nn.Module, device: torch.device | None = None) -> bool:
     tokens), and off a CPU without a kernel for the dtype.
     """
     device = device or model_device(model)
-    known, setting = _probed.setdefault(model, {}), _setting(model, device)
-    if setting not in known:
-        known[setting] = _streams_exactly(model, device)
-        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if known[setting] else "padded")
-    return known[setting]
+
+    def find() -> bool:
+        found = _streams_exactly(model, device)
+        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if found else "padded")
+        return found
+
+    return noted(model, "streams", _setting(model, device), find)
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
@@ -248,11 +250,6 @@ def _refusal(model: nn.Module, kind: str) -> str:
 
 # ---- what is tried out -------------------------------------------------------------------------------------------
 
-# For each model and setting.
-_changes: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Logits | None]] = weakref.WeakKeyDictionary()
-_probed: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = weakref.WeakKeyDictionary()
-_by_row: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
 
 def _setting(model: nn.Module, device: torch.device) -> tuple[Hashable, ...]:
     """What an engine depends on beside the model: kind of device, dtype of the weights, autocast, kind of adapters."""
@@ -270,11 +267,13 @@ def _rounds_by_row(model: nn.Module, device: torch.device) -> bool:
         UserError: for a model that is no causal language model: by what it is, or because other tokens at the end of a
             row change the logits before them.
     """
-    if model in _by_row:
-        return _by_row[model]
+    return noted(model, "rounds by row", None, lambda: _try_by_row(model, device))
+
+
+def _try_by_row(model: nn.Module, device: torch.device) -> bool:
     check_causal_lm(model)
     if _invoked(model):  # any tokens could invoke it
-        return _by_row.setdefault(model, False)
+        return False
     size = vocabulary_size(model)
     ids = np.tile(np.arange(16) % size, (2, 1))
     other = ids.copy()
@@ -286,7 +285,6 @@ def _rounds_by_row(model: nn.Module, device: torch.device) -> bool:
     by_row = not bool(changed[8:].max() > 0 or _mixes_rows(model))
     if changed[:8].max() > (_UNSEEN if by_row else _UNSEEN_IN_MIXED):
         raise UserError(_refusal(model, _SEES_AHEAD))
-    _by_row[model] = by_row
     return by_row
 
 
@@ -300,12 +298,14 @@ def _mixes_rows(model: nn.Module) -> bool:
 
 def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | None:
     """How logits come from the LM head, tried out once; None where they are not taken in chunks."""
-    known, setting = _changes.setdefault(model, {}), _setting(model, device)
-    if setting not in known:
+
+    def find() -> Logits | None:
         inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
-        known[setting] = find_change(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
-        logger.debug("Logits of %s: %s", type(model).__name__, known[setting])
-    found = known[setting]
+        found = find_change(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
+        logger.debug("Logits of %s: %s", type(model).__name__, found)
+        return found
+
+    found = noted(model, "logits", _setting(model, device), find)
     # Modules inside the head (adapters) would gather their weights once a chunk, and processes differ in chunks.
     if not sharded or found is None:
         return found

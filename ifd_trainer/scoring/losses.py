@@ -9,9 +9,8 @@ as before.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -27,6 +26,7 @@ from ..method.reasons import Status
 from .engine import Engine, EngineName, model_device
 from .eval_guard import borrowed
 from .forward import Batch, Pending
+from .model_notes import noted
 from .model_parts import lm_head, text_config, unwrapped
 from .rope_limits import remembers_lengths
 from .token_budget import token_budget as measured_budget
@@ -47,8 +47,6 @@ class _Fits:
     tokens: float = float("inf")
 
 
-# For each model and setting: a job has a call for each of its parts, and not all of them are to find out anew.
-_fits: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Fits]] = weakref.WeakKeyDictionary()
 # What is run where nothing is to be scored.
 _NOTHING = [Segment([0, 0], 1)]
 
@@ -215,7 +213,8 @@ def _forwards(
             alone = not sharded and (forwards is None or unwrapped(model) is model)
             run, scored_budget = runner.nll if alone else None, runner.scored_budget(segments)
             token_budget = measured_budget(model, lengths, scored_budget, device, run, runner.setting)
-        fits = _fits.setdefault(model, {}).setdefault(runner.setting, _Fits())
+        # A job has a call for each of its parts, and not all of them are to find out anew.
+        fits = noted(model, "most tokens", runner.setting, _Fits)
         batches = runner.batches(segments, int(min(token_budget, fits.tokens)))
         if remembers_lengths(text_config(model)):
             runner.nll(_NOTHING)  # what was scored or tried out before is forgotten

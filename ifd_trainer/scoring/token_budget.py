@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from torch import nn
 
 from ..data.encoding import Segment
 from .chunked_lm_head import CPU_CHUNK_VALUES
+from .model_notes import is_noted, noted
 from .model_parts import text_config, vocabulary_size
 from .onednn import rounded_down
 
@@ -60,10 +60,6 @@ class Footprint:
         return rounded_down(int(min(max(found, LEAST_TOKENS), MOST_TOKENS)))
 
 
-# None where not even the smaller trial fits.
-_footprints: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Footprint | None]] = weakref.WeakKeyDictionary()
-
-
 def token_budget(
     model: nn.Module,
     lengths: Sequence[int],
@@ -86,14 +82,19 @@ def token_budget(
     if memory is None:
         return _cpu_tokens(model) if device.type == "cpu" else ACCELERATOR_TOKENS
     longest = max(lengths, default=0)  # attention may take memory by the square of a row's length
-    known, case = _footprints.setdefault(model, {}), (how, longest.bit_length())
-    new = case not in known
+    case = (how, longest.bit_length())
+    new = not is_noted(model, "footprint", case)
     if new:
         spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
         if run is None or spread or sum(lengths) < _WORTH_MEASURING:
             return ACCELERATOR_TOKENS
-        known[case] = _tried(vocabulary_size(model), longest, scored_budget, memory, device, run)
-    footprint, planned = known[case], planned_bytes(memory, device)
+    footprint = noted(
+        model,
+        "footprint",
+        case,
+        lambda: _tried(vocabulary_size(model), longest, scored_budget, memory, device, run),
+    )
+    planned = planned_bytes(memory, device)
     if footprint is None:
         return LEAST_TOKENS
     budget = footprint.tokens(planned)
