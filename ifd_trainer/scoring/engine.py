@@ -1,4 +1,7 @@
-"""How a model is run over segments: two engines, and which of them gives a model's own numbers.
+"""How a model is run over many rows at once: two engines, and which of them gives a model's own numbers.
+
+A fast way to run rows together must not change a score. So an engine for a model is chosen by trying it out on a few
+tokens, and models whose losses are not those of predicting an answer are refused here, in a sentence about them.
 
 - `stream`, on a CPU, and in half precision on CUDA where there is a variable-length attention kernel: the segments of a
   batch as one stream without padding, shared beginnings computed once (see `scoring.prefix_stream` and
@@ -28,9 +31,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..data.encoding import Segment, token_budget_batches
 from ..errors import UserError, one_line
-from .chunked_lm_head import Logits, find_change
+from .chunked_lm_head import Logits, find_logit_transform
 from .eval_guard import borrowed
-from .forward import Batch, Pending, launch, logits_at, padded, scored_logits, streamed
+from .forward import Batch, LaunchedBatch, launch, logits_at, padded, scored_logits, streamed
 from .model_notes import noted
 from .model_parts import FORWARD_ERRORS, lm_head, text_config, unwrapped, vocabulary_size
 from .prefix_stream import stream_batches
@@ -122,7 +125,7 @@ class Engine:
         """A batch, on the host."""
         return _LAYOUTS[self.name](segments, self.device)
 
-    def launch(self, batch: Batch, pooled: Sequence[int] | None = None) -> Pending:
+    def launch(self, batch: Batch, pooled: Sequence[int] | None = None) -> LaunchedBatch:
         """Run a batch; see `scoring.forward.launch`."""
         return launch(self.model, batch, self.device, self.logits, pooled)
 
@@ -301,7 +304,7 @@ def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | N
 
     def find() -> Logits | None:
         inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
-        found = find_change(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
+        found = find_logit_transform(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
         logger.debug("Logits of %s: %s", type(model).__name__, found)
         return found
 

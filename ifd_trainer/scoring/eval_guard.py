@@ -1,4 +1,8 @@
-"""A model that is borrowed from its owner: scoring leaves no trace in it, nor in the global random state."""
+"""Scoring in the midst of training leaves no trace: not in the model, nor in the global random state.
+
+The trainer's model is borrowed for a while: dropout off, no gradients, nothing compiled anew, and all given back as it
+was, so that a run with scoring draws the same random numbers as one without.
+"""
 
 from __future__ import annotations
 

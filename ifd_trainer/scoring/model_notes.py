@@ -17,17 +17,17 @@ from torch import nn
 Question = Literal["rounds by row", "logits", "streams", "footprint", "most tokens"]
 T = TypeVar("T")
 
-# For each model the answers by question and circumstances (dtype, device, ...). None of them may hold the model.
+# For each model the answers by question and setting (dtype, kind of device, ...). None of them may hold the model.
 _notes: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Question, Hashable], Any]] = weakref.WeakKeyDictionary()
 
 
-def noted(model: nn.Module, question: Question, where: Hashable, find_out: Callable[[], T]) -> T:
+def noted(model: nn.Module, question: Question, setting: Hashable, find_out: Callable[[], T]) -> T:
     """The answer to a question about a model, found out at the first time; an error is no answer.
 
     Args:
         model: that is asked about.
         question: what is asked.
-        where: what the answer depends on beside the model.
+        setting: what the answer depends on beside the model.
         find_out: gives the answer.
 
     >>> model = nn.Linear(1, 1)
@@ -35,11 +35,11 @@ def noted(model: nn.Module, question: Question, where: Hashable, find_out: Calla
     (True, True)
     """
     notes = _notes.setdefault(model, {})
-    if (question, where) not in notes:
-        notes[question, where] = find_out()
-    return notes[question, where]
+    if (question, setting) not in notes:
+        notes[question, setting] = find_out()
+    return notes[question, setting]
 
 
-def is_noted(model: nn.Module, question: Question, where: Hashable) -> bool:
+def is_noted(model: nn.Module, question: Question, setting: Hashable) -> bool:
     """Whether the answer is there."""
-    return (question, where) in _notes.get(model, {})
+    return (question, setting) in _notes.get(model, {})

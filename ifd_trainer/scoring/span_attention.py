@@ -1,4 +1,7 @@
-"""Attention along the spans of a stream, by a function registered with transformers' attention interface.
+"""Attention when many rows stand in one stream of tokens: each token sees those of its own row, and no others.
+
+`scoring.prefix_stream` cuts the stream into spans, of which each knows the tokens before it. While a model runs inside
+`attending`, its layers call a function of this module, registered with transformers' attention interface.
 
 Two ways to the same numbers:
 

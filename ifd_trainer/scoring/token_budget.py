@@ -1,4 +1,7 @@
-"""How many tokens a batch has: on an accelerator what its memory holds, on a CPU what the heap gives back quickly.
+"""How many tokens are scored at once: on an accelerator what its memory holds, on a CPU what the heap gives back
+quickly.
+
+Too few leave a device idle, too many do not fit. What a forward takes is measured on two small batches:
 
     bytes(t) = fixed + per_token * t                        the peak of a forward over what was there before
     tokens   = (planned - fixed) / per_token

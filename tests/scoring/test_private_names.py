@@ -208,6 +208,15 @@ def test_what_a_head_raises_on_other_logits_is_told_once(warnings):
     ]
 
 
+@pytest.mark.parametrize(("dtype", "told"), [(torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 0)])
+def test_half_precision_on_cuda_without_a_kernel_is_told_once(monkeypatch, warnings, dtype, told):
+    """In float32 no kernel would be used."""
+    monkeypatch.setattr(attention_module, "varlen_kernel", lambda device: None)
+    for _ in range(2):
+        assert not streams(build_model(400).to(dtype), torch.device("cuda"))
+    assert [warning.startswith("Rows are padded, since neither PyTorch") for warning in warnings()] == [True] * told
+
+
 @pytest.mark.parametrize("error", [ImportError("undefined symbol"), OSError("no libcudart"), RuntimeError("twice")])
 def test_broken_kernel_packages_are_logged_by_what_they_raise(monkeypatch, caplog, error):
     caplog.set_level(logging.INFO, "ifd_trainer")
