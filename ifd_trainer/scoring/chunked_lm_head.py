@@ -1,21 +1,24 @@
-"""The LM head on scored positions alone, some of them at a time.
+"""Losses of tokens without the logits of all of them: the LM head on scored positions alone, some at a time.
 
-    loss_n = log sum_v exp(z_nv) - z_n,target        z_n = change(head(h_n))
+A model's last layer gives a number for each token of the vocabulary at each position: for a batch of 2,000 tokens and a
+vocabulary of 152,000 that is 1.2 GB, of which the loss of an answer token needs one number and a sum.
 
-`h` are the hidden states that the head reads, `change` is what a model does to its logits afterwards: nothing, or a
+    loss_n = log sum_v exp(z_nv) - z_n,target        z_n = transform(head(h_n))
+
+`h` are the hidden states that the head reads, `transform` is what a model does to its logits afterwards: nothing, or a
 scale (Cohere, Granite), or a soft cap (Gemma). A chunk of positions is projected and reduced to its losses before the
 next one, so that memory does not grow with tokens x vocabulary. On a CPU a chunk of few positions would spend its time
 on reading the head's weights: there a head that is nothing but a matrix is taken apart, a tile of the vocabulary with
 many positions at a time.
 
-Which change it is, is not taken from a list of models: the model is run once on two tokens, with logits of ours in
-place of the head's, and what it returns for them is compared bit for bit with the changes that its config has numbers
-for. A model for which none of them is exact, or that does not call its head as a module, keeps whole logits.
+Which transform it is, is not taken from a list of models: the model is run once on two tokens, with logits of ours in
+place of the head's, and what it returns for them is compared bit for bit with the transforms that its config has
+numbers for. A model for which none of them is exact, or that does not call its head as a module, keeps whole logits.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,10 +29,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import one_line
+from .model_parts import FORWARD_ERRORS, lm_head, unwrapped
 from .onednn import rounded
+from .private_names import tells_hooks
 from .transfer import on_device
 
-Change = Callable[[torch.Tensor], torch.Tensor]
+logger = logging.getLogger(__name__)
+
+LogitTransform = Callable[[torch.Tensor], torch.Tensor]
 # Values at u places (u, ...), for each of n targets its place among the u, and the targets; returns (n,) losses.
 Losses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -49,19 +57,19 @@ class Targets:
     """N tokens, each predicted at one of U places.
 
     Attributes:
-        which: (N,) the number of each one's place, ascending; on the host.
+        host_places: (N,) the number of each one's place among the U, ascending; on the host, where chunks are cut.
         places: the same, on the device of the forward.
         tokens: (N,) the tokens, on that device.
     """
 
-    which: np.ndarray
+    host_places: np.ndarray
     places: torch.Tensor
     tokens: torch.Tensor
 
     @classmethod
-    def on(cls, device: torch.device, which: np.ndarray, tokens: np.ndarray) -> Targets:
+    def on(cls, device: torch.device, places: np.ndarray, tokens: np.ndarray) -> Targets:
         """From two int64 arrays."""
-        return cls(which, on_device(which, device), on_device(tokens, device))
+        return cls(places, on_device(places, device), on_device(tokens, device))
 
     def losses(self, values: torch.Tensor, size: int, losses: Losses) -> torch.Tensor:
         """(N,) losses, from `losses` of the values (U, ...) of so many places at a time.
@@ -69,7 +77,7 @@ class Targets:
         Nothing here waits for the device.
         """
         firsts = np.arange(0, len(values), size)
-        edges = np.searchsorted(self.which, [*firsts, len(values)]).tolist()
+        edges = np.searchsorted(self.host_places, [*firsts, len(values)]).tolist()
         places, tokens = self.places.to(values.device), self.tokens.to(values.device)
         return torch.cat(
             [
@@ -81,13 +89,13 @@ class Targets:
 
 @dataclass(frozen=True)
 class Logits:
-    """How a model makes V logits of a position: by its LM head and `change`.
+    """How a model makes V logits of a position: by its LM head and `transform`.
 
     `gathered` says that the head's weights are spread over processes and gathered before its own call only.
     """
 
     vocabulary: int
-    change: Change
+    transform: LogitTransform
     gathered: bool = False
 
     def losses(self, head: nn.Module, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
@@ -100,7 +108,7 @@ class Logits:
         """
         if not self.gathered and _is_a_matrix(head):
             size = _power_of_two(CPU_CHUNK_VALUES // LEAST_TILE)
-            losses = partial(_tiled_losses, head, self.change)
+            losses = partial(_tiled_losses, head, self.transform)
         else:
             size = _chunk(self.vocabulary, hidden.device)
             # Weights that are spread over processes are gathered by now, and a second call would let go of them.
@@ -114,7 +122,7 @@ class Logits:
         places: torch.Tensor,
         tokens: torch.Tensor,
     ) -> torch.Tensor:
-        return _losses(self.change(head(hidden[None]))[0], places, tokens)
+        return _losses(self.transform(head(hidden[None]))[0], places, tokens)
 
 
 def _is_a_matrix(head: nn.Module) -> bool:
@@ -126,13 +134,14 @@ def _is_a_matrix(head: nn.Module) -> bool:
         and head.weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and "forward" not in vars(head)
+        and tells_hooks()
         and not head._forward_hooks
         and len(head._forward_pre_hooks) < 2  # the one in which this runs
     )
 
 
 def _tiled_losses(
-    head: nn.Linear, change: Change, hidden: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor
+    head: nn.Linear, transform: LogitTransform, hidden: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """Losses (n,) of `tokens` at `places` of hidden states (u, H), by tiles of the vocabulary.
 
@@ -149,7 +158,8 @@ def _tiled_losses(
     def of_tile(start: int, mine: torch.Tensor) -> torch.Tensor:
         tile = slice(start, start + width)
         bias = None if head.bias is None else head.bias[tile]
-        logits = change(nn.functional.linear(hidden, head.weight[tile], bias))  # gone before the next tile's are there
+        # Gone before the next tile's are there.
+        logits = transform(nn.functional.linear(hidden, head.weight[tile], bias))
         sums = _log_softmax_(logits)
         own[mine] = -logits[places[mine], tokens[mine] - start]
         return sums
@@ -200,7 +210,7 @@ def _chunk(vocabulary: int, device: torch.device) -> int:
     return max(ACCELERATOR_CHUNK_VALUES // vocabulary // ACCELERATOR_ROWS, 1) * ACCELERATOR_ROWS
 
 
-def find_change(model: nn.Module, run: Callable[[], torch.Tensor]) -> Logits | None:
+def find_logit_transform(model: nn.Module, run: Callable[[], torch.Tensor]) -> Logits | None:
     """What `model` does to its logits after the head, found in one forward; None where chunks would not be exact.
 
     Args:
@@ -216,15 +226,28 @@ def find_change(model: nn.Module, run: Callable[[], torch.Tensor]) -> Logits | N
         given.append(_test_values(output))
         return given[-1].clone()  # a model may change its logits in place
 
-    # Whatever such a model raises here, it raises again with whole logits, or it does not raise there.
-    with contextlib.suppress(Exception), head.register_forward_hook(replace):
-        found = run()
-        if len(given) != 1 or given[0].dim() != 3 or given[0].shape[1] != 2:
-            return None
-        values = given[0]
-        for change in _changes(getattr(unwrapped(model), "config", None)):
-            if found.shape == values.shape and torch.equal(found.float(), change(values).float()):
-                return Logits(values.shape[-1], change)
+    try:
+        with head.register_forward_hook(replace):
+            found = run()
+        return _transform_between(model, found, given)
+    except FORWARD_ERRORS as error:  # with whole logits it raises that again, or it does not raise there
+        logger.warning(
+            "%s is scored with whole logits, which takes more memory: with logits of two positions it raised %s: %s",
+            type(model).__name__,
+            type(error).__name__,
+            one_line(error),
+        )
+    return None
+
+
+def _transform_between(model: nn.Module, found: torch.Tensor, given: list[torch.Tensor]) -> Logits | None:
+    """The transform that turns what the head gave into what the model returned, bit for bit."""
+    if len(given) != 1 or given[0].dim() != 3 or given[0].shape[1] != 2:
+        return None
+    values = given[0]
+    for transform in _candidates(getattr(unwrapped(model), "config", None)):
+        if found.shape == values.shape and torch.equal(found.float(), transform(values).float()):
+            return Logits(values.shape[-1], transform)
     return None
 
 
@@ -235,9 +258,9 @@ def _test_values(like: torch.Tensor) -> torch.Tensor:
     return values.view(like.shape).to(like.dtype)
 
 
-def _changes(config: Any) -> Iterator[Change]:
+def _candidates(config: Any) -> Iterator[LogitTransform]:
     """Nothing at all, and all that could be done to logits with a number of the config that has to do with them."""
-    yield _same
+    yield _untouched
     for number in _numbers(config):
         for kind in (_Multiplied, _Divided, _Capped):
             for widened in (False, True):
@@ -261,7 +284,7 @@ def _numbers(config: Any) -> list[float]:
     )
 
 
-def _same(logits: torch.Tensor) -> torch.Tensor:
+def _untouched(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
@@ -284,33 +307,3 @@ class _Divided(_Multiplied):
 class _Capped(_Multiplied):
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         return torch.tanh((logits.float() if self.widened else logits) / self.number) * self.number
-
-
-def lm_head(model: nn.Module) -> nn.Module | None:
-    """The output embedding of a causal LM, or None where the model does not tell."""
-    get = getattr(unwrapped(model), "get_output_embeddings", None)
-    with contextlib.suppress(AttributeError, NotImplementedError):
-        return get() if get is not None else None
-    return None
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, FullyShardedDataParallel or a DeepSpeed engine."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
-    return model
-
-
-def text_config(model: nn.Module) -> Any:
-    """The config of a model's language part; None for a model without a config."""
-    config = getattr(unwrapped(model), "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def vocabulary_size(model: nn.Module) -> int:
-    """Number of tokens, that of the input embeddings for a config that does not tell, or else a usual number."""
-    size = getattr(text_config(model), "vocab_size", None)
-    if not size:
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            size = unwrapped(model).get_input_embeddings().num_embeddings
-    return size or 2**15

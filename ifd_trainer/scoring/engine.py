@@ -1,4 +1,7 @@
-"""How a model is run over segments: two engines, and which of them gives a model's own numbers.
+"""How a model is run over many rows at once: two engines, and which of them gives a model's own numbers.
+
+A fast way to run rows together must not change a score. So an engine for a model is chosen by trying it out on a few
+tokens, and models whose losses are not those of predicting an answer are refused here, in a sentence about them.
 
 - `stream`, on a CPU, and in half precision on CUDA where there is a variable-length attention kernel: the segments of a
   batch as one stream without padding, shared beginnings computed once (see `scoring.prefix_stream` and
@@ -13,10 +16,9 @@ whatever the model's dtype. On a CPU, float32 products are oneDNN's (see `scorin
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import logging
 import re
-import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -28,13 +30,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..data.encoding import Segment, token_budget_batches
-from ..errors import UserError
-from .chunked_lm_head import Logits, find_change, lm_head, text_config, unwrapped, vocabulary_size
+from ..errors import UserError, one_line
+from .chunked_lm_head import Logits, find_logit_transform
 from .eval_guard import borrowed
-from .forward import Batch, Pending, launch, logits_at, padded, scored_logits, streamed
+from .forward import Batch, LaunchedBatch, launch, logits_at, padded, scored_logits, streamed
+from .model_notes import noted
+from .model_parts import FORWARD_ERRORS, lm_head, text_config, unwrapped, vocabulary_size
 from .prefix_stream import stream_batches
+from .private_names import can_set_attention
 from .rope_limits import kinds_of_lengths
-from .span_attention import HALF
+from .span_attention import HALF, NotExact, warn_without_kernel
 from .transfer import on_device
 
 logger = logging.getLogger(__name__)
@@ -86,6 +91,8 @@ class Engine:
         logits = _logits(model, device, sharded)
         if name == "auto":
             name = "stream" if streams(model, device) else "padded"
+        elif not can_set_attention():
+            name = "padded"  # as a stream, rows would see each other
         return cls(name, model, device, logits)
 
     @property
@@ -118,7 +125,7 @@ class Engine:
         """A batch, on the host."""
         return _LAYOUTS[self.name](segments, self.device)
 
-    def launch(self, batch: Batch, pooled: Sequence[int] | None = None) -> Pending:
+    def launch(self, batch: Batch, pooled: Sequence[int] | None = None) -> LaunchedBatch:
         """Run a batch; see `scoring.forward.launch`."""
         return launch(self.model, batch, self.device, self.logits, pooled)
 
@@ -140,11 +147,13 @@ def streams(model: nn.Module, device: torch.device | None = None) -> bool:
     tokens), and off a CPU without a kernel for the dtype.
     """
     device = device or model_device(model)
-    known, setting = _probed.setdefault(model, {}), _setting(model, device)
-    if setting not in known:
-        known[setting] = _streams_exactly(model, device)
-        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if known[setting] else "padded")
-    return known[setting]
+
+    def find() -> bool:
+        found = _streams_exactly(model, device)
+        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if found else "padded")
+        return found
+
+    return noted(model, "streams", _setting(model, device), find)
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
@@ -244,16 +253,14 @@ def _refusal(model: nn.Module, kind: str) -> str:
 
 # ---- what is tried out -------------------------------------------------------------------------------------------
 
-# For each model and setting.
-_changes: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Logits | None]] = weakref.WeakKeyDictionary()
-_probed: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = weakref.WeakKeyDictionary()
-_by_row: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
 
 def _setting(model: nn.Module, device: torch.device) -> tuple[Hashable, ...]:
     """What an engine depends on beside the model: kind of device, dtype of the weights, autocast, kind of adapters."""
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return device.type, next(model.parameters()).dtype, autocast, _adapter_reads_rows(model)
+    return device.type, next(model.parameters()).dtype, _autocast(device), _adapter_reads_rows(model)
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _rounds_by_row(model: nn.Module, device: torch.device) -> bool:
@@ -263,11 +270,13 @@ def _rounds_by_row(model: nn.Module, device: torch.device) -> bool:
         UserError: for a model that is no causal language model: by what it is, or because other tokens at the end of a
             row change the logits before them.
     """
-    if model in _by_row:
-        return _by_row[model]
+    return noted(model, "rounds by row", None, lambda: _try_by_row(model, device))
+
+
+def _try_by_row(model: nn.Module, device: torch.device) -> bool:
     check_causal_lm(model)
     if _invoked(model):  # any tokens could invoke it
-        return _by_row.setdefault(model, False)
+        return False
     size = vocabulary_size(model)
     ids = np.tile(np.arange(16) % size, (2, 1))
     other = ids.copy()
@@ -279,7 +288,6 @@ def _rounds_by_row(model: nn.Module, device: torch.device) -> bool:
     by_row = not bool(changed[8:].max() > 0 or _mixes_rows(model))
     if changed[:8].max() > (_UNSEEN if by_row else _UNSEEN_IN_MIXED):
         raise UserError(_refusal(model, _SEES_AHEAD))
-    _by_row[model] = by_row
     return by_row
 
 
@@ -293,12 +301,14 @@ def _mixes_rows(model: nn.Module) -> bool:
 
 def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | None:
     """How logits come from the LM head, tried out once; None where they are not taken in chunks."""
-    known, setting = _changes.setdefault(model, {}), _setting(model, device)
-    if setting not in known:
+
+    def find() -> Logits | None:
         inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
-        known[setting] = find_change(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
-        logger.debug("Logits of %s: %s", type(model).__name__, known[setting])
-    found = known[setting]
+        found = find_logit_transform(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
+        logger.debug("Logits of %s: %s", type(model).__name__, found)
+        return found
+
+    found = noted(model, "logits", _setting(model, device), find)
     # Modules inside the head (adapters) would gather their weights once a chunk, and processes differ in chunks.
     if not sharded or found is None:
         return found
@@ -327,42 +337,69 @@ def _adapters(model: nn.Module) -> list[Any]:
     return list((getattr(unwrapped(model), "peft_config", None) or {}).values())
 
 
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether a model's forward has a parameter `position_ids`, or takes any."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
+    return any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
-    if not _attends_to_all(text_config(model)) or _adapter_reads_rows(model):
+    if not _attends_to_all(text_config(model)) or _adapter_reads_rows(model) or not can_set_attention():
         return False
     segments, others = _probe(vocabulary_size(model))
     batch = streamed(segments, device)
     if device.type != "cpu" and batch.plan.kernel is None:
+        if device.type == "cuda" and {next(model.parameters()).dtype, _autocast(device)} & set(HALF):
+            warn_without_kernel()
         return False
-    # Whatever such a model raises here, the padded engine scores it or raises it again.
-    with borrowed(model, device), contextlib.suppress(Exception):
-        expected = scored_logits(model, padded(segments, device), device)
-        found = scored_logits(model, batch, device, check=True)
-        if batch.plan.layers != text_config(model).num_hidden_layers:
-            # Fresh weights hardly attend, so that the losses of such a model do not tell.
-            logger.info("%s is padded: not all of its layers attend in the usual way.", type(model).__name__)
-            return False
-        spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
-        tolerance = _HALF_PROBE_TOLERANCE if batch.plan.dtype in HALF else _PROBE_TOLERANCE
-        off = float((found - expected).square().mean().sqrt() / spread)
-        logger.debug("Logits of %s as a stream differ by %.1e of their spread.", type(model).__name__, off)
-        if not off <= tolerance:  # NaN is not either
-            logger.info("%s is padded: as a stream its logits differ by up to %.1e.", type(model).__name__, off)
-            return False
-        moved = replace(batch, positions=batch.positions + (batch.positions > 3))
-        if torch.equal(scored_logits(model, moved, device), found):
-            logger.info("%s is padded: it does not read the positions of a stream.", type(model).__name__)
-            return False
-        if not _rounds_by_row(model, device):
-            return True
-        # Rounding does not hide what rows see of each other: it is the same where only other rows' tokens differ.
-        again = scored_logits(model, streamed(others, device), device)
-        same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.scored for s in segments])
-        off = float((again - found)[on_device(same, found.device)].abs().max() / found.abs().max())
-        if not off <= _UNSEEN:
-            logger.info("%s is padded: as a stream its rows see each other.", type(model).__name__)
-        return off <= _UNSEEN
+    if not _takes_positions(model):
+        logger.info("%s is padded: its forward takes no positions.", type(model).__name__)
+        return False
+    try:
+        with borrowed(model, device):
+            return _same_as_padded(model, batch, device, segments, others)
+    except NotExact as error:
+        logger.info("%s is padded: %s.", type(model).__name__, error)
+    except FORWARD_ERRORS as error:  # the padded engine scores the model, or raises it again
+        logger.warning(
+            "%s is padded, which is slower: as a stream it raised %s: %s",
+            type(model).__name__,
+            type(error).__name__,
+            one_line(error),
+        )
     return False
+
+
+def _same_as_padded(
+    model: nn.Module, batch: Batch, device: torch.device, segments: list[Segment], others: list[Segment]
+) -> bool:
+    """Whether a stream of `segments` gives the logits of the padded engine; `others` differ from them in some rows."""
+    expected = scored_logits(model, padded(segments, device), device)
+    found = scored_logits(model, batch, device, check=True)
+    if batch.plan.layers != text_config(model).num_hidden_layers:
+        # Fresh weights hardly attend, so that the losses of such a model do not tell.
+        logger.info("%s is padded: not all of its layers attend in the usual way.", type(model).__name__)
+        return False
+    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+    tolerance = _HALF_PROBE_TOLERANCE if batch.plan.dtype in HALF else _PROBE_TOLERANCE
+    off = float((found - expected).square().mean().sqrt() / spread)
+    logger.debug("Logits of %s as a stream differ by %.1e of their spread.", type(model).__name__, off)
+    if not off <= tolerance:  # NaN is not either
+        logger.info("%s is padded: as a stream its logits differ by up to %.1e.", type(model).__name__, off)
+        return False
+    moved = replace(batch, positions=batch.positions + (batch.positions > 3))
+    if torch.equal(scored_logits(model, moved, device), found):
+        logger.info("%s is padded: it does not read the positions of a stream.", type(model).__name__)
+        return False
+    if not _rounds_by_row(model, device):
+        return True
+    # Rounding does not hide what rows see of each other: it is the same where only other rows' tokens differ.
+    again = scored_logits(model, streamed(others, device), device)
+    same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.scored for s in segments])
+    off = float((again - found)[on_device(same, found.device)].abs().max() / found.abs().max())
+    if not off <= _UNSEEN:
+        logger.info("%s is padded: as a stream its rows see each other.", type(model).__name__)
+    return off <= _UNSEEN
 
 
 def _probe(vocabulary: int) -> tuple[list[Segment], list[Segment]]:

@@ -1,4 +1,8 @@
-"""A model that is borrowed from its owner: scoring leaves no trace in it, nor in the global random state."""
+"""Scoring in the midst of training leaves no trace: not in the model, nor in the global random state.
+
+The trainer's model is borrowed for a while: dropout off, no gradients, nothing compiled anew, and all given back as it
+was, so that a run with scoring draws the same random numbers as one without.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .private_names import tells_compiled
 
 
 @contextlib.contextmanager
@@ -29,7 +35,10 @@ def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
     Other models keep what they have compiled inside, such as flex attention.
     """
-    compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules())
+    in_place = tells_compiled()
+    compiled = any(
+        hasattr(module, "_orig_mod") or (in_place and module._compiled_call_impl) for module in model.modules()
+    )
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 

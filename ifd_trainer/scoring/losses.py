@@ -1,5 +1,6 @@
-"""Mean negative log-likelihood of answer tokens, and the scores made of it.
+"""From encoded rows to scores: how surprised a model is by each answer, with its prompt and without.
 
+The loss of an answer is the mean negative log-likelihood of its tokens, in nats; IFD is the ratio of the two losses.
 `score_pairs` scores encoded rows: both segments of a row are forwards among all others, in batches that an engine makes
 and runs (see `scoring.engine`). An accelerator does not wait for the host: the next batch is laid out while it runs
 one. Scoring leaves no trace: every module's train or eval mode, the attention function and the global random state are
@@ -9,9 +10,8 @@ as before.
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -24,10 +24,11 @@ from ..data.encoding import EncodedPair, Segment, token_count
 from ..errors import UserError
 from ..method import equations as equations
 from ..method.reasons import Status
-from .chunked_lm_head import lm_head, text_config, unwrapped
 from .engine import Engine, EngineName, model_device
 from .eval_guard import borrowed
-from .forward import Batch, Pending
+from .forward import Batch, LaunchedBatch
+from .model_notes import noted
+from .model_parts import lm_head, text_config, unwrapped
 from .rope_limits import remembers_lengths
 from .token_budget import token_budget as measured_budget
 
@@ -47,8 +48,6 @@ class _Fits:
     tokens: float = float("inf")
 
 
-# For each model and setting: a job has a call for each of its parts, and not all of them are to find out anew.
-_fits: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Fits]] = weakref.WeakKeyDictionary()
 # What is run where nothing is to be scored.
 _NOTHING = [Segment([0, 0], 1)]
 
@@ -215,7 +214,8 @@ def _forwards(
             alone = not sharded and (forwards is None or unwrapped(model) is model)
             run, scored_budget = runner.nll if alone else None, runner.scored_budget(segments)
             token_budget = measured_budget(model, lengths, scored_budget, device, run, runner.setting)
-        fits = _fits.setdefault(model, {}).setdefault(runner.setting, _Fits())
+        # A job has a call for each of its parts, and not all of them are to find out anew.
+        fits = noted(model, "most tokens", runner.setting, _Fits)
         batches = runner.batches(segments, int(min(token_budget, fits.tokens)))
         if remembers_lengths(text_config(model)):
             runner.nll(_NOTHING)  # what was scored or tried out before is forgotten
@@ -224,7 +224,7 @@ def _forwards(
         def lay_out(rows: np.ndarray) -> Batch:
             return runner.lay_out([segments[i] for i in rows])
 
-        def begin(rows: np.ndarray, batch: Batch) -> Pending:
+        def begin(rows: np.ndarray, batch: Batch) -> LaunchedBatch:
             return runner.launch(batch, None if pooled is None else [pooled[i] for i in rows])
 
         for rows, pending in _in_turn(lay_out, begin, batches, device, fits, halve=not sharded):
@@ -238,18 +238,18 @@ def _forwards(
 
 def _in_turn(
     lay_out: Callable[[np.ndarray], Batch],
-    begin: Callable[[np.ndarray, Batch], Pending],
+    begin: Callable[[np.ndarray, Batch], LaunchedBatch],
     batches: list[np.ndarray],
     device: torch.device,
     fits: _Fits,
     halve: bool = True,
-) -> Iterator[tuple[np.ndarray, Pending]]:
+) -> Iterator[tuple[np.ndarray, LaunchedBatch]]:
     """Run batches one after another; what they give is waited for once the next one is launched, but for a CPU.
 
     One that does not fit in memory is run in halves, and so are all that follow with more than half of its tokens.
     """
 
-    def attempt(rows: np.ndarray, batch: Batch) -> Pending | None:
+    def attempt(rows: np.ndarray, batch: Batch) -> LaunchedBatch | None:
         """What a forward gives, or None if it does not fit."""
         try:
             return begin(rows, batch)

@@ -1,4 +1,7 @@
-"""Attention along the spans of a stream, by a function registered with transformers' attention interface.
+"""Attention when many rows stand in one stream of tokens: each token sees those of its own row, and no others.
+
+`scoring.prefix_stream` cuts the stream into spans, of which each knows the tokens before it. While a model runs inside
+`attending`, its layers call a function of this module, registered with transformers' attention interface.
 
 Two ways to the same numbers:
 
@@ -13,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -22,8 +26,12 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from ..errors import one_line
 from .prefix_stream import Span
+from .private_names import set_attention
 from .transfer import on_device
+
+logger = logging.getLogger(__name__)
 
 # q (T, heads, D), k and v (S, key heads, D), cumulated lengths of queries and of keys (n + 1,), longest of each, scale;
 # returns (T, heads, D).
@@ -36,6 +44,8 @@ HALF = (torch.float16, torch.bfloat16)
 # What attention layers are called with that changes nothing of it. Whatever else they are called with may change it: a
 # window, a soft cap, a sink, a bias, or what models yet to come bring along.
 _OF_NO_EFFECT = ("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states")
+# What importing a package that is missing, of another release, or built for another PyTorch or CUDA raises.
+_BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError)
 _KERNEL_TOLERANCE = 2e-2  # of the largest value, between the two ways; bfloat16 rounds by 0.4 %
 
 
@@ -132,34 +142,61 @@ def attending(model: nn.Module, plan: Plan, check: bool = False) -> Iterator[Non
     _running = _Running(plan, check)
     try:
         for config, _ in before:
-            config._attn_implementation_internal = _NAME
+            set_attention(config, _NAME)
         yield
     finally:
         for config, name in before:
-            config._attn_implementation_internal = name
+            set_attention(config, name)
         _running = None
 
 
 def varlen_kernel(device: torch.device) -> Kernel | None:
     """A variable-length attention kernel for a device, or None."""
-    if device.type != "cuda":
-        return None
-    with contextlib.suppress(Exception):  # whatever is wrong with a package, there is another way
+    return None if device.type != "cuda" else _pytorch_kernel() or _flash_attn_kernel()
+
+
+def _pytorch_kernel() -> Kernel | None:
+    try:
         from torch.nn.attention.varlen import varlen_attn
 
         takes = inspect.signature(varlen_attn).parameters
-        grouped = {"enable_gqa": True} if "enable_gqa" in takes else {}  # before it had a name, it was always so
-        if {"scale", "window_size"} <= set(takes):
-            return lambda q, k, v, q_ends, k_ends, longest_q, longest_k, scale: varlen_attn(
-                q, k, v, q_ends, k_ends, longest_q, longest_k, scale=scale, window_size=(-1, 0), **grouped
-            )
-    with contextlib.suppress(Exception):
-        from flash_attn import flash_attn_varlen_func
+    except _BROKEN as error:
+        _tell_missing("torch.nn.attention.varlen", f"{type(error).__name__}: {one_line(error)}")
+        return None
+    if not {"scale", "window_size"} <= set(takes):
+        _tell_missing("torch.nn.attention.varlen", "varlen_attn takes no scale and window_size")
+        return None
+    grouped = {"enable_gqa": True} if "enable_gqa" in takes else {}  # before it had a name, it was always so
+    return lambda q, k, v, q_ends, k_ends, longest_q, longest_k, scale: varlen_attn(
+        q, k, v, q_ends, k_ends, longest_q, longest_k, scale=scale, window_size=(-1, 0), **grouped
+    )
 
-        return lambda q, k, v, q_ends, k_ends, longest_q, longest_k, scale: flash_attn_varlen_func(
-            q, k, v, q_ends, k_ends, longest_q, longest_k, softmax_scale=scale, causal=True
-        )
-    return None
+
+def _flash_attn_kernel() -> Kernel | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except _BROKEN as error:
+        _tell_missing("flash_attn", f"{type(error).__name__}: {one_line(error)}")
+        return None
+    return lambda q, k, v, q_ends, k_ends, longest_q, longest_k, scale: flash_attn_varlen_func(
+        q, k, v, q_ends, k_ends, longest_q, longest_k, softmax_scale=scale, causal=True
+    )
+
+
+@cache  # asked for each batch
+def _tell_missing(package: str, reason: str) -> None:
+    logger.info("No variable-length attention kernel from %s: %s", package, reason)
+
+
+@cache
+def warn_without_kernel() -> None:
+    """Say once that half precision on CUDA would be faster with a kernel."""
+    logger.warning(
+        "Rows are padded, since neither PyTorch %s nor the package flash-attn gives a variable-length attention kernel "
+        "here: scores stay the same, but padding and beginnings that rows share are computed too. PyTorch 2.11 or "
+        "later has one.",
+        torch.__version__,
+    )
 
 
 def _attention(

@@ -1,4 +1,7 @@
-"""How many tokens a batch has: on an accelerator what its memory holds, on a CPU what the heap gives back quickly.
+"""How many tokens are scored at once: on an accelerator what its memory holds, on a CPU what the heap gives back
+quickly.
+
+Too few leave a device idle, too many do not fit. What a forward takes is measured on two small batches:
 
     bytes(t) = fixed + per_token * t                        the peak of a forward over what was there before
     tokens   = (planned - fixed) / per_token
@@ -13,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,9 @@ import torch
 from torch import nn
 
 from ..data.encoding import Segment
-from .chunked_lm_head import CPU_CHUNK_VALUES, text_config, vocabulary_size
+from .chunked_lm_head import CPU_CHUNK_VALUES
+from .model_notes import is_noted, noted
+from .model_parts import text_config, vocabulary_size
 from .onednn import rounded_down
 
 logger = logging.getLogger(__name__)
@@ -59,10 +63,6 @@ class Footprint:
         return rounded_down(int(min(max(found, LEAST_TOKENS), MOST_TOKENS)))
 
 
-# None where not even the smaller trial fits.
-_footprints: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Footprint | None]] = weakref.WeakKeyDictionary()
-
-
 def token_budget(
     model: nn.Module,
     lengths: Sequence[int],
@@ -85,14 +85,19 @@ def token_budget(
     if memory is None:
         return _cpu_tokens(model) if device.type == "cpu" else ACCELERATOR_TOKENS
     longest = max(lengths, default=0)  # attention may take memory by the square of a row's length
-    known, case = _footprints.setdefault(model, {}), (how, longest.bit_length())
-    new = case not in known
+    case = (how, longest.bit_length())
+    new = not is_noted(model, "footprint", case)
     if new:
         spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
         if run is None or spread or sum(lengths) < _WORTH_MEASURING:
             return ACCELERATOR_TOKENS
-        known[case] = _tried(vocabulary_size(model), longest, scored_budget, memory, device, run)
-    footprint, planned = known[case], planned_bytes(memory, device)
+    footprint = noted(
+        model,
+        "footprint",
+        case,
+        lambda: _tried(vocabulary_size(model), longest, scored_budget, memory, device, run),
+    )
+    planned = planned_bytes(memory, device)
     if footprint is None:
         return LEAST_TOKENS
     budget = footprint.tokens(planned)

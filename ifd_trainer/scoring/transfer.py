@@ -1,4 +1,9 @@
-"""Arrays to a device and back, each in its turn: neither way waits for what is launched later."""
+"""Arrays to a device and back, without waiting for it.
+
+A GPU works off a queue of what it was told, while the program on the host goes on. A copy that is made the plain way
+stops the host until the queue is empty. Here each copy takes its turn in the queue: neither way waits for what is
+launched later.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +23,13 @@ def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class Fetched:
-    """A tensor on its way to the host.
+class HostCopy:
+    """A copy of a tensor that is on its way to the host.
 
     On CUDA the copy is launched now, behind what computes the tensor: one that is asked for later would stand behind
     all that was launched until then.
 
-    >>> Fetched(torch.tensor([1.0, 2.0])).array().tolist()
+    >>> HostCopy(torch.tensor([1.0, 2.0])).array().tolist()
     [1.0, 2.0]
     """
 

@@ -48,8 +48,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get
 from ..data.chat_template import common_prefix_length
 from ..errors import NotInstalledError, RunError, UserError
 from ..method.schedule import EpochPlan, Rhythm, TrainingPlan, plan_epoch, plan_training
-from ..scoring.chunked_lm_head import lm_head
 from ..scoring.engine import check_causal_lm
+from ..scoring.model_parts import lm_head
 from .history import FOLDER as HISTORY
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot

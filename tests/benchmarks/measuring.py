@@ -32,9 +32,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ifd_trainer.data.encoding import EncodedPair, Segment
-from ifd_trainer.scoring.chunked_lm_head import lm_head
 from ifd_trainer.scoring.engine import EngineName
 from ifd_trainer.scoring.losses import score_pairs
+from ifd_trainer.scoring.model_parts import lm_head
 from ifd_trainer.scoring.onednn import OneDNN, available
 
 OURS, ONE_ROW, PADDED = "this package", "one row at a time", "padded batches of 8"

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ifd_trainer.data.encoding import Segment
 from ifd_trainer.scoring.engine import streams
 from ifd_trainer.scoring.losses import answer_nll, prompt_features
-from ifd_trainer.scoring.transfer import Fetched
+from ifd_trainer.scoring.transfer import HostCopy
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
@@ -100,7 +100,7 @@ def test_nothing_in_a_forward_waits_for_the_gpu(engine):
 
 @needs_cuda
 def test_a_result_is_there_before_what_was_launched_after_it_has_ended():
-    fetched, later = Fetched(torch.ones(3, device=DEVICE)), torch.cuda.Event()
+    fetched, later = HostCopy(torch.ones(3, device=DEVICE)), torch.cuda.Event()
     torch.cuda._sleep(2 * 10**9)  # cycles: a second or so
     later.record()
     assert fetched.array().tolist() == [1.0, 1.0, 1.0]

@@ -214,7 +214,7 @@ def test_the_change_of_logits_is_found_bit_for_bit(name, dtype):
     model = built(name).to(dtype)
     logits = engine_module._logits(model, torch.device("cpu"), False)
     values = (torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 20).to(dtype)
-    assert torch.equal(logits.change(values), CONFIGS[name][1](values))
+    assert torch.equal(logits.transform(values), CONFIGS[name][1](values))
     assert logits.vocabulary == VOCABULARY
 
 
@@ -226,7 +226,7 @@ def test_logits_in_float32_times_a_number_of_the_config(projected):
             return out
 
     model = Multiplied(build_model(VOCABULARY, lm_head_multiplier=0.3).config).bfloat16().eval()
-    change = engine_module._logits(model, torch.device("cpu"), False).change
+    change = engine_module._logits(model, torch.device("cpu"), False).transform
     assert change(torch.tensor([2.0], dtype=torch.bfloat16)).tolist() == [pytest.approx(0.6, rel=1e-7)]
 
 

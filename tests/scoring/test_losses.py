@@ -55,13 +55,13 @@ from ifd_trainer.errors import UserError
 from ifd_trainer.method.reasons import Status
 from ifd_trainer.scoring import engine as engine_module
 from ifd_trainer.scoring import losses as scorer_module
-from ifd_trainer.scoring.chunked_lm_head import lm_head
 from ifd_trainer.scoring.engine import check_causal_lm, streams
 from ifd_trainer.scoring.eval_guard import borrowed
-from ifd_trainer.scoring.forward import Pending, streamed
+from ifd_trainer.scoring.forward import LaunchedBatch, streamed
 from ifd_trainer.scoring.losses import Scores, answer_nll, prompt_features, score_pairs, token_progress
+from ifd_trainer.scoring.model_parts import lm_head
 from ifd_trainer.scoring.span_attention import NotExact
-from ifd_trainer.scoring.transfer import Fetched
+from ifd_trainer.scoring.transfer import HostCopy
 
 CPU = torch.device("cpu")
 MERGES = ('### Response:"Yes."',) * 40
@@ -462,7 +462,7 @@ def test_losses_leave_a_device_as_float32_and_in_the_order_of_their_segments():
 
     batch = streamed([Segment([4, 5, 6], 1)] * 2, CPU)  # one place predicts a token of each
     assert batch.targets.tolist() == [5, 5, 6, 6]
-    assert Pending(batch, Fetched(OnDevice()), None).nll().tolist() == [2.0, 3.0]
+    assert LaunchedBatch(batch, HostCopy(OnDevice()), None).nll().tolist() == [2.0, 3.0]
 
 
 def test_results_are_copied_behind_what_computes_them_and_waited_for_alone(monkeypatch):
@@ -485,7 +485,7 @@ def test_results_are_copied_behind_what_computes_them_and_waited_for_alone(monke
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
-    fetched = Fetched(OnDevice())
+    fetched = HostCopy(OnDevice())
     assert happened == ["copy to cpu, non_blocking=True", "record on the stream of cuda"]
     assert fetched.array().tolist() == [1.0]
     assert happened[2:] == ["wait"]
