@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import FileAccessError, NotFoundError, UserError
+from .model_kinds import WANTED, kind_of_class
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet")  # of files of rows
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # by the ending, as Arrow calls them
@@ -42,7 +43,7 @@ _UNPACK_GGUF = (
 
 
 def check_model(name: str | os.PathLike) -> str:
-    """`model_name`; raises ValueError for a folder that holds no model."""
+    """`model_name`; raises ValueError for a folder that holds no causal language model."""
     name = model_name(name)
     folder = Path(name)
     if not folder.is_dir():
@@ -63,6 +64,9 @@ def check_model(name: str | os.PathLike) -> str:
         raise FileAccessError(f"{config} cannot be read ({error}). Download or copy the model again.") from error
     if not isinstance(values, dict):
         raise FileAccessError(f"{config} holds no mapping. Download or copy the model again.")
+    for found in values.get("architectures") or ():
+        if kind := kind_of_class(str(found), bool(values.get("is_encoder_decoder"))):
+            raise UserError(f"{name} ({found}) {kind}. {WANTED}")
     return name
 
 

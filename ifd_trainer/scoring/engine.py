@@ -30,6 +30,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ..data.encoding import Segment, token_budget_batches
+from ..data.model_kinds import HEADLESS, SEES_AHEAD, WANTED, kind_of_class
 from ..errors import UserError, one_line
 from .chunked_lm_head import Logits, find_logit_transform
 from .eval_guard import borrowed
@@ -158,22 +159,6 @@ def streams(model: nn.Module, device: torch.device | None = None) -> bool:
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
-_WANTED = (
-    "Use a causal (decoder-only) language model, as AutoModelForCausalLM loads it from a checkpoint like Llama or Qwen."
-)
-_ENCODER_DECODER = (
-    "is an encoder-decoder: its encoder reads the prompt and its decoder the answer, so there is no loss of the answer "
-    "alone to compare with"
-)
-_CLASSIFIER = "is a classifier: it gives scores of labels for a text, and no probabilities of the next token"
-_SEES_AHEAD = (
-    "lets tokens see those that follow them, as masked language models (encoders) do, so its losses are not those of "
-    "predicting an answer"
-)
-_HEADLESS = "has no language model head: it gives hidden states, and no probabilities of the next token"
-_CLASSIFIERS = re.compile(r"Classification|QuestionAnswering|MultipleChoice|SentencePrediction|RewardModel")
-_ENCODERS = re.compile(r"MaskedLM|ForPreTraining")
-
 
 def check_causal_lm(model: nn.Module) -> None:
     """Raise for a model that by its class and config is no causal language model; runs no forward.
@@ -198,7 +183,7 @@ def check_causal_lm(model: nn.Module) -> None:
     name = type(model).__name__
     kind = _kind(name, model.config)
     if kind is None and lm_head(model) is None and re.search(r"(?<!LMHead)(?<!DoubleHeads)Model$", name):
-        kind = _HEADLESS
+        kind = HEADLESS
     if kind is not None:
         raise UserError(_refusal(model, kind))
 
@@ -215,26 +200,24 @@ def check_causal_config(name: str, config: PretrainedConfig) -> None:
     """
     classes = getattr(config, "architectures", None) or [""]
     if any(kind := _kind(found, config) for found in classes):
-        raise UserError(f"{name} ({', '.join(classes) or config.model_type}) {kind}. {_WANTED}")
+        raise UserError(f"{name} ({', '.join(classes) or config.model_type}) {kind}. {WANTED}")
     own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not own and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"{name} is a model of the type {config.model_type!r}, which transformers does not load as a causal "
-            f"language model. {_WANTED}"
+            f"language model. {WANTED}"
         )
 
 
 def _kind(name: str, config: Any) -> str | None:
     """What a class of that name is instead of a causal language model."""
-    if _CLASSIFIERS.search(name):
-        return _CLASSIFIER
-    if getattr(config, "is_encoder_decoder", False):
-        return _ENCODER_DECODER
+    if kind := kind_of_class(name, bool(getattr(config, "is_encoder_decoder", False))):
+        return kind
     told = getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all")
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (
         getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     )
-    return _SEES_AHEAD if _ENCODERS.search(name) or told or encoder else None
+    return SEES_AHEAD if told or encoder else None
 
 
 def _innermost(model: nn.Module) -> nn.Module:
@@ -248,7 +231,7 @@ def _innermost(model: nn.Module) -> nn.Module:
 
 
 def _refusal(model: nn.Module, kind: str) -> str:
-    return f"{type(_innermost(model)).__name__} {kind}. {_WANTED}"
+    return f"{type(_innermost(model)).__name__} {kind}. {WANTED}"
 
 
 # ---- what is tried out -------------------------------------------------------------------------------------------
@@ -287,7 +270,7 @@ def _try_by_row(model: nn.Module, device: torch.device) -> bool:
     changed = ((one - two).abs().amax(-1) / one.abs().max()).cpu()
     by_row = not bool(changed[8:].max() > 0 or _mixes_rows(model))
     if changed[:8].max() > (_UNSEEN if by_row else _UNSEEN_IN_MIXED):
-        raise UserError(_refusal(model, _SEES_AHEAD))
+        raise UserError(_refusal(model, SEES_AHEAD))
     return by_row
 
 
