@@ -214,6 +214,8 @@ class Rhythm:
     start_anew: bool = False
 
     def __post_init__(self) -> None:
+        if self.warmup is not None and not isinstance(self.warmup, Brief):
+            raise UserError(f"warmup must be a Brief, such as Brief('kmeans'), or None, got {self.warmup!r}.")
         if (self.warmup is not None or self.start_anew) and self.warmup_epochs < 1:
             raise UserError("warmup and start_anew say what the warm-up epochs do: set warmup_epochs=1 or more.")
         for name, least in (("every", 1), ("warmup_epochs", 0), ("freeze_after", 0)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -107,8 +108,9 @@ class Cherry:
     on_shortfall: Shortfall = "repeat"
 
     def __post_init__(self) -> None:
-        if not self.max_ifd > 0:
-            raise UserError(f"max_ifd must be positive, got {self.max_ifd}; for no limit give infinity, inf.")
+        number = isinstance(self.max_ifd, Real) and not isinstance(self.max_ifd, bool)
+        if not (number and self.max_ifd > 0):
+            raise UserError(f"max_ifd must be positive, got {self.max_ifd!r}; for no limit give infinity, inf.")
         if self.score not in RANKED_BY:
             raise UserError(f"score must be 'ifd' or 'ifd_ppl', got {self.score!r}.")
         if self.on_shortfall not in SHORTFALLS:

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import transformers
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 
-from ..data.encoding import Encoder
+from ..data.encoding import Encoder, check_positive
 from ..data.response_header import response_prefix
 from ..data.token_decoding import Decoder
 from ..errors import UserError
@@ -157,6 +158,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 f"order={order!r} orders rows by score, train_sampling_strategy='group_by_length' by length. Set one "
                 "of them: order='shuffle', or train_sampling_strategy='random'."
             )
+        _check_options(scorer, embedder, header, seed, warn_share)
+        check_positive(token_budget=token_budget, min_answer_tokens=min_answer_tokens)
         limits = {"max_ifd": max_ifd, "score": score, "on_shortfall": on_shortfall}
         self.policy = Cherry(**limits) if diverse is None else Diverse(diverse, **limits)
         schedule = as_schedule(keep if schedule is None else schedule)
@@ -712,6 +715,21 @@ def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame
         rows["tier"] = pd.array(selection.tier, dtype="Int64")
         rows.loc[selection.tier < 0, "tier"] = pd.NA
     return rows
+
+
+def _check_options(scorer: Any, embedder: Any, header: Any, seed: Any, warn_share: Any) -> None:
+    """Raise for options of a type that would be told by something far inside, or not at all."""
+    model = isinstance(scorer, torch.nn.Module) and hasattr(scorer, "config")
+    if not (scorer is None or isinstance(scorer, str) or model):
+        raise UserError(f"scorer must be a model's name or path, a loaded model, 'columns' or None, got {scorer!r}.")
+    if not (embedder is None or isinstance(embedder, (str, IFDScorer))):
+        raise UserError(f"embedder must be the name of a model, an IFDScorer or None, got {embedder!r}.")
+    if not (header is None or isinstance(header, str)):
+        raise UserError(f"header must be the text that precedes an answer, or None, got {header!r}.")
+    if not (seed is None or (isinstance(seed, Integral) and not isinstance(seed, bool) and seed >= 0)):
+        raise UserError(f"seed must be a whole number of at least 0, or None for the trainer's, got {seed!r}.")
+    if not (isinstance(warn_share, Real) and 0 <= warn_share <= 1):
+        raise UserError(f"warn_share must be a share from 0 to 1, got {warn_share!r}.")
 
 
 def _tokenizer_of(trainer: Trainer) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -65,7 +65,10 @@ class Snapshot:
         for number, part in enumerate(_parts(model)):
             name = f"part-{number:03d}.safetensors"
             tensors = {key: tensor.contiguous().cpu() for key, tensor in part.items()}
-            write_atomically(self.folder / name, lambda path, tensors=tensors: save_file(tensors, path))
+            try:
+                write_atomically(self.folder / name, lambda path, tensors=tensors: save_file(tensors, path))
+            except SafetensorError as error:  # what it raises for a disk that is full by now
+                raise FileAccessError(f"The original weights cannot be written to {self.folder}: {error}") from error
             index[name] = list(part)
         text = json.dumps(index, indent=1)
         write_atomically(self.folder / _INDEX, lambda path: path.write_text(text, encoding="utf-8"))

@@ -9,10 +9,11 @@ import peft
 import pytest
 import torch
 from conftest import build_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tiny_runs import difference, weights_of
 
 import ifd_trainer.training.initial_weights as snapshot_module
+from ifd_trainer.errors import FileAccessError
 from ifd_trainer.training.initial_weights import Snapshot
 
 
@@ -99,3 +100,13 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     with pytest.raises(OSError, match=r"original weights take 0.00 GB in .*, but only 0.00 GB are free. Make room"):
         Snapshot(tmp_path / "s").save(build_model(400))
     assert not list((tmp_path / "s").iterdir())
+
+
+def test_a_disk_that_is_full_by_the_time_of_writing_is_an_error_of_one_line(tmp_path, monkeypatch):
+    def full(tensors, path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(snapshot_module, "save_file", full)
+    with pytest.raises(FileAccessError, match=r"original weights cannot be written to .*s: .*No space left on device"):
+        Snapshot(tmp_path / "s").save(build_model(400))
+    assert not Snapshot(tmp_path / "s").complete
