@@ -427,7 +427,7 @@ def test_several_processes_run_what_they_planned(recipe: Path, model_path: str) 
     assert code == 0
     assert plan_of(planned)[1:] == [
         "pool: 11 of 11 rows, in 4 packed rows",
-        "update: 2 packed rows x 1 batches x 2 processes = 4 packed rows",
+        "update: 2 packed rows x 1 batch x 2 processes = 4 packed rows",
     ]
     assert planned.count("Plan: ") == 1
     code, out, _ = launched(*words)

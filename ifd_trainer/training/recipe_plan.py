@@ -40,6 +40,9 @@ def _batch_line(trainer: SFTTrainer) -> str:
     """Rows of an update, which depend on how the run is launched."""
     args = trainer.args
     rows = "packed rows" if trainer.selection_pool.packed else "rows"
-    parts = [f"{args.train_batch_size} {rows}", f"{args.gradient_accumulation_steps} batches"]
+    parts = [
+        f"{args.train_batch_size} {rows}",
+        f"{args.gradient_accumulation_steps} batch{'es' if args.gradient_accumulation_steps > 1 else ''}",
+    ]
     parts.append(f"{args.world_size} process{'es' if args.world_size > 1 else ''}")
     return f"update: {' x '.join(parts)} = {trainer.get_total_train_batch_size(args)} {rows}"
