@@ -66,8 +66,9 @@ def made(target: str, *variables: str, cache: str = "/a cache") -> list[str]:
     """The commands that a target would run in a new environment."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    words = ["make", "-n", target, "VENV=/nowhere/venv", *variables]
-    environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "ARGS", "MAKEFLAGS")}
+    words = ["make", "-n", "--no-print-directory", target, "VENV=/nowhere/venv", *variables]
+    ours = ("MODEL", "ARGS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # `make test` may be what runs this
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
         words,
         cwd=DATA.parents[1],
