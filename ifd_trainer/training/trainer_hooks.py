@@ -46,6 +46,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get_last_checkpoint, has_length
 
 from ..data.chat_template import common_prefix_length
+from ..data.paths import check_checkpoint
 from ..errors import NotInstalledError, RunError, UserError
 from ..method.schedule import EpochPlan, Rhythm, TrainingPlan, plan_epoch, plan_training
 from ..scoring.engine import check_causal_lm
@@ -246,8 +247,10 @@ class SelectiveTrainer:
             )
         if selector is not None and resume_from_checkpoint:
             checkpoint = resume_from_checkpoint
-            if checkpoint is True:
+            if checkpoint is True and Path(self.args.output_dir).is_dir():
                 checkpoint = get_last_checkpoint(self.args.output_dir)
+            else:
+                checkpoint = check_checkpoint(checkpoint, self.args.output_dir)
             if checkpoint is not None:
                 _check_complete(Path(checkpoint))
         if selector is not None:

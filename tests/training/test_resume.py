@@ -493,6 +493,24 @@ def test_a_checkpoint_without_selection_is_refused(tmp_path, restore):
     assert callback.scored == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("checkpoint-9", "No such checkpoint: 'checkpoint-9' is no folder. .*run holds checkpoint-5"),
+        (True, "resume_from_checkpoint is true, but .*nothing holds no checkpoint. Leave it out to start training"),
+    ],
+    ids=["by_name", "the_last_one"],
+)
+def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(tmp_path, whole, given, words):
+    (tmp_path / "run").mkdir()
+    copy_of(whole, tmp_path / "run", 5)
+    trainer, callback = selecting(tmp_path / ("nothing" if given is True else "run"))
+    shutil.rmtree(tmp_path / "nothing", ignore_errors=True)  # which the trainer makes
+    with pytest.raises(FileNotFoundError, match=words):
+        trainer.train(resume_from_checkpoint=given)
+    assert callback.scored == 0
+
+
 def test_a_damaged_history_is_named(tmp_path, whole):
     checkpoint = copy_of(whole, tmp_path, 5)
     (tmp_path / "ifd_history" / "history.json").write_text("{")
