@@ -259,11 +259,6 @@ class Rhythm:
         """The epoch before which training starts anew, if it does."""
         return self.warmup_epochs if self.start_anew else None
 
-    @property
-    def remembers(self) -> bool:
-        """Whether an epoch may need scores or rows of an earlier one."""
-        return self.every > 1 or self.freeze_after is not None
-
 
 def parse_keep(entry: str | float | int) -> float | int:
     """One entry of `keep` from text: without a point a number of rows, else a fraction; numbers pass unchanged."""

@@ -318,7 +318,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         record = self.history.record(self._epoch) or {}
         said = record.get("trained")  # by a run that stopped inside this epoch, and was resumed
         self._note(trained=len(trained), seconds_training=time.perf_counter() - self._training_since)
-        if record and len(trained) != (said or len(self.run.order)) and state.is_world_process_zero:
+        if record and len(trained) != (len(self.run.order) if said is None else said) and state.is_world_process_zero:
             self.history.correct(self._epoch, self._times(trained))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -387,8 +387,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """Score the pool if it is this epoch's turn, choose and order its rows, log and record them."""
         turn, began = self._turn(epoch), time.perf_counter()
         if turn.score:
-            scores = self.score_pool(f"IFD, epoch {epoch}")
-            self._scores, self._scored_at = scores, epoch
+            self._scores, self._scored_at = self.score_pool(f"IFD, epoch {epoch}"), epoch
         ids = self.pool.ids(self.id_column)
         selection = self._choose_or_stay(turn, ids)
         seconds = time.perf_counter() - began if turn.score or turn.rows == "brief" else 0.0
