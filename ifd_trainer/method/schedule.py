@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ from .choices import DIRECTIONS, TIER_MODES, Direction, TierMode
 
 
 class Schedule(Protocol):
-    """Anything that says how many rows of a pool an epoch trains on; `turn`, if there is one, says more."""
+    """Anything that says how many rows of a pool an epoch trains on; `divide`, if there is one, in which tiers."""
 
     def budget(self, epoch: int, pool: int) -> int: ...
 
@@ -40,28 +40,28 @@ class Tier(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What one epoch does.
+class EpochRows:
+    """Which rows one epoch trains on.
 
     Attributes:
-        budget: rows to train on.
-        rows: "selected" now, the "same" as in the epoch before, "all" of the pool, scorable or not, or the "brief"
+        budget: how many.
+        source: "selected" now, the "same" as in the epoch before, "all" of the pool, scorable or not, or the "brief"
             experience's sample.
-        score: whether the pool is scored with the model as it is; if not, the last scores stand.
+        scored: whether the pool is scored with the model as it is; if not, the last scores stand.
         tiers: of a curriculum, the tier with the highest scores first; the rows are those of the tiers that are
             `trained`, of `budget` rows together. Without tiers, the rows are the ones with the highest scores.
-        chosen: the epoch whose choice this is; an earlier one for the "same" rows.
+        selected_in: the epoch that selects these rows; an earlier one for the "same" rows.
     """
 
     budget: int
-    rows: Literal["selected", "same", "all", "brief"] = "selected"
-    score: bool = True
+    source: Literal["selected", "same", "all", "brief"] = "selected"
+    scored: bool = True
     tiers: tuple[Tier, ...] = ()
-    chosen: int = 0
+    selected_in: int = 0
 
     @property
-    def of(self) -> int:
-        """Rows with the highest scores that this epoch's are chosen among: those of all tiers."""
+    def ranked(self) -> int:
+        """Rows with the highest scores that this epoch's are among: those of all tiers."""
         return sum(tier.rows for tier in self.tiers) or self.budget
 
 
@@ -144,22 +144,22 @@ class Curriculum:
             )
 
     def budget(self, epoch: int, pool: int) -> int:
-        return self.turn(epoch, pool).budget
+        return sum(tier.rows for tier in self.divide(epoch, pool) if tier.trained)
 
-    def turn(self, epoch: int, pool: int) -> Turn:
-        """The tiers, and which of them an epoch trains on."""
-        of = _rows(self.keep, pool)
-        if of < self.tiers:
-            raise UserError(f"{of} rows cannot be divided into {self.tiers} tiers; raise keep or lower tiers.")
+    def divide(self, epoch: int, pool: int) -> tuple[Tier, ...]:
+        """The tiers, the one with the highest scores first, and which of them an epoch trains on."""
+        ranked = _rows(self.keep, pool)
+        if ranked < self.tiers:
+            raise UserError(f"{ranked} rows cannot be divided into {self.tiers} tiers; raise keep or lower tiers.")
         stage = min(epoch // self.epochs_per_tier, self.tiers - 1)
         first = 0 if self.mode == "growing" else stage
         last = self.tiers - 1 if self.mode == "shrinking" else stage
         tiers = []
         for rank in range(self.tiers):  # 0 has the highest scores
             number = self.tiers - 1 - rank if self.direction == "easy_to_hard" else rank
-            rows = (rank + 1) * of // self.tiers - rank * of // self.tiers
+            rows = (rank + 1) * ranked // self.tiers - rank * ranked // self.tiers
             tiers.append(Tier(number, rows, first <= number <= last))
-        return Turn(sum(tier.rows for tier in tiers if tier.trained), tiers=tuple(tiers))
+        return tuple(tiers)
 
 
 @dataclass(frozen=True)
@@ -193,25 +193,33 @@ class Anneal:
 
 
 @dataclass(frozen=True)
-class Rhythm:
-    """A schedule and when it scores: what each epoch of a run does.
+class Timing:
+    """When a run scores and selects, and what it trains on before it does.
 
     Args:
-        schedule: rows per epoch.
         every: select in each `every`-th epoch; the epochs between train on the same rows in another order.
         warmup_epochs: train on the whole pool first for so many epochs, or on a sample of it.
         freeze_after: from this epoch on nothing is scored again, the last scores stand (the first epoch that selects
             always scores). A fully trained model is a worse scorer (arXiv 2308.12032, appendix G).
         warmup: the sample of the warm-up epochs; None for the whole pool.
-        start_anew: training starts anew after the warm-up epochs, and the schedule counts its epochs from there.
+        start_anew: training starts anew from the original weights after the warm-up epochs; the schedule, and the
+            trainer's `num_train_epochs`, count epochs from there.
+
+    >>> Timing(every=2).rows_of(3, Constant(0.1), pool=200)
+    EpochRows(budget=20, source='same', scored=False, tiers=(), selected_in=2)
     """
 
-    schedule: Schedule
     every: int = 1
     warmup_epochs: int = 0
     freeze_after: int | None = None
     warmup: Brief | None = None
     start_anew: bool = False
+
+    @classmethod
+    def cherry(cls, brief: Brief | None, **others: Any) -> Timing:
+        """One scoring, after one epoch on a brief experience if there is one (arXiv 2308.12032)."""
+        before = {} if brief is None else {"warmup_epochs": 1, "warmup": brief, "start_anew": True}
+        return cls(**{"freeze_after": 0, **before, **others})
 
     def __post_init__(self) -> None:
         if self.warmup is not None and not isinstance(self.warmup, Brief):
@@ -224,35 +232,33 @@ class Rhythm:
             if not (whole and number >= least) and not (number is None and name == "freeze_after"):
                 raise UserError(f"{name} counts epochs: a whole number of at least {least}, got {number!r}.")
 
-    def turn(self, epoch: int, pool: int, epochs: int | None = None) -> Turn:
-        """What `epoch` does.
+    def rows_of(self, epoch: int, schedule: Schedule, pool: int, epochs: int | None = None) -> EpochRows:
+        """Which rows an epoch trains on.
 
         Args:
+            schedule: how many rows each epoch that selects trains on.
+            pool: rows that there are.
             epochs: epochs of the run; None if `max_steps` decides.
 
         Raises:
             ValueError: for `Anneal` without a number of epochs.
         """
-        schedule = self.schedule
         if isinstance(schedule, Anneal):
             if epochs is None:
                 raise UserError("Anneal needs to know the number of epochs: set num_train_epochs, not max_steps.")
             if epoch - (self.restart or 0) >= schedule.full_from(epochs):
-                return Turn(pool, "all", score=False)
+                return EpochRows(pool, "all", scored=False)
             schedule = schedule.schedule
         if epoch < self.warmup_epochs:
             sample = self.warmup is not None
-            return Turn(self.warmup.rows(pool) if sample else pool, "brief" if sample else "all", score=False)
+            return EpochRows(self.warmup.rows(pool) if sample else pool, "brief" if sample else "all", scored=False)
         since = (epoch - self.warmup_epochs) % self.every
-        chosen = epoch - since  # the epoch that selected the rows of this one
-        counted = chosen - (self.restart or 0)
-        turn = schedule.turn(counted, pool) if hasattr(schedule, "turn") else None
-        turn = turn or Turn(schedule.budget(counted, pool))
-        turn = replace(turn, chosen=chosen)
-        if since:
-            return replace(turn, rows="same", score=False)
+        selected_in = epoch - since
+        counted = selected_in - (self.restart or 0)
+        budget = schedule.budget(counted, pool)
+        tiers = schedule.divide(counted, pool) if hasattr(schedule, "divide") else ()
         frozen = self.freeze_after is not None and epoch >= self.freeze_after and epoch > self.warmup_epochs
-        return replace(turn, score=not frozen)
+        return EpochRows(budget, "same" if since else "selected", not (since or frozen), tiers, selected_in)
 
     @property
     def restart(self) -> int | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..method.plain_data import as_text
 from .score_frames import count_text, epoch_name, rows_text
 
 _SHORTFALL = {
@@ -31,7 +31,7 @@ class Phases:
         brief: whether these are the brief experience, on a sample, and not on the whole pool.
         restart: the epoch before which training started anew from the original weights; None if it did not.
 
-    >>> phases = Phases.of({"warmup_epochs": 1, "warmup": "Brief()", "start_anew": True})
+    >>> phases = Phases.of({"warmup_epochs": 1, "warmup": {"type": "Brief"}, "start_anew": True})
     >>> phases.name(0), phases.name(1), phases.restart
     ('epoch 0 (brief experience)', 'epoch 1', 1)
     """
@@ -44,7 +44,7 @@ class Phases:
     def of(cls, settings: Mapping[str, Any]) -> Phases:
         """The phases of a run with these settings; those of older histories say nothing of it."""
         warmup = settings.get("warmup_epochs") or 0
-        sample = settings.get("warmup") not in (None, "None")  # settings hold its repr
+        sample = settings.get("warmup") is not None
         return cls(warmup, sample and warmup > 0, warmup if settings.get("start_anew") else None)
 
     def is_brief(self, epoch: Any) -> bool:
@@ -116,12 +116,12 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
         facts.append(("Scored by", f"another model, {settings['scorer']}"))
     if settings.get("pool"):
         facts.append(("Pool", rows_text(settings["pool"])))
-    policy, options = call_of(settings.get("policy"))
-    if rule := _rule(policy, options, settings):
+    policy = settings.get("policy") if isinstance(settings.get("policy"), Mapping) else {}
+    if rule := _rule(policy, settings):
         facts.append(("Rule", rule))
-    if shortfall := options.get("on_shortfall"):
+    if shortfall := policy.get("on_shortfall"):
         facts.append(("With too few such rows", _SHORTFALL.get(shortfall, str(shortfall))))
-    facts.append(("Policy", str(settings.get("policy") or "not recorded")))
+    facts.append(("Policy", as_text(policy) if policy else "not recorded"))
     if phases.brief:
         facts.append(("Brief experience", _brief_in_words(phases, settings)))
     if plan:
@@ -129,7 +129,7 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
         budgets = _budgets_in_words(plan, packed or settings.get("pool"), phases)
         facts.append(("Packed rows to train on" if packed else "Rows to train on", budgets))
     if settings.get("schedule"):
-        facts.append(("Schedule", str(settings["schedule"])))
+        facts.append(("Schedule", as_text(settings["schedule"])))
     if settings.get("max_steps"):
         facts.append(("Optimizer updates", _updates_in_words(settings["max_steps"], plan, phases)))
     facts.append(("Epochs", f"{len(epochs)} recorded" + (f" of {len(plan)} planned" if plan else "")))
@@ -142,40 +142,17 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
     return facts
 
 
-def call_of(text: Any) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of a dataclass from its repr, which is all that a history has of a policy or a sample.
-
-    Arguments that are no plain values are left out; of what is no repr, ("", {}).
-
-    >>> call_of("Cherry(max_ifd=inf, score='ifd')")
-    ('Cherry', {'max_ifd': inf, 'score': 'ifd'})
-    """
-    try:
-        call = ast.parse(str(text), mode="eval").body
-    except (SyntaxError, ValueError):
-        return "", {}
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        return "", {}
-    found = {}
-    for keyword in call.keywords:
-        if isinstance(keyword.value, ast.Constant):
-            found[keyword.arg] = keyword.value.value
-        elif isinstance(keyword.value, ast.Name) and keyword.value.id == "inf":
-            found[keyword.arg] = float("inf")
-    return call.func.id, found
-
-
 def score_in_words(score: str | None) -> str:
     """The name of a score with its equation."""
     return "perplexity ratio exp(cas - das)" if score == "ifd_ppl" else "IFD = cas / das"
 
 
-def _rule(policy: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     limit, score = settings.get("max_ifd"), score_in_words(settings.get("score"))
-    if policy == "Cherry":
+    if policy.get("type") == "Cherry":
         return f"the rows with the highest {score}, {f'of those below {limit:g}' if limit else 'without a limit'}"
-    if policy == "Diverse":
-        share = options.get("share")
+    if policy.get("type") == "Diverse":
+        share = policy.get("share")
         of = f"{share:,} " if isinstance(share, int) else f"{100 * share:g} % of the " if share else ""
         below = f" (below {limit:g})" if limit else ""
         return (
@@ -186,13 +163,13 @@ def _rule(policy: str, options: Mapping[str, Any], settings: Mapping[str, Any]) 
 
 
 def _brief_in_words(phases: Phases, settings: Mapping[str, Any]) -> str:
-    name, options = call_of(settings["warmup"])
+    sample = settings["warmup"]
     budgets = [epoch["budget"] for epoch in settings.get("plan") or []]
     rows = rows_text(budgets[0]) if budgets else "a sample of rows"
-    how = _SAMPLES.get(options.get("method")) if name == "Brief" else None
+    how = _SAMPLES.get(sample.get("method", "kmeans")) if isinstance(sample, Mapping) else None
     when = "epoch 0" if phases.warmup == 1 else f"epochs 0-{phases.warmup - 1}"
     after = "training starts anew from the original weights" if phases.restart is not None else "training goes on"
-    return f"{when}, on {rows} chosen {how or 'as ' + str(settings['warmup']) + ' says'}; then {after}"
+    return f"{when}, on {rows} chosen {how or 'as ' + as_text(sample) + ' says'}; then {after}"
 
 
 def _updates_in_words(total: int, plan: Sequence[Mapping[str, Any]], phases: Phases) -> str:

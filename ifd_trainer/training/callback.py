@@ -11,8 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
-from numbers import Integral, Real
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +23,31 @@ import transformers
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 
-from ..data.encoding import Encoder, check_positive
+from ..data.encoding import Encoder
 from ..data.response_header import response_prefix
 from ..data.token_decoding import Decoder
 from ..errors import UserError
 from ..method.brief_experience import Brief
-from ..method.choices import ORDERS, BriefRows, Order, Score, Shortfall
+from ..method.choices import BriefRows, Order
 from ..method.facility_location import EMBEDDING, Diverse
+from ..method.plain_data import to_data
 from ..method.reasons import NOT_IN_SAMPLE, NOT_SCORED, Status
-from ..method.schedule import Rhythm, Schedule, Turn, as_schedule
-from ..method.selection import Cherry, Selection, ShortfallError
+from ..method.schedule import EpochRows, Schedule, Timing, as_schedule
+from ..method.selection import Cherry, Selection, ShortfallError, coded
 from ..scoring.losses import Scores
-from ..scoring.transform import IFDScorer
 from .history import FOLDER, History
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
+from .options import Scoring, check_options, groups_of
 from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
-from .state_codec import load_selection, save_selection
+from .state_codec import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
 from .trainer_hooks import (
     EpochSelector,
     SelectionRun,
     attach,
     batch_order,
-    check_rhythm,
+    check_timing,
     metrics_set_aside,
     reshard,
     scoring_model,
@@ -56,8 +56,6 @@ from .trainer_hooks import (
 
 logger = logging.getLogger(__name__)
 
-_STATE_VERSION = 3
-_READ_VERSIONS = (2, _STATE_VERSION)  # of version 2: all arrays in trainer_state.json
 _TEXTS = 1000  # pool rows decoded at a time for the history
 
 
@@ -95,28 +93,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             epoch. With packing, packed rows.
         max_ifd: rows at or above this score are dropped; float("inf") for no limit.
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
-        score: rank by "ifd" or "ifd_ppl".
-        order: "shuffle" (another one each epoch; the pool's order with train_sampling_strategy="sequential"),
-            "descending" or "ascending" score (packed rows go by the mean rank of their examples).
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
-        every, warmup_epochs, freeze_after: select in each `every`-th epoch only; train on the whole pool for the first
-            epochs; stop scoring from an epoch on. See `Rhythm`.
-        warmup: a `Brief` to train on the brief-experience sample in the warm-up epochs instead of the whole pool.
-        start_anew: go back to the original weights after the warm-up epochs, which then do not count among the
-            trainer's `num_train_epochs`; see `cherry`.
+        policy: which rows are kept: a `Cherry`, or a `Diverse` for rows that stand for others too (facility location
+            over prompt embeddings, as Superfiltering.D). `score=`, `on_shortfall=` and `diverse=0.2` (for
+            `Diverse(0.2)`) are short for it.
+        timing: when rows are scored and selected, and what is trained on before; see `Timing`. Its fields may be given
+            by name: `every=2, warmup_epochs=1, freeze_after=3`.
+        scoring: how rows are scored; see `Scoring`. Its fields may be given by name: `min_answer_tokens=4`.
         scorer: None to score with the model in training; a name, a path or a loaded model to score with that one, once
             and for all; "columns" for the scores that the training set has from `IFDScorer`.
-        diverse: choose the rows among this share of the eligible ones with the highest scores (a float, or an int
-            for a number of rows) so that they stand for all of it: facility location over prompt embeddings, as
-            Superfiltering.D does with 0.2; see `Diverse`.
-        embedder: what embeds prompts for that: by default the model that scores; an `IFDScorer`; or the name of a
-            sentence-transformers model.
-        on_shortfall: "repeat", "relax" or "error" when fewer rows are eligible than planned; see `Cherry`.
+        order: "shuffle" (another one each epoch; the pool's order with train_sampling_strategy="sequential"),
+            "descending" or "ascending" score (packed rows go by the mean rank of their examples).
         id_column: column of row ids in the training set; "row_id" or "id" if there is one, else the position.
-        header: text that precedes a direct answer, if it is not to be found from the prompts.
-        min_answer_tokens: rows with fewer answer tokens are not scored.
-        token_budget: tokens of a scoring batch; see `scoring.losses.Options`.
-        warn_share: warn when more than this share of the scored rows has a score of 1 or more.
         push_history: let `push_to_hub` upload `ifd_history` and reports too; they hold texts of the training set.
 
     Raises:
@@ -132,55 +120,33 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         seed: int | None = None,
         *,
         schedule: Schedule | None = None,
-        every: int = 1,
-        warmup_epochs: int = 0,
-        warmup: Brief | None = None,
-        start_anew: bool = False,
-        freeze_after: int | None = None,
+        policy: Cherry | Diverse | None = None,
+        timing: Timing | None = None,
+        scoring: Scoring | None = None,
         scorer: str | PreTrainedModel | None = None,
-        diverse: float | int | None = None,
-        embedder: str | IFDScorer | None = None,
-        score: Score = "ifd",
         order: Order = "shuffle",
-        on_shortfall: Shortfall = "repeat",
         id_column: str | None = None,
-        header: str | None = None,
-        min_answer_tokens: int = 1,
-        token_budget: int | None = None,
-        warn_share: float = 0.5,
         push_history: bool = False,
+        **more: Any,
     ) -> None:
-        if order not in ORDERS:
-            raise UserError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
-        strategy = getattr(getattr(trainer, "args", None), "train_sampling_strategy", None)
-        if order != "shuffle" and strategy == "group_by_length":
-            raise UserError(
-                f"order={order!r} orders rows by score, train_sampling_strategy='group_by_length' by length. Set one "
-                "of them: order='shuffle', or train_sampling_strategy='random'."
-            )
-        _check_options(scorer, embedder, header, seed, warn_share)
-        check_positive(token_budget=token_budget, min_answer_tokens=min_answer_tokens)
-        limits = {"max_ifd": max_ifd, "score": score, "on_shortfall": on_shortfall}
-        self.policy = Cherry(**limits) if diverse is None else Diverse(diverse, **limits)
-        schedule = as_schedule(keep if schedule is None else schedule)
-        self.rhythm = Rhythm(schedule, every, warmup_epochs, freeze_after, warmup, start_anew)
-        self.restart = self.rhythm.restart
+        check_options(scorer, seed, order, getattr(getattr(trainer, "args", None), "train_sampling_strategy", None))
+        self.policy, self.timing, self.scoring = groups_of(policy, timing, scoring, max_ifd, more)
+        self.schedule = as_schedule(keep if schedule is None else schedule)
+        self.restart = self.timing.restart
         attach(trainer)
         self.run = SelectionRun()
-        check_rhythm(trainer, self.rhythm)
-        if diverse is not None and trainer.selection_pool.packed:
+        check_timing(trainer, self.timing)
+        if isinstance(self.policy, Diverse) and trainer.selection_pool.packed:
             raise UserError(
                 "diverse= chooses examples that stand for others, whatever their length: how many of them fill a "
                 "packed row is not known before. Set packing=False, or leave diverse out."
             )
         self.trainer = trainer
-        self._seed, self.push_history = seed, push_history
-        self.order, self.id_column, self.header = order, id_column, header
-        self.warn_share = warn_share
+        self._seed, self.order, self.id_column, self.push_history = seed, order, id_column, push_history
         self.tokenizer = _tokenizer_of(trainer)
         # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
-        encoder = Encoder(self.tokenizer, min_answer_tokens=min_answer_tokens)
-        self.pool_scorer = PoolScorer(trainer, encoder, scorer, embedder, token_budget)
+        encoder = Encoder(self.tokenizer, min_answer_tokens=self.scoring.min_answer_tokens)
+        self.pool_scorer = PoolScorer(trainer, encoder, scorer, self.scoring.embedder, self.scoring.token_budget)
         self.history: History | None = None
         self._prefix: list[int] | None = None
         self._fingerprint: str | None = None
@@ -231,8 +197,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         brief = Brief(brief) if isinstance(brief, str) else brief
         if scorer is not None:
             brief = None
-        before = {"warmup_epochs": 1, "warmup": brief, "start_anew": True} if brief is not None else {}
-        return cls(trainer, keep, scorer=scorer, **{"freeze_after": 0, **before, **options})
+        others = {field.name: options.pop(field.name) for field in fields(Timing) if field.name in options}
+        return cls(trainer, keep, timing=Timing.cherry(brief, **others), scorer=scorer, **options)
 
     # ---- what the loop asks -------------------------------------------------------------------------------------
 
@@ -247,10 +213,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return self.trainer.args.seed if self._seed is None else self._seed
 
     def budget(self, epoch: int) -> int:
-        return self._turn(epoch).budget
+        return self._rows_of(epoch).budget
 
     def selects(self, epoch: int) -> bool:
-        return self._turn(epoch).rows in ("selected", "same")
+        return self._rows_of(epoch).source in ("selected", "same")
 
     def position(self, state: transformers.TrainerState) -> tuple[int, int]:
         saved = self._kept_in(state)
@@ -271,8 +237,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self._scores = self._scored_at = self._brief = self._eligible = None
         prompts, self._fingerprint = self.pool.read()
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
-        self._prefix = response_prefix(self.tokenizer, prompts, self.header)
-        self.history = History(self.run.folder / FOLDER, self._settings())
+        self._prefix = response_prefix(self.tokenizer, prompts, self.scoring.header)
+        self.history = History(self.run.folder / FOLDER, to_data(self._settings()))
         if state.global_step > 0:
             self._restore(state, Path(checkpoint))
         if self.trainer.args.save_only_model and self.trainer.is_world_process_zero():
@@ -373,25 +339,25 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     # ---- scoring and selecting ----------------------------------------------------------------------------------
 
-    def _turn(self, epoch: int) -> Turn:
+    def _rows_of(self, epoch: int) -> EpochRows:
         args = self.trainer.args
         epochs = None if args.max_steps > 0 else math.ceil(args.num_train_epochs)
         try:
-            return self.rhythm.turn(epoch, self.pool.training_rows, epochs)
+            return self.timing.rows_of(epoch, self.schedule, self.pool.training_rows, epochs)
         except ValueError as error:
             if not self.pool.packed:
                 raise
             raise UserError(f"{error} With packing=True, rows are packed rows.") from error
 
     def _select(self, epoch: int) -> None:
-        """Score the pool if it is this epoch's turn, choose and order its rows, log and record them."""
-        turn, began = self._turn(epoch), time.perf_counter()
-        if turn.score:
+        """Score the pool if this epoch does, choose and order its rows, log and record them."""
+        wanted, began = self._rows_of(epoch), time.perf_counter()
+        if wanted.scored:
             self._scores, self._scored_at = self.score_pool(f"IFD, epoch {epoch}"), epoch
         ids = self.pool.ids(self.id_column)
-        selection = self._choose_or_stay(turn, ids)
-        seconds = time.perf_counter() - began if turn.score or turn.rows == "brief" else 0.0
-        scores = Scores.unscored(len(ids), NOT_SCORED) if turn.rows in ("all", "brief") else self._scores
+        selection = self._choose_or_stay(wanted, ids)
+        seconds = time.perf_counter() - began if wanted.scored or wanted.source == "brief" else 0.0
+        scores = Scores.unscored(len(ids), NOT_SCORED) if wanted.source in ("all", "brief") else self._scores
         if epoch == self.restart:
             start_anew(self.trainer, self._original)
         self.run.select(self._agree(selection, epoch))
@@ -404,15 +370,15 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.trainer.state.is_world_process_zero:
             self.history.add(record, _rows(ids, scores, selection))
 
-    def _choose_or_stay(self, turn: Turn, ids: np.ndarray) -> Selection:
-        """The rows of a turn; where new scores leave none eligible, by the last scores that left some.
+    def _choose_or_stay(self, wanted: EpochRows, ids: np.ndarray) -> Selection:
+        """The rows of an epoch; where new scores leave none eligible, by the last scores that left some.
 
         A run does not end for this after hours of training. Before there are such scores (after warm-up epochs), the
         rows nearest above the limit are taken. It does end where training has not begun, and where the user wants it
         to (on_shortfall="error").
         """
         try:
-            selection = self._choose(turn, ids)
+            selection = self._choose(wanted, ids)
         except ShortfallError as error:
             begun = self.trainer.state.global_step > 0
             if not begun or self.policy.on_shortfall == "error":
@@ -420,37 +386,37 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             if self._eligible is None:
                 logger.warning("%s The rows nearest to the limit are taken.", error)
                 relaxed = Cherry(self.policy.max_ifd, self.policy.score, on_shortfall="relax")
-                return self._choose(turn, ids, relaxed)
+                return self._choose(wanted, ids, relaxed)
             self._scores, self._scored_at = self._eligible
             logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self._scored_at)
-            return self._choose(turn, ids)
-        if turn.rows in ("selected", "same"):
+            return self._choose(wanted, ids)
+        if wanted.source in ("selected", "same"):
             self._eligible = self._scores, self._scored_at
         return selection
 
-    def _choose(self, turn: Turn, ids: np.ndarray, policy: Cherry | Diverse | None = None) -> Selection:
-        """The rows of a turn, from the last scores; the same turn and scores give the same rows."""
+    def _choose(self, wanted: EpochRows, ids: np.ndarray, policy: Cherry | Diverse | None = None) -> Selection:
+        """The rows of an epoch by the last scores; the same scores give the same rows."""
         policy = policy or self.policy
-        if turn.rows == "all":
+        if wanted.source == "all":
             return Selection.everything(len(ids))
-        if turn.rows == "brief":
+        if wanted.source == "brief":
             return self._brief_selection()
         columns = self._scores.columns()
         if isinstance(policy, Diverse):
-            columns[EMBEDDING] = self._embeddings(columns, turn.of, ids)
+            columns[EMBEDDING] = self._embeddings(columns, wanted.ranked, ids)
 
         def choose(rows: int) -> Selection:
-            rng = np.random.default_rng([self.seed, turn.chosen])
+            rng = np.random.default_rng([self.seed, wanted.selected_in])
             return policy(columns, rows, ids=ids, rng=rng)
 
-        selection = self.pool.choose(turn.of, choose)
-        if not turn.tiers:
+        selection = self.pool.choose(wanted.ranked, choose)
+        if not wanted.tiers:
             return selection
         score = columns[self.policy.score]
         ranked = selection.kept[np.argsort(-score[selection.kept], kind="stable")]
-        parts = self.pool.divide(ranked, [tier.rows for tier in turn.tiers])
-        tiers = {tier.number: part for tier, part in zip(turn.tiers, parts, strict=True)}
-        return selection.in_tiers(score, tiers, {tier.number for tier in turn.tiers if tier.trained})
+        parts = self.pool.divide(ranked, [tier.rows for tier in wanted.tiers])
+        tiers = {tier.number: part for tier, part in zip(wanted.tiers, parts, strict=True)}
+        return selection.in_tiers(score, tiers, {tier.number for tier in wanted.tiers if tier.trained})
 
     def score_pool(self, description: str = "IFD") -> Scores:
         """Scores of all pool rows with the model as it is now, or with the other `scorer`."""
@@ -469,18 +435,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self._brief is None:
             embeddings, perplexity = None, self.pool.has_answer().astype(np.float64)
             perplexity[perplexity == 0] = np.nan
-            if self.rhythm.warmup.method == "kmeans":
+            if self.timing.warmup.method == "kmeans":
                 embeddings, perplexity = self.pool_scorer.features(description="Prompts, brief experience")
             ids = self.pool.ids(self.id_column)
-            self._brief = self.rhythm.warmup(embeddings, perplexity, ids=ids, seed=self.seed)
+            self._brief = self.timing.warmup(embeddings, perplexity, ids=ids, seed=self.seed)
         return Selection.of(self._brief, len(self.pool), NOT_IN_SAMPLE)
 
     def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
         """This epoch's order, the same on every process."""
-        turn = self._turn(epoch)
-        parts = [(selection.kept, turn.budget)]
-        if turn.tiers:
-            parts = [(selection.parts[tier.number], tier.rows) for tier in turn.tiers if tier.trained]
+        wanted = self._rows_of(epoch)
+        parts = [(selection.kept, wanted.budget)]
+        if wanted.tiers:
+            parts = [(selection.parts[tier.number], tier.rows) for tier in wanted.tiers if tier.trained]
         rows = [row for part, budget in parts for row in self.pool.arrange(part, budget)]
         lengths = self.pool.lengths(selection.kept)
         seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
@@ -494,7 +460,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def _warn(self, scores: Scores, selection: Selection, epoch: int) -> None:
         scored = scores.ifd_status == Status.OK.value
         share = float(np.mean(scores.columns()[self.policy.score][scored] >= 1)) if scored.any() else 0.0
-        if share > self.warn_share and self._scored_at == epoch:  # once for each scoring
+        if share > self.scoring.warn_share and self._scored_at == epoch:  # once for each scoring
             logger.warning(
                 "Epoch %d: %.0f %% of the scored rows have %s >= 1, that is, their prompt does not help. Is the prompt "
                 "format one the model knows? A chat template on a base model has this effect.",
@@ -515,14 +481,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     # ---- records ------------------------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
+        """What this run selects, and how: the history's settings, with policies and schedules as they are."""
         return {
-            "policy": repr(self.policy),
-            "schedule": repr(self.rhythm.schedule),
-            "every": self.rhythm.every,
-            "warmup_epochs": self.rhythm.warmup_epochs,
-            "freeze_after": self.rhythm.freeze_after,
-            "warmup": repr(self.rhythm.warmup),
-            "start_anew": self.rhythm.start_anew,
+            "policy": self.policy,
+            "schedule": self.schedule,
+            **vars(self.timing),
             "scorer": self.pool_scorer.name,
             "order": self.order,
             "train_sampling_strategy": getattr(self.trainer.args, "train_sampling_strategy", None),
@@ -545,7 +508,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         kept = np.zeros(len(scores), dtype=bool)
         kept[selection.kept] = True
         dropped = ~kept & np.isfinite(values)
-        reasons, counts = np.unique(selection.reasons.astype(str), return_counts=True)
+        reasons, codes = coded(selection.reasons)
+        counts = dict(zip(reasons.tolist(), np.bincount(codes).tolist(), strict=True))
         return {
             "epoch": epoch,
             "step": self.trainer.state.global_step,
@@ -562,7 +526,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "mean_kept": float(values[kept].mean()) if np.isfinite(values).any() else None,
             "mean_dropped": float(values[dropped].mean()) if dropped.any() else None,
             "overlap": self._overlap(epoch, kept),
-            "reasons": dict(zip(reasons.tolist(), counts.tolist(), strict=True)),
+            "reasons": dict(sorted(counts.items())),
             "seconds_scoring": seconds,
             "seconds_training": None,
             "trained": None,  # training rows, once the epoch has ended
@@ -619,69 +583,35 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self._brief is not None:
             arrays["brief"] = self._brief
         self._saved = {
-            "version": _STATE_VERSION,
+            "version": VERSION,
             "epoch": self._epoch,
             "first_step": self.run.first_step,
             "ended": self._ended,
             "scored_at": self._scored_at,
             "eligible": self._eligible is not None,
             **save_selection(checkpoint, arrays, self._scores),
-            **{key: self.history.settings[key] for key in (*_MUST_MATCH, "plan", "max_steps")},
+            **{key: self.history.settings[key] for key in (*MUST_MATCH, "plan", "max_steps")},
         }
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` keeps: the epoch, what it depends on, and the digest of the file beside it."""
         return {"args": {}, "attributes": {} if self._saved is None else {"selection": self._saved}}
 
-    def _check_resumable(self, saved: dict[str, Any]) -> None:
-        """Raise where a run with today's settings would not go on as the one in the checkpoint would have.
-
-        Other epochs than planned may follow on those that have begun; the learning rate schedule then has another end.
-        """
-        settings, epochs = self.history.settings, saved["epoch"] + 1
-        differs = [
-            f"{key.replace('fingerprint', 'training set')}: {saved[key]!r} in the checkpoint, {settings[key]!r} now"
-            for key in _MUST_MATCH
-            if key in saved and saved[key] != settings[key]  # checkpoints of earlier releases lack some
-        ]
-        then, now = saved["plan"][:epochs], settings["plan"][:epochs]
-        if not differs and then != now:
-            old, new = next((a, b) for a, b in zip_longest(then, now) if a != b)
-            differs = [
-                f"{key} of epoch {old['epoch']}: {value} in the checkpoint, {(new or {}).get(key, 'none')} now"
-                for key, value in old.items()
-                if value != (new or {}).get(key)
-            ]
-        if differs:
-            raise UserError(
-                f"The run cannot be resumed exactly: {'; '.join(differs)}. Resume with the settings (batch size, "
-                "gradient accumulation and processes among them) and the data set of the checkpoint, or start anew."
-            )
-        if saved["max_steps"] != settings["max_steps"]:
-            logger.warning(
-                "The run was planned with %d updates and now has %d: the rows of epochs that have begun are as before, "
-                "the learning rate schedule is that of the new number from here on.",
-                saved["max_steps"],
-                settings["max_steps"],
-            )
-
     def _restored_order(self) -> list[TrainingRow]:
         return self.pool.from_arrays(self._restored_arrays)
 
     def _restore(self, state: transformers.TrainerState, checkpoint: Path) -> None:
-        saved = self._kept_in(state)
-        if saved is None or saved.get("version") not in _READ_VERSIONS:
-            raise UserError(
-                "The checkpoint holds no selection state: it was written without this callback, or by another version "
-                "of it. Start training anew, or resume without IFDSelectionCallback."
-            )
-        self._check_resumable(saved)
+        saved = check_resumable(self._kept_in(state), self._settings())
         if self.trainer.args.ignore_data_skip:
             logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
         self._restored_arrays, scores = load_selection(checkpoint, saved, len(self.pool))
         self._restored = saved
         self._brief = self._restored_arrays.pop("brief", None)
-        if self._brief is None and self._turn(saved["epoch"]).rows == "brief" and self.rhythm.warmup.method != "random":
+        if (
+            self._brief is None
+            and self._rows_of(saved["epoch"]).source == "brief"
+            and self.timing.warmup.method != "random"
+        ):
             # An earlier release kept the order alone; random rows are drawn again, the same ones.
             self._brief = np.unique(np.concatenate([np.ravel(row) for row in self._restored_order()]))
         if self.restart is not None and state.global_step <= self.plan.phases[0] and not self._original.complete:
@@ -701,9 +631,6 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
 _LOGGED = ("pool", "eligible", "kept", "packed_rows", "cut", "mean_kept", "mean_dropped", "overlap", "shortfall")
 _LOGGED += ("seconds_scoring",)
-_RHYTHM = ("schedule", "every", "warmup_epochs", "freeze_after", "warmup", "start_anew")
-_MUST_MATCH = ("policy", *_RHYTHM, "scorer", "order", "train_sampling_strategy", "seed", "id_column")
-_MUST_MATCH += ("min_answer_tokens", "direct_prefix", "fingerprint")
 
 
 def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:
@@ -714,21 +641,6 @@ def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame
         rows["tier"] = pd.array(selection.tier, dtype="Int64")
         rows.loc[selection.tier < 0, "tier"] = pd.NA
     return rows
-
-
-def _check_options(scorer: Any, embedder: Any, header: Any, seed: Any, warn_share: Any) -> None:
-    """Raise for options of a type that would be told by something far inside, or not at all."""
-    model = isinstance(scorer, torch.nn.Module) and hasattr(scorer, "config")
-    if not (scorer is None or isinstance(scorer, str) or model):
-        raise UserError(f"scorer must be a model's name or path, a loaded model, 'columns' or None, got {scorer!r}.")
-    if not (embedder is None or isinstance(embedder, (str, IFDScorer))):
-        raise UserError(f"embedder must be the name of a model, an IFDScorer or None, got {embedder!r}.")
-    if not (header is None or isinstance(header, str)):
-        raise UserError(f"header must be the text that precedes an answer, or None, got {header!r}.")
-    if not (seed is None or (isinstance(seed, Integral) and not isinstance(seed, bool) and seed >= 0)):
-        raise UserError(f"seed must be a whole number of at least 0, or None for the trainer's, got {seed!r}.")
-    if not (isinstance(warn_share, Real) and 0 <= warn_share <= 1):
-        raise UserError(f"warn_share must be a share from 0 to 1, got {warn_share!r}.")
 
 
 def _tokenizer_of(trainer: Trainer) -> Any:

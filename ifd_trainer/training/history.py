@@ -26,9 +26,10 @@ import pyarrow.parquet as pq
 
 from ..data.atomic import write_atomically
 from ..errors import NotFoundError, UserError
+from ..method.plain_data import without_reprs
 
 FOLDER = "ifd_history"
-VERSION = 1
+VERSION = 2  # in version 1, policy, schedule and warm-up were kept as their repr
 _DIGEST = b"ifd_trainer.digest"  # in the metadata of pool.parquet
 _PARTS = 10  # parts of the pool in a row group of it
 
@@ -65,9 +66,9 @@ class History:
             content = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is damaged ({error}); the run has to be repeated.") from error
-        if content.get("version") != VERSION:
-            raise UserError(f"{path} has version {content.get('version')}, this program reads version {VERSION}.")
-        return cls(folder, content["settings"], content["epochs"])
+        if content.get("version") not in (1, VERSION):
+            raise UserError(f"{path} has version {content.get('version')}, this program reads versions 1 to {VERSION}.")
+        return cls(folder, without_reprs(content["settings"]), content["epochs"])
 
     def record(self, epoch: int) -> dict[str, Any] | None:
         """The record of an epoch, or None."""

@@ -168,27 +168,16 @@ def _scorer(selection: SelectionConfig, sft: SFTConfig) -> IFDScorer:
 
 def _callback(trainer: SFTTrainer, selection: SelectionConfig, scorer: IFDScorer | None) -> IFDSelectionCallback:
     """The callback that a recipe describes."""
-    options = {
-        "schedule": selection.schedule(),
-        "max_ifd": selection.max_ifd,
-        "score": selection.score,
-        "order": selection.order,
-        "on_shortfall": selection.on_shortfall,
-        "min_answer_tokens": selection.min_answer_tokens,
-        "token_budget": selection.token_budget,
-        "push_history": selection.push_history,
-        "scorer": None if scorer is None else "columns",
-        "diverse": selection.share(),
-        "embedder": selection.embedder or scorer,
-    }
-    rhythm = {
-        name: getattr(selection, name)
-        for name in ("every", "warmup_epochs", "freeze_after")
-        if getattr(selection, name) != getattr(SelectionConfig, name)
-    }
-    if selection.method == "dynamic":
-        return IFDSelectionCallback(trainer, **options, **rhythm)
-    return IFDSelectionCallback.cherry(trainer, brief=selection.sample(), **options, **rhythm)
+    return IFDSelectionCallback(
+        trainer,
+        schedule=selection.schedule(),
+        policy=selection.policy(),
+        timing=selection.timing(),
+        scoring=selection.scoring(embedder=scorer),
+        scorer=None if scorer is None else "columns",
+        order=selection.order,
+        push_history=selection.push_history,
+    )
 
 
 def selection_of(trainer: SFTTrainer) -> IFDSelectionCallback:

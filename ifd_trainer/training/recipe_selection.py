@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from ..data.encoding import check_positive
 from ..data.formats import FORMATS, resolve_format
 from ..errors import UserError
 from ..method.brief_experience import Brief
 from ..method.facility_location import Diverse
-from ..method.schedule import Anneal, Curriculum, Rhythm, Schedule, as_schedule, parse_keep
+from ..method.schedule import Anneal, Curriculum, Schedule, Timing, as_schedule, parse_keep
 from ..method.selection import Cherry
+from .options import Scoring
 from .selection_keys import SelectionKeys
 
 logger = logging.getLogger(__name__)
@@ -46,10 +48,7 @@ class SelectionConfig(SelectionKeys):
             resolve_format(self.format, ())  # says which there are
         check_positive(min_answer_tokens=self.min_answer_tokens, token_budget=self.token_budget, tiers=self.tiers)
         # What these refuse is told before a model is loaded.
-        Rhythm(self.schedule(), self.every, self.warmup_epochs, self.freeze_after)
-        Cherry(self.max_ifd, self.score, self.on_shortfall)
-        if self.diverse is not None:
-            Diverse(self.share())
+        self.schedule(), self.policy(), self.timing(), self.scoring()
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
         self._warn_of_idle_keys()
@@ -65,20 +64,35 @@ class SelectionConfig(SelectionKeys):
             if given:
                 logger.warning("%s: no effect without %s.", ", ".join(given), needed)
 
-    def share(self) -> float | int | None:
-        """`diverse` as the callback takes it."""
+    def policy(self) -> Cherry | Diverse:
+        """Which rows are kept."""
+        limits = self.max_ifd, self.score, self.on_shortfall
+        if self.diverse is None:
+            return Cherry(*limits)
         try:
-            return None if self.diverse is None else parse_keep(self.diverse)
+            return Diverse(parse_keep(self.diverse), *limits)
         except UserError as error:
+            if "is not a number" not in str(error):
+                raise
             raise UserError(
                 f"diverse: {self.diverse!r} is not a number; use a share (0.2) or a count (1000)."
             ) from error
 
-    def sample(self) -> Brief | None:
-        """The brief experience of the method cherry, if there is one."""
-        if self.method != "cherry" or self.brief == "none":
-            return None
-        return Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
+    def timing(self) -> Timing:
+        """When rows are scored, and what is trained on before; with the method cherry, the brief experience."""
+        given = {
+            key: getattr(self, key)
+            for key in ("every", "warmup_epochs", "freeze_after")
+            if getattr(self, key) != getattr(SelectionKeys, key)
+        }
+        if self.method != "cherry":
+            return Timing(**given)
+        brief = None if self.brief == "none" else Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
+        return Timing.cherry(brief, **given)
+
+    def scoring(self, embedder: Any = None) -> Scoring:
+        """How the rows are scored; prompts are embedded by `embedder`, unless the recipe names another."""
+        return Scoring(None, self.min_answer_tokens, self.token_budget, self.embedder or embedder)
 
     def budgets(self) -> float | int | list[float | int]:
         """`keep` as the callback takes it: text with a point is a fraction, without one a number of rows."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import zlib
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,14 @@ import numpy as np
 
 from ..data.atomic import write_atomically
 from ..errors import FileAccessError, NotFoundError, UserError
+from ..method.plain_data import as_text, same, to_data, without_reprs
 from ..scoring.losses import Scores
 from ..scoring.weights_digest import blocks
 
+logger = logging.getLogger(__name__)
+
+VERSION = 4  # before 4, policies and schedules were kept as their repr; before 3, arrays as text in trainer_state.json
+_READ = (2, 3, VERSION)
 FILE = "ifd_selection.npz"
 _ORDER, _SCORES, _STATUSES = "order/", "scores/", "statuses"
 
@@ -86,6 +93,59 @@ def load_selection(folder: Path, saved: Mapping[str, Any], rows: int) -> tuple[d
     texts = np.array(json.loads(arrays[_STATUSES].astype(np.uint8).tobytes()), dtype=object)
     columns["ifd_status"] = texts[columns["ifd_status"]]
     return order, Scores(**columns)
+
+
+# What the rows of the epochs to come depend on.
+MUST_MATCH = ("policy", "schedule", "every", "warmup_epochs", "freeze_after", "warmup", "start_anew", "scorer", "order")
+MUST_MATCH += ("train_sampling_strategy", "seed", "id_column", "min_answer_tokens", "direct_prefix", "fingerprint")
+
+
+def check_resumable(saved: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of a selection, in today's form.
+
+    Other epochs than planned may follow on those that have begun; the learning rate schedule then has another end.
+
+    Args:
+        saved: what `trainer_state.json` holds.
+        settings: of the run that goes on: `MUST_MATCH`, `plan` and `max_steps`.
+
+    Raises:
+        UserError: where a run with today's settings would not go on as the one in the checkpoint would have.
+    """
+    if saved is None or saved.get("version") not in _READ:
+        raise UserError(
+            "The checkpoint holds no selection state: it was written without this callback, or by another version "
+            "of it. Start training anew, or resume without IFDSelectionCallback."
+        )
+    saved = without_reprs(saved)
+    differs = [
+        f"{key.replace('fingerprint', 'training set')}: {as_text(saved[key])} in the checkpoint, "
+        f"{as_text(to_data(settings[key]))} now"
+        for key in MUST_MATCH
+        if key in saved and not same(saved[key], settings[key])  # checkpoints of earlier releases lack some
+    ]
+    begun = saved["epoch"] + 1
+    then, now = saved["plan"][:begun], settings["plan"][:begun]
+    if not differs and then != now:
+        old, new = next((a, b) for a, b in zip_longest(then, now) if a != b)
+        differs = [
+            f"{key} of epoch {old['epoch']}: {value} in the checkpoint, {(new or {}).get(key, 'none')} now"
+            for key, value in old.items()
+            if value != (new or {}).get(key)
+        ]
+    if differs:
+        raise UserError(
+            f"The run cannot be resumed exactly: {'; '.join(differs)}. Resume with the settings (batch size, "
+            "gradient accumulation and processes among them) and the data set of the checkpoint, or start anew."
+        )
+    if saved["max_steps"] != settings["max_steps"]:
+        logger.warning(
+            "The run was planned with %d updates and now has %d: the rows of epochs that have begun are as before, "
+            "the learning rate schedule is that of the new number from here on.",
+            saved["max_steps"],
+            settings["max_steps"],
+        )
+    return saved
 
 
 def _digest(path: Path) -> str:

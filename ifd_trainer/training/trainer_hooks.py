@@ -48,7 +48,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get
 from ..data.chat_template import common_prefix_length
 from ..data.paths import check_checkpoint
 from ..errors import NotInstalledError, RunError, UserError
-from ..method.schedule import EpochPlan, Rhythm, TrainingPlan, plan_epoch, plan_training
+from ..method.schedule import EpochPlan, Timing, TrainingPlan, plan_epoch, plan_training
 from ..scoring.engine import check_causal_lm
 from ..scoring.model_parts import lm_head
 from .history import FOLDER as HISTORY
@@ -572,14 +572,14 @@ def check_supported(trainer: Trainer) -> None:
         raise UserError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
 
 
-def check_rhythm(trainer: Trainer, rhythm: Rhythm) -> None:
+def check_timing(trainer: Trainer, timing: Timing) -> None:
     """Raise for a warm-up that this trainer cannot do."""
-    if rhythm.start_anew and trainer.is_deepspeed_enabled:
+    if timing.start_anew and trainer.is_deepspeed_enabled:
         raise UserError(
             "Training cannot start anew from the original weights under DeepSpeed, which keeps copies of them in its "
             "optimizer. Use DDP or FSDP, or go without the brief experience (brief=None)."
         )
-    if rhythm.warmup is not None and getattr(trainer.args, "packing", False):
+    if timing.warmup is not None and getattr(trainer.args, "packing", False):
         raise UserError(
             "The brief experience is a sample of examples, whose number of packed rows is not known before training. "
             "Set packing=False, or go without the brief experience (brief=None)."

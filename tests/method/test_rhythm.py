@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_runs import model_with, reference_scores, reference_top, select, sft_trainer, train
 
 from ifd_trainer.cli import main
-from ifd_trainer.method.schedule import Anneal, Constant, Curriculum, PerEpoch, Rhythm
+from ifd_trainer.method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
 from ifd_trainer.training.callback import IFDSelectionCallback
 from ifd_trainer.training.recipe_selection import SelectionConfig
 
@@ -16,13 +16,14 @@ INF = float("inf")
 POOL = 24
 
 
-def trained_ranks(turn):
-    """Ranks (0 is the highest score) that a turn of a curriculum trains on."""
-    numbers = [number for number, rows, _ in turn.tiers for _ in range(rows)]
-    trained = {tier.number for tier in turn.tiers if tier.trained}
+def trained_ranks(curriculum, epoch, pool):
+    """Ranks (0 is the highest score) that an epoch of a curriculum trains on."""
+    tiers = curriculum.divide(epoch, pool)
+    numbers = [number for number, rows, _ in tiers for _ in range(rows)]
+    trained = {tier.number for tier in tiers if tier.trained}
     ranks = [rank for rank, number in enumerate(numbers) if number in trained]
     assert ranks == list(range(ranks[0], ranks[-1] + 1))  # tiers that are trained together are neighbours
-    assert len(ranks) == turn.budget
+    assert len(ranks) == curriculum.budget(epoch, pool)
     return range(ranks[0], ranks[-1] + 1)
 
 
@@ -37,61 +38,61 @@ def test_tiers_partition_the_kept_ranks_and_differ_by_one_row_at_most(pool, keep
     if not tiers <= keep <= pool:
         return
     curriculum = Curriculum(keep, tiers, direction, "tiers", epochs_per_tier)
-    turns = [curriculum.turn(stage * epochs_per_tier, pool) for stage in range(tiers)]
-    ranks = [trained_ranks(turn) for turn in turns]
-    assert [[tier.number for tier in turn.tiers if tier.trained] for turn in turns] == [[s] for s in range(tiers)]
+    stages = [curriculum.divide(stage * epochs_per_tier, pool) for stage in range(tiers)]
+    ranks = [trained_ranks(curriculum, stage * epochs_per_tier, pool) for stage in range(tiers)]
+    assert [[tier.number for tier in stage if tier.trained] for stage in stages] == [[s] for s in range(tiers)]
     assert sorted(rank for part in ranks for rank in part) == list(range(keep))
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
     assert (ranks[0].start <= ranks[-1].start) is (direction == "hard_to_easy" or tiers == 1)
-    assert {turn.of for turn in turns} == {keep}
+    assert {sum(tier.rows for tier in stage) for stage in stages} == {keep}
     for mode, expected in (("growing", ranks[: tiers // 2 + 1]), ("shrinking", ranks[tiers // 2 :])):
-        turn = Curriculum(keep, tiers, direction, mode, epochs_per_tier).turn(tiers // 2 * epochs_per_tier, pool)
-        assert sorted(rank for part in expected for rank in part) == list(trained_ranks(turn))
+        other = Curriculum(keep, tiers, direction, mode, epochs_per_tier)
+        trained = trained_ranks(other, tiers // 2 * epochs_per_tier, pool)
+        assert sorted(rank for part in expected for rank in part) == list(trained)
 
 
 def test_the_last_tier_takes_all_epochs_that_remain():
     curriculum = Curriculum(keep=9, tiers=3, direction="hard_to_easy", epochs_per_tier=2)
-    assert [trained_ranks(curriculum.turn(epoch, 20))[0] for epoch in range(8)] == [0, 0, 3, 3, 6, 6, 6, 6]
+    assert [trained_ranks(curriculum, epoch, 20)[0] for epoch in range(8)] == [0, 0, 3, 3, 6, 6, 6, 6]
 
 
 @pytest.mark.parametrize(("share", "epochs", "first"), [(0.2, 3, 2), (0.5, 4, 2), (1.0, 3, 0), (0.01, 10, 9)])
 def test_annealing_takes_the_last_share_of_the_epochs(share, epochs, first):
-    rhythm = Rhythm(Anneal(0.25, share))
-    turns = [rhythm.turn(epoch, 100, epochs) for epoch in range(epochs)]
-    assert [turn.rows for turn in turns] == ["selected"] * first + ["all"] * (epochs - first)
-    assert [turn.budget for turn in turns] == [25] * first + [100] * (epochs - first)
+    rows = [Timing().rows_of(epoch, Anneal(0.25, share), 100, epochs) for epoch in range(epochs)]
+    assert [of_epoch.source for of_epoch in rows] == ["selected"] * first + ["all"] * (epochs - first)
+    assert [of_epoch.budget for of_epoch in rows] == [25] * first + [100] * (epochs - first)
 
 
 def test_annealing_needs_a_number_of_epochs():
     with pytest.raises(ValueError, match="set num_train_epochs, not max_steps"):
-        Rhythm(Anneal(0.5)).turn(0, 100, None)
+        Timing().rows_of(0, Anneal(0.5), 100, None)
 
 
 def test_every_warmup_and_freeze_together():
-    rhythm = Rhythm(PerEpoch((10, 20, 30, 40, 50, 60, 70)), every=2, warmup_epochs=1, freeze_after=4)
-    turns = [rhythm.turn(epoch, 100, 7) for epoch in range(7)]
-    assert [turn.rows for turn in turns] == ["all", "selected", "same", "selected", "same", "selected", "same"]
-    assert [turn.score for turn in turns] == [False, True, False, True, False, False, False]
-    assert [turn.budget for turn in turns] == [100, 20, 20, 40, 40, 60, 60]
-    assert [turn.chosen for turn in turns[1:]] == [1, 1, 3, 3, 5, 5]
+    timing, schedule = Timing(every=2, warmup_epochs=1, freeze_after=4), PerEpoch((10, 20, 30, 40, 50, 60, 70))
+    rows = [timing.rows_of(epoch, schedule, 100, 7) for epoch in range(7)]
+    assert [epoch.source for epoch in rows] == ["all", "selected", "same", "selected", "same", "selected", "same"]
+    assert [epoch.scored for epoch in rows] == [False, True, False, True, False, False, False]
+    assert [epoch.budget for epoch in rows] == [100, 20, 20, 40, 40, 60, 60]
+    assert [epoch.selected_in for epoch in rows[1:]] == [1, 1, 3, 3, 5, 5]
 
 
 def test_the_first_epoch_that_selects_scores_even_if_frozen_from_the_start():
-    rhythm = Rhythm(Constant(0.5), freeze_after=0, warmup_epochs=1)
-    assert [rhythm.turn(epoch, 10, 3).score for epoch in range(3)] == [False, True, False]
+    timing = Timing(freeze_after=0, warmup_epochs=1)
+    assert [timing.rows_of(epoch, Constant(0.5), 10, 3).scored for epoch in range(3)] == [False, True, False]
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Rhythm(Constant(0.5), every=0), "every counts epochs: a whole number of at least 1, got 0"),
+        (lambda: Timing(every=0), "every counts epochs: a whole number of at least 1, got 0"),
         (
-            lambda: Rhythm(Constant(0.5), warmup_epochs=-1),
+            lambda: Timing(warmup_epochs=-1),
             "warmup_epochs counts epochs: a whole number of at least 0, got -1",
         ),
-        (lambda: Rhythm(Constant(0.5), every=1.5), "every counts epochs: .* got 1.5"),
-        (lambda: Rhythm(Constant(0.5), every=True), "every counts epochs: .* got True"),
-        (lambda: Rhythm(Constant(0.5), freeze_after=0.5), "freeze_after counts epochs: .* got 0.5"),
+        (lambda: Timing(every=1.5), "every counts epochs: .* got 1.5"),
+        (lambda: Timing(every=True), "every counts epochs: .* got True"),
+        (lambda: Timing(freeze_after=0.5), "freeze_after counts epochs: .* got 0.5"),
         (lambda: Curriculum(tiers=0), "at least 1"),
         (lambda: Curriculum(direction="up"), "easy_to_hard"),
         (lambda: Curriculum(mode="all"), "growing"),
@@ -226,7 +227,7 @@ def _resumable(folder, **options):
 def test_the_callback_takes_a_schedule_in_place_of_keep(tmp_path):
     trainer = sft_trainer(tmp_path, POOL)
     callback = IFDSelectionCallback(trainer, schedule=Curriculum(0.5, tiers=2), every=2, freeze_after=3)
-    assert callback.rhythm == Rhythm(Curriculum(0.5, tiers=2), 2, 0, 3)
+    assert (callback.schedule, callback.timing) == (Curriculum(0.5, tiers=2), Timing(2, 0, 3))
 
 
 @pytest.mark.parametrize(

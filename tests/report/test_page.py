@@ -20,6 +20,8 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from ifd_trainer.errors import FileAccessError
+from ifd_trainer.method.plain_data import to_data
+from ifd_trainer.method.schedule import Constant
 from ifd_trainer.method.selection import Cherry
 from ifd_trainer.report import page as report
 from ifd_trainer.report import plots as plotting
@@ -79,8 +81,8 @@ def make_history(folder, epochs: int = 3, budget: int = 20, pool: bool = True, *
     """A history as the callback writes it, of three epochs with scores that fall."""
     frames = [scores(drift=0.85 - 0.1 * epoch, seed=epoch) for epoch in range(epochs)]
     settings = {
-        "policy": repr(Cherry(**policy)),
-        "schedule": "Constant(keep=0.25)",
+        "policy": to_data(Cherry(**policy)),
+        "schedule": to_data(Constant(0.25)),
         "order": "shuffle",
         "seed": 7,
         "score": policy.get("score", "ifd"),

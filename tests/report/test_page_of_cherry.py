@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -18,12 +20,13 @@ from ifd_trainer import Brief, IFDSelectionCallback
 from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows, write_rows
 from ifd_trainer.method.facility_location import Diverse
+from ifd_trainer.method.plain_data import to_data
 from ifd_trainer.report import page as report
 from ifd_trainer.report.page import write_report
 from ifd_trainer.report.plots import plot_ifd_histogram, plot_kept_flow
 from ifd_trainer.report.score_frames import merged
 from ifd_trainer.report.tables import epoch_table, label_rich_table
-from ifd_trainer.report.wording import Phases, call_of, scoring_sentence
+from ifd_trainer.report.wording import Phases, scoring_sentence
 from ifd_trainer.training.history import History
 
 BRIEF = Brief(clusters=4, per_cluster=2, max_share=0.2)  # 8 of 40 rows
@@ -149,7 +152,7 @@ def test_the_labels_in_the_terminal_name_the_brief_experience(run):
 def rhythm(folder, made: list[int | None], **settings) -> History:
     """A history whose epochs say in which epoch their scores were made."""
     history = make_history(folder, epochs=len(made))
-    history.settings |= {"every": 1, "warmup_epochs": 0, "warmup": "None", "start_anew": False, "scorer": None}
+    history.settings |= {"every": 1, "warmup_epochs": 0, "warmup": None, "start_anew": False, "scorer": None}
     history.settings |= {"freeze_after": None, **settings}
     for record, at in zip(history.epochs, made, strict=True):
         record["scored_at"] = at
@@ -170,7 +173,7 @@ def rhythm(folder, made: list[int | None], **settings) -> History:
         ([0, 0, 0], {"scorer": "gpt2"}, "The scores are those of another model, gpt2"),
         (
             [None, 1, 2],
-            {"warmup_epochs": 1, "warmup": "Brief()", "start_anew": True},
+            {"warmup_epochs": 1, "warmup": to_data(Brief()), "start_anew": True},
             "as it is when the epoch begins (of epoch 1, before training starts anew).",
         ),
     ],
@@ -201,7 +204,7 @@ def test_older_histories_say_nothing_of_rhythms(tmp_path):
 
 
 def test_a_run_that_ended_in_the_brief_experience(tmp_path):
-    history = rhythm(tmp_path, [None], warmup_epochs=1, warmup=repr(BRIEF), start_anew=True)
+    history = rhythm(tmp_path, [None], warmup_epochs=1, warmup=to_data(BRIEF), start_anew=True)
     rows = history.rows(0).assign(**dict.fromkeys(("cas", "das", "ifd", "ifd_ppl"), np.nan), ifd_status="not_scored")
     rows["reason"] = np.where(rows["times"] > 0, "kept", "not_in_sample")
     history.add(history.epochs[0] | {"reasons": rows["reason"].value_counts().to_dict()}, rows)
@@ -222,12 +225,19 @@ def test_epochs_with_the_same_scores_and_selection_are_merged():
     assert list(merged({None: one}, ["ifd"])) == [None]
 
 
-def test_a_policy_is_read_from_its_repr():
-    assert call_of(repr(Diverse(share=300, max_ifd=INF))) == (
-        "Diverse",
-        {"share": 300, "max_ifd": INF, "score": "ifd", "on_shortfall": "repeat"},
-    )
-    assert call_of("<function f>") == call_of(None) == call_of("Cherry") == ("", {})
+def test_a_history_of_the_version_before_gives_the_same_page(tmp_path):
+    today = rhythm(tmp_path / "today", [None, 1, 2], warmup_epochs=1, warmup=to_data(BRIEF), start_anew=True)
+    today.save()
+    before = tmp_path / "before"
+    shutil.copytree(today.folder, before)
+    content = json.loads((before / "history.json").read_text())
+    reprs = {"policy": "Cherry(max_ifd=1.0, score='ifd', on_shortfall='repeat')", "schedule": "Constant(keep=0.25)"}
+    settings = content["settings"] | reprs | {"warmup": repr(BRIEF)}
+    (before / "history.json").write_text(json.dumps(content | {"version": 1, "settings": settings}))
+    pages = [facts_of(page_of(write_report(History.load(folder)))) for folder in (before, today.folder)]
+    assert pages[0] == pages[1]
+    assert pages[0]["Policy"] == reprs["policy"]
+    assert pages[0]["Brief experience"].startswith("epoch 0, on 10 rows chosen by k-means")
 
 
 # ---- plots ----------------------------------------------------------------------------------------------------------
@@ -283,7 +293,7 @@ def test_a_diverse_selection_is_explained_and_its_redundant_rows_are_listed(tmp_
     selection = policy(columns, 10)
     rows = frame.assign(reason=selection.reasons.astype(str), times=np.bincount(selection.kept, minlength=len(frame)))
     history = make_history(tmp_path, epochs=1)
-    history.settings |= {"policy": repr(policy)}
+    history.settings |= {"policy": to_data(policy)}
     history.add(history.epochs[0] | {"reasons": rows["reason"].value_counts().to_dict()}, rows)
     page = page_of(write_report(history, rows=4))
     rule = "of the 50 % of the eligible rows (below 1) with the highest IFD = cas / das, those whose embeddings stand"

@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as arrays
 from tiny_runs import INF, difference, raw_rows, select, sft_trainer, text_rows, train, weights_of
 from transformers import TrainerCallback, TrainerState
 
+from ifd_trainer.method.plain_data import as_text
 from ifd_trainer.method.reasons import Status
 from ifd_trainer.scoring.losses import Scores
 from ifd_trainer.training.state_codec import FILE, load_selection, save_selection
@@ -147,7 +148,7 @@ def selection_in(checkpoint):
 
 def test_trainer_state_holds_nothing_that_grows_with_the_pool(whole):
     _, saved = selection_in(whole.folder / "checkpoint-2")
-    assert (len(saved[FILE]), saved["version"], saved["epoch"], saved["scored_at"]) == (32, 3, 0, 0)
+    assert (len(saved[FILE]), saved["version"], saved["epoch"], saved["scored_at"]) == (32, 4, 0, 0)
     grown = {name: value for name, value in saved.items() if len(str(value)) > 300 and name != "plan"}
     assert grown == {}
     order, scores = load_selection(whole.folder / "checkpoint-2", saved, ROWS)
@@ -224,7 +225,7 @@ def test_checkpoints_are_deleted_and_kept_with_their_file(tmp_path):
     assert not list(tmp_path.rglob(".ifd_selection*"))
 
 
-# ---- checkpoints of version 2 -------------------------------------------------------------------------------------
+# ---- checkpoints of earlier versions --------------------------------------------------------------------------------
 
 STATUSES_2 = ["ok", "empty_answer", "too_short", "truncated", "prompt_too_long", "nonfinite", "malformed"]
 
@@ -233,9 +234,20 @@ def text_of(array, dtype):
     return base64.b64encode(zlib.compress(np.asarray(array, dtype=dtype).tobytes())).decode("ascii")
 
 
-def to_version_2(checkpoint):
-    """What the release before wrote: all arrays as text in trainer_state.json."""
+def with_reprs(saved):
+    """What a checkpoint said of policy, schedule and warm-up before version 4: their repr."""
+    return saved | {name: as_text(saved[name]) for name in ("policy", "schedule", "warmup")}
+
+
+def rewrite(checkpoint, change):
     state, saved = selection_in(checkpoint)
+    state["stateful_callbacks"]["IFDSelectionCallback"]["attributes"]["selection"] = change(saved)
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+
+
+def to_version_2(checkpoint):
+    """All arrays as text in trainer_state.json."""
+    _, saved = selection_in(checkpoint)
     order, scores = load_selection(checkpoint, saved, ROWS)
     old = {name: value for name, value in saved.items() if name not in (FILE, "scored_at")}
     old |= {name: text_of(array, np.int64) for name, array in order.items()} | {"version": 2}
@@ -244,9 +256,39 @@ def to_version_2(checkpoint):
         parts = {"cas": text_of(scores.cas, float), "das": text_of(scores.das, float)}
         parts |= {"answer_tokens": text_of(scores.answer_tokens, np.int64), "status": text_of(codes, np.int64)}
         old["scores"] = {"epoch": saved["scored_at"], **parts}
-    state["stateful_callbacks"]["IFDSelectionCallback"]["attributes"]["selection"] = old
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    rewrite(checkpoint, lambda _: with_reprs(old))
     (checkpoint / FILE).unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda saved: with_reprs(saved) | {"version": 3},
+        lambda saved: saved | {"policy": {"type": "Cherry", "max_ifd": "inf"}},  # before it had the other fields
+        lambda saved: saved | {"schedule": {"type": "users_own.Constant", "keep": 6}},
+    ],
+    ids=["version 3", "a field fewer", "another module"],
+)
+def test_a_checkpoint_that_says_the_same_otherwise_is_resumed_exactly(tmp_path, whole, change):
+    checkpoint = copy_of(whole, tmp_path, 3)
+    rewrite(checkpoint, change)
+    trainer, _ = selecting(tmp_path)
+    after = train(trainer, resume_from_checkpoint=str(checkpoint))
+    assert after.order() == whole.seen.order()[6:]
+    assert difference(weights_of(trainer.model), whole.weights) == 0.0
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_what_the_version_before_says_is_held_against_today(tmp_path, whole, version):
+    checkpoint = copy_of(whole, tmp_path, 3)
+    policy = {"type": "Cherry", "max_ifd": 1.5, "score": "ifd", "on_shortfall": "repeat"}
+    rewrite(
+        checkpoint, lambda saved: saved | {"version": version, "policy": as_text(policy) if version == 3 else policy}
+    )
+    trainer, _ = selecting(tmp_path)
+    words = r"exactly: policy: Cherry\(max_ifd=1.5, .*\) in the checkpoint, Cherry\(max_ifd=inf, score='ifd', .* now\."
+    with pytest.raises(ValueError, match=words):
+        train(trainer, resume_from_checkpoint=str(checkpoint))
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])

@@ -1,0 +1,121 @@
+"""What a selection run is told, in groups: recipes, the callback and its documentation share these dataclasses.
+
+Which rows are kept is a policy (`method.selection`, `method.facility_location`), how many a schedule and when a
+`Timing` (`method.schedule`); how a pool is scored is a `Scoring`. A field of a group may be given to the callback by
+its own name too: `every=2` is `timing=Timing(every=2)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+import torch
+
+from ..data.encoding import check_positive
+from ..errors import UserError
+from ..method.choices import ORDERS
+from ..method.facility_location import Diverse
+from ..method.schedule import Timing
+from ..method.selection import Cherry
+from ..scoring.transform import IFDScorer
+
+_Group = TypeVar("_Group")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the rows of a pool are scored.
+
+    Args:
+        header: text that precedes a direct answer, if it is not to be found from the prompts.
+        min_answer_tokens: rows with fewer answer tokens are not scored.
+        token_budget: tokens of a scoring batch; see `scoring.losses.Options`.
+        embedder: what embeds prompts for a diverse selection: by default the model that scores; an `IFDScorer`; or the
+            name of a sentence-transformers model.
+        warn_share: warn when more than this share of the scored rows has a score of 1 or more.
+    """
+
+    header: str | None = None
+    min_answer_tokens: int = 1
+    token_budget: int | None = None
+    embedder: str | IFDScorer | None = None
+    warn_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (self.embedder is None or isinstance(self.embedder, (str, IFDScorer))):
+            raise UserError(f"embedder must be the name of a model, an IFDScorer or None, got {self.embedder!r}.")
+        if not (self.header is None or isinstance(self.header, str)):
+            raise UserError(f"header must be the text that precedes an answer, or None, got {self.header!r}.")
+        if not (isinstance(self.warn_share, Real) and 0 <= self.warn_share <= 1):
+            raise UserError(f"warn_share must be a share from 0 to 1, got {self.warn_share!r}.")
+        check_positive(token_budget=self.token_budget, min_answer_tokens=self.min_answer_tokens)
+
+
+def groups_of(
+    policy: Cherry | Diverse | None,
+    timing: Timing | None,
+    scoring: Scoring | None,
+    max_ifd: float,
+    fields: dict[str, Any],
+) -> tuple[Cherry | Diverse, Timing, Scoring]:
+    """The groups that were given, or made of what was given by the names of their fields.
+
+    Raises:
+        TypeError: for a name that is no field of a group.
+        UserError: for a group and one of its fields together, or a group of another type.
+    """
+    limits = {name: fields[name] for name in ("score", "on_shortfall") if name in fields}
+    share = fields.get("diverse")
+    known = ["score", "on_shortfall", "diverse", *_names(Timing), *_names(Scoring)]
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, "keep", "max_ifd", "schedule", "scorer", "order", "seed"])
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"IFDSelectionCallback got an unexpected keyword argument {name!r}{hint}")
+    if policy is None:
+        policy = Cherry(max_ifd, **limits) if share is None else Diverse(share, max_ifd, **limits)
+    elif named := [*limits, *(["diverse"] if share is not None else []), *(["max_ifd"] if max_ifd != 1.0 else [])]:
+        raise _twice("policy", named)
+    elif not isinstance(policy, (Cherry, Diverse)):
+        raise UserError(f"policy must be a Cherry or a Diverse, got {policy!r}.")
+    return policy, _group("timing", Timing, timing, fields), _group("scoring", Scoring, scoring, fields)
+
+
+def _group(name: str, kind: type[_Group], given: _Group | None, fields: dict[str, Any]) -> _Group:
+    mine = {field: fields[field] for field in _names(kind) if field in fields}
+    if given is None:
+        return kind(**mine)
+    if not isinstance(given, kind):
+        raise UserError(f"{name} must be a {kind.__name__}, got {given!r}.")
+    if mine:
+        raise _twice(name, mine)
+    return given
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _twice(group: str, names: Iterable[str]) -> UserError:
+    return UserError(f"{', '.join(names)} is a part of `{group}`, which was given too: say it there, or leave it out.")
+
+
+def check_options(scorer: Any, seed: Any, order: Any, strategy: str | None) -> None:
+    """Raise for options of a type that would be told by something far inside, or not at all."""
+    if order not in ORDERS:
+        raise UserError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
+    if order != "shuffle" and strategy == "group_by_length":
+        raise UserError(
+            f"order={order!r} orders rows by score, train_sampling_strategy='group_by_length' by length. Set one "
+            "of them: order='shuffle', or train_sampling_strategy='random'."
+        )
+    model = isinstance(scorer, torch.nn.Module) and hasattr(scorer, "config")
+    if not (scorer is None or isinstance(scorer, str) or model):
+        raise UserError(f"scorer must be a model's name or path, a loaded model, 'columns' or None, got {scorer!r}.")
+    if not (seed is None or (isinstance(seed, Integral) and not isinstance(seed, bool) and seed >= 0)):
+        raise UserError(f"seed must be a whole number of at least 0, or None for the trainer's, got {seed!r}.")
