@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import torch
 import transformers
@@ -33,21 +32,21 @@ from ..method.facility_location import EMBEDDING, Diverse
 from ..method.plain_data import to_data
 from ..method.reasons import NOT_IN_SAMPLE, NOT_SCORED, Status
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule
-from ..method.selection import Cherry, Selection, ShortfallError, coded
+from ..method.selection import Cherry, Selection, ShortfallError
 from ..scoring.losses import Scores
-from .history import FOLDER, History
+from .history import FOLDER, History, epoch_record, epoch_rows
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
 from .options import Scoring, check_options, groups_of
 from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
+from .selection_run import SelectionRun
 from .state_codec import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
+from .trainer_checks import check_timing
 from .trainer_hooks import (
     EpochSelector,
-    SelectionRun,
     attach,
     batch_order,
-    check_timing,
     metrics_set_aside,
     reshard,
     scoring_model,
@@ -363,12 +362,22 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.run.select(self._agree(selection, epoch))
         if self.trainer.state.is_world_process_zero:
             self._warn(scores, selection, epoch)
-        record = self._record(epoch, scores, selection, seconds)
+        values = scores.columns()[self.policy.score]
+        record = {
+            **epoch_record(values, selection),
+            "epoch": epoch,
+            "step": self.trainer.state.global_step,
+            "seed": self.seed,
+            "packed_rows": len(self.run.order) if self.pool.packed else None,
+            "scored_at": self._scored_at if np.isfinite(values).any() else None,
+            "overlap": self.history.overlap(epoch, selection),
+            "seconds_scoring": seconds,
+        }
         logged = {f"ifd/{key}": record[key] for key in _LOGGED if record.get(key) is not None}
         with metrics_set_aside(self.trainer):
             self.trainer.log(logged)
         if self.trainer.state.is_world_process_zero:
-            self.history.add(record, _rows(ids, scores, selection))
+            self.history.add(record, epoch_rows(ids, scores.columns(), selection))
 
     def _choose_or_stay(self, wanted: EpochRows, ids: np.ndarray) -> Selection:
         """The rows of an epoch; where new scores leave none eligible, by the last scores that left some.
@@ -503,44 +512,6 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "max_steps": self.plan.max_steps,
         }
 
-    def _record(self, epoch: int, scores: Scores, selection: Selection, seconds: float) -> dict[str, Any]:
-        values = scores.columns()[self.policy.score]
-        kept = np.zeros(len(scores), dtype=bool)
-        kept[selection.kept] = True
-        dropped = ~kept & np.isfinite(values)
-        reasons, codes = coded(selection.reasons)
-        counts = dict(zip(reasons.tolist(), np.bincount(codes).tolist(), strict=True))
-        return {
-            "epoch": epoch,
-            "step": self.trainer.state.global_step,
-            "seed": self.seed,
-            "pool": len(scores),
-            "budget": len(selection.kept),
-            "packed_rows": len(self.run.order) if self.pool.packed else None,
-            "kept": int(kept.sum()),
-            "eligible": selection.eligible,
-            "shortfall": selection.shortfall,
-            "tiers": sorted(selection.parts) if selection.tier is not None else None,
-            "cut": selection.cut if np.isfinite(selection.cut) else None,
-            "scored_at": self._scored_at if np.isfinite(values).any() else None,
-            "mean_kept": float(values[kept].mean()) if np.isfinite(values).any() else None,
-            "mean_dropped": float(values[dropped].mean()) if dropped.any() else None,
-            "overlap": self._overlap(epoch, kept),
-            "reasons": dict(sorted(counts.items())),
-            "seconds_scoring": seconds,
-            "seconds_training": None,
-            "trained": None,  # training rows, once the epoch has ended
-            "eval_loss": None,
-            "eval_losses": None,  # by the name of the set, where there are several
-        }
-
-    def _overlap(self, epoch: int, kept: np.ndarray) -> float | None:
-        """Share of this epoch's kept rows that the epoch before kept too."""
-        if self.history.record(epoch - 1) is None or not self.history.rows_path(epoch - 1).exists():
-            return None
-        before = self.history.rows(epoch - 1)["times"].to_numpy() > 0
-        return float((before & kept).sum() / kept.sum())
-
     def _times(self, trained: list[TrainingRow]) -> np.ndarray:
         """How often each example is among these training rows, (n,)."""
         flat = np.concatenate([np.ravel(row) for row in trained]) if trained else []
@@ -631,16 +602,6 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
 _LOGGED = ("pool", "eligible", "kept", "packed_rows", "cut", "mean_kept", "mean_dropped", "overlap", "shortfall")
 _LOGGED += ("seconds_scoring",)
-
-
-def _rows(ids: np.ndarray, scores: Scores, selection: Selection) -> pd.DataFrame:
-    """One row for each pool row: what was measured and decided."""
-    times = np.bincount(selection.kept, minlength=len(scores))
-    rows = pd.DataFrame({"row_id": ids, **scores.columns(), "reason": selection.reasons, "times": times})
-    if selection.tier is not None:
-        rows["tier"] = pd.array(selection.tier, dtype="Int64")
-        rows.loc[selection.tier < 0, "tier"] = pd.NA
-    return rows
 
 
 def _tokenizer_of(trainer: Trainer) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from ..data.atomic import write_atomically
 from ..errors import NotFoundError, UserError
 from ..method.plain_data import without_reprs
+from ..method.selection import Selection, coded
 
 FOLDER = "ifd_history"
 VERSION = 2  # in version 1, policy, schedule and warm-up were kept as their repr
@@ -97,6 +98,13 @@ class History:
         for path in set(self.folder.glob("epoch-*.parquet")) - known:
             path.unlink()
 
+    def overlap(self, epoch: int, selection: Selection) -> float | None:
+        """Share of the rows kept in an epoch that the epoch before kept too; None if that is not known."""
+        if self.record(epoch - 1) is None or not self.rows_path(epoch - 1).exists():
+            return None
+        before = self.rows(epoch - 1)["times"].to_numpy() > 0
+        return float(before[selection.rows].mean())
+
     def save_pool(self, pool: pd.DataFrame | Iterable[pa.Table], digest: str = "") -> bool:
         """Write the pool's texts, as one frame or part by part (no part is kept in memory).
 
@@ -137,6 +145,45 @@ class History:
         """Row ids with the pool's texts and columns, if they were written."""
         path = self.folder / "pool.parquet"
         return pd.read_parquet(path) if path.exists() else None
+
+
+def epoch_record(score: np.ndarray, selection: Selection) -> dict[str, Any]:
+    """What was selected in an epoch, in numbers.
+
+    Args:
+        score: (n,) what was ranked by, NaN for rows without a score.
+    """
+    kept = np.zeros(len(score), dtype=bool)
+    kept[selection.kept] = True
+    dropped, scored = ~kept & np.isfinite(score), np.isfinite(score).any()
+    reasons, codes = coded(selection.reasons)
+    counts = dict(zip(reasons.tolist(), np.bincount(codes).tolist(), strict=True))
+    return {
+        "pool": len(score),
+        "budget": len(selection.kept),
+        "kept": int(kept.sum()),
+        "eligible": selection.eligible,
+        "shortfall": selection.shortfall,
+        "tiers": sorted(selection.parts) if selection.tier is not None else None,
+        "cut": selection.cut if np.isfinite(selection.cut) else None,
+        "mean_kept": float(score[kept].mean()) if scored else None,
+        "mean_dropped": float(score[dropped].mean()) if dropped.any() else None,
+        "reasons": dict(sorted(counts.items())),
+        "seconds_training": None,
+        "trained": None,  # training rows, once the epoch has ended
+        "eval_loss": None,
+        "eval_losses": None,  # by the name of the set, where there are several
+    }
+
+
+def epoch_rows(ids: np.ndarray, columns: Mapping[str, np.ndarray], selection: Selection) -> pd.DataFrame:
+    """One row for each of n pool rows: what was measured (columns of length n) and decided."""
+    times = np.bincount(selection.kept, minlength=len(ids))
+    rows = pd.DataFrame({"row_id": ids, **columns, "reason": selection.reasons, "times": times})
+    if selection.tier is not None:
+        rows["tier"] = pd.array(selection.tier, dtype="Int64")
+        rows.loc[selection.tier < 0, "tier"] = pd.NA
+    return rows
 
 
 def _is_pool(path: Path, digest: str, first: pa.Table) -> bool:

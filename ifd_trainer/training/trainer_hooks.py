@@ -16,19 +16,15 @@ epoch. `attach` gives a trainer small overrides with which each epoch may train 
 - `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer;
 - `push_to_hub` and `_push_from_checkpoint` leave the training texts at home.
 
-What trainer and callback share is one object, a `SelectionRun`. The order of an epoch lives there, in the main process:
-data loader workers, persistent or not, only see indices. What a sampler has drawn is kept and held against it.
-Measured on transformers 5.20 to 5.23; a missing hook is a clear error.
+What trainer and callback share is one object, a `SelectionRun`; what is refused is in `trainer_checks`. Measured on
+transformers 5.20 to 5.23; a missing hook is a clear error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -39,144 +35,23 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from torch import nn
-from torch.utils.data import IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get_last_checkpoint, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get_last_checkpoint
 
-from ..data.chat_template import common_prefix_length
 from ..data.paths import check_checkpoint
-from ..errors import NotInstalledError, RunError, UserError
-from ..method.schedule import EpochPlan, Timing, TrainingPlan, plan_epoch, plan_training
-from ..scoring.engine import check_causal_lm
+from ..errors import RunError, UserError
+from ..method.schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
 from ..scoring.model_parts import lm_head
 from .history import FOLDER as HISTORY
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
 from .pool import PackedPool, Pool, TrainingRow
+from .selection_run import SelectionRun, SelectionSampler
+from .trainer_checks import check_complete, check_kind, check_supported, unsupported_version
 
-SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
-_HOOKS = ("_get_train_sampler", "_get_dataloader", "set_initial_training_values", "create_scheduler")
-_HOOKS += ("_init_training_state", "_run_epoch", "_save_checkpoint")
 # Positions in the tuple that `set_initial_training_values` returns.
 _EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS, _TUPLE_SIZE = 0, 1, 3, 5, 6, 7
-
-
-@dataclass
-class SelectionRun:
-    """What a trainer and its selection callback share about a run; the trainer writes, both read.
-
-    Attributes:
-        folder: where the run's output goes: `output_dir`, or in a hyperparameter search the trial's folder in it.
-        plan: the steps of all epochs.
-        order: the training rows of the epoch that runs, in the order in which they are trained on.
-        sampler: the one whose rows the epoch that runs is trained on; of several, that of the loop's own loader.
-        epoch: the epoch that runs.
-        first_step: the number of updates before its first one.
-        batch: rows of a batch of all processes together.
-        accumulation: batches of an update.
-        called: whether `train` has just been called: auto_find_batch_size begins a run again, with the weights as they
-            then are.
-    """
-
-    folder: Path = Path()
-    plan: TrainingPlan | None = None
-    order: list[TrainingRow] = field(default_factory=list, repr=False)
-    sampler: SelectionSampler | None = None
-    epoch: int = 0
-    first_step: int = 0
-    batch: int = 1
-    accumulation: int = 1
-    called: bool = False
-    _selected: list[TrainingRow] = field(default_factory=list, repr=False)
-    _samplers: weakref.WeakSet[SelectionSampler] = field(default_factory=weakref.WeakSet, repr=False)
-
-    def select(self, order: list[TrainingRow]) -> None:
-        """The rows of the epoch that begins, in their order; kept twice, since others can reach `order`."""
-        self.order, self._selected = order, list(order)
-
-    def new_sampler(self, pool: Pool) -> SelectionSampler:
-        """A sampler for a loader over the rows of a pool."""
-        sampler = SelectionSampler(self, pool)
-        self._samplers.add(sampler)
-        return sampler
-
-    def sampler_of(self, dataloader: Any) -> SelectionSampler | None:
-        """The sampler in a loader, however it is wrapped: the one whose length is the loader's; None without one."""
-        if not has_length(dataloader):
-            return None
-        return next((s for s in self._samplers if s.batches(dataloader, 0) == 0 < s.batches(dataloader, 2**30)), None)
-
-    def trained(self, step: int) -> list[TrainingRow]:
-        """The rows of this epoch that were drawn and trained on when `step` updates were done in all.
-
-        The last batch of an epoch that `dataloader_drop_last` drops, and what comes after the end of a run by
-        `max_steps`, is not among them.
-
-        Raises:
-            RunError: when the loader drew other rows than the ones that were selected.
-        """
-        batches = min((step - self.first_step) * self.accumulation, self.plan.epochs[self.epoch].batches)
-        drawn, trained = self.sampler.drawn, min(batches * self.batch, len(self._selected))
-        if drawn != self._selected[: len(drawn)] or len(drawn) < trained:
-            raise RunError(
-                f"In epoch {self.epoch} the train data loader drew {len(drawn)} rows, and {trained} were trained on, "
-                f"but they are not the {len(self._selected)} selected ones: they part after "
-                f"{common_prefix_length(drawn, self._selected)}. Something else changed the rows of the loader or its "
-                "sampler while training ran; with a selection callback they have to stay."
-            )
-        return drawn[:trained]
-
-
-class SelectionSampler(Sampler[TrainingRow]):
-    """Yields the rows of the epoch that runs, and keeps what it has yielded. Not a RandomSampler: accelerate replaces
-    those.
-
-    Attributes:
-        pool: what its loader's rows are.
-        drawn: what it has yielded in its first pass since `watch` was called: the loop's own.
-    """
-
-    def __init__(self, run: SelectionRun, pool: Pool) -> None:
-        self.run, self.pool = run, pool
-        self.drawn: list[TrainingRow] = []
-        self._watching = False
-        self._planned: int | None = None
-
-    @property
-    def order(self) -> list[TrainingRow]:
-        """The rows of the epoch that runs, as in all samplers of this run."""
-        return self.run.order
-
-    @order.setter
-    def order(self, rows: list[TrainingRow]) -> None:
-        self.run.order = rows
-
-    def watch(self) -> None:
-        """The next pass is the loop's; those that others make beside it are not kept."""
-        self.drawn, self._watching = [], True
-
-    def __iter__(self) -> Iterator[TrainingRow]:
-        drawn, self._watching = self.drawn if self._watching else [], False
-        return self._draw(list(self.order), drawn)  # a copy: workers go on while the next epoch is selected
-
-    @staticmethod
-    def _draw(order: list[TrainingRow], drawn: list[TrainingRow]) -> Iterator[TrainingRow]:
-        for row in order:
-            drawn.append(row)
-            yield row
-
-    def __len__(self) -> int:
-        return len(self.order) if self._planned is None else self._planned
-
-    def batches(self, dataloader: Any, rows: int) -> int:
-        """Batches that this process runs for so many rows, asked of the prepared loader itself."""
-        self._planned = rows
-        try:
-            return len(dataloader)
-        finally:
-            self._planned = None
 
 
 class EpochSelector(TrainerCallback):
@@ -252,7 +127,7 @@ class SelectiveTrainer:
             else:
                 checkpoint = check_checkpoint(checkpoint, self.args.output_dir)
             if checkpoint is not None:
-                _check_complete(Path(checkpoint))
+                check_complete(Path(checkpoint))
         if selector is not None:
             selector.run.called, selector.run.order = True, []
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -451,10 +326,7 @@ def attach(trainer: Trainer) -> None:
         raise TypeError(
             f"The callback needs the trainer it selects for: IFDSelectionCallback(trainer, ...), got {trainer!r}."
         )
-    missing = [name for name in _HOOKS if not hasattr(Trainer, name)]
-    if missing:
-        raise unsupported_version(f"Trainer has no {', '.join(missing)}")
-    check_kind(trainer)
+    check_kind(trainer, SelectiveTrainer)
     check_supported(trainer)
     if not isinstance(trainer, SelectiveTrainer):
         cls = type(trainer)
@@ -476,114 +348,6 @@ def _notice_removal(trainer: Trainer) -> None:
 
     handler.remove_callback = noticing(handler.remove_callback)
     handler.pop_callback = noticing(handler.pop_callback)
-
-
-# What trainers of TRL other than the SFTTrainer train on, by a part of their names; the first that fits.
-_TRAINED_ON = {
-    "OnlineDPO": "answers that the model makes in training",
-    "DPO": "pairs of a chosen and a rejected answer",
-    "CPO": "pairs of a chosen and a rejected answer",
-    "ORPO": "pairs of a chosen and a rejected answer",
-    "TPO": "pairs of a chosen and a rejected answer",
-    "Reward": "pairs of a chosen and a rejected answer",
-    "KTO": "answers labelled as good or bad",
-    "RPO": "answers that the model makes in training",
-    "RLOO": "answers that the model makes in training",
-    "": "answers of a model or a teacher, or with another loss than that of the rows' answers",
-}
-
-
-def check_kind(trainer: Trainer) -> None:
-    """Raise for trainers that do not train on the answers of their rows, and for those with an order of their own.
-
-    Raises:
-        UserError: with a sentence about that kind.
-    """
-    for cls in type(trainer).__mro__:
-        of_trl = cls.__module__.startswith("trl.") and not cls.__name__.startswith("_")
-        if of_trl and issubclass(cls, Trainer) and cls.__name__ != "SFTTrainer":
-            raise UserError(
-                f"{cls.__name__} trains on {next(what for key, what in _TRAINED_ON.items() if key in cls.__name__)}; "
-                "IFD scores the one answer that a row has. Use the callback with an SFTTrainer or a Trainer, or select "
-                "rows beforehand with `ifd-trainer score` and `ifd-trainer select`."
-            )
-        if "_get_train_sampler" in vars(cls) and cls not in (SelectiveTrainer, Trainer):
-            raise UserError(
-                f"{cls.__name__} has a _get_train_sampler of its own, whose order of rows the selection's would "
-                "replace. Remove it: `order` and `schedule` of the callback say in which order rows are trained on."
-            )
-    assigned = sorted({*_HOOKS, "train"} & vars(trainer).keys())
-    if assigned:
-        raise UserError(
-            f"The trainer has {' and '.join(assigned)} assigned on the instance, which stands before what selection "
-            "does there. Define it in a subclass, or leave it out."
-        )
-    check_causal_lm(trainer.model)
-    columns = getattr(trainer.train_dataset, "column_names", None) or []
-    images = sorted({"image", "images", "pixel_values"} & set(columns))
-    if images:
-        raise UserError(
-            f"The training set has images (column {images[0]!r}), which are not scored yet: answers would be scored "
-            "without what they are about. Train without the callback, or on rows of text alone."
-        )
-
-
-def check_supported(trainer: Trainer) -> None:
-    """Raise for what selection cannot do exactly, before the first step."""
-    args, dataset = trainer.args, trainer.train_dataset
-    if dataset is None:
-        raise UserError("The trainer has no train_dataset to select from.")
-    if hasattr(dataset, "__len__") and not len(dataset):
-        raise UserError(
-            "The prepared training set has no rows. A trainer leaves out rows without an answer, and those whose "
-            f"answer does not begin within max_length={getattr(args, 'max_length', None)} tokens: raise max_length, or "
-            "look at the data set's answers."
-        )
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise UserError(
-            "Selection needs a data set with a length, got a streaming one. Load it with streaming=False, or score and "
-            "select it beforehand with `ifd-trainer score` and `ifd-trainer select`."
-        )
-    if getattr(args, "packing", False):
-        _check_packing(args.packing_strategy, dataset)
-    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
-        raise UserError(
-            "train_sampling_strategy='batch_rebalance' orders rows by itself. Use 'random' or 'group_by_length'."
-        )
-    if args.accelerator_config.dispatch_batches:
-        raise UserError(
-            "dispatch_batches=True sends batches from one process, which fails on rows of unequal length. Set "
-            "accelerator_config={'dispatch_batches': False}."
-        )
-    if args.world_size > 1 and not (args.accelerator_config.even_batches or args.dataloader_drop_last):
-        raise UserError(
-            "even_batches=False gives some processes a batch more than others, which then wait for ever. Leave "
-            "accelerator_config['even_batches'] at True, or set dataloader_drop_last=True."
-        )
-    split = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
-    found = [f"{name} parallelism over {size} processes" for name, size in split.items() if size > 1]
-    if found:
-        raise UserError(
-            f"Selection scores each row on one process, but this run has {' and '.join(found)}, where several "
-            "processes share a row. Use data parallelism (DDP, FSDP or DeepSpeed ZeRO) alone, or score and select "
-            "beforehand with `ifd-trainer score` and `ifd-trainer select`."
-        )
-    if trainer.is_fsdp_xla_enabled:
-        raise UserError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
-
-
-def check_timing(trainer: Trainer, timing: Timing) -> None:
-    """Raise for a warm-up that this trainer cannot do."""
-    if timing.start_anew and trainer.is_deepspeed_enabled:
-        raise UserError(
-            "Training cannot start anew from the original weights under DeepSpeed, which keeps copies of them in its "
-            "optimizer. Use DDP or FSDP, or go without the brief experience (brief=None)."
-        )
-    if timing.warmup is not None and getattr(trainer.args, "packing", False):
-        raise UserError(
-            "The brief experience is a sample of examples, whose number of packed rows is not known before training. "
-            "Set packing=False, or go without the brief experience (brief=None)."
-        )
 
 
 def start_anew(trainer: Trainer, snapshot: Snapshot) -> None:
@@ -651,47 +415,12 @@ def _announce_lm_head(model: nn.Module) -> None:
         deepspeed.zero.register_external_parameter(parent, head.weight)
 
 
-def _check_complete(checkpoint: Path) -> None:
-    """Raise unless `trainer_state.json`, the last file of a checkpoint to be written, is there and whole."""
-    path = checkpoint / TRAINER_STATE_NAME
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        what = "has no" if isinstance(error, FileNotFoundError) else f"has a damaged ({error})"
-        raise UserError(
-            f"The checkpoint {checkpoint} {what} {TRAINER_STATE_NAME}, so what it had selected is not known: it was "
-            "probably cut off while it was written. Delete it and resume from the one before, or start training anew."
-        ) from error
-
-
-def _check_packing(strategy: str, dataset: Any) -> None:
-    if strategy != "bfd":
-        raise UserError(
-            f"packing_strategy={strategy!r} cuts examples into pieces, which cannot be scored and selected one by one. "
-            "Set packing_strategy='bfd', which keeps them whole, or packing=False."
-        )
-    columns = getattr(dataset, "column_names", None) or []
-    missing = [name for name in ("input_ids", "labels", "seq_lengths") if name not in columns]
-    if missing:
-        raise UserError(
-            f"packing=True, but the prepared training set has no {' and no '.join(missing)}: it has {columns}, so the "
-            "examples in its rows cannot be told apart. Do not use skip_prepare_dataset, or set packing=False."
-        )
-
-
 def _pool_of(trainer: Trainer) -> Pool:
     if not getattr(trainer.args, "packing", False):
         return Pool(trainer.train_dataset)
     # The first process writes the unpacked examples to the cache of `datasets`, the others read them there.
     with trainer.args.main_process_first(desc="unpacking the training set"):
         return PackedPool(trainer.train_dataset, trainer.args.max_length)
-
-
-def unsupported_version(what: str) -> NotInstalledError:
-    """The error for a transformers release whose internals are not the ones this module knows."""
-    return NotInstalledError(
-        f"{what} in transformers {transformers.__version__}; selection works with {SUPPORTED}. Install one of those."
-    )
 
 
 def batch_order(

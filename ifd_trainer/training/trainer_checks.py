@@ -1,0 +1,170 @@
+"""What a selection cannot be exact with, each refused with a sentence before the first step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..errors import NotInstalledError, UserError
+from ..method.schedule import Timing
+from ..scoring.engine import check_causal_lm
+
+SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
+# The methods of a Trainer that selection overrides.
+HOOKS = ("_get_train_sampler", "_get_dataloader", "set_initial_training_values", "create_scheduler")
+HOOKS += ("_init_training_state", "_run_epoch", "_save_checkpoint")
+
+# What trainers of TRL other than the SFTTrainer train on, by a part of their names; the first that fits.
+_TRAINED_ON = {
+    "OnlineDPO": "answers that the model makes in training",
+    "DPO": "pairs of a chosen and a rejected answer",
+    "CPO": "pairs of a chosen and a rejected answer",
+    "ORPO": "pairs of a chosen and a rejected answer",
+    "TPO": "pairs of a chosen and a rejected answer",
+    "Reward": "pairs of a chosen and a rejected answer",
+    "KTO": "answers labelled as good or bad",
+    "RPO": "answers that the model makes in training",
+    "RLOO": "answers that the model makes in training",
+    "": "answers of a model or a teacher, or with another loss than that of the rows' answers",
+}
+
+
+def check_kind(trainer: Trainer, ours: type) -> None:
+    """Raise for trainers that do not train on the answers of their rows, and for those with an order of their own.
+
+    Args:
+        ours: the class whose overrides selection mixes in.
+
+    Raises:
+        ImportError: when this version of transformers lacks a hook.
+        UserError: with a sentence about that kind.
+    """
+    missing = [name for name in HOOKS if not hasattr(Trainer, name)]
+    if missing:
+        raise unsupported_version(f"Trainer has no {', '.join(missing)}")
+    for cls in type(trainer).__mro__:
+        of_trl = cls.__module__.startswith("trl.") and not cls.__name__.startswith("_")
+        if of_trl and issubclass(cls, Trainer) and cls.__name__ != "SFTTrainer":
+            raise UserError(
+                f"{cls.__name__} trains on {next(what for key, what in _TRAINED_ON.items() if key in cls.__name__)}; "
+                "IFD scores the one answer that a row has. Use the callback with an SFTTrainer or a Trainer, or select "
+                "rows beforehand with `ifd-trainer score` and `ifd-trainer select`."
+            )
+        if "_get_train_sampler" in vars(cls) and cls not in (ours, Trainer):
+            raise UserError(
+                f"{cls.__name__} has a _get_train_sampler of its own, whose order of rows the selection's would "
+                "replace. Remove it: `order` and `schedule` of the callback say in which order rows are trained on."
+            )
+    assigned = sorted({*HOOKS, "train"} & vars(trainer).keys())
+    if assigned:
+        raise UserError(
+            f"The trainer has {' and '.join(assigned)} assigned on the instance, which stands before what selection "
+            "does there. Define it in a subclass, or leave it out."
+        )
+    check_causal_lm(trainer.model)
+    columns = getattr(trainer.train_dataset, "column_names", None) or []
+    images = sorted({"image", "images", "pixel_values"} & set(columns))
+    if images:
+        raise UserError(
+            f"The training set has images (column {images[0]!r}), which are not scored yet: answers would be scored "
+            "without what they are about. Train without the callback, or on rows of text alone."
+        )
+
+
+def check_supported(trainer: Trainer) -> None:
+    """Raise for what selection cannot do exactly, before the first step."""
+    args, dataset = trainer.args, trainer.train_dataset
+    if dataset is None:
+        raise UserError("The trainer has no train_dataset to select from.")
+    if hasattr(dataset, "__len__") and not len(dataset):
+        raise UserError(
+            "The prepared training set has no rows. A trainer leaves out rows without an answer, and those whose "
+            f"answer does not begin within max_length={getattr(args, 'max_length', None)} tokens: raise max_length, or "
+            "look at the data set's answers."
+        )
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise UserError(
+            "Selection needs a data set with a length, got a streaming one. Load it with streaming=False, or score and "
+            "select it beforehand with `ifd-trainer score` and `ifd-trainer select`."
+        )
+    if getattr(args, "packing", False):
+        _check_packing(args.packing_strategy, dataset)
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise UserError(
+            "train_sampling_strategy='batch_rebalance' orders rows by itself. Use 'random' or 'group_by_length'."
+        )
+    if args.accelerator_config.dispatch_batches:
+        raise UserError(
+            "dispatch_batches=True sends batches from one process, which fails on rows of unequal length. Set "
+            "accelerator_config={'dispatch_batches': False}."
+        )
+    if args.world_size > 1 and not (args.accelerator_config.even_batches or args.dataloader_drop_last):
+        raise UserError(
+            "even_batches=False gives some processes a batch more than others, which then wait for ever. Leave "
+            "accelerator_config['even_batches'] at True, or set dataloader_drop_last=True."
+        )
+    split = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    found = [f"{name} parallelism over {size} processes" for name, size in split.items() if size > 1]
+    if found:
+        raise UserError(
+            f"Selection scores each row on one process, but this run has {' and '.join(found)}, where several "
+            "processes share a row. Use data parallelism (DDP, FSDP or DeepSpeed ZeRO) alone, or score and select "
+            "beforehand with `ifd-trainer score` and `ifd-trainer select`."
+        )
+    if trainer.is_fsdp_xla_enabled:
+        raise UserError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
+
+
+def check_timing(trainer: Trainer, timing: Timing) -> None:
+    """Raise for a warm-up that this trainer cannot do."""
+    if timing.start_anew and trainer.is_deepspeed_enabled:
+        raise UserError(
+            "Training cannot start anew from the original weights under DeepSpeed, which keeps copies of them in its "
+            "optimizer. Use DDP or FSDP, or go without the brief experience (brief=None)."
+        )
+    if timing.warmup is not None and getattr(trainer.args, "packing", False):
+        raise UserError(
+            "The brief experience is a sample of examples, whose number of packed rows is not known before training. "
+            "Set packing=False, or go without the brief experience (brief=None)."
+        )
+
+
+def _check_packing(strategy: str, dataset: Any) -> None:
+    if strategy != "bfd":
+        raise UserError(
+            f"packing_strategy={strategy!r} cuts examples into pieces, which cannot be scored and selected one by one. "
+            "Set packing_strategy='bfd', which keeps them whole, or packing=False."
+        )
+    columns = getattr(dataset, "column_names", None) or []
+    missing = [name for name in ("input_ids", "labels", "seq_lengths") if name not in columns]
+    if missing:
+        raise UserError(
+            f"packing=True, but the prepared training set has no {' and no '.join(missing)}: it has {columns}, so the "
+            "examples in its rows cannot be told apart. Do not use skip_prepare_dataset, or set packing=False."
+        )
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Raise unless `trainer_state.json`, the last file of a checkpoint to be written, is there and whole."""
+    path = checkpoint / TRAINER_STATE_NAME
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = "has no" if isinstance(error, FileNotFoundError) else f"has a damaged ({error})"
+        raise UserError(
+            f"The checkpoint {checkpoint} {what} {TRAINER_STATE_NAME}, so what it had selected is not known: it was "
+            "probably cut off while it was written. Delete it and resume from the one before, or start training anew."
+        ) from error
+
+
+def unsupported_version(what: str) -> NotInstalledError:
+    """The error for a transformers release whose internals are not the ones this package knows."""
+    return NotInstalledError(
+        f"{what} in transformers {transformers.__version__}; selection works with {SUPPORTED}. Install one of those."
+    )

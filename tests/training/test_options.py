@@ -1,0 +1,90 @@
+"""What the callback is told: groups and the names of their fields say the same, and contradictions are refused."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_runs import sft_trainer
+
+from ifd_trainer import Anneal, Brief, Cherry, Curriculum, Diverse, IFDSelectionCallback
+from ifd_trainer.method.schedule import Constant, Timing
+from ifd_trainer.training.options import Scoring
+from ifd_trainer.training.recipe_run import selection_of
+from ifd_trainer.training.recipe_selection import SelectionConfig
+
+BRIEF = Brief("random", clusters=2, per_cluster=2)
+
+
+def said(callback):
+    return callback.policy, callback.schedule, callback.timing, callback.scoring
+
+
+@pytest.mark.parametrize(
+    ("by_name", "in_groups"),
+    [
+        ({}, {}),
+        ({"max_ifd": 1.5, "score": "ifd_ppl"}, {"policy": Cherry(1.5, "ifd_ppl")}),
+        ({"on_shortfall": "relax", "keep": 3}, {"policy": Cherry(on_shortfall="relax"), "schedule": Constant(3)}),
+        ({"diverse": 0.2, "max_ifd": 2.0}, {"policy": Diverse(0.2, 2.0)}),
+        ({"diverse": None, "score": "ifd"}, {"policy": Cherry()}),
+        ({"every": 2, "freeze_after": 3}, {"timing": Timing(every=2, freeze_after=3)}),
+        ({"warmup_epochs": 1, "warmup": BRIEF, "start_anew": True}, {"timing": Timing(1, 1, None, BRIEF, True)}),
+        ({"min_answer_tokens": 4, "header": "A:"}, {"scoring": Scoring("A:", 4)}),
+        ({"token_budget": 99, "warn_share": 1.0, "embedder": "e"}, {"scoring": Scoring(None, 1, 99, "e", 1.0)}),
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_fields_by_name_are_the_groups(tmp_path, by_name, in_groups):
+    one, other = (IFDSelectionCallback(sft_trainer(tmp_path, 8), **options) for options in (by_name, in_groups))
+    assert said(one) == said(other)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"policy": Cherry(), "score": "ifd"}, "score is a part of `policy`, which was given too"),
+        ({"policy": Cherry(), "max_ifd": 1.5}, "max_ifd is a part of `policy`"),
+        ({"policy": Diverse(), "diverse": 0.1, "on_shortfall": "relax"}, "on_shortfall, diverse is a part of `policy`"),
+        ({"timing": Timing(), "every": 2}, "every is a part of `timing`"),
+        ({"scoring": Scoring(), "header": "A:"}, "header is a part of `scoring`"),
+        ({"policy": "cherry"}, "policy must be a Cherry or a Diverse, got 'cherry'"),
+        ({"timing": 2}, "timing must be a Timing, got 2"),
+        ({"scoring": {}}, "scoring must be a Scoring, got {}"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_contradiction_is_refused(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        IFDSelectionCallback(sft_trainer(tmp_path, 4), **options)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("evry", "; did you mean 'every'"), ("max_idf", "'max_ifd'"), ("zzz", "$")])
+def test_an_unknown_name_is_refused_as_python_does_with_the_nearest_one(tmp_path, name, hint):
+    with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'.*{hint}"):
+        IFDSelectionCallback(sft_trainer(tmp_path, 4), **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, (Cherry(), Constant(0.1), Timing())),
+        ({"keep": ["4"], "curriculum": "easy_to_hard", "tiers": 2}, (Cherry(), Curriculum(4, 2), Timing())),
+        ({"diverse": "0.3", "anneal_share": 0.5}, (Diverse(0.3), Anneal(0.1, 0.5), Timing())),
+        ({"method": "cherry"}, (Cherry(), Constant(0.1), Timing(1, 1, 0, Brief(), True))),
+        ({"method": "cherry", "brief": "none", "freeze_after": 2}, (Cherry(), Constant(0.1), Timing(1, 0, 2))),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_recipe_says_the_same_groups(keys, expected):
+    config = SelectionConfig(**keys)
+    assert (config.policy(), config.schedule(), config.timing()) == expected
+    assert config.scoring() == Scoring()
+    assert config.scoring(embedder="e").embedder == "e"
+
+
+def test_the_cherry_method_is_a_timing(tmp_path):
+    trainer = sft_trainer(tmp_path, 8)
+    trainer.add_callback(IFDSelectionCallback.cherry(trainer, keep=2, brief=BRIEF, every=2, score="ifd_ppl"))
+    callback = selection_of(trainer)
+    assert callback.timing == Timing(2, 1, 0, BRIEF, True)
+    assert (callback.policy, callback.schedule) == (Cherry(score="ifd_ppl"), Constant(2))
+    assert IFDSelectionCallback.cherry(sft_trainer(tmp_path, 8), scorer="columns").timing == Timing(freeze_after=0)
