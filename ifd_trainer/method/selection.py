@@ -46,12 +46,12 @@ class Selection:
     parts: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def everything(cls, rows: int) -> Selection:
+    def whole_pool(cls, rows: int) -> Selection:
         """All rows of a pool, whatever their scores."""
         return cls(np.arange(rows), np.full(rows, KEPT, dtype=object), float("nan"), rows, 0)
 
     @classmethod
-    def of(cls, kept: np.ndarray, rows: int, reason: str) -> Selection:
+    def without_scores(cls, kept: np.ndarray, rows: int, reason: str) -> Selection:
         """The rows `kept`, chosen otherwise than by a score; the others are dropped for one reason."""
         reasons = np.full(rows, reason, dtype=object)
         reasons[kept] = KEPT

@@ -119,10 +119,10 @@ def _read_folder(folder: Path) -> History | pd.DataFrame:
             f"The files in {folder} cannot be read ({one_line(error)}): one is damaged, or of another program. Copy it "
             "again, or make it anew."
         ) from error
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
-    listed = "there is no such folder" if found is None else f"it holds {', '.join(found[:8]) or 'nothing'}"
+    files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
+    listed = "there is no such folder" if files is None else f"it holds {', '.join(files[:8]) or 'nothing'}"
     raise NotFoundError(
-        f"No selection history in {folder}, and no rows: {listed}{', ...' if found and len(found) > 8 else ''}. A "
+        f"No selection history in {folder}, and no rows: {listed}{', ...' if files and len(files) > 8 else ''}. A "
         f"report is made from the output folder of a training run (with {FOLDER}/history.json), or from a folder that "
         f"`ifd-trainer select --output FOLDER` wrote (with {SELECTED}); pass a scored file by its own name."
     )

@@ -407,7 +407,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """The rows of an epoch by the last scores; the same scores give the same rows."""
         policy = policy or self.policy
         if wanted.source == "all":
-            return Selection.everything(len(ids))
+            return Selection.whole_pool(len(ids))
         if wanted.source == "brief":
             return self._brief_selection()
         columns = self._scores.columns()
@@ -434,9 +434,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def _embeddings(self, columns: dict[str, np.ndarray], budget: int, ids: np.ndarray) -> np.ndarray:
         """Prompt embeddings (n, d) of the candidates of a diverse selection; NaN for the other rows."""
         rows = np.sort(self.policy.among(columns, budget, ids=ids))
-        found = self.pool_scorer.embeddings(rows)
-        embeddings = np.full((len(ids), found.shape[1]), np.nan, dtype=np.float32)
-        embeddings[rows] = found
+        embedded = self.pool_scorer.embeddings(rows)  # (candidates, d)
+        embeddings = np.full((len(ids), embedded.shape[1]), np.nan, dtype=np.float32)
+        embeddings[rows] = embedded
         return embeddings
 
     def _brief_selection(self) -> Selection:
@@ -448,7 +448,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 embeddings, perplexity = self.pool_scorer.features(description="Prompts, brief experience")
             ids = self.pool.ids(self.id_column)
             self._brief = self.timing.warmup(embeddings, perplexity, ids=ids, seed=self.seed)
-        return Selection.of(self._brief, len(self.pool), NOT_IN_SAMPLE)
+        return Selection.without_scores(self._brief, len(self.pool), NOT_IN_SAMPLE)
 
     def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
         """This epoch's order, the same on every process."""
@@ -540,9 +540,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """The pool's texts and columns for reports, some thousand rows at a time."""
         ids, decode, first = self.pool.ids(self.id_column), Decoder(self.tokenizer), 0
         for tokens, bounds in self.pool.segments(_TEXTS):
-            found = decode(tokens, bounds)
-            part = slice(first, first := first + len(found) // 3)
-            texts = {"row_id": ids[part], "prompt": found[0::3], "answer": found[1::3]}
+            decoded = decode(tokens, bounds)  # prompt, answer and what follows of each row
+            part = slice(first, first := first + len(decoded) // 3)
+            texts = {"row_id": ids[part], "prompt": decoded[0::3], "answer": decoded[1::3]}
             yield pa.table(texts | self.pool.columns(part.start, part.stop, without=texts))
 
     # ---- checkpoint state ---------------------------------------------------------------------------------------

@@ -86,11 +86,11 @@ class Snapshot:
             )
         index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
         wanted = dict(_trained(model))
-        found = {name for names in index.values() for name in names}
-        if found != wanted.keys():
+        stored = {name for names in index.values() for name in names}
+        if stored != wanted.keys():
             raise UserError(
-                f"The snapshot in {self.folder} is of another model: {len(found - wanted.keys())} of its parameters "
-                f"are not trained here, {len(wanted.keys() - found)} trained ones are not in it. Start the run anew."
+                f"The snapshot in {self.folder} is of another model: {len(stored - wanted.keys())} of its parameters "
+                f"are not trained here, {len(wanted.keys() - stored)} trained ones are not in it. Start the run anew."
             )
         with torch.no_grad():
             for file, names in index.items():

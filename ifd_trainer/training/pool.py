@@ -386,5 +386,5 @@ def _answer_spans(labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     before = [np.concatenate([[-1], np.maximum.accumulate(np.where(mask, places, -1))]) for mask in (answers, ~answers)]
     last = before[0][ends]
     start = np.maximum(before[1][last + 1] + 1, firsts) - firsts
-    found = last >= firsts
-    return np.stack([np.where(found, start, sizes), np.where(found, last + 1 - firsts, sizes)], axis=1)
+    answered = last >= firsts
+    return np.stack([np.where(answered, start, sizes), np.where(answered, last + 1 - firsts, sizes)], axis=1)

@@ -37,15 +37,15 @@ def read_recipe(path: str | None) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
         why = getattr(error, "problem", None) or " ".join(str(error).split())
         raise FileAccessError(f"{path} is not YAML ({where}{why}). Write one `key: value` a line.") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise FileAccessError(f"{path} holds no YAML mapping. Write one `key: value` a line.")
-    return found
+    return content
 
 
 def overrides(words: Sequence[str]) -> dict[str, str]:
@@ -54,7 +54,7 @@ def overrides(words: Sequence[str]) -> dict[str, str]:
     >>> overrides(["--model", "m", "--keep", "0.1", "0.2", "--max-length=9", "--packing"])
     {'model_name_or_path': 'm', 'keep': '0.1', 'max_length': '9', 'packing': 'true'}
     """
-    found = {}
+    values = {}
     for position, word in enumerate(words):
         if not word.startswith("--"):
             continue
@@ -63,8 +63,8 @@ def overrides(words: Sequence[str]) -> dict[str, str]:
             following = next(iter(words[position + 1 : position + 2]), "--")
             value = "true" if following.startswith("--") else following
         key = key.replace("-", "_")
-        found[ALIASES.get(key, key)] = value
-    return found
+        values[ALIASES.get(key, key)] = value
+    return values
 
 
 def check_recipe(recipe: str | None, words: Sequence[str], plan: bool = False) -> None:

@@ -55,7 +55,7 @@ def typed(given: Mapping[str, Any], classes: Iterable[type], where: str) -> dict
     Raises:
         ValueError: for a value of a type that its field does not take; texts are left to the parser.
     """
-    found = dict(given)
+    values = dict(given)
     for cls in classes:
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -65,14 +65,14 @@ def typed(given: Mapping[str, Any], classes: Iterable[type], where: str) -> dict
             if isinstance(value, str) or _fits(value, hint) or (value is None and field.default is None):
                 kinds = _kinds(hint)
                 if isinstance(value, (int, float)) and str in kinds and not {bool, int, float} & set(kinds):
-                    found[field.name] = str(value)
+                    values[field.name] = str(value)
                 continue
             quotes = (
                 " (in YAML, yes, no, on and off are that: put the word in quotes)" if isinstance(value, bool) else ""
             )
             shown = "null" if value is None else repr(value)
             raise UserError(f"{where}: {field.name} wants {_in_words(hint)}, got {shown}{quotes}.")
-    return found
+    return values
 
 
 def check_mappings(given: Mapping[str, Any], classes: Iterable[type]) -> None:

@@ -89,18 +89,18 @@ class _Convert:
     tokenizer: Any
 
     def __call__(self, row: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-        found = to_training_row(row, self.format, self.tokenizer)
-        return {name: value for name, value in found.items() if name in names}
+        prepared = to_training_row(row, self.format, self.tokenizer)
+        return {name: value for name, value in prepared.items() if name in names}
 
     def check(self, row: dict[str, Any]) -> dict[str, Any]:
         """What is wrong with a row, "" for nothing; and whether it has tools, and variables of a template."""
-        found, problem = {}, ""
+        prepared, problem = {}, ""
         try:
-            found = to_training_row(row, self.format, self.tokenizer)
+            prepared = to_training_row(row, self.format, self.tokenizer)
         except MalformedRow as error:
             problem = str(error) or "malformed"
-        tools = found.get("tools", "null") != "null"
-        return {"problem": problem, "tools": tools, "chat_template_kwargs": bool(found.get("chat_template_kwargs"))}
+        tools = prepared.get("tools", "null") != "null"
+        return {"problem": problem, "tools": tools, "chat_template_kwargs": bool(prepared.get("chat_template_kwargs"))}
 
 
 def _with_ids(rows: Dataset) -> Dataset:

@@ -110,10 +110,10 @@ def check_supported(trainer: Trainer) -> None:
             "accelerator_config['even_batches'] at True, or set dataloader_drop_last=True."
         )
     split = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
-    found = [f"{name} parallelism over {size} processes" for name, size in split.items() if size > 1]
-    if found:
+    shared = [f"{name} parallelism over {size} processes" for name, size in split.items() if size > 1]
+    if shared:
         raise UserError(
-            f"Selection scores each row on one process, but this run has {' and '.join(found)}, where several "
+            f"Selection scores each row on one process, but this run has {' and '.join(shared)}, where several "
             "processes share a row. Use data parallelism (DDP, FSDP or DeepSpeed ZeRO) alone, or score and select "
             "beforehand with `ifd-trainer score` and `ifd-trainer select`."
         )

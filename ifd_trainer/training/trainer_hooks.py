@@ -106,10 +106,10 @@ class SelectiveTrainer:
 
     @property
     def _selector(self) -> EpochSelector | None:
-        found = [c for c in self.callback_handler.callbacks if isinstance(c, EpochSelector)]
-        if len(found) > 1:
-            raise UserError(f"A trainer follows one selection callback, found {len(found)}: remove the others.")
-        return found[0] if found else None
+        selectors = [c for c in self.callback_handler.callbacks if isinstance(c, EpochSelector)]
+        if len(selectors) > 1:
+            raise UserError(f"A trainer follows one selection callback, found {len(selectors)}: remove the others.")
+        return selectors[0] if selectors else None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as before; a checkpoint that was cut off while it was written is refused by name."""
