@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from .data.formats import ALPACA, WIZARDLM, TemplateFormat
     from .method.brief_experience import Brief
     from .method.facility_location import Diverse
-    from .method.schedule import Anneal, Constant, Curriculum, PerEpoch
+    from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
     from .method.selection import Cherry, Selection
     from .report.page import write_report
     from .scoring.transform import IFD_COLUMNS, IFDScorer
     from .training.callback import IFDSelectionCallback
+    from .training.options import Scoring
 
 _HOME = {
     "ALPACA": "data.formats",
@@ -29,8 +30,10 @@ _HOME = {
     "IFDSelectionCallback": "training.callback",
     "IFD_COLUMNS": "scoring.transform",
     "PerEpoch": "method.schedule",
+    "Scoring": "training.options",
     "Selection": "method.selection",
     "TemplateFormat": "data.formats",
+    "Timing": "method.schedule",
     "WIZARDLM": "data.formats",
     "write_report": "report.page",
 }
@@ -47,8 +50,10 @@ __all__ = [
     "IFDScorer",
     "IFDSelectionCallback",
     "PerEpoch",
+    "Scoring",
     "Selection",
     "TemplateFormat",
+    "Timing",
     "write_report",
 ]
 
