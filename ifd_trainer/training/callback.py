@@ -1,7 +1,7 @@
 """When to score and select: at the start of each epoch of a Trainer run.
 
 `IFDSelectionCallback` only decides when. The trainer's rows are in `pool`, their scores come from `pool_scorer`, the
-choice from `method.selection`, the plan of steps from `method.schedule`; `trainer_hooks` makes the trainer follow.
+choice from `row_chooser`, the plan of steps from `method.schedule`; `trainer_hooks` makes the trainer follow.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ..data.token_decoding import Decoder
 from ..errors import UserError
 from ..method.brief_experience import Brief
 from ..method.choices import BriefRows, Order
-from ..method.facility_location import EMBEDDING, Diverse
+from ..method.facility_location import Diverse
 from ..method.plain_data import to_data
-from ..method.reasons import NOT_IN_SAMPLE, NOT_SCORED, Status
+from ..method.reasons import NOT_SCORED
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule
-from ..method.selection import Cherry, Selection, ShortfallError
+from ..method.selection import Cherry, Selection
 from ..scoring.losses import Scores
 from .history import FOLDER, History, epoch_record, epoch_rows
 from .initial_weights import FOLDER as ORIGINAL
@@ -40,6 +40,7 @@ from .initial_weights import Snapshot
 from .options import Scoring, check_options, groups_of
 from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
+from .row_chooser import RowChooser, Scored
 from .selection_run import SelectionRun
 from .state_codec import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
 from .trainer_checks import check_timing
@@ -146,6 +147,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
         encoder = Encoder(self.tokenizer, min_answer_tokens=self.scoring.min_answer_tokens)
         self.pool_scorer = PoolScorer(trainer, encoder, scorer, self.scoring.embedder, self.scoring.token_budget)
+        self.chooser = RowChooser(self.pool_scorer, self.policy, self.timing.warmup)
         self.history: History | None = None
         self._prefix: list[int] | None = None
         self._fingerprint: str | None = None
@@ -155,10 +157,6 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self._saved: dict[str, Any] | None = None  # what the last checkpoint holds of the selection
         self._restored: dict[str, Any] | None = None
         self._restored_arrays: dict[str, np.ndarray] = {}
-        self._scores: Scores | None = None  # the last ones, and the epoch they are from
-        self._scored_at: int | None = None
-        self._eligible: tuple[Scores, int] | None = None  # the last ones by which a row was eligible, and their epoch
-        self._brief: np.ndarray | None = None  # the rows of the brief experience
         self._training_since: float | None = None
         trainer._attached = type(self).__name__
 
@@ -211,6 +209,16 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """Of the shuffle and of repeats."""
         return self.trainer.args.seed if self._seed is None else self._seed
 
+    @property
+    def scores(self) -> Scores | None:
+        """The last scores of the pool's rows; None before there are any."""
+        return None if self.chooser.last is None else self.chooser.last.scores
+
+    @property
+    def scored_at(self) -> int | None:
+        """The epoch at whose start they were made."""
+        return None if self.chooser.last is None else self.chooser.last.epoch
+
     def budget(self, epoch: int) -> int:
         return self._rows_of(epoch).budget
 
@@ -233,7 +241,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def start(self, epoch: int, state: transformers.TrainerState, checkpoint: str | None = None) -> None:
         self._next_epoch, self._epoch, self._restored, self._saved = epoch, None, None, None
-        self._scores = self._scored_at = self._brief = self._eligible = None
+        self.chooser.forget()
         prompts, self._fingerprint = self.pool.read()
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
         self._prefix = response_prefix(self.tokenizer, prompts, self.scoring.header)
@@ -350,26 +358,26 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def _select(self, epoch: int) -> None:
         """Score the pool if this epoch does, choose and order its rows, log and record them."""
-        wanted, began = self._rows_of(epoch), time.perf_counter()
+        wanted, began, step = self._rows_of(epoch), time.perf_counter(), self.trainer.state.global_step
         if wanted.scored:
-            self._scores, self._scored_at = self.score_pool(f"IFD, epoch {epoch}"), epoch
+            self.chooser.last = Scored(self.score_pool(f"IFD, epoch {epoch}"), epoch)
         ids = self.pool.ids(self.id_column)
-        selection = self._choose_or_stay(wanted, ids)
+        selection = self.chooser.choose(wanted, ids, self.seed, begun=step > 0)
         seconds = time.perf_counter() - began if wanted.scored or wanted.source == "brief" else 0.0
-        scores = Scores.unscored(len(ids), NOT_SCORED) if wanted.source in ("all", "brief") else self._scores
+        scores = Scores.unscored(len(ids), NOT_SCORED) if wanted.source in ("all", "brief") else self.scores
         if epoch == self.restart:
             start_anew(self.trainer, self._original)
         self.run.select(self._agree(selection, epoch))
         if self.trainer.state.is_world_process_zero:
-            self._warn(scores, selection, epoch)
+            self.chooser.warn(selection, epoch, self.scoring.warn_share)
         values = scores.columns()[self.policy.score]
         record = {
             **epoch_record(values, selection),
             "epoch": epoch,
-            "step": self.trainer.state.global_step,
+            "step": step,
             "seed": self.seed,
             "packed_rows": len(self.run.order) if self.pool.packed else None,
-            "scored_at": self._scored_at if np.isfinite(values).any() else None,
+            "scored_at": self.scored_at if np.isfinite(values).any() else None,
             "overlap": self.history.overlap(epoch, selection),
             "seconds_scoring": seconds,
         }
@@ -379,76 +387,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.trainer.state.is_world_process_zero:
             self.history.add(record, epoch_rows(ids, scores.columns(), selection))
 
-    def _choose_or_stay(self, wanted: EpochRows, ids: np.ndarray) -> Selection:
-        """The rows of an epoch; where new scores leave none eligible, by the last scores that left some.
-
-        A run does not end for this after hours of training. Before there are such scores (after warm-up epochs), the
-        rows nearest above the limit are taken. It does end where training has not begun, and where the user wants it
-        to (on_shortfall="error").
-        """
-        try:
-            selection = self._choose(wanted, ids)
-        except ShortfallError as error:
-            begun = self.trainer.state.global_step > 0
-            if not begun or self.policy.on_shortfall == "error":
-                raise
-            if self._eligible is None:
-                logger.warning("%s The rows nearest to the limit are taken.", error)
-                relaxed = Cherry(self.policy.max_ifd, self.policy.score, on_shortfall="relax")
-                return self._choose(wanted, ids, relaxed)
-            self._scores, self._scored_at = self._eligible
-            logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self._scored_at)
-            return self._choose(wanted, ids)
-        if wanted.source in ("selected", "same"):
-            self._eligible = self._scores, self._scored_at
-        return selection
-
-    def _choose(self, wanted: EpochRows, ids: np.ndarray, policy: Cherry | Diverse | None = None) -> Selection:
-        """The rows of an epoch by the last scores; the same scores give the same rows."""
-        policy = policy or self.policy
-        if wanted.source == "all":
-            return Selection.whole_pool(len(ids))
-        if wanted.source == "brief":
-            return self._brief_selection()
-        columns = self._scores.columns()
-        if isinstance(policy, Diverse):
-            columns[EMBEDDING] = self._embeddings(columns, wanted.ranked, ids)
-
-        def choose(rows: int) -> Selection:
-            rng = np.random.default_rng([self.seed, wanted.selected_in])
-            return policy(columns, rows, ids=ids, rng=rng)
-
-        selection = self.pool.choose(wanted.ranked, choose)
-        if not wanted.tiers:
-            return selection
-        score = columns[self.policy.score]
-        ranked = selection.kept[np.argsort(-score[selection.kept], kind="stable")]
-        parts = self.pool.divide(ranked, [tier.rows for tier in wanted.tiers])
-        tiers = {tier.number: part for tier, part in zip(wanted.tiers, parts, strict=True)}
-        return selection.in_tiers(score, tiers, {tier.number for tier in wanted.tiers if tier.trained})
-
     def score_pool(self, description: str = "IFD") -> Scores:
         """Scores of all pool rows with the model as it is now, or with the other `scorer`."""
         return self.pool_scorer.scores(self._prefix, description)
-
-    def _embeddings(self, columns: dict[str, np.ndarray], budget: int, ids: np.ndarray) -> np.ndarray:
-        """Prompt embeddings (n, d) of the candidates of a diverse selection; NaN for the other rows."""
-        rows = np.sort(self.policy.among(columns, budget, ids=ids))
-        embedded = self.pool_scorer.embeddings(rows)  # (candidates, d)
-        embeddings = np.full((len(ids), embedded.shape[1]), np.nan, dtype=np.float32)
-        embeddings[rows] = embedded
-        return embeddings
-
-    def _brief_selection(self) -> Selection:
-        """The rows of the brief experience, chosen by the model as it is now."""
-        if self._brief is None:
-            embeddings, perplexity = None, self.pool.has_answer().astype(np.float64)
-            perplexity[perplexity == 0] = np.nan
-            if self.timing.warmup.method == "kmeans":
-                embeddings, perplexity = self.pool_scorer.features(description="Prompts, brief experience")
-            ids = self.pool.ids(self.id_column)
-            self._brief = self.timing.warmup(embeddings, perplexity, ids=ids, seed=self.seed)
-        return Selection.without_scores(self._brief, len(self.pool), NOT_IN_SAMPLE)
 
     def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
         """This epoch's order, the same on every process."""
@@ -465,27 +406,6 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             torch.distributed.broadcast_object_list(shared, src=0)
             order = shared[0]
         return order
-
-    def _warn(self, scores: Scores, selection: Selection, epoch: int) -> None:
-        scored = scores.ifd_status == Status.OK.value
-        share = float(np.mean(scores.columns()[self.policy.score][scored] >= 1)) if scored.any() else 0.0
-        if share > self.scoring.warn_share and self._scored_at == epoch:  # once for each scoring
-            logger.warning(
-                "Epoch %d: %.0f %% of the scored rows have %s >= 1, that is, their prompt does not help. Is the prompt "
-                "format one the model knows? A chat template on a base model has this effect.",
-                epoch,
-                100 * share,
-                self.policy.score,
-            )
-        if selection.shortfall:
-            logger.warning(
-                "Epoch %d: %d rows are planned, %d are eligible; %d were filled (on_shortfall=%r).",
-                epoch,
-                len(selection.kept),
-                selection.eligible,
-                selection.shortfall,
-                self.policy.on_shortfall,
-            )
 
     # ---- records ------------------------------------------------------------------------------------------------
 
@@ -551,16 +471,16 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self._epoch is None:
             return
         arrays = self.pool.to_arrays(self.run.order)
-        if self._brief is not None:
-            arrays["brief"] = self._brief
+        if self.chooser.brief is not None:
+            arrays["brief"] = self.chooser.brief
         self._saved = {
             "version": VERSION,
             "epoch": self._epoch,
             "first_step": self.run.first_step,
             "ended": self._ended,
-            "scored_at": self._scored_at,
-            "eligible": self._eligible is not None,
-            **save_selection(checkpoint, arrays, self._scores),
+            "scored_at": self.scored_at,
+            "eligible": self.chooser.eligible is not None,
+            **save_selection(checkpoint, arrays, self.scores),
             **{key: self.history.settings[key] for key in (*MUST_MATCH, "plan", "max_steps")},
         }
 
@@ -577,14 +497,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
         self._restored_arrays, scores = load_selection(checkpoint, saved, len(self.pool))
         self._restored = saved
-        self._brief = self._restored_arrays.pop("brief", None)
-        if (
-            self._brief is None
-            and self._rows_of(saved["epoch"]).source == "brief"
-            and self.timing.warmup.method != "random"
-        ):
+        self.chooser.brief = self._restored_arrays.pop("brief", None)
+        sample = self.timing.warmup if self._rows_of(saved["epoch"]).source == "brief" else None
+        if self.chooser.brief is None and sample is not None and sample.method != "random":
             # An earlier release kept the order alone; random rows are drawn again, the same ones.
-            self._brief = np.unique(np.concatenate([np.ravel(row) for row in self._restored_order()]))
+            self.chooser.brief = np.unique(np.concatenate([np.ravel(row) for row in self._restored_order()]))
         if self.restart is not None and state.global_step <= self.plan.phases[0] and not self._original.complete:
             raise UserError(
                 f"The run stopped before training had started anew, but the original weights are not in "
@@ -592,9 +509,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             )
         if scores is not None:
             lossy = saved["version"] == 2 and self.pool_scorer.other == "columns"  # only cas and das were kept
-            self._scores = self.score_pool() if lossy else scores
-            self._scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
-            self._eligible = (self._scores, self._scored_at) if saved.get("eligible", True) else None
+            scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
+            self.chooser.last = Scored(self.score_pool() if lossy else scores, scored_at)
+            self.chooser.eligible = self.chooser.last if saved.get("eligible", True) else None
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs
             self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]

@@ -122,8 +122,8 @@ def test_a_run_on_imported_scores_is_resumed_with_the_same_rows_in_the_same_orde
     after = train(trainer, resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{step}"))
     assert before.order() + after.order() == through.order()
     assert difference(weights_of(trainer.model), weights_of(whole.model)) == 0.0
-    for name, column in callback._scores.columns().items():
-        found = resumed._scores.columns()[name]
+    for name, column in callback.scores.columns().items():
+        found = resumed.scores.columns()[name]
         assert found.tolist() == column.tolist() if name == "ifd_status" else same_bits(found, column), name
     for epoch in range(2):
         assert resumed.history.rows(epoch).equals(callback.history.rows(epoch))
@@ -200,7 +200,7 @@ def test_a_damaged_file_is_named_before_anything_is_trained(tmp_path, whole, dam
     with pytest.raises(ValueError, match=f"{words}.*resume from another one, or start training anew"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 4
-    assert callback._scores is None
+    assert callback.scores is None
     assert not (tmp_path / "ifd_history").exists()
 
 
@@ -299,8 +299,8 @@ def test_a_checkpoint_of_the_version_before_is_resumed_exactly(tmp_path, whole, 
     after = train(trainer, resume_from_checkpoint=str(checkpoint))
     assert after.order() == whole.seen.order()[2 * step :]
     assert difference(weights_of(trainer.model), whole.weights) == 0.0
-    assert same_bits(callback._scores.ifd, whole.callback._scores.ifd)
-    assert callback._scored_at == 0
+    assert same_bits(callback.scores.ifd, whole.callback.scores.ifd)
+    assert callback.scored_at == 0
 
 
 def test_the_version_before_lost_imported_scores_so_they_are_read_from_the_set_again(tmp_path):
