@@ -1,10 +1,8 @@
-"""When an epoch scores, which rows it trains on: curricula, annealing, warm-up, freezing, every k epochs."""
+"""Runs with a schedule: when they score, what each epoch trains on; curricula, annealing, warm-up and freezing."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_runs import model_with, reference_scores, reference_top, select, sft_trainer, train
 
 from ifd_trainer.cli import main
@@ -14,94 +12,6 @@ from ifd_trainer.training.recipe_selection import SelectionConfig
 
 INF = float("inf")
 POOL = 24
-
-
-def trained_ranks(turn):
-    """Ranks (0 is the highest score) that a turn of a curriculum trains on."""
-    numbers = [number for number, rows, _ in turn.tiers for _ in range(rows)]
-    trained = {tier.number for tier in turn.tiers if tier.trained}
-    ranks = [rank for rank, number in enumerate(numbers) if number in trained]
-    assert ranks == list(range(ranks[0], ranks[-1] + 1))  # tiers that are trained together are neighbours
-    assert len(ranks) == turn.budget
-    return range(ranks[0], ranks[-1] + 1)
-
-
-@given(
-    pool=st.integers(1, 500),
-    keep=st.integers(1, 500),
-    tiers=st.integers(1, 9),
-    direction=st.sampled_from(["easy_to_hard", "hard_to_easy"]),
-    epochs_per_tier=st.integers(1, 3),
-)
-def test_tiers_partition_the_kept_ranks_and_differ_by_one_row_at_most(pool, keep, tiers, direction, epochs_per_tier):
-    if not tiers <= keep <= pool:
-        return
-    curriculum = Curriculum(keep, tiers, direction, "tiers", epochs_per_tier)
-    turns = [curriculum.turn(stage * epochs_per_tier, pool) for stage in range(tiers)]
-    ranks = [trained_ranks(turn) for turn in turns]
-    assert [[tier.number for tier in turn.tiers if tier.trained] for turn in turns] == [[s] for s in range(tiers)]
-    assert sorted(rank for part in ranks for rank in part) == list(range(keep))
-    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
-    assert (ranks[0].start <= ranks[-1].start) is (direction == "hard_to_easy" or tiers == 1)
-    assert {turn.of for turn in turns} == {keep}
-    for mode, expected in (("growing", ranks[: tiers // 2 + 1]), ("shrinking", ranks[tiers // 2 :])):
-        turn = Curriculum(keep, tiers, direction, mode, epochs_per_tier).turn(tiers // 2 * epochs_per_tier, pool)
-        assert sorted(rank for part in expected for rank in part) == list(trained_ranks(turn))
-
-
-def test_the_last_tier_takes_all_epochs_that_remain():
-    curriculum = Curriculum(keep=9, tiers=3, direction="hard_to_easy", epochs_per_tier=2)
-    assert [trained_ranks(curriculum.turn(epoch, 20))[0] for epoch in range(8)] == [0, 0, 3, 3, 6, 6, 6, 6]
-
-
-@pytest.mark.parametrize(("share", "epochs", "first"), [(0.2, 3, 2), (0.5, 4, 2), (1.0, 3, 0), (0.01, 10, 9)])
-def test_annealing_takes_the_last_share_of_the_epochs(share, epochs, first):
-    rhythm = Rhythm(Anneal(0.25, share))
-    turns = [rhythm.turn(epoch, 100, epochs) for epoch in range(epochs)]
-    assert [turn.rows for turn in turns] == ["selected"] * first + ["all"] * (epochs - first)
-    assert [turn.budget for turn in turns] == [25] * first + [100] * (epochs - first)
-
-
-def test_annealing_needs_a_number_of_epochs():
-    with pytest.raises(ValueError, match="set num_train_epochs, not max_steps"):
-        Rhythm(Anneal(0.5)).turn(0, 100, None)
-
-
-def test_every_warmup_and_freeze_together():
-    rhythm = Rhythm(PerEpoch((10, 20, 30, 40, 50, 60, 70)), every=2, warmup_epochs=1, freeze_after=4)
-    turns = [rhythm.turn(epoch, 100, 7) for epoch in range(7)]
-    assert [turn.rows for turn in turns] == ["all", "selected", "same", "selected", "same", "selected", "same"]
-    assert [turn.score for turn in turns] == [False, True, False, True, False, False, False]
-    assert [turn.budget for turn in turns] == [100, 20, 20, 40, 40, 60, 60]
-    assert [turn.chosen for turn in turns[1:]] == [1, 1, 3, 3, 5, 5]
-
-
-def test_the_first_epoch_that_selects_scores_even_if_frozen_from_the_start():
-    rhythm = Rhythm(Constant(0.5), freeze_after=0, warmup_epochs=1)
-    assert [rhythm.turn(epoch, 10, 3).score for epoch in range(3)] == [False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: Rhythm(Constant(0.5), every=0), "every counts epochs: a whole number of at least 1, got 0"),
-        (
-            lambda: Rhythm(Constant(0.5), warmup_epochs=-1),
-            "warmup_epochs counts epochs: a whole number of at least 0, got -1",
-        ),
-        (lambda: Rhythm(Constant(0.5), every=1.5), "every counts epochs: .* got 1.5"),
-        (lambda: Rhythm(Constant(0.5), every=True), "every counts epochs: .* got True"),
-        (lambda: Rhythm(Constant(0.5), freeze_after=0.5), "freeze_after counts epochs: .* got 0.5"),
-        (lambda: Curriculum(tiers=0), "at least 1"),
-        (lambda: Curriculum(direction="up"), "easy_to_hard"),
-        (lambda: Curriculum(mode="all"), "growing"),
-        (lambda: Curriculum(keep=2, tiers=3).budget(0, 100), "cannot be divided into 3 tiers"),
-        (lambda: Anneal(0.5, share=0.0), r"share must be in \(0, 1\]"),
-    ],
-)
-def test_what_cannot_be_is_an_error(make, words):
-    with pytest.raises(ValueError, match=words):
-        make()
 
 
 # ---- inside a run -----------------------------------------------------------------------------------------------
