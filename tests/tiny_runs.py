@@ -220,6 +220,7 @@ class Witness(TrainerCallback):
 
     def epochs(self) -> list[list[Any]]:
         """Row ids of each epoch in the order of training."""
+        assert self.weights, "no epoch has begun"  # else a loop over the epochs would assert nothing
         return [[row for u in self.updates if u.epoch == epoch for row in u.rows] for epoch in sorted(self.weights)]
 
     def updates_per_epoch(self) -> list[int]:

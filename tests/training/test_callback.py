@@ -412,7 +412,7 @@ def test_a_parquet_file_of_each_epoch_says_what_was_measured_and_decided(finishe
 
 def test_the_counts_by_reason_add_up_to_the_pool(finished):
     trainer, callback, _ = finished
-    for epoch, record in enumerate(History.load(trainer.args.output_dir).epochs):
+    for epoch, record in zip(range(3), History.load(trainer.args.output_dir).epochs, strict=True):
         assert sum(record["reasons"].values()) == record["pool"] == 24
         assert record["reasons"] == counts(callback.history.rows(epoch)["reason"])
         assert record["reasons"]["empty_answer"] == 1

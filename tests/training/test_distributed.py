@@ -111,6 +111,7 @@ def test_both_processes_take_the_same_steps_in_the_same_order(ranks, kind, case)
     for key in ("orders", "ifd", "global_step", "max_steps", "epoch", "learning_rates", "weights", "leftovers"):
         assert one[key] == other[key], key
     assert [len(epoch) for epoch in one["batches"]] == UPDATES[case]
+    assert len(one["orders"]) == len(UPDATES[case])
     assert one["global_step"] == one["max_steps"] == sum(UPDATES[case])
     assert one["epoch"] == pytest.approx(1.5 if case == "max_steps" else len(UPDATES[case]))
     phases = [UPDATES[case][0], sum(UPDATES[case][1:])] if case == "cherry" else [sum(UPDATES[case])]

@@ -432,7 +432,7 @@ def test_what_has_no_part_in_bins_changes_nothing(tmp_path, usual, config):
 @pytest.mark.parametrize("order", ["descending", "ascending"])
 def test_bins_are_visited_by_the_mean_rank_of_their_examples(tmp_path, order):
     _, callback, seen = run(tmp_path, order=order)
-    for epoch, bins in enumerate(seen.bins):
+    for epoch, bins in zip(range(3), seen.bins, strict=True):
         rank = callback.history.rows(epoch)["ifd"].rank(ascending=False)
         means = [rank[list(members)].mean() for members in bins]
         assert means == sorted(means, reverse=order == "ascending")
