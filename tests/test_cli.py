@@ -20,7 +20,6 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ifd_trainer
-from ifd_trainer import cli
 from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows, write_rows
 from ifd_trainer.data.formats import FORMATS
@@ -262,12 +261,12 @@ def test_a_device_out_of_memory_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("{}")
+    rows.write_text('{"ifd": 0.5}')
 
-    def run(_: object) -> int:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_report", run)
+    monkeypatch.setattr("ifd_trainer.report.page.write_report", fail)
     assert main(["report", str(rows)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
@@ -436,7 +435,7 @@ def test_several_processes_run_what_they_planned(recipe: Path, model_path: str) 
 
 
 def test_processes_that_would_each_train_by_themselves_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # which accelerate reads too, where a whole recipe is parsed
     with pytest.raises(UserError, match="2 processes were started, but each would train by itself: there is no GPU"):
         _check_processes(SimpleNamespace(world_size=1))
     _check_processes(SimpleNamespace(world_size=2))
@@ -797,10 +796,10 @@ def test_debug_shows_the_trace_of_any_error(
 def test_a_full_disk_and_a_file_of_others_are_one_line(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, words: str
 ) -> None:
-    def run(_: object) -> int:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_report", run)
+    monkeypatch.setattr("ifd_trainer.report.page.write_report", fail)
     assert words in told(place, monkeypatch, capsys, *REPORT)
 
 
@@ -808,10 +807,10 @@ def test_a_full_disk_and_a_file_of_others_are_one_line(
 def test_a_fault_of_the_program_keeps_its_trace_and_says_so(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
 ) -> None:
-    def run(_: object) -> int:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_select", run)
+    monkeypatch.setattr("ifd_trainer.publish.select.choose", fail)
     monkeypatch.chdir(place)
     assert main(SELECT) == 1
     errors = capsys.readouterr().err.splitlines()

@@ -121,8 +121,9 @@ def test_a_run_on_imported_scores_is_resumed_with_the_same_rows_in_the_same_orde
     after = train(trainer, resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{step}"))
     assert before.order() + after.order() == through.order()
     assert difference(weights_of(trainer.model), weights_of(whole.model)) == 0.0
-    for name, column in callback._scores.columns().items():
-        found = resumed._scores.columns()[name]
+    scores, last = (scores_in(tmp_path / name / "checkpoint-6").columns() for name in ("whole", "cut"))
+    for name, column in scores.items():
+        found = last[name]
         assert found.tolist() == column.tolist() if name == "ifd_status" else same_bits(found, column), name
     for epoch in range(2):
         assert resumed.history.rows(epoch).equals(callback.history.rows(epoch))
@@ -143,6 +144,10 @@ def copy_of(whole, folder, step):
 def selection_in(checkpoint):
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return state, state["stateful_callbacks"]["IFDSelectionCallback"]["attributes"]["selection"]
+
+
+def scores_in(checkpoint):
+    return load_selection(checkpoint, selection_in(checkpoint)[1], ROWS)[1]
 
 
 def test_trainer_state_holds_nothing_that_grows_with_the_pool(whole):
@@ -199,7 +204,7 @@ def test_a_damaged_file_is_named_before_anything_is_trained(tmp_path, whole, dam
     with pytest.raises(ValueError, match=f"{words}.*resume from another one, or start training anew"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 4
-    assert callback._scores is None
+    assert callback.state()["attributes"] == {}  # nothing that the next checkpoint would keep
     assert not (tmp_path / "ifd_history").exists()
 
 
@@ -253,12 +258,13 @@ def to_version_2(checkpoint):
 def test_a_checkpoint_of_the_version_before_is_resumed_exactly(tmp_path, whole, step):
     checkpoint = copy_of(whole, tmp_path, step)
     to_version_2(checkpoint)
-    trainer, callback = selecting(tmp_path)
+    trainer, _ = selecting(tmp_path)
     after = train(trainer, resume_from_checkpoint=str(checkpoint))
     assert after.order() == whole.seen.order()[2 * step :]
     assert difference(weights_of(trainer.model), whole.weights) == 0.0
-    assert same_bits(callback._scores.ifd, whole.callback._scores.ifd)
-    assert callback._scored_at == 0
+    last = tmp_path / "checkpoint-6"
+    assert same_bits(scores_in(last).ifd, scores_in(whole.folder / "checkpoint-6").ifd)
+    assert selection_in(last)[1]["scored_at"] == 0
 
 
 def test_the_version_before_lost_imported_scores_so_they_are_read_from_the_set_again(tmp_path):

@@ -24,7 +24,7 @@ def run(folder, epochs=3, **options):
     scored, score_pool = [], callback.score_pool
 
     def count(description):
-        scored.append(callback._next_epoch - 1)
+        scored.append(int(description.removeprefix("IFD, epoch ")))
         return score_pool(description)
 
     callback.score_pool = count
