@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ifd_trainer.method.brief_experience import Brief
 from ifd_trainer.method.schedule import (
     Anneal,
     Constant,
@@ -136,6 +137,13 @@ def test_annealing_takes_the_last_share_of_the_epochs(share, epochs, first):
     turns = [rhythm.turn(epoch, 100, epochs) for epoch in range(epochs)]
     assert [turn.rows for turn in turns] == ["selected"] * first + ["all"] * (epochs - first)
     assert [turn.budget for turn in turns] == [25] * first + [100] * (epochs - first)
+
+
+def test_after_a_brief_experience_annealing_counts_the_epochs_of_the_training_proper():
+    brief = Brief(clusters=1, per_cluster=2)
+    rhythm = Rhythm(Anneal(0.25, 0.4), warmup_epochs=2, warmup=brief, start_anew=True)
+    turns = [rhythm.turn(epoch, 100, epochs=5) for epoch in range(7)]
+    assert [turn.rows for turn in turns] == ["brief"] * 2 + ["selected"] * 3 + ["all"] * 2
 
 
 def test_annealing_needs_a_number_of_epochs():
