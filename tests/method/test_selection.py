@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ifd_trainer.method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED, Status
+from ifd_trainer.method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED, Status
 from ifd_trainer.method.selection import Cherry, Selection, ShortfallError
 
 NAN, INF = math.nan, math.inf
@@ -217,6 +217,16 @@ def test_error_does_not_trouble_a_budget_that_fits():
 def test_no_eligible_row_is_an_error(scores, on_shortfall):
     with pytest.raises(ShortfallError, match=f"only 0 of {len(scores)} are eligible"):
         select(scores, budget=1, on_shortfall=on_shortfall)
+
+
+@pytest.mark.parametrize(("scores", "reason"), [([0.5, 0.4, 0.3], BELOW_CUT), ([0.5, 1.1, 1.2], ABOVE_LIMIT)])
+def test_a_kept_row_that_no_tier_has_room_for_is_dropped_as_if_it_had_not_been_kept(scores, reason):
+    selection = select(scores, budget=3, on_shortfall="relax")
+    tiers = {0: np.array([0]), 1: np.array([1])}
+    first = selection.in_tiers(np.array(scores), tiers, trained=[0])
+    assert first.kept.tolist() == [0]
+    assert first.reasons.tolist() == [KEPT, OTHER_TIER, reason]
+    assert first.tier.tolist() == [0, 1, -1]
 
 
 # ---- options ----------------------------------------------------------------------------------------------------
