@@ -229,6 +229,12 @@ def test_a_kept_row_that_no_tier_has_room_for_is_dropped_as_if_it_had_not_been_k
     assert first.tier.tolist() == [0, 1, -1]
 
 
+@pytest.mark.parametrize("scores", [[NAN, NAN], []])
+def test_nothing_can_be_relaxed_where_no_row_has_a_score(scores):
+    with pytest.raises(ShortfallError, match=f"only 0 of {len(scores)} are eligible: {len(scores)} have no score"):
+        select(scores, budget=1, on_shortfall="relax")
+
+
 # ---- options ----------------------------------------------------------------------------------------------------
 
 

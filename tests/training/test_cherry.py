@@ -228,6 +228,14 @@ def test_a_random_sample_does_without_the_model(tmp_path):
     assert train(again).epochs()[0] == witness.epochs()[0]
 
 
+def test_a_row_without_an_answer_has_no_perplexity_so_it_takes_no_part_in_the_sample(tmp_path):
+    rows = tokenised(sft_trainer(tmp_path, 12))
+    rows = rows.map(lambda row, i: row if i != 4 else {"labels": [-100] * len(row["labels"])}, with_indices=True)
+    callback = IFDSelectionCallback.cherry(plain_trainer(tmp_path, rows), 2, brief=BRIEF, max_ifd=INF)
+    _, perplexity = callback.pool_scorer.features()
+    assert np.flatnonzero(np.isnan(perplexity)).tolist() == [4]
+
+
 def test_another_model_scores_with_its_own_tokenizer(tmp_path):
     tokenizer = build_tokenizer(extra=("cat dog ball park red blue",) * 30)
     other = build_model(len(tokenizer), seed=5, hidden_size=48)
