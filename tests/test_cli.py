@@ -412,25 +412,39 @@ def test_a_run_is_as_it_was_planned_and_says_which_rows_it_lost(
     assert plan_of(capsys.readouterr().out) == plan
 
 
-def launched(*words: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of a command that two processes run together."""
+COMMANDS = """
+import contextlib, json, os, sys
+from ifd_trainer.cli import main
+
+for number, words in enumerate(json.loads(sys.argv[2])):
+    with open(f"{sys.argv[1]}/{number}-{os.environ['RANK']}.txt", "w") as out, contextlib.redirect_stdout(out):
+        if code := main(words):
+            sys.exit(code)
+"""
+
+
+def launched(folder: Path, *commands: list[str]) -> list[str]:
+    """What two processes print together for each of the commands, which they run one after the other."""
+    program = folder / "commands.py"
+    program.write_text(COMMANDS, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "ifd_trainer", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout, done.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*command, str(program), str(folder), json.dumps(commands)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return ["".join((folder / f"{i}-{rank}.txt").read_text() for rank in range(2)) for i in range(len(commands))]
 
 
-def test_several_processes_run_what_they_planned(recipe: Path, model_path: str) -> None:
+def test_several_processes_run_what_they_planned(tmp_path: Path, recipe: Path, model_path: str) -> None:
     words = ["train", str(recipe), "--model", model_path, "--packing", "true", "--keep", "2"]
-    code, planned, _ = launched(*words, "--plan", "--use_cpu", "false")  # a plan needs no telling
-    assert code == 0
+    # A plan needs no telling that processors train.
+    planned, out = launched(tmp_path, [*words, "--plan", "--use_cpu", "false"], words)
     assert plan_of(planned)[1:] == [
         "pool: 11 of 11 rows, in 4 packed rows",
         "update: 2 packed rows x 1 batch x 2 processes = 4 packed rows",
     ]
-    assert planned.count("Plan: ") == 1
-    code, out, _ = launched(*words)
-    assert code == 0
+    assert planned.count("Plan: ") == out.count("Plan: ") == 1
     assert plan_of(out) == plan_of(planned)
 
 

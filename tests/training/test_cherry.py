@@ -269,6 +269,18 @@ def test_scores_that_the_training_set_has_are_taken_from_it(tmp_path):
     assert set(witness.epochs()[0]) == set(expected.tolist())
 
 
+def test_a_row_whose_status_is_null_in_the_training_set_has_no_score(tmp_path):
+    rows = text_rows(raw_rows(8))
+    for name in ("cas", "das", "ifd", "ifd_ppl"):
+        rows = rows.add_column(name, [0.1 * (i + 1) for i in range(8)])
+    rows = rows.add_column("answer_tokens", [3] * 8).add_column("ifd_status", ["ok"] * 7 + [None])
+    trainer = sft_trainer(tmp_path, rows, num_train_epochs=1)
+    callback = IFDSelectionCallback.cherry(trainer, 2, scorer="columns", brief=None)
+    trainer.add_callback(callback)
+    assert sorted(train(trainer).order()) == [105, 106]
+    assert callback.history.rows(0)["reason"].tolist() == ["below_cut"] * 5 + ["kept"] * 2 + ["nonfinite"]
+
+
 def test_scores_that_the_training_set_lacks_are_missed(tmp_path):
     trainer, _ = cherry(tmp_path, scorer="columns")
     with pytest.raises(ValueError, match=r"which has no cas, das.*dataset.map\(IFDScorer"):

@@ -56,10 +56,20 @@ def expected_rates(name: str, planned: int, warmup: int = 0, **kwargs: float) ->
 # ---- sizes, steps and learning rates ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drop_last", [False, True], ids=["keep_last", "drop_last"])
-@pytest.mark.parametrize("accumulation", [1, 4])
+# Budgets that shrink, grow and stay, even and odd, each in half of the four settings; odd ones in all.
 @pytest.mark.parametrize(
-    "budgets", [[16, 8, 8], [8, 8, 16], [8, 8, 8], [17, 11, 3], [3, 11, 17], [11, 11, 11]], ids=str
+    ("budgets", "accumulation", "drop_last"),
+    [
+        ([16, 8, 8], 1, False),
+        ([16, 8, 8], 4, True),
+        ([8, 8, 16], 1, True),
+        ([8, 8, 16], 4, False),
+        ([8, 8, 8], 4, False),
+        *(([17, 11, 3], accumulation, drop_last) for accumulation in (1, 4) for drop_last in (False, True)),
+        *(([3, 11, 17], accumulation, drop_last) for accumulation in (1, 4) for drop_last in (False, True)),
+        ([11, 11, 11], 1, True),
+    ],
+    ids=str,
 )
 def test_all_planned_rows_are_trained_in_all_planned_steps(tmp_path, budgets, accumulation, drop_last):
     trainer = sft_trainer(
