@@ -493,7 +493,9 @@ def test_an_evaluation_after_training_is_none_of_the_last_epochs(tmp_path):
     callback = select(trainer, keep=4)
     train(trainer)
     losses = [record["eval_loss"] for record in callback.history.epochs]
-    trainer.evaluate(trainer.eval_dataset.select(range(2)), metric_key_prefix="test")
+    for prefix in ("eval", "test"):
+        trainer.evaluate(trainer.eval_dataset.select(range(2)), metric_key_prefix=prefix)
+    assert trainer.state.log_history[-2]["eval_loss"] not in losses
     assert [record["eval_loss"] for record in History.load(tmp_path).epochs] == losses
     assert len(set(losses)) == 3
 

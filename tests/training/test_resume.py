@@ -262,6 +262,24 @@ def test_a_checkpoint_written_at_the_end_of_an_epoch_is_resumed_exactly(tmp_path
     assert same_in_the_end(trainer, whole)
 
 
+class StopInside(TrainerCallback):
+    """Ends training at the fifth step, inside the second epoch, as a callback with a time limit does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 5
+
+
+def test_a_run_that_was_stopped_inside_an_epoch_and_saved_at_its_end_goes_on_inside_it(tmp_path, whole):
+    trainer, _ = selecting(tmp_path, save_strategy="epoch")
+    trainer.add_callback(StopInside())
+    before = train(trainer)
+    trainer, callback = selecting(tmp_path)
+    after = train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert before.order() + after.order() == whole.seen.order()
+    assert callback.scored == 1
+    assert same_in_the_end(trainer, whole)
+
+
 @pytest.mark.parametrize("config", [{}, {"num_train_epochs": 2.5}, {"max_steps": 6}], ids=str)
 def test_a_finished_run_has_nothing_left_to_train(tmp_path, config):
     first, _ = selecting(tmp_path, save_strategy="steps", save_steps=100, **config)

@@ -44,6 +44,7 @@ def test_every_second_epoch_selects_and_the_one_between_trains_on_the_same_rows(
     assert epochs[0] != epochs[1]  # shuffled anew
     assert sorted(epochs[2]) == sorted(epochs[3]) == sorted(ranking(trainer, seen, 2)[:8])
     assert [record["scored_at"] for record in callback.history.epochs] == [0, 0, 2, 2]
+    assert [record["seconds_scoring"] > 0 for record in callback.history.epochs] == [True, False, True, False]
 
 
 def test_warm_up_trains_on_every_row_without_scoring(tmp_path):
