@@ -253,6 +253,16 @@ def train(trainer: Trainer, **options: Any) -> Witness:
     return witness
 
 
+class Stop(TrainerCallback):
+    """Ends training once a checkpoint was written at a step, as if the machine went away."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
 # ---- what is compared -------------------------------------------------------------------------------------------
 
 

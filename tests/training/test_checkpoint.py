@@ -15,8 +15,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from tiny_runs import INF, difference, raw_rows, select, sft_trainer, text_rows, train, weights_of
-from transformers import TrainerCallback, TrainerState
+from tiny_runs import INF, Stop, difference, raw_rows, select, sft_trainer, text_rows, train, weights_of
+from transformers import TrainerState
 
 from ifd_trainer.method.reasons import Status
 from ifd_trainer.scoring.losses import Scores
@@ -64,14 +64,6 @@ def test_scores_of_another_number_of_rows_are_refused(tmp_path):
 
 
 # ---- in a run ---------------------------------------------------------------------------------------------------
-
-
-class Stop(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_save(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 def scored_set(columns):

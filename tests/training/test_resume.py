@@ -14,6 +14,7 @@ from conftest import ROOT, build_model
 from tiny_runs import (
     INF,
     TOKENIZER,
+    Stop,
     difference,
     plain_trainer,
     raw_rows,
@@ -39,16 +40,6 @@ PLACES = {
     "at_the_second_boundary": 7,
     "in_the_last_epoch": 11,
 }
-
-
-class Stop(TrainerCallback):
-    """Ends training once a checkpoint was written at a step, as if the machine went away."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_save(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 # Killed at the end of step n, before its checkpoint is written: the one of step n - 1 is the last.
