@@ -256,9 +256,16 @@ def test_damaged_weights_are_one_line(
     assert not (tmp_path / "out.jsonl.parts").exists()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nMore."), MemoryError()])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore."), "CUDA out of memory."),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"), "can't allocate memory"),
+    ],
+)
 def test_a_device_out_of_memory_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, words: str
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"ifd": 0.5}')
@@ -270,7 +277,7 @@ def test_a_device_out_of_memory_is_one_line(
     assert main(["report", str(rows)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert "ut of memory" in errors[0]
+    assert words in errors[0]
     error = RuntimeError("of another kind")
     assert main(["report", str(rows)]) == 1
     errors = capsys.readouterr().err.splitlines()
@@ -802,6 +809,8 @@ def test_debug_shows_the_trace_of_any_error(
     ("error", "words"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "big.parquet"), "big.parquet cannot be written: no space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x.csv"), "x.csv cannot be written: no space is left. Make room"),
+        (OSError(errno.EFBIG, "File too large", "x.csv"), "x.csv cannot be written: no space is left. Make room"),
         (OSError(errno.EACCES, "Permission denied", "x.csv"), "x.csv cannot be read or written: Permission denied"),
         (OSError(errno.EROFS, "Read-only file system", "x.csv"), "x.csv cannot be read or written: Read-only file"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space is left. Make room; the same"),
@@ -815,6 +824,17 @@ def test_a_full_disk_and_a_file_of_others_are_one_line(
 
     monkeypatch.setattr("ifd_trainer.report.page.write_report", fail)
     assert words in told(place, monkeypatch, capsys, *REPORT)
+
+
+def test_a_run_that_a_full_disk_ended_is_resumed_by_one_option_more(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoint-5")
+
+    monkeypatch.setattr("ifd_trainer.training.recipe_run.build_run", fail)
+    line = told(place, monkeypatch, capsys, *TRAIN)
+    assert "Make room; the same command will add --resume_from_checkpoint true to go on" in line
 
 
 @pytest.mark.parametrize("error", [ValueError("of ours"), KeyError("of ours"), ImportError("of ours"), OSError("ours")])
