@@ -14,6 +14,8 @@ SMOLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ifd_trainer/smollm2-135m
 
 OLDEST := .venv-oldest
 LOOP_TESTS := tests/training
+# Each file is one process's: what it makes once for its tests is made once.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,7 +37,7 @@ demo: $(if $(MODEL),$(DEMO),model)  ## fine-tune a 135M model with selection ins
 	$(BIN)/ifd-trainer train recipes/demo.yaml --model "$(or $(MODEL),$(SMOLLM))" $(ARGS)
 
 test: $(TEST) model quality  ## style checks and the whole test suite
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 gpu: $(TEST)  ## the tests that need a GPU, on the GPUs of this machine
 	IFD_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/gpu $(ARGS)
@@ -54,12 +56,12 @@ bench: $(TEST) $(if $(MODEL),,model)  ## speed, memory and cost of scoring and o
 	$(BIN)/python tests/benchmarks/selection.py --runs 1
 
 versions: $(TEST)  ## the loop's tests with the newest and the oldest supported transformers and trl
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(LOOP_TESTS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) $(LOOP_TESTS)
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(transformers|trl)==' recipes/constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -c $(OLDEST)/constraints.txt \
 		-e '.[test]' 'transformers==5.20.*' 'trl==1.14.*'
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest $(LOOP_TESTS)
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest $(PARALLEL) $(LOOP_TESTS)
 
 clean:  ## remove the environment, runs and caches
 	rm -rf $(VENV) $(OLDEST) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

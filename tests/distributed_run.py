@@ -251,12 +251,13 @@ def zero3(folder: Path) -> None:
     main(folder, SHARDED, ZERO3)
 
 
-def apart(folder: Path) -> None:
-    """The Cherry method on two machines of one process each, whose disks are not shared."""
+def apart_and_fail(folder: Path) -> None:
+    """The Cherry method on two machines of one process each, whose disks are not shared; then one process fails."""
     rank, os.environ["LOCAL_RANK"] = os.environ["RANK"], "0"
     found = run("cherry", folder / f"machine{rank}")
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    fail(folder)
 
 
 if __name__ == "__main__":
-    {"ddp": main, "fail": fail, "apart": apart, "fsdp": fsdp, "zero3": zero3}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": main, "apart_and_fail": apart_and_fail, "fsdp": fsdp, "zero3": zero3}[sys.argv[1]](Path(sys.argv[2]))

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,8 @@ import torch
 from conftest import ROOT, ROUNDING, build_model, build_tokenizer, reference_nll
 
 from ifd_trainer.data.encoding import token_count
+from ifd_trainer.data.files import Parts
+from ifd_trainer.scoring.transform import IFDScorer
 
 DRY = ["--device", "cpu", "--dtype", "float32", "--tiny", "--runs", "1"]
 
@@ -224,8 +227,30 @@ def test_a_dry_run_of_the_benchmark_of_selection(tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["base", "400", "400", "400"]
 
 
+def in_one_process(monkeypatch: pytest.MonkeyPatch, bench: ModuleType, work: Callable[[list[str]], object]) -> None:
+    """Let a benchmark start the first of its processes alone, and do here what it would start the others for."""
+    started, measured = [], bench.measured
+
+    def here(command: list[str]) -> tuple[float, int]:
+        if not started:
+            started.append(command)
+            return measured(command)
+        work(command[2:])
+        return 1.0, 2**20
+
+    monkeypatch.setattr(bench, "measured", here)
+
+
 def test_a_dry_run_of_the_benchmark_of_large_files(saved_model, tmp_path, monkeypatch):
     bench = loaded(ROOT / "tests" / "benchmarks" / "streaming.py")
+
+    def work(words: list[str]) -> None:
+        with monkeypatch.context() as patch:
+            for owner, name in ((IFDScorer, "encode"), (IFDScorer, "score"), (Parts, "save")):
+                patch.setattr(owner, name, getattr(owner, name))  # put back what it puts there
+            bench.worker(int(words[0]), words[1:])
+
+    in_one_process(monkeypatch, bench, work)
     checked_rows = []
     check = bench.check
     monkeypatch.setattr(bench, "check", lambda pool, output: checked_rows.append(check(pool, output)))
@@ -236,8 +261,13 @@ def test_a_dry_run_of_the_benchmark_of_large_files(saved_model, tmp_path, monkey
     assert len(checked_rows) == 2
 
 
-def test_a_dry_run_of_the_benchmark_of_growth(saved_model, tmp_path):
+def test_a_dry_run_of_the_benchmark_of_growth(saved_model, tmp_path, monkeypatch):
     bench = loaded(ROOT / "tests" / "benchmarks" / "growth.py")
+
+    def work(words: list[str]) -> None:
+        bench.worker(Path(words[0]), words[1], Path(words[2]), words[3] == "1")
+
+    in_one_process(monkeypatch, bench, work)
     bench.main(["--model", saved_model, "--tiny", "--output", str(tmp_path)])
     base, case = json.loads((tmp_path / "growth.json").read_text())["cases"]
     assert (base["rows"], case["rows"]) == (100, 400)
@@ -276,7 +306,7 @@ def test_the_benchmark_of_large_files_tells_wrong_rows(tmp_path):
     cas, das = bench.losses_of(np.array([3, 1]))
     for given in (cas, cas[::-1]):
         pq.write_table(pa.table({**rows, "cas": given, "das": das}), output)
-        with nullcontext() if given is cas else pytest.raises(AssertionError):
+        with nullcontext() if given is cas else pytest.raises(AssertionError, match="not equal"):
             bench.check(pool, output)
 
 

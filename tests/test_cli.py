@@ -20,7 +20,6 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ifd_trainer
-from ifd_trainer import cli
 from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows, write_rows
 from ifd_trainer.data.formats import FORMATS
@@ -257,21 +256,28 @@ def test_damaged_weights_are_one_line(
     assert not (tmp_path / "out.jsonl.parts").exists()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nMore."), MemoryError()])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore."), "CUDA out of memory."),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"), "can't allocate memory"),
+    ],
+)
 def test_a_device_out_of_memory_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, words: str
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("{}")
+    rows.write_text('{"ifd": 0.5}')
 
-    def run(_: object) -> int:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_report", run)
+    monkeypatch.setattr("ifd_trainer.report.page.write_report", fail)
     assert main(["report", str(rows)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert "ut of memory" in errors[0]
+    assert words in errors[0]
     error = RuntimeError("of another kind")
     assert main(["report", str(rows)]) == 1
     errors = capsys.readouterr().err.splitlines()
@@ -413,30 +419,44 @@ def test_a_run_is_as_it_was_planned_and_says_which_rows_it_lost(
     assert plan_of(capsys.readouterr().out) == plan
 
 
-def launched(*words: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of a command that two processes run together."""
+COMMANDS = """
+import contextlib, json, os, sys
+from ifd_trainer.cli import main
+
+for number, words in enumerate(json.loads(sys.argv[2])):
+    with open(f"{sys.argv[1]}/{number}-{os.environ['RANK']}.txt", "w") as out, contextlib.redirect_stdout(out):
+        if code := main(words):
+            sys.exit(code)
+"""
+
+
+def launched(folder: Path, *commands: list[str]) -> list[str]:
+    """What two processes print together for each of the commands, which they run one after the other."""
+    program = folder / "commands.py"
+    program.write_text(COMMANDS, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "ifd_trainer", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout, done.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*command, str(program), str(folder), json.dumps(commands)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return ["".join((folder / f"{i}-{rank}.txt").read_text() for rank in range(2)) for i in range(len(commands))]
 
 
-def test_several_processes_run_what_they_planned(recipe: Path, model_path: str) -> None:
+def test_several_processes_run_what_they_planned(tmp_path: Path, recipe: Path, model_path: str) -> None:
     words = ["train", str(recipe), "--model", model_path, "--packing", "true", "--keep", "2"]
-    code, planned, _ = launched(*words, "--plan", "--use_cpu", "false")  # a plan needs no telling
-    assert code == 0
+    # A plan needs no telling that processors train.
+    planned, out = launched(tmp_path, [*words, "--plan", "--use_cpu", "false"], words)
     assert plan_of(planned)[1:] == [
         "pool: 11 of 11 rows, in 4 packed rows",
         "update: 2 packed rows x 1 batch x 2 processes = 4 packed rows",
     ]
-    assert planned.count("Plan: ") == 1
-    code, out, _ = launched(*words)
-    assert code == 0
+    assert planned.count("Plan: ") == out.count("Plan: ") == 1
     assert plan_of(out) == plan_of(planned)
 
 
 def test_processes_that_would_each_train_by_themselves_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # which accelerate reads too, where a whole recipe is parsed
     with pytest.raises(UserError, match="2 processes were started, but each would train by itself: there is no GPU"):
         _check_processes(SimpleNamespace(world_size=1))
     _check_processes(SimpleNamespace(world_size=2))
@@ -789,6 +809,8 @@ def test_debug_shows_the_trace_of_any_error(
     ("error", "words"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "big.parquet"), "big.parquet cannot be written: no space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x.csv"), "x.csv cannot be written: no space is left. Make room"),
+        (OSError(errno.EFBIG, "File too large", "x.csv"), "x.csv cannot be written: no space is left. Make room"),
         (OSError(errno.EACCES, "Permission denied", "x.csv"), "x.csv cannot be read or written: Permission denied"),
         (OSError(errno.EROFS, "Read-only file system", "x.csv"), "x.csv cannot be read or written: Read-only file"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space is left. Make room; the same"),
@@ -797,21 +819,32 @@ def test_debug_shows_the_trace_of_any_error(
 def test_a_full_disk_and_a_file_of_others_are_one_line(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, words: str
 ) -> None:
-    def run(_: object) -> int:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_report", run)
+    monkeypatch.setattr("ifd_trainer.report.page.write_report", fail)
     assert words in told(place, monkeypatch, capsys, *REPORT)
+
+
+def test_a_run_that_a_full_disk_ended_is_resumed_by_one_option_more(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoint-5")
+
+    monkeypatch.setattr("ifd_trainer.training.recipe_run.build_run", fail)
+    line = told(place, monkeypatch, capsys, *TRAIN)
+    assert "Make room; the same command will add --resume_from_checkpoint true to go on" in line
 
 
 @pytest.mark.parametrize("error", [ValueError("of ours"), KeyError("of ours"), ImportError("of ours"), OSError("ours")])
 def test_a_fault_of_the_program_keeps_its_trace_and_says_so(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
 ) -> None:
-    def run(_: object) -> int:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_select", run)
+    monkeypatch.setattr("ifd_trainer.publish.select.choose", fail)
     monkeypatch.chdir(place)
     assert main(SELECT) == 1
     errors = capsys.readouterr().err.splitlines()

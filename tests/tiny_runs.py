@@ -220,6 +220,7 @@ class Witness(TrainerCallback):
 
     def epochs(self) -> list[list[Any]]:
         """Row ids of each epoch in the order of training."""
+        assert self.weights, "no epoch has begun"  # else a loop over the epochs would assert nothing
         return [[row for u in self.updates if u.epoch == epoch for row in u.rows] for epoch in sorted(self.weights)]
 
     def updates_per_epoch(self) -> list[int]:
@@ -250,6 +251,16 @@ def train(trainer: Trainer, **options: Any) -> Witness:
     finally:
         witness.leave()
     return witness
+
+
+class Stop(TrainerCallback):
+    """Ends training once a checkpoint was written at a step, as if the machine went away."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
 
 
 # ---- what is compared -------------------------------------------------------------------------------------------

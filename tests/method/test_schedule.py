@@ -1,4 +1,4 @@
-"""Budgets, and plans of steps against a simulation of the run."""
+"""Budgets, what each epoch does (tiers, warm-up, freezing), and plans of steps against a simulation of the run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from ifd_trainer.method.brief_experience import Brief
 from ifd_trainer.method.schedule import (
+    Anneal,
     Constant,
+    Curriculum,
     EpochPlan,
     PerEpoch,
+    Timing,
     TrainingPlan,
     as_schedule,
     plan_epoch,
@@ -82,6 +86,107 @@ def test_as_schedule_takes_a_schedule_of_ones_own():
             return max(pool >> epoch, 1)
 
     assert [as_schedule(Halving()).budget(epoch, 8) for epoch in range(3)] == [8, 4, 2]
+
+
+# ---- what each epoch does ----------------------------------------------------------------------------------------
+
+
+def trained_ranks(curriculum, epoch, pool):
+    """Ranks (0 is the highest score) that an epoch of a curriculum trains on."""
+    tiers = curriculum.divide(epoch, pool)
+    numbers = [number for number, rows, _ in tiers for _ in range(rows)]
+    trained = {tier.number for tier in tiers if tier.trained}
+    ranks = [rank for rank, number in enumerate(numbers) if number in trained]
+    assert ranks == list(range(ranks[0], ranks[-1] + 1))  # tiers that are trained together are neighbours
+    assert len(ranks) == curriculum.budget(epoch, pool)
+    return range(ranks[0], ranks[-1] + 1)
+
+
+@given(
+    tiers=st.integers(1, 9),
+    more=st.integers(0, 490),
+    left_out=st.integers(0, 490),
+    direction=st.sampled_from(["easy_to_hard", "hard_to_easy"]),
+    epochs_per_tier=st.integers(1, 3),
+)
+def test_tiers_partition_the_kept_ranks_and_differ_by_one_row_at_most(
+    tiers, more, left_out, direction, epochs_per_tier
+):
+    keep = tiers + more
+    pool = keep + left_out
+    curriculum = Curriculum(keep, tiers, direction, "tiers", epochs_per_tier)
+    stages = [curriculum.divide(stage * epochs_per_tier, pool) for stage in range(tiers)]
+    ranks = [trained_ranks(curriculum, stage * epochs_per_tier, pool) for stage in range(tiers)]
+    assert [[tier.number for tier in stage if tier.trained] for stage in stages] == [[s] for s in range(tiers)]
+    assert sorted(rank for part in ranks for rank in part) == list(range(keep))
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+    assert (ranks[0].start <= ranks[-1].start) is (direction == "hard_to_easy" or tiers == 1)
+    assert {sum(tier.rows for tier in stage) for stage in stages} == {keep}
+    for mode, expected in (("growing", ranks[: tiers // 2 + 1]), ("shrinking", ranks[tiers // 2 :])):
+        other = Curriculum(keep, tiers, direction, mode, epochs_per_tier)
+        trained = trained_ranks(other, tiers // 2 * epochs_per_tier, pool)
+        assert sorted(rank for part in expected for rank in part) == list(trained)
+
+
+def test_the_last_tier_takes_all_epochs_that_remain():
+    curriculum = Curriculum(keep=9, tiers=3, direction="hard_to_easy", epochs_per_tier=2)
+    assert [trained_ranks(curriculum, epoch, 20)[0] for epoch in range(8)] == [0, 0, 3, 3, 6, 6, 6, 6]
+
+
+@pytest.mark.parametrize(("share", "epochs", "first"), [(0.2, 3, 2), (0.5, 4, 2), (1.0, 3, 0), (0.01, 10, 9)])
+def test_annealing_takes_the_last_share_of_the_epochs(share, epochs, first):
+    rows = [Timing().rows_of(epoch, Anneal(0.25, share), 100, epochs) for epoch in range(epochs)]
+    assert [of_epoch.source for of_epoch in rows] == ["selected"] * first + ["all"] * (epochs - first)
+    assert [of_epoch.budget for of_epoch in rows] == [25] * first + [100] * (epochs - first)
+
+
+def test_after_a_brief_experience_annealing_counts_the_epochs_of_the_training_proper():
+    brief = Brief(clusters=1, per_cluster=2)
+    timing = Timing(warmup_epochs=2, warmup=brief, start_anew=True)
+    rows = [timing.rows_of(epoch, Anneal(0.25, 0.4), 100, epochs=5) for epoch in range(7)]
+    assert [epoch.source for epoch in rows] == ["brief"] * 2 + ["selected"] * 3 + ["all"] * 2
+
+
+def test_annealing_needs_a_number_of_epochs():
+    with pytest.raises(ValueError, match="set num_train_epochs, not max_steps"):
+        Timing().rows_of(0, Anneal(0.5), 100, None)
+
+
+def test_every_warmup_and_freeze_together():
+    timing, schedule = Timing(every=2, warmup_epochs=1, freeze_after=4), PerEpoch((10, 20, 30, 40, 50, 60, 70))
+    rows = [timing.rows_of(epoch, schedule, 100, 7) for epoch in range(7)]
+    assert [epoch.source for epoch in rows] == ["all", "selected", "same", "selected", "same", "selected", "same"]
+    assert [epoch.scored for epoch in rows] == [False, True, False, True, False, False, False]
+    assert [epoch.budget for epoch in rows] == [100, 20, 20, 40, 40, 60, 60]
+    assert [epoch.selected_in for epoch in rows[1:]] == [1, 1, 3, 3, 5, 5]
+
+
+def test_the_first_epoch_that_selects_scores_even_if_frozen_from_the_start():
+    timing = Timing(freeze_after=0, warmup_epochs=1)
+    assert [timing.rows_of(epoch, Constant(0.5), 10, 3).scored for epoch in range(3)] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Timing(every=0), "every counts epochs: a whole number of at least 1, got 0"),
+        (
+            lambda: Timing(warmup_epochs=-1),
+            "warmup_epochs counts epochs: a whole number of at least 0, got -1",
+        ),
+        (lambda: Timing(every=1.5), "every counts epochs: .* got 1.5"),
+        (lambda: Timing(every=True), "every counts epochs: .* got True"),
+        (lambda: Timing(freeze_after=0.5), "freeze_after counts epochs: .* got 0.5"),
+        (lambda: Curriculum(tiers=0), "at least 1"),
+        (lambda: Curriculum(direction="up"), "easy_to_hard"),
+        (lambda: Curriculum(mode="all"), "growing"),
+        (lambda: Curriculum(keep=2, tiers=3).budget(0, 100), "cannot be divided into 3 tiers"),
+        (lambda: Anneal(0.5, share=0.0), r"share must be in \(0, 1\]"),
+    ],
+)
+def test_what_cannot_be_is_an_error(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 # ---- plans ------------------------------------------------------------------------------------------------------

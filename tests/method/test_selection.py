@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ifd_trainer.method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED, Status
+from ifd_trainer.method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED, Status
 from ifd_trainer.method.selection import Cherry, Selection, ShortfallError
 
 NAN, INF = math.nan, math.inf
@@ -27,9 +27,12 @@ def select(scores, budget: int, statuses=None, ids=None, rng=None, **options) ->
     return Cherry(**options)(columns_of(scores, statuses), budget, ids=ids, rng=rng)
 
 
-scores_and_budget = st.lists(
-    st.sampled_from([NAN, 0.1, 0.2, 0.3, 0.7, 0.9, 1.0, 1.4]), min_size=1, max_size=25
-).flatmap(lambda scores: st.tuples(st.just(scores), st.integers(1, 2 * len(scores))))
+# At least one score is under the limit.
+scores_and_budget = (
+    st.lists(st.sampled_from([NAN, 0.1, 0.2, 0.3, 0.7, 0.9, 1.0, 1.4]), min_size=1, max_size=25)
+    .filter(lambda scores: any(score < 1 for score in scores))
+    .flatmap(lambda scores: st.tuples(st.just(scores), st.integers(1, 2 * len(scores))))
+)
 
 
 # ---- enough rows ------------------------------------------------------------------------------------------------
@@ -110,8 +113,6 @@ def test_ids_do_not_outweigh_scores():
 def test_ties_and_order_do_not_depend_on_where_rows_stand(data):
     scores, budget = data
     ids = np.arange(len(scores)) * 7 % 101
-    if not any(score < 1 for score in scores):
-        return
     there = np.random.default_rng(0).permutation(len(scores))
     one = select(scores, budget, ids=ids)
     two = select(np.array(scores)[there], budget, ids=ids[there])
@@ -122,8 +123,6 @@ def test_ties_and_order_do_not_depend_on_where_rows_stand(data):
 def test_counts_and_reasons_add_up(data):
     scores, budget = data
     eligible = sum(score < 1 for score in scores)
-    if not eligible:
-        return
     selection = select(scores, budget)
     rows = min(budget, eligible)
     assert len(selection.kept) == budget
@@ -220,6 +219,22 @@ def test_no_eligible_row_is_an_error(scores, on_shortfall):
         select(scores, budget=1, on_shortfall=on_shortfall)
 
 
+@pytest.mark.parametrize(("scores", "reason"), [([0.5, 0.4, 0.3], BELOW_CUT), ([0.5, 1.1, 1.2], ABOVE_LIMIT)])
+def test_a_kept_row_that_no_tier_has_room_for_is_dropped_as_if_it_had_not_been_kept(scores, reason):
+    selection = select(scores, budget=3, on_shortfall="relax")
+    tiers = {0: np.array([0]), 1: np.array([1])}
+    first = selection.in_tiers(np.array(scores), tiers, trained=[0])
+    assert first.kept.tolist() == [0]
+    assert first.reasons.tolist() == [KEPT, OTHER_TIER, reason]
+    assert first.tier.tolist() == [0, 1, -1]
+
+
+@pytest.mark.parametrize("scores", [[NAN, NAN], []])
+def test_nothing_can_be_relaxed_where_no_row_has_a_score(scores):
+    with pytest.raises(ShortfallError, match=f"only 0 of {len(scores)} are eligible: {len(scores)} have no score"):
+        select(scores, budget=1, on_shortfall="relax")
+
+
 # ---- options ----------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +262,7 @@ def test_the_policy_is_a_frozen_value():
     policy = Cherry(max_ifd=0.9, on_shortfall="relax")
     assert pickle.loads(pickle.dumps(policy)) == policy
     assert repr(policy) == "Cherry(max_ifd=0.9, score='ifd', on_shortfall='relax')"
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="cannot assign to field 'max_ifd'"):
         policy.max_ifd = 2.0
 
 
@@ -273,8 +288,6 @@ def test_reasons_of_many_rows_are_a_few_texts_and_not_one_object_for_each_row():
 def test_the_rows_kept_are_those_of_a_full_sort(data):
     scores, budget = data
     eligible = [i for i, score in enumerate(scores) if score < 1]
-    if not eligible:
-        return
     ids = [(7 * i) % 101 for i in range(len(scores))]
     expected = sorted(eligible, key=lambda i: (-scores[i], ids[i]))[:budget]
     assert select(scores, budget, ids=ids).kept[: len(expected)].tolist() == expected

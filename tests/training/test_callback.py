@@ -412,7 +412,7 @@ def test_a_parquet_file_of_each_epoch_says_what_was_measured_and_decided(finishe
 
 def test_the_counts_by_reason_add_up_to_the_pool(finished):
     trainer, callback, _ = finished
-    for epoch, record in enumerate(History.load(trainer.args.output_dir).epochs):
+    for epoch, record in zip(range(3), History.load(trainer.args.output_dir).epochs, strict=True):
         assert sum(record["reasons"].values()) == record["pool"] == 24
         assert record["reasons"] == counts(callback.history.rows(epoch)["reason"])
         assert record["reasons"]["empty_answer"] == 1
@@ -493,7 +493,9 @@ def test_an_evaluation_after_training_is_none_of_the_last_epochs(tmp_path):
     callback = select(trainer, keep=4)
     train(trainer)
     losses = [record["eval_loss"] for record in callback.history.epochs]
-    trainer.evaluate(trainer.eval_dataset.select(range(2)), metric_key_prefix="test")
+    for prefix in ("eval", "test"):
+        trainer.evaluate(trainer.eval_dataset.select(range(2)), metric_key_prefix=prefix)
+    assert trainer.state.log_history[-2]["eval_loss"] not in losses
     assert [record["eval_loss"] for record in History.load(tmp_path).epochs] == losses
     assert len(set(losses)) == 3
 

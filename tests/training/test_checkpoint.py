@@ -15,8 +15,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from tiny_runs import INF, difference, raw_rows, select, sft_trainer, text_rows, train, weights_of
-from transformers import TrainerCallback, TrainerState
+from tiny_runs import INF, Stop, difference, raw_rows, select, sft_trainer, text_rows, train, weights_of
+from transformers import TrainerState
 
 from ifd_trainer.method.plain_data import as_text
 from ifd_trainer.method.reasons import Status
@@ -67,14 +67,6 @@ def test_scores_of_another_number_of_rows_are_refused(tmp_path):
 # ---- in a run ---------------------------------------------------------------------------------------------------
 
 
-class Stop(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_save(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
 def scored_set(columns):
     """Rows with the columns of `IFDScorer`, all `ok` and without the losses unless `columns` says otherwise."""
     rows = text_rows(raw_rows(ROWS))
@@ -106,9 +98,12 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("columns", COLUMNS.values(), ids=COLUMNS)
-@pytest.mark.parametrize("step", [2, 3, 5])
-def test_a_run_on_imported_scores_is_resumed_with_the_same_rows_in_the_same_order(tmp_path, columns, step):
+# Each kind of columns, and each place in the run.
+@pytest.mark.parametrize(
+    ("step", "kind"), [*((3, kind) for kind in COLUMNS), (2, "losses that disagree"), (5, "statuses of others")]
+)
+def test_a_run_on_imported_scores_is_resumed_with_the_same_rows_in_the_same_order(tmp_path, kind, step):
+    columns = COLUMNS[kind]
     whole, callback = selecting(tmp_path / "whole", scored_set(columns), scorer="columns", every=1)
     through = train(whole)
     status = columns.get("ifd_status", ["ok"] * ROWS)
@@ -122,8 +117,9 @@ def test_a_run_on_imported_scores_is_resumed_with_the_same_rows_in_the_same_orde
     after = train(trainer, resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{step}"))
     assert before.order() + after.order() == through.order()
     assert difference(weights_of(trainer.model), weights_of(whole.model)) == 0.0
-    for name, column in callback.scores.columns().items():
-        found = resumed.scores.columns()[name]
+    scores, last = (scores_in(tmp_path / name / "checkpoint-6").columns() for name in ("whole", "cut"))
+    for name, column in scores.items():
+        found = last[name]
         assert found.tolist() == column.tolist() if name == "ifd_status" else same_bits(found, column), name
     for epoch in range(2):
         assert resumed.history.rows(epoch).equals(callback.history.rows(epoch))
@@ -144,6 +140,10 @@ def copy_of(whole, folder, step):
 def selection_in(checkpoint):
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     return state, state["stateful_callbacks"]["IFDSelectionCallback"]["attributes"]["selection"]
+
+
+def scores_in(checkpoint):
+    return load_selection(checkpoint, selection_in(checkpoint)[1], ROWS)[1]
 
 
 def test_trainer_state_holds_nothing_that_grows_with_the_pool(whole):
@@ -200,7 +200,7 @@ def test_a_damaged_file_is_named_before_anything_is_trained(tmp_path, whole, dam
     with pytest.raises(ValueError, match=f"{words}.*resume from another one, or start training anew"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 4
-    assert callback.scores is None
+    assert callback.state()["attributes"] == {}  # nothing that the next checkpoint would keep
     assert not (tmp_path / "ifd_history").exists()
 
 
@@ -295,12 +295,13 @@ def test_what_the_version_before_says_is_held_against_today(tmp_path, whole, ver
 def test_a_checkpoint_of_the_version_before_is_resumed_exactly(tmp_path, whole, step):
     checkpoint = copy_of(whole, tmp_path, step)
     to_version_2(checkpoint)
-    trainer, callback = selecting(tmp_path)
+    trainer, _ = selecting(tmp_path)
     after = train(trainer, resume_from_checkpoint=str(checkpoint))
     assert after.order() == whole.seen.order()[2 * step :]
     assert difference(weights_of(trainer.model), whole.weights) == 0.0
-    assert same_bits(callback.scores.ifd, whole.callback.scores.ifd)
-    assert callback.scored_at == 0
+    last = tmp_path / "checkpoint-6"
+    assert same_bits(scores_in(last).ifd, scores_in(whole.folder / "checkpoint-6").ifd)
+    assert selection_in(last)[1]["scored_at"] == 0
 
 
 def test_the_version_before_lost_imported_scores_so_they_are_read_from_the_set_again(tmp_path):

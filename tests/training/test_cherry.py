@@ -228,6 +228,14 @@ def test_a_random_sample_does_without_the_model(tmp_path):
     assert train(again).epochs()[0] == witness.epochs()[0]
 
 
+def test_a_row_without_an_answer_has_no_perplexity_so_it_takes_no_part_in_the_sample(tmp_path):
+    rows = tokenised(sft_trainer(tmp_path, 12))
+    rows = rows.map(lambda row, i: row if i != 4 else {"labels": [-100] * len(row["labels"])}, with_indices=True)
+    callback = IFDSelectionCallback.cherry(plain_trainer(tmp_path, rows), 2, brief=BRIEF, max_ifd=INF)
+    _, perplexity = callback.pool_scorer.features()
+    assert np.flatnonzero(np.isnan(perplexity)).tolist() == [4]
+
+
 def test_another_model_scores_with_its_own_tokenizer(tmp_path):
     tokenizer = build_tokenizer(extra=("cat dog ball park red blue",) * 30)
     other = build_model(len(tokenizer), seed=5, hidden_size=48)
@@ -259,6 +267,18 @@ def test_scores_that_the_training_set_has_are_taken_from_it(tmp_path):
     eligible = np.flatnonzero(scores < 1)
     expected = ids[eligible[np.argsort(scores[eligible])[-KEEP:]]]
     assert set(witness.epochs()[0]) == set(expected.tolist())
+
+
+def test_a_row_whose_status_is_null_in_the_training_set_has_no_score(tmp_path):
+    rows = text_rows(raw_rows(8))
+    for name in ("cas", "das", "ifd", "ifd_ppl"):
+        rows = rows.add_column(name, [0.1 * (i + 1) for i in range(8)])
+    rows = rows.add_column("answer_tokens", [3] * 8).add_column("ifd_status", ["ok"] * 7 + [None])
+    trainer = sft_trainer(tmp_path, rows, num_train_epochs=1)
+    callback = IFDSelectionCallback.cherry(trainer, 2, scorer="columns", brief=None)
+    trainer.add_callback(callback)
+    assert sorted(train(trainer).order()) == [105, 106]
+    assert callback.history.rows(0)["reason"].tolist() == ["below_cut"] * 5 + ["kept"] * 2 + ["nonfinite"]
 
 
 def test_scores_that_the_training_set_lacks_are_missed(tmp_path):

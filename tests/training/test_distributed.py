@@ -111,6 +111,7 @@ def test_both_processes_take_the_same_steps_in_the_same_order(ranks, kind, case)
     for key in ("orders", "ifd", "global_step", "max_steps", "epoch", "learning_rates", "weights", "leftovers"):
         assert one[key] == other[key], key
     assert [len(epoch) for epoch in one["batches"]] == UPDATES[case]
+    assert len(one["orders"]) == len(UPDATES[case])
     assert one["global_step"] == one["max_steps"] == sum(UPDATES[case])
     assert one["epoch"] == pytest.approx(1.5 if case == "max_steps" else len(UPDATES[case]))
     phases = [UPDATES[case][0], sum(UPDATES[case][1:])] if case == "cherry" else [sum(UPDATES[case])]
@@ -218,19 +219,26 @@ def test_only_the_main_process_writes_the_history(launched, ranks):
                 assert rows["ifd"].tolist() == ranks[0][case]["ifd"][epoch - (case == "cherry")]
 
 
-def test_machines_without_a_shared_disk_begin_anew_from_the_same_weights(ranks, tmp_path):
-    code, text = launch("apart", tmp_path)
-    assert code == 0, text[-8000:]
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """(folder, exit code, output) of a launch that ends with a process that fails."""
+    folder = tmp_path_factory.mktemp("apart")
+    return folder, *launch("apart_and_fail", folder)
+
+
+def test_machines_without_a_shared_disk_begin_anew_from_the_same_weights(ranks, failed):
+    folder, _, text = failed
     for rank in range(WORLD):
-        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert (folder / f"rank{rank}.json").exists(), text[-8000:]
+        found = json.loads((folder / f"rank{rank}.json").read_text())
         assert {key: found[key] for key in ("orders", "weights", "losses")} == {
             key: ranks[0]["cherry"][key] for key in ("orders", "weights", "losses")
         }
-        assert not (tmp_path / f"machine{rank}" / "ifd_original").exists()
+        assert not (folder / f"machine{rank}" / "ifd_original").exists()
 
 
-def test_a_process_that_fails_ends_the_launch(tmp_path):
-    code, text = launch("fail", tmp_path, limit=120)
+def test_a_process_that_fails_ends_the_launch(failed):
+    _, code, text = failed
     assert code != 0
     assert "OSError: this process has lost its data" in text
 

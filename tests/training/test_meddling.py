@@ -116,21 +116,24 @@ def test_a_training_set_exchanged_while_training_runs_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "drawn"),
     [
-        lambda order: order.reverse(),
-        lambda order: order.__setitem__(0, next(i for i in range(16) if i not in order)),
-        lambda order: order.__setitem__(0, order[1]),
+        (lambda order: order.reverse(), 8),
+        (lambda order: order.__setitem__(0, next(i for i in range(16) if i not in order)), 8),
+        (lambda order: order.__setitem__(0, order[1]), 8),
+        (lambda order: order.pop(), 7),
     ],
-    ids=["reversed", "other_row", "repeated"],
+    ids=["reversed", "other_row", "repeated", "fewer"],
 )
-def test_an_epoch_whose_loader_drew_other_rows_is_an_error(tmp_path, change):
+def test_an_epoch_whose_loader_drew_other_rows_is_an_error(tmp_path, change, drawn):
     trainer = sft_trainer(tmp_path, 16)
     callback = select(trainer, keep=8, max_ifd=INF)
     trainer.add_callback(
         At("on_epoch_begin", lambda found: change(callback.sampler.order) if found.state.global_step else None)
     )
-    with pytest.raises(RunError, match=r"In epoch 1 the train data loader drew 8 rows, and 8 were trained on, but"):
+    with pytest.raises(
+        RunError, match=f"In epoch 1 the train data loader drew {drawn} rows, and 8 were trained on, but"
+    ):
         trainer.train()
     assert trainer.state.global_step == 8
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tiny_runs import (
     INF,
     TOKENIZER,
+    Stop,
     Witness,
     difference,
     model_with,
@@ -27,7 +28,6 @@ from tiny_runs import (
     text_rows,
     weights_of,
 )
-from transformers import TrainerCallback
 from trl import pack_dataset
 
 from ifd_trainer import IFDSelectionCallback
@@ -321,6 +321,7 @@ def packed_trainer(folder, rows=24, **config):
 
 
 def run(folder, keep=(4, 2, 3), rows=24, max_ifd=INF, order="shuffle", **config):
+    """Train with packing; the trainer, its callback, and what was seen."""
     trainer = packed_trainer(folder, rows, **config)
     callback = select(trainer, keep=list(keep), max_ifd=max_ifd, order=order)
     return trainer, callback, watched(trainer)
@@ -432,7 +433,7 @@ def test_what_has_no_part_in_bins_changes_nothing(tmp_path, usual, config):
 @pytest.mark.parametrize("order", ["descending", "ascending"])
 def test_bins_are_visited_by_the_mean_rank_of_their_examples(tmp_path, order):
     _, callback, seen = run(tmp_path, order=order)
-    for epoch, bins in enumerate(seen.bins):
+    for epoch, bins in zip(range(3), seen.bins, strict=True):
         rank = callback.history.rows(epoch)["ifd"].rank(ascending=False)
         means = [rank[list(members)].mean() for members in bins]
         assert means == sorted(means, reverse=order == "ascending")
@@ -540,16 +541,11 @@ def test_history_and_report_tell_packed_rows_from_examples(usual):
     assert "Packed rows to train on" in page
 
 
-class Stop(TrainerCallback):
-    def on_save(self, args, state, control, **kwargs):
-        control.should_training_stop = True
-
-
 @pytest.mark.parametrize("step", [2, 4, 5], ids=["inside_the_first_epoch", "at_a_boundary", "inside_an_epoch"])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path, usual, step):
     first = packed_trainer(tmp_path, save_strategy="steps", save_steps=step)
     select(first, keep=[4, 2, 3], max_ifd=INF)
-    first.add_callback(Stop())
+    first.add_callback(Stop(step))
     before = watched(first)
     trainer = packed_trainer(tmp_path)
     select(trainer, keep=[4, 2, 3], max_ifd=INF)
@@ -721,7 +717,7 @@ def test_a_packed_curriculum_is_resumed_exactly(tmp_path, step):
     whole = build("whole")
     through = watched(whole)
     first = build("cut", save_strategy="steps", save_steps=step)
-    first.add_callback(Stop())
+    first.add_callback(Stop(step))
     before = watched(first)
     trainer = build("cut")
     after = watched(trainer, resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{step}"))

@@ -8,16 +8,18 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import build_tokenizer
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_runs import INF, TOKENIZER, plain_trainer, raw_rows, select, sft_trainer, text_rows, tokenised, train
 
 from ifd_trainer.data.encoding import answer_span
 from ifd_trainer.data.response_header import response_prefix
+from ifd_trainer.data.token_decoding import Decoder
 from ifd_trainer.training import callback as callback_module
 from ifd_trainer.training.history import History
 from ifd_trainer.training.pool import PackedPool, Pool
@@ -42,7 +44,9 @@ def digest_of(rows, end=b""):
 
 
 def stored(rows):
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in ("input_ids", "labels")})
+    names = ("input_ids", "labels")
+    features = Features(dict.fromkeys(names, List(Value("int64"))))  # else rows without a token have no type
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in names}, features=features)
 
 
 def whole(prompts):
@@ -76,16 +80,15 @@ class Rows(torch.utils.data.Dataset):
     rows=[{"input_ids": [], "labels": []}, {"input_ids": [3], "labels": [3]}, {"input_ids": [4], "labels": [-100]}]
 )
 def test_one_pass_finds_what_a_loop_over_the_rows_does(kind, rows):
-    if kind is Rows or kind is list or rows != [{"input_ids": [], "labels": []}]:  # no column type without a token
-        pool = Pool(kind(rows))
-        prompts, fingerprint = pool.read()
-        spans = [answer_span(row["labels"]) for row in rows]
-        assert whole(prompts) == {tuple(row["input_ids"][:start]) for row, (start, _) in zip(rows, spans, strict=True)}
-        assert fingerprint == digest_of(rows)
-        everything = np.arange(len(rows))
-        assert pool.spans(everything).tolist() == [list(span) for span in spans]
-        assert pool.lengths(everything).tolist() == [len(row["input_ids"]) for row in rows]
-        assert pool.lengths(everything[::-1][:1]).tolist() == [len(rows[-1]["input_ids"])]
+    pool = Pool(kind(rows))
+    prompts, fingerprint = pool.read()
+    spans = [answer_span(row["labels"]) for row in rows]
+    assert whole(prompts) == {tuple(row["input_ids"][:start]) for row, (start, _) in zip(rows, spans, strict=True)}
+    assert fingerprint == digest_of(rows)
+    everything = np.arange(len(rows))
+    assert pool.spans(everything).tolist() == [list(span) for span in spans]
+    assert pool.lengths(everything).tolist() == [len(row["input_ids"]) for row in rows]
+    assert pool.lengths(everything[::-1][:1]).tolist() == [len(rows[-1]["input_ids"])]
 
 
 def prefix_one_by_one(tokenizer, prompts):
@@ -235,6 +238,18 @@ def test_a_run_reads_its_pool_and_checks_its_ids_once(tmp_path, monkeypatch):
     assert sorted(read) == sorted(3 * list(range(24)))  # the scores of three epochs
 
 
+def rows_of_each_decoding(monkeypatch):
+    """A list that grows by the number of rows whenever texts of rows are decoded."""
+    rows, decode = [], Decoder.__call__
+
+    def counted(self, ids, bounds):
+        rows.append(len(bounds) // 3)
+        return decode(self, ids, bounds)
+
+    monkeypatch.setattr(Decoder, "__call__", counted)
+    return rows
+
+
 def test_texts_are_decoded_and_written_part_by_part(tmp_path, monkeypatch):
     monkeypatch.setattr(callback_module, "_TEXTS", 5)
     extra = {"note": [None] * 10 + ["late", "later"], "tags": [[i] * (i % 3) for i in range(12)], "number": [0.5] * 12}
@@ -242,7 +257,8 @@ def test_texts_are_decoded_and_written_part_by_part(tmp_path, monkeypatch):
     for name, values in extra.items():
         rows = rows.add_column(name, values)
     trainer = sft_trainer(tmp_path, rows, num_train_epochs=1)
-    callback = select(trainer, keep=4, max_ifd=INF)
+    decoded = rows_of_each_decoding(monkeypatch)
+    select(trainer, keep=4, max_ifd=INF)
     train(trainer)
     pool = History.load(tmp_path).pool()
     assert pool["row_id"].tolist() == rows["row_id"][:]
@@ -253,7 +269,7 @@ def test_texts_are_decoded_and_written_part_by_part(tmp_path, monkeypatch):
     assert [list(value) for value in pool["tags"]] == extra["tags"]
     assert pool["number"].tolist() == extra["number"]
     assert "input_ids" not in pool
-    assert len(list(callback._pool_texts())) == 3
+    assert decoded == [5, 5, 2]
 
 
 def test_texts_of_rows_without_columns(tmp_path):
@@ -285,13 +301,7 @@ def texts_of_a_run(folder, rows, tokenizer=None, **options):
 def test_texts_that_are_there_and_right_are_not_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr(callback_module, "_TEXTS", 5)
     first, file = texts_of_a_run(tmp_path, noted_rows())
-    decoded, decode = [], callback_module.Decoder.__call__
-
-    def counted(self, ids, bounds):
-        decoded.append(len(bounds) // 3)
-        return decode(self, ids, bounds)
-
-    monkeypatch.setattr(callback_module.Decoder, "__call__", counted)
+    decoded = rows_of_each_decoding(monkeypatch)
     again, same = texts_of_a_run(tmp_path, noted_rows())
     assert same == file
     assert decoded == [5]  # the first part, which is compared
@@ -343,14 +353,16 @@ def test_a_run_goes_on_without_texts_that_cannot_be_written(tmp_path, monkeypatc
     texts_of_a_run(tmp_path, noted_rows())
 
     trainer = sft_trainer(tmp_path, noted_rows().select(range(8)), num_train_epochs=1)
-    callback = select(trainer, keep=4, max_ifd=INF)
-    texts = callback._pool_texts
+    select(trainer, keep=4, max_ifd=INF)
 
-    def broken():
-        yield next(texts())
-        raise error
+    write_table = pq.ParquetWriter.write_table
 
-    callback._pool_texts = broken
+    def broken(self, table, *rest, **options):
+        if "prompt" in table.column_names:  # the texts: of each epoch the numbers are written
+            raise error
+        write_table(self, table, *rest, **options)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", broken)
     seen = train(trainer)
     assert [len(epoch) for epoch in seen.epochs()] == [4]
     assert f"could not be kept in {tmp_path / 'ifd_history' / 'pool.parquet'}: " in caplog.text

@@ -194,3 +194,9 @@ def test_rows_have_one_column_that_tells_them_apart(columns, name, expected):
 def test_refusals_are_told_whatever_else_there_is(completions):
     rows = Dataset.from_dict({"completion": completions, "row_id": [0, 1, 2]})
     assert without_refusals(rows)["row_id"][:] == [0, 2]
+
+
+def test_of_several_messages_the_last_one_is_the_answer():
+    sorry, red = ({"role": "assistant", "content": text} for text in ("I'm sorry, but I can't.", "Red."))
+    rows = Dataset.from_dict({"completion": [[sorry, red], [red, sorry]], "row_id": [0, 1]})
+    assert without_refusals(rows)["row_id"][:] == [0]

@@ -19,6 +19,7 @@ from ifd_trainer.cli import main
 from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.training.history import History
 from ifd_trainer.training.recipe import parse_recipe
+from ifd_trainer.training.recipe_machine import PlanConfig
 
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("accelerate"))
@@ -187,6 +188,7 @@ def test_a_recipe_for_gpus_is_planned_as_it_is_on_any_machine(recipe, model, lar
         (["--bf16", "false", "--fp16", "true"], "this machine has no GPU for float16 (fp16: true); training needs it"),
         (["--fsdp", "full_shard"], "no second process (fsdp: start it with torchrun or accelerate launch)"),
         (["--load_in_4bit", "true"], "no package bitsandbytes (load_in_4bit, load_in_8bit)"),
+        (["--use_liger_kernel", "true"], "no package liger-kernel (use_liger_kernel: true)"),
         (["--report_to", "wandb"], "no package wandb (report_to)"),
         (["--push_to_hub", "true", "--hub_model_id", "someone/something"], ""),
         (["--deepspeed", "ds.json"], ""),
@@ -196,7 +198,8 @@ def test_what_a_machine_lacks_is_noted_in_a_plan(options, lacking, model, data, 
     if torch.accelerator.is_available():
         pytest.skip("this machine has what others lack")
     monkeypatch.setattr(
-        "ifd_trainer.training.recipe_machine.installed", lambda package: package not in ("bitsandbytes", "wandb")
+        "ifd_trainer.training.recipe_machine.installed",
+        lambda package: package not in ("bitsandbytes", "liger_kernel", "wandb"),
     )
     monkeypatch.setattr("ifd_trainer.training.recipe_machine.get_available_reporting_integrations", list)
     monkeypatch.chdir(tmp_path)
@@ -208,6 +211,26 @@ def test_what_a_machine_lacks_is_noted_in_a_plan(options, lacking, model, data, 
     assert "3 updates (epoch 0: 4 rows, 1 updates; epoch 1: 4 rows" in out
     assert lacking in out.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["ds.json"]
+
+
+def test_half_precision_that_is_set_aside_does_not_turn_the_other_one_on(tmp_path):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has what others lack")
+    config = PlanConfig(str(tmp_path), fp16=True, bf16=None)
+    assert (config.fp16, config.bf16, config.lacking) == (False, False, ["GPU for float16 (fp16: true)"])
+
+
+def test_adapters_are_planned_without_their_package(model, data, tmp_path, capsys, monkeypatch):
+    for module in ("recipe_machine", "recipe_run"):
+        monkeypatch.setattr(f"ifd_trainer.training.{module}.installed", lambda package: package != "peft")
+    assert main(small(CHERRY_LORA, model, data, tmp_path, "--plan")) == 0
+    lines = plan_of(capsys.readouterr().out)
+    assert lines[-1] == f"original weights: those of the adapters, in {tmp_path} until training ends"
+
+
+def test_a_label_may_be_a_column_that_scoring_adds(model, data, tmp_path):
+    assert main(small("alpaca_superfiltering", model, data, tmp_path, "--plan", "--label", "ifd_status")) == 0
+    assert main(small("alpaca_dynamic", model, data, tmp_path, "--plan", "--label", "ifd_status")) == 2
 
 
 def test_what_is_refused_under_deepspeed_is_refused_in_its_plan(model, data, tmp_path, capsys):

@@ -14,6 +14,7 @@ from conftest import ROOT, build_model
 from tiny_runs import (
     INF,
     TOKENIZER,
+    Stop,
     difference,
     plain_trainer,
     raw_rows,
@@ -41,14 +42,19 @@ PLACES = {
 }
 
 
-class Stop(TrainerCallback):
-    """Ends training once a checkpoint was written at a step, as if the machine went away."""
+# Killed at the end of step n, before its checkpoint is written: the one of step n - 1 is the last.
+KILLS = {"first_epoch": 2, "at_a_boundary": 5, "inside": 7, "last_step": 12}
 
-    def __init__(self, step):
-        self.step = step
 
-    def on_save(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
+class CopyFolder(TrainerCallback):
+    """Keeps what a kill at the end of a step would leave on disk, for each step of `KILLS`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in KILLS.values():
+            shutil.copytree(args.output_dir, self.folder / f"killed-{state.global_step}")
 
 
 def with_dropout(folder, *, rows=16, **config):
@@ -79,6 +85,10 @@ def interrupted(folder, step, **options):
     return folder / f"checkpoint-{step}", seen
 
 
+def names_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
 def same_in_the_end(trainer, whole):
     return difference(weights_of(trainer.model), whole.weights) == 0.0
 
@@ -87,12 +97,19 @@ def same_in_the_end(trainer, whole):
 def whole(tmp_path_factory):
     """The uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    trainer, callback = selecting(folder, save_strategy="steps", save_steps=1)
+    trainer, callback = selecting(folder / "run", save_strategy="steps", save_steps=1)
+    trainer.add_callback(CopyFolder(folder))
     seen = train(trainer)
     assert seen.updates_per_epoch() == [4, 3, 5]
     assert callback.scored == 3
     return SimpleNamespace(
-        folder=folder, seen=seen, trainer=trainer, callback=callback, weights=weights_of(trainer.model)
+        folder=folder / "run",
+        killed=folder,
+        left={step: names_in(folder / f"killed-{step}") for step in KILLS.values()},
+        seen=seen,
+        trainer=trainer,
+        callback=callback,
+        weights=weights_of(trainer.model),
     )
 
 
@@ -142,17 +159,33 @@ trainer.train()
 """
 
 
-# Killed at the end of step n, before its checkpoint is written: the one of step n - 1 is the last.
-@pytest.mark.parametrize("step", [2, 5, 7, 12], ids=["first_epoch", "at_a_boundary", "inside", "last_step"])
-def test_a_killed_run_is_resumed_exactly(tmp_path, whole, step):
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(step)]
+def left_by_a_kill(folder, step):
+    """The output folder of a run in a process of its own that is killed at the end of a step."""
+    command = [sys.executable, "-c", KILLED, str(folder), str(step)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])}
     process = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    trainer, _ = selecting(tmp_path, save_strategy="steps", save_steps=1)
+    return folder
+
+
+def resumed_exactly(folder, whole, step):
+    """Resume from what a kill at the end of `step` left."""
+    trainer, _ = selecting(folder, save_strategy="steps", save_steps=1)
     after = train(trainer, resume_from_checkpoint=True)
     assert after.order() == [row for update in whole.seen.updates[step - 1 :] for row in update.rows]
     assert same_in_the_end(trainer, whole)
+
+
+@pytest.mark.parametrize("step", KILLS.values(), ids=KILLS)
+def test_a_run_is_resumed_exactly_from_what_was_on_disk_at_the_end_of_a_step(whole, step):
+    resumed_exactly(whole.killed / f"killed-{step}", whole, step)
+
+
+def test_a_killed_process_leaves_that_and_is_resumed_exactly(tmp_path, whole):
+    step = KILLS["at_a_boundary"]
+    left = names_in(left_by_a_kill(tmp_path, step))
+    assert left == whole.left[step]
+    resumed_exactly(tmp_path, whole, step)
 
 
 def test_a_run_killed_before_its_first_checkpoint_says_that_there_is_none(tmp_path):
@@ -215,6 +248,24 @@ def test_a_checkpoint_written_at_the_end_of_an_epoch_is_resumed_exactly(tmp_path
     before = train(trainer)
     trainer, callback = selecting(tmp_path, save_strategy="epoch")
     after = train(trainer, resume_from_checkpoint=True)
+    assert before.order() + after.order() == whole.seen.order()
+    assert callback.scored == 1
+    assert same_in_the_end(trainer, whole)
+
+
+class StopInside(TrainerCallback):
+    """Ends training at the fifth step, inside the second epoch, as a callback with a time limit does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 5
+
+
+def test_a_run_that_was_stopped_inside_an_epoch_and_saved_at_its_end_goes_on_inside_it(tmp_path, whole):
+    trainer, _ = selecting(tmp_path, save_strategy="epoch")
+    trainer.add_callback(StopInside())
+    before = train(trainer)
+    trainer, callback = selecting(tmp_path)
+    after = train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert before.order() + after.order() == whole.seen.order()
     assert callback.scored == 1
     assert same_in_the_end(trainer, whole)

@@ -36,11 +36,6 @@ from ifd_trainer.training.trainer_hooks import SelectiveTrainer
 ALL = {row["row_id"] for row in raw_rows(24)}
 
 
-def steps_of(budget: int, batch: int, accumulation: int, drop_last: bool) -> int:
-    batches = budget // batch if drop_last else math.ceil(budget / batch)
-    return math.ceil(batches / accumulation)
-
-
 def expected_rates(name: str, planned: int, warmup: int = 0, **kwargs: float) -> list[float]:
     """Learning rates of `planned` updates and the one after them, from a scheduler that knows their number."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
@@ -56,10 +51,20 @@ def expected_rates(name: str, planned: int, warmup: int = 0, **kwargs: float) ->
 # ---- sizes, steps and learning rates ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drop_last", [False, True], ids=["keep_last", "drop_last"])
-@pytest.mark.parametrize("accumulation", [1, 4])
+# Budgets that shrink, grow and stay, even and odd, each in half of the four settings; odd ones in all.
 @pytest.mark.parametrize(
-    "budgets", [[16, 8, 8], [8, 8, 16], [8, 8, 8], [17, 11, 3], [3, 11, 17], [11, 11, 11]], ids=str
+    ("budgets", "accumulation", "drop_last"),
+    [
+        ([16, 8, 8], 1, False),
+        ([16, 8, 8], 4, True),
+        ([8, 8, 16], 1, True),
+        ([8, 8, 16], 4, False),
+        ([8, 8, 8], 4, False),
+        *(([17, 11, 3], accumulation, drop_last) for accumulation in (1, 4) for drop_last in (False, True)),
+        *(([3, 11, 17], accumulation, drop_last) for accumulation in (1, 4) for drop_last in (False, True)),
+        ([11, 11, 11], 1, True),
+    ],
+    ids=str,
 )
 def test_all_planned_rows_are_trained_in_all_planned_steps(tmp_path, budgets, accumulation, drop_last):
     trainer = sft_trainer(
@@ -177,6 +182,7 @@ def test_the_progress_bar_ends_at_the_planned_number_of_steps(tmp_path):
 
 
 def orders(folder, *, train_options=None, **options):
+    """The rows of each epoch, in their order, of a run whose scores stay the same."""
     trainer = sft_trainer(folder, 12, learning_rate=0.0, **(train_options or {}))
     select(trainer, keep=8, max_ifd=INF, **options)
     return train(trainer).epochs()
@@ -235,6 +241,7 @@ def test_group_by_length_puts_rows_of_like_length_together(tmp_path):
 
 
 def run(folder, rows=16, keep=(12, 5, 8), **config):
+    """Train; the trainer, its callback, and what was seen."""
     trainer = sft_trainer(folder, rows, **config)
     callback = select(trainer, keep=list(keep), max_ifd=INF)
     return trainer, callback, train(trainer)
