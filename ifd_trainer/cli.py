@@ -323,7 +323,7 @@ def _score(options: argparse.Namespace) -> int:
 
     check_writable(options.output)
     check_apart(options.output, options.data, options.split)
-    process = Process.of_launch()
+    process = Process.from_environment()
     if (status := process.finished()) is not None:
         return status if process.main else 0
     scorer = _scorer(options, process.local_rank)

@@ -88,7 +88,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Logits:
+class ChunkedHead:
     """How a model makes V logits of a position: by its LM head and `transform`.
 
     `gathered` says that the head's weights are spread over processes and gathered before its own call only.
@@ -110,7 +110,7 @@ class Logits:
             size = _power_of_two(CPU_CHUNK_VALUES // LEAST_TILE)
             losses = partial(_tiled_losses, head, self.transform)
         else:
-            size = _chunk(self.vocabulary, hidden.device)
+            size = chunk_positions(self.vocabulary, hidden.device)
             # Weights that are spread over processes are gathered by now, and a second call would let go of them.
             losses = partial(self._projected_losses, head.forward if self.gathered else head)
         return targets.losses(hidden, size, losses)
@@ -150,7 +150,7 @@ def _tiled_losses(
     `loss_own` is the loss within the tile that holds the target; the sums are added up in float64, so that a loss near
     0 keeps its digits.
     """
-    vocabulary, width = len(head.weight), _tile(len(hidden), len(head.weight))
+    vocabulary, width = len(head.weight), tile_width(len(hidden), len(head.weight))
     order = tokens.argsort()
     edges = torch.searchsorted(tokens[order], torch.arange(0, vocabulary + width, width)).tolist()
     own = torch.empty(len(tokens))
@@ -169,7 +169,7 @@ def _tiled_losses(
     return of_tiles.logsumexp(0)[places] - of_tiles[tokens // width, places] + own
 
 
-def _tile(positions: int, vocabulary: int) -> int:
+def tile_width(positions: int, vocabulary: int) -> int:
     """How many tokens a tile has: all, or a power of two, which products are fast with."""
     fits = CPU_CHUNK_VALUES // rounded(positions)
     return vocabulary if fits >= vocabulary else _power_of_two(fits)
@@ -189,7 +189,7 @@ def _log_softmax_(logits: torch.Tensor) -> torch.Tensor:
 
 def whole_losses(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Losses of N targets from the logits of all U places (U, V), which may be written over; (N,), nats."""
-    return targets.losses(logits, _chunk(logits.shape[-1], logits.device), _losses)
+    return targets.losses(logits, chunk_positions(logits.shape[-1], logits.device), _losses)
 
 
 def _losses(logits: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -203,14 +203,14 @@ def _losses(logits: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) ->
     return -torch.log_softmax(logits, -1, **in_place)[places, tokens]
 
 
-def _chunk(vocabulary: int, device: torch.device) -> int:
+def chunk_positions(vocabulary: int, device: torch.device) -> int:
     """Positions in a chunk of whole rows of logits."""
     if device.type == "cpu":
         return max(CPU_CHUNK_VALUES // vocabulary, 1)
     return max(ACCELERATOR_CHUNK_VALUES // vocabulary // ACCELERATOR_ROWS, 1) * ACCELERATOR_ROWS
 
 
-def find_logit_transform(model: nn.Module, run: Callable[[], torch.Tensor]) -> Logits | None:
+def find_logit_transform(model: nn.Module, run: Callable[[], torch.Tensor]) -> ChunkedHead | None:
     """What `model` does to its logits after the head, found in one forward; None where chunks would not be exact.
 
     Args:
@@ -228,8 +228,8 @@ def find_logit_transform(model: nn.Module, run: Callable[[], torch.Tensor]) -> L
 
     try:
         with head.register_forward_hook(replace):
-            found = run()
-        return _transform_between(model, found, given)
+            logits = run()
+        return _transform_between(model, logits, given)
     except FORWARD_ERRORS as error:  # with whole logits it raises that again, or it does not raise there
         logger.warning(
             "%s is scored with whole logits, which takes more memory: with logits of two positions it raised %s: %s",
@@ -240,14 +240,14 @@ def find_logit_transform(model: nn.Module, run: Callable[[], torch.Tensor]) -> L
     return None
 
 
-def _transform_between(model: nn.Module, found: torch.Tensor, given: list[torch.Tensor]) -> Logits | None:
+def _transform_between(model: nn.Module, logits: torch.Tensor, given: list[torch.Tensor]) -> ChunkedHead | None:
     """The transform that turns what the head gave into what the model returned, bit for bit."""
     if len(given) != 1 or given[0].dim() != 3 or given[0].shape[1] != 2:
         return None
     values = given[0]
     for transform in _candidates(getattr(unwrapped(model), "config", None)):
-        if found.shape == values.shape and torch.equal(found.float(), transform(values).float()):
-            return Logits(values.shape[-1], transform)
+        if logits.shape == values.shape and torch.equal(logits.float(), transform(values).float()):
+            return ChunkedHead(values.shape[-1], transform)
     return None
 
 

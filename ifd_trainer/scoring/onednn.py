@@ -41,10 +41,10 @@ class OneDNN(TorchFunctionMode):
         kwargs = kwargs or {}
         operands = _OPERANDS.get(func) if self._works else None
         # Asked at each call: a trainer may switch autocast on inside the model's forward.
-        found = None if operands is None or torch.is_autocast_enabled("cpu") else operands(*args, **kwargs)
-        if found is None or not _fits(*found):
+        product = None if operands is None or torch.is_autocast_enabled("cpu") else operands(*args, **kwargs)
+        if product is None or not _fits(*product):
             return func(*args, **kwargs)
-        return _product(*found)
+        return _product(*product)
 
 
 def available() -> bool:
@@ -91,8 +91,8 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     rows = math.prod(batch)
     if added := rounded(rows) - rows:
         x = torch.cat([x.reshape(rows, size), x.new_zeros(added, size)])
-    found = onednn_linear(x, weight, bias)
-    return found[:rows].view(*batch, weight.shape[0]) if added else found
+    out = onednn_linear(x, weight, bias)
+    return out[:rows].view(*batch, weight.shape[0]) if added else out
 
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # x (..., K), weight (N, K), bias (N,)

@@ -57,7 +57,7 @@ class Process:
     _rows: int = 0
 
     @classmethod
-    def of_launch(cls) -> Process:
+    def from_environment(cls) -> Process:
         """This process as its launcher's environment describes it.
 
         Raises:

@@ -59,8 +59,8 @@ class Footprint:
         >>> Footprint(fixed=2**20, per_token=2**16).tokens(2**29)
         7936
         """
-        found = (planned - self.fixed) / self.per_token
-        return rounded_down(int(min(max(found, LEAST_TOKENS), MOST_TOKENS)))
+        fits = (planned - self.fixed) / self.per_token
+        return rounded_down(int(min(max(fits, LEAST_TOKENS), MOST_TOKENS)))
 
 
 def token_budget(

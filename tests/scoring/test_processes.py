@@ -95,7 +95,7 @@ def test_a_process_knows_its_number_from_torchrun_and_from_mpi(monkeypatch, vari
     store = Store()
     monkeypatch.setattr(module, "rendezvous", lambda url: asked.append(url) or iter([(store, None, None)]))
     for life in (1, 2):
-        found = Process.of_launch()
+        found = Process.from_environment()
         assert (found.rank, found.local_rank, found.world_size, found.store) == (3, 1, 4, store)
         assert found.life == life
     assert asked == ["env://?rank=3&world_size=4"] * 2
@@ -107,7 +107,7 @@ def test_several_processes_without_an_address_are_told_what_is_missing(monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="MASTER_ADDR"):
-        Process.of_launch()
+        Process.from_environment()
 
 
 # ---- rows that are dealt ------------------------------------------------------------------------------------------

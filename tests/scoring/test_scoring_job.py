@@ -290,7 +290,7 @@ def test_a_process_that_is_started_again_after_the_output_was_written_leaves_not
         store.set("finished", str(status))
         shutil.rmtree(f"{output}.parts", ignore_errors=True)
 
-    monkeypatch.setattr(Process, "of_launch", lambda: start(1, 2, store))
+    monkeypatch.setattr(Process, "from_environment", lambda: start(1, 2, store))
     if seen == "at its start":
         finish()
     step = getattr(IFDScorer, method := "score" if seen == "in a part" else "check")
@@ -301,7 +301,7 @@ def test_a_process_that_is_started_again_after_the_output_was_written_leaves_not
     assert main([*command[1:], "--output", str(output)]) == 0
     assert names(tmp_path) == before
     assert "Written" not in capsys.readouterr().out
-    monkeypatch.setattr(Process, "of_launch", lambda: start(0, 2, store))
+    monkeypatch.setattr(Process, "from_environment", lambda: start(0, 2, store))
     assert main([*command[1:], "--output", str(output)]) == status
     assert names(tmp_path) == before
 
