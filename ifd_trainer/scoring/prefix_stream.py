@@ -3,7 +3,7 @@
 The segments of a batch form a prefix tree: rows of one format share its preamble, rows of one instruction share the
 prompt, equal rows share everything. Each edge of the tree becomes a span of the stream; its tokens attend to the
 tokens on the path from the root and, causally, to each other. The result for every token is the one it has in its own
-segment.
+segment. Padded rows instead took SmolLM2-135M 1.3 times as long for Alpaca rows, and more where more is shared.
 
     "Below is ... Instruction:\\n" + "Name a fruit." ...        spans: preamble | Name a ... | Add 2 ...
     "Below is ... Instruction:\\n" + "Add 2 and 2." ...
