@@ -113,17 +113,12 @@ class ChunkedHead:
         else:
             size = chunk_positions(self.vocabulary, hidden.device)
             # Weights that are spread over processes are gathered by now, and a second call would let go of them.
-            losses = partial(self._projected_losses, head.forward if self.gathered else head)
-        return targets.losses(hidden, size, losses)
+            project = head.forward if self.gathered else head
 
-    def _projected_losses(
-        self,
-        head: Callable[[torch.Tensor], torch.Tensor],
-        hidden: torch.Tensor,
-        places: torch.Tensor,
-        tokens: torch.Tensor,
-    ) -> torch.Tensor:
-        return _losses(self.transform(head(hidden[None]))[0], places, tokens)
+            def losses(hidden: torch.Tensor, places: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+                return _losses(self.transform(project(hidden[None]))[0], places, tokens)  # (1, u, V) to (n,)
+
+        return targets.losses(hidden, size, losses)
 
 
 def _is_a_matrix(head: nn.Module) -> bool:

@@ -11,9 +11,9 @@ tokens in a batch then, and its products do not get faster with more. What is fr
 a run to its resumption, whose batches, and with them the rounding of scores, are to be the same: half of it is planned
 with only where that is less. Free is what the driver has and what the allocator holds without using it.
 
-accelerate's `find_executable_batch_size` was tried in place of the halving in `losses.run_in_turn`. It takes 0.9 of what
-did not fit: 14 forwards fail where a quarter fits (halving: 3), and 57 for a row that never fits, which it does not
-name. It collects garbage and empties the cache before each batch (1.2 s beside a 135M model on a busy CPU).
+accelerate's `find_executable_batch_size` was tried in place of the halving in `losses.run_in_turn`. It takes 0.9 of
+what did not fit: 14 forwards fail where a quarter fits (halving: 3), and 57 for a row that never fits, which it does
+not name. It collects garbage and empties the cache before each batch (1.2 s beside a 135M model on a busy CPU).
 """
 
 from __future__ import annotations
