@@ -10,6 +10,10 @@ A quarter of the device's memory is planned with, and not more than 3 GiB: by ar
 tokens in a batch then, and its products do not get faster with more. What is free changes from epoch to epoch, and from
 a run to its resumption, whose batches, and with them the rounding of scores, are to be the same: half of it is planned
 with only where that is less. Free is what the driver has and what the allocator holds without using it.
+
+accelerate's `find_executable_batch_size` was tried in place of the halving in `losses.run_in_turn`. It takes 0.9 of
+what did not fit: 14 forwards fail where a quarter fits (halving: 3), and 57 for a row that never fits, which it does
+not name. It collects garbage and empties the cache before each batch (1.2 s beside a 135M model on a busy CPU).
 """
 
 from __future__ import annotations
@@ -59,8 +63,8 @@ class Footprint:
         >>> Footprint(fixed=2**20, per_token=2**16).tokens(2**29)
         7936
         """
-        found = (planned - self.fixed) / self.per_token
-        return rounded_down(int(min(max(found, LEAST_TOKENS), MOST_TOKENS)))
+        fits = (planned - self.fixed) / self.per_token
+        return rounded_down(int(min(max(fits, LEAST_TOKENS), MOST_TOKENS)))
 
 
 def token_budget(
