@@ -38,7 +38,7 @@ from .paths import COMPRESSIONS
 # By the first bytes of a file; the longer ones first. UTF-8 is what is read otherwise.
 _MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
 _MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
-_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+_BEGUN = ("true", "false", "null", "NaN", "Infinity", "-Infinity", ".", "e+", "e-", "E+", "E-")  # in JSON, cut off
 _BLOCK = 2**22  # characters of JSON, bytes of CSV: some times that much is in memory
 _PARQUET_ROWS = 10_000  # in memory at a time
 _VERSION = 1  # raised when the same file would give other rows
@@ -429,28 +429,28 @@ def record_blocks(path: Path) -> Iterator[list]:
                 _check_encoding(path)
                 raise
             ended = not block
-            text += block or "\n"  # what ends the last value
+            text += block
             start = 0
             if listed is None and (start := _SPACE.match(text).end()) < len(text):
                 listed = text[start] == "["
                 start += listed
-            values, start, error = _parsed(text, start, listed)
+            values, start, error = _parsed(text, start, listed, ended)
             line += text.count("\n", 0, start)
-            if error is not None and (ended or not _cut_off(error, text)):
-                blank = _SPACE.match(text, start).end()
-                line += text.count("\n", start, blank) if blank < len(text) else 0
-                if not ended or not _open_at_end(text[start:], listed):
+            text = text[start:]
+            if error is not None and (ended or not _unfinished(error)):
+                if text.strip():
+                    line += text.count("\n", 0, _SPACE.match(text).end())
+                if not _unfinished(error):
                     raise UserError(f"{path}, line {line}, is not JSON: {error.msg}.")
                 raise UserError(
                     f"{path} ends inside a value, line {line}: the file is cut off, or a quote or bracket there is not "
                     "closed. Write or download it again, or delete what follows the last whole row."
                 )
-            text = text[start:]
             if values:
                 yield values
 
 
-def _parsed(text: str, start: int, listed: bool | None) -> tuple[list, int, json.JSONDecodeError | None]:
+def _parsed(text: str, start: int, listed: bool | None, ended: bool) -> tuple[list, int, json.JSONDecodeError | None]:
     """The values from `start` on, where the next one begins, and why it cannot be read, if there is to be one."""
     values = []
     try:
@@ -466,7 +466,7 @@ def _parsed(text: str, start: int, listed: bool | None) -> tuple[list, int, json
             follows = _SPACE.match(text, end).end()
             if listed and text[follows : follows + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, follows)
-            if not listed and follows == end:
+            if not listed and follows == end and not (ended and end == len(text)):
                 raise json.JSONDecodeError("Extra data", text, end)
             values.append(value)
             start = follows + text.startswith(",", follows) if listed else follows
@@ -474,19 +474,11 @@ def _parsed(text: str, start: int, listed: bool | None) -> tuple[list, int, json
         return values, start, error
 
 
-def _cut_off(error: json.JSONDecodeError, text: str) -> bool:
-    """Whether more text may mend the error: one in the last characters (a cut number or escape), or an open text."""
-    return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 16
-
-
-def _open_at_end(text: str, listed: bool) -> bool:
-    """Whether the rest of a file, from a value that cannot be read on, could be the beginning of values."""
-    text = text.rstrip()
-    _, _, error = _parsed(text, 0, listed)
-    rest = text[error.pos :] if error is not None else ""
+def _unfinished(error: json.JSONDecodeError) -> bool:
+    """Whether a text cannot be read only because it ends too early."""
+    rest = error.doc[error.pos :].rstrip()
     return (
-        not rest
-        or error.msg.startswith("Unterminated string")
-        or any(word.startswith(rest) for word in _WORDS)
+        error.msg.startswith("Unterminated string")
+        or any(word.startswith(rest) for word in _BEGUN)
         or (error.msg.startswith("Invalid \\") and len(rest) < 6)
     )

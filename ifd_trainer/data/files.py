@@ -25,13 +25,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_line
 from .arrow_files import (
     file_digest,
-    holds_json,
     python_values,
     read_csv,
     read_json,
@@ -143,14 +142,10 @@ def write_tables(
     def write(temporary: Path) -> None:
         if ending == ".parquet":
             _write_parquet(tables, features.arrow_schema, temporary)
-            return
-        info = DatasetInfo(features=features)
-        # A fingerprint that is given is not computed from the rows.
-        parts = (Dataset(part, info, fingerprint="part") for table in tables for part in _slices(table))
-        if ending == ".csv":
-            _write_csv(parts, temporary)
+        elif ending == ".csv":
+            _write_csv(_slices(tables), features, temporary)
         else:
-            _write_json(parts, temporary, lines=ending == ".jsonl")
+            _write_json(_slices(tables), features, temporary, lines=ending == ".jsonl")
 
     write_atomically(path, write, folder)
 
@@ -164,8 +159,10 @@ def tables_of(dataset: Dataset, rows: int) -> Iterator[pa.Table]:
     return dataset.with_format("arrow").iter(rows)
 
 
-def _slices(table: pa.Table) -> Iterator[pa.Table]:
-    return (table.slice(start, _CHUNK_ROWS) for start in range(0, max(len(table), 1), _CHUNK_ROWS))
+def _slices(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    for table in tables:
+        for start in range(0, max(len(table), 1), _CHUNK_ROWS):
+            yield table.slice(start, _CHUNK_ROWS)
 
 
 def with_columns(dataset: Dataset, columns: Dataset) -> Dataset:
@@ -555,29 +552,19 @@ def _write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) ->
             writer.write_table(pa.concat_tables(waiting))
 
 
-def _python_columns(part: Dataset, names: list[str]) -> dict[str, list]:
-    """These columns as Python values, with every digit of the floats that `Json` holds."""
-    exact = [name for name in names if holds_json(part.features[name])]
-    others = [name for name in names if name not in exact]
-    found = part.with_format(None).select_columns(others)[:] if others else {}
-    table = part.with_format("arrow").select_columns(exact)[:] if exact else None
-    found |= {name: python_values(table[name], part.features[name]) for name in exact}
-    return {name: found[name] for name in names}
-
-
 def _dumps(value: Any) -> str:
     """JSON in which text stays readable."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _write_json(parts: Iterable[Dataset], path: Path, lines: bool) -> None:
+def _write_json(tables: Iterable[pa.Table], features: Features, path: Path, lines: bool) -> None:
     """One object a line, or a list of them; a missing score is null."""
     with path.open("w", encoding="utf-8") as file:
         separator = first = "" if lines else "[\n"
-        for part in parts:
-            columns = _python_columns(part, part.column_names)
-            for values in zip(*columns.values(), strict=True):
-                file.write(separator + _dumps(dict(zip(columns, values, strict=True))))
+        for table in tables:
+            columns = [python_values(table[name], feature) for name, feature in features.items()]
+            for values in zip(*columns, strict=True):
+                file.write(separator + _dumps(dict(zip(features, values, strict=True))))
                 separator = "\n" if lines else ",\n"
         if lines:
             file.write("\n")
@@ -585,24 +572,18 @@ def _write_json(parts: Iterable[Dataset], path: Path, lines: bool) -> None:
             file.write("[\n\n]\n" if separator == first else "\n]\n")
 
 
-def _write_csv(parts: Iterable[Dataset], path: Path) -> None:
+def _write_csv(tables: Iterable[pa.Table], features: Features, path: Path) -> None:
     """Some rows at a time; texts in quotes, a null and NaN without."""
     writer = None
-    for part in parts:
-        nested = [
-            name
-            for name, feature in part.features.items()
-            if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type)
-        ]
-        table, values = part.with_format("arrow")[:], _python_columns(part, nested)
-        for i, field in enumerate(table.schema):
-            if field.name in nested:
-                texts = [None if cell is None else _dumps(cell) for cell in values[field.name]]
-                table = table.set_column(i, field.name, pa.array(texts, pa.string()))
-            elif pa.types.is_floating(field.type):
-                table = table.set_column(
-                    i, field, pc.if_else(pc.is_nan(table[i]), pa.scalar(None, field.type), table[i])
-                )
+    for table in tables:
+        for i, (name, feature) in enumerate(features.items()):
+            column = table[name]
+            if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type):
+                values = python_values(column, feature)
+                column = pa.array([None if value is None else _dumps(value) for value in values], pa.string())
+            elif pa.types.is_floating(column.type):
+                column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+            table = table.set_column(i, name, column)
         writer = writer or pa.csv.CSVWriter(path, table.schema)
         writer.write_table(table)
     writer.close()
