@@ -36,8 +36,8 @@ from .atomic import write_atomically
 from .paths import COMPRESSIONS
 
 # By the first bytes of a file; the longer ones first. UTF-8 is what is read otherwise.
-_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
-_MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
+_BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
+_BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
 _BEGUN = ("true", "false", "null", "NaN", "Infinity", "-Infinity", ".", "e+", "e-", "E+", "E-")  # in JSON, cut off
 _BLOCK = 2**22  # characters of JSON, bytes of CSV: some times that much is in memory
 _PARQUET_ROWS = 10_000  # in memory at a time
@@ -136,7 +136,7 @@ def _encoding(path: Path) -> str:
     """What encoding the first bytes of a file stand for."""
     with _opened(path) as file:
         start = file.read(4)
-    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), "UTF-8")
+    return next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "UTF-8")
 
 
 def _check_encoding(path: Path) -> None:
@@ -150,11 +150,11 @@ def _check_encoding(path: Path) -> None:
                 line += decoder.decode(block, final=not block).count("\n")
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
-                found = f"it has the byte 0x{error.object[error.start]:02x}"
+                problem = f"it has the byte 0x{error.object[error.start]:02x}"
                 advice = "Convert the file, if it is Latin-1 with `iconv -f LATIN1 -t UTF-8`."
                 if encoding != "UTF-8":
-                    found, advice = error.reason, "Its first bytes say so; it may be cut off or damaged."
-                raise UserError(f"{path}, line {line}, is not {encoding}: {found}. {advice}") from error
+                    problem, advice = error.reason, "Its first bytes say so; it may be cut off or damaged."
+                raise UserError(f"{path}, line {line}, is not {encoding}: {problem}. {advice}") from error
 
 
 # ---- Parquet ----------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def _csv_to_arrow(path: Path, target: Path) -> None:
     for block in _csv_blocks(path):
         for name in block.schema.names:
             texts = block[name]
-            types[name] = [type for type in types.get(name, (pa.int64(), pa.float64())) if _survive(texts, type)]
+            types[name] = [type for type in types.get(name, (pa.int64(), pa.float64())) if _is_lossless(texts, type)]
             if texts.null_count < len(texts):
                 filled.add(name)
     schema = pa.schema([(name, types[name][0] if types[name] and name in filled else pa.string()) for name in types])
@@ -248,7 +248,7 @@ def _arrow_csv_blocks(path: Path) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([block])
 
 
-def _survive(texts: pa.ChunkedArray, type: pa.DataType) -> bool:
+def _is_lossless(texts: pa.ChunkedArray, type: pa.DataType) -> bool:
     """Whether the texts lose no character as integers or floats."""
     try:
         numbers = pc.cast(texts, type)
@@ -282,17 +282,17 @@ def _check_characters(path: Path) -> None:
             ) from error
 
 
-def _columns_of(path: Path) -> dict[str, _Values]:
-    columns: dict[str, _Values] = {}
+def _columns_of(path: Path) -> dict[str, _InferredType]:
+    columns: dict[str, _InferredType] = {}
     for rows in _row_blocks(path):
         for name in dict.fromkeys(chain.from_iterable(rows)):
-            columns.setdefault(name, _Values()).add([row.get(name) for row in rows])
+            columns.setdefault(name, _InferredType()).add([row.get(name) for row in rows])
     if not columns:
         raise UserError(f"{path} holds no rows: it is to be a JSON list of objects, or one object on each line.")
     return columns
 
 
-def _write_columns(path: Path, columns: dict[str, _Values], target: Path) -> None:
+def _write_columns(path: Path, columns: dict[str, _InferredType], target: Path) -> None:
     try:
         features = Features({name: column.feature(Json) for name, column in columns.items()})
     except ValueError as error:
@@ -303,7 +303,7 @@ def _write_columns(path: Path, columns: dict[str, _Values], target: Path) -> Non
     with pa.ipc.new_stream(target, schema) as writer:
         for rows in _row_blocks(path):
             arrays = [
-                pa.array(_converted([row.get(name) for row in rows], feature, _dumps), made.field(name).type)
+                pa.array(_map_json([row.get(name) for row in rows], feature, _dumps), made.field(name).type)
                 for name, feature in features.items()
             ]
             writer.write_table(pa.Table.from_arrays(arrays, schema=made).cast(schema))
@@ -322,14 +322,14 @@ def _row_blocks(path: Path) -> Iterator[list[dict]]:
         first += len(values)
 
 
-class _Values:
+class _InferredType:
     """What the values of a column, or of a place inside its values, have been so far."""
 
     def __init__(self) -> None:
         self.kinds: set[type] = set()
         self.least = self.most = 0  # of integers
-        self.items: _Values | None = None  # of lists
-        self.fields: dict[str, _Values] | None = None  # of mappings
+        self.items: _InferredType | None = None  # of lists
+        self.fields: dict[str, _InferredType] | None = None  # of mappings
         self.unlike = False  # mappings without keys, or of different ones
 
     def add(self, values: list) -> None:
@@ -340,11 +340,11 @@ class _Values:
             numbers = [value for value in values if type(value) is int]
             self.least, self.most = min(self.least, min(numbers)), max(self.most, max(numbers))
         if list in kinds:
-            self.items = self.items or _Values()
+            self.items = self.items or _InferredType()
             self.items.add([item for value in values if type(value) is list for item in value])
         if dict in kinds:
             rows = [value for value in values if type(value) is dict]
-            self.fields = {key: _Values() for key in rows[0]} if self.fields is None else self.fields
+            self.fields = {key: _InferredType() for key in rows[0]} if self.fields is None else self.fields
             self.unlike |= not self.fields or any(row.keys() != self.fields.keys() for row in rows)
             for key, place in self.fields.items() if not self.unlike else ():
                 place.add([row[key] for row in rows])
@@ -380,7 +380,7 @@ def _dumps(value: Any) -> str:
 
 def python_values(column: pa.Array | pa.ChunkedArray, feature: Any) -> list:
     """The values of a column, also those of the type `Json`, with all digits of their floats."""
-    return _converted(column.to_pylist(), feature, json.loads)
+    return _map_json(column.to_pylist(), feature, json.loads)
 
 
 def holds_json(feature: Any) -> bool:
@@ -390,17 +390,17 @@ def holds_json(feature: Any) -> bool:
     return holds_json(feature.feature) if isinstance(feature, List) else isinstance(feature, Json)
 
 
-def _converted(values: list, feature: Any, function: Callable[[Any], Any]) -> list:
+def _map_json(values: list, feature: Any, function: Callable[[Any], Any]) -> list:
     """The values of a feature, those at its places of the type `Json` replaced by `function(value)`."""
     if not holds_json(feature):
         return values
     if isinstance(feature, Json):
         return [None if value is None else function(value) for value in values]
     if isinstance(feature, List):
-        return [None if value is None else _converted(value, feature.feature, function) for value in values]
+        return [None if value is None else _map_json(value, feature.feature, function) for value in values]
     names = list(feature)
     places = [
-        _converted([None if value is None else value[name] for value in values], feature[name], function)
+        _map_json([None if value is None else value[name] for value in values], feature[name], function)
         for name in names
     ]
     rows = zip(*places, strict=True)

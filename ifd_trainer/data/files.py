@@ -333,7 +333,7 @@ class Parts:
     def close(self) -> None:
         """Let other jobs into the folder; they go on with the parts that are there."""
         if self._lock is not None:
-            if not self._found():
+            if not self._numbers():
                 self._delete()
             self._leave()
 
@@ -351,7 +351,7 @@ class Parts:
 
     def _goes_on(self, path: Path, job: Mapping[str, str | int | float | None], main: bool) -> bool:
         """Whether the folder is this job's already. One of another job is refused; without parts it is taken over."""
-        parts = self._found()
+        parts = self._numbers()
         if not parts and (main or not path.exists()):
             return False
         try:
@@ -363,10 +363,10 @@ class Parts:
             return False
         return True
 
-    def _found(self) -> list[int]:
+    def _numbers(self) -> list[int]:
         """The numbers of the parts whose files are there, whole or not."""
         matches = (_PART.fullmatch(path.name) for path in self.folder.glob("ifd-part-*"))
-        return [int(found[1]) for found in matches if found is not None]
+        return [int(name[1]) for name in matches if name is not None]
 
     def check_there(self) -> None:
         """Raise RunError if the folder is not there any more."""
@@ -389,10 +389,10 @@ class Parts:
     def _table(self, part: int) -> pa.Table | None:
         """The table of a part; None where its file is missing, damaged, or of another part or job."""
         try:
-            found = self.path(part).read_bytes()
+            content = self.path(part).read_bytes()
         except OSError:
             return None
-        data, digest = memoryview(found)[:-_DIGEST], found[-_DIGEST:]
+        data, digest = memoryview(content)[:-_DIGEST], content[-_DIGEST:]
         if digest != self._digest(part, data):
             return None
         return pa.ipc.open_stream(pa.py_buffer(data)).read_all()
@@ -428,7 +428,7 @@ class Parts:
     def _leave(self) -> None:
         """Give the lock back; the folder goes if it is empty."""
         if self._lock is not None:
-            if not self._found():
+            if not self._numbers():
                 (self.folder / _LOCK).unlink(missing_ok=True)
             os.close(self._lock)  # on network file systems an open file keeps its folder
             self._lock = None
@@ -508,14 +508,14 @@ def _check_job(path: Path, job: Mapping[str, str | int | float | None]) -> None:
     """Raise ValueError if the parts beside this file are not known to be of the job."""
     folder, remedy = path.parent, "Delete the folder to start anew, or write to another file."
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differs = [key for key in {**job, **found} if found.get(key) != job.get(key)]
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differs = [key for key in {**job, **there} if there.get(key) != job.get(key)]
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds parts, but no {path.name} to say of which job. {remedy}") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}), so the parts may be of another job. {remedy}") from error
     if differs:
-        changes = "; ".join(f"{key}: {_shown(found.get(key))} there, {_shown(job.get(key))} now" for key in differs)
+        changes = "; ".join(f"{key}: {_shown(there.get(key))} there, {_shown(job.get(key))} now" for key in differs)
         raise UserError(f"{folder} holds parts of another job: {changes}. {remedy}")
 
 

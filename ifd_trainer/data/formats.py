@@ -324,17 +324,17 @@ def to_training_row(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any
         MalformedRow: when the row cannot be trained on: what `render` refuses, a chat without an answer or without a
             message before it, and what the tokenizer's chat template, where one is given, cannot write.
     """
-    found = to_prompt_completion(row, format)
-    if not isinstance(found["prompt"], list):
-        return found
-    if not found["completion"]:
+    texts = to_prompt_completion(row, format)
+    if not isinstance(texts["prompt"], list):
+        return texts
+    if not texts["completion"]:
         raise MalformedRow("the chat has no assistant turn")
-    if not found["prompt"]:
+    if not texts["prompt"]:
         raise MalformedRow("the chat begins with its answer: no message stands before it")
     options = template_options(row, tokenizer)
     if getattr(tokenizer, "chat_template", None):
-        check_chat(found["prompt"], found["completion"], options, tokenizer)
-    return found | {"tools": json.dumps(options.pop("tools")), "chat_template_kwargs": options}
+        check_chat(texts["prompt"], texts["completion"], options, tokenizer)
+    return texts | {"tools": json.dumps(options.pop("tools")), "chat_template_kwargs": options}
 
 
 def _cell(row: Mapping[str, Any], name: str) -> Any:
