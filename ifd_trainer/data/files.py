@@ -20,12 +20,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, Features, Value, concatenate_datasets, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_line
@@ -79,7 +80,7 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         _check_folder(path)
         source = str(path.resolve())  # `load_dataset` cannot read "."
     try:
-        return load_dataset(source, config, split=split)
+        return datasets.load_dataset(source, config, split=split)
     except DatasetGenerationError as error:
         why = one_line(error.__cause__ or error)[:300]
         raise UserError(f"The files in {source} cannot be read as one data set: {why}. Name one of them.") from error

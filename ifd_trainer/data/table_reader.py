@@ -18,8 +18,6 @@ from datasets import Dataset, DatasetInfo, Features
 from .arrow_files import parquet_features, parquet_tables
 from .files import load_rows, tables_of
 
-_BATCH_ROWS = 2**16
-
 
 class TableReader:
     """The rows of a data set, to be read in passing as often as needed.
@@ -27,6 +25,7 @@ class TableReader:
     Args:
         source: a file, a folder of files or a hub name, as for `load_rows`; or a data set.
         split: split of a folder or a hub data set.
+        table_rows: rows in memory at a time.
 
     Attributes:
         features: the types of all columns.
@@ -40,7 +39,8 @@ class TableReader:
     (2, [{'a': [1, 2]}])
     """
 
-    def __init__(self, source: str | Dataset, split: str = "train") -> None:
+    def __init__(self, source: str | Dataset, split: str = "train", table_rows: int = 2**16) -> None:
+        self._table_rows = table_rows
         self._file = None if isinstance(source, Dataset) else _parquet_file(Path(source), split)
         if self._file is None:
             self._dataset = source if isinstance(source, Dataset) else load_rows(source, split)
@@ -58,11 +58,11 @@ class TableReader:
         return list(self.features)
 
     def tables(self, names: Collection[str] | None = None) -> Iterator[pa.Table]:
-        """The columns with these names, all by default, in the order of the data set; up to 65,536 rows at a time."""
+        """The columns with these names, all by default, in the order of the data set; some rows at a time."""
         if self._file is not None:
-            return parquet_tables(self._file, self.features, _BATCH_ROWS, names)
+            return parquet_tables(self._file, self.features, self._table_rows, names)
         names = [name for name in self.column_names if names is None or name in names]
-        return tables_of(self._dataset.select_columns(names), _BATCH_ROWS)
+        return tables_of(self._dataset.select_columns(names), self._table_rows)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column in memory."""
