@@ -400,8 +400,9 @@ def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
 def _select(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from .data.column_scan import Marked, Scan
     from .data.files import check_features, check_writable, output_file, write_tables
+    from .data.refusals import refused_rows
+    from .data.table_reader import TableReader, selected_tables
     from .method.schedule import parse_keep
     from .publish.card import card_paths, check_card, summary, write_card
     from .publish.hub import check_repository, push_files
@@ -421,7 +422,7 @@ def _select(options: argparse.Namespace) -> int:
             raise UserError("--push-to-hub pushes the card too: leave out --no-card.")
     elif options.private:
         raise UserError("--private goes with --push-to-hub USER/NAME.")
-    rows = Scan(options.data, options.split)
+    rows = TableReader(options.data, options.split)
     check_features(rows.features, data)
     own = options.scores is None and options.scores_format in (None, "ifd-trainer") and "ifd_status" in rows.features
     # Without scores of their own the texts are wanted too: of answers that another program did not score.
@@ -441,17 +442,17 @@ def _select(options: argparse.Namespace) -> int:
         name=name,
         max_ifd=options.max_ifd,
         ids=ids,
-        refusals=rows.refusals() if options.drop_refusals else None,
+        refusals=refused_rows(rows) if options.drop_refusals else None,
         strict=options.strict,
     )
     if subset.shortfall:
         print(f"ifd-trainer: warning: {subset.shortfall}", file=sys.stderr)
     kept = subset.ranks.notna().to_numpy()
     added = added.assign(ifd_rank=subset.ranks, ifd_reason=subset.reasons)
-    written = Marked(rows, added, np.ones_like(kept) if options.all else kept)
-    write_tables(written.tables(), written.features, data)
-    scores, columns = scores[[name, "answer_tokens", "ifd_status"]], list(written.features)
-    del added, ids, kept, written  # of ten million rows, as much again as the card needs
+    tables, features = selected_tables(rows, added, np.ones_like(kept) if options.all else kept)
+    write_tables(tables, features, data)
+    scores, columns = scores[[name, "answer_tokens", "ifd_status"]], list(features)
+    del added, ids, kept, tables  # of ten million rows, as much again as the card needs
     if options.card:
         write_card(
             card,

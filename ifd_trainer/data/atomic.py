@@ -87,12 +87,12 @@ def clear_stale(folder: Path) -> None:
     """Delete what killed processes have left: temporary files of processes that are gone, or older than a day."""
     with suppress(OSError):  # files come and go, and some are not ours to delete
         for path in folder.iterdir():
-            found = _TEMPORARY.fullmatch(path.name)
-            if found is None:
+            name = _TEMPORARY.fullmatch(path.name)
+            if name is None:
                 continue
             with suppress(OSError):
                 old = time.time() - path.stat().st_mtime > STALE
-                if old or (found["place"] == _place() and not _alive(int(found["process"]))):
+                if old or (name["place"] == _place() and not _alive(int(name["process"]))):
                     path.unlink()
 
 

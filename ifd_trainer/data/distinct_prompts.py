@@ -53,11 +53,11 @@ class Prompts:
     def share_ending_with(self, parts: Sequence[Sequence[int]]) -> float:
         """Share of the prompts that end with one of the parts, which are not empty."""
         ends = self._tails(max(map(len, parts), default=0))
-        found = np.zeros(len(self), dtype=bool)
+        matches = np.zeros(len(self), dtype=bool)
         for part in parts:
             if len(part) <= ends.shape[1]:
-                found |= (ends[:, -len(part) :] == np.asarray(part)).all(axis=1)
-        return float(found.mean())
+                matches |= (ends[:, -len(part) :] == np.asarray(part)).all(axis=1)
+        return float(matches.mean())
 
     def shared_suffix(self, share: float = 0.9) -> list[int]:
         """The longest run of tokens with which at least `share` of the prompts end: their response header.

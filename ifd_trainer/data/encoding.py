@@ -304,17 +304,17 @@ class Turns:
         reach = max((self._reach(frame.before) for frame in frames), default=0)
         around: list[str] = []  # the texts before and behind `start`, if they are needed
         for frame in frames:
-            found = self._as_before(ids, start, frame.before)
-            if found is None:
+            opening = self._as_before(ids, start, frame.before)
+            if opening is None:
                 around = around or [
                     self._text(ids[max(start - reach, 0) : start]),
                     self._text(ids[start : start + reach]),
                 ]
-                found = self._opening(ids, start, frame.before, *around)
-            if found is not None:
+                opening = self._opening(ids, start, frame.before, *around)
+            if opening is not None:
                 afters = [other.after for other in frames if other.before == frame.before]
-                end = min(self._closing(ids, found[1], end, after) for after in afters)
-                return *found, self._trim(ids[:end], found[1])
+                end = min(self._closing(ids, opening[1], end, after) for after in afters)
+                return *opening, self._trim(ids[:end], opening[1])
         return None, start, self._trim(ids[:end], start)
 
     def is_blank(self, ids: Sequence[int]) -> bool:

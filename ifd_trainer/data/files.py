@@ -20,18 +20,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Features, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, Features, Value, concatenate_datasets, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_line
 from .arrow_files import (
     file_digest,
-    holds_json,
     python_values,
     read_csv,
     read_json,
@@ -80,7 +80,7 @@ def load_rows(source: str, split: str = "train", config: str | None = None) -> D
         _check_folder(path)
         source = str(path.resolve())  # `load_dataset` cannot read "."
     try:
-        return load_dataset(source, config, split=split)
+        return datasets.load_dataset(source, config, split=split)
     except DatasetGenerationError as error:
         why = one_line(error.__cause__ or error)[:300]
         raise UserError(f"The files in {source} cannot be read as one data set: {why}. Name one of them.") from error
@@ -143,14 +143,10 @@ def write_tables(
     def write(temporary: Path) -> None:
         if ending == ".parquet":
             _write_parquet(tables, features.arrow_schema, temporary)
-            return
-        info = DatasetInfo(features=features)
-        # A fingerprint that is given is not computed from the rows.
-        parts = (Dataset(part, info, fingerprint="part") for table in tables for part in _slices(table))
-        if ending == ".csv":
-            _write_csv(parts, temporary)
+        elif ending == ".csv":
+            _write_csv(_slices(tables), features, temporary)
         else:
-            _write_json(parts, temporary, lines=ending == ".jsonl")
+            _write_json(_slices(tables), features, temporary, lines=ending == ".jsonl")
 
     write_atomically(path, write, folder)
 
@@ -164,8 +160,10 @@ def tables_of(dataset: Dataset, rows: int) -> Iterator[pa.Table]:
     return dataset.with_format("arrow").iter(rows)
 
 
-def _slices(table: pa.Table) -> Iterator[pa.Table]:
-    return (table.slice(start, _CHUNK_ROWS) for start in range(0, max(len(table), 1), _CHUNK_ROWS))
+def _slices(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    for table in tables:
+        for start in range(0, max(len(table), 1), _CHUNK_ROWS):
+            yield table.slice(start, _CHUNK_ROWS)
 
 
 def with_columns(dataset: Dataset, columns: Dataset) -> Dataset:
@@ -336,7 +334,7 @@ class Parts:
     def close(self) -> None:
         """Let other jobs into the folder; they go on with the parts that are there."""
         if self._lock is not None:
-            if not self._found():
+            if not self._numbers():
                 self._delete()
             self._leave()
 
@@ -354,7 +352,7 @@ class Parts:
 
     def _goes_on(self, path: Path, job: Mapping[str, str | int | float | None], main: bool) -> bool:
         """Whether the folder is this job's already. One of another job is refused; without parts it is taken over."""
-        parts = self._found()
+        parts = self._numbers()
         if not parts and (main or not path.exists()):
             return False
         try:
@@ -366,10 +364,10 @@ class Parts:
             return False
         return True
 
-    def _found(self) -> list[int]:
+    def _numbers(self) -> list[int]:
         """The numbers of the parts whose files are there, whole or not."""
         matches = (_PART.fullmatch(path.name) for path in self.folder.glob("ifd-part-*"))
-        return [int(found[1]) for found in matches if found is not None]
+        return [int(name[1]) for name in matches if name is not None]
 
     def check_there(self) -> None:
         """Raise RunError if the folder is not there any more."""
@@ -392,10 +390,10 @@ class Parts:
     def _table(self, part: int) -> pa.Table | None:
         """The table of a part; None where its file is missing, damaged, or of another part or job."""
         try:
-            found = self.path(part).read_bytes()
+            content = self.path(part).read_bytes()
         except OSError:
             return None
-        data, digest = memoryview(found)[:-_DIGEST], found[-_DIGEST:]
+        data, digest = memoryview(content)[:-_DIGEST], content[-_DIGEST:]
         if digest != self._digest(part, data):
             return None
         return pa.ipc.open_stream(pa.py_buffer(data)).read_all()
@@ -431,7 +429,7 @@ class Parts:
     def _leave(self) -> None:
         """Give the lock back; the folder goes if it is empty."""
         if self._lock is not None:
-            if not self._found():
+            if not self._numbers():
                 (self.folder / _LOCK).unlink(missing_ok=True)
             os.close(self._lock)  # on network file systems an open file keeps its folder
             self._lock = None
@@ -511,14 +509,14 @@ def _check_job(path: Path, job: Mapping[str, str | int | float | None]) -> None:
     """Raise ValueError if the parts beside this file are not known to be of the job."""
     folder, remedy = path.parent, "Delete the folder to start anew, or write to another file."
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differs = [key for key in {**job, **found} if found.get(key) != job.get(key)]
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differs = [key for key in {**job, **there} if there.get(key) != job.get(key)]
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds parts, but no {path.name} to say of which job. {remedy}") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}), so the parts may be of another job. {remedy}") from error
     if differs:
-        changes = "; ".join(f"{key}: {_shown(found.get(key))} there, {_shown(job.get(key))} now" for key in differs)
+        changes = "; ".join(f"{key}: {_shown(there.get(key))} there, {_shown(job.get(key))} now" for key in differs)
         raise UserError(f"{folder} holds parts of another job: {changes}. {remedy}")
 
 
@@ -555,29 +553,19 @@ def _write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) ->
             writer.write_table(pa.concat_tables(waiting))
 
 
-def _python_columns(part: Dataset, names: list[str]) -> dict[str, list]:
-    """These columns as Python values, with every digit of the floats that `Json` holds."""
-    exact = [name for name in names if holds_json(part.features[name])]
-    others = [name for name in names if name not in exact]
-    found = part.with_format(None).select_columns(others)[:] if others else {}
-    table = part.with_format("arrow").select_columns(exact)[:] if exact else None
-    found |= {name: python_values(table[name], part.features[name]) for name in exact}
-    return {name: found[name] for name in names}
-
-
 def _dumps(value: Any) -> str:
     """JSON in which text stays readable."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _write_json(parts: Iterable[Dataset], path: Path, lines: bool) -> None:
+def _write_json(tables: Iterable[pa.Table], features: Features, path: Path, lines: bool) -> None:
     """One object a line, or a list of them; a missing score is null."""
     with path.open("w", encoding="utf-8") as file:
         separator = first = "" if lines else "[\n"
-        for part in parts:
-            columns = _python_columns(part, part.column_names)
-            for values in zip(*columns.values(), strict=True):
-                file.write(separator + _dumps(dict(zip(columns, values, strict=True))))
+        for table in tables:
+            columns = [python_values(table[name], feature) for name, feature in features.items()]
+            for values in zip(*columns, strict=True):
+                file.write(separator + _dumps(dict(zip(features, values, strict=True))))
                 separator = "\n" if lines else ",\n"
         if lines:
             file.write("\n")
@@ -585,24 +573,18 @@ def _write_json(parts: Iterable[Dataset], path: Path, lines: bool) -> None:
             file.write("[\n\n]\n" if separator == first else "\n]\n")
 
 
-def _write_csv(parts: Iterable[Dataset], path: Path) -> None:
+def _write_csv(tables: Iterable[pa.Table], features: Features, path: Path) -> None:
     """Some rows at a time; texts in quotes, a null and NaN without."""
     writer = None
-    for part in parts:
-        nested = [
-            name
-            for name, feature in part.features.items()
-            if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type)
-        ]
-        table, values = part.with_format("arrow")[:], _python_columns(part, nested)
-        for i, field in enumerate(table.schema):
-            if field.name in nested:
-                texts = [None if cell is None else _dumps(cell) for cell in values[field.name]]
-                table = table.set_column(i, field.name, pa.array(texts, pa.string()))
-            elif pa.types.is_floating(field.type):
-                table = table.set_column(
-                    i, field, pc.if_else(pc.is_nan(table[i]), pa.scalar(None, field.type), table[i])
-                )
+    for table in tables:
+        for i, (name, feature) in enumerate(features.items()):
+            column = table[name]
+            if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type):
+                values = python_values(column, feature)
+                column = pa.array([None if value is None else _dumps(value) for value in values], pa.string())
+            elif pa.types.is_floating(column.type):
+                column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+            table = table.set_column(i, name, column)
         writer = writer or pa.csv.CSVWriter(path, table.schema)
         writer.write_table(table)
     writer.close()

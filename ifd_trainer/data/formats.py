@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -223,6 +223,14 @@ FORMATS: dict[str, PromptFormat] = {
 }
 
 
+DETECTED: tuple[PromptFormat, ...] = (MESSAGES, SHAREGPT, PROMPT_COMPLETION, ALPACA)  # by columns, the first that fits
+
+
+def first_format(formats: Iterable[PromptFormat], columns: Collection[str]) -> PromptFormat | None:
+    """The first format whose columns are all there."""
+    return next((format for format in formats if set(format.columns) <= set(columns)), None)
+
+
 def detect_format(columns: Iterable[str]) -> PromptFormat:
     """The format that the columns of a data set speak of.
 
@@ -236,12 +244,9 @@ def detect_format(columns: Iterable[str]) -> PromptFormat:
     'alpaca'
     """
     columns = list(columns)
-    has = set(columns)
-    for format in (MESSAGES, SHAREGPT, PROMPT_COMPLETION):
-        if has.issuperset(format.columns):
-            return format
-    if has.issuperset(ALPACA.columns):
-        return ALPACA if ALPACA.input in has else WIZARDLM
+    format = first_format(DETECTED, columns)
+    if format is not None:
+        return WIZARDLM if format is ALPACA and ALPACA.input not in columns else format
     raise UserError(
         f"Cannot tell the format from the columns {sorted(columns)}. Wanted: 'messages'; 'conversations'; 'prompt' and "
         "'completion'; 'instruction', 'input' and 'output' (Alpaca); or 'instruction' and 'output' (WizardLM). Rename "
@@ -271,6 +276,29 @@ def resolve_format(format: str | PromptFormat | None, columns: Iterable[str]) ->
     return format
 
 
+def answer_of(row: Mapping[str, Any], format: TemplateFormat | PromptCompletionFormat | ChatFormat) -> str:
+    """The answer that the format scores, as text, without what a template adds.
+
+    Raises:
+        MalformedRow: when the row has none that the format can read.
+
+    >>> answer_of({"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "gpt", "content": "4"}]}, MESSAGES)
+    '4'
+    """
+    return answer_text(_cell(row, format.output) if isinstance(format, TemplateFormat) else format.parts(row)[1])
+
+
+def answer_text(answer: str | Sequence[Mapping[str, Any]] | None) -> str:
+    """An answer as text: of messages, what each of them says, a line break between them.
+
+    >>> answer_text([{"role": "assistant", "content": "Let me see."}, {"role": "assistant", "content": "4"}])
+    'Let me see.\\n4'
+    """
+    if isinstance(answer, list):
+        return "\n".join(filter(None, (text_of(message.get("content")) for message in answer)))
+    return text_of(answer)
+
+
 def to_prompt_completion(row: Mapping[str, Any], format: PromptFormat) -> dict[str, Any]:
     """The row as TRL's SFTTrainer reads it: `prompt` and `completion`, as text or as messages.
 
@@ -296,17 +324,17 @@ def to_training_row(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any
         MalformedRow: when the row cannot be trained on: what `render` refuses, a chat without an answer or without a
             message before it, and what the tokenizer's chat template, where one is given, cannot write.
     """
-    found = to_prompt_completion(row, format)
-    if not isinstance(found["prompt"], list):
-        return found
-    if not found["completion"]:
+    texts = to_prompt_completion(row, format)
+    if not isinstance(texts["prompt"], list):
+        return texts
+    if not texts["completion"]:
         raise MalformedRow("the chat has no assistant turn")
-    if not found["prompt"]:
+    if not texts["prompt"]:
         raise MalformedRow("the chat begins with its answer: no message stands before it")
     options = template_options(row, tokenizer)
     if getattr(tokenizer, "chat_template", None):
-        check_chat(found["prompt"], found["completion"], options, tokenizer)
-    return found | {"tools": json.dumps(options.pop("tools")), "chat_template_kwargs": options}
+        check_chat(texts["prompt"], texts["completion"], options, tokenizer)
+    return texts | {"tools": json.dumps(options.pop("tools")), "chat_template_kwargs": options}
 
 
 def _cell(row: Mapping[str, Any], name: str) -> Any:

@@ -64,9 +64,9 @@ def check_model(name: str | os.PathLike) -> str:
         raise FileAccessError(f"{config} cannot be read ({error}). Download or copy the model again.") from error
     if not isinstance(values, dict):
         raise FileAccessError(f"{config} holds no mapping. Download or copy the model again.")
-    for found in values.get("architectures") or ():
-        if kind := kind_of_class(str(found), bool(values.get("is_encoder_decoder"))):
-            raise UserError(f"{name} ({found}) {kind}. {WANTED}")
+    for architecture in values.get("architectures") or ():
+        if kind := kind_of_class(str(architecture), bool(values.get("is_encoder_decoder"))):
+            raise UserError(f"{name} ({architecture}) {kind}. {WANTED}")
     return name
 
 
@@ -188,5 +188,5 @@ def _checkpoints(output: str) -> Iterable[Path]:
     """Checkpoints in an output folder, the last one last."""
     folder = Path(output)
     names = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    found = [(path.name.removeprefix("checkpoint-"), path) for path in names if path.name.startswith("checkpoint-")]
-    return [path for number, path in sorted((int(n), path) for n, path in found if n.isdecimal())]
+    numbered = [(path.name.removeprefix("checkpoint-"), path) for path in names if path.name.startswith("checkpoint-")]
+    return [path for number, path in sorted((int(n), path) for n, path in numbered if n.isdecimal())]

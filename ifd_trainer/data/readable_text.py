@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..errors import UserError
-from .chat_template import role_of
+from .chat_template import MalformedRow, role_of
+from .formats import ALPACA, DETECTED, PromptCompletionFormat, PromptFormat, TemplateFormat, answer_of, first_format
 
 _ALPACA = re.compile(
     r"### Instruction:\s*\n(?P<instruction>.*?)(?:\n+### Input:\s*\n(?P<input>.*?))?\s*### Response:?\s*\Z", re.DOTALL
@@ -18,31 +20,43 @@ _ALPACA = re.compile(
 _RESPONSE = re.compile(r"\s*### Response:?\s*\Z")
 _END_OF_TURN = re.compile(r"(?:\s*(?:<\|[\w ]+\|>|</s>|<eos>|<end_of_turn>|<｜[^｜]*｜>))+\s*\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
-_TEXT_COLUMNS = (("prompt", "answer"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"))
+# What a run keeps of its training set, then what is scored, then an Alpaca set of another name.
+_FORMATS = (
+    PromptCompletionFormat("texts of a run", completion="answer"),
+    *DETECTED,
+    replace(ALPACA, name="response", output="response"),
+)
 
 
 def text_columns(frame: pd.DataFrame) -> pd.DataFrame | None:
     """`instruction`, `input` and `answer` of each row, without what a template adds; None if there are no texts."""
-    sources = text_sources(frame.columns)
-    pair, chat = (sources, None) if len(sources) == 2 else (None, next(iter(sources), None))
-    if pair is not None:
-        prompts = [plain(value) for value in frame[pair[0]]]
-        answers = [plain(value) for value in frame[pair[1]]]
-    elif chat is not None:
-        prompts, answers = map(list, zip(*map(_split_chat, frame[chat]), strict=True)) if len(frame) else ([], [])
-    else:
+    format = first_format(_FORMATS, frame.columns)
+    if format is None:
         return None
-    raw = prompts
-    if pair is not None and pair[0] == "instruction":
-        inputs = [plain(value) for value in frame["input"]] if "input" in frame else [""] * len(frame)
+    cells = zip(*(frame[name] for name in format.columns), strict=True)
+    texts = [_texts(dict(zip(format.columns, row, strict=True)), format) for row in cells]
+    prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
+    if isinstance(format, TemplateFormat):
+        instructions = prompts
+        inputs = [plain(value) for value in frame[format.input]] if format.input in frame else [""] * len(frame)
     else:
-        prompts, inputs = _without_template(prompts)
+        instructions, inputs = _without_template(prompts)
     # A header's last character that merged with the answer's first into one token is not the answer's.
     answers = [
         _END_OF_TURN.sub("", answer.removeprefix(":") if prompt.endswith("### Response") else answer)
-        for prompt, answer in zip(raw, answers, strict=True)
+        for prompt, answer in texts
     ]
-    return pd.DataFrame({"instruction": prompts, "input": inputs, "answer": answers}, dtype=object)
+    return pd.DataFrame({"instruction": instructions, "input": inputs, "answer": answers}, dtype=object)
+
+
+def _texts(row: Mapping[str, Any], format: PromptFormat) -> tuple[str, str]:
+    """Prompt and answer of a row; of one that cannot be scored, what can be read of it."""
+    try:
+        prompt = row[format.instruction] if isinstance(format, TemplateFormat) else format.parts(row)[0]
+        return plain(prompt), answer_of(row, format)
+    except MalformedRow:
+        first, *second = map(plain, row.values())
+        return first, "".join(second)
 
 
 def text_sources(names: Collection[str]) -> tuple[str, ...]:
@@ -51,8 +65,8 @@ def text_sources(names: Collection[str]) -> tuple[str, ...]:
     >>> text_sources(["id", "instruction", "input", "output"]), text_sources(["id", "messages"]), text_sources(["id"])
     (('instruction', 'output'), ('messages',), ())
     """
-    pair = next((pair for pair in _TEXT_COLUMNS if set(pair) <= set(names)), None)
-    return pair or tuple(name for name in ("messages", "conversations") if name in names)[:1]
+    format = first_format(_FORMATS, names)
+    return () if format is None else format.columns
 
 
 def answers_of(frame: pd.DataFrame) -> list[str]:
@@ -61,17 +75,17 @@ def answers_of(frame: pd.DataFrame) -> list[str]:
     Raises:
         ValueError: when the rows have no texts of a known kind.
     """
-    found = text_columns(frame)
-    if found is None:
-        wanted = "; ".join(f"{prompt} and {answer}" for prompt, answer in _TEXT_COLUMNS)
-        raise UserError(f"No answers among the columns {sorted(frame)}. Wanted: {wanted}; messages; conversations.")
-    return found["answer"].tolist()
+    texts = text_columns(frame)
+    if texts is None:
+        wanted = "; ".join(" and ".join(format.columns) for format in _FORMATS)
+        raise UserError(f"No answers among the columns {sorted(frame)}. Wanted: {wanted}.")
+    return texts["answer"].tolist()
 
 
 def _without_template(prompts: list[str]) -> tuple[list[str], list[str]]:
     """Instructions and inputs of Alpaca prompts; of others, what is left without the text that all of them share."""
-    found = [_ALPACA.search(prompt) for prompt in prompts]
-    others = {_RESPONSE.sub("", prompt) for prompt, match in zip(prompts, found, strict=True) if not match} - {""}
+    matches = [_ALPACA.search(prompt) for prompt in prompts]
+    others = {_RESPONSE.sub("", prompt) for prompt, match in zip(prompts, matches, strict=True) if not match} - {""}
     before = after = ""
     if len(others) > 2:
         before = _common_start(others)
@@ -79,7 +93,7 @@ def _without_template(prompts: list[str]) -> tuple[list[str], list[str]]:
         after = _common_start({prompt[len(before) :][::-1] for prompt in others})[::-1]
         after = after[min((at for at in (after.find("\n"), after.find("<")) if at >= 0), default=len(after)) :]
     instructions, inputs = [], []
-    for prompt, match in zip(prompts, found, strict=True):
+    for prompt, match in zip(prompts, matches, strict=True):
         rest = _RESPONSE.sub("", prompt).removeprefix(before).removesuffix(after)
         instructions.append(match["instruction"] if match else rest)
         inputs.append((match["input"] or "") if match else "")
@@ -89,13 +103,6 @@ def _without_template(prompts: list[str]) -> tuple[list[str], list[str]]:
 def _common_start(texts: set[str]) -> str:
     first, last = min(texts), max(texts)  # what these two share, all that sort between them share too
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
-
-
-def _split_chat(turns: Any) -> tuple[str, str]:
-    """What precedes the last assistant turn, and that turn."""
-    turns = [turn for turn in (turns if isinstance(turns, (list, tuple, np.ndarray)) else []) if _is_turn(turn)]
-    last = max((i for i, turn in enumerate(turns) if _role(turn) == "assistant"), default=len(turns))
-    return plain(turns[:last]), plain(turns[last]) if last < len(turns) else ""
 
 
 def plain(value: Any) -> str:

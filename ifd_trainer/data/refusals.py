@@ -11,8 +11,12 @@ import sys
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from .readable_text import answers_of, text_sources
+from .table_reader import TableReader
 
 # Anywhere in an answer: a model that speaks of itself.
 SELF_REFERENCES = (
@@ -87,8 +91,28 @@ def may_refuse(answers: pa.Array | pa.ChunkedArray) -> np.ndarray:
     >>> may_refuse(pa.array(["She said: sorry, but I can't.", "Paris.", None])).tolist()
     [True, False, False]
     """
-    found = pc.match_substring_regex(answers, _superset())
-    return pc.fill_null(found, False).to_numpy(zero_copy_only=False)
+    matches = pc.match_substring_regex(answers, _superset())
+    return pc.fill_null(matches, False).to_numpy(zero_copy_only=False)
+
+
+def refused_rows(rows: TableReader) -> np.ndarray:
+    """Which of n rows have an answer that looks like a refusal, (n,) bool; see `looks_like_refusal`.
+
+    Raises:
+        ValueError: when the rows have no texts of a known kind.
+    """
+    sources = text_sources(rows.column_names)
+    if not sources:
+        answers_of(pd.DataFrame(columns=rows.column_names))  # raises, and says what is wanted
+    refused = [np.zeros(0, dtype=bool)]
+    for table in rows.tables(sources):
+        doubtful = np.ones(len(table), dtype=bool)
+        if pa.types.is_string(table.schema.field(sources[-1]).type):
+            doubtful = may_refuse(table[sources[-1]])
+        answers = answers_of(table.filter(pa.array(doubtful)).to_pandas())
+        doubtful[doubtful] = [looks_like_refusal(answer) for answer in answers]
+        refused.append(doubtful)
+    return np.concatenate(refused)
 
 
 @cache

@@ -58,9 +58,7 @@ def find_ids(
             )
         return column, ids
     passed = []
-    for name in NAMES:
-        if name not in names:
-            continue
+    for name in filter(names.__contains__, NAMES):
         ids = _plain(read(name))
         problem = ids if isinstance(ids, str) else _problem(ids)
         if not problem:
@@ -71,6 +69,15 @@ def find_ids(
     return None, None
 
 
+def named_ids(names: Collection[str]) -> str | None:
+    """The column that is called like one of row ids, whether it serves or not: what a report shows and matches by.
+
+    >>> named_ids(["id", "row_id", "text"])
+    'row_id'
+    """
+    return next((name for name in NAMES if name in names), None)
+
+
 def as_array(ids: Ids) -> np.ndarray:
     """Ids as an array: numbers, or texts as objects (of one fixed width, a long id would widen all others)."""
     return ids if isinstance(ids, np.ndarray) else ids.to_numpy().astype(object)
@@ -78,8 +85,8 @@ def as_array(ids: Ids) -> np.ndarray:
 
 def _say(passed: list[str], instead: str) -> None:
     if passed:
-        found = "; ".join(passed)
-        logger.warning("Rows are known by %s, not by a column that cannot tell them apart (%s).", instead, found)
+        why = "; ".join(passed)
+        logger.warning("Rows are known by %s, not by a column that cannot tell them apart (%s).", instead, why)
 
 
 def _plain(values: pa.ChunkedArray) -> Ids | str:

@@ -15,8 +15,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.column_scan import Scan
 from ..data.row_ids import find_ids
+from ..data.table_reader import TableReader
 from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, REFUSAL, Status
 from ..method.schedule import as_schedule
 from ..method.selection import Cherry, ShortfallError, coded
@@ -147,14 +147,14 @@ def _ranks_in_ties(score: np.ndarray, ids: pa.ChunkedArray, eligible: np.ndarray
     return ranks
 
 
-def tie_ids(rows: Scan, column: str | None = None) -> tuple[str | None, np.ndarray | pa.ChunkedArray | None]:
+def tie_ids(rows: TableReader, column: str | None = None) -> tuple[str | None, np.ndarray | pa.ChunkedArray | None]:
     """The column that tells n rows apart, and its values for `choose`; see `find_ids`.
 
     Raises:
         ValueError: when the named column is missing, or has nulls, equal values, or values that are no plain ids.
 
     >>> from datasets import Dataset
-    >>> tie_ids(Scan(Dataset.from_dict({"row_id": ["a", None], "id": [7, 5]})))
+    >>> tie_ids(TableReader(Dataset.from_dict({"row_id": ["a", None], "id": [7, 5]})))
     ('id', array([7, 5]))
     """
     return find_ids(rows.column_names, rows.column, column, "--id-column")

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from ..data.readable_text import text_columns
+from ..data.row_ids import named_ids
 from ..errors import FileAccessError, NotFoundError, UserError, one_line
 from ..method.reasons import BELOW_CUT
 from ..training.history import FOLDER, History
@@ -163,7 +164,7 @@ def _subject_of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> S
     rows["key"] = rows.index.map(str)  # ids of a data set need not be unique
     details = _details(frame, rows["key"])
     if texts is not None:
-        by_id = "row_id" in frame or "id" in frame
+        by_id = named_ids(frame.columns) is not None
         if not by_id and len(texts) != len(frame):
             raise UserError(f"{len(frame)} rows and {len(texts)} texts, without a column `row_id` or `id` to match.")
         given = _details(texts, _ids(texts).map(str) if by_id else rows["key"])
@@ -201,7 +202,7 @@ def _frame(data: Any) -> pd.DataFrame:
 
 
 def _ids(texts: pd.DataFrame) -> pd.Series:
-    name = next((name for name in ("row_id", "id") if name in texts), None)
+    name = named_ids(texts.columns)
     if name is None:
         raise UserError(f"`texts` has no column `row_id` or `id`, only {list(texts.columns)}: rows cannot be matched.")
     if texts[name].duplicated().any():

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.row_ids import named_ids
 from ..errors import UserError
 from ..method import equations as equations
 from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, NOT_IN_SAMPLE, OTHER_TIER, REDUNDANT, RELAXED, Status
@@ -31,7 +32,7 @@ def normalised(frame: pd.DataFrame) -> pd.DataFrame:
             f"The rows have no IFD columns (`ifd`, or `cas` and `das`), only {list(frame.columns)}. Score them first: "
             'ds.map(IFDScorer("model"), batched=True), or `ifd-trainer score`.'
         )
-    name = next((name for name in ("row_id", "id") if name in frame), None)
+    name = named_ids(frame.columns)
     rows = pd.DataFrame({"row_id": np.arange(len(frame)) if name is None else frame[name].to_numpy()})
     for name in ("cas", "das", "ifd", "ifd_ppl", "answer_tokens"):
         rows[name] = _floats(frame[name]) if name in frame else np.nan

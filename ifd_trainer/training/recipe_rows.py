@@ -21,6 +21,7 @@ from ..data.formats import (
     MalformedRow,
     PromptCompletionFormat,
     PromptFormat,
+    answer_text,
     resolve_format,
     to_training_row,
 )
@@ -127,9 +128,7 @@ def without_refusals(rows: Dataset) -> Dataset:
     """Rows whose answer does not look like a refusal; says how many were left out."""
 
     def keeps(completion: str | list[dict[str, Any]] | None) -> bool:
-        if isinstance(completion, list):
-            completion = completion[-1].get("content") if completion else None
-        return not looks_like_refusal(completion or "")
+        return not looks_like_refusal(answer_text(completion))
 
     kept = rows.filter(keeps, input_columns="completion", desc="Leaving out refusals")
     logger.warning(

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
@@ -22,13 +22,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features, Json, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Features, Json, List, Value, load_dataset
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ifd_trainer.data import arrow_files, files
-from ifd_trainer.data.arrow_files import record_blocks
+from ifd_trainer.data.arrow_files import read_parquet, record_blocks
 from ifd_trainer.data.files import (
+    READERS,
     check_apart,
     check_features,
     check_writable,
@@ -39,6 +39,7 @@ from ifd_trainer.data.files import (
     write_rows,
     write_tables,
 )
+from ifd_trainer.data.paths import data_ending
 from ifd_trainer.errors import FileAccessError, NotFoundError, UserError
 
 ROWS = [
@@ -70,14 +71,10 @@ FLAT = ["instruction", "input", "output", "date", "zip", "count", "share"]
 
 
 @contextmanager
-def reading_blocks_of(size: int) -> Iterator[None]:
+def reading_blocks_of(size: int) -> Iterator[Callable[[Path], Dataset]]:
     """Files are read in blocks of this size, and anew: not from what an earlier test has put into the cache."""
-    with (
-        tempfile.TemporaryDirectory() as cache,
-        mock.patch("datasets.config.HF_DATASETS_CACHE", cache),
-        mock.patch.object(arrow_files, "_BLOCK", size),
-    ):
-        yield
+    with tempfile.TemporaryDirectory() as cache, mock.patch("datasets.config.HF_DATASETS_CACHE", cache):
+        yield lambda path: READERS[data_ending(path)](path, size)
 
 
 def source(folder: Path, ending: str) -> Path:
@@ -133,10 +130,10 @@ LIKE_NUMBERS = st.from_regex(r"\A[-+]?0{0,2}[0-9]{0,19}(\.[0-9]{0,3})?(e[0-9])?\
 def test_csv_loses_no_character(tmp_path, cells, block):
     columns = dict(zip(("text", "number", "word"), map(list, zip(*cells, strict=True)), strict=True))
     write_rows(Dataset.from_pandas(pd.DataFrame(columns, dtype=object).astype("string")), tmp_path / "a.csv")
-    with reading_blocks_of(block):
-        rows = load_rows(str(tmp_path / "a.csv"))
+    with reading_blocks_of(block) as read:
+        rows = read(tmp_path / "a.csv")
         write_rows(rows, tmp_path / "b.csv")
-        written = load_rows(str(tmp_path / "b.csv"))
+        written = read(tmp_path / "b.csv")
     first, second = ((tmp_path / name).open(encoding="utf-8", newline="") for name in ("a.csv", "b.csv"))
     with first, second:
         assert list(csv.reader(first)) == list(csv.reader(second))
@@ -169,8 +166,8 @@ def test_a_csv_column_is_of_numbers_only_if_all_its_blocks_are(tmp_path):
     lines = [f'{n},{n},{n / 4},"text,\n{n}",' for n in range(100)]
     lines += ["100,007,NA,,"] + [f"{n},1,0.5,x," for n in range(101, 150)]
     path.write_text("\n".join(["id,zip,share,text,empty", *lines]) + "\n", encoding="utf-8")
-    with reading_blocks_of(64):
-        rows = load_rows(str(path))
+    with reading_blocks_of(64) as read:
+        rows = read(path)
         assert len(rows.data.column("id").chunks) > 10
         assert [rows.features[name].dtype for name in rows.features] == ["int64", *["string"] * 4]
         assert rows["id"][:] == list(range(150))
@@ -226,8 +223,8 @@ def test_any_values_survive_json(tmp_path, rows, ending, block):
     (tmp_path / f"a{ending}").write_text(text, encoding="utf-8")
     names = list(dict.fromkeys(name for row in rows for name in row))
     expected = [typed({name: row.get(name) for name in names}) for row in rows]
-    with reading_blocks_of(block):
-        found = load_rows(str(tmp_path / f"a{ending}"))
+    with reading_blocks_of(block) as read:
+        found = read(tmp_path / f"a{ending}")
         assert found.column_names == names
         write_rows(found, tmp_path / f"b{ending}")
         assert [typed(row) for row in read_records(tmp_path / f"b{ending}")] == expected
@@ -249,8 +246,8 @@ def test_a_json_column_may_change_its_type_or_appear_after_many_rows(tmp_path):
     rows += [{"id": 50, "mixed": "50", "share": 0.1 + 0.2, "meta": {"b": 1.5}, "tags": ["x"], "late": ["2024-01-01"]}]
     rows += [{"id": n, "late": None} for n in range(51, 60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with reading_blocks_of(100):
-        found = load_rows(str(path))
+    with reading_blocks_of(100) as read:
+        found = read(path)
         assert found.features == {
             "id": Value("int64"),
             "mixed": Json(),
@@ -276,10 +273,10 @@ def test_values_are_read_over_the_borders_of_blocks(values, listed, indent, arou
     text = json.dumps(values, indent=indent) if listed else "\n".join(json.dumps(value) for value in values)
     if not listed and text.startswith("["):
         return  # a list of rows, then
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(arrow_files, "_BLOCK", block):
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.json")
         path.write_text(around + text + around.replace("\ufeff", ""), encoding="utf-8")
-        found = [value for block in record_blocks(path) for value in block]
+        found = [value for values in record_blocks(path, block) for value in values]
     assert json.dumps(found) == json.dumps(values)
 
 
@@ -297,8 +294,8 @@ def test_values_are_read_over_the_borders_of_blocks(values, listed, indent, arou
 def test_what_is_no_json_is_named_with_its_line(tmp_path, text, line, block):
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
-    with reading_blocks_of(block), pytest.raises(ValueError, match=f"a.json, line {line}, is not JSON"):
-        load_rows(str(path))
+    with reading_blocks_of(block) as read, pytest.raises(ValueError, match=f"a.json, line {line}, is not JSON"):
+        read(path)
 
 
 CUT = [
@@ -325,10 +322,10 @@ def test_json_that_is_cut_off_is_told_from_what_is_none(tmp_path, text, line, bl
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
     with (
-        reading_blocks_of(block),
+        reading_blocks_of(block) as read,
         pytest.raises(ValueError, match=f"a.json ends inside a value, line {line}: the file"),
     ):
-        load_rows(str(path))
+        read(path)
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}\n{"a": 2},', '{"a": 1}\n{"a": x', '{"a": 1}\n}', '{"a": 1}\n{"a": "x"]'])
@@ -367,14 +364,13 @@ def test_a_file_is_made_into_arrow_once_and_again_when_it_changes(tmp_path, monk
 
 def test_a_row_group_is_never_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(arrow_files, "_PARQUET_ROWS", 1000)
     rng = np.random.default_rng(0)
     table = pa.table({"text": [rng.bytes(400).hex() for _ in range(40_000)]})
     pq.write_table(table, tmp_path / "one.parquet", row_group_size=len(table))
     pool, default = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
     pa.set_memory_pool(pool)
     try:
-        rows = load_rows(str(tmp_path / "one.parquet"))
+        rows = read_parquet(tmp_path / "one.parquet", 1000)
     finally:
         pa.set_memory_pool(default)
     assert 0 < pool.max_memory() < table.nbytes / 4
@@ -432,22 +428,25 @@ def test_columns_stay_in_the_order_of_the_source(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet", ".csv"])
-def test_tables_are_written_as_the_rows_that_they_are_parts_of(tmp_path, ending, monkeypatch):
+def test_tables_are_written_as_the_rows_that_they_are_parts_of(tmp_path, ending):
     rows = load_rows(str(source(tmp_path, ".parquet")))
-    rows = concatenate_datasets([rows] * 4)
-    write_rows(rows, tmp_path / f"whole{ending}")
-    monkeypatch.setattr(files, "_ROW_GROUP_BYTES", 1)
-    monkeypatch.setattr(files, "_CHUNK_ROWS", 2)
-    table = rows.with_format("arrow")[:]
+    table = pa.concat_tables([rows.with_format("arrow")[:]] * 5001)  # more than are written at a time
+    write_tables([table], rows.features, tmp_path / f"whole{ending}")
     parts = iter([table.slice(0, 5), table.slice(5, 0), table.slice(5)])
     write_tables(parts, rows.features, tmp_path / f"parts{ending}")
     if ending == ".parquet":
         whole, found = (pq.ParquetFile(tmp_path / f"{name}.parquet") for name in ("whole", "parts"))
-        assert (whole.num_row_groups, found.num_row_groups) == (1, 2)
         assert Features.from_arrow_schema(found.schema_arrow) == rows.features
         assert found.read().equals(whole.read())
     else:
         assert (tmp_path / f"parts{ending}").read_bytes() == (tmp_path / f"whole{ending}").read_bytes()
+
+
+def test_a_row_group_holds_about_a_hundred_megabytes(tmp_path):
+    table = pa.table({"text": ["x" * 10**6] * 60})
+    write_tables([table] * 3, Features({"text": Value("string")}), tmp_path / "a.parquet")
+    found = pq.read_metadata(tmp_path / "a.parquet")
+    assert [found.row_group(i).num_rows for i in range(found.num_row_groups)] == [120, 60]
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet", ".csv"])
@@ -510,12 +509,10 @@ def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path, ending, block,
     text = f"a\n1\n\u20ac\n\xe9{last}" if ending == ".csv" else f'[{{"a":\n1}},\n\n{{"a": "\u20ac\xe9"{last}'
     path.write_bytes(text.encode().replace("\xe9".encode(), b"\xe9"))
     with (
-        mock.patch.object(arrow_files, "_BLOCK", block),
+        reading_blocks_of(block) as read,
         pytest.raises(ValueError, match=f"{path}, line 4, is not UTF-8: it has the byte 0xe9. Convert .*iconv"),
     ):
-        arrow_files._check_encoding(path)
-    with pytest.raises(ValueError, match=f"{path}, line 4, is not UTF-8"):
-        load_rows(str(path))
+        read(path)
 
 
 def test_names_of_csv_columns_that_are_not_utf8(tmp_path):
@@ -648,8 +645,8 @@ def test_a_compressed_file_is_read_as_what_is_in_it(tmp_path, ending, compressio
     whole = plain.read_bytes()
     # Two streams one after another, as `cat a.gz b.gz` makes them, are one file.
     path.write_bytes(b"".join(compressed(part, compression.lower()) for part in (whole[:40], whole[40:])))
-    with reading_blocks_of(block if ending != ".csv" else 2**22):
-        assert load_rows(str(path)).to_list() == load_rows(str(plain)).to_list()
+    with reading_blocks_of(block if ending != ".csv" else 2**22) as read:
+        assert read(path).to_list() == read(plain).to_list()
     assert read_records(path) == ROWS if ending != ".csv" else True
 
 
@@ -692,15 +689,13 @@ def test_errors_in_a_compressed_file_name_it_and_the_line(tmp_path):
         load_rows("missing.jsonl.gz")
 
 
-def test_memory_does_not_grow_with_what_is_in_a_compressed_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(arrow_files, "_BLOCK", 2**14)
+def test_memory_does_not_grow_with_what_is_in_a_compressed_file(tmp_path):
     line = json.dumps({"text": "x" * 990}).encode() + b"\n"
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 40_000, 1))  # 40 MB of text
     tracemalloc.start()
     before = pa.total_allocated_bytes()
     try:
-        rows = sum(len(block) for block in record_blocks(tmp_path / "a.jsonl.gz"))
+        rows = sum(len(block) for block in record_blocks(tmp_path / "a.jsonl.gz", 2**14))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -750,7 +745,7 @@ def test_places_without_data_are_told_in_a_sentence(tmp_path, monkeypatch):
         def fails(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(files, "load_dataset", fails)
+        monkeypatch.setattr("datasets.load_dataset", fails)
         with pytest.raises(kind, match=r"someone/rows.*(no route|not there)"):
             load_rows("someone/rows")
 
@@ -823,7 +818,7 @@ def test_a_full_cache_says_how_to_go_on(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(arrow_files, "_write_columns", full)
+    monkeypatch.setattr(pa.ipc, "new_stream", full)
     with pytest.raises(
         FileAccessError, match=r"Cannot write .*/cache/.*: No space .*Make room, or set HF_DATASETS_CACHE"
     ):

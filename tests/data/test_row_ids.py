@@ -12,8 +12,8 @@ import pytest
 from datasets import Dataset, Features, Value
 from tiny_runs import INF, raw_rows, select, sft_trainer, text_rows, train
 
-from ifd_trainer.data.column_scan import Scan
 from ifd_trainer.data.row_ids import as_array, find_ids
+from ifd_trainer.data.table_reader import TableReader
 from ifd_trainer.errors import UserError
 from ifd_trainer.publish.select import tie_ids
 from ifd_trainer.training.pool import Pool
@@ -89,9 +89,9 @@ def test_no_rows_have_ids():
 @pytest.mark.parametrize("kind", UNFIT)
 def test_the_callback_and_select_have_one_rule(kind):
     rows = Dataset.from_dict({"id": UNFIT[kind][0], "input_ids": [[1, 2]] * 3, "labels": [[-100, 2]] * 3})
-    assert tie_ids(Scan(rows)) == (None, None)
+    assert tie_ids(TableReader(rows)) == (None, None)
     assert Pool(rows).ids(None).tolist() == [0, 1, 2]
-    for named in (lambda: tie_ids(Scan(rows), "id"), lambda: Pool(rows).ids("id")):
+    for named in (lambda: tie_ids(TableReader(rows), "id"), lambda: Pool(rows).ids("id")):
         with pytest.raises(UserError, match=r"The column 'id', named with .* cannot tell rows apart"):
             named()
 
@@ -118,4 +118,4 @@ def test_a_history_names_its_rows_by_what_was_found(tmp_path, ids, expected):
 
 def test_a_null_column_of_any_type_is_no_id():
     rows = Dataset.from_dict({"id": [None, None]}, features=Features({"id": Value("null")}))
-    assert tie_ids(Scan(rows)) == (None, None)
+    assert tie_ids(TableReader(rows)) == (None, None)

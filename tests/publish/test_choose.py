@@ -11,7 +11,7 @@ from datasets import Dataset
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ifd_trainer.data.column_scan import Scan
+from ifd_trainer.data.table_reader import TableReader
 from ifd_trainer.errors import UserError
 from ifd_trainer.method.selection import ShortfallError
 from ifd_trainer.publish.select import choose, tie_ids
@@ -67,7 +67,7 @@ def test_rows_and_ranks_are_those_of_an_independent_sort(pool, keep, kind, data)
     eligible = [i for i in range(n) if status[i] == OK and score[i] < 1]
     asked = keep if isinstance(keep, int) else max(1, round(keep * n))
     assume(eligible and asked <= n)
-    name, found = tie_ids(Scan(Dataset.from_dict({"id": ids})))
+    name, found = tie_ids(TableReader(Dataset.from_dict({"id": ids})))
     subset = choose(score, pd.Series(status).astype("category"), keep, ids=found)
     best = sorted(eligible, key=lambda i: (-score[i], ids[i]))[:asked]
     ranks = {row: rank for rank, row in enumerate(best, start=1)}
@@ -89,7 +89,7 @@ def test_ties_do_not_depend_on_the_order_of_the_rows(pool, random):
     random.shuffle(order)
     found = []
     for rows in (list(range(len(score))), order):
-        _, ids = tie_ids(Scan(Dataset.from_dict({"row_id": [names[i] for i in rows]})))
+        _, ids = tie_ids(TableReader(Dataset.from_dict({"row_id": [names[i] for i in rows]})))
         subset = choose(score[rows], status[rows], 0.3, ids=ids)
         found.append({names[i] for i, reason in zip(rows, subset.reasons, strict=True) if reason == "kept"})
     assert found[0] == found[1]
@@ -116,10 +116,10 @@ def test_a_shortfall_says_what_is_missing():
 
 def test_columns_that_break_ties():
     columns = {"row_id": [1, 1, 2], "id": [30, 4, 5], "name": ["b", "a", "c"]}
-    rows = Scan(Dataset.from_dict(columns))
+    rows = TableReader(Dataset.from_dict(columns))
     name, ids = tie_ids(rows)
     assert (name, ids.tolist()) == ("id", [30, 4, 5])  # row_id repeats itself; numbers, not texts
-    assert tie_ids(Scan(Dataset.from_dict({"name": columns["name"]}))) == (None, None)
+    assert tie_ids(TableReader(Dataset.from_dict({"name": columns["name"]}))) == (None, None)
     name, ids = tie_ids(rows, "name")
     assert (name, ids.to_pylist()) == ("name", ["b", "a", "c"])
     with pytest.raises(UserError, match=r"'row_id', named with --id-column, .* 1 of 3 values are there more than once"):
@@ -130,10 +130,10 @@ def test_columns_that_break_ties():
     "values", [["a", "b", "a"], ["b", "a", None], [2, 1, 2], [1.5, None, 2.5], [0.5, math.nan, 1.5]]
 )
 def test_ids_with_repeats_or_without_values_are_not_taken(values):
-    assert tie_ids(Scan(Dataset.from_dict({"id": values}))) == (None, None)
+    assert tie_ids(TableReader(Dataset.from_dict({"id": values}))) == (None, None)
 
 
 def test_texts_with_one_digest_are_still_told_apart(monkeypatch):
     monkeypatch.setattr(pd.util, "hash_array", lambda values, categorize: np.zeros(len(values), np.uint64))
-    assert tie_ids(Scan(Dataset.from_dict({"id": ["a", "b", "c"]})))[0] == "id"
-    assert tie_ids(Scan(Dataset.from_dict({"id": ["a", "b", "a"]})))[0] is None
+    assert tie_ids(TableReader(Dataset.from_dict({"id": ["a", "b", "c"]})))[0] == "id"
+    assert tie_ids(TableReader(Dataset.from_dict({"id": ["a", "b", "a"]})))[0] is None

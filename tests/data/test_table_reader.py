@@ -11,11 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from ifd_trainer.data import column_scan as scan
-from ifd_trainer.data.column_scan import Marked, Scan
 from ifd_trainer.data.files import load_rows, write_rows, write_tables
 from ifd_trainer.data.readable_text import answers_of
-from ifd_trainer.data.refusals import looks_like_refusal
+from ifd_trainer.data.refusals import looks_like_refusal, refused_rows
+from ifd_trainer.data.table_reader import TableReader, selected_tables
 
 ROWS = Dataset.from_list(
     [
@@ -32,11 +31,6 @@ ROWS = Dataset.from_list(
 )
 
 
-@pytest.fixture(autouse=True)
-def few_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr(scan, "_BATCH_ROWS", 4)
-
-
 @pytest.fixture(params=["rows.parquet", "rows.jsonl", "rows", "in memory"])
 def source(request, tmp_path: Path) -> str | Dataset:
     """The rows as a file, a folder, and a data set."""
@@ -48,7 +42,7 @@ def source(request, tmp_path: Path) -> str | Dataset:
 
 
 def test_columns_and_types_are_those_of_the_data_set(source):
-    found = Scan(source, split="test")
+    found = TableReader(source, "test", table_rows=4)
     rows = source if isinstance(source, Dataset) else load_rows(source, split="test")
     assert (len(found), found.column_names, found.features) == (11, rows.column_names, rows.features)
     tables = list(found.tables())
@@ -61,7 +55,7 @@ def test_columns_and_types_are_those_of_the_data_set(source):
 
 
 def test_texts_are_coded_and_numbers_are_not(source):
-    found = Scan(source, split="test").coded_frame(["ifd", "ifd_status", "n", "absent"])
+    found = TableReader(source, "test", table_rows=4).coded_frame(["ifd", "ifd_status", "n", "absent"])
     assert list(found) == ["n", "ifd", "ifd_status"]
     assert found["ifd_status"].cat.categories.tolist() == ["ok", "failed"]
     assert found["ifd_status"].astype(object).where(found["ifd_status"].notna(), None).tolist() == ROWS["ifd_status"][:]
@@ -70,7 +64,7 @@ def test_texts_are_coded_and_numbers_are_not(source):
 
 
 @pytest.mark.parametrize("kept", [[1, 2, 9], [], list(range(11))])
-def test_marked_rows_have_the_new_columns_at_their_end(source, tmp_path, kept):
+def test_selected_rows_have_the_new_columns_at_their_end(source, tmp_path, kept):
     added = pd.DataFrame(
         {
             "ifd": np.where(np.arange(11) % 2, np.arange(11.0), np.nan),
@@ -79,8 +73,8 @@ def test_marked_rows_have_the_new_columns_at_their_end(source, tmp_path, kept):
             "text": pd.Series([f"text {i}" for i in range(11)], dtype=object),
         }
     )
-    marked = Marked(Scan(source, split="test"), added, np.isin(np.arange(11), kept))
-    write_tables(marked.tables(), marked.features, tmp_path / "out.parquet")
+    tables, features = selected_tables(TableReader(source, "test", table_rows=4), added, np.isin(np.arange(11), kept))
+    write_tables(tables, features, tmp_path / "out.parquet")
     old = ["nested", "instruction", "output", "n", "ifd_status"]
     assert pq.read_schema(tmp_path / "out.parquet").names == [*old, "ifd", "rank", "why", "text"]
     types = {name: pq.read_schema(tmp_path / "out.parquet").field(name).type for name in added}
@@ -101,8 +95,9 @@ def test_marked_rows_have_the_new_columns_at_their_end(source, tmp_path, kept):
 def test_all_columns_may_be_new(tmp_path):
     write_rows(Dataset.from_dict({"ifd": [1.0] * 9}), tmp_path / "rows.parquet")
     for source in (str(tmp_path / "rows.parquet"), Dataset.from_dict({"ifd": [1.0] * 9})):
-        marked = Marked(Scan(source), pd.DataFrame({"ifd": np.arange(9.0)}), np.arange(9) % 2 == 1)
-        assert pa.concat_tables(marked.tables()).to_pydict() == {"ifd": [1.0, 3.0, 5.0, 7.0]}
+        added = pd.DataFrame({"ifd": np.arange(9.0)})
+        tables, _ = selected_tables(TableReader(source, table_rows=4), added, np.arange(9) % 2 == 1)
+        assert pa.concat_tables(tables).to_pydict() == {"ifd": [1.0, 3.0, 5.0, 7.0]}
 
 
 TEXTS = [
@@ -130,10 +125,10 @@ TEXTS = [
 def test_refusals_are_those_of_the_answers_one_by_one(columns):
     rows = Dataset.from_dict(columns)
     expected = [looks_like_refusal(answer) for answer in answers_of(rows.to_pandas())]
-    assert Scan(rows).refusals().tolist() == expected
+    assert refused_rows(TableReader(rows, table_rows=4)).tolist() == expected
     assert expected.count(True) == (2 if "prompt" in columns else 1)
 
 
 def test_refusals_without_texts_are_an_error():
     with pytest.raises(ValueError, match=r"No answers among the columns \['n'\]"):
-        Scan(Dataset.from_dict({"n": [1]})).refusals()
+        refused_rows(TableReader(Dataset.from_dict({"n": [1]})))

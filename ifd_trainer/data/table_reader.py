@@ -1,4 +1,4 @@
-"""A data set read for selection: a few columns in memory, all others in passing, some rows at a time.
+"""A data set read as Arrow tables: a few columns in memory, all others in passing, some rows at a time.
 
 Choosing a part of ten million rows needs their scores, not their texts. A Parquet file is read as it is, without the
 copy that a cache of Arrow files would make of it; all else is what `load_rows` gives.
@@ -17,18 +17,15 @@ from datasets import Dataset, DatasetInfo, Features
 
 from .arrow_files import parquet_features, parquet_tables
 from .files import load_rows, tables_of
-from .readable_text import answers_of, text_sources
-from .refusals import looks_like_refusal, may_refuse
-
-_BATCH_ROWS = 2**16
 
 
-class Scan:
+class TableReader:
     """The rows of a data set, to be read in passing as often as needed.
 
     Args:
         source: a file, a folder of files or a hub name, as for `load_rows`; or a data set.
         split: split of a folder or a hub data set.
+        table_rows: rows in memory at a time.
 
     Attributes:
         features: the types of all columns.
@@ -37,12 +34,13 @@ class Scan:
         FileNotFoundError: when `source` looks like a file and is none.
         ValueError: for an ending that cannot be read.
 
-    >>> rows = Scan(Dataset.from_dict({"a": [1, 2], "b": ["x", "y"]}))
+    >>> rows = TableReader(Dataset.from_dict({"a": [1, 2], "b": ["x", "y"]}))
     >>> len(rows), [table.to_pydict() for table in rows.tables(["a"])]
     (2, [{'a': [1, 2]}])
     """
 
-    def __init__(self, source: str | Dataset, split: str = "train") -> None:
+    def __init__(self, source: str | Dataset, split: str = "train", table_rows: int = 2**16) -> None:
+        self._table_rows = table_rows
         self._file = None if isinstance(source, Dataset) else _parquet_file(Path(source), split)
         if self._file is None:
             self._dataset = source if isinstance(source, Dataset) else load_rows(source, split)
@@ -60,11 +58,11 @@ class Scan:
         return list(self.features)
 
     def tables(self, names: Collection[str] | None = None) -> Iterator[pa.Table]:
-        """The columns with these names, all by default, in the order of the data set; up to 65,536 rows at a time."""
+        """The columns with these names, all by default, in the order of the data set; some rows at a time."""
         if self._file is not None:
-            return parquet_tables(self._file, self.features, _BATCH_ROWS, names)
+            return parquet_tables(self._file, self.features, self._table_rows, names)
         names = [name for name in self.column_names if names is None or name in names]
-        return tables_of(self._dataset.select_columns(names), _BATCH_ROWS)
+        return tables_of(self._dataset.select_columns(names), self._table_rows)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column in memory."""
@@ -90,68 +88,46 @@ class Scan:
                 columns[name] = values.to_pandas()
         return pd.DataFrame(columns, copy=False)
 
-    def refusals(self) -> np.ndarray:
-        """Which rows have an answer that looks like a refusal, (n,) bool; see `looks_like_refusal`.
-
-        Raises:
-            ValueError: when the rows have no texts of a known kind.
-        """
-        sources = text_sources(self.column_names)
-        if not sources:
-            answers_of(pd.DataFrame(columns=self.column_names))  # raises, and says what is wanted
-        found = [np.zeros(0, dtype=bool)]
-        for table in self.tables(sources):
-            refused = np.ones(len(table), dtype=bool)
-            if pa.types.is_string(table.schema.field(sources[-1]).type):
-                refused = may_refuse(table[sources[-1]])
-            answers = answers_of(table.filter(pa.array(refused)).to_pandas())
-            refused[refused] = [looks_like_refusal(answer) for answer in answers]
-            found.append(refused)
-        return np.concatenate(found)
-
 
 def _parquet_file(path: Path, split: str) -> Path | None:
     path = path if path.is_file() else path / f"{split}.parquet"
     return path if path.suffix.lower() == ".parquet" and path.is_file() else None
 
 
-class Marked:
-    """The rows of a scan, all or some, with further columns at the end, in the place of old ones of the same names.
+def selected_tables(rows: TableReader, added: pd.DataFrame, kept: np.ndarray) -> tuple[Iterator[pa.Table], Features]:
+    """The rows of a data set, all or some, with further columns at the end, in the place of old ones of the same names.
 
     Args:
-        scan: n rows.
+        rows: n rows.
         added: (n rows) columns of numbers (NaN becomes null) and of texts, categorical ones as what they stand for.
         kept: (n,) bool, the rows wanted.
 
-    Attributes:
-        features: the types of all columns.
+    Returns:
+        The rows, some at a time, and the types of their columns.
 
-    >>> rows, added = Scan(Dataset.from_dict({"a": [1, 2]})), pd.DataFrame({"b": [0.5, 0.7]})
-    >>> marked = Marked(rows, added, kept=np.array([False, True]))
-    >>> [table.to_pydict() for table in marked.tables()]
-    [{'a': [2], 'b': [0.7]}]
+    >>> rows, added = TableReader(Dataset.from_dict({"a": [1, 2]})), pd.DataFrame({"b": [0.5, 0.7]})
+    >>> tables, features = selected_tables(rows, added, kept=np.array([False, True]))
+    >>> [table.to_pydict() for table in tables], list(features)
+    ([{'a': [2], 'b': [0.7]}], ['a', 'b'])
     """
+    columns = {name: _arrow(values) for name, values in added.items()}
+    old = [name for name in rows.column_names if name not in columns]
+    types = {name: _plain_type(values.type) for name, values in columns.items()}
+    features = Features(
+        {name: rows.features[name] for name in old} | Features.from_arrow_schema(pa.schema(types.items()))
+    )
 
-    def __init__(self, scan: Scan, added: pd.DataFrame, kept: np.ndarray) -> None:
-        self._scan, self._kept = scan, kept
-        self._added = {name: _arrow(values) for name, values in added.items()}
-        self._names = [name for name in scan.column_names if name not in self._added]
-        types = pa.schema([(name, _plain_type(values.type)) for name, values in self._added.items()])
-        self.features = Features(
-            {name: scan.features[name] for name in self._names} | Features.from_arrow_schema(types)
-        )
-
-    def tables(self) -> Iterator[pa.Table]:
-        """The rows, some at a time."""
-        start, schema = 0, self.features.arrow_schema
-        for table in self._scan.tables(self._names or None):  # without a column, a table has no rows
-            rows = pa.array(self._kept[start : start + len(table)])
-            added = [values.slice(start, len(table)).filter(rows) for values in self._added.values()]
+    def tables() -> Iterator[pa.Table]:
+        start = 0
+        for table in rows.tables(old or None):  # without a column, a table has no rows
+            wanted = pa.array(kept[start : start + len(table)])
+            new = [columns[name].slice(start, len(table)).filter(wanted).cast(type) for name, type in types.items()]
             start += len(table)
-            if rows.true_count:
-                types = schema.types[len(self._names) :]
-                added = [values.cast(type) for values, type in zip(added, types, strict=True)]
-                yield pa.table([*table.select(self._names).filter(rows).columns, *added], schema=schema)
+            if wanted.true_count:
+                arrays = [*table.select(old).filter(wanted).columns, *new]
+                yield pa.table(arrays, schema=features.arrow_schema)
+
+    return tables(), features
 
 
 def _arrow(values: pd.Series) -> pa.Array | pa.ChunkedArray:
