@@ -15,12 +15,13 @@ from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
-import yaml
-from jinja2 import Environment, StrictUndefined
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from .. import __version__
 from ..data.atomic import write_atomically
+from ..data.definitions import KNOWN_DEFINITIONS
 from ..errors import UserError
+from ..method.columns import COLUMN_MEANINGS
 from ..method.reasons import KEPT, MEANINGS, Status
 from ..report.plots import histogram_of
 from ..report.score_frames import number_text, rows_text, spearman
@@ -32,23 +33,6 @@ UNKNOWN = "not recorded"
 # Characters that may begin markup; an underscore inside a word does not, nor does `#` but at the start of a line.
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|^[#+-]")
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")  # categories of the hub end at powers of ten from 10^3 on
-_DEFINITIONS = {
-    "paper": "paper: prompt and answer tokenised together, the same answer tokens in both passes",
-    "cherry": "cherry: as the program Cherry_LLM computes it (arXiv 2308.12032)",
-    "superfiltering": "superfiltering: as the program Superfiltering computes it (arXiv 2402.00530)",
-    "data-juicer": "data-juicer: as data-juicer's instruction_following_difficulty_filter computes it",
-}
-_COLUMNS = {
-    "cas": "conditioned answer score s(A\\|Q): mean loss of the answer's tokens given the prompt, nats per token",
-    "das": "direct answer score s(A): their mean loss without the prompt, nats per token",
-    "ifd": "cas / das",
-    "ifd_ppl": "exp(cas - das), the ratio of perplexities",
-    "answer_tokens": "number of scored tokens",
-    "ifd_status": "`ok`, or why there is no score",
-    "ifd_definition": "how the scores are defined; those of two definitions cannot be compared",
-    "ifd_rank": "1 is the highest score kept",
-    "ifd_reason": "`kept`, or why not",
-}
 
 
 def check_card(path: Path) -> None:
@@ -94,7 +78,6 @@ def write_card(
     what = f"{'all rows, marked ' if everything else ''}the {rows_text(subset.kept)} with the highest IFD"
     title = f"{' '.join(name.split())}: {what}"
     content = {
-        "front_matter": _front_matter(title, written, data),
         "marker": MARKER,
         "title": _plain(title),
         "opening": _opening(subset, _plain(name), everything),
@@ -119,16 +102,14 @@ def write_card(
         "scored": f"{len(frame):,}",
         "kept": f"{subset.kept:,}",
         "quantiles": _quantiles(frame, subset.score),
-        "columns": [(column, meaning) for column, meaning in _COLUMNS.items() if column in columns],
+        "columns": {name: meaning for name, meaning in COLUMN_MEANINGS.items() if name in columns},
         "limits": _limits(frame, subset.score),
         "program": f"ifd_trainer {__version__}",
     }
-    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )  # Markdown, not HTML: names and texts of others are escaped by `_plain` and `_code`
-    text = environment.from_string(template).render(content)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    # Markdown, not HTML: names and texts of others are escaped by `_plain` and `_code`.
+    template = Path(__file__).with_name("card.md.jinja")
+    card = DatasetCard.from_template(_metadata(title, written, data), template_path=str(template), **content)
+    write_atomically(path, card.save)
 
 
 def public_name(name: str) -> str:
@@ -154,32 +135,21 @@ def size_category(rows: int) -> str:
     return f"{_SIZES[power]}<n<{_SIZES[power + 1]}"
 
 
-def _front_matter(title: str, rows: int, data: str) -> str:
-    matter = {
-        "pretty_name": title,
-        "task_categories": ["text-generation"],
-        "size_categories": [size_category(rows)],
-        "tags": ["instruction-tuning", "data-selection", "ifd", "ifd_trainer"],
-    }
+def _metadata(title: str, rows: int, data: str) -> DatasetCardData:
+    matter = DatasetCardData(
+        pretty_name=title,
+        task_categories=["text-generation"],
+        size_categories=[size_category(rows)],
+        tags=["instruction-tuning", "data-selection", "ifd", "ifd_trainer"],
+    )
     # train.parquet is found without being named. Named, `datasets` 5.2 would cache a local folder by this card alone,
     # and show the rows of an earlier folder of the same name and card.
     if not data.startswith("train."):
-        # The path is a pattern: brackets and stars in a name would stand for others.
-        files = [{"split": "train", "path": glob.escape(data)}]
-        matter["configs"] = [{"config_name": "default", "data_files": files}]
-    return yaml.dump(matter, Dumper=_FrontMatter, sort_keys=False, allow_unicode=True, width=10**6)
-
-
-class _FrontMatter(yaml.SafeDumper):
-    """No text over several lines: of those, one of `---` would end the front matter for readers that look for it."""
-
-
-def _on_one_line(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    plain = text.isprintable()
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
-
-
-_FrontMatter.add_representer(str, _on_one_line)
+        # The path is a pattern: brackets and stars in a name would stand for others. A line of `---` in it would end
+        # the front matter for readers that look for one.
+        path = "".join(char if char.isprintable() else "?" for char in glob.escape(data))
+        matter["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": path}]}]
+    return matter
 
 
 def _opening(subset: Subset, name: str, everything: bool) -> str:
@@ -199,6 +169,7 @@ def _facts(subset: Subset, name: str, provenance: Provenance, id_column: str | N
         if isinstance(subset.keep, float)
         else rows_text(subset.asked)
     )
+    known = KNOWN_DEFINITIONS.get(provenance.definition)
     options = {
         "maximal length": provenance.max_length,
         "least answer tokens": provenance.min_answer_tokens,
@@ -212,7 +183,7 @@ def _facts(subset: Subset, name: str, provenance: Provenance, id_column: str | N
         ("its weights", _plain(provenance.weights or "")),
         (
             "definition of the scores",
-            _DEFINITIONS.get(provenance.definition) or _plain(provenance.definition or UNKNOWN),
+            f"{provenance.definition}: {known.meaning}" if known else _plain(provenance.definition or UNKNOWN),
         ),
         ("prompt format", _plain(provenance.format or UNKNOWN)),
         ("options of the scoring", _plain(told)),
