@@ -433,7 +433,7 @@ def _select(options: argparse.Namespace) -> int:
     if scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
         raise UserError(f"The scores have no {name}; rank by another one with --score.")
     id_column, ids = tie_ids(rows, options.id_column)
-    subset = choose(
+    chosen = choose(
         scores[name].to_numpy(dtype=float, na_value=np.nan),
         scores["ifd_status"],
         parse_keep(options.keep),
@@ -443,14 +443,13 @@ def _select(options: argparse.Namespace) -> int:
         refusals=rows.refusals() if options.drop_refusals else None,
         strict=options.strict,
     )
-    if subset.shortfall:
-        print(f"ifd-trainer: warning: {subset.shortfall}", file=sys.stderr)
-    kept = subset.ranks.notna().to_numpy()
-    added = added.assign(ifd_rank=subset.ranks, ifd_reason=subset.reasons)
-    written = Marked(rows, added, np.ones_like(kept) if options.all else kept)
+    if chosen.shortfall:
+        print(f"ifd-trainer: warning: {chosen.shortfall}", file=sys.stderr)
+    added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
+    written = Marked(rows, added, np.ones(len(added), dtype=bool) if options.all else chosen.is_kept)
     write_tables(written.tables(), written.features, data)
     scores, columns = scores[[name, "answer_tokens", "ifd_status"]], list(written.features)
-    del added, ids, kept, written  # of ten million rows, as much again as the card needs
+    del added, ids, written  # of ten million rows, as much again as the card needs
     if options.card:
         write_card(
             card,
@@ -458,13 +457,13 @@ def _select(options: argparse.Namespace) -> int:
             data=data.name,
             source=options.data,
             rows=scores,
-            subset=subset,
+            chosen=chosen,
             provenance=provenance,
             id_column=id_column,
             columns=columns,
             everything=options.all,
         )
-    print(f"{summary(subset)} Written to {data}{f' with its card {card}' if options.card else ''}.")
+    print(f"{summary(chosen)} Written to {data}{f' with its card {card}' if options.card else ''}.")
     if options.push_to_hub:
         files = {data.name: data, "README.md": card, image.name: image}
         print(f"Pushed to {push_files(options.push_to_hub, files, options.private)}.")
