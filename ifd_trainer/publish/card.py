@@ -168,7 +168,7 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         "too long answers scored in part": provenance.score_truncated or None,
         "dtype": provenance.dtype,
     }
-    told = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)
+    listed = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)
     facts = [
         ("source", _plain(name)),
         ("scoring model", _plain(public_name(provenance.model) if provenance.model else UNKNOWN)),
@@ -178,7 +178,7 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
             f"{provenance.definition}: {known.meaning}" if known else _plain(provenance.definition or UNKNOWN),
         ),
         ("prompt format", _plain(provenance.format or UNKNOWN)),
-        ("options of the scoring", _plain(told)),
+        ("options of the scoring", _plain(listed)),
         ("scored with", _plain(provenance.program or UNKNOWN)),
         ("ranked by", f"`{score}`, ties by {_code(id_column) if id_column else 'position in the source'}"),
         ("limit", "none" if limit == float("inf") else f"`{score}` < {limit:g}"),
