@@ -443,8 +443,8 @@ def _select(options: argparse.Namespace) -> int:
         refusals=rows.refusals() if options.drop_refusals else None,
         strict=options.strict,
     )
-    if chosen.shortfall:
-        print(f"ifd-trainer: warning: {chosen.shortfall}", file=sys.stderr)
+    if chosen.warning:
+        print(f"ifd-trainer: warning: {chosen.warning}", file=sys.stderr)
     added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
     written = Marked(rows, added, np.ones(len(added), dtype=bool) if options.all else chosen.is_kept)
     write_tables(written.tables(), written.features, data)

@@ -75,20 +75,20 @@ def write_card(
     figure = histogram_of({None: frame}, score, chosen.policy.max_ifd)
     write_atomically(image, lambda temporary: figure.savefig(temporary, format="png"))
     name = public_name(source)
-    written = chosen.pool if everything else chosen.kept
-    what = f"{'all rows, marked ' if everything else ''}the {rows_text(chosen.kept)} with the highest IFD"
+    written = chosen.pool_rows if everything else chosen.kept_rows
+    what = f"{'all rows, marked ' if everything else ''}the {rows_text(chosen.kept_rows)} with the highest IFD"
     title = f"{' '.join(name.split())}: {what}"
     content = {
         "marker": MARKER,
         "title": _plain(title),
         "opening": _opening(chosen, _plain(name), everything),
         "facts": _facts(chosen, name, provenance, id_column),
-        "pool": rows_text(chosen.pool),
+        "pool": rows_text(chosen.pool_rows),
         "counts": [
-            (_code(reason), f"{count:,}", f"{100 * count / chosen.pool:.2f} %", MEANINGS.get(reason, ""))
+            (_code(reason), f"{count:,}", f"{100 * count / chosen.pool_rows:.2f} %", MEANINGS.get(reason, ""))
             for reason, count in chosen.counts.items()
         ],
-        "counted": f"{chosen.pool:,}",
+        "counted": f"{chosen.pool_rows:,}",
         "statuses": ", ".join(
             f"{count:,} {_code(str(status), cell=False)}" for status, count in rows["ifd_status"].value_counts().items()
         ),
@@ -96,7 +96,7 @@ def write_card(
         "image": quote(os.fsencode(image.name)),
         "score": score,
         "scored": f"{len(frame):,}",
-        "kept": f"{chosen.kept:,}",
+        "kept": f"{chosen.kept_rows:,}",
         "quantiles": _quantiles(frame, score),
         "columns": {name: meaning for name, meaning in COLUMN_MEANINGS.items() if name in columns},
         "limits": _limits(frame, score),
@@ -148,18 +148,18 @@ def _metadata(title: str, rows: int, data: str) -> DatasetCardData:
 
 
 def _opening(chosen: PoolSelection, name: str, everything: bool) -> str:
-    kept = f"{rows_text(chosen.kept)} of the {chosen.pool:,} of {name}"
+    kept = f"{rows_text(chosen.kept_rows)} of the {chosen.pool_rows:,} of {name}"
     what = "the rows with the highest Instruction-Following Difficulty (IFD)"
     if chosen.policy.max_ifd != float("inf"):
         what += f" below {chosen.policy.max_ifd:g}"
     if everything:
-        return f"All {rows_text(chosen.pool)} of {name}, each with its score; {kept} are marked `kept`: {what}."
+        return f"All {rows_text(chosen.pool_rows)} of {name}, each with its score; {kept} are marked `kept`: {what}."
     return f"{kept[0].upper()}{kept[1:]}: {what}."
 
 
 def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: str | None) -> list[tuple[str, str]]:
     score, limit, selection = chosen.policy.score, chosen.policy.max_ifd, chosen.selection
-    pool = f"% of all {rows_text(chosen.pool)} of the pool"
+    pool = f"% of all {rows_text(chosen.pool_rows)} of the pool"
     fraction = f"{100 * chosen.keep:g} {pool} = " if isinstance(chosen.keep, float) else ""
     known = KNOWN_DEFINITIONS.get(provenance.definition)
     options = {
@@ -182,8 +182,8 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         ("scored with", _plain(provenance.program or UNKNOWN)),
         ("ranked by", f"`{score}`, ties by {_code(id_column) if id_column else 'position in the source'}"),
         ("limit", "none" if limit == float("inf") else f"`{score}` < {limit:g}"),
-        ("asked for", f"{fraction}{rows_text(chosen.asked)}"),
-        ("kept", f"{rows_text(chosen.kept)}, {100 * chosen.kept / chosen.pool:.2f} {pool}"),
+        ("asked for", f"{fraction}{rows_text(chosen.asked_rows)}"),
+        ("kept", f"{rows_text(chosen.kept_rows)}, {100 * chosen.kept_rows / chosen.pool_rows:.2f} {pool}"),
         ("lowest score kept", number_text(selection.cut, 4)),
     ]
     if selection.shortfall:
@@ -262,8 +262,8 @@ def card_paths(data: Path, folder: bool) -> tuple[Path, Path]:
 def summary(chosen: PoolSelection) -> str:
     """One line for the terminal: rows kept, of how many, and what became of the rest."""
     others = ", ".join(f"{count} {reason}" for reason, count in chosen.counts.items() if reason != KEPT) or "none"
-    share = 100 * chosen.kept / chosen.pool
+    share = 100 * chosen.kept_rows / chosen.pool_rows
     return (
-        f"{chosen.kept} rows kept, {share:.2f} % of all {chosen.pool} rows in the pool ({chosen.asked} asked for), "
-        f"{chosen.policy.score} >= {chosen.selection.cut:.4f}. Not kept: {others}."
+        f"{chosen.kept_rows} rows kept, {share:.2f} % of all {chosen.pool_rows} rows in the pool ({chosen.asked_rows} "
+        f"asked for), {chosen.policy.score} >= {chosen.selection.cut:.4f}. Not kept: {others}."
     )

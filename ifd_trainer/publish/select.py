@@ -38,19 +38,19 @@ class PoolSelection:
     keep: float | int
 
     @property
-    def pool(self) -> int:
+    def pool_rows(self) -> int:
         """Number of rows that were chosen from, the denominator of every share."""
         return len(self.selection.reasons)
 
     @property
-    def kept(self) -> int:
+    def kept_rows(self) -> int:
         """Number of rows kept."""
         return len(self.selection.kept)
 
     @property
-    def asked(self) -> int:
+    def asked_rows(self) -> int:
         """The budget in rows."""
-        return self.kept + self.selection.shortfall
+        return self.kept_rows + self.selection.shortfall
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -63,19 +63,19 @@ class PoolSelection:
     @property
     def is_kept(self) -> np.ndarray:
         """(n,) whether each row is kept."""
-        mask = np.zeros(self.pool, dtype=bool)
+        mask = np.zeros(self.pool_rows, dtype=bool)
         mask[self.selection.kept] = True
         return mask
 
     @property
     def ranks(self) -> pd.Series:
         """(n,) Int64, 1 for the highest score, null for rows that are not kept."""
-        ranks = np.zeros(self.pool, dtype=np.int64)
-        ranks[self.selection.kept] = np.arange(1, self.kept + 1)
+        ranks = np.zeros(self.pool_rows, dtype=np.int64)
+        ranks[self.selection.kept] = np.arange(1, self.kept_rows + 1)
         return pd.Series(pd.arrays.IntegerArray(ranks, ~self.is_kept))
 
     @property
-    def shortfall(self) -> str | None:
+    def warning(self) -> str | None:
         """What to tell a user who asked for more rows than are eligible."""
         return _shortfall(self) if self.selection.shortfall else None
 
@@ -171,8 +171,8 @@ def _shortfall(chosen: PoolSelection) -> str:
     why = ", ".join(f"{count} {reason}" for reason, count in dropped) or "none is dropped"
     share = f"{chosen.keep:g} of all " if isinstance(chosen.keep, float) else "of "
     return (
-        f"{chosen.asked} rows asked for ({share}{chosen.pool} rows in the pool), only {chosen.selection.eligible} are "
-        f"eligible ({why}). {_way_out(chosen)}"
+        f"{chosen.asked_rows} rows asked for ({share}{chosen.pool_rows} rows in the pool), only "
+        f"{chosen.selection.eligible} are eligible ({why}). {_way_out(chosen)}"
     )
 
 

@@ -47,12 +47,12 @@ def test_the_count_is_exact_and_every_row_has_a_reason(pool, keep):
     best = sorted(eligible, key=lambda i: (-score[i], i))[:asked]
     assert [i for i in range(n) if chosen.selection.reasons[i] == "kept"] == sorted(best)
     assert chosen.ranks[best].tolist() == list(range(1, len(best) + 1))
-    assert chosen.ranks.notna().sum() == len(best) == chosen.kept
-    assert (chosen.pool, chosen.asked, chosen.selection.eligible) == (n, asked, len(eligible))
+    assert chosen.ranks.notna().sum() == len(best) == chosen.kept_rows
+    assert (chosen.pool_rows, chosen.asked_rows, chosen.selection.eligible) == (n, asked, len(eligible))
     assert sum(chosen.counts.values()) == n
     assert chosen.counts.get("refusal", 0) == refusals.sum()
     assert chosen.counts.get("above_limit", 0) == sum(score[i] >= 1 for i in range(n) if not refusals[i])
-    assert (chosen.shortfall is None) == (len(eligible) >= asked)
+    assert (chosen.warning is None) == (len(eligible) >= asked)
     if len(eligible) < asked:
         with pytest.raises(ShortfallError, match=f"only {len(eligible)} are eligible"):
             choose(score, status, keep, refusals=refusals, strict=True)
@@ -108,7 +108,7 @@ def test_a_shortfall_says_what_is_missing():
     chosen = choose(
         np.array([0.5, 1.5, np.nan, 0.6]), np.array([OK, OK, "failed", OK]), 1.0, refusals=np.arange(4) == 3
     )
-    assert chosen.shortfall == (
+    assert chosen.warning == (
         "4 rows asked for (1 of all 4 rows in the pool), only 1 are eligible (1 above_limit, 1 failed, 1 refusal). "
         "Lower --keep, or raise --max-ifd (inf: no limit)."
     )
