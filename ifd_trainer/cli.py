@@ -401,7 +401,7 @@ def _select(options: argparse.Namespace) -> int:
     from .data.column_scan import Marked, Scan
     from .data.files import check_features, check_writable, output_file, write_tables
     from .method.schedule import parse_keep
-    from .publish.card import card_paths, check_card, summary, write_card
+    from .publish.card import card_paths, check_card, write_card
     from .publish.hub import check_repository, push_files
     from .publish.provenance import READ_COLUMNS, find_scores
     from .publish.select import choose, tie_ids
@@ -463,7 +463,7 @@ def _select(options: argparse.Namespace) -> int:
             columns=columns,
             everything=options.all,
         )
-    print(f"{summary(chosen)} Written to {data}{f' with its card {card}' if options.card else ''}.")
+    print(f"{chosen.summary} Written to {data}{f' with its card {card}' if options.card else ''}.")
     if options.push_to_hub:
         files = {data.name: data, "README.md": card, image.name: image}
         print(f"Pushed to {push_files(options.push_to_hub, files, options.private)}.")

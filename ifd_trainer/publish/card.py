@@ -23,7 +23,7 @@ from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
 from ..errors import UserError
 from ..method.columns import COLUMN_MEANINGS
-from ..method.reasons import KEPT, MEANINGS, Status
+from ..method.reasons import MEANINGS, Status
 from ..report.plots import histogram_of
 from ..report.score_frames import number_text, rows_text, spearman
 from .provenance import Provenance
@@ -257,13 +257,3 @@ def card_paths(data: Path, folder: bool) -> tuple[Path, Path]:
     if folder:
         return data.with_name("README.md"), data.with_name("histogram.png")
     return data.with_suffix(".md"), data.with_suffix(".png")
-
-
-def summary(chosen: PoolSelection) -> str:
-    """One line for the terminal: rows kept, of how many, and what became of the rest."""
-    others = ", ".join(f"{count} {reason}" for reason, count in chosen.counts.items() if reason != KEPT) or "none"
-    share = 100 * chosen.kept_rows / chosen.pool_rows
-    return (
-        f"{chosen.kept_rows} rows kept, {share:.2f} % of all {chosen.pool_rows} rows in the pool ({chosen.asked_rows} "
-        f"asked for), {chosen.policy.score} >= {chosen.selection.cut:.4f}. Not kept: {others}."
-    )

@@ -75,6 +75,16 @@ class PoolSelection:
         return pd.Series(pd.arrays.IntegerArray(ranks, ~self.is_kept))
 
     @property
+    def summary(self) -> str:
+        """What became of the rows, in a line."""
+        others = ", ".join(f"{count} {reason}" for reason, count in self.counts.items() if reason != KEPT) or "none"
+        share = 100 * self.kept_rows / self.pool_rows
+        return (
+            f"{self.kept_rows} rows kept, {share:.2f} % of all {self.pool_rows} rows in the pool ({self.asked_rows} "
+            f"asked for), {self.policy.score} >= {self.selection.cut:.4f}. Not kept: {others}."
+        )
+
+    @property
     def warning(self) -> str | None:
         """What to tell a user who asked for more rows than are eligible."""
         return _shortfall(self) if self.selection.shortfall else None
