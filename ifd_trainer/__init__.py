@@ -10,11 +10,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .data.formats import ALPACA, WIZARDLM, TemplateFormat
     from .method.brief_experience import Brief
+    from .method.columns import IFD_COLUMNS
     from .method.facility_location import Diverse
     from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
     from .method.selection import Cherry, Selection
     from .report.page import write_report
-    from .scoring.transform import IFD_COLUMNS, IFDScorer
+    from .scoring.transform import IFDScorer
     from .training.callback import IFDSelectionCallback
     from .training.options import Scoring
 
@@ -28,7 +29,7 @@ _HOME = {
     "Diverse": "method.facility_location",
     "IFDScorer": "scoring.transform",
     "IFDSelectionCallback": "training.callback",
-    "IFD_COLUMNS": "scoring.transform",
+    "IFD_COLUMNS": "method.columns",
     "PerEpoch": "method.schedule",
     "Scoring": "training.options",
     "Selection": "method.selection",

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
-from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS
+from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS, KNOWN_DEFINITIONS, SCORE_KINDS
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, RunError, UserError, one_line
 from .method.choices import RANKED_BY
-from .publish.score_programs import KINDS
+from .method.columns import IFD_COLUMNS, OWN_COLUMNS
 from .training.recipe_file import check_recipe
 from .training.recipe_help import train_help
 
@@ -135,7 +135,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "score",
         help="attach IFD columns to a data set",
-        description="Attach the columns cas, das, ifd, ifd_ppl, answer_tokens and ifd_status to every row. Can be "
+        description=f"Attach the columns {', '.join(IFD_COLUMNS[:-1])} and {IFD_COLUMNS[-1]} to every row. Can be "
         "interrupted and run again with the same options: rows that are done are not scored twice. Under torchrun or "
         "accelerate launch the processes share the rows, each on its own device.",
         epilog="Examples: ifd-trainer score alpaca.json --model HuggingFaceTB/SmolLM2-135M --output scored.parquet; "
@@ -152,8 +152,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "--definition",
         default="paper",
         choices=DEFINITIONS,
-        help="paper: one tokenisation, the same answer tokens in both passes (default); cherry, superfiltering: what "
-        "the published programs of these names compute",
+        help="; ".join(f"{name}: {each.meaning}" for name, each in DEFINITIONS.items()) + " (default: paper)",
     )
     limits = " and ".join(f"{name} {most}" for name, most in DEFAULT_MAX_LENGTH.items())
     parser.add_argument(
@@ -212,7 +211,7 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--scores-format",
-        choices=KINDS,
+        choices=SCORE_KINDS,
         help="what wrote the scores; told from their content by default",
     )
     parser.add_argument("--scored-by", metavar="MODEL", help="model that gave the scores, for the card")
@@ -319,7 +318,7 @@ def _score(options: argparse.Namespace) -> int:
     from .publish.provenance import provenance_of, write_provenance
     from .scoring.processes import Process
     from .scoring.scoring_job import join_parts, score_parts
-    from .scoring.transform import OWN_COLUMNS, SCORES_VERSION
+    from .scoring.transform import SCORES_VERSION
 
     check_writable(options.output)
     check_apart(options.output, options.data, options.split)
@@ -404,9 +403,9 @@ def _select(options: argparse.Namespace) -> int:
     from .data.refusals import refused_rows
     from .data.table_reader import TableReader, selected_tables
     from .method.schedule import parse_keep
-    from .publish.card import card_paths, check_card, summary, write_card
+    from .publish.card import card_paths, check_card, write_card
     from .publish.hub import check_repository, push_files
-    from .publish.provenance import OWN_SCORES, find_scores
+    from .publish.provenance import READ_COLUMNS, find_scores
     from .publish.select import choose, tie_ids
 
     data, in_folder = output_file(options.output)
@@ -426,16 +425,17 @@ def _select(options: argparse.Namespace) -> int:
     check_features(rows.features, data)
     own = options.scores is None and options.scores_format in (None, "ifd-trainer") and "ifd_status" in rows.features
     # Without scores of their own the texts are wanted too: of answers that another program did not score.
-    table = rows.coded_frame(OWN_SCORES) if own else rows.frame(rows.column_names)
+    table = rows.coded_frame(READ_COLUMNS) if own else rows.frame(rows.column_names)
     scores, added, provenance = find_scores(
         table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
     )
     del table
-    name = options.score or ("ifd_ppl" if provenance.definition == "superfiltering" else "ifd")
+    definition = KNOWN_DEFINITIONS.get(provenance.definition)
+    name = options.score or (definition.ranked_by if definition else "ifd")
     if scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
         raise UserError(f"The scores have no {name}; rank by another one with --score.")
     id_column, ids = tie_ids(rows, options.id_column)
-    subset = choose(
+    chosen = choose(
         scores[name].to_numpy(dtype=float, na_value=np.nan),
         scores["ifd_status"],
         parse_keep(options.keep),
@@ -445,14 +445,14 @@ def _select(options: argparse.Namespace) -> int:
         refusals=refused_rows(rows) if options.drop_refusals else None,
         strict=options.strict,
     )
-    if subset.shortfall:
-        print(f"ifd-trainer: warning: {subset.shortfall}", file=sys.stderr)
-    kept = subset.ranks.notna().to_numpy()
-    added = added.assign(ifd_rank=subset.ranks, ifd_reason=subset.reasons)
-    tables, features = selected_tables(rows, added, np.ones_like(kept) if options.all else kept)
+    if chosen.warning:
+        print(f"ifd-trainer: warning: {chosen.warning}", file=sys.stderr)
+    added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
+    written = np.ones(len(added), dtype=bool) if options.all else chosen.is_kept
+    tables, features = selected_tables(rows, added, written)
     write_tables(tables, features, data)
     scores, columns = scores[[name, "answer_tokens", "ifd_status"]], list(features)
-    del added, ids, kept, tables  # of ten million rows, as much again as the card needs
+    del added, ids, tables  # of ten million rows, as much again as the card needs
     if options.card:
         write_card(
             card,
@@ -460,13 +460,13 @@ def _select(options: argparse.Namespace) -> int:
             data=data.name,
             source=options.data,
             rows=scores,
-            subset=subset,
+            chosen=chosen,
             provenance=provenance,
             id_column=id_column,
             columns=columns,
             everything=options.all,
         )
-    print(f"{summary(subset)} Written to {data}{f' with its card {card}' if options.card else ''}.")
+    print(f"{chosen.summary} Written to {data}{f' with its card {card}' if options.card else ''}.")
     if options.push_to_hub:
         files = {data.name: data, "README.md": card, image.name: image}
         print(f"Pushed to {push_files(options.push_to_hub, files, options.private)}.")

@@ -25,8 +25,9 @@ from ifd_trainer.data.files import load_rows, write_rows
 from ifd_trainer.data.formats import FORMATS
 from ifd_trainer.data.paths import check_checkpoint
 from ifd_trainer.errors import UserError
+from ifd_trainer.method.columns import IFD_COLUMNS
 from ifd_trainer.publish.provenance import provenance_path
-from ifd_trainer.scoring.transform import IFD_COLUMNS, IFDScorer
+from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.training.history import History
 from ifd_trainer.training.recipe import _check_processes
 

@@ -1,6 +1,8 @@
 """The data card of a selected data set: README.md as data hubs read it, and a histogram of the scores.
 
-The card names files and models by their last name only where they are local: it is written to be published.
+The card is written to be published: of local files and models it gives the last part of the path only. It is a
+`huggingface_hub.DatasetCard`; what others named (files, models, columns, statuses) is escaped here, which no template
+engine does for Markdown.
 """
 
 from __future__ import annotations
@@ -10,45 +12,28 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
-import yaml
-from jinja2 import Environment, StrictUndefined
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from .. import __version__
 from ..data.atomic import write_atomically
+from ..data.definitions import KNOWN_DEFINITIONS
 from ..errors import UserError
-from ..method.reasons import KEPT, MEANINGS, Status
+from ..method.columns import COLUMN_MEANINGS
+from ..method.reasons import MEANINGS, Status
 from ..report.plots import histogram_of
 from ..report.score_frames import number_text, rows_text, spearman
 from .provenance import Provenance
-from .select import Subset
+from .select import PoolSelection
 
 MARKER = "<!-- Written by ifd-trainer select. -->"
 UNKNOWN = "not recorded"
 # Characters that may begin markup; an underscore inside a word does not, nor does `#` but at the start of a line.
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|^[#+-]")
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")  # categories of the hub end at powers of ten from 10^3 on
-_DEFINITIONS = {
-    "paper": "paper: prompt and answer tokenised together, the same answer tokens in both passes",
-    "cherry": "cherry: as the program Cherry_LLM computes it (arXiv 2308.12032)",
-    "superfiltering": "superfiltering: as the program Superfiltering computes it (arXiv 2402.00530)",
-    "data-juicer": "data-juicer: as data-juicer's instruction_following_difficulty_filter computes it",
-}
-_COLUMNS = {
-    "cas": "conditioned answer score s(A\\|Q): mean loss of the answer's tokens given the prompt, nats per token",
-    "das": "direct answer score s(A): their mean loss without the prompt, nats per token",
-    "ifd": "cas / das",
-    "ifd_ppl": "exp(cas - das), the ratio of perplexities",
-    "answer_tokens": "number of scored tokens",
-    "ifd_status": "`ok`, or why there is no score",
-    "ifd_definition": "how the scores are defined; those of two definitions cannot be compared",
-    "ifd_rank": "1 is the highest score kept",
-    "ifd_reason": "`kept`, or why not",
-}
 
 
 def check_card(path: Path) -> None:
@@ -67,7 +52,7 @@ def write_card(
     data: str,
     source: str,
     rows: pd.DataFrame,
-    subset: Subset,
+    chosen: PoolSelection,
     provenance: Provenance,
     id_column: str | None = None,
     columns: Sequence[str] = (),
@@ -80,55 +65,46 @@ def write_card(
         data: name of the data file in that folder.
         source: the rows that were chosen from, a hub name or a file.
         rows: (n rows) score columns and `ifd_status` of the whole pool.
-        subset: what was chosen of it.
+        chosen: what was chosen of it.
         provenance: how the scores were made.
         id_column: what broke ties; None for the position.
         columns: names of all columns of the data file.
         everything: whether the data file holds the rows that were not kept too.
     """
-    frame = _scored(rows, subset)
-    figure = histogram_of({None: frame}, subset.score, subset.max_ifd)
+    score, frame = chosen.policy.score, _scored(rows, chosen)
+    figure = histogram_of({None: frame}, score, chosen.policy.max_ifd)
     write_atomically(image, lambda temporary: figure.savefig(temporary, format="png"))
     name = public_name(source)
-    written = subset.pool if everything else subset.kept
-    what = f"{'all rows, marked ' if everything else ''}the {rows_text(subset.kept)} with the highest IFD"
+    written = chosen.pool_rows if everything else chosen.kept_rows
+    what = f"{'all rows, marked ' if everything else ''}the {rows_text(chosen.kept_rows)} with the highest IFD"
     title = f"{' '.join(name.split())}: {what}"
     content = {
-        "front_matter": _front_matter(title, written, data),
         "marker": MARKER,
         "title": _plain(title),
-        "opening": _opening(subset, _plain(name), everything),
-        "facts": _facts(subset, name, provenance, id_column),
-        "pool": rows_text(subset.pool),
+        "opening": _opening(chosen, _plain(name), everything),
+        "facts": _facts(chosen, name, provenance, id_column),
+        "pool": rows_text(chosen.pool_rows),
         "counts": [
-            {
-                "reason": _code(reason),
-                "rows": f"{count:,}",
-                "share": f"{100 * count / subset.pool:.2f} %",
-                "meaning": MEANINGS.get(reason, ""),
-            }
-            for reason, count in subset.counts.items()
+            (_code(reason), f"{count:,}", f"{100 * count / chosen.pool_rows:.2f} %", MEANINGS.get(reason, ""))
+            for reason, count in chosen.counts.items()
         ],
-        "counted": f"{subset.pool:,}",
+        "counted": f"{chosen.pool_rows:,}",
         "statuses": ", ".join(
             f"{count:,} {_code(str(status), cell=False)}" for status, count in rows["ifd_status"].value_counts().items()
         ),
-        "caption": f"Histogram of {subset.score} over the pool, kept rows apart",
+        "caption": f"Histogram of {score} over the pool, kept rows apart",
         "image": quote(os.fsencode(image.name)),
-        "score": subset.score,
+        "score": score,
         "scored": f"{len(frame):,}",
-        "kept": f"{subset.kept:,}",
-        "quantiles": _quantiles(frame, subset.score),
-        "columns": [(column, meaning) for column, meaning in _COLUMNS.items() if column in columns],
-        "limits": _limits(frame, subset.score),
+        "kept": f"{chosen.kept_rows:,}",
+        "quantiles": _quantiles(frame, score),
+        "columns": {name: meaning for name, meaning in COLUMN_MEANINGS.items() if name in columns},
+        "limits": _limits(frame, score),
         "program": f"ifd_trainer {__version__}",
     }
-    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )  # Markdown, not HTML: names and texts of others are escaped by `_plain` and `_code`
-    text = environment.from_string(template).render(content)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    template = Path(__file__).with_name("card.md.jinja")
+    card = DatasetCard.from_template(_metadata(title, written, data), template_path=str(template), **content)
+    write_atomically(path, card.save)
 
 
 def public_name(name: str) -> str:
@@ -154,77 +130,64 @@ def size_category(rows: int) -> str:
     return f"{_SIZES[power]}<n<{_SIZES[power + 1]}"
 
 
-def _front_matter(title: str, rows: int, data: str) -> str:
-    matter = {
-        "pretty_name": title,
-        "task_categories": ["text-generation"],
-        "size_categories": [size_category(rows)],
-        "tags": ["instruction-tuning", "data-selection", "ifd", "ifd_trainer"],
-    }
+def _metadata(title: str, rows: int, data: str) -> DatasetCardData:
+    matter = DatasetCardData(
+        pretty_name=title,
+        task_categories=["text-generation"],
+        size_categories=[size_category(rows)],
+        tags=["instruction-tuning", "data-selection", "ifd", "ifd_trainer"],
+    )
     # train.parquet is found without being named. Named, `datasets` 5.2 would cache a local folder by this card alone,
     # and show the rows of an earlier folder of the same name and card.
     if not data.startswith("train."):
-        # The path is a pattern: brackets and stars in a name would stand for others.
-        files = [{"split": "train", "path": glob.escape(data)}]
-        matter["configs"] = [{"config_name": "default", "data_files": files}]
-    return yaml.dump(matter, Dumper=_FrontMatter, sort_keys=False, allow_unicode=True, width=10**6)
+        # The path is a pattern: brackets and stars in a name would stand for others. A line of `---` in it would end
+        # the front matter for readers that look for one.
+        path = "".join(char if char.isprintable() else "?" for char in glob.escape(data))
+        matter["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": path}]}]
+    return matter
 
 
-class _FrontMatter(yaml.SafeDumper):
-    """No text over several lines: of those, one of `---` would end the front matter for readers that look for it."""
-
-
-def _on_one_line(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    plain = text.isprintable()
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
-
-
-_FrontMatter.add_representer(str, _on_one_line)
-
-
-def _opening(subset: Subset, name: str, everything: bool) -> str:
-    kept = f"{rows_text(subset.kept)} of the {subset.pool:,} of {name}"
+def _opening(chosen: PoolSelection, name: str, everything: bool) -> str:
+    kept = f"{rows_text(chosen.kept_rows)} of the {chosen.pool_rows:,} of {name}"
     what = "the rows with the highest Instruction-Following Difficulty (IFD)"
-    if subset.max_ifd != float("inf"):
-        what += f" below {subset.max_ifd:g}"
+    if chosen.policy.max_ifd != float("inf"):
+        what += f" below {chosen.policy.max_ifd:g}"
     if everything:
-        return f"All {rows_text(subset.pool)} of {name}, each with its score; {kept} are marked `kept`: {what}."
+        return f"All {rows_text(chosen.pool_rows)} of {name}, each with its score; {kept} are marked `kept`: {what}."
     return f"{kept[0].upper()}{kept[1:]}: {what}."
 
 
-def _facts(subset: Subset, name: str, provenance: Provenance, id_column: str | None) -> list[tuple[str, str]]:
-    share = f"{100 * subset.kept / subset.pool:.2f} % of all {rows_text(subset.pool)} of the pool"
-    asked = (
-        f"{100 * subset.keep:g} % of all {rows_text(subset.pool)} of the pool = {rows_text(subset.asked)}"
-        if isinstance(subset.keep, float)
-        else rows_text(subset.asked)
-    )
+def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: str | None) -> list[tuple[str, str]]:
+    score, limit, selection = chosen.policy.score, chosen.policy.max_ifd, chosen.selection
+    pool = f"% of all {rows_text(chosen.pool_rows)} of the pool"
+    fraction = f"{100 * chosen.keep:g} {pool} = " if isinstance(chosen.keep, float) else ""
+    known = KNOWN_DEFINITIONS.get(provenance.definition)
     options = {
         "maximal length": provenance.max_length,
         "least answer tokens": provenance.min_answer_tokens,
         "too long answers scored in part": provenance.score_truncated or None,
         "dtype": provenance.dtype,
     }
-    told = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)
+    listed = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)
     facts = [
         ("source", _plain(name)),
         ("scoring model", _plain(public_name(provenance.model) if provenance.model else UNKNOWN)),
         ("its weights", _plain(provenance.weights or "")),
         (
             "definition of the scores",
-            _DEFINITIONS.get(provenance.definition) or _plain(provenance.definition or UNKNOWN),
+            f"{provenance.definition}: {known.meaning}" if known else _plain(provenance.definition or UNKNOWN),
         ),
         ("prompt format", _plain(provenance.format or UNKNOWN)),
-        ("options of the scoring", _plain(told)),
+        ("options of the scoring", _plain(listed)),
         ("scored with", _plain(provenance.program or UNKNOWN)),
-        ("ranked by", f"`{subset.score}`, ties by {_code(id_column) if id_column else 'position in the source'}"),
-        ("limit", "none" if subset.max_ifd == float("inf") else f"`{subset.score}` < {subset.max_ifd:g}"),
-        ("asked for", asked),
-        ("kept", f"{rows_text(subset.kept)}, {share}"),
-        ("lowest score kept", number_text(subset.cut, 4)),
+        ("ranked by", f"`{score}`, ties by {_code(id_column) if id_column else 'position in the source'}"),
+        ("limit", "none" if limit == float("inf") else f"`{score}` < {limit:g}"),
+        ("asked for", f"{fraction}{rows_text(chosen.asked_rows)}"),
+        ("kept", f"{rows_text(chosen.kept_rows)}, {100 * chosen.kept_rows / chosen.pool_rows:.2f} {pool}"),
+        ("lowest score kept", number_text(selection.cut, 4)),
     ]
-    if subset.kept < subset.asked:
-        facts.append(("shortfall", f"{rows_text(subset.asked - subset.kept)}: only {subset.eligible:,} were eligible"))
+    if selection.shortfall:
+        facts.append(("shortfall", f"{rows_text(selection.shortfall)}: only {selection.eligible:,} were eligible"))
     return [(key, value) for key, value in facts if value]
 
 
@@ -251,15 +214,16 @@ def _code(text: str, cell: bool = True) -> str:
     return fence + (text.replace("|", "\\|") if cell else text) + fence
 
 
-def _scored(rows: pd.DataFrame, subset: Subset) -> pd.DataFrame:
+def _scored(rows: pd.DataFrame, chosen: PoolSelection) -> pd.DataFrame:
     """The rows with a score, and what the card shows of them, no more: ten million rows have to fit."""
-    score, tokens = (rows[name].to_numpy(dtype=float, na_value=np.nan) for name in (subset.score, "answer_tokens"))
+    name = chosen.policy.score
+    score, tokens = (rows[column].to_numpy(dtype=float, na_value=np.nan) for column in (name, "answer_tokens"))
     scored = (rows["ifd_status"] == Status.OK.value).to_numpy() & np.isfinite(score)
     columns = {
-        subset.score: score[scored],
+        name: score[scored],
         "answer_tokens": tokens[scored],
-        "kept": subset.ranks.notna().to_numpy()[scored],
-        "reason": subset.reasons[scored],
+        "kept": chosen.is_kept[scored],
+        "reason": chosen.selection.reasons[scored],
     }
     return pd.DataFrame(columns, copy=False)
 
@@ -293,14 +257,3 @@ def card_paths(data: Path, folder: bool) -> tuple[Path, Path]:
     if folder:
         return data.with_name("README.md"), data.with_name("histogram.png")
     return data.with_suffix(".md"), data.with_suffix(".png")
-
-
-def summary(subset: Subset) -> str:
-    """One line for the terminal: rows kept, of how many, and what became of the rest."""
-    rest: dict[str, Any] = {reason: count for reason, count in subset.counts.items() if reason != KEPT}
-    others = ", ".join(f"{count} {reason}" for reason, count in rest.items()) or "none"
-    share = 100 * subset.kept / subset.pool
-    return (
-        f"{subset.kept} rows kept, {share:.2f} % of all {subset.pool} rows in the pool ({subset.asked} asked for), "
-        f"{subset.score} >= {subset.cut:.4f}. Not kept: {others}."
-    )

@@ -1,4 +1,4 @@
-"""Files to a data set on a hub, in one commit."""
+"""Push a selected set, its card and its plot to a data set repository of a hub, in one commit."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ def push_files(repository: str, files: Mapping[str, Path], private: bool = False
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
+    # Not `upload_folder`: it cannot push cherry.md as README.md, and takes the names of the files beside others for
+    # patterns ("[x] b.csv" pushes nothing). `push_to_hub` of `datasets` would write other files than those here.
     try:
         url = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]

@@ -26,23 +26,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.definitions import SCORE_KINDS
 from ..data.files import ENDINGS, READERS, data_ending, load_rows, read_records
 from ..errors import NotFoundError, UserError
-from ..method import equations as equations
+from ..method import equations
+from ..method.columns import IFD_COLUMNS, SCORES
 from ..method.reasons import FAILED, Status
-from .score_programs import KINDS
 
 STATS = "__dj__stats__"
-SCORES = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
 _SAME_LOSS = 1e-5  # relative difference of a mean loss and the logarithm of its perplexity, both in float32
 
 
 @dataclass(frozen=True)
-class ForeignScores:
+class ImportedScores:
     """Scores of n rows that another program computed.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `SCORE_KINDS`.
         columns: `cas`, `das` (nats per token), `ifd`, `ifd_ppl` (NaN where there is none), `answer_tokens` (null where
             the file does not tell) and `ifd_status`.
     """
@@ -64,13 +64,13 @@ class _Row:
 
 def read_scores(
     path: str | Path, rows: int, *, kind: str | None = None, answers: Sequence[str] | None = None
-) -> ForeignScores:
+) -> ImportedScores:
     """Read a file of scores for `rows` rows, matched by position.
 
     Args:
         path: a `.pt` file of Cherry_LLM, or rows or scores as .json, .jsonl, .csv or .parquet.
         rows: number of rows that the scores are for.
-        kind: one of `KINDS`; told from the content by default.
+        kind: one of `SCORE_KINDS`; told from the content by default.
         answers: the rows' answers; a row without a score and with an empty answer gets the status `empty_answer`.
 
     Raises:
@@ -78,8 +78,8 @@ def read_scores(
         FileNotFoundError: when there is no such file.
     """
     path = Path(path)
-    if kind is not None and kind not in KINDS:
-        raise UserError(f"Unknown kind of scores {kind!r}; choose one of {', '.join(KINDS)}.")
+    if kind is not None and kind not in SCORE_KINDS:
+        raise UserError(f"Unknown kind of scores {kind!r}; choose one of {', '.join(SCORE_KINDS)}.")
     if not path.is_file():
         raise NotFoundError(f"No such file of scores: {path}.")
     records = _load(path)
@@ -90,26 +90,17 @@ def read_scores(
             "position: pass the rows that were scored, all of them and in their order."
         )
     if kind == "ifd-trainer":
-        return ForeignScores(kind, _own(records, path))
+        return ImportedScores(kind, _own(records, path))
     read = {"cherry": _cherry, "superfiltering": _superfiltering, "data-juicer": _data_juicer}[kind]
     parsed = []
     for number, record in enumerate(records):
         try:
             parsed.append(read(record))
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            found = f"the keys {sorted(map(str, record))}" if isinstance(record, Mapping) else type(record).__name__
-            raise UserError(
-                f"{path}, row {number}, is not what {kind} writes: found {found}. {_reason(error)}"
-            ) from error
-    return ForeignScores(kind, _frame(parsed, answers))
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, _Told) else f"Pass --scores-format, one of {', '.join(KINDS)}."
-
-
-class _Told(ValueError):
-    """An error whose text says what to do."""
+            held = f"the keys {sorted(map(str, record))}" if isinstance(record, Mapping) else type(record).__name__
+            more = error if isinstance(error, UserError) else f"Pass --scores-format, one of {', '.join(SCORE_KINDS)}."
+            raise UserError(f"{path}, row {number}, is not what {kind} writes: found {held}. {more}") from error
+    return ImportedScores(kind, _frame(parsed, answers))
 
 
 def _frame(parsed: Sequence[_Row], answers: Sequence[str] | None) -> pd.DataFrame:
@@ -123,7 +114,7 @@ def _frame(parsed: Sequence[_Row], answers: Sequence[str] | None) -> pd.DataFram
             Status.EMPTY_ANSWER.value
         )
     blank = status != Status.OK.value
-    columns = {name: np.where(blank, np.nan, x) for name, x in zip(SCORES, (cas, das, ratio, ppl), strict=False)}
+    columns = {name: np.where(blank, np.nan, x) for name, x in zip(SCORES, (cas, das, ratio, ppl), strict=True)}
     counts = [0 if why == Status.EMPTY_ANSWER.value else row.tokens for row, why in zip(parsed, status, strict=True)]
     tokens = pd.array(counts, dtype="Int64")
     return pd.DataFrame({**columns, "answer_tokens": tokens, "ifd_status": status})
@@ -184,7 +175,7 @@ def _kind(records: Sequence[Any], path: Path) -> str:
 
 def _cherry(record: Mapping[str, Any]) -> _Row:
     if "sent_emb" in record:
-        raise _Told("This is the file of `--mod pre`, with no score of an answer; pass that of `--mod cherry`.")
+        raise UserError("This is the file of `--mod pre`, with no score of an answer; pass that of `--mod cherry`.")
     if "ifd_score" in record:
         return _Row(ifd=_number(record["ifd_score"]))
     _, direct, conditioned = record["ppl"]
@@ -204,9 +195,7 @@ def _superfiltering(record: Mapping[str, Any]) -> _Row:
         direct, conditioned, das, cas = map(_number, (direct, conditioned, das, cas))
     if direct == 0 or conditioned == 0:  # a perplexity is at least 1
         return _Row(status=FAILED)
-    if math.isnan(das) and math.isfinite(
-        cas
-    ):  # the first token is not scored in the direct pass, and there is no other
+    if math.isnan(das) and math.isfinite(cas):  # the direct pass does not score the first token, and there is no other
         return _Row(status=Status.TOO_SHORT.value)
     return _Row(cas, das)
 
@@ -216,8 +205,8 @@ def _data_juicer(record: Mapping[str, Any]) -> _Row:
 
 
 def _own(records: Sequence[Mapping[str, Any]], path: Path) -> pd.DataFrame:
-    frame = pd.DataFrame(records, columns=list(SCORES))
-    for name in SCORES[:4]:
+    frame = pd.DataFrame(records, columns=list(IFD_COLUMNS))
+    for name in SCORES:
         frame[name] = pd.to_numeric(frame[name])
     frame["answer_tokens"] = pd.to_numeric(frame["answer_tokens"]).astype("Int64")
     if frame["ifd_status"].isna().any():

@@ -1,7 +1,11 @@
-"""Scores of a data set, and what made them: a small YAML file beside the data, since CSV has no room for it.
+"""How the scores of a data file were made (model, definition, options): a small YAML file beside it, for its data card.
 
 `scored.parquet` has `scored.parquet.ifd.yaml`. It holds a digest of the scores, so that it is believed for these
 scores only: after a file has been scored anew by something else, it says nothing.
+
+It is not in the schema's metadata of a Parquet file, which JSON and CSV lack: `datasets` 5.2 drops what is there when
+it reads and when it writes a file, and has no checksum for it (tried: of all files with one bit flipped, 2 % gave other
+metadata without an error).
 """
 
 from __future__ import annotations
@@ -20,12 +24,14 @@ from datasets import Dataset
 
 from .. import __version__
 from ..data.atomic import write_atomically
+from ..data.definitions import KNOWN_DEFINITIONS
 from ..data.readable_text import text_columns
 from ..errors import FileAccessError, UserError
+from ..method.choices import RANKED_BY
 from .imported_scores import read_scores
-from .score_programs import PROGRAMS
 
-OWN_SCORES = ("ifd", "ifd_ppl", "answer_tokens", "ifd_status", "ifd_definition")  # what `find_scores` reads
+# All that `find_scores` reads of rows that are scored.
+READ_COLUMNS = (*RANKED_BY, "answer_tokens", "ifd_status", "ifd_definition")
 _CHECKSUM = "checksum: "  # begins the last line, about those before it; older files have none
 
 
@@ -34,7 +40,7 @@ class Provenance:
     """How scores were made; None for what is not known.
 
     Attributes:
-        definition: `paper`, `cherry`, `superfiltering` (see `data.encoding`) or `data-juicer`.
+        definition: one of `data.definitions.KNOWN_DEFINITIONS`.
         model: hub name or path of the model that scored.
         weights: what tells its weights from others: a hub name with its commit, or a digest of a folder.
         format: name of the prompt format.
@@ -91,9 +97,9 @@ def read_provenance(data: str | os.PathLike, scores: pd.DataFrame) -> Provenance
         return None
     try:
         text = path.read_bytes().decode()
-        found = yaml.safe_load(text)
-        digest, checksum = found.pop("scores"), found.pop(_CHECKSUM.strip(": "), None)
-        provenance = Provenance(**found)
+        record = yaml.safe_load(text)
+        digest, checksum = record.pop("scores"), record.pop(_CHECKSUM.strip(": "), None)
+        provenance = Provenance(**record)
     except (UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         wanted = ", ".join(field.name for field in fields(Provenance))
         raise UserError(f"{path} does not say how scores were made ({wanted}, scores). Delete it.") from error
@@ -112,7 +118,7 @@ def find_scores(
     """The scores of a data set, from a file of their own or from its columns.
 
     Args:
-        rows: all columns of the data set; of one that has scores, `OWN_SCORES` are enough. Texts may be categorical.
+        rows: all columns of the data set; of one that has scores, `READ_COLUMNS` are enough. Texts may be categorical.
         data: the file or hub name that it came from.
         scores: a file of scores, see `publish.imported_scores`; None for those in the rows.
         kind: what wrote the scores; told from their content by default.
@@ -125,49 +131,48 @@ def find_scores(
         ValueError: when there are no scores, or scores of several definitions.
     """
     if scores is None and "ifd_status" in rows and kind in (None, "ifd-trainer"):
-        found, kind, new = _own_scores(rows, data), "ifd-trainer", []
+        columns, kind, new = _own_scores(rows, data), "ifd-trainer", []
     else:
         answers = text_columns(rows)
         answers = None if answers is None else answers["answer"].tolist()
         try:
-            foreign = read_scores(scores or data, len(rows), kind=kind, answers=answers)
+            imported = read_scores(scores or data, len(rows), kind=kind, answers=answers)
         except (ValueError, FileNotFoundError) as error:
             if scores is not None:
                 raise
             raise UserError(f"No scores: score it first with `ifd-trainer score`, or pass --scores. {error}") from error
-        found, kind, new = foreign.columns, foreign.kind, list(foreign.columns)
+        columns, kind, new = imported.columns, imported.kind, list(imported.columns)
     if kind == "ifd-trainer":
-        provenance = read_provenance(scores or data, found) or Provenance(definition=_one_definition(rows, data))
+        provenance = read_provenance(scores or data, columns) or Provenance(definition=_one_definition(rows, data))
     else:
-        provenance = Provenance(definition=kind, program=PROGRAMS[kind], source=data)
-    added = found[new].copy()
+        provenance = Provenance(definition=kind, program=KNOWN_DEFINITIONS[kind].program, source=data)
+    added = columns[new].copy()
     if provenance.definition:
         added["ifd_definition"] = pd.Categorical.from_codes(np.zeros(len(rows), np.int8), [provenance.definition])
-    return found, added, replace(provenance, model=model or provenance.model)
+    return columns, added, replace(provenance, model=model or provenance.model)
 
 
 def _own_scores(rows: pd.DataFrame, data: str) -> pd.DataFrame:
-    if not {"ifd", "ifd_ppl"} & set(rows):
+    if not {*RANKED_BY} & {*rows}:
         raise UserError(f"{data} has ifd_status, but neither ifd nor ifd_ppl: score it first with `ifd-trainer score`.")
-    numbers = ("ifd", "ifd_ppl", "answer_tokens")
-    found = {name: pd.to_numeric(rows[name]) if name in rows else np.nan for name in numbers}
+    numbers = {name: pd.to_numeric(rows[name]) if name in rows else np.nan for name in (*RANKED_BY, "answer_tokens")}
     _one_definition(rows, data)
     status = rows["ifd_status"]
     status = status if isinstance(status.dtype, pd.CategoricalDtype) else status.astype(str)
-    return pd.DataFrame(found | {"ifd_status": status}, index=rows.index, copy=False)
+    return pd.DataFrame(numbers | {"ifd_status": status}, index=rows.index, copy=False)
 
 
 def _one_definition(rows: pd.DataFrame, data: str) -> str | None:
     """What the column `ifd_definition` says, if it is there."""
     if "ifd_definition" not in rows:
         return None
-    found = sorted(map(str, rows["ifd_definition"].unique()))
-    if len(found) > 1:
+    names = sorted(map(str, rows["ifd_definition"].unique()))
+    if len(names) > 1:
         raise UserError(
-            f"{data} holds scores of several definitions ({', '.join(found)}), which cannot be ranked together. Score "
+            f"{data} holds scores of several definitions ({', '.join(names)}), which cannot be ranked together. Score "
             "all rows with one definition, or select from each part."
         )
-    return rows["ifd_definition"].iloc[0] if found else None
+    return rows["ifd_definition"].iloc[0] if names else None
 
 
 def _digest(text: str) -> str:
@@ -175,9 +180,9 @@ def _digest(text: str) -> str:
 
 
 def scores_digest(scores: pd.DataFrame | Dataset) -> str:
-    """A digest of the columns `ifd` and `ifd_ppl`, the same in every file format; of a data set, chunk by chunk."""
+    """A digest of the columns in `RANKED_BY`, the same in every file format; of a data set, chunk by chunk."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in ("ifd", "ifd_ppl"):
+    for name in RANKED_BY:
         if isinstance(scores, pd.DataFrame):
             chunks = [pd.to_numeric(scores[name]).to_numpy(dtype=np.float64, na_value=np.nan)]
         else:

@@ -1,13 +1,14 @@
-"""Scores and a budget to the part of a data set that is kept, with numbers that mean what they say.
+"""Choose the rows of a scored data file by a budget: the policy `Cherry`, with what a published set has to tell.
 
 A fraction is one of all rows of the pool, scorable or not, refused or not; the number of kept rows is exact; equal
-scores are told apart by row id; fewer eligible rows than asked for are a warning with counts, or an error.
+scores are told apart by row id. Where training fills a budget by repeats, here fewer eligible rows than asked for are a
+warning with counts, or an error.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,54 +20,74 @@ from ..data.row_ids import find_ids
 from ..data.table_reader import TableReader
 from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, REFUSAL, Status
 from ..method.schedule import as_schedule
-from ..method.selection import Cherry, ShortfallError, coded
+from ..method.selection import Cherry, Selection, ShortfallError, coded
 
 
 @dataclass(frozen=True)
-class Subset:
-    """What was kept of a pool.
+class PoolSelection:
+    """The `Selection` of a published pool, and what was asked for: what its files and its card tell.
 
     Attributes:
+        selection: what the policy decided; its reasons are categorical, not an object for each row.
+        policy: the score that was ranked by, and the limit.
         keep: the budget as it was given, a fraction of the pool or a number of rows.
-        asked: the budget in rows.
-        reasons: (n,) `kept`, or why not; categorical, not an object for each row.
-        ranks: (n,) Int64, 1 for the highest score, null for rows that are not kept.
-        cut: lowest score kept.
-        eligible: rows with a score under the limit that are no refusals.
-        score, max_ifd: the column that was ranked by, and the limit.
     """
 
+    selection: Selection
+    policy: Cherry
     keep: float | int
-    asked: int
-    reasons: pd.Categorical
-    ranks: pd.Series
-    cut: float
-    eligible: int
-    score: str
-    max_ifd: float
 
     @property
-    def pool(self) -> int:
+    def pool_rows(self) -> int:
         """Number of rows that were chosen from, the denominator of every share."""
-        return len(self.reasons)
+        return len(self.selection.reasons)
 
     @property
-    def kept(self) -> int:
+    def kept_rows(self) -> int:
         """Number of rows kept."""
-        return self.counts[KEPT]
+        return len(self.selection.kept)
+
+    @property
+    def asked_rows(self) -> int:
+        """The budget in rows."""
+        return self.kept_rows + self.selection.shortfall
 
     @cached_property
     def counts(self) -> dict[str, int]:
         """Rows by reason, `kept` first, then the most frequent; they add up to the pool."""
-        names, codes = coded(self.reasons)
+        names, codes = coded(self.selection.reasons)
         counts = Counter(dict(zip(names.tolist(), np.bincount(codes, minlength=len(names)).tolist(), strict=True)))
         rest = sorted((item for item in counts.items() if item[0] != KEPT), key=lambda item: (-item[1], item[0]))
         return {KEPT: counts[KEPT], **dict(rest)}
 
     @property
-    def shortfall(self) -> str | None:
+    def is_kept(self) -> np.ndarray:
+        """(n,) whether each row is kept."""
+        mask = np.zeros(self.pool_rows, dtype=bool)
+        mask[self.selection.kept] = True
+        return mask
+
+    @property
+    def ranks(self) -> pd.Series:
+        """(n,) Int64, 1 for the highest score, null for rows that are not kept."""
+        ranks = np.zeros(self.pool_rows, dtype=np.int64)
+        ranks[self.selection.kept] = np.arange(1, self.kept_rows + 1)
+        return pd.Series(pd.arrays.IntegerArray(ranks, ~self.is_kept))
+
+    @property
+    def summary(self) -> str:
+        """What became of the rows, in a line."""
+        others = ", ".join(f"{count} {reason}" for reason, count in self.counts.items() if reason != KEPT) or "none"
+        share = 100 * self.kept_rows / self.pool_rows
+        return (
+            f"{self.kept_rows} rows kept, {share:.2f} % of all {self.pool_rows} rows in the pool ({self.asked_rows} "
+            f"asked for), {self.policy.score} >= {self.selection.cut:.4f}. Not kept: {others}."
+        )
+
+    @property
+    def warning(self) -> str | None:
         """What to tell a user who asked for more rows than are eligible."""
-        return _shortfall(self) if self.kept < self.asked else None
+        return _shortfall(self) if self.selection.shortfall else None
 
 
 def choose(
@@ -79,7 +100,7 @@ def choose(
     ids: np.ndarray | pa.ChunkedArray | None = None,
     refusals: np.ndarray | None = None,
     strict: bool = False,
-) -> Subset:
+) -> PoolSelection:
     """Keep the rows with the highest score under the limit.
 
     Args:
@@ -95,8 +116,8 @@ def choose(
     Raises:
         ShortfallError: when no row is eligible, or fewer than asked for with `strict`.
 
-    >>> subset = choose(np.array([0.2, 0.9, 1.3, np.nan]), np.array(["ok", "ok", "ok", "too_short"]), 0.25)
-    >>> subset.counts
+    >>> chosen = choose(np.array([0.2, 0.9, 1.3, np.nan]), np.array(["ok", "ok", "ok", "too_short"]), 0.25)
+    >>> chosen.counts
     {'kept': 1, 'above_limit': 1, 'below_cut': 1, 'too_short': 1}
     """
     policy = Cherry(max_ifd, name, "error")
@@ -109,22 +130,17 @@ def choose(
     ok = np.asarray(status == Status.OK.value)
     eligible = ok & (score < max_ifd)
     count = int(eligible.sum())
-    ranks, unranked = np.zeros(len(score), dtype=np.int64), np.ones(len(score), dtype=bool)
     if count == 0 or (strict and count < asked):
         reasons = np.where(ok & np.isfinite(score), ABOVE_LIMIT, names[codes])
         reasons[eligible] = BELOW_CUT
-        none = pd.Series(pd.arrays.IntegerArray(ranks, unranked))
-        reasons = pd.Categorical(reasons)
-        raise ShortfallError(_shortfall(Subset(keep, asked, reasons, none, float("nan"), count, name, max_ifd)))
+        none = Selection(np.arange(0), pd.Categorical(reasons), float("nan"), count, asked)
+        raise ShortfallError(_shortfall(PoolSelection(none, policy, keep)))
     budget = min(asked, count)
     if ids is not None and not isinstance(ids, np.ndarray):
         ids = _ranks_in_ties(score, ids, eligible, budget)
     selection = policy({name: score, "ifd_status": status}, budget, ids=ids)
-    ranks[selection.kept] = np.arange(1, len(selection.kept) + 1)
-    unranked[selection.kept] = False
-    ranks = pd.Series(pd.arrays.IntegerArray(ranks, unranked))
     reasons = _categorical(*coded(selection.reasons))
-    return Subset(keep, asked, reasons, ranks, selection.cut, count, name, max_ifd)
+    return PoolSelection(replace(selection, reasons=reasons, shortfall=asked - budget), policy, keep)
 
 
 def _categorical(names: np.ndarray, codes: np.ndarray) -> pd.Categorical:
@@ -160,27 +176,27 @@ def tie_ids(rows: TableReader, column: str | None = None) -> tuple[str | None, n
     return find_ids(rows.column_names, rows.column, column, "--id-column")
 
 
-def _shortfall(subset: Subset) -> str:
-    dropped = [(reason, count) for reason, count in subset.counts.items() if reason not in (KEPT, BELOW_CUT)]
+def _shortfall(chosen: PoolSelection) -> str:
+    dropped = [(reason, count) for reason, count in chosen.counts.items() if reason not in (KEPT, BELOW_CUT)]
     why = ", ".join(f"{count} {reason}" for reason, count in dropped) or "none is dropped"
-    share = f"{subset.keep:g} of all " if isinstance(subset.keep, float) else "of "
+    share = f"{chosen.keep:g} of all " if isinstance(chosen.keep, float) else "of "
     return (
-        f"{subset.asked} rows asked for ({share}{subset.pool} rows in the pool), only {subset.eligible} are eligible "
-        f"({why}). {_way_out(subset)}"
+        f"{chosen.asked_rows} rows asked for ({share}{chosen.pool_rows} rows in the pool), only "
+        f"{chosen.selection.eligible} are eligible ({why}). {_way_out(chosen)}"
     )
 
 
-def _way_out(subset: Subset) -> str:
+def _way_out(chosen: PoolSelection) -> str:
     """What gives a user more rows, or fewer to ask for: a limit that dropped none is not to be raised."""
-    ways = ["lower --keep"] if subset.eligible else []
-    if ABOVE_LIMIT in subset.counts and subset.max_ifd < float("inf"):
+    ways = ["lower --keep"] if chosen.selection.eligible else []
+    if ABOVE_LIMIT in chosen.counts and chosen.policy.max_ifd < float("inf"):
         ways.append("raise --max-ifd (inf: no limit)")
     if ways:
         text = ", or ".join(ways)
         return f"{text[0].upper()}{text[1:]}."
-    if subset.counts.get(REFUSAL):
+    if chosen.counts.get(REFUSAL):
         return "No row that may be kept has a score: leave out --drop-refusals, or look at the data."
     return (
-        f"No row has a score ({subset.score}) to rank by, and ifd_status says why: mend that, and score the rows again "
-        "with `ifd-trainer score`."
+        f"No row has a score ({chosen.policy.score}) to rank by, and ifd_status says why: mend that, and score the "
+        "rows again with `ifd-trainer score`."
     )

@@ -1,4 +1,4 @@
-"""One HTML page that needs no other file, from a history or from score columns: tables, plots and rows."""
+"""The report: one HTML page about a run or a scored data set, with tables, plots and rows, that needs no other file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,22 +66,20 @@ def write_report(
         check_folder(folder)
     subject = subject_of(source, label, texts)
     folder = Path(folder) if folder is not None else subject.folder
-    plots = _plots(subject) if subject.any_score else []
+    plots = drawn_plots(subject) if subject.any_score else []
     for plot in plots:
         write_atomically(folder / "report_files" / f"{plot.name}.png", lambda path, png=plot.png: path.write_bytes(png))
     for name in set(_PLOTS) - {plot.name for plot in plots}:
         (folder / "report_files" / f"{name}.png").unlink(missing_ok=True)  # of an earlier report in this place
-    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(template).render(_content(subject, plots, rows))
+    page = page_html(subject, plots, rows)
     write_atomically(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
     return folder / "report.html"
 
 
-def _content(subject: Subject, plots: list[_Plot], rows: int) -> dict[str, Any]:
-    """What the template shows."""
+def page_html(subject: Subject, plots: Sequence[Plot], rows: int) -> str:
+    """The page with these plots in it, at most `rows` rows in each table of rows."""
     history = subject.history
-    return {
+    content = {
         "title": subject.title,
         "facts": _facts(subject),
         "notes": subject.notes + _observations(subject),
@@ -99,6 +97,9 @@ def _content(subject: Subject, plots: list[_Plot], rows: int) -> dict[str, Any]:
         "labels": _label_lines(subject),
         "sections": _sections(subject, rows),
     }
+    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(content)
 
 
 def _epoch_grid(history: History) -> tuple[list[str], list[list[str]], dict[int, str]]:
@@ -183,8 +184,8 @@ def _reason_cells(subject: Subject) -> tuple[list[str], list[list[str]]]:
     else:
         counts = {"rows": _reason_counts(subject.last)}
     words = {Status.OK.value: "has a score"} | MEANINGS
-    found = set().union(*counts.values())
-    order = [*(reason for reason in words if reason in found), *sorted(found - words.keys())]
+    reasons = set().union(*counts.values())
+    order = [*(reason for reason in words if reason in reasons), *sorted(reasons - words.keys())]
     lines = [[words.get(name, name), *(count_text(int(of.get(name, 0))) for of in counts.values())] for name in order]
     return ["", *counts], lines
 
@@ -222,7 +223,9 @@ _PLOTS = ("kept_flow", "ifd_histogram", "cas_das", "ifd_length", "kept_by_label"
 
 
 @dataclass(frozen=True)
-class _Plot:
+class Plot:
+    """A plot as the page shows it, with a caption that says how to read it."""
+
     name: str
     title: str
     caption: str
@@ -231,11 +234,12 @@ class _Plot:
 
     @property
     def base64(self) -> str:
+        """The file in the page's source."""
         return base64.b64encode(self.png).decode("ascii")
 
 
-def _plots(subject: Subject) -> list[_Plot]:
-    """The plots that these rows allow, each with a caption that says how to read it."""
+def drawn_plots(subject: Subject) -> list[Plot]:
+    """The plots that these rows allow."""
     epochs, score, limit, phases = subject.scored, subject.score, subject.max_ifd, subject.phases
     chosen = all("kept" in rows for rows in subject.epochs.values())
     colors = _colors_in_words(epochs) if chosen else ""
@@ -310,13 +314,13 @@ def _length_caption(epochs: Mapping[Any, pd.DataFrame], score: str) -> str:
     )
 
 
-def _plot(name: str, title: str, caption: str, figure: Figure) -> _Plot:
+def _plot(name: str, title: str, caption: str, figure: Figure) -> Plot:
     file = io.BytesIO()
     with warnings.catch_warnings():
         # Labels may be in scripts that the plot font lacks; the page's table shows them in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(file, format="png", dpi="figure", facecolor="white")
-    return _Plot(name, title, caption, file.getvalue(), int(figure.get_figwidth() * figure.dpi / 2))
+    return Plot(name, title, caption, file.getvalue(), int(figure.get_figwidth() * figure.dpi / 2))
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------

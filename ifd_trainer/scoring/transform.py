@@ -40,6 +40,7 @@ from ..data.encoding import EncodedPair, Encoder, check_positive
 from ..data.formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
 from ..data.paths import check_model, model_name
 from ..errors import FileAccessError, UserError, one_line
+from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS
 from ..method.reasons import Status
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .engine import check_causal_config, check_causal_lm
@@ -49,10 +50,8 @@ from .weights_digest import checkpoint_digest, weights_digest
 
 logger = logging.getLogger(__name__)
 
-IFD_COLUMNS = ("cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status")
-# What `ifd-trainer select` adds, from scores that are no longer there once a row is scored again.
-SELECTION_COLUMNS = {"ifd_definition": pa.string(), "ifd_rank": pa.int64(), "ifd_reason": pa.string()}
-OWN_COLUMNS = (*IFD_COLUMNS, *SELECTION_COLUMNS)
+# Columns from scores that are no longer there once a row is scored again.
+_SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.string()), strict=True))
 _ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
 _LOADED = ("_model", "_config", "_encoder")  # attributes that are made on first use
 _PID = os.getpid()
@@ -167,7 +166,7 @@ class IFDScorer:
         values = {"ifd_definition": self.options["definition"]}
         return {
             name: _Column(np.full(rows, values.get(name), dtype=object), kind)
-            for name, kind in SELECTION_COLUMNS.items()
+            for name, kind in _SELECTION_TYPES.items()
             if name in batch
         }
 

@@ -20,10 +20,11 @@ from ..data.encoding import Encoder, token_count
 from ..data.formats import Example
 from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
+from ..method.columns import IFD_COLUMNS, SCORES
 from ..method.reasons import Status
 from ..scoring.losses import Scores, prompt_features, score_pairs
 from ..scoring.processes import run_shares
-from ..scoring.transform import IFD_COLUMNS, IFDScorer
+from ..scoring.transform import IFDScorer
 from .pool import Pool
 from .trainer_hooks import scoring_model
 
@@ -214,7 +215,7 @@ def _stored_scores(examples: Any) -> Scores:
             "with dataset.map(IFDScorer(model), batched=True) before the trainer is made; packing drops them."
         )
     table = examples.select_columns(list(IFD_COLUMNS)).with_format("arrow")[:].to_pandas()
-    columns = {name: table[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in IFD_COLUMNS[:4]}
+    columns = {name: table[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in SCORES}
     status = table["ifd_status"].fillna(Status.NONFINITE.value).to_numpy(dtype=object)
     tokens = table["answer_tokens"].fillna(0).to_numpy(dtype=np.int64)
     return Scores(**columns, answer_tokens=tokens, ifd_status=status)

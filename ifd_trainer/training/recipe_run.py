@@ -17,8 +17,9 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from ..data.files import load_rows
 from ..data.paths import check_model
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
+from ..method.columns import IFD_COLUMNS
 from ..scoring.engine import check_causal_config
-from ..scoring.transform import IFD_COLUMNS, IFDScorer
+from ..scoring.transform import IFDScorer
 from .callback import IFDSelectionCallback
 from .recipe import Recipe, translated
 from .recipe_file import beside

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ifd_trainer.data.definitions import SCORE_KINDS
 from ifd_trainer.publish.imported_scores import answer_length, read_scores
-from ifd_trainer.publish.score_programs import KINDS
 
 NAN = float("nan")
 # Losses of all tokens of a text, of which the last ones are the answer's; the answers' means are 1.0, 2.0 and 3.0, 2.0.
@@ -192,7 +192,7 @@ def test_a_kind_can_be_told(tmp_path):
     assert read_scores(tmp_path / "a.jsonl", 1, kind="data-juicer").kind == "data-juicer"
     with pytest.raises(ValueError, match="not what superfiltering writes: found the keys"):
         read_scores(tmp_path / "a.jsonl", 1, kind="superfiltering")
-    with pytest.raises(ValueError, match=f"choose one of {', '.join(KINDS)}"):
+    with pytest.raises(ValueError, match=f"choose one of {', '.join(SCORE_KINDS)}"):
         read_scores(tmp_path / "a.jsonl", 1, kind="other")
     with pytest.raises(FileNotFoundError):
         read_scores(tmp_path / "b.jsonl", 1)

@@ -530,8 +530,9 @@ def text_of(token) -> str:
     return "".join(child.content for child in token.children if child.type in ("text", "code_inline", "text_special"))
 
 
-def test_a_name_with_brackets_and_a_card_is_a_data_set(scored, tmp_path):
-    out = tmp_path / "out" / "[a] *b?.jsonl"
+@pytest.mark.parametrize("name", ["[a] *b?.jsonl", "a\n---\nb.jsonl"])
+def test_a_name_with_brackets_or_lines_and_a_card_is_a_data_set(scored, tmp_path, name):
+    out = tmp_path / "out" / name
     assert select(scored, "--keep", "2", "--output", out) == 0
     out.with_suffix(".md").rename(tmp_path / "out" / "README.md")
     (tmp_path / "out" / "a bc.jsonl").write_text('{"other": 1}\n')

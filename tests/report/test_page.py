@@ -23,9 +23,7 @@ from ifd_trainer.errors import FileAccessError
 from ifd_trainer.method.plain_data import to_data
 from ifd_trainer.method.schedule import Constant
 from ifd_trainer.method.selection import Cherry
-from ifd_trainer.report import page as report
-from ifd_trainer.report import plots as plotting
-from ifd_trainer.report.page import write_report
+from ifd_trainer.report.page import page_html, write_report
 from ifd_trainer.report.plots import (
     plot_cas_das,
     plot_ifd_histogram,
@@ -33,6 +31,7 @@ from ifd_trainer.report.plots import (
     plot_kept_by_label,
     plot_kept_flow,
 )
+from ifd_trainer.report.report_data import subject_of
 from ifd_trainer.report.score_frames import normalised, spearman
 from ifd_trainer.report.tables import epoch_table, label_rich_table, label_table
 from ifd_trainer.training.history import History
@@ -125,24 +124,21 @@ def history(tmp_path) -> History:
     return make_history(tmp_path)
 
 
-@pytest.fixture
-def plots():
-    """Asked for by the tests that look at the plots of a page."""
-
-
-@pytest.fixture(autouse=True)
-def _quick(request, monkeypatch):
-    """Plots take seconds: the other tests' pages do without."""
-    if "plots" not in request.fixturenames:
-        monkeypatch.setattr(report, "_plots", lambda subject: [])
-
-
 # ---- reading a page -------------------------------------------------------------------------------------------------
 
 
 def page_of(path) -> str:
     """The page's markup without the images and the style sheet."""
-    page = re.sub(r"base64,[^\"]+", "base64,", path.read_text(encoding="utf-8"))
+    return _markup(path.read_text(encoding="utf-8"))
+
+
+def page_without_plots(source, *, label=None, texts=None, rows: int = 10) -> str:
+    """The markup of the page that `write_report` writes, but for its plots, which take a second to draw."""
+    return _markup(page_html(subject_of(source, label, texts), [], rows))
+
+
+def _markup(page: str) -> str:
+    page = re.sub(r"base64,[^\"]+", "base64,", page)
     return re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
 
 
@@ -229,7 +225,7 @@ def test_epoch_table_of_a_record_that_lacks_everything(tmp_path):
 
 def test_epoch_table_names_the_tiers_of_a_curriculum_and_only_of_one(history):
     assert "tiers" not in [column.header for column in epoch_table(history).columns]
-    assert "tiers" not in visible(page_of(write_report(history)))
+    assert "tiers" not in visible(page_without_plots(history))
     for record, tiers in zip(history.epochs, ([0], [0, 1, 2], None), strict=True):  # the last epoch trains on all rows
         record["tiers"] = tiers
     table = epoch_table(history)
@@ -239,7 +235,7 @@ def test_epoch_table_names_the_tiers_of_a_curriculum_and_only_of_one(history):
     console.print(table)
     assert max(map(len, console.file.getvalue().splitlines())) <= 80
     assert "0-2" in console.file.getvalue()
-    assert "<td>0-2</td>" in page_of(write_report(history))
+    assert "<td>0-2</td>" in page_without_plots(history)
 
 
 def test_label_shares_equal_a_count_by_hand(history):
@@ -263,7 +259,7 @@ def test_label_table_counts_a_repeated_row_once(tmp_path):
     assert (share * label_table(history, "quality")["rows"]).sum() == history.record(0)["kept"]
 
 
-def test_label_table_says_what_is_missing(tmp_path, history):
+def test_label_table_says_what_is_missing(history):
     with pytest.raises(ValueError, match=r"no column 'kind'.*quality"):
         label_table(history, "kind")
     (history.folder / "pool.parquet").unlink()
@@ -298,7 +294,7 @@ def test_rows_stand_in_the_table_they_belong_to(history):
 
 
 def test_no_row_is_listed_as_both_highest_and_lowest(tmp_path):
-    tables = row_tables(page_of(write_report(make_history(tmp_path, budget=7), rows=5)))
+    tables = row_tables(page_without_plots(make_history(tmp_path, budget=7), rows=5))
     assert len(tables["Kept, highest scores"]) == 5
     assert len(tables["Kept, lowest scores"]) == 2
     assert not set(tables["Kept, highest scores"]) & set(tables["Kept, lowest scores"])
@@ -310,7 +306,7 @@ def test_texts_are_cut_and_escaped(history):
     hostile = pool["row_id"] == kept[0]
     pool.loc[hostile, "answer"] = "<script>alert('x')</script>" + " word" * 400 + " THE END<|im_end|>"
     history.save_pool(pool)
-    page = page_of(write_report(history, rows=3))
+    page = page_without_plots(history, rows=3)
     assert "<script" not in page
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; word" in page
     assert "THE END" not in page
@@ -327,7 +323,7 @@ def test_texts_are_cut_and_escaped(history):
 
 
 def test_page_tells_settings_epochs_and_counts(history):
-    page = page_of(write_report(history.folder.parent))
+    page = page_without_plots(history.folder.parent)
     text = re.sub(r"\s+", " ", visible(page))
     for expected in (
         "tiny/model",
@@ -352,7 +348,7 @@ def test_page_tells_settings_epochs_and_counts(history):
 
 
 def test_page_shows_label_shares_and_medians(history):
-    lines = grid(page_of(write_report(history)), "By quality")
+    lines = grid(page_without_plots(history), "By quality")
     table = label_table(history, "quality")
     rows = history.rows(2).merge(history.pool(), on="row_id")
     for value in ("clean", "shuffled"):
@@ -362,7 +358,7 @@ def test_page_shows_label_shares_and_medians(history):
     assert lines["all rows"] == ["80", f"{rows['ifd'].median():.3f}", "25 %", "25 %", "25 %"]
 
 
-def test_page_needs_no_other_file_and_plots_lie_beside_it(history, plots):
+def test_page_needs_no_other_file_and_plots_lie_beside_it(history):
     path = write_report(history)
     assert_pngs(path, PLOTS)
     page = page_of(path)
@@ -373,7 +369,7 @@ def test_page_needs_no_other_file_and_plots_lie_beside_it(history, plots):
     assert all(len(alt) > 40 for alt in alts)
 
 
-def test_one_epoch_has_no_flow_and_no_second_section(tmp_path, plots):
+def test_one_epoch_has_no_flow_and_no_second_section(tmp_path):
     folder = tmp_path / "page"
     write_report(make_history(tmp_path / "three"), folder)
     path = write_report(make_history(tmp_path / "one", epochs=1), folder)
@@ -385,7 +381,7 @@ def test_one_epoch_has_no_flow_and_no_second_section(tmp_path, plots):
 
 
 def test_first_epoch_is_in_a_section_of_its_own(history):
-    page = page_of(write_report(history, rows=3))
+    page = page_without_plots(history, rows=3)
     assert "Rows of epoch 2 (the last)" in page.split("<details>")[0]
     first = page.split("<details>")[1]
     assert "Rows of epoch 0 (the first)" in first
@@ -395,7 +391,7 @@ def test_first_epoch_is_in_a_section_of_its_own(history):
 
 def test_page_without_pool(tmp_path):
     history = make_history(tmp_path, pool=False)
-    page = page_of(write_report(history))
+    page = page_without_plots(history)
     assert "pool.parquet is missing" in page
     assert "no text known" in page
     assert "By quality" not in page
@@ -406,7 +402,7 @@ def test_page_without_pool(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
-def test_epoch_whose_rows_cannot_be_read_is_left_out_with_a_note(history, damage, plots):
+def test_epoch_whose_rows_cannot_be_read_is_left_out_with_a_note(history, damage):
     file = history.rows_path(2)
     file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:100])
     path = write_report(history, rows=3)
@@ -419,7 +415,7 @@ def test_epoch_whose_rows_cannot_be_read_is_left_out_with_a_note(history, damage
     assert_no_holes(page)
 
 
-def test_records_that_lack_entries_and_runs_that_recorded_nothing(history, tmp_path, plots):
+def test_records_that_lack_entries_and_runs_that_recorded_nothing(history, tmp_path):
     for record in history.epochs:
         for name in ("overlap", "reasons", "cut", "eval_loss", "seconds_scoring", "mean_dropped"):
             record.pop(name)
@@ -454,7 +450,7 @@ def test_page_tells_of_shortfall_duplicates_and_prompts_that_do_not_help(tmp_pat
     assert "of the scored rows are at 1 or more" in page_of(write_report(frame, tmp_path / "high"))
 
 
-def test_scores_by_perplexity_ratio_are_named_and_ranked_as_such(tmp_path, plots):
+def test_scores_by_perplexity_ratio_are_named_and_ranked_as_such(tmp_path):
     history = make_history(tmp_path, epochs=1, score="ifd_ppl")
     page = page_of(write_report(history, rows=4))
     rows = history.rows(0).query("reason == 'kept'").sort_values("ifd_ppl", ascending=False)
@@ -466,7 +462,7 @@ def test_scores_by_perplexity_ratio_are_named_and_ranked_as_such(tmp_path, plots
 # ---- the page of a data set -----------------------------------------------------------------------------------------
 
 
-def test_scores_alone(tmp_path, plots):
+def test_scores_alone(tmp_path):
     frame = scores().assign(instruction="Sing.", input=[f"tune {i}" for i in range(80)], output="La<la>")
     path = write_report(frame, tmp_path, rows=4)
     page = page_of(path)
@@ -486,7 +482,7 @@ def test_scores_alone(tmp_path, plots):
 
 
 @pytest.mark.parametrize("column", ["reason", "ifd_reason"])
-def test_selected_data_set(tmp_path, column, plots):
+def test_selected_data_set(tmp_path, column):
     frame = selected(scores(), 15).drop(columns="times").rename(columns={"reason": column})
     frame["quality"] = np.where(np.arange(80) % 2, "odd", "even")
     path = write_report(Dataset.from_pandas(frame), tmp_path, rows=6)
@@ -499,7 +495,7 @@ def test_selected_data_set(tmp_path, column, plots):
     assert_pngs(path, PLOTS - {"kept_flow"})
 
 
-def test_a_selection_by_perplexity_ratio_is_recognised(tmp_path, plots):
+def test_a_selection_by_perplexity_ratio_is_recognised(tmp_path):
     frame = selected(scores(), 15, score="ifd_ppl")
     by_ratio = set(frame.nlargest(15, "ifd")["row_id"])
     assert by_ratio != set(frame.loc[frame["reason"] == "kept", "row_id"])
@@ -507,13 +503,13 @@ def test_a_selection_by_perplexity_ratio_is_recognised(tmp_path, plots):
     assert "<dt>Score</dt><dd>IFD (ppl)</dd>" in page
 
 
-def test_a_reason_column_of_the_data_set_itself_is_no_selection(tmp_path):
-    page = page_of(write_report(scores().assign(reason="because"), tmp_path))
+def test_a_reason_column_of_the_data_set_itself_is_no_selection():
+    page = page_without_plots(scores().assign(reason="because"))
     assert "Rows by status" in page
     assert "because" not in page
 
 
-def test_no_row_has_a_score(tmp_path, plots):
+def test_no_row_has_a_score(tmp_path):
     frame = scores().assign(**dict.fromkeys(SCORES, np.nan), ifd_status="malformed", prompt="Why?", completion="So.")
     path = write_report(frame, tmp_path, rows=3)
     page = page_of(path)
@@ -527,7 +523,7 @@ def test_no_row_has_a_score(tmp_path, plots):
     assert_no_holes(page)
 
 
-def test_scores_that_are_not_finite_and_columns_of_other_makers(tmp_path, plots):
+def test_scores_that_are_not_finite_and_columns_of_other_makers(tmp_path):
     frame = pd.DataFrame({"id": [7, 8, 9, 10], "cas": [1.0, 2.0, np.inf, None], "das": [2.0, 2.5, 1.0, 1.0]})
     page = page_of(write_report(frame, tmp_path))
     assert row_tables(page)["Highest scores below 1"] == ["8", "7"]
@@ -565,7 +561,7 @@ def test_texts_given_apart_are_matched_by_id(tmp_path):
     best = history.rows(0).query("reason == 'kept'").sort_values("ifd", ascending=False)["row_id"].iloc[0]
     texts = pd.DataFrame({"id": [f"r{i:02d}" for i in range(80)][::-1], "kind": "song"})
     texts["instruction"], texts["output"] = "Ask " + texts["id"], "Say " + texts["id"]
-    page = page_of(write_report(history, texts=texts, label="kind"))
+    page = page_without_plots(history, texts=texts, label="kind")
     assert first_texts(page) == [f"Ask {best}", f"Say {best}"]
     assert grid(page, "By kind")["song"][0] == "80"
     assert "pool.parquet is missing" not in page
@@ -574,7 +570,7 @@ def test_texts_given_apart_are_matched_by_id(tmp_path):
     with pytest.raises(ValueError, match="same id twice"):
         write_report(history, texts=pd.concat([texts, texts]))
     frame = scores().drop(columns="row_id")
-    assert first_texts(page_of(write_report(frame, tmp_path, texts=texts)))[0].startswith("Ask r")
+    assert first_texts(page_without_plots(frame, texts=texts))[0].startswith("Ask r")
     with pytest.raises(ValueError, match="80 rows and 79 texts"):
         write_report(frame, tmp_path, texts=texts.iloc[1:])
 
@@ -605,18 +601,18 @@ WITH_INPUT = "Below is an instruction.\n\n### Instruction:\nAdd.\n\n### Input:\n
         ({"prompt": "اكتب قصيدة", "completion": "写一首诗"}, ["اكتب قصيدة", "写一首诗"]),
     ],
 )
-def test_texts_of_every_format(tmp_path, columns, expected):
+def test_texts_of_every_format(columns, expected):
     frame = scores(4).sort_values("ifd", ascending=False)
     for name, value in columns.items():
         same = value.replace("{}", "Question {}") if isinstance(value, str) else value
         frame[name] = [same.replace("{}", str(i)) if isinstance(same, str) else same for i in range(4)]
     frame["ifd"] = [0.9, 0.8, 0.7, 0.6]
-    assert first_texts(page_of(write_report(frame, tmp_path))) == expected
+    assert first_texts(page_without_plots(frame)) == expected
 
 
-def test_long_texts_end_with_an_ellipsis(tmp_path):
+def test_long_texts_end_with_an_ellipsis():
     frame = scores(3).assign(instruction="长" * 2000, output="\n".join(f"line {i}" for i in range(30)))
-    prompt, answer = first_texts(page_of(write_report(frame, tmp_path)))
+    prompt, answer = first_texts(page_without_plots(frame))
     assert prompt == "长" * 400 + "…"
     assert answer.splitlines()[-1] == "line 7…"
 
@@ -625,7 +621,9 @@ def test_long_texts_end_with_an_ellipsis(tmp_path):
 
 
 def texts_in(figure) -> list[str]:
-    return [text.get_text().strip() for ax in figure.axes for text in [*ax.texts, ax.title, ax._left_title]]
+    texts = [text.get_text() for ax in figure.axes for text in ax.texts]
+    titles = [ax.get_title(loc=place) for ax in figure.axes for place in ("center", "left")]
+    return [text.strip() for text in [*texts, *titles]]
 
 
 def test_histogram_holds_every_row_and_the_cut_of_every_epoch(history):
@@ -677,7 +675,7 @@ def test_the_rank_correlation_is_that_of_another_library(pairs):
         assert found == pytest.approx(spearmanr(known["x"], known["y"]).statistic, abs=1e-12)
 
 
-def test_length_plot_gives_the_rank_correlation(tmp_path, plots):
+def test_length_plot_gives_the_rank_correlation(tmp_path):
     frame = scores()
     known = frame.dropna(subset=["ifd"])
     expected = spearmanr(known["answer_tokens"], known["ifd"]).statistic
@@ -697,13 +695,13 @@ def test_scatter_draws_every_row_and_labels_its_axes(history):
     assert "nats per token" in figure.axes[0].get_ylabel()
 
 
-def test_large_pools_are_sampled_without_touching_global_random_state(monkeypatch):
-    monkeypatch.setattr(plotting, "_MOST_POINTS", 30)
+def test_large_pools_are_sampled_without_touching_global_random_state():
+    frame = scores(25_000)
     before = np.random.get_state()[1].copy()  # noqa: NPY002
-    first, second = plot_cas_das(scores()), plot_cas_das(scores())
-    assert "30 of 72 rows drawn" in texts_in(first)
+    first, second = plot_cas_das(frame), plot_cas_das(frame)
+    assert "20,000 of 22,500 rows drawn" in texts_in(first)
     points = [figure.axes[0].collections[0].get_offsets() for figure in (first, second)]
-    assert len(points[0]) == 30
+    assert len(points[0]) == 20_000
     np.testing.assert_array_equal(*points)
     np.testing.assert_array_equal(before, np.random.get_state()[1])  # noqa: NPY002
 
@@ -731,7 +729,7 @@ def test_label_plot_draws_the_shares(history):
     assert names == ["clean (40)", "(none) (20)", "shuffled (20)"]
 
 
-def test_labels_in_any_script_are_plotted_without_a_warning(tmp_path, plots):
+def test_labels_in_any_script_are_plotted_without_a_warning(tmp_path):
     frame = selected(scores(), 20).assign(label=["正しい", "$x_", "عربي", "ok"] * 20)
     page = page_of(write_report(frame, tmp_path))
     assert grid(page, "By label")["正しい"][0] == "20"
@@ -746,8 +744,16 @@ def test_plots_of_hardly_any_rows(rows, scored):
         figure = plot(frame)
         figure.savefig(io.BytesIO())
         assert ("No row has a score." in texts_in(figure)) == (rows == 0 or not scored)
-    plot_kept_flow({0: selected(scores(2), 1).assign(reason="below_cut", times=0)}).savefig(io.BytesIO())
-    plot_kept_by_label(pd.DataFrame({"rows": [1], "epoch 0": [0.0]}, index=["x"])).savefig(io.BytesIO())
+
+
+def test_plots_of_epochs_that_kept_nothing():
+    nothing = scores(2).assign(reason="below_cut", times=0)
+    flow = plot_kept_flow({0: nothing})
+    assert [bar.get_height() for bars in flow.axes[0].containers for bar in bars] == [0, 0, 0, 0]
+    labels = plot_kept_by_label(pd.DataFrame({"rows": [1], "epoch 0": [0.0]}, index=["x"]))
+    assert [bar.get_width() for bar in labels.axes[0].containers[0]] == [0]
+    for figure in (flow, labels):
+        figure.savefig(io.BytesIO())
 
 
 def test_no_pyplot_and_no_global_state(tmp_path):
@@ -766,7 +772,7 @@ def test_no_pyplot_and_no_global_state(tmp_path):
 # ---- what cannot be read or written ------------------------------------------------------------------------------
 
 
-def test_a_row_without_a_status_counts_as_not_scored(tmp_path, plots):
+def test_a_row_without_a_status_counts_as_not_scored(tmp_path):
     frame = scores(8).assign(ifd_reason=["kept"] * 3 + ["below_cut"] * 5)
     frame[["ifd_status", "ifd_reason"]] = frame[["ifd_status", "ifd_reason"]].astype(object)
     frame.loc[2, ["ifd_status", "ifd_reason"]] = None
@@ -781,12 +787,11 @@ def test_a_row_without_a_status_counts_as_not_scored(tmp_path, plots):
     assert write_report(frame.assign(ifd_status=None), tmp_path).is_file()
 
 
-def test_a_file_in_the_place_of_a_folder_is_told_before_anything_is_read(tmp_path, monkeypatch):
+def test_a_file_in_the_place_of_a_folder_is_told_before_anything_is_read(tmp_path):
     (tmp_path / "page").write_text("text")
-    monkeypatch.setattr(report, "subject_of", None)
     for folder in (tmp_path / "page", tmp_path / "page" / "more"):
         with pytest.raises(ValueError, match="is a file"):
-            write_report(scores(5), folder)
+            write_report(tmp_path / "nothing to read", folder)
     with pytest.raises(ValueError, match=r"rows must be a whole number of at least 1, got 1\.5"):
         write_report(scores(5), rows=1.5)
 
@@ -809,7 +814,7 @@ def test_files_that_are_damaged_are_told_in_a_sentence(tmp_path, name, content):
         write_report(tmp_path, tmp_path / "page")
 
 
-def test_a_pool_that_cannot_be_read_leaves_out_the_texts(history, plots):
+def test_a_pool_that_cannot_be_read_leaves_out_the_texts(history):
     (history.folder / "pool.parquet").write_bytes(b"no parquet")
     page = visible(page_of(write_report(history.folder)))
     assert "pool.parquet cannot be read: rows are listed without their texts and labels." in page

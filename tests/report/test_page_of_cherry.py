@@ -13,7 +13,18 @@ import pandas as pd
 import pytest
 from conftest import build_model
 from datasets import Dataset
-from test_page import PLOTS, assert_no_holes, assert_pngs, grid, make_history, page_of, printed, row_tables, visible
+from test_page import (
+    PLOTS,
+    assert_no_holes,
+    assert_pngs,
+    grid,
+    make_history,
+    page_of,
+    page_without_plots,
+    printed,
+    row_tables,
+    visible,
+)
 from test_page import scores as scores_of
 from tiny_runs import INF, TOKENIZER, raw_rows, sft_trainer, text_rows, train
 
@@ -22,7 +33,6 @@ from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows, write_rows
 from ifd_trainer.method.facility_location import Diverse
 from ifd_trainer.method.plain_data import to_data
-from ifd_trainer.report import page as report
 from ifd_trainer.report.page import write_report
 from ifd_trainer.report.plots import plot_ifd_histogram, plot_kept_flow
 from ifd_trainer.report.score_frames import merged
@@ -31,18 +41,6 @@ from ifd_trainer.report.wording import Phases, scoring_sentence
 from ifd_trainer.training.history import History
 
 BRIEF = Brief(clusters=4, per_cluster=2, max_share=0.2)  # 8 of 40 rows
-
-
-@pytest.fixture(autouse=True)
-def _quick(request, monkeypatch):
-    """Plots take seconds: only the tests that look at them draw them."""
-    if "plots" not in request.fixturenames:
-        monkeypatch.setattr(report, "_plots", lambda subject: [])
-
-
-@pytest.fixture
-def plots():
-    """Asked for by the tests that look at the plots of a page."""
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +88,7 @@ def test_the_terminal_names_the_brief_experience_and_where_training_starts_anew(
     assert max(map(len, printed(epoch_table(history)).splitlines())) <= 80
 
 
-def test_the_page_names_them_too_and_lists_the_sample(run, tmp_path, plots):
+def test_the_page_names_them_too_and_lists_the_sample(run, tmp_path):
     history, witness = run
     path = write_report(history, tmp_path)
     page = page_of(path)
@@ -131,9 +129,9 @@ def test_the_page_names_them_too_and_lists_the_sample(run, tmp_path, plots):
     assert_no_holes(page.replace("<dd>Cherry(max_ifd=inf", "<dd>Cherry("))
 
 
-def test_a_sample_that_is_too_long_is_shown_in_parts(run, tmp_path):
+def test_a_sample_that_is_too_long_is_shown_in_parts(run):
     history, witness = run
-    page = page_of(write_report(history, tmp_path, rows=3))
+    page = page_without_plots(history, rows=3)
     shown = list(map(int, row_tables(page)["Rows of the sample"]))
     sample = sorted(witness.epochs()[0])
     assert shown == [sample[0], sample[2], sample[5]]  # spread over it
@@ -182,7 +180,7 @@ def rhythm(folder, made: list[int | None], **settings) -> History:
 def test_it_is_said_who_scored_and_when(tmp_path, made, settings, sentence):
     history = rhythm(tmp_path, made, **settings)
     assert sentence in terminal(history)
-    assert sentence in text_of(page_of(write_report(history)))
+    assert sentence in text_of(page_without_plots(history))
     headers = [column.header.replace("\n", " ") for column in epoch_table(history).columns]
     assert ("scored in" in headers) == (settings == {"every": 2})
 
@@ -199,7 +197,7 @@ def test_older_histories_say_nothing_of_rhythms(tmp_path):
     assert "Each epoch is scored with the model as it is" in terminal(history)
     assert Phases.of(history.settings) == Phases()
     assert scoring_sentence({}, [{"epoch": 0}]) == ""
-    page = page_of(write_report(history))
+    page = page_without_plots(history)
     assert "brief experience" not in page
     assert '<tr class="between">' not in page
 
@@ -329,7 +327,7 @@ def scored(tmp_path):
 
 
 @pytest.mark.parametrize("card", ["--card", "--no-card"])
-def test_a_folder_of_selected_rows(scored, tmp_path, card, plots):
+def test_a_folder_of_selected_rows(scored, tmp_path, card):
     folder = tmp_path / "cherry"
     assert main(["select", str(scored), "--keep", "2", "--drop-refusals", card, "--output", str(folder)]) == 0
     before = load_rows(str(folder)).to_list()

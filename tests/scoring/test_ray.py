@@ -9,7 +9,8 @@ import ray
 from conftest import ROOT, ROUNDING
 from datasets import Dataset
 
-from ifd_trainer.scoring.transform import IFD_COLUMNS, IFDScorer
+from ifd_trainer.method.columns import IFD_COLUMNS
+from ifd_trainer.scoring.transform import IFDScorer
 
 ROWS = [
     {"instruction": f"Name {n} things.", "output": "The cat sat. " * (n % 5), "n": n, "tags": [str(n)] * (n % 3)}

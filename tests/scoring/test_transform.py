@@ -37,10 +37,11 @@ from transformers import (
 
 from ifd_trainer.data.formats import ALPACA, TemplateFormat
 from ifd_trainer.errors import UserError
+from ifd_trainer.method.columns import IFD_COLUMNS
 from ifd_trainer.scoring import transform as columns
 from ifd_trainer.scoring import weights_digest as digests
 from ifd_trainer.scoring.devices import default_device, default_dtype
-from ifd_trainer.scoring.transform import IFD_COLUMNS, IFDScorer
+from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.scoring.weights_digest import weights_digest
 
 NAN = float("nan")
