@@ -23,10 +23,10 @@ from ..errors import UserError
 from ..method.reasons import ABOVE_LIMIT, MEANINGS, OTHER_TIER, REDUNDANT, REFUSAL, RELAXED, Status
 from ..training.history import History
 from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
-from .report_data import Subject, subject_of
+from .report_data import ReportData, read_report_data
 from .score_frames import count_text, cut_of, epoch_name, merged, number_text, percent_text, rows_text, spearman
 from .tables import SCORE_NAMES, epoch_cells, epoch_notes, label_cells, label_shares, restart_line
-from .wording import Phases, settings_in_words
+from .wording import EpochKinds, settings_in_words
 
 
 def write_report(
@@ -64,38 +64,38 @@ def write_report(
         raise UserError(f"rows must be a whole number of at least 1, got {rows!r}.")
     if folder is not None:
         check_folder(folder)
-    subject = subject_of(source, label, texts)
-    folder = Path(folder) if folder is not None else subject.folder
-    plots = drawn_plots(subject) if subject.any_score else []
+    data = read_report_data(source, label, texts)
+    folder = Path(folder) if folder is not None else data.folder
+    plots = drawn_plots(data) if data.any_score else []
     for plot in plots:
         write_atomically(folder / "report_files" / f"{plot.name}.png", lambda path, png=plot.png: path.write_bytes(png))
     for name in set(_PLOTS) - {plot.name for plot in plots}:
         (folder / "report_files" / f"{name}.png").unlink(missing_ok=True)  # of an earlier report in this place
-    page = page_html(subject, plots, rows)
+    page = page_html(data, plots, rows)
     write_atomically(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
     return folder / "report.html"
 
 
-def page_html(subject: Subject, plots: Sequence[Plot], rows: int) -> str:
+def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
     """The page with these plots in it, at most `rows` rows in each table of rows."""
-    history = subject.history
+    history = data.history
     content = {
-        "title": subject.title,
-        "facts": _facts(subject),
-        "notes": subject.notes + _observations(subject),
-        "scored": subject.any_score,
-        "any_rows": any(len(rows) for rows in subject.epochs.values()),
-        "chosen": subject.last is not None and "kept" in subject.last,
-        "score": SCORE_NAMES[subject.score],
+        "title": data.title,
+        "facts": _facts(data),
+        "notes": data.notes + _observations(data),
+        "scored": data.any_score,
+        "any_rows": any(len(rows) for rows in data.epochs.values()),
+        "chosen": data.last is not None and "kept" in data.last,
+        "score": SCORE_NAMES[data.score],
         "epochs": _epoch_grid(history) if history is not None and history.epochs else None,
         "epoch_notes": " ".join(epoch_notes(history)) if history is not None else "",
-        "brief": _brief_section(subject, rows),
+        "brief": _brief_section(data, rows),
         "of_history": history is not None,
-        "reasons": _reason_cells(subject),
+        "reasons": _reason_cells(data),
         "plots": {plot.name: plot for plot in plots},
-        "label": subject.labels.name if subject.labels is not None else None,
-        "labels": _label_lines(subject),
-        "sections": _sections(subject, rows),
+        "label": data.labels.name if data.labels is not None else None,
+        "labels": _label_lines(data),
+        "sections": _sections(data, rows),
     }
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -105,9 +105,9 @@ def page_html(subject: Subject, plots: Sequence[Plot], rows: int) -> str:
 def _epoch_grid(history: History) -> tuple[list[str], list[list[str]], dict[int, str]]:
     """Headers and lines of the table of epochs, and what stands between lines, by the line that it precedes."""
     headers, lines = epoch_cells(history)
-    phases, anew = Phases.of(history.settings), restart_line(history)
+    kinds, anew = EpochKinds.from_settings(history.settings), restart_line(history)
     for record, line in zip(history.epochs, lines, strict=True):
-        kind = phases.kind(record["epoch"])
+        kind = kinds.kind(record["epoch"])
         line[0] += f" ({kind})" if kind else ""
     return headers, lines, {} if anew is None else {anew: "Training starts anew from the original weights"}
 
@@ -115,29 +115,29 @@ def _epoch_grid(history: History) -> tuple[list[str], list[list[str]], dict[int,
 # ---- what it says ------------------------------------------------------------------------------------------------
 
 
-def _facts(subject: Subject) -> list[tuple[str, str]]:
+def _facts(data: ReportData) -> list[tuple[str, str]]:
     """What this was, in plain words: (name, text)."""
-    if subject.history is not None:
-        return settings_in_words(subject.history.settings, subject.history.epochs)
-    rows = subject.last
+    if data.history is not None:
+        return settings_in_words(data.history.settings, data.history.epochs)
+    rows = data.last
     facts = [
-        ("Rows", f"{len(rows):,}, of which {rows[subject.score].notna().sum():,} have a score"),
-        ("Score", SCORE_NAMES[subject.score]),
+        ("Rows", f"{len(rows):,}, of which {rows[data.score].notna().sum():,} have a score"),
+        ("Score", SCORE_NAMES[data.score]),
     ]
     if "kept" in rows:
-        facts.append(("Kept", f"{rows['kept'].sum():,} rows, cut at {number_text(cut_of(rows, subject.score))}"))
-    if subject.details is not None and "ifd_definition" in subject.details:
-        facts.append(("Definition", ", ".join(sorted(map(str, subject.details["ifd_definition"].unique())))))
-    values = rows[subject.score]
+        facts.append(("Kept", f"{rows['kept'].sum():,} rows, cut at {number_text(cut_of(rows, data.score))}"))
+    if data.details is not None and "ifd_definition" in data.details:
+        facts.append(("Definition", ", ".join(sorted(map(str, data.details["ifd_definition"].unique())))))
+    values = rows[data.score]
     if values.notna().any():
         facts.append(("Median and mean score", f"{number_text(values.median())} and {number_text(values.mean())}"))
     return facts
 
 
-def _observations(subject: Subject) -> list[str]:
+def _observations(data: ReportData) -> list[str]:
     """What a reader should know of these rows before trusting the numbers."""
     notes = []
-    for record in subject.history.epochs if subject.history is not None else []:
+    for record in data.history.epochs if data.history is not None else []:
         budget, kept, shortfall = (record.get(name) or 0 for name in ("budget", "kept", "shortfall"))
         relaxed = (record.get("reasons") or {}).get(RELAXED, 0)
         if shortfall:
@@ -147,42 +147,42 @@ def _observations(subject: Subject) -> list[str]:
                 f"Epoch {record['epoch']}: {budget:,} rows were planned, {budget - shortfall:,} were eligible; the "
                 f"rest was filled with {' and '.join(ways) or 'other rows'}."
             )
-    for epoch, rows in merged(subject.epochs, [subject.score]).items():
-        scores = rows[subject.score].dropna()
+    for epoch, rows in merged(data.epochs, [data.score]).items():
+        scores = rows[data.score].dropna()
         if len(scores) and (scores >= 1).mean() > 0.5:
             notes.append(
                 f"{epoch_name(epoch, 'In this data set').capitalize()}: {percent_text((scores >= 1).mean())} of the "
                 "scored rows are at 1 or more: their prompt does not help. Is the prompt format one the model knows?"
             )
-    return notes + _duplicate_note(subject)
+    return notes + _duplicate_note(data)
 
 
-def _duplicate_note(subject: Subject) -> list[str]:
-    if subject.details is None or subject.last is None or "answer" not in subject.details:
+def _duplicate_note(data: ReportData) -> list[str]:
+    if data.details is None or data.last is None or "answer" not in data.details:
         return []
-    texts = subject.details[["instruction", "input", "answer"]].fillna("")
+    texts = data.details[["instruction", "input", "answer"]].fillna("")
     double = texts.duplicated(keep=False) & (texts["answer"] != "")
     if not double.any():
         return []
     note = f"{rows_text(int(double.sum()))} have the same prompt and answer as another row"
-    if "kept" in subject.last:
-        kept = set(subject.last.loc[subject.last["kept"], "key"]) & set(double.index[double])
-        last = subject.last_epoch
-        which = "last epoch" if last == next(reversed(subject.epochs)) else "last epoch with scores"
-        where = f" in the {which} ({epoch_name(last)})" if subject.history else ""
+    if "kept" in data.last:
+        kept = set(data.last.loc[data.last["kept"], "key"]) & set(double.index[double])
+        last = data.last_epoch
+        which = "last epoch" if last == next(reversed(data.epochs)) else "last epoch with scores"
+        where = f" in the {which} ({epoch_name(last)})" if data.history else ""
         note += f"; {len(kept):,} of them were kept{where}"
     return [note + "."]
 
 
-def _reason_cells(subject: Subject) -> tuple[list[str], list[list[str]]]:
+def _reason_cells(data: ReportData) -> tuple[list[str], list[list[str]]]:
     """Counts by reason, one column for each epoch; of a data set without reasons, counts by status."""
-    if subject.history is not None:
-        name = subject.phases.name
-        counts = {name(record["epoch"]): record.get("reasons") or {} for record in subject.history.epochs}
-        for epoch, rows in subject.epochs.items():
+    if data.history is not None:
+        name = data.kinds.name
+        counts = {name(record["epoch"]): record.get("reasons") or {} for record in data.history.epochs}
+        for epoch, rows in data.epochs.items():
             counts[name(epoch)] = counts[name(epoch)] or _reason_counts(rows)
     else:
-        counts = {"rows": _reason_counts(subject.last)}
+        counts = {"rows": _reason_counts(data.last)}
     words = {Status.OK.value: "has a score"} | MEANINGS
     reasons = set().union(*counts.values())
     order = [*(reason for reason in words if reason in reasons), *sorted(reasons - words.keys())]
@@ -194,27 +194,27 @@ def _reason_counts(rows: pd.DataFrame) -> dict[str, int]:
     return rows["reason" if "reason" in rows else "ifd_status"].value_counts().to_dict()
 
 
-def _label_lines(subject: Subject) -> tuple[list[str], list[list[str]]] | None:
+def _label_lines(data: ReportData) -> tuple[list[str], list[list[str]]] | None:
     """The kept share of each label (the 30 most frequent), with the median score in the last epoch."""
-    if subject.labels is None or subject.last is None or subject.labels.empty:
+    if data.labels is None or data.last is None or data.labels.empty:
         return None
-    shares = _named_shares(subject)
-    scores = subject.last.set_index("key")[subject.score].dropna()
-    medians = scores.groupby(subject.labels.reindex(scores.index).to_numpy()).median()
+    shares = _named_shares(data)
+    scores = data.last.set_index("key")[data.score].dropna()
+    medians = scores.groupby(data.labels.reindex(scores.index).to_numpy()).median()
     medians.loc["all rows"] = scores.median()
     cells = label_cells(shares)
     shown = cells[:30] + cells[-1:] if len(cells) > 31 else cells
-    where = f", {epoch_name(subject.last_epoch)}" if subject.history is not None else ""
-    headers = [str(subject.labels.name), "rows", f"median {SCORE_NAMES[subject.score]}{where}"]
+    where = f", {epoch_name(data.last_epoch)}" if data.history is not None else ""
+    headers = [str(data.labels.name), "rows", f"median {SCORE_NAMES[data.score]}{where}"]
     headers += [f"kept, {name}" if name != "kept" else name for name in shares.columns[1:]]
     headers = [re.sub(r"epoch (\d)", "epoch\N{NO-BREAK SPACE}\\1", header) for header in headers]
     return headers, [[value, row[0], number_text(medians.get(value)), *row[1:]] for value, row in shown]
 
 
-def _named_shares(subject: Subject) -> pd.DataFrame:
+def _named_shares(data: ReportData) -> pd.DataFrame:
     """`label_shares`, warm-up epochs named as such."""
-    shares = label_shares(subject.epochs, subject.labels)
-    return shares.rename(columns={epoch_name(epoch): subject.phases.name(epoch) for epoch in subject.epochs})
+    shares = label_shares(data.epochs, data.labels)
+    return shares.rename(columns={epoch_name(epoch): data.kinds.name(epoch) for epoch in data.epochs})
 
 
 # ---- plots ------------------------------------------------------------------------------------------------------
@@ -238,17 +238,17 @@ class Plot:
         return base64.b64encode(self.png).decode("ascii")
 
 
-def drawn_plots(subject: Subject) -> list[Plot]:
+def drawn_plots(data: ReportData) -> list[Plot]:
     """The plots that these rows allow."""
-    epochs, score, limit, phases = subject.scored, subject.score, subject.max_ifd, subject.phases
-    chosen = all("kept" in rows for rows in subject.epochs.values())
+    epochs, score, limit, kinds = data.scored, data.score, data.max_ifd, data.kinds
+    chosen = all("kept" in rows for rows in data.epochs.values())
     colors = _colors_in_words(epochs) if chosen else ""
-    if len(subject.epochs) > len(epochs):
-        colors += _left_out(subject)
+    if len(data.epochs) > len(epochs):
+        colors += _left_out(data)
     plots = []
-    if chosen and len(subject.epochs) > 1:
-        sample = [epoch for epoch in subject.epochs if phases.is_brief(epoch)]
-        figure = plot_kept_flow(subject.epochs, sample=sample, restart=phases.restart)
+    if chosen and len(data.epochs) > 1:
+        sample = [epoch for epoch in data.epochs if kinds.is_brief(epoch)]
+        figure = plot_kept_flow(data.epochs, sample=sample, restart=kinds.restart)
         caption = _FLOW_CAPTION + (" Nothing is compared with the brief experience." if sample else "")
         plots.append(_plot("kept_flow", "What stays and what changes", caption, figure))
     if len(epochs) > 5:
@@ -262,8 +262,8 @@ def drawn_plots(subject: Subject) -> list[Plot]:
     if any((rows["answer_tokens"] > 0).any() for rows in epochs.values()):
         figure = plot_ifd_length(epochs, score=score)
         plots.append(_plot("ifd_length", "Score and answer length", _length_caption(epochs, score) + ends, figure))
-    if subject.labels is not None and chosen and len(subject.labels):
-        shares = _named_shares(subject)
+    if data.labels is not None and chosen and len(data.labels):
+        shares = _named_shares(data)
         figure = plot_kept_by_label(shares)
         plots.append(_plot("kept_by_label", f"Kept, by {shares.index.name}", _LABEL_CAPTION, figure))
     return plots
@@ -276,11 +276,11 @@ def _colors_in_words(epochs: Mapping[Any, pd.DataFrame]) -> str:
     return text + ("; orange ones are at or above the limit." if ABOVE_LIMIT in reasons else ".")
 
 
-def _left_out(subject: Subject) -> str:
+def _left_out(data: ReportData) -> str:
     """Which epochs have no panel of their own, and why."""
-    bare = [epoch for epoch, rows in subject.epochs.items() if rows[subject.score].isna().all()]
+    bare = [epoch for epoch, rows in data.epochs.items() if rows[data.score].isna().all()]
     text = " Epochs with the same scores and the same rows kept are drawn once."
-    text = text if any(isinstance(epoch, str) for epoch in subject.scored) else ""
+    text = text if any(isinstance(epoch, str) for epoch in data.scored) else ""
     if bare:
         listed = " and ".join(filter(None, [", ".join(map(str, bare[:-1])), str(bare[-1])]))
         text += f" Epoch{'s' if len(bare) > 1 else ''} {listed} went without scores."
@@ -340,11 +340,11 @@ class _Section:
     tables: list[_RowTable]
 
 
-def _sections(subject: Subject, most: int) -> list[_Section]:
+def _sections(data: ReportData, most: int) -> list[_Section]:
     """Tables of rows: of the last epoch with scores, then of the first. The brief experience has its own."""
-    epochs = subject.scored or {e: rows for e, rows in subject.epochs.items() if not subject.phases.is_brief(e)}
+    epochs = data.scored or {e: rows for e, rows in data.epochs.items() if not data.kinds.is_brief(e)}
     names = list(dict.fromkeys([*reversed(epochs)][:1] + [*epochs][:1]))
-    fewer = " with scores" if set(subject.epochs) - set(subject.with_scores) else ""
+    fewer = " with scores" if set(data.epochs) - set(data.with_scores) else ""
     sections = []
     for name in names:
         rows = epochs[name]
@@ -352,24 +352,24 @@ def _sections(subject: Subject, most: int) -> list[_Section]:
             continue
         which = f" (the {['last', 'first'][len(sections)]}{fewer})" if len(names) > 1 else ""
         tables = [
-            _row_table(subject, title, part, shown, reason=title == _UNSCORABLE)
-            for title, part, shown in _parts(rows, subject.score, most)
+            _row_table(data, title, part, shown, reason=title == _UNSCORABLE)
+            for title, part, shown in _parts(rows, data.score, most)
         ]
         sections.append(_Section(f"Rows of {epoch_name(name)}{which}" if name is not None else "Rows", tables))
     return sections
 
 
-def _brief_section(subject: Subject, most: int) -> dict[str, Any] | None:
+def _brief_section(data: ReportData, most: int) -> dict[str, Any] | None:
     """The sample of the brief experience: a few of its rows, evenly spread over it."""
-    brief = [epoch for epoch in subject.epochs if subject.phases.is_brief(epoch)]
+    brief = [epoch for epoch in data.epochs if data.kinds.is_brief(epoch)]
     if not brief:
         return None
-    rows = subject.epochs[brief[0]]
+    rows = data.epochs[brief[0]]
     sample = rows[rows["kept"]] if "kept" in rows else rows.iloc[:0]
     count = min(most, len(sample))
     shown = sample.iloc[[i * len(sample) // count for i in range(count)]]
-    table = _row_table(subject, "Rows of the sample", sample, shown, scored=False)
-    after = subject.phases.restart is not None
+    table = _row_table(data, "Rows of the sample", sample, shown, scored=False)
+    after = data.kinds.restart is not None
     return {"table": table, "anew": after}
 
 
@@ -410,7 +410,7 @@ def _parts(rows: pd.DataFrame, score: str, most: int) -> list[tuple[str, pd.Data
 
 
 def _row_table(
-    subject: Subject,
+    data: ReportData,
     title: str,
     part: pd.DataFrame,
     shown: pd.DataFrame,
@@ -423,11 +423,11 @@ def _row_table(
         reason: with the reason why there is no score, in the place of scores.
         scored: with scores and the number of answer tokens, which are not known without.
     """
-    values = [subject.score, "cas", "das"] if scored and not reason else []
+    values = [data.score, "cas", "das"] if scored and not reason else []
     repeated = "times" in part and (part["times"] > 1).any()
     headers = ["row", *(["why"] if reason else []), *(SCORE_NAMES.get(name, name) for name in values)]
     headers += [*(["tokens"] if scored else []), *(["times"] if repeated else [])]
-    headers += [str(subject.labels.name)] if subject.labels is not None else []
+    headers += [str(data.labels.name)] if data.labels is not None else []
     lines = []
     for row in shown.to_dict("records"):
         words = MEANINGS.get(row["ifd_status"], row["ifd_status"]).removeprefix("no score: ")
@@ -435,8 +435,8 @@ def _row_table(
         cells += [*([words] if reason else []), *(number_text(row[name]) for name in values)]
         cells += [number_text(row["answer_tokens"], 0)] if scored else []
         cells += [str(row["times"])] if repeated else []
-        cells += [str(subject.labels.get(row["key"], "(none)"))] if subject.labels is not None else []
-        lines.append({"cells": cells, "texts": _texts_of(subject.details, row["key"])})
+        cells += [str(data.labels.get(row["key"], "(none)"))] if data.labels is not None else []
+        lines.append({"cells": cells, "texts": _texts_of(data.details, row["key"])})
     return _RowTable(title, len(part), headers, lines)
 
 

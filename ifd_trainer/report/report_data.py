@@ -16,13 +16,13 @@ from ..method.reasons import BELOW_CUT
 from ..training.history import FOLDER, History
 from .score_frames import merged, normalised, read_epochs
 from .tables import SCORE_NAMES, labels_of
-from .wording import Phases
+from .wording import EpochKinds
 
 SELECTED = "train.parquet"  # the rows in a folder that `ifd-trainer select` wrote
 
 
 @dataclass
-class Subject:
+class ReportData:
     """What a report is about, whatever it was made from.
 
     Attributes:
@@ -42,9 +42,9 @@ class Subject:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def phases(self) -> Phases:
+    def kinds(self) -> EpochKinds:
         """Which kind each epoch is of."""
-        return Phases.of(self.history.settings if self.history is not None else {})
+        return EpochKinds.from_settings(self.history.settings if self.history is not None else {})
 
     @property
     def scored(self) -> dict[Any, pd.DataFrame]:
@@ -72,24 +72,24 @@ class Subject:
         return bool(self.with_scores)
 
 
-def subject_of(source: Any, label: str | None, texts: Any) -> Subject:
-    """The subject that a source makes; arguments and errors as for `write_report`."""
+def read_report_data(source: Any, label: str | None, texts: Any) -> ReportData:
+    """The data that a source makes; arguments and errors as for `write_report`."""
     texts, folder = _frame(texts) if texts is not None else None, None
     if isinstance(source, (str, os.PathLike)):
         folder, source = Path(source), _read_folder(Path(source))
     if isinstance(source, History):
-        subject = _subject_of_history(source, texts)
+        data = _of_history(source, texts)
     else:
-        subject = _subject_of_rows(source, texts, folder or Path("ifd_report"))
-    known = [] if subject.details is None else list(subject.details.columns)
+        data = _of_rows(source, texts, folder or Path("ifd_report"))
+    known = [] if data.details is None else list(data.details.columns)
     if label is not None and label not in known:
         raise UserError(
             f"There is no column {label!r} to take labels from; the columns are {sorted(map(str, known))}. "
             "Pass another label, or the column in `texts`."
         )
     label = label or next((name for name in ("quality", "label") if name in known), None)
-    subject.labels = labels_of(subject.details[label]) if label is not None else None
-    return subject
+    data.labels = labels_of(data.details[label]) if label is not None else None
+    return data
 
 
 def _read_folder(folder: Path) -> History | pd.DataFrame:
@@ -129,7 +129,7 @@ def _read_folder(folder: Path) -> History | pd.DataFrame:
     )
 
 
-def _subject_of_history(history: History, texts: pd.DataFrame | None) -> Subject:
+def _of_history(history: History, texts: pd.DataFrame | None) -> ReportData:
     epochs, notes = read_epochs(history)
     try:
         pool, lost = history.pool(), "is missing"
@@ -145,7 +145,7 @@ def _subject_of_history(history: History, texts: pd.DataFrame | None) -> Subject
         given = _details(texts, _ids(texts).map(str))
         details = given if details is None else _replaced(details, given)
     settings = history.settings
-    return Subject(
+    return ReportData(
         title="What was selected, epoch by epoch",
         score=settings.get("score") if settings.get("score") in SCORE_NAMES else "ifd",
         epochs=epochs,
@@ -158,7 +158,7 @@ def _subject_of_history(history: History, texts: pd.DataFrame | None) -> Subject
     )
 
 
-def _subject_of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> Subject:
+def _of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> ReportData:
     frame = _frame(source).reset_index(drop=True)
     rows = normalised(frame)
     rows["key"] = rows.index.map(str)  # ids of a data set need not be unique
@@ -179,7 +179,7 @@ def _subject_of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> S
             else ""
         )
         notes.append("Every row here was kept: the rows that were dropped are not in this data set." + card)
-    return Subject(
+    return ReportData(
         title="Scores of a data set" + (" and what was selected" if chosen else ""),
         score=_score_of(rows, frame.get("ifd_rank")),
         epochs={None: rows},

@@ -18,7 +18,7 @@ from ..data.readable_text import plain
 from ..errors import UserError
 from ..training.history import History
 from .score_frames import MISSING, count_text, epoch_name, number_text, percent_text, read_epochs
-from .wording import Phases, scored_at, scoring_sentence
+from .wording import EpochKinds, scored_at, scoring_sentence
 
 SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}
 
@@ -38,7 +38,7 @@ def epoch_table(history: History) -> Table:
     >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
     """
     headers, rows = epoch_cells(history)
-    phases = Phases.of(history.settings)
+    kinds = EpochKinds.from_settings(history.settings)
     caption = Text(" ".join(epoch_notes(history)))
     table = Table(title="Selection by epoch", caption=caption, caption_justify="left")
     table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, 0  # fits in 80 columns
@@ -48,7 +48,7 @@ def epoch_table(history: History) -> Table:
     for number, (record, row) in enumerate(zip(history.epochs, rows, strict=True)):
         if number == anew:
             table.add_row("anew", *[""] * (len(headers) - 1))
-        kind = {"brief experience": "brief"}.get(phases.kind(record["epoch"]), phases.kind(record["epoch"]))
+        kind = {"brief experience": "brief"}.get(kinds.kind(record["epoch"]), kinds.kind(record["epoch"]))
         table.add_row(f"{row[0]} {kind}".strip(), *row[1:])
     return table
 
@@ -82,9 +82,9 @@ def label_rich_table(history: History, label: str) -> Table:
     shares = label_table(history, label)
     table = Table(title=Text(f"Share of rows kept, by {label}"))
     table.add_column(Text(label))
-    phases = Phases.of(history.settings)
+    kinds = EpochKinds.from_settings(history.settings)
     for column in shares.columns:
-        kind = next((phases.kind(e) for e in range(phases.warmup) if column == epoch_name(e)), "")
+        kind = next((kinds.kind(e) for e in range(kinds.warmup) if column == epoch_name(e)), "")
         table.add_column(f"{column}\n({kind})" if kind else column, justify="right")
     for value, cells in label_cells(shares):
         table.add_row(Text(value), *cells)
@@ -93,13 +93,13 @@ def label_rich_table(history: History, label: str) -> Table:
 
 def epoch_notes(history: History) -> list[str]:
     """What the numbers by epoch do not say by themselves."""
-    notes = Phases.of(history.settings).sentences() if history.epochs else []
+    notes = EpochKinds.from_settings(history.settings).sentences() if history.epochs else []
     return notes + [text for text in [scoring_sentence(history.settings, history.epochs)] if text]
 
 
 def restart_line(history: History) -> int | None:
     """The line of the table of epochs before which training started anew, if both sides of it are there."""
-    restart = Phases.of(history.settings).restart
+    restart = EpochKinds.from_settings(history.settings).restart
     lines = [i for i, record in enumerate(history.epochs) if restart is not None and record["epoch"] >= restart]
     return lines[0] if lines and lines[0] else None
 
@@ -107,7 +107,7 @@ def restart_line(history: History) -> int | None:
 def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
     """Headers and lines of the table of epochs, one line for each."""
     score = SCORE_NAMES.get(history.settings.get("score"), "IFD")
-    phases = Phases.of(history.settings)
+    kinds = EpochKinds.from_settings(history.settings)
     repeats = any((record.get("budget") or 0) > (record.get("kept") or 0) for record in history.epochs)
     unfinished = any(_left_out(record) for record in history.epochs)
     tiers = any(record.get("tiers") for record in history.epochs)
@@ -128,7 +128,7 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
         extra += [count_text(record.get("trained"))] if unfinished else []
         extra += [_tiers_text(record.get("tiers"))] if tiers else []
         extra += [count_text(made.get(epoch))] if scored else []
-        overlap = None if phases.is_brief(epoch - 1) else record.get("overlap")  # a sample was not selected
+        overlap = None if kinds.is_brief(epoch - 1) else record.get("overlap")  # a sample was not selected
         rows.append(
             [str(epoch), count_text(record.get("pool")), count_text(kept), *extra]
             + [number_text(record.get("mean_kept")), number_text(record.get("mean_dropped"))]

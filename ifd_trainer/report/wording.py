@@ -23,7 +23,7 @@ _SAMPLES = {"kmeans": "by k-means over their prompts, of middle perplexity", "ra
 
 
 @dataclass(frozen=True)
-class Phases:
+class EpochKinds:
     """Which epochs of a run were warm-up, and where training started anew.
 
     Attributes:
@@ -31,8 +31,8 @@ class Phases:
         brief: whether these are the brief experience, on a sample, and not on the whole pool.
         restart: the epoch before which training started anew from the original weights; None if it did not.
 
-    >>> phases = Phases.of({"warmup_epochs": 1, "warmup": {"type": "Brief"}, "start_anew": True})
-    >>> phases.name(0), phases.name(1), phases.restart
+    >>> kinds = EpochKinds.from_settings({"warmup_epochs": 1, "warmup": {"type": "Brief"}, "start_anew": True})
+    >>> kinds.name(0), kinds.name(1), kinds.restart
     ('epoch 0 (brief experience)', 'epoch 1', 1)
     """
 
@@ -41,8 +41,8 @@ class Phases:
     restart: int | None = None
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Phases:
-        """The phases of a run with these settings; those of older histories say nothing of it."""
+    def from_settings(cls, settings: Mapping[str, Any]) -> EpochKinds:
+        """The kinds of a run with these settings; those of older histories say nothing of it."""
         warmup = settings.get("warmup_epochs") or 0
         sample = settings.get("warmup") is not None
         return cls(warmup, sample and warmup > 0, warmup if settings.get("start_anew") else None)
@@ -90,14 +90,14 @@ def scoring_sentence(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, 
         return "The scores are those that the training set came with; the run itself scored nothing."
     if scorer:
         return f"The scores are those of another model, {scorer}, and do not change from epoch to epoch."
-    phases = Phases.of(settings)
-    before = f" (of epoch {phases.restart}, before training starts anew)" if phases.restart in times else ""
+    kinds = EpochKinds.from_settings(settings)
+    before = f" (of epoch {kinds.restart}, before training starts anew)" if kinds.restart in times else ""
     if all(epoch == at for epoch, at in made.items()) and (len(made) > 1 or settings.get("freeze_after") is None):
         return f"Each epoch is scored with the model as it is when the epoch begins{before}."
     if len(times) == 1:
         model = "as it was then"
-        if phases.warmup and times[0] == phases.warmup:
-            model = "that the brief experience had given" if phases.brief else "that the warm-up had given"
+        if kinds.warmup and times[0] == kinds.warmup:
+            model = "that the brief experience had given" if kinds.brief else "that the warm-up had given"
         return f"All scores were made once, when epoch {times[0]} began, by the model {model}."
     listed = f"{', '.join(map(str, times[:-1]))} and {times[-1]}"
     return (
@@ -108,7 +108,7 @@ def scoring_sentence(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, 
 
 def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What a run was: (name, text)."""
-    phases, plan = Phases.of(settings), settings.get("plan") or []
+    kinds, plan = EpochKinds.from_settings(settings), settings.get("plan") or []
     facts = [("Model", settings.get("model") or "not recorded")]
     if settings.get("scorer") == "columns":
         facts.append(("Scored by", "nothing in this run: the scores are columns of the training set"))
@@ -122,16 +122,16 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
     if shortfall := policy.get("on_shortfall"):
         facts.append(("With too few such rows", _SHORTFALL.get(shortfall, str(shortfall))))
     facts.append(("Policy", as_text(policy) if policy else "not recorded"))
-    if phases.brief:
-        facts.append(("Brief experience", _brief_in_words(phases, settings)))
+    if kinds.brief:
+        facts.append(("Brief experience", _brief_in_words(kinds, settings)))
     if plan:
         packed = settings.get("packed_rows")  # with packing, the plan counts packed rows
-        budgets = _budgets_in_words(plan, packed or settings.get("pool"), phases)
+        budgets = _budgets_in_words(plan, packed or settings.get("pool"), kinds)
         facts.append(("Packed rows to train on" if packed else "Rows to train on", budgets))
     if settings.get("schedule"):
         facts.append(("Schedule", as_text(settings["schedule"])))
     if settings.get("max_steps"):
-        facts.append(("Optimizer updates", _updates_in_words(settings["max_steps"], plan, phases)))
+        facts.append(("Optimizer updates", _updates_in_words(settings["max_steps"], plan, kinds)))
     facts.append(("Epochs", f"{len(epochs)} recorded" + (f" of {len(plan)} planned" if plan else "")))
     if settings.get("order"):
         facts.append(("Order of rows", _ORDERS.get(settings["order"], settings["order"])))
@@ -162,27 +162,27 @@ def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _brief_in_words(phases: Phases, settings: Mapping[str, Any]) -> str:
+def _brief_in_words(kinds: EpochKinds, settings: Mapping[str, Any]) -> str:
     sample = settings["warmup"]
     budgets = [epoch["budget"] for epoch in settings.get("plan") or []]
     rows = rows_text(budgets[0]) if budgets else "a sample of rows"
     how = _SAMPLES.get(sample.get("method", "kmeans")) if isinstance(sample, Mapping) else None
-    when = "epoch 0" if phases.warmup == 1 else f"epochs 0-{phases.warmup - 1}"
-    after = "training starts anew from the original weights" if phases.restart is not None else "training goes on"
+    when = "epoch 0" if kinds.warmup == 1 else f"epochs 0-{kinds.warmup - 1}"
+    after = "training starts anew from the original weights" if kinds.restart is not None else "training goes on"
     return f"{when}, on {rows} chosen {how or 'as ' + as_text(sample) + ' says'}; then {after}"
 
 
-def _updates_in_words(total: int, plan: Sequence[Mapping[str, Any]], phases: Phases) -> str:
-    before = sum(epoch["updates"] for epoch in plan if phases.restart is not None and epoch["epoch"] < phases.restart)
+def _updates_in_words(total: int, plan: Sequence[Mapping[str, Any]], kinds: EpochKinds) -> str:
+    before = sum(epoch["updates"] for epoch in plan if kinds.restart is not None and epoch["epoch"] < kinds.restart)
     if not before:
         return f"{total:,} planned"
-    warmup = "brief experience" if phases.brief else "warm-up"
+    warmup = "brief experience" if kinds.brief else "warm-up"
     return f"{total:,} planned: {before:,} in the {warmup}, {total - before:,} after training starts anew"
 
 
-def _budgets_in_words(plan: Sequence[Mapping[str, Any]], pool: int | None, phases: Phases) -> str:
-    sample = [epoch for epoch in plan if phases.is_brief(epoch["epoch"])]
-    rest = [epoch for epoch in plan if not phases.is_brief(epoch["epoch"])]
+def _budgets_in_words(plan: Sequence[Mapping[str, Any]], pool: int | None, kinds: EpochKinds) -> str:
+    sample = [epoch for epoch in plan if kinds.is_brief(epoch["epoch"])]
+    rest = [epoch for epoch in plan if not kinds.is_brief(epoch["epoch"])]
     parts = [f"{rows_text(sample[0]['budget'])} in the brief experience"] if sample else []
     return ", then ".join(parts + ([_budgets_of(rest, pool)] if rest else []))
 

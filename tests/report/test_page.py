@@ -31,7 +31,7 @@ from ifd_trainer.report.plots import (
     plot_kept_by_label,
     plot_kept_flow,
 )
-from ifd_trainer.report.report_data import subject_of
+from ifd_trainer.report.report_data import read_report_data
 from ifd_trainer.report.score_frames import normalised, spearman
 from ifd_trainer.report.tables import epoch_table, label_rich_table, label_table
 from ifd_trainer.training.history import History
@@ -134,7 +134,7 @@ def page_of(path) -> str:
 
 def page_without_plots(source, *, label=None, texts=None, rows: int = 10) -> str:
     """The markup of the page that `write_report` writes, but for its plots, which take a second to draw."""
-    return _markup(page_html(subject_of(source, label, texts), [], rows))
+    return _markup(page_html(read_report_data(source, label, texts), [], rows))
 
 
 def _markup(page: str) -> str:

@@ -37,7 +37,7 @@ from ifd_trainer.report.page import write_report
 from ifd_trainer.report.plots import plot_ifd_histogram, plot_kept_flow
 from ifd_trainer.report.score_frames import merged
 from ifd_trainer.report.tables import epoch_table, label_rich_table
-from ifd_trainer.report.wording import Phases, scoring_sentence
+from ifd_trainer.report.wording import EpochKinds, scoring_sentence
 from ifd_trainer.training.history import History
 
 BRIEF = Brief(clusters=4, per_cluster=2, max_share=0.2)  # 8 of 40 rows
@@ -195,7 +195,7 @@ def test_scores_that_are_older_than_their_epoch_have_a_column(tmp_path):
 def test_older_histories_say_nothing_of_rhythms(tmp_path):
     history = make_history(tmp_path)  # records without scored_at, settings without warm-up
     assert "Each epoch is scored with the model as it is" in terminal(history)
-    assert Phases.of(history.settings) == Phases()
+    assert EpochKinds.from_settings(history.settings) == EpochKinds()
     assert scoring_sentence({}, [{"epoch": 0}]) == ""
     page = page_without_plots(history)
     assert "brief experience" not in page
