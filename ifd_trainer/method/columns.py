@@ -21,6 +21,6 @@ _SELECTED = {
 }
 COLUMN_MEANINGS = _SCORED | _SELECTED
 IFD_COLUMNS = tuple(_SCORED)  # of a scored data set
-SCORES = IFD_COLUMNS[:4]  # numbers, null without a score
+SCORES = tuple(name for name in IFD_COLUMNS if name not in ("answer_tokens", "ifd_status"))  # null without a score
 SELECTION_COLUMNS = tuple(_SELECTED)  # what `ifd-trainer select` adds
 OWN_COLUMNS = tuple(COLUMN_MEANINGS)

@@ -47,6 +47,10 @@ def ifd_ppl(cas: ArrayLike, das: ArrayLike) -> np.ndarray:
         return _finite(np.exp(_finite(cas) - _finite(das)))
 
 
+# What follows from the two losses, by the name of its column.
+FROM_LOSSES = {"ifd": ifd, "ifd_ppl": ifd_ppl}
+
+
 def _pair(cas: ArrayLike, das: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     cas, das = np.asarray(cas, dtype=np.float64), np.asarray(das, dtype=np.float64)
     if cas.shape != das.shape:

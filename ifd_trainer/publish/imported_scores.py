@@ -29,8 +29,8 @@ import pandas as pd
 from ..data.definitions import SCORE_KINDS
 from ..data.files import ENDINGS, READERS, data_ending, load_rows, read_records
 from ..errors import NotFoundError, UserError
-from ..method import equations
 from ..method.columns import IFD_COLUMNS, SCORES
+from ..method.equations import FROM_LOSSES
 from ..method.reasons import FAILED, Status
 
 STATS = "__dj__stats__"
@@ -105,16 +105,16 @@ def read_scores(
 
 def _frame(parsed: Sequence[_Row], answers: Sequence[str] | None) -> pd.DataFrame:
     cas, das, given = (np.array([getattr(row, name) for row in parsed], dtype=float) for name in ("cas", "das", "ifd"))
-    ratio, ppl = equations.ifd(cas, das), equations.ifd_ppl(cas, das)
-    ratio = np.where(np.isnan(ratio) & np.isfinite(given) & (given >= 0), given, ratio)
+    values = {"cas": cas, "das": das} | {name: score(cas, das) for name, score in FROM_LOSSES.items()}
+    values["ifd"] = np.where(np.isnan(values["ifd"]) & np.isfinite(given) & (given >= 0), given, values["ifd"])
     status = np.array([row.status for row in parsed], dtype=object)
-    status[(status == Status.OK.value) & ~np.isfinite(ratio)] = Status.NONFINITE.value
+    status[(status == Status.OK.value) & ~np.isfinite(values["ifd"])] = Status.NONFINITE.value
     if answers is not None:
         status[(status == Status.NONFINITE.value) & np.array([answer == "" for answer in answers], dtype=bool)] = (
             Status.EMPTY_ANSWER.value
         )
     blank = status != Status.OK.value
-    columns = {name: np.where(blank, np.nan, x) for name, x in zip(SCORES, (cas, das, ratio, ppl), strict=True)}
+    columns = {name: np.where(blank, np.nan, value) for name, value in values.items()}
     counts = [0 if why == Status.EMPTY_ANSWER.value else row.tokens for row, why in zip(parsed, status, strict=True)]
     tokens = pd.array(counts, dtype="Int64")
     return pd.DataFrame({**columns, "answer_tokens": tokens, "ifd_status": status})

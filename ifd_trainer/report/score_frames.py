@@ -14,9 +14,9 @@ import pandas as pd
 
 from ..data.row_ids import named_ids
 from ..errors import UserError
-from ..method import equations
 from ..method.choices import RANKED_BY
 from ..method.columns import SCORES
+from ..method.equations import FROM_LOSSES
 from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, NOT_IN_SAMPLE, OTHER_TIER, REDUNDANT, RELAXED, Status
 from ..training.history import History
 
@@ -38,7 +38,7 @@ def normalised(frame: pd.DataFrame) -> pd.DataFrame:
     rows = pd.DataFrame({"row_id": np.arange(len(frame)) if name is None else frame[name].to_numpy()})
     for name in (*SCORES, "answer_tokens"):
         rows[name] = _floats(frame[name]) if name in frame else np.nan
-    for name, equation in (("ifd", equations.ifd), ("ifd_ppl", equations.ifd_ppl)):
+    for name, equation in FROM_LOSSES.items():
         if name not in frame:
             rows[name] = equation(rows["cas"], rows["das"])
     any_score = rows[[*RANKED_BY]].notna().any(axis=1)

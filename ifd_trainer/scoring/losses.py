@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..data.encoding import EncodedPair, Segment, token_count
 from ..errors import UserError
-from ..method import equations as equations
+from ..method.equations import FROM_LOSSES
 from ..method.reasons import Status
 from .engine import Engine, EngineName, model_device
 from .eval_guard import eval_mode
@@ -102,14 +102,13 @@ class Scores:
 
     @classmethod
     def from_nll(cls, cas: np.ndarray, das: np.ndarray, tokens: np.ndarray, status: np.ndarray) -> Scores:
-        """Scores from the two mean losses; a row whose ratio is not finite becomes `nonfinite`."""
-        ratio, ppl = equations.ifd(cas, das), equations.ifd_ppl(cas, das)
-        ok = status == Status.OK.value
-        broken = ok & ~(np.isfinite(ratio) & np.isfinite(ppl))
-        status = np.where(broken, Status.NONFINITE.value, status)
+        """Scores from the two mean losses; a row of which one is not finite becomes `nonfinite`."""
+        values = {"cas": cas, "das": das} | {name: score(cas, das) for name, score in FROM_LOSSES.items()}
+        finite = np.logical_and.reduce([np.isfinite(values[name]) for name in FROM_LOSSES])
+        status = np.where((status == Status.OK.value) & ~finite, Status.NONFINITE.value, status)
         blank = status != Status.OK.value
-        values = [np.where(blank, np.nan, x) for x in (cas, das, ratio, ppl)]
-        return cls(*values, answer_tokens=tokens, ifd_status=status)
+        values = {name: np.where(blank, np.nan, value) for name, value in values.items()}
+        return cls(**values, answer_tokens=tokens, ifd_status=status)
 
 
 def score_pairs(model: nn.Module, pairs: Sequence[EncodedPair], **options: Unpack[Options]) -> Scores:

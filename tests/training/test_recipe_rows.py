@@ -196,7 +196,7 @@ def test_refusals_are_told_whatever_else_there_is(completions):
     assert without_refusals(rows)["row_id"][:] == [0, 2]
 
 
-def test_of_several_messages_the_last_one_is_the_answer():
+def test_of_several_messages_the_answer_is_what_is_trained_on_all_of_them():
     sorry, red = ({"role": "assistant", "content": text} for text in ("I'm sorry, but I can't.", "Red."))
     rows = Dataset.from_dict({"completion": [[sorry, red], [red, sorry]], "row_id": [0, 1]})
-    assert without_refusals(rows)["row_id"][:] == [0]
+    assert without_refusals(rows)["row_id"][:] == [1]  # it begins with an answer

@@ -496,7 +496,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_that_ended_early_goes_on_with_the_n
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"keep": [8, 6, 9]}, r"schedule: PerEpoch\(keep=\(8, 6, 10\)\)' in the checkpoint, .*\(8, 6, 9\).* now"),
+        ({"keep": [8, 6, 9]}, r"schedule: PerEpoch\(keep=\(8, 6, 10\)\) in the checkpoint, .*\(8, 6, 9\).* now"),
         ({"max_ifd": 1.0}, r"policy: .*max_ifd=inf.* in the checkpoint, .*max_ifd=1\.0.* now"),
         ({"seed": 7}, "seed: 42 in the checkpoint, 7 now"),
         ({"order": "ascending"}, "order: 'shuffle' in the checkpoint, 'ascending' now"),
