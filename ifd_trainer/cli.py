@@ -317,29 +317,30 @@ def _score(options: argparse.Namespace) -> int:
         write_rows,
     )
     from .publish.provenance import provenance_of, write_provenance
-    from .scoring.scoring_job import Process, join_parts, score_parts
+    from .scoring.processes import Process
+    from .scoring.scoring_job import join_parts, score_parts
     from .scoring.transform import OWN_COLUMNS, SCORES_VERSION
 
     check_writable(options.output)
     check_apart(options.output, options.data, options.split)
-    process = Process.of_launch()
+    process = Process.from_environment()
     if (status := process.finished()) is not None:
         return status if process.main else 0
     scorer = _scorer(options, process.local_rank)
     # What is read is cached on disk: the other processes find it there.
-    rows = process.first("rows", lambda: load_rows(options.data, options.split))
+    rows = process.main_first("rows", lambda: load_rows(options.data, options.split))
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
     if not len(rows):
         raise UserError(f"{options.data} has no rows to score.")
     check_features(rows.features, options.output)
-    process.first("check", lambda: scorer.check(rows[:_CHECKED_ROWS]))  # no folder and no weights before that
+    process.main_first("check", lambda: scorer.check(rows[:_CHECKED_ROWS]))  # no folder and no weights before that
     settings = scorer.settings(rows.column_names)
     size = options.part_rows or (64 if settings["device"] == "cpu" else 2048)
     # The same for all processes, and for any number of them.
     job = {"data": source_digest(options.data, rows), "rows": len(rows), "part_rows": size}
     job |= {"weights": scorer.digest(), **settings, "scores_version": SCORES_VERSION}
     del job["token_budget"]  # with another one, after trouble with memory, scores differ by rounding alone
-    with closing(process.first("parts", lambda: Parts(options.output, job, process.main))) as parts:
+    with closing(process.main_first("parts", lambda: Parts(options.output, job, process.main))) as parts:
         try:
             score_parts(rows, scorer, parts, size, process)
         except RunError:  # the parts are gone

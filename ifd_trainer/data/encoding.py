@@ -15,7 +15,6 @@ answer, and the answer). A definition says how:
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -465,28 +464,6 @@ def token_budget_batches(
     if batch:
         batches.append(np.array(batch))
     return batches
-
-
-def share_out(tokens: Sequence[int], shares: int) -> list[np.ndarray]:
-    """Deal rows out so that the shares hold about the same number of tokens.
-
-    Longest first, each row to the share that has the fewest tokens so far: no two shares differ by more tokens than
-    the longest row has. The same rows are always dealt in the same way.
-
-    Returns:
-        `shares` index arrays in ascending order, a partition of range(len(tokens)); some may be empty.
-
-    >>> [share.tolist() for share in share_out([3, 9, 4, 1], 2)]
-    [[1], [0, 2, 3]]
-    """
-    tokens = np.asarray(tokens, dtype=np.int64)
-    dealt: list[list[int]] = [[] for _ in range(shares)]
-    totals = [(0, share) for share in range(shares)]  # a heap
-    for index in np.argsort(-tokens, kind="stable").tolist():
-        total, share = totals[0]
-        dealt[share].append(index)
-        heapq.heapreplace(totals, (total + int(tokens[index]), share))
-    return [np.array(sorted(indices), dtype=np.int64) for indices in dealt]
 
 
 def _by_kind(item: tuple[int, Example]) -> bool:

@@ -33,12 +33,12 @@ def check_device(device: str | torch.device) -> None:
 
 def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     """A dtype by its name; "auto" is transformers' word for the checkpoint's own."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype in (None, "auto"):
         return dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise UserError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
-    return found
+    return named
 
 
 def default_device(rank: int | None = None) -> str:

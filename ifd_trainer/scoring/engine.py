@@ -32,8 +32,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ..data.encoding import Segment, token_budget_batches
 from ..data.model_kinds import HEADLESS, SEES_AHEAD, WANTED, kind_of_class
 from ..errors import UserError, one_line
-from .chunked_lm_head import Logits, find_logit_transform
-from .eval_guard import borrowed
+from .chunked_lm_head import ChunkedHead, find_logit_transform
+from .eval_guard import eval_mode
 from .forward import Batch, LaunchedBatch, launch, logits_at, padded, scored_logits, streamed
 from .model_notes import noted
 from .model_parts import FORWARD_ERRORS, lm_head, text_config, unwrapped, vocabulary_size
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 EngineName = Literal["auto", "stream", "padded"]
 _LAYOUTS = {"stream": streamed, "padded": padded}
 
-# A kernel for all spans is given the keys of each span's path: at most so many for each token of a batch.
+# A kernel for all spans is given the keys of each span's prefix: at most so many for each token of a batch.
 _SEEN = 4
 # Logits of a batch of a model whose logits cannot be taken in chunks, on a CPU and elsewhere: 128 MiB and 1 GiB in
 # float32, or 220 and 1,766 scored tokens at a vocabulary of 152,000. A segment with more is a batch of its own.
@@ -71,16 +71,18 @@ class Engine:
         name: "stream" or "padded".
         model: a causal language model, or what a trainer wrapped around one.
         device: where the token ids go.
-        logits: how the model makes logits, to take them in chunks; None to take them as a whole.
+        chunked_head: how the model makes logits, to take them in chunks; None to take them as a whole.
     """
 
     name: EngineName
     model: nn.Module
     device: torch.device
-    logits: Logits | None
+    chunked_head: ChunkedHead | None
 
     @classmethod
-    def of(cls, model: nn.Module, device: torch.device, name: EngineName = "auto", sharded: bool = False) -> Engine:
+    def for_model(
+        cls, model: nn.Module, device: torch.device, name: EngineName = "auto", sharded: bool = False
+    ) -> Engine:
         """The engine of that name, or the one that fits the model; what a model does is tried out in forwards, once.
 
         `sharded`: the weights are spread over processes, which gather them in every forward.
@@ -89,12 +91,12 @@ class Engine:
             UserError: for a model whose tokens see what follows them, or that is no language model.
         """
         _rounds_by_row(model, device)
-        logits = _logits(model, device, sharded)
+        chunked_head = _chunked_head(model, device, sharded)
         if name == "auto":
             name = "stream" if streams(model, device) else "padded"
         elif not can_set_attention():
             name = "padded"  # as a stream, rows would see each other
-        return cls(name, model, device, logits)
+        return cls(name, model, device, chunked_head)
 
     @property
     def setting(self) -> tuple[Hashable, ...]:
@@ -103,7 +105,7 @@ class Engine:
 
     def scored_budget(self, segments: Sequence[Segment]) -> int:
         """Scored tokens of a batch: any number, or as many as are projected as a whole."""
-        if self.logits:
+        if self.chunked_head:
             return max(sum(segment.scored for segment in segments), 1)
         budget = CPU_LOGITS_BUDGET if self.device.type == "cpu" else ACCELERATOR_LOGITS_BUDGET
         return max(budget // vocabulary_size(self.model), 1)
@@ -115,20 +117,20 @@ class Engine:
         for kind in kinds_of_lengths(lengths, text_config(self.model)):
             ids, scored = [segments[i].ids for i in kind], [segments[i].scored for i in kind]
             if self.name == "padded":
-                found = token_budget_batches([lengths[i] for i in kind], token_budget, scored, scored_budget)
+                of_kind = token_budget_batches([lengths[i] for i in kind], token_budget, scored, scored_budget)
             else:
                 seen_budget = None if self.device.type == "cpu" else _SEEN * token_budget
-                found = stream_batches(ids, token_budget, scored, scored_budget, seen_budget)
-            batches += [kind[batch] for batch in found]
+                of_kind = stream_batches(ids, token_budget, scored, scored_budget, seen_budget)
+            batches += [kind[batch] for batch in of_kind]
         return batches
 
     def lay_out(self, segments: Sequence[Segment]) -> Batch:
         """A batch, on the host."""
         return _LAYOUTS[self.name](segments, self.device)
 
-    def launch(self, batch: Batch, pooled: Sequence[int] | None = None) -> LaunchedBatch:
+    def launch(self, batch: Batch, pooled_tokens: Sequence[int] | None = None) -> LaunchedBatch:
         """Run a batch; see `scoring.forward.launch`."""
-        return launch(self.model, batch, self.device, self.logits, pooled)
+        return launch(self.model, batch, self.device, self.chunked_head, pooled_tokens)
 
     def nll(self, segments: Sequence[Segment]) -> np.ndarray:
         """Run segments as one batch, and wait for it: their mean negative log-likelihood, (n,)."""
@@ -150,9 +152,9 @@ def streams(model: nn.Module, device: torch.device | None = None) -> bool:
     device = device or model_device(model)
 
     def find() -> bool:
-        found = _streams_exactly(model, device)
-        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if found else "padded")
-        return found
+        exact = _streams_exactly(model, device)
+        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if exact else "padded")
+        return exact
 
     return noted(model, "streams", _setting(model, device), find)
 
@@ -199,7 +201,7 @@ def check_causal_config(name: str, config: PretrainedConfig) -> None:
         UserError: for the kinds of `check_causal_lm`, and for others that are no language models.
     """
     classes = getattr(config, "architectures", None) or [""]
-    if any(kind := _kind(found, config) for found in classes):
+    if any(kind := _kind(name_of_class, config) for name_of_class in classes):
         raise UserError(f"{name} ({', '.join(classes) or config.model_type}) {kind}. {WANTED}")
     own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not own and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -261,12 +263,12 @@ def _try_by_row(model: nn.Module, device: torch.device) -> bool:
     if _invoked(model):  # any tokens could invoke it
         return False
     size = vocabulary_size(model)
-    ids = np.tile(np.arange(16) % size, (2, 1))
+    ids = np.tile(np.arange(16) % size, (2, 1))  # (2, 16)
     other = ids.copy()
     other[0, 8:] = 0
     # All of the second row, which no token of the first is to change, shows how the model rounds.
-    where = np.concatenate([np.arange(8), 16 + np.arange(16)])
-    one, two = (logits_at(model, {"input_ids": on_device(x, device)}, where).float() for x in (ids, other))
+    flat_indices = np.concatenate([np.arange(8), 16 + np.arange(16)])
+    one, two = (logits_at(model, {"input_ids": on_device(x, device)}, flat_indices).float() for x in (ids, other))
     changed = ((one - two).abs().amax(-1) / one.abs().max()).cpu()
     by_row = not bool(changed[8:].max() > 0 or _mixes_rows(model))
     if changed[:8].max() > (_UNSEEN if by_row else _UNSEEN_IN_MIXED):
@@ -282,20 +284,20 @@ def _mixes_rows(model: nn.Module) -> bool:
     return experts or bool(getattr(_innermost(model), "is_quantized", False))
 
 
-def _logits(model: nn.Module, device: torch.device, sharded: bool) -> Logits | None:
+def _chunked_head(model: nn.Module, device: torch.device, sharded: bool) -> ChunkedHead | None:
     """How logits come from the LM head, tried out once; None where they are not taken in chunks."""
 
-    def find() -> Logits | None:
+    def find() -> ChunkedHead | None:
         inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
-        found = find_logit_transform(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
-        logger.debug("Logits of %s: %s", type(model).__name__, found)
-        return found
+        head = find_logit_transform(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
+        logger.debug("Logits of %s: %s", type(model).__name__, head)
+        return head
 
-    found = noted(model, "logits", _setting(model, device), find)
+    head = noted(model, "logits", _setting(model, device), find)
     # Modules inside the head (adapters) would gather their weights once a chunk, and processes differ in chunks.
-    if not sharded or found is None:
-        return found
-    return None if list(lm_head(model).children()) else replace(found, gathered=True)
+    if not sharded or head is None:
+        return head
+    return None if list(lm_head(model).children()) else replace(head, gathered=True)
 
 
 def _attends_to_all(config: Any) -> bool:
@@ -339,7 +341,7 @@ def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
         logger.info("%s is padded: its forward takes no positions.", type(model).__name__)
         return False
     try:
-        with borrowed(model, device):
+        with eval_mode(model, device):
             return _same_as_padded(model, batch, device, segments, others)
     except NotExact as error:
         logger.info("%s is padded: %s.", type(model).__name__, error)
@@ -357,21 +359,21 @@ def _same_as_padded(
     model: nn.Module, batch: Batch, device: torch.device, segments: list[Segment], others: list[Segment]
 ) -> bool:
     """Whether a stream of `segments` gives the logits of the padded engine; `others` differ from them in some rows."""
-    expected = scored_logits(model, padded(segments, device), device)
-    found = scored_logits(model, batch, device, check=True)
+    expected = scored_logits(model, padded(segments, device), device)  # (N, V)
+    streamed_logits = scored_logits(model, batch, device, check=True)  # (N, V)
     if batch.plan.layers != text_config(model).num_hidden_layers:
         # Fresh weights hardly attend, so that the losses of such a model do not tell.
         logger.info("%s is padded: not all of its layers attend in the usual way.", type(model).__name__)
         return False
     spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
     tolerance = _HALF_PROBE_TOLERANCE if batch.plan.dtype in HALF else _PROBE_TOLERANCE
-    off = float((found - expected).square().mean().sqrt() / spread)
+    off = float((streamed_logits - expected).square().mean().sqrt() / spread)
     logger.debug("Logits of %s as a stream differ by %.1e of their spread.", type(model).__name__, off)
     if not off <= tolerance:  # NaN is not either
         logger.info("%s is padded: as a stream its logits differ by up to %.1e.", type(model).__name__, off)
         return False
-    moved = replace(batch, positions=batch.positions + (batch.positions > 3))
-    if torch.equal(scored_logits(model, moved, device), found):
+    moved = replace(batch, position_ids=batch.position_ids + (batch.position_ids > 3))
+    if torch.equal(scored_logits(model, moved, device), streamed_logits):
         logger.info("%s is padded: it does not read the positions of a stream.", type(model).__name__)
         return False
     if not _rounds_by_row(model, device):
@@ -379,7 +381,8 @@ def _same_as_padded(
     # Rounding does not hide what rows see of each other: it is the same where only other rows' tokens differ.
     again = scored_logits(model, streamed(others, device), device)
     same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.scored for s in segments])
-    off = float((again - found)[on_device(same, found.device)].abs().max() / found.abs().max())
+    change = (again - streamed_logits)[on_device(same, again.device)].abs().max()
+    off = float(change / streamed_logits.abs().max())
     if not off <= _UNSEEN:
         logger.info("%s is padded: as a stream its rows see each other.", type(model).__name__)
     return off <= _UNSEEN

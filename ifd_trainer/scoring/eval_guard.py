@@ -17,7 +17,7 @@ from .private_names import tells_compiled
 
 
 @contextlib.contextmanager
-def borrowed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def eval_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run `model` in eval mode without gradients; give back every module's mode and the random states."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters()} | {device}  # a model may be spread over devices, or be off them

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from ..data.encoding import Segment
-from .chunked_lm_head import Logits, Targets, whole_losses
+from .chunked_lm_head import ChunkedHead, Targets, whole_losses
 from .model_parts import lm_head
-from .onednn import OneDNN, rounded
+from .onednn import OneDNN
 from .prefix_stream import build_stream
-from .span_attention import Plan, attending
+from .span_attention import AttentionPlan, attending
 from .transfer import HostCopy, on_device
 
 
@@ -31,56 +31,57 @@ class Batch:
     """n segments laid out for one forward, on the host.
 
     Attributes:
-        ids: (B, T) token ids.
-        places: for each segment, the places of its tokens in the flattened ids.
+        input_ids: (B, T) token ids.
+        token_indices: for each segment, the indices of its tokens in the flattened ids (B * T).
         scored: (n,) scored tokens of each segment.
-        predicting: (U,) places that predict scored tokens, ascending; one that several segments share is there once.
-        predicted_at: (N,) for each scored token the number of its place among the U, ascending.
+        predicting: (U,) flat indices that predict scored tokens, ascending; one that segments share is there once.
+        predicted_at: (N,) for each scored token the number of its index among the U, ascending.
         targets: (N,) the scored tokens, in the order of `predicted_at`.
         scored_index: (N,) the index of each of these among the scored tokens of the segments, one segment after
             another.
-        positions: (B, T) of a stream: each token's position in its own segment.
+        position_ids: (B, T) of a stream: each token's position in its own segment.
         plan: of a stream: how its tokens attend to each other.
     """
 
-    ids: np.ndarray
-    places: list[np.ndarray]
+    input_ids: np.ndarray
+    token_indices: list[np.ndarray]
     scored: np.ndarray
     predicting: np.ndarray
     predicted_at: np.ndarray
     targets: np.ndarray
     scored_index: np.ndarray
-    positions: np.ndarray | None = None
-    plan: Plan | None = None
+    position_ids: np.ndarray | None = None
+    plan: AttentionPlan | None = None
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], ids: np.ndarray, places: list[np.ndarray], **stream: Any) -> Batch:
-        """Segments whose tokens stand at `places` of the flattened ids."""
-        each = [place[segment.start - 1 : -1] for segment, place in zip(segments, places, strict=True)]
-        predicting, predicted_at = np.unique(np.concatenate(each), return_inverse=True)
-        by_place = np.argsort(predicted_at, kind="stable")
-        targets = np.concatenate([segment.ids[segment.start :] for segment in segments], dtype=np.int64)
-        scored = np.array([segment.scored for segment in segments])
-        return cls(ids, places, scored, predicting, predicted_at[by_place], targets[by_place], by_place, **stream)
+    def from_segments(
+        cls, segments: Sequence[Segment], input_ids: np.ndarray, token_indices: list[np.ndarray], **stream: Any
+    ) -> Batch:
+        """Segments whose tokens are at `token_indices` of the flattened ids."""
+        before = [indices[segment.start - 1 : -1] for segment, indices in zip(segments, token_indices, strict=True)]
+        predicting, predicted_at = np.unique(np.concatenate(before), return_inverse=True)  # (U,), (N,)
+        order = np.argsort(predicted_at, kind="stable")  # (N,)
+        targets = np.concatenate([segment.ids[segment.start :] for segment in segments], dtype=np.int64)  # (N,)
+        scored = np.array([segment.scored for segment in segments])  # (n,)
+        return cls(input_ids, token_indices, scored, predicting, predicted_at[order], targets[order], order, **stream)
 
 
 def padded(segments: Sequence[Segment], device: torch.device) -> Batch:
     """A row for each segment, padded on the right to the longest; the same for every device."""
     longest = max(len(segment.ids) for segment in segments)
-    ids = np.zeros((len(segments), longest), dtype=np.int64)
+    input_ids = np.zeros((len(segments), longest), dtype=np.int64)  # (B, T) = (n, longest)
     for row, segment in enumerate(segments):
-        ids[row, : len(segment.ids)] = segment.ids
-    places = [row * longest + np.arange(len(segment.ids)) for row, segment in enumerate(segments)]
-    return Batch.of(segments, ids, places)
+        input_ids[row, : len(segment.ids)] = segment.ids
+    token_indices = [row * longest + np.arange(len(segment.ids)) for row, segment in enumerate(segments)]
+    return Batch.from_segments(segments, input_ids, token_indices)
 
 
 def streamed(segments: Sequence[Segment], device: torch.device) -> Batch:
     """One row, without padding, in which beginnings that segments share stand once."""
     stream = build_stream([segment.ids for segment in segments])
-    if device.type == "cpu":
-        stream = stream.lengthened(rounded(len(stream.ids)))
-    plan = Plan(stream.spans, device)
-    return Batch.of(segments, stream.ids[None], stream.places, positions=stream.positions[None], plan=plan)
+    input_ids, position_ids = stream.input_ids[None], stream.position_ids[None]  # (1, T)
+    plan = AttentionPlan(stream.spans, device)
+    return Batch.from_segments(segments, input_ids, stream.token_indices, position_ids=position_ids, plan=plan)
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def launch(
     model: nn.Module,
     batch: Batch,
     device: torch.device,
-    logits: Logits | None,
-    pooled: Sequence[int] | None = None,
+    chunked_head: ChunkedHead | None,
+    pooled_tokens: Sequence[int] | None = None,
 ) -> LaunchedBatch:
     """Run a forward; on an accelerator, without waiting for its end.
 
@@ -116,17 +117,17 @@ def launch(
         model: a causal language model, in eval mode and without gradients.
         batch: of n segments.
         device: where the model runs.
-        logits: how the model makes logits, to take them in chunks; None to take them as a whole.
-        pooled: how many tokens of each segment, from the first, its mean hidden state is of; None for no means.
+        chunked_head: how the model makes logits, to take them in chunks; None to take them as a whole.
+        pooled_tokens: how many tokens of each segment, from the first, its mean hidden state is of; None for no means.
     """
     targets = Targets.on(device, batch.predicted_at, batch.targets)
-    means = None if pooled is None else _Means(batch, pooled, device)
+    pooling = None if pooled_tokens is None else _MeanPooling(batch, pooled_tokens, device)
     with _prepared(device, model, batch) as inputs:
-        if logits is None:
-            losses = whole_losses(logits_at(model, inputs, batch.predicting, means), targets)
+        if chunked_head is None:
+            losses = whole_losses(logits_at(model, inputs, batch.predicting, pooling), targets)  # (N,)
         else:
-            losses = _losses_at(model, inputs, batch.predicting, targets, logits, means)
-    return LaunchedBatch(batch, HostCopy(losses), None if means is None else HostCopy(means.found))
+            losses = _losses_at(model, inputs, batch.predicting, targets, chunked_head, pooling)  # (N,)
+    return LaunchedBatch(batch, HostCopy(losses), None if pooling is None else HostCopy(pooling.means))
 
 
 @contextlib.contextmanager
@@ -134,9 +135,9 @@ def _prepared(
     device: torch.device, model: nn.Module, batch: Batch, check: bool = False
 ) -> Iterator[dict[str, torch.Tensor]]:
     """A batch as inputs of `model`, which inside this context runs as the batch wants it."""
-    inputs = {"input_ids": on_device(batch.ids, device)}
-    if batch.positions is not None:
-        inputs["position_ids"] = on_device(batch.positions, device)
+    inputs = {"input_ids": on_device(batch.input_ids, device)}  # (B, T)
+    if batch.position_ids is not None:
+        inputs["position_ids"] = on_device(batch.position_ids, device)  # (B, T)
     attention = contextlib.nullcontext() if batch.plan is None else attending(model, batch.plan, check)
     with attention, OneDNN() if device.type == "cpu" else contextlib.nullcontext():
         yield inputs
@@ -148,25 +149,25 @@ def scored_logits(model: nn.Module, batch: Batch, device: torch.device, check: b
     For trying out a model on few tokens. `check`: compare the ways to attend along a stream; see `attending`.
     """
     with _prepared(device, model, batch, check) as inputs:
-        logits = logits_at(model, inputs, batch.predicting)
-    places = np.empty_like(batch.predicted_at)  # one segment after another
-    places[batch.scored_index] = batch.predicted_at
-    return logits[on_device(places, logits.device)].float()
+        logits = logits_at(model, inputs, batch.predicting)  # (U, V)
+    predicted_at = np.empty_like(batch.predicted_at)  # (N,), one segment after another
+    predicted_at[batch.scored_index] = batch.predicted_at
+    return logits[on_device(predicted_at, logits.device)].float()
 
 
-class _Means:
-    """Called with the hidden states of a forward (B, T, H); `found` is then their mean for each segment, (n, H)."""
+class _MeanPooling:
+    """Called with the hidden states of a forward (B, T, H); `means` is then their mean for each segment, (n, H)."""
 
     def __init__(self, batch: Batch, sizes: Sequence[int], device: torch.device) -> None:
-        parts = [place[:size] for place, size in zip(batch.places, sizes, strict=True)]
-        self._sizes, self._length = [len(part) for part in parts], batch.ids.shape[1]
-        self._places = on_device(np.concatenate(parts), device)
-        self.found: torch.Tensor | None = None
+        parts = [indices[:size] for indices, size in zip(batch.token_indices, sizes, strict=True)]
+        self._sizes, self._length = [len(part) for part in parts], batch.input_ids.shape[1]
+        self._indices = on_device(np.concatenate(parts), device)
+        self.means: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> None:
-        hidden = hidden[:, -self._length :].flatten(0, 1)  # prompt tuning puts virtual tokens in front
-        parts = self._places.to(hidden.device).split(self._sizes)
-        self.found = torch.stack([hidden[part].float().mean(0) for part in parts])
+        hidden = hidden[:, -self._length :].flatten(0, 1)  # (B * T, H); prompt tuning puts virtual tokens in front
+        parts = self._indices.to(hidden.device).split(self._sizes)
+        self.means = torch.stack([hidden[part].float().mean(0) for part in parts])  # (n, H)
 
 
 Observe = Callable[[torch.Tensor], None]
@@ -177,60 +178,59 @@ def _losses_at(
     inputs: dict[str, torch.Tensor],
     predicting: np.ndarray,
     targets: Targets,
-    logits: Logits,
+    chunked_head: ChunkedHead,
     observe: Observe | None = None,
 ) -> torch.Tensor:
-    """Losses of N targets predicted at U places of the flattened inputs, (N,); the LM head runs on a chunk at a time.
+    """Losses of N targets predicted at U flat indices of the inputs, (N,); the LM head runs on a chunk at a time.
 
     All of them are projected before the head's own call, which is left a single position for the model to go on with.
     """
-    found: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
 
     def reduce(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        found.append(logits.losses(module, hidden, targets))
+        losses.append(chunked_head.losses(module, hidden, targets))
         return hidden[:1]
 
     # Other hooks run on each chunk, so they are not to run before; but for one that gathers the head's weights.
-    with _at_head(model, _from_end(inputs, predicting), reduce, observe, first=not logits.gathered):
+    with _at_head(model, _from_end(inputs, predicting), reduce, observe, first=not chunked_head.gathered):
         model(**inputs, use_cache=False)
-    return found[0]
+    return losses[0]
 
 
 def logits_at(
     model: nn.Module, inputs: dict[str, torch.Tensor], predicting: np.ndarray, observe: Observe | None = None
 ) -> torch.Tensor:
-    """Logits at U places of the flattened inputs, (U, V); the LM head runs on those alone where it is a module."""
-    rows, back = places = _from_end(inputs, predicting)
-    with _at_head(model, places, lambda module, hidden: hidden, observe):
+    """Logits at U flat indices of the inputs, (U, V); the LM head runs on those alone where it is a module."""
+    rows, columns = indices = _from_end(inputs, predicting)
+    with _at_head(model, indices, lambda module, hidden: hidden, observe):
         logits = model(**inputs, use_cache=False).logits
     if lm_head(model) is not None and logits.shape[:2] == (1, len(predicting)):
         return logits[0]
-    return logits[rows.to(logits.device), back.to(logits.device)]  # a model that does not call its head as a module
+    return logits[rows.to(logits.device), columns.to(logits.device)]  # a model that does not call its head as a module
 
 
-def _from_end(inputs: dict[str, torch.Tensor], places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of places of the flattened inputs, (U,) each, on their device.
+def _from_end(inputs: dict[str, torch.Tensor], flat_indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of flat indices of the inputs, (U,) each, on their device.
 
     Columns count from the end: prompt tuning puts virtual tokens in front.
     """
-    ids = inputs["input_ids"]
-    length = ids.shape[1]
-    return on_device(places // length, ids.device), on_device(places % length - length, ids.device)
+    device, length = inputs["input_ids"].device, inputs["input_ids"].shape[1]
+    return on_device(flat_indices // length, device), on_device(flat_indices % length - length, device)
 
 
 def _at_head(
     model: nn.Module,
-    places: tuple[torch.Tensor, torch.Tensor],
+    indices: tuple[torch.Tensor, torch.Tensor],
     reduce: Callable[[nn.Module, torch.Tensor], torch.Tensor],
     observe: Observe | None,
     first: bool = False,
 ) -> contextlib.AbstractContextManager[Any]:
-    """Let the LM head see what `reduce` makes of the hidden states at U places (U, H), and not those of all.
+    """Let the LM head see what `reduce` makes of the hidden states at U indices (U, H), and not those of all.
 
     A hook on the head picks them, so that whatever a model does to its logits afterwards still happens. `observe` is
     called with all hidden states, (B, T, H). `first` puts the hook before those that are there.
     """
-    rows, back = places
+    rows, columns = indices
     picking = False
 
     def pick(module: nn.Module, args: tuple) -> tuple | None:
@@ -241,8 +241,8 @@ def _at_head(
         hidden = args[0]  # (B, T, H)
         if observe is not None:
             observe(hidden)
-        picked = hidden[rows.to(hidden.device), back.to(hidden.device)]
-        given = reduce(module, picked).unsqueeze(0)
+        picked = hidden[rows.to(hidden.device), columns.to(hidden.device)]  # (U, H)
+        given = reduce(module, picked).unsqueeze(0)  # (1, U, H), or (1, 1, H)
         picking = False
         return (given, *args[1:])
 

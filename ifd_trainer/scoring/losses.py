@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..method import equations as equations
 from ..method.reasons import Status
 from .engine import Engine, EngineName, model_device
-from .eval_guard import borrowed
+from .eval_guard import eval_mode
 from .forward import Batch, LaunchedBatch
 from .model_notes import noted
 from .model_parts import lm_head, text_config, unwrapped
@@ -42,8 +42,8 @@ _HALVED = 0.55
 
 
 @dataclass
-class _Fits:
-    """The most tokens of a batch, since one did not fit in memory."""
+class MemoryLimit:
+    """The most tokens of a batch that are tried, since one did not fit in memory."""
 
     tokens: float = float("inf")
 
@@ -178,11 +178,11 @@ def prompt_features(
     perplexity = np.full(len(prompts), np.nan)
     embeddings = np.full((len(prompts), 0), np.nan, dtype=np.float32)
     sizes = [len(prompts[i]) for i in present]
-    for batch, losses, pooled in _forwards(model, segments, sizes, **options):
+    for batch, losses, means in _forwards(model, segments, sizes, **options):
         if not embeddings.shape[1]:
-            embeddings = np.full((len(prompts), pooled.shape[1]), np.nan, dtype=np.float32)
+            embeddings = np.full((len(prompts), means.shape[1]), np.nan, dtype=np.float32)
         perplexity[present[batch]] = np.exp(losses)
-        embeddings[present[batch]] = pooled
+        embeddings[present[batch]] = means
     perplexity[[len(ids) < 2 for ids in prompts]] = np.nan
     return embeddings, perplexity
 
@@ -190,7 +190,7 @@ def prompt_features(
 def _forwards(
     model: nn.Module,
     segments: Sequence[Segment],
-    pooled: Sequence[int] | None = None,
+    pooled_tokens: Sequence[int] | None = None,
     *,
     device: torch.device | str | None = None,
     token_budget: int | None = None,
@@ -201,47 +201,47 @@ def _forwards(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Run all segments in batches; their positions, their mean NLL and their mean hidden states.
 
-    `pooled` says how many tokens of each segment, from the first, are averaged; None for no hidden states.
+    `pooled_tokens` says how many tokens of each segment, from the first, are averaged; None for no hidden states.
     """
     if not segments and forwards is None:
         return  # with `forwards`, trying out is done by all processes or by none
     device = torch.device(device) if device is not None else model_device(model)
     lengths = [len(segment.ids) for segment in segments]
-    with borrowed(model, device):
-        runner = Engine.of(model, device, engine, sharded)
+    with eval_mode(model, device):
+        chosen = Engine.for_model(model, device, engine, sharded)
         if not token_budget:
             # Forwards that other processes would have to share in are not spent on measuring.
             alone = not sharded and (forwards is None or unwrapped(model) is model)
-            run, scored_budget = runner.nll if alone else None, runner.scored_budget(segments)
-            token_budget = measured_budget(model, lengths, scored_budget, device, run, runner.setting)
+            run, scored_budget = chosen.nll if alone else None, chosen.scored_budget(segments)
+            token_budget = measured_budget(model, lengths, scored_budget, device, run, chosen.setting)
         # A job has a call for each of its parts, and not all of them are to find out anew.
-        fits = noted(model, "most tokens", runner.setting, _Fits)
-        batches = runner.batches(segments, int(min(token_budget, fits.tokens)))
+        limit = noted(model, "most tokens", chosen.setting, MemoryLimit)
+        batches = chosen.batches(segments, int(min(token_budget, limit.tokens)))
         if remembers_lengths(text_config(model)):
-            runner.nll(_NOTHING)  # what was scored or tried out before is forgotten
+            chosen.nll(_NOTHING)  # what was scored or tried out before is forgotten
         idle = 0 if forwards is None else forwards(len(batches)) - len(batches)
 
         def lay_out(rows: np.ndarray) -> Batch:
-            return runner.lay_out([segments[i] for i in rows])
+            return chosen.lay_out([segments[i] for i in rows])
 
         def begin(rows: np.ndarray, batch: Batch) -> LaunchedBatch:
-            return runner.launch(batch, None if pooled is None else [pooled[i] for i in rows])
+            return chosen.launch(batch, None if pooled_tokens is None else [pooled_tokens[i] for i in rows])
 
-        for rows, pending in _in_turn(lay_out, begin, batches, device, fits, halve=not sharded):
-            nll, means = pending.nll(), pending.means()
+        for rows, launched in run_in_turn(lay_out, begin, batches, device, limit, halve=not sharded):
+            nll, means = launched.nll(), launched.means()
             if progress is not None:
                 progress(sum(lengths[i] for i in rows))
             yield rows, nll, means
         for _ in range(idle):
-            runner.nll(_NOTHING)
+            chosen.nll(_NOTHING)
 
 
-def _in_turn(
+def run_in_turn(
     lay_out: Callable[[np.ndarray], Batch],
     begin: Callable[[np.ndarray, Batch], LaunchedBatch],
     batches: list[np.ndarray],
     device: torch.device,
-    fits: _Fits,
+    limit: MemoryLimit,
     halve: bool = True,
 ) -> Iterator[tuple[np.ndarray, LaunchedBatch]]:
     """Run batches one after another; what they give is waited for once the next one is launched, but for a CPU.
@@ -264,9 +264,10 @@ def _in_turn(
                     f"Out of memory on {device} while scoring {len(rows)} rows in a batch with a model whose weights "
                     "are spread over processes. Lower token_budget."
                 ) from error
-        if fits.tokens == float("inf"):
-            logger.warning("Out of memory on %s with %d tokens in a batch: going on with half.", device, batch.ids.size)
-        fits.tokens = _HALVED * batch.ids.size
+        tokens = batch.input_ids.size
+        if limit.tokens == float("inf"):
+            logger.warning("Out of memory on %s with %d tokens in a batch: going on with half.", device, tokens)
+        limit.tokens = _HALVED * tokens
         if device.type == "cuda":
             torch.cuda.empty_cache()  # not before the error is gone, whose traceback holds what the forward had made
         return None
@@ -275,12 +276,12 @@ def _in_turn(
     while queue:
         rows = queue.pop()
         batch = lay_out(rows)
-        pending = attempt(rows, batch) if batch.ids.size <= fits.tokens or len(rows) == 1 else None
-        if pending is None:
+        running = attempt(rows, batch) if batch.input_ids.size <= limit.tokens or len(rows) == 1 else None
+        if running is None:
             half = len(rows) // 2
             queue += [rows[half:], rows[:half]]
             continue
-        launched.append((rows, pending))
+        launched.append((rows, running))
         while len(launched) > (device.type != "cpu"):
             yield launched.popleft()
     yield from launched

@@ -1,9 +1,9 @@
-"""Many segments as one stream of tokens: no padding, and shared beginnings computed once.
+"""Many segments packed into one sequence, a stream: no padding, and shared prefixes computed once.
 
 The segments of a batch form a prefix tree: rows of one format share its preamble, rows of one instruction share the
 prompt, equal rows share everything. Each edge of the tree becomes a span of the stream; its tokens attend to the
 tokens on the path from the root and, causally, to each other. The result for every token is the one it has in its own
-segment.
+segment. Padded rows instead took SmolLM2-135M 1.3 times as long for Alpaca rows, and more where more is shared.
 
     "Below is ... Instruction:\\n" + "Name a fruit." ...        spans: preamble | Name a ... | Add 2 ...
     "Below is ... Instruction:\\n" + "Add 2 and 2." ...
@@ -24,11 +24,11 @@ SPAN_COST = 8
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens start to end of a stream, and the stream positions of the tokens before them, in order."""
+    """Tokens start to end of a stream, and the indices in it of the tokens before them, in order."""
 
     start: int
     end: int
-    path: np.ndarray
+    prefix: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -36,72 +36,59 @@ class Stream:
     """T tokens for n segments.
 
     Attributes:
-        ids: (T,) token ids.
-        positions: (T,) each token's position in its own segment.
+        input_ids: (T,) token ids.
+        position_ids: (T,) each token's position in its own segment.
         spans: partition of the stream, in order.
-        places: for each segment, the stream position of each of its tokens.
+        token_indices: for each segment, the indices of its tokens in the stream.
     """
 
-    ids: np.ndarray
-    positions: np.ndarray
+    input_ids: np.ndarray
+    position_ids: np.ndarray
     spans: list[Span]
-    places: list[np.ndarray]
-
-    def lengthened(self, tokens: int) -> Stream:
-        """With tokens at its end that are of no segment, so that it has so many.
-
-        >>> build_stream([[7, 8, 9]]).lengthened(4).ids.tolist()
-        [7, 8, 9, 0]
-        """
-        length, added = len(self.ids), tokens - len(self.ids)
-        if not added:
-            return self
-        behind = Span(length, tokens, np.empty(0, dtype=np.int64))
-        ids = np.concatenate([self.ids, np.zeros(added, dtype=np.int64)])
-        return Stream(ids, np.concatenate([self.positions, np.arange(added)]), [*self.spans, behind], self.places)
+    token_indices: list[np.ndarray]
 
 
 def build_stream(segments: Sequence[Sequence[int]]) -> Stream:
     """The stream of a batch of segments.
 
-    >>> build_stream([[1, 2, 3], [1, 2, 3]]).ids.tolist()
+    >>> build_stream([[1, 2, 3], [1, 2, 3]]).input_ids.tolist()
     [1, 2, 3]
     """
     order = sorted(range(len(segments)), key=lambda i: segments[i])
     ids: list[int] = []
     positions: list[int] = []
     spans: list[Span] = []
-    places: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(segments)
+    token_indices: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(segments)
 
-    def emit(tokens: Sequence[int], path: np.ndarray) -> np.ndarray:
-        """Append a span behind `path`; the path that now includes it."""
+    def emit(tokens: Sequence[int], prefix: np.ndarray) -> np.ndarray:
+        """Append a span behind `prefix`; the prefix that now includes it."""
         if not len(tokens):
-            return path
+            return prefix
         start = len(ids)
         ids.extend(tokens)
-        positions.extend(range(len(path), len(path) + len(tokens)))
-        spans.append(Span(start, len(ids), path))
-        return np.concatenate([path, np.arange(start, len(ids))])
+        positions.extend(range(len(prefix), len(prefix) + len(tokens)))
+        spans.append(Span(start, len(ids), prefix))
+        return np.concatenate([prefix, np.arange(start, len(ids))])
 
     todo = [(0, len(order), np.empty(0, dtype=np.int64))] if segments else []
     while todo:
-        low, high, path = todo.pop()
+        low, high, prefix = todo.pop()
         first, last = segments[order[low]], segments[order[high - 1]]
-        depth, shared = len(path), common_prefix_length(first, last)
+        depth, shared = len(prefix), common_prefix_length(first, last)
         if shared == len(last):  # all alike
-            path = emit(first[depth:], path)
+            prefix = emit(first[depth:], prefix)
             for i in order[low:high]:
-                places[i] = path
+                token_indices[i] = prefix
             continue
         if (shared - depth) * (high - low - 1) >= SPAN_COST:
-            path = emit(first[depth:shared], path)
+            prefix = emit(first[depth:shared], prefix)
         # Beyond `shared` the segments differ: one part for each next token (none for a segment that ends here).
         start = low
         for i in range(low + 1, high + 1):
             if i == high or segments[order[i]][: shared + 1] != segments[order[start]][: shared + 1]:
-                todo.append((start, i, path))
+                todo.append((start, i, prefix))
                 start = i
-    return Stream(np.array(ids, dtype=np.int64), np.array(positions, dtype=np.int64), spans, places)
+    return Stream(np.array(ids, dtype=np.int64), np.array(positions, dtype=np.int64), spans, token_indices)
 
 
 def stream_batches(

@@ -30,10 +30,10 @@ def _works(name: str, release: str, trial: Callable[[], bool], otherwise: str) -
     try:
         if trial():
             return True
-        found = "it does something else"
+        outcome = "it does something else"
     except _CHANGED as error:
-        found = f"{type(error).__name__}: {one_line(error)}"
-    logger.warning("%s does not work as expected in %s (%s). %s", name, release, found, otherwise)
+        outcome = f"{type(error).__name__}: {one_line(error)}"
+    logger.warning("%s does not work as expected in %s (%s). %s", name, release, outcome, otherwise)
     return False
 
 
@@ -52,8 +52,8 @@ def has_onednn_linear() -> bool:
     def trial() -> bool:
         exact = {"dtype": torch.float32, "device": "cpu"}
         x, weight = torch.tensor([[1.0, 2.0]], **exact), torch.tensor([[3.0, 5.0], [4.0, 6.0]], **exact).t()
-        found = [onednn_linear(x, weight, bias).tolist() for bias in (None, torch.tensor([0.5, -1.0], **exact))]
-        return found == [[[11.0, 17.0]], [[11.5, 16.0]]]
+        products = [onednn_linear(x, weight, bias).tolist() for bias in (None, torch.tensor([0.5, -1.0], **exact))]
+        return products == [[[11.0, 17.0]], [[11.5, 16.0]]]
 
     return _works(
         "torch.ops.mkldnn._linear_pointwise",

@@ -72,5 +72,5 @@ def window(config: Any) -> int | None:
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
     """Parameters of the rotary embeddings: one set, or one for each type of layer."""
-    found = getattr(config, "rope_parameters", None) or {}
-    return [found] if "rope_type" in found else [value for value in found.values() if isinstance(value, dict)]
+    ropes = getattr(config, "rope_parameters", None) or {}
+    return [ropes] if "rope_type" in ropes else [value for value in ropes.values() if isinstance(value, dict)]

@@ -1,15 +1,17 @@
 """Attention when many rows stand in one stream of tokens: each token sees those of its own row, and no others.
 
 `scoring.prefix_stream` cuts the stream into spans, of which each knows the tokens before it. While a model runs inside
-`attending`, its layers call a function of this module, registered with transformers' attention interface.
+`attending`, its layers call a function of this module, registered with transformers' attention interface. With a mask
+(1, 1, T, T) for transformers' own attention instead, SmolLM2-135M took 1.7 times as long for real rows, since all pairs
+of tokens are computed; and a model whose attention is something else (windows, sinks) would not be found out.
 
 Two ways to the same numbers:
 
 - a call of PyTorch's `scaled_dot_product_attention` for each span: everywhere;
-- one call of a variable-length flash attention kernel for all spans, with the keys of each span's path gathered before
-  its own: float16 and bfloat16 on CUDA, where PyTorch or the package flash-attn has such a kernel. Its causal mask has
-  to be aligned with the last key, so that the queries of a span see all of its path. `attending(check=True)` compares
-  it with the first way, on the values of every layer.
+- one call of a variable-length flash attention kernel for all spans, with the keys of each span's prefix gathered
+  before its own: float16 and bfloat16 on CUDA, where PyTorch or the package flash-attn has such a kernel. Its causal
+  mask has to be aligned with the last key, so that the queries of a span see all of its prefix. `attending(check=True)`
+  compares it with the first way, on the values of every layer.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class NotExact(Exception):
     """The model asks for an attention that is not computed here, or a kernel gives other numbers."""
 
 
-class Plan:
+class AttentionPlan:
     """How the tokens of a stream attend, laid out on the host.
 
     Args:
@@ -65,9 +67,33 @@ class Plan:
         self.spans, self.device = spans, device
         self.tokens = spans[-1].end if spans else 0
         self.kernel = varlen_kernel(device)
-        self.packed = None if self.kernel is None else _packed(spans)
+        self.check = False
         self.dtype: torch.dtype | None = None  # what the attention was computed in, once it was
         self.layers = 0  # that attended by this plan
+        self._packed = None if self.kernel is None else _packed(spans)
+        self._sent: dict[torch.device, list] = {}
+
+    def packed(self, device: torch.device) -> list:
+        """What the kernel is given, its arrays on a device; a model may be spread over several."""
+        return self._sent.get(device) or self._send(device)
+
+    def _send(self, device: torch.device) -> list:
+        sent = [on_device(part, device) if isinstance(part, np.ndarray) else part for part in self._packed]
+        self._sent[sent[1].device] = sent  # "cuda" was sent to "cuda:0"
+        return sent
+
+    @cached_property
+    def masked(self) -> list[tuple[int, int, torch.Tensor | None, torch.Tensor | None]]:
+        """Start, end, keys and mask of each span, on the host; the last two are None for one without a prefix."""
+        return [_masked(span) for span in self.spans]
+
+
+def _masked(span: Span) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
+    if not len(span.prefix):
+        return span.start, span.end, None, None
+    size, before = span.end - span.start, len(span.prefix)
+    mask = torch.ones(size, before + size, dtype=torch.bool).tril(before)  # all of the prefix, then causal
+    return span.start, span.end, torch.from_numpy(_keys(span)), mask
 
 
 Packed = tuple[np.ndarray | None, np.ndarray, np.ndarray, int, int]
@@ -76,10 +102,10 @@ Packed = tuple[np.ndarray | None, np.ndarray, np.ndarray, int, int]
 def _packed(spans: Sequence[Span]) -> Packed:
     """What a kernel is given for all spans: the keys to gather (S,), and the ends and longest of queries and of keys.
 
-    The keys are None where they are the stream itself, since no span has a path.
+    The keys are None where they are the stream itself, since no span has a prefix.
     """
     queries = np.array([span.end - span.start for span in spans])
-    keys = queries + [len(span.path) for span in spans]
+    keys = queries + [len(span.prefix) for span in spans]
     gathered = np.concatenate([_keys(span) for span in spans]) if (keys > queries).any() else None
     ends = (np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32) for sizes in (queries, keys))
     return gathered, *ends, int(queries.max()), int(keys.max())
@@ -87,46 +113,15 @@ def _packed(spans: Sequence[Span]) -> Packed:
 
 def _keys(span: Span) -> np.ndarray:
     """Places in the stream that the last token of a span sees, in order."""
-    return np.concatenate([span.path, np.arange(span.start, span.end)])
+    return np.concatenate([span.prefix, np.arange(span.start, span.end)])
 
 
-class _Running:
-    """The plan of the forward that runs now; what the kernel needs is on its device before the forward begins."""
-
-    def __init__(self, plan: Plan, check: bool) -> None:
-        self.plan, self.check, self.kernel = plan, check, plan.kernel
-        self._packed: dict[torch.device, list] = {}
-        if plan.packed is not None:
-            self._send(plan.device)
-
-    def packed(self, device: torch.device) -> list:
-        """The plan's numbers and, on a device, its arrays; a model may be spread over several."""
-        return self._packed.get(device) or self._send(device)
-
-    def _send(self, device: torch.device) -> list:
-        sent = [on_device(part, device) if isinstance(part, np.ndarray) else part for part in self.plan.packed]
-        self._packed[sent[1].device] = sent  # "cuda" was sent to "cuda:0"
-        return sent
-
-    @cached_property
-    def masked(self) -> list[tuple[int, int, torch.Tensor | None, torch.Tensor | None]]:
-        """Start, end, keys and mask of each span, on the host; the last two are None for one without a path."""
-        return [self._masked(span) for span in self.plan.spans]
-
-    def _masked(self, span: Span) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
-        if not len(span.path):
-            return span.start, span.end, None, None
-        size, before = span.end - span.start, len(span.path)
-        mask = torch.ones(size, before + size, dtype=torch.bool).tril(before)  # all of the path, then causal
-        return span.start, span.end, torch.from_numpy(_keys(span)), mask
-
-
-_running: _Running | None = None
+_active: AttentionPlan | None = None
 
 
 @contextlib.contextmanager
-def attending(model: nn.Module, plan: Plan, check: bool = False) -> Iterator[None]:
-    """Let every attention layer of `model` attend along spans: each sees its path and, causally, itself.
+def attending(model: nn.Module, plan: AttentionPlan, check: bool = False) -> Iterator[None]:
+    """Let every attention layer of `model` attend along spans: each sees its prefix and, causally, itself.
 
     Args:
         model: a model of transformers.
@@ -136,10 +131,12 @@ def attending(model: nn.Module, plan: Plan, check: bool = False) -> Iterator[Non
     Raises:
         NotExact: from the model's forward, for attention that is something else, or when the two ways differ.
     """
-    global _running
+    global _active
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
-    _running = _Running(plan, check)
+    _active, plan.check = plan, check
+    if plan.kernel is not None:
+        plan.packed(plan.device)  # there before the forward begins
     try:
         for config, _ in before:
             set_attention(config, _NAME)
@@ -147,7 +144,7 @@ def attending(model: nn.Module, plan: Plan, check: bool = False) -> Iterator[Non
     finally:
         for config, name in before:
             set_attention(config, name)
-        _running = None
+        _active = None
 
 
 def varlen_kernel(device: torch.device) -> Kernel | None:
@@ -211,29 +208,29 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in place of its own attention; (1, T, heads, D)."""
     harmless = {"is_causal": True}  # of other switches, those that are off
-    told = [
+    unknown = [
         name
         for name, value in kwargs.items()
         if name not in _OF_NO_EFFECT and value is not None and value is not harmless.get(name, False)
     ]
-    if attention_mask is not None or told:
-        raise NotExact(f"the model's attention has a mask or something else of its own: {told}")
-    if not query.shape[2] == key.shape[2] == _running.plan.tokens:
+    if attention_mask is not None or unknown:
+        raise NotExact(f"the model's attention has a mask or something else of its own: {unknown}")
+    if not query.shape[2] == key.shape[2] == _active.tokens:
         raise NotExact("the model attends to other tokens than those of the stream, such as virtual ones")
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    _running.plan.dtype = dtype
-    _running.plan.layers += 1
-    if _running.kernel is None or dtype not in HALF:
-        if _running.check and kind != "cpu":
+    _active.dtype = dtype
+    _active.layers += 1
+    if _active.kernel is None or dtype not in HALF:
+        if _active.check and kind != "cpu":
             raise NotExact(f"there is no variable-length kernel for {dtype}, and a call for each span is slow there")
         return _by_span(query, key, value, scaling), None
-    found = _by_kernel(query.to(dtype), key.to(dtype), value.to(dtype), scaling)
-    if _running.check:
+    out = _by_kernel(query.to(dtype), key.to(dtype), value.to(dtype), scaling)
+    if _active.check:
         wanted = _by_span(query.float(), key.float(), value.float(), scaling)
-        if not (found.float() - wanted).abs().max() <= _KERNEL_TOLERANCE * wanted.abs().max():  # NaN is not either
+        if not (out.float() - wanted).abs().max() <= _KERNEL_TOLERANCE * wanted.abs().max():  # NaN is not either
             raise NotExact("the variable-length kernel gives other numbers")
-    return found, None
+    return out, None
 
 
 AttentionInterface.register(_NAME, _attention)
@@ -243,8 +240,8 @@ def _by_span(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    out = torch.empty_like(query)
-    for start, end, keys, mask in _running.masked:
+    out = torch.empty_like(query)  # (1, heads, T, D)
+    for start, end, keys, mask in _active.masked:
         if keys is not None:
             keys, mask = keys.to(key.device), mask.to(key.device)
         k, v = (key[:, :, start:end], value[:, :, start:end]) if keys is None else (key[:, :, keys], value[:, :, keys])
@@ -255,8 +252,8 @@ def _by_span(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
 
 
 def _by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-    gathered, *lengths = _running.packed(query.device)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    gathered, *lengths = _active.packed(query.device)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D), (T, key heads, D)
     if gathered is not None:
-        k, v = k[gathered], v[gathered]
-    return _running.kernel(q, k, v, *lengths, scale)[None]
+        k, v = k[gathered], v[gathered]  # (S, key heads, D)
+    return _active.kernel(q, k, v, *lengths, scale)[None]

@@ -10,6 +10,11 @@ A quarter of the device's memory is planned with, and not more than 3 GiB: by ar
 tokens in a batch then, and its products do not get faster with more. What is free changes from epoch to epoch, and from
 a run to its resumption, whose batches, and with them the rounding of scores, are to be the same: half of it is planned
 with only where that is less. Free is what the driver has and what the allocator holds without using it.
+
+accelerate's `find_executable_batch_size` was tried in place of this and of the halving in `losses.run_in_turn`. It takes
+0.9 of what did not fit: 14 forwards fail where a quarter fits (halves: 3), and 57 for a row that never fits, which it
+does not name. It empties the cache and collects garbage before each call (1.2 s beside a 135M model on a busy CPU), and
+it goes by what is free at the time.
 """
 
 from __future__ import annotations
@@ -59,8 +64,8 @@ class Footprint:
         >>> Footprint(fixed=2**20, per_token=2**16).tokens(2**29)
         7936
         """
-        found = (planned - self.fixed) / self.per_token
-        return rounded_down(int(min(max(found, LEAST_TOKENS), MOST_TOKENS)))
+        fits = (planned - self.fixed) / self.per_token
+        return rounded_down(int(min(max(fits, LEAST_TOKENS), MOST_TOKENS)))
 
 
 def token_budget(

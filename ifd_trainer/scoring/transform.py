@@ -329,7 +329,7 @@ class IFDScorer:
             torch.set_num_threads(1)
         dtype = self.dtype or default_dtype(self._config, device)
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 self.name, dtype=dtype, output_loading_info=True, **self.hub
             )
         except SafetensorError as error:
@@ -340,7 +340,7 @@ class IFDScorer:
         except (OSError, ValueError) as error:
             raise FileAccessError(f"The weights in {self.name} cannot be loaded: {one_line(error)}") from error
         check_causal_lm(model)
-        if missing := sorted(found["missing_keys"]):
+        if missing := sorted(loading["missing_keys"]):
             raise UserError(
                 f"{self.name} lacks {len(missing)} of the weights of a {type(model).__name__} ({', '.join(missing[:3])}"
                 f"{', ...' if len(missing) > 3 else ''}), so they would be random: it holds another kind of model, or "

@@ -58,11 +58,11 @@ def weights_digest(model: nn.Module) -> str:
     adapters were added.
     """
     digest = hashlib.blake2b(digest_size=16)
-    told = _Told()
+    texts = _StableText()
     for name, module in sorted(model.named_modules()):
-        digest.update(f"\n{name} {told.of_module(module)}".encode())
+        digest.update(f"\n{name} {texts.of_module(module)}".encode())
     if hasattr(model, "config"):
-        digest.update(told.of(model.config).encode())
+        digest.update(texts.of(model.config).encode())
     state = model.state_dict()
     for name in sorted(state):
         _update(digest, name, state[name])
@@ -80,22 +80,22 @@ def checkpoint_digest(name: str, revision: str | None = None, trust_remote_code:
         folder = Path(name)
         files = [path for path in sorted(folder.iterdir()) if path.suffix in _WEIGHT_FILES and path.is_file()]
         stamps = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        found = [_files_digest(tuple(stamps))]
+        digests = [_files_digest(tuple(stamps))]
         config = folder / "config.json"
     else:
         # The cache has a folder for each commit. The config itself does not tell it, and may need remote code.
         config = Path(cached_file(name, "config.json", revision=revision))
-        found = [f"{name}@{config.parent.name}"]
+        digests = [f"{name}@{config.parent.name}"]
     for repo, file in sorted(_code_elsewhere(config).items() if trust_remote_code else ()):
         local = os.path.isdir(repo)
-        found.append(checkpoint_digest(repo) if local else f"{repo}@{Path(cached_file(repo, file)).parent.name}")
-    return "+".join(found)
+        digests.append(checkpoint_digest(repo) if local else f"{repo}@{Path(cached_file(repo, file)).parent.name}")
+    return "+".join(digests)
 
 
 def _code_elsewhere(config: Path) -> dict[str, str]:
     """Other repositories that a checkpoint takes code from, and a file of each."""
-    found = (_read(config).get("auto_map") or {}).values()
-    references = [name for value in found for name in ([value] if isinstance(value, str) else value) if name]
+    classes = (_read(config).get("auto_map") or {}).values()
+    references = [name for value in classes for name in ([value] if isinstance(value, str) else value) if name]
     parts = [reference.split("--", 1) for reference in references if "--" in reference]
     return {repo: f"{path.split('.')[0]}.py" for repo, path in parts}
 
@@ -117,7 +117,7 @@ def _files_digest(stamps: tuple[tuple[Path, int, int], ...]) -> str:
 
 def _update(digest: Any, name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):  # what a module saves beside its tensors
-        digest.update(f"{name}{_Told().of(tensor)}".encode())
+        digest.update(f"{name}{_StableText().of(tensor)}".encode())
         return
     digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
     digest.update(memoryview(_bytes(tensor)))
@@ -136,7 +136,7 @@ def _tables(model: nn.Module, saved: Collection[str]) -> Iterator[tuple[str, tor
             yield name, buffer
 
 
-class _Told:
+class _StableText:
     """Texts that tell values, modules and code apart, the same in every process; code is told once."""
 
     def __init__(self) -> None:
@@ -182,14 +182,14 @@ class _Told:
         if isinstance(value, type):
             return self.of_class(value)
         if isinstance(value, PretrainedConfig):
-            told = _without(value.to_dict(), _NOT_IN_DIGEST)
-            return self.of(told | {"attention": getattr(value, "_attn_implementation", None)})
+            settings = _without(value.to_dict(), _NOT_IN_DIGEST)
+            return self.of(settings | {"attention": getattr(value, "_attn_implementation", None)})
         if hasattr(value, "peft_type") and hasattr(value, "to_dict"):
             return self.of(_without(value.to_dict(), _NOT_OF_ADAPTERS))
-        told = self.of_class(type(value))
+        kind = self.of_class(type(value))
         if isinstance(value, nn.Module) or not _own(type(value).__module__) or self._known(value):
-            return told
-        return f"{told}{self.of(getattr(value, '__dict__', None))}"
+            return kind
+        return f"{kind}{self.of(getattr(value, '__dict__', None))}"
 
     def of_class(self, kind: type) -> str:
         """Its name, and its code if that is of no installed package."""
@@ -256,7 +256,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 def _code(code: types.CodeType) -> str:
     """What code does, without where it stands."""
-    constants = [_code(one) if isinstance(one, types.CodeType) else _Told().of(one) for one in code.co_consts]
+    constants = [_code(one) if isinstance(one, types.CodeType) else _StableText().of(one) for one in code.co_consts]
     return f"{code.co_code.hex()}{code.co_names}{code.co_varnames}{code.co_freevars}{constants}"
 
 
@@ -279,10 +279,10 @@ def _own(module: str | None) -> bool:
     """Whether a module is of no installed package, such as a script, a notebook or a checkpoint's own code."""
     if module is None or module.split(".")[0] in sys.builtin_module_names:
         return False
-    found = sys.modules.get(module)
-    file = getattr(found, "__file__", None)
+    loaded = sys.modules.get(module)
+    file = getattr(loaded, "__file__", None)
     if file is None:
-        return getattr(getattr(found, "__spec__", None), "origin", None) not in ("built-in", "frozen")
+        return getattr(getattr(loaded, "__spec__", None), "origin", None) not in ("built-in", "frozen")
     installed = any(part in _INSTALLED for part in Path(file).parts)
     return not installed and not file.startswith(sysconfig.get_path("stdlib"))
 

@@ -1,27 +1,28 @@
 """All rows of a trainer's pool through a model: their scores, and how the model sees their prompts.
 
-Several processes share the rows out by tokens, and each ends up with the values of all of them. With sharded weights
+Each process runs a share of the rows and gets the values of all of them (see `scoring.processes`). With sharded weights
 they run the same number of forwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
-from ..data.encoding import Encoder, share_out, token_count
+from ..data.encoding import Encoder, token_count
 from ..data.formats import Example
 from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
 from ..method.reasons import Status
 from ..scoring.losses import Scores, prompt_features, score_pairs
+from ..scoring.processes import run_shares
 from ..scoring.transform import IFD_COLUMNS, IFDScorer
 from .pool import Pool
 from .trainer_hooks import scoring_model
@@ -52,7 +53,7 @@ class PoolScorer:
     ) -> None:
         self.trainer, self.encoder, self.other, self.token_budget = trainer, encoder, other, token_budget
         self.embedder = embedder
-        self.rank, self.world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        self.rank, self.world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
 
     @property
     def name(self) -> str | None:
@@ -68,10 +69,10 @@ class PoolScorer:
         starts, ends = self.pool.spans(np.arange(len(self.pool))).T
         tokens = self.pool.lengths(np.arange(len(self.pool))) + ends - starts  # of both segments of a row
         if self.other is None:
-            columns = self._shared_out(tokens, lambda rows: self._own_scores(rows, prefix, description))
+            columns = self._run_shares(tokens, lambda rows: self._own_scores(rows, prefix, description))
         else:
             scorer = self._other_scorer(self.encoder.tokenizer.decode(prefix, skip_special_tokens=True))
-            columns = self._shared_out(tokens, lambda rows: self._other_scores(scorer, rows, description))
+            columns = self._run_shares(tokens, lambda rows: self._other_scores(scorer, rows, description))
         return Scores(**columns)
 
     def features(self, rows: np.ndarray | None = None, description: str = "Prompts") -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +87,7 @@ class PoolScorer:
                 embeddings, perplexity = prompt_features(prompts=prompts, progress=bar.update, **self._running())
             return {"embeddings": embeddings, "perplexity": perplexity}
 
-        columns = self._shared_out(starts, run)
+        columns = self._run_shares(starts, run)
         columns["perplexity"][starts == ends] = np.nan  # no answer: a row that no training can use
         return columns["embeddings"], columns["perplexity"]
 
@@ -107,11 +108,11 @@ class PoolScorer:
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
             prompts, _ = self._texts(rows[part])
             with self._progress(len(prompts), description) as bar:
-                found = embedder.embed(prompts) if isinstance(embedder, IFDScorer) else embedder(prompts)
+                embeddings = embedder.embed(prompts) if isinstance(embedder, IFDScorer) else embedder(prompts)
                 bar.update(len(prompts))
-            return {"embeddings": found}
+            return {"embeddings": embeddings}
 
-        return self._shared_out(self.pool.spans(rows)[:, 0], run)["embeddings"]
+        return self._run_shares(self.pool.spans(rows)[:, 0], run)["embeddings"]
 
     def _other_scorer(self, header: str) -> IFDScorer:
         return IFDScorer(
@@ -161,12 +162,11 @@ class PoolScorer:
     def _running(self) -> dict[str, Any]:
         """How the trainer's model is run."""
         model, sharded = scoring_model(self.trainer)
-        world = self.world
         return {
             "model": model,
             "device": self.trainer.args.device,
             "token_budget": self.token_budget,
-            "forwards": (lambda batches: max(_from_all(batches, world))) if world > 1 else None,
+            "forwards": (lambda batches: max(gather_object([batches]))) if self.world_size > 1 else None,
             "sharded": sharded,
         }
 
@@ -174,22 +174,10 @@ class PoolScorer:
         show = self.trainer.is_local_process_zero() and not self.trainer.args.disable_tqdm
         return tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=not show, leave=False)
 
-    def _shared_out(
+    def _run_shares(
         self, tokens: np.ndarray, run: Callable[[np.ndarray], dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        """Columns of all rows in their order; each process runs a part, with about the same number of tokens."""
-        parts, ran = [], []
-        for start in range(0, len(tokens), _CHUNK * self.world):
-            rows = np.arange(start, min(start + _CHUNK * self.world, len(tokens)))
-            shares = [rows[share] for share in share_out(tokens[rows], self.world)] if self.world > 1 else [rows]
-            ran.append(shares)
-            parts.append(run(shares[self.rank]))
-        columns = {name: _joined([part[name] for part in parts]) for name in parts[0]}
-        if self.world == 1:
-            return columns
-        found = _from_all(columns, self.world)
-        order = np.argsort(np.concatenate([share for shares in zip(*ran, strict=True) for share in shares]))
-        return {name: _joined([part[name] for part in found])[order] for name in columns}
+        return run_shares(run, tokens, self.rank, self.world_size, _CHUNK)
 
 
 @dataclass(frozen=True)
@@ -230,16 +218,3 @@ def _stored_scores(examples: Any) -> Scores:
     status = table["ifd_status"].fillna(Status.NONFINITE.value).to_numpy(dtype=object)
     tokens = table["answer_tokens"].fillna(0).to_numpy(dtype=np.int64)
     return Scores(**columns, answer_tokens=tokens, ifd_status=status)
-
-
-def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """One array of several; a part without rows does not know how wide the others are."""
-    parts = list(parts)
-    return np.concatenate([part for part in parts if len(part)] or parts[:1])
-
-
-def _from_all(value: Any, world: int) -> list[Any]:
-    """The value that each process has, in the order of their ranks."""
-    values: list[Any] = [None] * world
-    torch.distributed.all_gather_object(values, value)
-    return values

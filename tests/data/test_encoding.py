@@ -18,7 +18,6 @@ from ifd_trainer.data.encoding import (
     answer_span,
     direct_prefix,
     header_before,
-    share_out,
     token_budget_batches,
 )
 from ifd_trainer.data.formats import (
@@ -574,19 +573,3 @@ def test_the_longest_come_first_and_no_batch_could_take_the_next_row(lengths, bu
 
 def test_equal_lengths_keep_their_order():
     assert [batch.tolist() for batch in token_budget_batches([4] * 5, 8)] == [[0, 1], [2, 3], [4]]
-
-
-# ---- shares -----------------------------------------------------------------------------------------------------
-
-
-@given(tokens=st.lists(st.integers(0, 50), max_size=40), shares=st.integers(1, 5))
-def test_shares_are_a_partition_and_differ_by_less_than_a_row(tokens, shares):
-    dealt = share_out(tokens, shares)
-    assert len(dealt) == shares
-    assert sorted(np.concatenate(dealt).tolist()) == list(range(len(tokens)))
-    totals = [sum(tokens[i] for i in share) for share in dealt]
-    assert max(totals) - min(totals) <= max(tokens, default=0)
-
-
-def test_shares_go_by_tokens_and_not_by_rows():
-    assert [share.tolist() for share in share_out([10, 30, 10, 10], 2)] == [[1], [0, 2, 3]]

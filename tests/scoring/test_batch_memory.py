@@ -26,6 +26,7 @@ from ifd_trainer.scoring.token_budget import (
     device_memory,
     measure,
     planned_bytes,
+    token_budget,
 )
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def fake(monkeypatch):
     """Puts a made-up device under a model."""
 
     def under(model: nn.Module, total: int, **sizes: int) -> FakeMemory:
-        engine_module.Engine.of(model, CPU)  # tried out before tokens are counted
+        engine_module.Engine.for_model(model, CPU)  # tried out before tokens are counted
         memory = FakeMemory(model, total, **sizes)
         monkeypatch.setattr(memory_module, "device_memory", lambda device: memory)
         return memory
@@ -219,7 +220,7 @@ def test_little_to_score_is_not_measured(fake, budgets):
 def test_results_of_wide_layers_stay_below_32_mib_on_a_cpu(config, tokens):
     model = nn.Module()
     model.config = SimpleNamespace(**config)
-    assert memory_module._cpu_tokens(model) == tokens
+    assert token_budget(model, [], 1, CPU, None) == tokens
     assert onednn.rounded(tokens) == tokens  # a stream of this length gets no longer
     width = max([size for size in config.values() if size] or [1])
     assert tokens == 256 or tokens * width * 4 < 32 * MIB

@@ -25,7 +25,8 @@ from transformers import (
 from ifd_trainer.data.encoding import Segment
 from ifd_trainer.scoring import chunked_lm_head as head_module
 from ifd_trainer.scoring import engine as engine_module
-from ifd_trainer.scoring.chunked_lm_head import Logits, Targets
+from ifd_trainer.scoring.chunked_lm_head import ChunkedHead, Targets, chunk_positions, tile_width, whole_losses
+from ifd_trainer.scoring.engine import Engine
 from ifd_trainer.scoring.losses import answer_nll
 from ifd_trainer.scoring.onednn import rounded
 
@@ -89,7 +90,7 @@ class Projection(nn.Linear):
 
 
 def losses_of(
-    logits: Logits, head: nn.Module, hidden: torch.Tensor, which: np.ndarray, tokens: np.ndarray
+    logits: ChunkedHead, head: nn.Module, hidden: torch.Tensor, which: np.ndarray, tokens: np.ndarray
 ) -> np.ndarray:
     """Losses of tokens that are predicted at places in any order."""
     order, found = np.argsort(which, kind="stable"), np.empty(len(which))
@@ -128,7 +129,7 @@ def test_losses_are_those_of_whole_logits(kind, places, targets, vocabulary, val
         torch.no_grad(),
     ):
         logits = nn.functional.linear(hidden, head.weight, head.bias)
-        found = losses_of(Logits(vocabulary, lambda x: x * 0.5), head, hidden, which, wanted)
+        found = losses_of(ChunkedHead(vocabulary, lambda x: x * 0.5), head, hidden, which, wanted)
     np.testing.assert_allclose(found, exact_losses(logits * 0.5, which, wanted), rtol=ROUNDING, atol=1e-5)
     if kind is Projection:
         assert sum(head.seen) == places
@@ -143,7 +144,7 @@ def test_a_loss_near_zero_keeps_its_digits(monkeypatch):
         head.weight[150] = 36.0
         hidden = torch.ones(3, 1)
         logits = nn.functional.linear(hidden, head.weight)
-        found = losses_of(Logits(200, lambda x: x), head, hidden, np.array([0, 1, 2]), np.array([150, 150, 3]))
+        found = losses_of(ChunkedHead(200, lambda x: x), head, hidden, np.array([0, 1, 2]), np.array([150, 150, 3]))
     expected = exact_losses(logits, np.array([0, 1, 2]), np.array([150, 150, 3]))
     assert expected[0] < 1e-3
     np.testing.assert_allclose(found, expected, rtol=1e-3)  # of two float32 sums it would be 1e-2 off
@@ -158,8 +159,8 @@ def test_tokens_that_are_never_said(monkeypatch):
         head.bias[16:32] = -math.inf
         hidden = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
         which, targets = np.array([0, 1, 1]), np.array([1, 9, 40])
-        found = losses_of(Logits(50, lambda x: x), head, hidden, which, targets)
-        never = losses_of(Logits(50, lambda x: x), head, hidden, np.array([0, 1]), np.array([0, 20]))
+        found = losses_of(ChunkedHead(50, lambda x: x), head, hidden, which, targets)
+        never = losses_of(ChunkedHead(50, lambda x: x), head, hidden, np.array([0, 1]), np.array([0, 20]))
         logits = nn.functional.linear(hidden, head.weight, head.bias)
     np.testing.assert_allclose(found, exact_losses(logits, which, targets), rtol=ROUNDING)
     assert not np.isfinite(never).any()
@@ -170,7 +171,7 @@ def test_tokens_that_are_never_said(monkeypatch):
 def test_a_tile_is_the_vocabulary_or_a_power_of_two_that_fits(values, positions, monkeypatch):
     monkeypatch.setattr(head_module, "CPU_CHUNK_VALUES", values)
     for vocabulary in (1, 400, 151_936):
-        width = head_module._tile(positions, vocabulary)
+        width = tile_width(positions, vocabulary)
         assert width == vocabulary or width & (width - 1) == 0
         assert width == 1 or width * rounded(positions) <= values
         assert width == vocabulary or 2 * width * rounded(positions) > values
@@ -180,17 +181,17 @@ def test_a_tile_is_the_vocabulary_or_a_power_of_two_that_fits(values, positions,
 def test_a_loss_is_computed_in_float32_whatever_the_logits_are(dtype):
     logits = (20 * torch.randn(5, 8, generator=torch.Generator().manual_seed(0))).to(dtype)
     logits[3] = 100  # whose exponential is no float32
-    places, tokens = torch.tensor([4, 0, 3, 0]), torch.tensor([7, 1, 2, 0])
+    places, tokens = np.array([0, 0, 3, 4]), np.array([1, 0, 2, 7])
     exact, pairs = logits.double(), zip(places, tokens, strict=True)
     wanted = [math.log(sum(math.exp(x - exact[i][t]) for x in exact[i])) for i, t in pairs]
-    found = head_module._losses(logits.clone(), places, tokens)
+    found = whole_losses(logits.clone(), Targets.on(torch.device("cpu"), places, tokens))
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize(("vocabulary", "rows"), [(32_000, 4096), (128_256, 1024), (151_936, 768), (10**6, 256)])
 def test_a_chunk_on_an_accelerator_has_as_many_rows_as_products_like(vocabulary, rows):
-    assert head_module._chunk(vocabulary, torch.device("cuda")) == rows
+    assert chunk_positions(vocabulary, torch.device("cuda")) == rows
     assert rows * vocabulary <= head_module.ACCELERATOR_CHUNK_VALUES or rows == 256
 
 
@@ -212,7 +213,7 @@ def test_changed_logits_are_exact_in_chunks(name, sharded, engine, chunk, projec
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_change_of_logits_is_found_bit_for_bit(name, dtype):
     model = built(name).to(dtype)
-    logits = engine_module._logits(model, torch.device("cpu"), False)
+    logits = Engine.for_model(model, torch.device("cpu")).chunked_head
     values = (torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 20).to(dtype)
     assert torch.equal(logits.transform(values), CONFIGS[name][1](values))
     assert logits.vocabulary == VOCABULARY
@@ -226,7 +227,7 @@ def test_logits_in_float32_times_a_number_of_the_config(projected):
             return out
 
     model = Multiplied(build_model(VOCABULARY, lm_head_multiplier=0.3).config).bfloat16().eval()
-    change = engine_module._logits(model, torch.device("cpu"), False).transform
+    change = Engine.for_model(model, torch.device("cpu")).chunked_head.transform
     assert change(torch.tensor([2.0], dtype=torch.bfloat16)).tolist() == [pytest.approx(0.6, rel=1e-7)]
 
 
@@ -390,8 +391,9 @@ class Largest(TorchDispatchMode):
 def test_the_largest_tensor_does_not_grow_with_scored_tokens(engine, tiled, monkeypatch):
     vocabulary = 20_000
     monkeypatch.setattr(head_module, "CPU_CHUNK_VALUES", 64 * vocabulary)  # more than the head's weight
-    monkeypatch.setattr(head_module, "_is_a_matrix", lambda head: tiled)
     model = build_model(vocabulary, initializer_range=0.02)
+    if not tiled:
+        model.lm_head.register_forward_hook(lambda *_: None)  # more than a matrix, as far as anybody knows
     answer_nll(model, segments_of(1, vocabulary))
     largest = []
     for count in (10, 80):

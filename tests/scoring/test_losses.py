@@ -54,11 +54,18 @@ from ifd_trainer.data.formats import ALPACA, MESSAGES, PROMPT_COMPLETION, SHAREG
 from ifd_trainer.errors import UserError
 from ifd_trainer.method.reasons import Status
 from ifd_trainer.scoring import engine as engine_module
-from ifd_trainer.scoring import losses as scorer_module
 from ifd_trainer.scoring.engine import check_causal_lm, streams
-from ifd_trainer.scoring.eval_guard import borrowed
+from ifd_trainer.scoring.eval_guard import eval_mode
 from ifd_trainer.scoring.forward import LaunchedBatch, streamed
-from ifd_trainer.scoring.losses import Scores, answer_nll, prompt_features, score_pairs, token_progress
+from ifd_trainer.scoring.losses import (
+    MemoryLimit,
+    Scores,
+    answer_nll,
+    prompt_features,
+    run_in_turn,
+    score_pairs,
+    token_progress,
+)
 from ifd_trainer.scoring.model_parts import lm_head
 from ifd_trainer.scoring.span_attention import NotExact
 from ifd_trainer.scoring.transfer import HostCopy
@@ -647,7 +654,7 @@ def test_modes_come_back_after_an_error():
     before = [module.training for module in model.modules()]
 
     def fail() -> None:
-        with borrowed(model, torch.device("cpu")):
+        with eval_mode(model, torch.device("cpu")):
             assert not any(module.training for module in model.modules())
             raise RuntimeError("on purpose")
 
@@ -687,11 +694,11 @@ def test_random_states_of_accelerators_are_as_before(monkeypatch):
     model = build_model(400)
     monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
     monkeypatch.setattr(torch, "cuda", module)  # where PyTorch 2.6 looks
-    with borrowed(model, torch.device("cuda")):  # the model's weights are on the CPU, as with offloading
+    with eval_mode(model, torch.device("cuda")):  # the model's weights are on the CPU, as with offloading
         states.update({0: "a", 1: "b", 2: "c"})
     assert states == {0: "a", 1: "b", 2: "third"}
     monkeypatch.setattr(model, "parameters", lambda: [SimpleNamespace(device=torch.device("cuda", 1))])
-    with borrowed(model, torch.device("cuda", 0)):
+    with eval_mode(model, torch.device("cuda", 0)):
         states.update({0: "d", 1: "e", 2: "f"})
     assert states == {0: "a", 1: "b", 2: "f"}
 
@@ -790,16 +797,16 @@ def in_turn(
 
     def lay_out(rows):
         happened.append(f"laid out {rows.tolist()}")
-        return SimpleNamespace(ids=np.empty((1, sum(sizes[row] for row in rows))))
+        return SimpleNamespace(input_ids=np.empty((1, sum(sizes[row] for row in rows))))
 
     def launch(rows, batch):
-        if batch.ids.size > fits:
+        if batch.input_ids.size > fits:
             raise torch.OutOfMemoryError("on purpose")
         happened.append(f"launched {rows.tolist()}")
         return rows.tolist()
 
-    for rows, pending in scorer_module._in_turn(
-        lay_out, launch, [np.array(batch) for batch in batches], torch.device(device), scorer_module._Fits()
+    for rows, pending in run_in_turn(
+        lay_out, launch, [np.array(batch) for batch in batches], torch.device(device), MemoryLimit()
     ):
         assert rows.tolist() == pending
         happened.append(f"waited for {pending}")
@@ -859,9 +866,7 @@ def test_what_a_failed_forward_held_is_gone_before_the_next_one():
         return rows
 
     batches = [np.array([0, 1])]
-    found = list(
-        scorer_module._in_turn(lambda rows: SimpleNamespace(ids=rows), launch, batches, CPU, scorer_module._Fits())
-    )
+    found = list(run_in_turn(lambda rows: SimpleNamespace(input_ids=rows), launch, batches, CPU, MemoryLimit()))
     assert [rows.tolist() for rows, _ in found] == [[0], [1]]
     assert len(held) == 3
 

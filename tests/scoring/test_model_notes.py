@@ -65,9 +65,13 @@ def test_the_footprint_is_measured_once_for_a_length(monkeypatch):
     measured = []
     monkeypatch.setattr(memory_module, "device_memory", lambda device: "memory")
     monkeypatch.setattr(memory_module, "planned_bytes", lambda memory, device: 2**30)
-    monkeypatch.setattr(memory_module, "_tried", lambda *args: measured.append(args[1]) or Footprint(0, 2**18))
+    monkeypatch.setattr(memory_module, "measure", lambda run, *_: run(1024, True) or Footprint(0, 2**18))
     model = nn.Linear(1, 1)
-    budgets = [token_budget(model, [length] * 700, 9, CPU, print, "how") for length in (100, 120, 100, 300, 100)]
+
+    def run(segments: list[Segment]) -> None:
+        measured.append(len(segments[0].ids))
+
+    budgets = [token_budget(model, [length] * 700, 9, CPU, run, "how") for length in (100, 120, 100, 300, 100)]
     assert measured == [100, 300]
     assert budgets == [4096] * 5
     # What is known already needs no more tokens than are worth a trial.

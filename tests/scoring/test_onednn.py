@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from conftest import ROUNDING, build_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ifd_trainer.data.encoding import Segment
 from ifd_trainer.scoring.losses import answer_nll
@@ -21,22 +22,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")
 needs_onednn = pytest.mark.skipif(not available(), reason="no oneDNN, or another kind of processor")
 
 
+class Products(TorchDispatchMode):
+    """The shapes of what oneDNN's operator itself is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("mkldnn._linear_pointwise"):
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def products(monkeypatch) -> list[tuple[int, ...]]:
+def products() -> Iterator[list[tuple[int, ...]]]:
     """Shapes of what oneDNN was given."""
-    from ifd_trainer.scoring import onednn
-
-    seen = []
-    fits = onednn._fits
-
-    def watched(x, weight, bias):
-        found = fits(x, weight, bias)
-        if found:
-            seen.append(tuple(x.shape))
-        return found
-
-    monkeypatch.setattr(onednn, "_fits", watched)
-    return seen
+    available()  # tries a product out
+    with Products() as watched:
+        yield watched.shapes
 
 
 LAYOUTS = {
@@ -87,17 +91,13 @@ def test_rows_are_rounded_to_few_numbers(rows):
 
 
 @needs_onednn
-def test_products_are_of_few_shapes(monkeypatch):
-    shapes = []
-    product = torch.ops.mkldnn._linear_pointwise
-    watched = SimpleNamespace(_linear_pointwise=lambda x, *rest: shapes.append(tuple(x.shape)) or product(x, *rest))
-    monkeypatch.setattr(torch.ops, "mkldnn", watched)
+def test_products_are_of_few_shapes(products):
     x, layer = torch.randn(3, 1001, 7), nn.Linear(7, 5)
     with torch.no_grad():
         wanted = layer(x)
         with OneDNN():
             found = layer(x)
-    assert shapes == [(rounded(3003), 7)]
+    assert products == [(rounded(3003), 7)]
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -20,44 +20,33 @@ SEGMENTS = st.lists(
 @given(SEGMENTS)
 def test_each_segment_is_found_in_the_stream_at_its_own_positions(segments):
     stream = build_stream(segments)
-    for segment, places in zip(segments, stream.places, strict=True):
-        assert stream.ids[places].tolist() == segment
-        assert stream.positions[places].tolist() == list(range(len(segment)))
+    for segment, places in zip(segments, stream.token_indices, strict=True):
+        assert stream.input_ids[places].tolist() == segment
+        assert stream.position_ids[places].tolist() == list(range(len(segment)))
 
 
 @given(SEGMENTS)
 def test_spans_partition_the_stream_and_see_exactly_the_tokens_before_them(segments):
     stream = build_stream(segments)
-    assert [i for span in stream.spans for i in range(span.start, span.end)] == list(range(len(stream.ids)))
+    assert [i for span in stream.spans for i in range(span.start, span.end)] == list(range(len(stream.input_ids)))
     before = {i: span for span in stream.spans for i in range(span.start, span.end)}
-    for places in stream.places:
+    for places in stream.token_indices:
         for depth, place in enumerate(places.tolist()):
             span = before[place]
-            seen = [*span.path.tolist(), *range(span.start, place)]
+            seen = [*span.prefix.tolist(), *range(span.start, place)]
             assert seen == places[:depth].tolist()
 
 
 @given(SEGMENTS)
 def test_a_stream_is_never_longer_than_its_segments(segments):
-    assert len(build_stream(segments).ids) <= sum(map(len, segments))
+    assert len(build_stream(segments).input_ids) <= sum(map(len, segments))
 
 
 def test_a_shared_beginning_is_computed_once_where_it_pays():
     long, short = list(range(SPAN_COST)), list(range(SPAN_COST - 1))
-    assert len(build_stream([[*long, 100], [*long, 200]]).ids) == SPAN_COST + 2
-    assert len(build_stream([[*short, 100], [*short, 200]]).ids) == 2 * SPAN_COST
-    assert len(build_stream([[*short, 100]] * 5).ids) == SPAN_COST  # equal segments are one
-
-
-@given(SEGMENTS, st.integers(0, 9))
-def test_tokens_behind_all_segments_change_none(segments, added):
-    stream = build_stream(segments)
-    longer = stream.lengthened(len(stream.ids) + added)
-    assert len(longer.ids) == len(longer.positions) == len(stream.ids) + added == longer.spans[-1].end
-    assert longer.ids.tolist() == stream.ids.tolist() + [0] * added
-    assert longer.places is stream.places
-    assert longer.spans[: len(stream.spans)] == stream.spans
-    assert all(len(span.path) == 0 for span in longer.spans[len(stream.spans) :])
+    assert len(build_stream([[*long, 100], [*long, 200]]).input_ids) == SPAN_COST + 2
+    assert len(build_stream([[*short, 100], [*short, 200]]).input_ids) == 2 * SPAN_COST
+    assert len(build_stream([[*short, 100]] * 5).input_ids) == SPAN_COST  # equal segments are one
 
 
 def test_no_segments_make_an_empty_stream():

@@ -112,7 +112,7 @@ def test_where_transformers_keeps_the_attention_under_another_name(monkeypatch, 
     renamed = property(lambda config: config.__dict__.get("_name_of_attention") or "sdpa", write)
     monkeypatch.setattr(PretrainedConfig, "_attn_implementation", renamed)
     assert not streams(build_model(400))
-    assert Engine.of(build_model(400), CPU, engine).name == "padded"
+    assert Engine.for_model(build_model(400), CPU, engine).name == "padded"
     check_scores(engine)
     (warning,) = warnings()
     assert warning.startswith(

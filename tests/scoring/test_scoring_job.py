@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gzip
-import importlib
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ import pytest
 from conftest import ROOT
 from datasets import Dataset
 from launching import end
+from stores import Store, start
 
 from ifd_trainer.cli import main
 from ifd_trainer.data import files
@@ -34,7 +34,8 @@ from ifd_trainer.data.files import Parts, load_rows, with_columns, write_rows
 from ifd_trainer.errors import FileAccessError, RunError, UserError
 from ifd_trainer.publish.provenance import scores_digest
 from ifd_trainer.scoring import scoring_job as job
-from ifd_trainer.scoring.scoring_job import Process, join_parts, score_parts
+from ifd_trainer.scoring.processes import Process
+from ifd_trainer.scoring.scoring_job import join_parts, score_parts
 from ifd_trainer.scoring.transform import IFDScorer
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -289,7 +290,7 @@ def test_a_process_that_is_started_again_after_the_output_was_written_leaves_not
         store.set("finished", str(status))
         shutil.rmtree(f"{output}.parts", ignore_errors=True)
 
-    monkeypatch.setattr(Process, "of_launch", lambda: start(1, 2, store))
+    monkeypatch.setattr(Process, "from_environment", lambda: start(1, 2, store))
     if seen == "at its start":
         finish()
     step = getattr(IFDScorer, method := "score" if seen == "in a part" else "check")
@@ -300,45 +301,12 @@ def test_a_process_that_is_started_again_after_the_output_was_written_leaves_not
     assert main([*command[1:], "--output", str(output)]) == 0
     assert names(tmp_path) == before
     assert "Written" not in capsys.readouterr().out
-    monkeypatch.setattr(Process, "of_launch", lambda: start(0, 2, store))
+    monkeypatch.setattr(Process, "from_environment", lambda: start(0, 2, store))
     assert main([*command[1:], "--output", str(output)]) == status
     assert names(tmp_path) == before
 
 
 # ---- waiting ----------------------------------------------------------------------------------------------------
-
-
-class Store:
-    """The launcher's store, without a launcher; it outlives processes."""
-
-    def __init__(self, **values: object) -> None:
-        self.values = {name.replace("_", " "): str(value) for name, value in values.items()}
-
-    def add(self, key: str, value: int) -> int:
-        self.values[key] = str(int(self.values.get(key, 0)) + value)
-        return int(self.values[key])
-
-    def set(self, key: str, value: str) -> None:
-        self.values[key] = value
-
-    def get(self, key: str) -> bytes:
-        return self.values[key].encode()
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self.values for key in keys)
-
-    def wait(self, keys: list[str], _: object) -> None:
-        assert self.check(keys)
-
-    def compare_set(self, key: str, expected: str, value: str) -> bytes:
-        if self.values.get(key, "") == expected:
-            self.values[key] = value
-        return self.values.get(key, "").encode()
-
-
-def start(rank: int, processes: int, store: Store) -> Process:
-    """A process as its launcher starts it, for the first time or again."""
-    return Process(rank, rank, processes, store, store.add(f"life {rank}", 1))
 
 
 @pytest.mark.parametrize(
@@ -364,99 +332,6 @@ def test_a_process_that_dies_after_its_last_part_is_told_from_one_that_lost_a_pa
     store = Store(life_1=1)
     with pytest.raises(RunError, match=r"^All parts are there: none was finished in 0 s, so a process has died"):
         score_numbers(tmp_path, Device(), start(0, 2, store))
-
-
-def test_processes_draw_each_part_once() -> None:
-    store, done = Store(), set()
-    processes = [start(rank, 2, store) for rank in range(2)]
-    assert [processes[i].draw(4, done.__contains__) for i in (0, 1, 1, 0)] == [0, 1, 2, 3]
-    assert [process.draw(4, done.__contains__) for process in processes] == [None, None]
-    assert [processes[i].add_rows(5) for i in (0, 1)] == [5, 10]
-    processes[0].end()
-    assert not processes[0].ended()
-    processes[1].end()
-    assert processes[0].ended()
-
-
-@pytest.mark.parametrize("lives", [[0, 1], [1, 0], [1], [0]], ids=str)
-def test_what_a_process_had_drawn_before_it_died_is_drawn_by_one_that_lives(lives: list[int]) -> None:
-    store, done = Store(), set()
-    first = [start(rank, 2, store) for rank in range(2)]
-    assert [process.draw(6, done.__contains__) for process in first * 2] == [0, 1, 2, 3]
-    done |= {0, 1}
-    first[0].end()
-    first[1].end()
-    # Processes are started again, all or the one that died; only what is claimed by those that live is left to them.
-    again = {rank: start(rank, 2, store) for rank in lives}
-    now = [again.get(rank, first[rank]) for rank in range(2)]
-    assert now[0].ended() is False
-    drawn = {0: [], 1: []}
-    for rank in [*lives, *lives, *lives, *range(2), *range(2)]:
-        part = now[rank].draw(6, done.__contains__)
-        drawn[rank] += [] if part is None else [part]
-    dead = {2: 0, 3: 1}
-    assert sorted(drawn[0] + drawn[1]) == sorted([4, 5, *(part for part, rank in dead.items() if rank in lives)])
-    now[0].end()
-    now[1].end()
-    assert now[0].ended()
-
-
-def test_what_was_drawn_by_a_process_that_is_no_more_is_inherited() -> None:
-    """Where a machine is lost, a launcher may go on with fewer processes, whose numbers begin at 0 again."""
-    store = Store()
-    before = [start(rank, 4, store) for rank in range(4)]
-    assert [process.draw(4, lambda _: False) for process in before] == [0, 1, 2, 3]
-    now = [start(rank, 2, store) for rank in range(2)]
-    done = {0}
-    assert [now[i].draw(4, done.__contains__) for i in (0, 1, 0, 0, 1)] == [1, 2, 3, None, None]
-
-
-def test_of_two_processes_that_inherit_at_the_same_time_one_gets_the_part() -> None:
-    store = Store(part=1, part_0="0 1", life_0=1)
-    processes = [start(rank, 3, store) for rank in range(3)]
-    get = store.get
-    other = []
-
-    def between(key: str) -> bytes:
-        found = get(key)
-        if key == "part 0" and not other:
-            other.append(None)
-            other[0] = processes[1].draw(1, lambda _: False)
-        return found
-
-    store.get = between
-    assert [processes[2].draw(1, lambda _: False), other] == [None, [0]]
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"},
-        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
-        {"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALRANKID": "1"},
-    ],
-)
-def test_a_process_knows_its_number_from_torchrun_and_from_mpi(monkeypatch, variables: dict[str, str]) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    asked = []
-    module = importlib.import_module("torch.distributed.rendezvous")
-    store = Store()
-    monkeypatch.setattr(module, "rendezvous", lambda url: asked.append(url) or iter([(store, None, None)]))
-    for life in (1, 2):
-        found = Process.of_launch()
-        assert (found.rank, found.local_rank, found.processes, found.store) == (3, 1, 4, store)
-        assert found.life == life
-    assert asked == ["env://?rank=3&world_size=4"] * 2
-
-
-def test_several_processes_without_an_address_are_told_what_is_missing(monkeypatch) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="MASTER_ADDR"):
-        Process.of_launch()
 
 
 # ---- a part ahead -----------------------------------------------------------------------------------------------
