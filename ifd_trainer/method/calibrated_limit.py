@@ -22,6 +22,8 @@ import numpy as np
 
 from ..errors import UserError
 
+CALIBRATED = "calibrated"  # what a user writes for a `CalibratedLimit` as it is by default
+
 
 @dataclass(frozen=True)
 class CalibratedLimit:
@@ -36,7 +38,7 @@ class CalibratedLimit:
     """
 
     alpha: float = 0.05
-    pairs: int = 400
+    pairs: int = 256
 
     def __post_init__(self) -> None:
         if not (isinstance(self.alpha, Real) and 0 < self.alpha < 1):
@@ -58,8 +60,8 @@ class CalibratedLimit:
     def draw(self, ids: np.ndarray, scored: np.ndarray, seed: int) -> np.ndarray:
         """Rows whose answer and prompt make a wrong pair, (m, 2) positions: answer of, prompt of.
 
-        Each answer is drawn as often as any other give or take one; more pairs are drawn than are wanted, since some
-        turn out to be of equal prompts or answers.
+        `pairs` of them, but no more than there are rows, unless that were too few for a limit; each answer is drawn as
+        often as any other give or take one.
 
         Args:
             ids: (n,) by which rows are known, wherever they stand.
@@ -70,7 +72,7 @@ class CalibratedLimit:
         if len(rows) < 2:
             return np.empty((0, 2), dtype=np.int64)
         rng = np.random.default_rng(seed)
-        wanted = math.ceil(1.25 * self.pairs) + 4
+        wanted = max(min(self.pairs, len(rows)), self.least)
         rounds = [rng.permutation(len(rows)) for _ in range(math.ceil(wanted / len(rows)))]
         answers = np.concatenate(rounds)[:wanted]
         prompts = (answers + rng.integers(1, len(rows), size=wanted)) % len(rows)  # any other row
