@@ -59,6 +59,23 @@ class EncodedPair:
         return cls(status=status)
 
 
+def mismatched(row: EncodedPair, other: EncodedPair, longest: int | None) -> EncodedPair:
+    """The answer of one row under the prompt of another: `malformed` where that is no wrong pair, or too long.
+
+    >>> row, other = (EncodedPair(Segment(ids, 1), Segment([9, ids[-1]], 1)) for ids in ([1, 2], [3, 4]))
+    >>> mismatched(row, other, longest=8).conditioned
+    Segment(ids=[3, 2], start=1)
+    """
+    if row.conditioned is None or other.conditioned is None:
+        return EncodedPair.unscorable(Status.MALFORMED)
+    answers = [pair.conditioned.ids[pair.conditioned.start :] for pair in (row, other)]
+    prompts = [pair.conditioned.ids[: pair.conditioned.start] for pair in (row, other)]
+    too_long = longest is not None and len(prompts[1]) + len(answers[0]) > longest
+    if answers[0] == answers[1] or prompts[0] == prompts[1] or too_long:
+        return EncodedPair.unscorable(Status.MALFORMED)
+    return EncodedPair(Segment(prompts[1] + answers[0], len(prompts[1])), row.direct)
+
+
 def token_count(pairs: Iterable[EncodedPair]) -> int:
     """Tokens in both segments of all scorable rows."""
     return sum(len(pair.conditioned.ids) + len(pair.direct.ids) for pair in pairs if pair.conditioned)

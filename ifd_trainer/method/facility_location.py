@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
+from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall
 from .reasons import REDUNDANT
 from .selection import Cherry, Selection
@@ -129,7 +130,7 @@ class Diverse:
     """
 
     share: float | int = 0.2
-    max_ifd: float = 1.0
+    max_ifd: float | CalibratedLimit = 1.0
     score: Score = "ifd"
     on_shortfall: Shortfall = "repeat"
 
@@ -140,7 +141,7 @@ class Diverse:
                 "share must be a fraction in (0, 1] given as a float, or a number of rows given as an int, "
                 f"got {self.share!r}."
             )
-        _ = self.candidates  # refuses what Cherry refuses
+        object.__setattr__(self, "max_ifd", self.candidates.max_ifd)  # refuses what Cherry refuses
 
     @property
     def candidates(self) -> Cherry:

@@ -14,8 +14,11 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UserError
+from .calibrated_limit import CALIBRATED, CalibratedLimit
 from .choices import RANKED_BY, SHORTFALLS, Score, Shortfall
 from .reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED, Status
+
+ROW_LIMIT = "row_limit"  # a column of limits for single rows, in the place of the policy's
 
 
 class ShortfallError(UserError):
@@ -91,7 +94,8 @@ class Cherry:
     are broken by row id, lowest first. Source: arXiv 2308.12032, section 2.3.
 
     Args:
-        max_ifd: rows at or above are dropped, their prompt does not help; `float("inf")` switches this off.
+        max_ifd: rows at or above are dropped, their prompt does not help; `float("inf")` switches this off. A
+            `CalibratedLimit`, or "calibrated" for its defaults, is measured in each scoring of a run.
         score: the column to rank by, "ifd" or "ifd_ppl".
         on_shortfall: what to do with fewer eligible rows than the budget. "repeat" repeats eligible rows, each as
             often as any other give or take one, chosen by the seed; "relax" fills with rows at or above the limit,
@@ -103,14 +107,19 @@ class Cherry:
     ([1], ['below_cut', 'kept', 'above_limit'])
     """
 
-    max_ifd: float = 1.0
+    max_ifd: float | CalibratedLimit = 1.0
     score: Score = "ifd"
     on_shortfall: Shortfall = "repeat"
 
     def __post_init__(self) -> None:
+        if self.max_ifd == CALIBRATED:
+            object.__setattr__(self, "max_ifd", CalibratedLimit())
         number = isinstance(self.max_ifd, Real) and not isinstance(self.max_ifd, bool)
-        if not (number and self.max_ifd > 0):
-            raise UserError(f"max_ifd must be positive, got {self.max_ifd!r}; for no limit give infinity, inf.")
+        if not isinstance(self.max_ifd, CalibratedLimit) and not (number and self.max_ifd > 0):
+            raise UserError(
+                f"max_ifd must be positive, got {self.max_ifd!r}; for no limit give infinity, inf, for one that is "
+                "measured 'calibrated'."
+            )
         if self.score not in RANKED_BY:
             raise UserError(f"score must be 'ifd' or 'ifd_ppl', got {self.score!r}.")
         if self.on_shortfall not in SHORTFALLS:
@@ -127,7 +136,8 @@ class Cherry:
         """Select `budget` of n rows.
 
         Args:
-            columns: arrays (n,): the score column, NaN for none, and `ifd_status`.
+            columns: arrays (n,): the score column, NaN for none, and `ifd_status`; and, if there is one, `row_limit`,
+                limits of single rows in the place of `max_ifd`.
             budget: number of rows to train on, at least 1.
             ids: (n,) row ids that break ties; positions by default.
             rng: chooses what is repeated after a shortfall; seed 0 by default.
@@ -142,7 +152,9 @@ class Cherry:
         ids = np.arange(len(score)) if ids is None else np.asarray(ids)
         ok = (statuses == Status.OK.value)[codes]
         scored = ok & np.isfinite(score)
-        eligible = scored & (score < self.max_ifd)
+        if ROW_LIMIT not in columns and isinstance(self.max_ifd, CalibratedLimit):
+            raise UserError("A calibrated limit is measured in a training run; here max_ifd has to be a number.")
+        eligible = scored & (score < columns.get(ROW_LIMIT, self.max_ifd))
         count = int(eligible.sum())
         shortfall = max(budget - count, 0)
         fillable = count or (self.on_shortfall == "relax" and scored.any())
@@ -160,11 +172,15 @@ class Cherry:
         reasons = np.array(names, dtype=object)[reason]
         return Selection(kept, reasons, float(score[kept].min()), count, shortfall)
 
+    @property
+    def _limit(self) -> str:
+        return "the calibrated limit" if isinstance(self.max_ifd, CalibratedLimit) else f"{self.max_ifd}"
+
     def _explain(self, budget: int, eligible: np.ndarray, scored: np.ndarray, unscored: dict[str, int]) -> str:
         why = ", ".join(f"{count} {status}" for status, count in unscored.items() if count)
         return (
             f"{budget} rows are to be kept, but only {eligible.sum()} of {len(scored)} are eligible: "
-            f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {self.score} >= {self.max_ifd}. "
+            f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {self.score} >= {self._limit}. "
             f"{f'Without a score: {why}. ' if why else ''}"
             "Lower `keep`, raise `max_ifd` (float('inf') switches the limit off), or look at the prompt format: with a "
             "chat template that the model was not trained on, prompts often do not help."

@@ -12,8 +12,9 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from ..data.response_header import response_prefix
 from ..data.token_decoding import Decoder
 from ..errors import UserError
 from ..method.brief_experience import Brief
+from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import BriefRows, Order
 from ..method.facility_location import Diverse
 from ..method.plain_data import to_data
@@ -91,7 +93,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         trainer: the trainer that this callback is added to.
         keep: rows per epoch: a fraction of the pool (float), a number of rows (int), or a list with one entry per
             epoch. With packing, packed rows.
-        max_ifd: rows at or above this score are dropped; float("inf") for no limit.
+        max_ifd: rows at or above this score are dropped; float("inf") for no limit. "calibrated", or a
+            `CalibratedLimit`, measures it in each scoring, so that at most a stated share of mismatched rows is below.
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
         policy: which rows are kept: a `Cherry`, or a `Diverse` for rows that stand for others too (facility location
@@ -116,7 +119,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self,
         trainer: Trainer,
         keep: float | int | Sequence[float | int] | Schedule = 0.10,
-        max_ifd: float = 1.0,
+        max_ifd: float | CalibratedLimit | Literal["calibrated"] = 1.0,
         seed: int | None = None,
         *,
         schedule: Schedule | None = None,
@@ -359,9 +362,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def _select(self, epoch: int) -> None:
         """Score the pool if this epoch does, choose and order its rows, log and record them."""
         wanted, began, step = self._rows_of(epoch), time.perf_counter(), self.trainer.state.global_step
-        if wanted.scored:
-            self.chooser.last = Scored(self.score_pool(f"IFD, epoch {epoch}"), epoch)
         ids = self.pool.ids(self.id_column)
+        if wanted.scored:
+            scores = self.score_pool(f"IFD, epoch {epoch}")
+            self.chooser.take(scores, epoch, ids, self._prefix, self.seed)
         selection = self.chooser.choose(wanted, ids, self.seed, begun=step > 0)
         seconds = time.perf_counter() - began if wanted.scored or wanted.source == "brief" else 0.0
         scores = Scores.unscored(len(ids), NOT_SCORED) if wanted.source in ("all", "brief") else self.scores
@@ -378,6 +382,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "seed": self.seed,
             "packed_rows": len(self.run.order) if self.pool.packed else None,
             "scored_at": self.scored_at if np.isfinite(values).any() else None,
+            "limit": self.chooser.last.limit if np.isfinite(values).any() else None,
             "overlap": self.history.overlap(epoch, selection),
             "seconds_scoring": seconds,
         }
@@ -411,6 +416,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def _settings(self) -> dict[str, Any]:
         """What this run selects, and how: the history's settings, with policies and schedules as they are."""
+        limit = self.policy.max_ifd
         return {
             "policy": self.policy,
             "schedule": self.schedule,
@@ -422,7 +428,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "id_column": self.id_column,
             "min_answer_tokens": self.pool_scorer.encoder.min_answer_tokens,
             "score": self.policy.score,
-            "max_ifd": self.policy.max_ifd if np.isfinite(self.policy.max_ifd) else None,
+            "max_ifd": limit if isinstance(limit, Real) and np.isfinite(limit) else None,
             "direct_prefix": self.tokenizer.decode(self._prefix),
             "model": str(getattr(self.trainer.model.config, "name_or_path", "")),
             "pool": len(self.pool),
@@ -471,14 +477,14 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self._epoch is None:
             return
         arrays = self.pool.to_arrays(self.run.order)
-        if self.chooser.brief is not None:
-            arrays["brief"] = self.chooser.brief
+        arrays |= self.chooser.to_arrays()
         self._saved = {
             "version": VERSION,
             "epoch": self._epoch,
             "first_step": self.run.first_step,
             "ended": self._ended,
             "scored_at": self.scored_at,
+            "limit": None if self.chooser.last is None else self.chooser.last.limit,
             "eligible": self.chooser.eligible is not None,
             **save_selection(checkpoint, arrays, self.scores),
             **{key: self.history.settings[key] for key in (*MUST_MATCH, "plan", "max_steps")},
@@ -497,7 +503,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             logger.warning("ignore_data_skip=True: the resumed epoch starts over, so the resume is not exact.")
         self._restored_arrays, scores = load_selection(checkpoint, saved, len(self.pool))
         self._restored = saved
-        self.chooser.brief = self._restored_arrays.pop("brief", None)
+        self.chooser.from_arrays(self._restored_arrays)
         sample = self.timing.warmup if self._rows_of(saved["epoch"]).source == "brief" else None
         if self.chooser.brief is None and sample is not None and sample.method != "random":
             # An earlier release kept the order alone; random rows are drawn again, the same ones.
@@ -510,15 +516,15 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if scores is not None:
             lossy = saved["version"] == 2 and self.pool_scorer.other == "columns"  # only cas and das were kept
             scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
-            self.chooser.last = Scored(self.score_pool() if lossy else scores, scored_at)
+            self.chooser.last = Scored(self.score_pool() if lossy else scores, scored_at, saved.get("limit"))
             self.chooser.eligible = self.chooser.last if saved.get("eligible", True) else None
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs
             self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]
 
 
-_LOGGED = ("pool", "eligible", "kept", "packed_rows", "cut", "mean_kept", "mean_dropped", "overlap", "shortfall")
-_LOGGED += ("seconds_scoring",)
+_LOGGED = ("pool", "eligible", "kept", "packed_rows", "limit", "cut", "mean_kept", "mean_dropped", "overlap")
+_LOGGED += ("shortfall", "seconds_scoring")
 
 
 def _tokenizer_of(trainer: Trainer) -> Any:

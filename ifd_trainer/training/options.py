@@ -18,6 +18,7 @@ import torch
 
 from ..data.encoding import check_positive
 from ..errors import UserError
+from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import ORDERS
 from ..method.facility_location import Diverse
 from ..method.schedule import Timing
@@ -60,7 +61,7 @@ def groups_of(
     policy: Cherry | Diverse | None,
     timing: Timing | None,
     scoring: Scoring | None,
-    max_ifd: float,
+    max_ifd: float | CalibratedLimit | str,
     fields: dict[str, Any],
 ) -> tuple[Cherry | Diverse, Timing, Scoring]:
     """The groups that were given, or made of what was given by the names of their fields.

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
-from ..data.encoding import Encoder, token_count
+from ..data.encoding import EncodedPair, Encoder, mismatched, token_count
 from ..data.formats import Example
 from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
@@ -67,14 +67,24 @@ class PoolScorer:
         """Scores of all rows, with the tokens `prefix` before a direct answer."""
         if self.other == "columns":
             return _stored_scores(self.pool.examples)
+        reader = self._reader(prefix)
         starts, ends = self.pool.spans(np.arange(len(self.pool))).T
         tokens = self.pool.lengths(np.arange(len(self.pool))) + ends - starts  # of both segments of a row
-        if self.other is None:
-            columns = self._run_shares(tokens, lambda rows: self._own_scores(rows, prefix, description))
-        else:
-            scorer = self._other_scorer(self.encoder.tokenizer.decode(prefix, skip_special_tokens=True))
-            columns = self._run_shares(tokens, lambda rows: self._other_scores(scorer, rows, description))
-        return Scores(**columns)
+        return self._scored(tokens, reader, reader.encode, description)
+
+    def mismatched_scores(self, pairs: np.ndarray, prefix: Sequence[int], description: str = "Wrong prompts") -> Scores:
+        """Scores of the answers of some rows under the prompts of others, the rows (m, 2): answer of, prompt of.
+
+        A pair that is too long, or whose answers or prompts are equal, has none.
+        """
+        reader, lengths = self._reader(prefix), self.pool.lengths(np.arange(len(self.pool)))
+        longest = int(lengths.max()) if self.other is None else reader.longest
+
+        def encode(part: np.ndarray) -> list[EncodedPair]:
+            rows, others = (reader.encode(pairs[part, side]) for side in (0, 1))
+            return [mismatched(row, other, longest) for row, other in zip(rows, others, strict=True)]
+
+        return self._scored(lengths[pairs].sum(axis=1), reader, encode, description)
 
     def features(self, rows: np.ndarray | None = None, description: str = "Prompts") -> tuple[np.ndarray, np.ndarray]:
         """Prompt embeddings (m, H) and perplexities (m,) of the rows, of all by default; see `prompt_features`."""
@@ -135,20 +145,43 @@ class PoolScorer:
         """The pool's rows, by the chat template that the trainer wrote them with."""
         return TokenRows(self.encoder, getattr(self.trainer, "chat_template", None))
 
-    def _own_scores(self, rows: np.ndarray, prefix: Sequence[int], description: str) -> dict[str, np.ndarray]:
+    def _reader(self, prefix: Sequence[int]) -> _Reader:
+        """How the model that scores reads the pool."""
+        if self.other is None:
+            running = self._running()
+            return _Reader(
+                lambda rows: self._own_pairs(rows, prefix),
+                lambda pairs, progress: score_pairs(pairs=pairs, progress=progress, **running),
+            )
+        scorer = self._other_scorer(self.encoder.tokenizer.decode(prefix, skip_special_tokens=True))
+
+        def encode(rows: np.ndarray) -> list[EncodedPair]:
+            prompts, answers = self._texts(rows)
+            return scorer.encode({"prompt": prompts, "answer": answers}) if len(rows) else []
+
+        def score(pairs: list[EncodedPair], progress: Callable[[int], Any]) -> Scores:
+            return scorer.score(pairs, progress) if pairs else Scores.unscored(0, "")
+
+        return _Reader(encode, score, scorer.settings(_Texts.columns)["max_length"])
+
+    def _own_pairs(self, rows: np.ndarray, prefix: Sequence[int]) -> list[EncodedPair]:
         read, spans = self._read, self.pool.spans(rows).tolist()
         tokens = zip(self.pool.tokens(rows), spans, strict=True)
-        pairs = [read.pair(ids, start, end, prefix) for (ids, _), (start, end) in tokens]
-        with self._progress(token_count(pairs), description) as bar:
-            return score_pairs(pairs=pairs, progress=bar.update, **self._running()).columns()
+        return [read.pair(ids, start, end, prefix) for (ids, _), (start, end) in tokens]
 
-    def _other_scores(self, scorer: IFDScorer, rows: np.ndarray, description: str) -> dict[str, np.ndarray]:
-        if not len(rows):
-            return Scores.unscored(0, "").columns()
-        prompts, answers = self._texts(rows)
-        pairs = scorer.encode({"prompt": prompts, "answer": answers})
-        with self._progress(token_count(pairs), description) as bar:
-            return scorer.score(pairs, bar.update).columns()
+    def _scored(
+        self,
+        tokens: np.ndarray,
+        reader: _Reader,
+        encode: Callable[[np.ndarray], list[EncodedPair]],
+        description: str,
+    ) -> Scores:
+        def run(rows: np.ndarray) -> dict[str, np.ndarray]:
+            pairs = encode(rows)
+            with self._progress(token_count(pairs), description) as bar:
+                return reader.score(pairs, bar.update).columns()
+
+        return Scores(**self._run_shares(tokens, run))
 
     def _texts(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
         """Prompts and answers as text, without special tokens: another model has its own."""
@@ -179,6 +212,15 @@ class PoolScorer:
         self, tokens: np.ndarray, run: Callable[[np.ndarray], dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
         return run_shares(run, tokens, self.rank, self.world_size, _CHUNK)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What makes pairs of pool rows, what scores them, and the most tokens that it takes."""
+
+    encode: Callable[[np.ndarray], list[EncodedPair]]
+    score: Callable[[list[EncodedPair], Callable[[int], Any]], Scores]
+    longest: int | None = None
 
 
 @dataclass(frozen=True)

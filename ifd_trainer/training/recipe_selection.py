@@ -14,6 +14,7 @@ from ..data.encoding import check_positive
 from ..data.formats import FORMATS, resolve_format
 from ..errors import UserError
 from ..method.brief_experience import Brief
+from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.facility_location import Diverse
 from ..method.schedule import Anneal, Curriculum, Schedule, Timing, as_schedule, parse_keep
 from ..method.selection import Cherry
@@ -32,6 +33,11 @@ class SelectionConfig(SelectionKeys):
             choices, value = values.metadata.get("choices"), getattr(self, values.name)
             if choices is not None and value is not None and value not in choices:
                 raise UserError(f"{values.name} must be one of {', '.join(choices)}, got {value!r}.")
+        if self.max_ifd != CALIBRATED:
+            try:
+                self.max_ifd = float(self.max_ifd)
+            except ValueError as error:
+                raise UserError(f"max_ifd: {self.max_ifd!r} is no number, and not {CALIBRATED}.") from error
         if self.method == "cherry" and self.brief != "none" and self.scorer is not None:
             raise UserError(
                 f"scorer={self.scorer!r} scores without a brief experience, but brief is {self.brief!r}: set brief: "
@@ -57,6 +63,7 @@ class SelectionConfig(SelectionKeys):
         """Say which keys have no effect with the others as they are."""
         idle = {"method: cherry": ("brief", "brief_clusters", "brief_per_cluster")} if self.method != "cherry" else {}
         idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
+        idle |= {"max_ifd: calibrated": ("alpha",)} if self.max_ifd != CALIBRATED else {}
         idle |= {"diverse": ("embedder",)} if self.diverse is None else {}
         defaults = {values.name: values.default for values in dataclasses.fields(self)}
         for needed, names in idle.items():
@@ -66,7 +73,8 @@ class SelectionConfig(SelectionKeys):
 
     def policy(self) -> Cherry | Diverse:
         """Which rows are kept."""
-        limits = self.max_ifd, self.score, self.on_shortfall
+        limit = CalibratedLimit(self.alpha) if self.max_ifd == CALIBRATED else self.max_ifd
+        limits = limit, self.score, self.on_shortfall
         if self.diverse is None:
             return Cherry(*limits)
         try:

@@ -7,27 +7,33 @@ more is here.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import UserError
 from ..method.brief_experience import Brief
+from ..method.calibrated_limit import CalibratedLimit
 from ..method.facility_location import EMBEDDING, Diverse
 from ..method.reasons import NOT_IN_SAMPLE, Status
 from ..method.schedule import EpochRows
-from ..method.selection import Cherry, Selection, ShortfallError
+from ..method.selection import ROW_LIMIT, Cherry, Selection, ShortfallError
 from ..scoring.losses import Scores
 from .pool import Pool
 from .pool_scorer import PoolScorer
 
 logger = logging.getLogger(__name__)
 
+UNJUDGED, PASSED, FAILED = np.int8(0), np.int8(1), np.int8(2)
+
 
 class Scored(NamedTuple):
-    """Scores of a pool, and the epoch at whose start they were made."""
+    """Scores of a pool, the epoch at whose start they were made, and the limit that was measured with them."""
 
     scores: Scores
     epoch: int
+    limit: float | None = None
 
 
 class RowChooser:
@@ -42,17 +48,67 @@ class RowChooser:
         last: the last scores; None before there are any.
         eligible: the last ones by which a row was eligible.
         brief: the rows of the brief experience, once they are drawn.
+        verdicts: (n,) of a calibrated limit: whether each row is below it (`PASSED`), is not (`FAILED`), or has not
+            been judged. A row is judged in each scoring until it is trained on: from then on its score says how well
+            the model remembers it, and the last verdict stays with it.
+        trained: (n,) whether each row has been trained on.
+
+    Raises:
+        UserError: for a calibrated limit without a model that scores.
     """
 
     def __init__(self, pool_scorer: PoolScorer, policy: Cherry | Diverse, sample: Brief | None) -> None:
+        if isinstance(policy.max_ifd, CalibratedLimit) and pool_scorer.other == "columns":
+            raise UserError(
+                "The scores are columns of the training set (scorer='columns'), so no model measures a calibrated "
+                "limit. Set a number: max_ifd=1.0."
+            )
         self.pool_scorer, self.policy, self.sample = pool_scorer, policy, sample
         self.forget()
 
     def forget(self) -> None:
-        """Begin as in a new run."""
+        """Begin as in a new run, with the pool as it is now."""
         self.last: Scored | None = None
         self.eligible: Scored | None = None
         self.brief: np.ndarray | None = None
+        self.verdicts: np.ndarray | None = None
+        self.trained = np.zeros(len(self.pool), dtype=bool)
+
+    def take(self, scores: Scores, epoch: int, ids: np.ndarray, prefix: Sequence[int], seed: int) -> None:
+        """Take new scores; with a calibrated limit measure it, and judge the rows that were not trained on.
+
+        Args:
+            prefix: tokens before a direct answer.
+        """
+        if not isinstance(self.policy.max_ifd, CalibratedLimit):
+            self.last = Scored(scores, epoch)
+            return
+        values, calibrated = scores.columns()[self.policy.score], self.policy.max_ifd
+        pairs = calibrated.draw(ids, np.isfinite(values), seed)
+        wrong = self.pool_scorer.mismatched_scores(pairs, prefix, f"Limit, epoch {epoch}")
+        limit = calibrated.limit(wrong.columns()[self.policy.score])
+        if self.verdicts is None:
+            self.verdicts = np.full(len(ids), UNJUDGED)
+            if self.trained.any():
+                logger.warning(
+                    "%d rows were trained on before the calibrated limit could judge them: mismatched ones among them "
+                    "may pass. Leave warmup_epochs at 0 for a limit that holds for all rows.",
+                    self.trained.sum(),
+                )
+        judged = ~self.trained | (self.verdicts == UNJUDGED)
+        self.verdicts[judged] = np.where(values[judged] < limit, PASSED, FAILED)
+        self.last = Scored(scores, epoch, limit)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps beside the scores."""
+        arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, "verdicts": self.verdicts}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def from_arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take that out of the arrays of a checkpoint."""
+        self.brief, verdicts = arrays.pop("brief", None), arrays.pop("verdicts", None)
+        self.verdicts = None if verdicts is None else verdicts.astype(np.int8)
+        self.trained = arrays.pop("trained", np.zeros(len(self.pool))).astype(bool)  # earlier releases lack it
 
     @property
     def pool(self) -> Pool:
@@ -74,6 +130,11 @@ class RowChooser:
         Raises:
             ShortfallError: when too few rows are eligible.
         """
+        selection = self._chosen(wanted, ids, seed, begun)
+        self.trained[selection.kept] = True
+        return selection
+
+    def _chosen(self, wanted: EpochRows, ids: np.ndarray, seed: int, begun: bool) -> Selection:
         if wanted.source == "all":
             return Selection.whole_pool(len(ids))
         if wanted.source == "brief":
@@ -123,6 +184,8 @@ class RowChooser:
     def _by_scores(self, policy: Cherry | Diverse, wanted: EpochRows, ids: np.ndarray, seed: int) -> Selection:
         """The rows that a policy keeps; the same scores give the same rows."""
         columns = self.last.scores.columns()
+        if self.verdicts is not None:
+            columns[ROW_LIMIT] = np.where(self.verdicts == PASSED, np.inf, -np.inf)
         if isinstance(policy, Diverse):
             columns[EMBEDDING] = self._embeddings(policy, columns, wanted.ranked, ids)
 

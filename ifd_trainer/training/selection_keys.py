@@ -104,9 +104,20 @@ class SelectionKeys:
     )
     brief_per_cluster: int = field(default=10, metadata={"help": "Rows of each of these clusters.", "metavar": "N"})
     score: str = field(default="ifd", metadata={"help": "Rank by ifd or ifd_ppl.", "choices": list(RANKED_BY)})
-    max_ifd: float = field(
-        default=1.0,
-        metadata={"help": "Rows with a score at or above this are dropped; inf for no limit.", "metavar": "X"},
+    max_ifd: str = field(
+        default="1.0",
+        metadata={
+            "help": "Rows with a score at or above this are dropped; inf for no limit. calibrated: the limit is "
+            "measured in each scoring, from answers under wrong prompts.",
+            "metavar": "X",
+        },
+    )
+    alpha: float = field(
+        default=0.05,
+        metadata={
+            "help": "Of max_ifd: calibrated, the share of mismatched rows that may be below the limit.",
+            "metavar": "X",
+        },
     )
     on_shortfall: str = field(
         default="repeat",

@@ -1,0 +1,93 @@
+"""A limit on IFD with a stated error rate, in the place of the paper's 1.
+
+A wrong prompt is better context than the bare response header, so answers that belong to no prompt in particular have
+IFDs around and below 1, and the highest IFDs below 1 are full of them. How such answers score can be measured: answers
+of the pool under the prompts of other rows,
+
+    w_k = s(A_i | Q_j) / s(A_i)    for n pairs i != j, drawn at random.
+
+The limit is the floor(alpha (n + 1))-th smallest of them. Where a mismatched row is like such a pair (exchangeable with
+it), its IFD is below the limit with a probability of at most alpha, whatever the model: the argument of split conformal
+prediction. It says nothing about rows that the model has been trained on, nor about answers that were moved within one
+topic: for these draw the wrong prompts among the nearest ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+
+from ..errors import UserError
+
+CALIBRATED = "calibrated"  # what a user writes for a `CalibratedLimit` as it is by default
+
+
+@dataclass(frozen=True)
+class CalibratedLimit:
+    """How the limit is measured.
+
+    Args:
+        alpha: the share of mismatched rows that may stay below the limit, in (0, 1).
+        pairs: answers that are scored under a wrong prompt; the limit of a smaller alpha needs more.
+
+    >>> CalibratedLimit(alpha=0.2).limit(np.array([0.9, 1.1, 0.8, 1.0]))
+    0.8
+    """
+
+    alpha: float = 0.05
+    pairs: int = 256
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.alpha, Real) and 0 < self.alpha < 1):
+            raise UserError(f"alpha must be a share in (0, 1), got {self.alpha!r}.")
+        if not (isinstance(self.pairs, Integral) and not isinstance(self.pairs, bool) and self.rank(self.pairs) >= 1):
+            raise UserError(
+                f"pairs must be a whole number, and at least {self.least} with alpha={self.alpha}, got {self.pairs!r}."
+            )
+
+    @property
+    def least(self) -> int:
+        """The smallest number of pairs of which a limit with this alpha can be told."""
+        return math.ceil(1 / self.alpha - 1 - 1e-9)
+
+    def rank(self, pairs: int) -> int:
+        """Which of so many wrong pairs, in ascending order from 1, has the limit; 0 where they are too few."""
+        return math.floor(self.alpha * (pairs + 1) + 1e-9)  # 0.05 * 20 is a little more than 1, 0.07 * 100 less than 7
+
+    def draw(self, ids: np.ndarray, scored: np.ndarray, seed: int) -> np.ndarray:
+        """Rows whose answer and prompt make a wrong pair, (m, 2) positions: answer of, prompt of.
+
+        `pairs` of them, but no more than there are rows, unless that were too few for a limit; each answer is drawn as
+        often as any other give or take one.
+
+        Args:
+            ids: (n,) by which rows are known, wherever they stand.
+            scored: (n,) whether a row has a score.
+        """
+        rows = np.flatnonzero(scored)
+        rows = rows[np.argsort(np.asarray(ids)[rows], kind="stable")]
+        if len(rows) < 2:
+            return np.empty((0, 2), dtype=np.int64)
+        rng = np.random.default_rng(seed)
+        wanted = max(min(self.pairs, len(rows)), self.least)
+        rounds = [rng.permutation(len(rows)) for _ in range(math.ceil(wanted / len(rows)))]
+        answers = np.concatenate(rounds)[:wanted]
+        prompts = (answers + rng.integers(1, len(rows), size=wanted)) % len(rows)  # any other row
+        return np.column_stack([rows[answers], rows[prompts]])
+
+    def limit(self, wrong: np.ndarray) -> float:
+        """The limit, of the scores of wrong pairs (m,); those that are NaN do not count.
+
+        Raises:
+            ValueError: for fewer than `least` finite scores.
+        """
+        wrong = np.sort(np.asarray(wrong, dtype=np.float64)[np.isfinite(wrong)])
+        if not self.rank(len(wrong)):
+            raise UserError(
+                f"A limit with alpha={self.alpha} takes at least {self.least} answers under a wrong prompt; the pool "
+                f"gave {len(wrong)}. Raise alpha, or set a limit of your own: max_ifd=1.0."
+            )
+        return float(wrong[self.rank(len(wrong)) - 1])
