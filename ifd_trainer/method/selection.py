@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,29 @@ from .choices import RANKED_BY, SHORTFALLS, Score, Shortfall
 from .reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED, Status
 
 ROW_LIMIT = "row_limit"  # a column of limits for single rows, in the place of the policy's
+
+
+class Policy(Protocol):
+    """Anything that maps score columns and a budget to a `Selection`: `Cherry`, `Diverse`, or one of your own.
+
+    What it has of these attributes is used: `score`, the column that it ranks by ("ifd" without it), `max_ifd` (a
+    limit, or a `CalibratedLimit` to measure one), `on_shortfall` ("error": too few rows end the run).
+
+    >>> def hardest(columns, budget, *, ids=None, rng=None):
+    ...     kept = np.argsort(-np.nan_to_num(columns["cas"], nan=-np.inf), kind="stable")[:budget]
+    ...     return Selection.without_scores(kept, len(columns["cas"]), reason="easier")
+    >>> hardest({"cas": np.array([0.5, 2.0, np.nan])}, budget=1).reasons.tolist()
+    ['easier', 'kept', 'easier']
+    """
+
+    def __call__(
+        self,
+        columns: Mapping[str, np.ndarray],
+        budget: int,
+        *,
+        ids: np.ndarray | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Selection: ...
 
 
 class ShortfallError(UserError):

@@ -9,7 +9,8 @@ There are two ways, since a process may be gone in the one and not in the other:
 
 Shares of like numbers of rows, as `Dataset.shard` and accelerate's `split_between_processes` cut them, were tried on
 6,128 real rows of three files one after another: the longest of 4 shares took 1.27 times the mean, of 8 shares 1.57
-times, and 1.9 times with one device of half the speed. Drawn parts took 1.02 times at most, dealt tokens 1.00 times.
+times, and 1.9 times with one device of half the speed. Drawn parts took 1.02 times there (1.2 where 8 processes had 49
+parts), dealt tokens 1.00 times.
 
 A launcher may start processes again, all of them or those of one machine (`torchrun --max-restarts`), and its store
 keeps what they wrote in an earlier life. So each part is claimed by a process in one of its lives, and when the counter

@@ -34,7 +34,7 @@ from ..method.facility_location import Diverse
 from ..method.plain_data import to_data
 from ..method.reasons import NOT_SCORED
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule
-from ..method.selection import Cherry, Selection
+from ..method.selection import Policy, Selection
 from ..scoring.losses import Scores
 from .history import FOLDER, History, epoch_record, epoch_rows
 from .initial_weights import FOLDER as ORIGINAL
@@ -97,9 +97,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             `CalibratedLimit`, measures it in each scoring, so that at most a stated share of mismatched rows is below.
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
-        policy: which rows are kept: a `Cherry`, or a `Diverse` for rows that stand for others too (facility location
-            over prompt embeddings, as Superfiltering.D). `score=`, `on_shortfall=` and `diverse=0.2` (for
-            `Diverse(0.2)`) are short for it.
+        policy: which rows are kept: a `Cherry`, a `Diverse` for rows that stand for others too (facility location over
+            prompt embeddings, as Superfiltering.D), or a callable of your own, see `Policy`. `score=`,
+            `on_shortfall=` and `diverse=0.2` (for `Diverse(0.2)`) are short for it.
         timing: when rows are scored and selected, and what is trained on before; see `Timing`. Its fields may be given
             by name: `every=2, warmup_epochs=1, freeze_after=3`.
         scoring: how rows are scored; see `Scoring`. Its fields may be given by name: `min_answer_tokens=4`.
@@ -123,7 +123,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         seed: int | None = None,
         *,
         schedule: Schedule | None = None,
-        policy: Cherry | Diverse | None = None,
+        policy: Policy | None = None,
         timing: Timing | None = None,
         scoring: Scoring | None = None,
         scorer: str | PreTrainedModel | None = None,
@@ -374,7 +374,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.run.select(self._agree(selection, epoch))
         if self.trainer.state.is_world_process_zero:
             self.chooser.warn(selection, epoch, self.scoring.warn_share)
-        values = scores.columns()[self.policy.score]
+        values = scores.columns()[self.chooser.score]
         record = {
             **epoch_record(values, selection),
             "epoch": epoch,
@@ -416,7 +416,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def _settings(self) -> dict[str, Any]:
         """What this run selects, and how: the history's settings, with policies and schedules as they are."""
-        limit = self.policy.max_ifd
+        limit = self.chooser.max_ifd
         return {
             "policy": self.policy,
             "schedule": self.schedule,
@@ -427,7 +427,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "seed": self.seed,
             "id_column": self.id_column,
             "min_answer_tokens": self.pool_scorer.encoder.min_answer_tokens,
-            "score": self.policy.score,
+            "score": self.chooser.score,
             "max_ifd": limit if isinstance(limit, Real) and np.isfinite(limit) else None,
             "direct_prefix": self.tokenizer.decode(self._prefix),
             "model": str(getattr(self.trainer.model.config, "name_or_path", "")),

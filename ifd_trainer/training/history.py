@@ -155,7 +155,7 @@ def epoch_record(score: np.ndarray, selection: Selection) -> dict[str, Any]:
     """
     kept = np.zeros(len(score), dtype=bool)
     kept[selection.kept] = True
-    dropped, scored = ~kept & np.isfinite(score), np.isfinite(score).any()
+    dropped = ~kept & np.isfinite(score)
     reasons, codes = coded(selection.reasons)
     counts = dict(zip(reasons.tolist(), np.bincount(codes).tolist(), strict=True))
     return {
@@ -166,7 +166,7 @@ def epoch_record(score: np.ndarray, selection: Selection) -> dict[str, Any]:
         "shortfall": selection.shortfall,
         "tiers": sorted(selection.parts) if selection.tier is not None else None,
         "cut": selection.cut if np.isfinite(selection.cut) else None,
-        "mean_kept": float(score[kept].mean()) if scored else None,
+        "mean_kept": float(score[kept & np.isfinite(score)].mean()) if (kept & np.isfinite(score)).any() else None,
         "mean_dropped": float(score[dropped].mean()) if dropped.any() else None,
         "reasons": dict(sorted(counts.items())),
         "seconds_training": None,

@@ -22,7 +22,7 @@ from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import ORDERS
 from ..method.facility_location import Diverse
 from ..method.schedule import Timing
-from ..method.selection import Cherry
+from ..method.selection import Cherry, Policy
 from ..scoring.transform import IFDScorer
 
 _Group = TypeVar("_Group")
@@ -58,12 +58,12 @@ class Scoring:
 
 
 def groups_of(
-    policy: Cherry | Diverse | None,
+    policy: Policy | None,
     timing: Timing | None,
     scoring: Scoring | None,
     max_ifd: float | CalibratedLimit | str,
     fields: dict[str, Any],
-) -> tuple[Cherry | Diverse, Timing, Scoring]:
+) -> tuple[Policy, Timing, Scoring]:
     """The groups that were given, or made of what was given by the names of their fields.
 
     Raises:
@@ -82,8 +82,8 @@ def groups_of(
         policy = Cherry(max_ifd, **limits) if share is None else Diverse(share, max_ifd, **limits)
     elif named := [*limits, *(["diverse"] if share is not None else []), *(["max_ifd"] if max_ifd != 1.0 else [])]:
         raise _twice("policy", named)
-    elif not isinstance(policy, (Cherry, Diverse)):
-        raise UserError(f"policy must be a Cherry or a Diverse, got {policy!r}.")
+    elif not callable(policy):
+        raise UserError(f"policy must be a Cherry, a Diverse or a callable of your own, got {policy!r}.")
     return policy, _group("timing", Timing, timing, fields), _group("scoring", Scoring, scoring, fields)
 
 

@@ -7,18 +7,20 @@ more is here.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import UserError
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CalibratedLimit
+from ..method.choices import RANKED_BY
 from ..method.facility_location import EMBEDDING, Diverse
 from ..method.reasons import NOT_IN_SAMPLE, Status
 from ..method.schedule import EpochRows
-from ..method.selection import ROW_LIMIT, Cherry, Selection, ShortfallError
+from ..method.selection import ROW_LIMIT, Cherry, Policy, Selection, ShortfallError
 from ..scoring.losses import Scores
 from .pool import Pool
 from .pool_scorer import PoolScorer
@@ -57,8 +59,12 @@ class RowChooser:
         UserError: for a calibrated limit without a model that scores.
     """
 
-    def __init__(self, pool_scorer: PoolScorer, policy: Cherry | Diverse, sample: Brief | None) -> None:
-        if isinstance(policy.max_ifd, CalibratedLimit) and pool_scorer.other == "columns":
+    def __init__(self, pool_scorer: PoolScorer, policy: Policy, sample: Brief | None) -> None:
+        # A policy of a user's own need not have these.
+        self.score = getattr(policy, "score", RANKED_BY[0])
+        self.max_ifd = getattr(policy, "max_ifd", None)
+        self.on_shortfall = getattr(policy, "on_shortfall", "error")
+        if isinstance(self.max_ifd, CalibratedLimit) and pool_scorer.other == "columns":
             raise UserError(
                 "The scores are columns of the training set (scorer='columns'), so no model measures a calibrated "
                 "limit. Set a number: max_ifd=1.0."
@@ -80,13 +86,13 @@ class RowChooser:
         Args:
             prefix: tokens before a direct answer.
         """
-        if not isinstance(self.policy.max_ifd, CalibratedLimit):
+        if not isinstance(self.max_ifd, CalibratedLimit):
             self.last = Scored(scores, epoch)
             return
-        values, calibrated = scores.columns()[self.policy.score], self.policy.max_ifd
+        values, calibrated = scores.columns()[self.score], self.max_ifd
         pairs = calibrated.draw(ids, np.isfinite(values), seed)
         wrong = self.pool_scorer.mismatched_scores(pairs, prefix, f"Limit, epoch {epoch}")
-        limit = calibrated.limit(wrong.columns()[self.policy.score])
+        limit = calibrated.limit(wrong.columns()[self.score])
         if self.verdicts is None:
             self.verdicts = np.full(len(ids), UNJUDGED)
             if self.trained.any():
@@ -142,11 +148,11 @@ class RowChooser:
         try:
             selection = self._by_scores(self.policy, wanted, ids, seed)
         except ShortfallError as error:
-            if not begun or self.policy.on_shortfall == "error":
+            if not begun or self.on_shortfall == "error":
                 raise
             if self.eligible is None:
                 logger.warning("%s The rows nearest to the limit are taken.", error)
-                relaxed = Cherry(self.policy.max_ifd, self.policy.score, on_shortfall="relax")
+                relaxed = Cherry(self.max_ifd or math.inf, self.score, on_shortfall="relax")
                 return self._by_scores(relaxed, wanted, ids, seed)
             self.last = self.eligible
             logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
@@ -162,14 +168,14 @@ class RowChooser:
         """
         if self.last is not None and self.last.epoch == epoch:  # once for each scoring
             scored = self.last.scores.ifd_status == Status.OK.value
-            values = self.last.scores.columns()[self.policy.score][scored]
+            values = self.last.scores.columns()[self.score][scored]
             if len(values) and np.mean(values >= 1) > share:
                 logger.warning(
                     "Epoch %d: %.0f %% of the scored rows have %s >= 1, that is, their prompt does not help. Is the "
                     "prompt format one the model knows? A chat template on a base model has this effect.",
                     epoch,
                     100 * np.mean(values >= 1),
-                    self.policy.score,
+                    self.score,
                 )
         if selection.shortfall:
             logger.warning(
@@ -178,10 +184,10 @@ class RowChooser:
                 len(selection.kept),
                 selection.eligible,
                 selection.shortfall,
-                self.policy.on_shortfall,
+                self.on_shortfall,
             )
 
-    def _by_scores(self, policy: Cherry | Diverse, wanted: EpochRows, ids: np.ndarray, seed: int) -> Selection:
+    def _by_scores(self, policy: Policy, wanted: EpochRows, ids: np.ndarray, seed: int) -> Selection:
         """The rows that a policy keeps; the same scores give the same rows."""
         columns = self.last.scores.columns()
         if self.verdicts is not None:
@@ -191,12 +197,12 @@ class RowChooser:
 
         def choose(rows: int) -> Selection:
             rng = np.random.default_rng([seed, wanted.selected_in])
-            return policy(columns, rows, ids=ids, rng=rng)
+            return _checked(policy(columns, rows, ids=ids, rng=rng), rows, policy)
 
         selection = self.pool.choose(wanted.ranked, choose)
         if not wanted.tiers:
             return selection
-        score = columns[policy.score]
+        score = columns[self.score]
         ranked = selection.kept[np.argsort(-score[selection.kept], kind="stable")]
         parts = self.pool.divide(ranked, [tier.rows for tier in wanted.tiers])
         tiers = {tier.number: part for tier, part in zip(wanted.tiers, parts, strict=True)}
@@ -219,3 +225,15 @@ class RowChooser:
                 embeddings, perplexity = self.pool_scorer.features(description="Prompts, brief experience")
             self.brief = self.sample(embeddings, perplexity, ids=ids, seed=seed)
         return Selection.without_scores(self.brief, len(self.pool), NOT_IN_SAMPLE)
+
+
+def _checked(selection: Any, budget: int, policy: Policy) -> Selection:
+    """What a policy gave, if it is a selection of exactly so many rows: the steps of an epoch are planned for them."""
+    if not isinstance(selection, Selection):
+        raise UserError(f"A policy returns an ifd_trainer.Selection, but {policy!r} returned {selection!r}.")
+    if len(selection.kept) != budget:
+        raise UserError(
+            f"The budget is {budget} rows, but {policy!r} kept {len(selection.kept)}. A policy keeps exactly as many, "
+            "some of them more than once if it has to, or raises."
+        )
+    return selection

@@ -46,7 +46,7 @@ def test_fields_by_name_are_the_groups(tmp_path, by_name, in_groups):
         ({"policy": Diverse(), "diverse": 0.1, "on_shortfall": "relax"}, "on_shortfall, diverse is a part of `policy`"),
         ({"timing": Timing(), "every": 2}, "every is a part of `timing`"),
         ({"scoring": Scoring(), "header": "A:"}, "header is a part of `scoring`"),
-        ({"policy": "cherry"}, "policy must be a Cherry or a Diverse, got 'cherry'"),
+        ({"policy": "cherry"}, "policy must be a Cherry, a Diverse or a callable of your own, got 'cherry'"),
         ({"timing": 2}, "timing must be a Timing, got 2"),
         ({"scoring": {}}, "scoring must be a Scoring, got {}"),
     ],
