@@ -316,6 +316,11 @@ def reference_scores(trainer: Trainer, model: torch.nn.Module) -> dict[Any, tupl
     return scores
 
 
+def ratios(scores: dict[Any, tuple[float, float] | None]) -> dict[Any, float]:
+    """IFD by row id, of the rows that have one."""
+    return {row: cas / das for row, (cas, das) in scores.items()}
+
+
 def reference_top(scores: dict[Any, tuple[float, float] | None], budget: int, limit: float = 1.0) -> list[Any]:
     """Row ids of the `budget` highest IFD under the limit, highest first."""
     ratios = {row: pair[0] / pair[1] for row, pair in scores.items() if pair is not None}

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from ..data.readable_text import shortened
 from ..errors import UserError
 from ..method.reasons import ABOVE_LIMIT, KEPT, MEANINGS, REDUNDANT
-from .score_frames import by_epoch, cut_of, epoch_name, number_text, percent_text, rows_text, spearman
+from .score_frames import LIMIT, by_epoch, cut_of, epoch_name, number_text, percent_text, rows_text, spearman
 
 _WIDTH, _DPI = 8.0, 192  # inches; at 192 the page shows two pixels of the file on one of its own
 _BLUE, _SKY, _GREEN, _ORANGE, _GREY = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#B3B3B3"  # Okabe and Ito
@@ -60,7 +60,7 @@ def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float 
         )
         ax.set_ylabel(f"{epoch_name(epoch)}\nrows" if epoch is not None else "rows")
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        _score_lines(ax, edges, cut_of(frame, score), max_ifd)
+        _score_lines(ax, edges, cut_of(frame, score), frame.attrs.get(LIMIT) or max_ifd)
         beyond = int((frame[score] > edges[-1]).sum())
         if beyond:
             _inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:g}", ha="right")
@@ -87,8 +87,9 @@ def plot_cas_das(
         drawn = _scatter(ax, frame, "das", "cas", score)
         cut = cut_of(frame, score)
         lines = [(1.0, "-", f"{_short(score)} 1: cas = das"), (cut, "--", f"cut {number_text(cut)}")]
-        if max_ifd is not None and max_ifd != 1:
-            lines.append((max_ifd, ":", f"limit {max_ifd:g}"))
+        limit = frame.attrs.get(LIMIT) or max_ifd
+        if limit is not None and limit != 1:
+            lines.append((limit, ":", f"limit {limit:.4g}"))
         direct = np.linspace(0, right, 2)
         for level, style, text in lines:
             if level is not None:
@@ -306,7 +307,7 @@ def _reach(values: pd.Series) -> float:
 
 def _score_lines(ax: Axes, edges: np.ndarray, cut: float | None, max_ifd: float | None) -> None:
     """The cut, and the limit (or 1), each with its value above the panel."""
-    lines = [(1.0, "-", "1: the prompt does not help") if max_ifd is None else (max_ifd, "-", f"limit {max_ifd:g}")]
+    lines = [(1.0, "-", "1: the prompt does not help") if max_ifd is None else (max_ifd, "-", f"limit {max_ifd:.4g}")]
     if cut is not None:
         lines.append((cut, "--", f"cut {cut:.3f}"))
     lines = sorted(line for line in lines if edges[0] <= line[0] <= edges[-1])

@@ -96,6 +96,9 @@ def merged(epochs: Mapping[Any, pd.DataFrame], columns: Sequence[str]) -> dict[A
     return {of[0] if len(of) == 1 else f"{of[0]}-{of[-1]}": rows for of, rows in groups}
 
 
+LIMIT = "limit"  # in the attributes of an epoch's frame: the limit that was measured for it
+
+
 def read_epochs(history: History) -> tuple[dict[int, pd.DataFrame], list[str]]:
     """Rows of each epoch that can be read, and a note on each that cannot."""
     epochs, notes = {}, []
@@ -109,6 +112,7 @@ def read_epochs(history: History) -> tuple[dict[int, pd.DataFrame], list[str]]:
             notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} cannot be read; plots and rows leave it out.")
         else:
             epochs[epoch] = rows.assign(key=rows["row_id"].map(str))
+            epochs[epoch].attrs[LIMIT] = record.get("limit")
     return epochs, notes
 
 

@@ -30,7 +30,8 @@ def epoch_table(history: History) -> Table:
     ended before all of them: the last batch dropped, the end of the run; packed rows with packing), with a curriculum
     the tiers trained on (0 is the one that it begins with), the epoch in which the scores were made (where some are
     older than their epoch, and not all of one), mean score of the kept and of the dropped rows, share of the kept rows
-    that the epoch before kept too (not for the sample of a brief experience), seconds, held-out loss of each evaluation
+    that the epoch before kept too (not for the sample of a brief experience), the lowest score kept, the limit (where it
+    is calibrated), seconds, held-out loss of each evaluation
     set; "-" where a number is not known. Epochs of the brief experience are called that; a line "anew" stands where
     training starts anew. Below the table stands what both mean, and which model scored.
 
@@ -117,6 +118,8 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
     headers = ["epoch", "pool", "kept", *(["repeats"] if repeats else [])]
     headers += [*(["trained"] if unfinished else []), *(["tiers"] if tiers else [])]
     headers += [*(["scored in"] if scored else []), f"{score} kept", f"{score} dropped", "overlap", "cut"]
+    limits = any(record.get("limit") is not None for record in history.epochs)
+    headers += ["limit"] if limits else []
     sets = list(dict.fromkeys(name for record in history.epochs for name in record.get("eval_losses") or ()))
     plain_loss = not sets or any(record.get("eval_loss") is not None for record in history.epochs)
     headers += ["scoring s", "training s", *(["held-out loss"] if plain_loss else [])]
@@ -133,6 +136,7 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
             [str(epoch), count_text(record.get("pool")), count_text(kept), *extra]
             + [number_text(record.get("mean_kept")), number_text(record.get("mean_dropped"))]
             + [percent_text(overlap), number_text(record.get("cut"))]
+            + ([number_text(record.get("limit"))] if limits else [])
             + [number_text(record.get(f"seconds_{part}"), 1) for part in ("scoring", "training")]
             + ([number_text(record.get("eval_loss"), 4)] if plain_loss else [])
             + [number_text((record.get("eval_losses") or {}).get(name), 4) for name in sets]

@@ -149,17 +149,27 @@ def score_in_words(score: str | None) -> str:
 
 def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     limit, score = settings.get("max_ifd"), score_in_words(settings.get("score"))
+    limit = f"{limit:g}" if limit else _calibrated(policy.get("max_ifd"))
     if policy.get("type") == "Cherry":
-        return f"the rows with the highest {score}, {f'of those below {limit:g}' if limit else 'without a limit'}"
+        return f"the rows with the highest {score}, {f'of those below {limit}' if limit else 'without a limit'}"
     if policy.get("type") == "Diverse":
         share = policy.get("share")
         of = f"{share:,} " if isinstance(share, int) else f"{100 * share:g} % of the " if share else ""
-        below = f" (below {limit:g})" if limit else ""
+        below = f" (below {limit})" if limit else ""
         return (
             f"of the {of}eligible rows{below} with the highest {score}, those whose embeddings stand best for all of "
             "these (facility location)"
         )
     return None
+
+
+def _calibrated(limit: Any) -> str:
+    if not isinstance(limit, Mapping):
+        return ""
+    return (
+        f"a limit that is measured in each scoring: below it are {100 * limit['alpha']:g} % of {limit['pairs']} "
+        "answers under the prompts of other rows"
+    )
 
 
 def _brief_in_words(kinds: EpochKinds, settings: Mapping[str, Any]) -> str:

@@ -77,6 +77,8 @@ class PoolScorer:
 
         A pair that is too long, or whose answers or prompts are equal, has none.
         """
+        if not len(pairs):
+            return Scores.unscored(0, "")
         reader, lengths = self._reader(prefix), self.pool.lengths(np.arange(len(self.pool)))
         longest = int(lengths.max()) if self.other is None else reader.longest
 

@@ -21,6 +21,7 @@ from tiny_runs import (
     model_with,
     plain_trainer,
     random_states,
+    ratios,
     raw_rows,
     reference_scores,
     reference_top,
@@ -41,10 +42,6 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 from ifd_trainer import IFDScorer, IFDSelectionCallback
 from ifd_trainer.method.selection import ShortfallError
 from ifd_trainer.training.history import History
-
-
-def ratios(scores):
-    return {row: pair[0] / pair[1] for row, pair in scores.items() if pair is not None}
 
 
 def trained_times(rows: pd.DataFrame) -> dict:
