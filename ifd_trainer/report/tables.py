@@ -30,10 +30,10 @@ def epoch_table(history: History) -> Table:
     ended before all of them: the last batch dropped, the end of the run; packed rows with packing), with a curriculum
     the tiers trained on (0 is the one that it begins with), the epoch in which the scores were made (where some are
     older than their epoch, and not all of one), mean score of the kept and of the dropped rows, share of the kept rows
-    that the epoch before kept too (not for the sample of a brief experience), the lowest score kept, the limit (where it
-    is calibrated), seconds, held-out loss of each evaluation
-    set; "-" where a number is not known. Epochs of the brief experience are called that; a line "anew" stands where
-    training starts anew. Below the table stands what both mean, and which model scored.
+    that the epoch before kept too (not for the sample of a brief experience), the lowest score kept, the limit (where
+    it is calibrated), seconds, held-out loss of each evaluation set; "-" where a number is not known. Epochs of the
+    brief experience are called that; a line "anew" stands where training starts anew. Below the table stands what both
+    mean, and which model scored.
 
     >>> from rich import print
     >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
