@@ -400,7 +400,7 @@ def _select(options: argparse.Namespace) -> int:
     import numpy as np
 
     from .data.files import check_features, check_writable, output_file, write_tables
-    from .data.refusals import refused_rows
+    from .data.refused_answers import refused_rows
     from .data.table_reader import TableReader, selected_tables
     from .method.schedule import parse_keep
     from .publish.card import card_paths, check_card, write_card

@@ -39,6 +39,7 @@ import ifd_trainer.training.history as history_module
 import ifd_trainer.training.pool_scorer as pool_scorer_module
 from ifd_trainer import Brief, IFDSelectionCallback
 from ifd_trainer.data.encoding import token_count
+from ifd_trainer.method.calibrated_limit import CalibratedLimit
 
 ROWS = 24
 CHUNK = pool_scorer_module._CHUNK
@@ -57,6 +58,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "drop_last": ({"keep": [11, 9]}, {"dataloader_drop_last": True, "num_train_epochs": 2}),
     "max_steps": ({"keep": [9, 6]}, {"max_steps": 4}),
     "in_step": ({"keep": [12, 8], "token_budget": 64}, {"num_train_epochs": 2}),
+    "calibrated": ({"keep": [6, 5], "max_ifd": CalibratedLimit(alpha=0.5, pairs=13)}, {"num_train_epochs": 2}),
     "one_row": ({"keep": 1.0}, {"num_train_epochs": 1}),
     "cherry": (
         {"keep": 6, "warmup_epochs": 1, "warmup": Brief(clusters=4, per_cluster=2, max_share=0.4), "start_anew": True},
@@ -65,7 +67,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 # Cases that run with sharded weights too; in the last one the processes have unequal numbers of batches.
-SHARDED = ("base", "uneven", "accumulation", "in_step")
+SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated")
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 ZERO3 = {
     "deepspeed": {
@@ -123,6 +125,7 @@ class Watch:
         self.longest = 0  # tokens of a row's two segments
         self.ifd: list[list[float]] = []
         self.orders: list[list[int]] = []
+        self.limits: list[float | None] = []
         ids = tokenised(trainer)["row_id"]
         scoring = False
         score_pool, score_pairs, select = callback.score_pool, pool_scorer_module.score_pairs, callback._select
@@ -134,6 +137,8 @@ class Watch:
                     torch.distributed.all_reduce(torch.ones(1))
 
         def counted_pairs(pairs: Any, **options: Any) -> Any:
+            if not scoring:
+                return score_pairs(pairs=pairs, **options)
             self.tokens[-1].append(token_count(pairs))
             self.longest = max([self.longest, *(token_count([pair]) for pair in pairs)])
             return score_pairs(pairs=pairs, **options)
@@ -153,6 +158,7 @@ class Watch:
         def selected(epoch: int) -> None:
             select(epoch)
             self.orders.append([ids[position] for position in callback.sampler.order])
+            self.limits.append(callback.chooser.last.limit if callback.chooser.last else None)
 
         trainer.model.register_forward_pre_hook(forward)
         callback.score_pool, callback._select = counted_pool, selected
@@ -179,6 +185,7 @@ def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> d
         "tokens": watch.tokens,
         "longest": watch.longest,
         "ifd": watch.ifd,
+        "limits": watch.limits,
         # For each epoch, each update, each batch: the row ids that were in it.
         "batches": [[update.batches for update in seen.updates if update.epoch == epoch] for epoch in epochs],
         "leftovers": seen.leftovers,

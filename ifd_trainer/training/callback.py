@@ -36,6 +36,7 @@ from ..method.reasons import NOT_SCORED
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule
 from ..method.selection import Policy, Selection
 from ..scoring.losses import Scores
+from .checkpoint_state import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
 from .history import FOLDER, History, epoch_record, epoch_rows
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
@@ -44,7 +45,6 @@ from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
 from .row_chooser import RowChooser, Scored
 from .selection_run import SelectionRun
-from .state_codec import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
 from .trainer_checks import check_timing
 from .trainer_hooks import (
     EpochSelector,

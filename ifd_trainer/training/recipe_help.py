@@ -1,4 +1,4 @@
-"""The text of `ifd-trainer train --help`: the selection keys as `selection_keys` describes them, and some of TRL's.
+"""The text of `ifd-trainer train --help`: the selection keys as `recipe_selection_keys` describes them, and some of TRL's.
 
 Made without TRL, whose import takes seconds: `--help-all` lists what TRL's own keys say.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 
-from .selection_keys import GROUPS, SelectionKeys
+from .recipe_selection_keys import GROUPS, SelectionKeys
 
 _WIDTH = 120
 _INDENT = 27  # of what is said about a key

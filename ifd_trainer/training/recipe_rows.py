@@ -25,7 +25,7 @@ from ..data.formats import (
     resolve_format,
     to_training_row,
 )
-from ..data.refusals import looks_like_refusal
+from ..data.refused_answers import looks_like_refusal
 from ..data.row_ids import find_ids
 from ..errors import UserError
 

@@ -19,7 +19,7 @@ from ..method.facility_location import Diverse
 from ..method.schedule import Anneal, Curriculum, Schedule, Timing, as_schedule, parse_keep
 from ..method.selection import Cherry
 from .options import Scoring
-from .selection_keys import SelectionKeys
+from .recipe_selection_keys import SelectionKeys
 
 logger = logging.getLogger(__name__)
 

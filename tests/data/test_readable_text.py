@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from ifd_trainer.data.formats import FORMATS, answer_of, detect_format
 from ifd_trainer.data.readable_text import answers_of, text_columns
-from ifd_trainer.data.refusals import refused_rows
+from ifd_trainer.data.refused_answers import refused_rows
 from ifd_trainer.data.table_reader import TableReader
 from ifd_trainer.training.recipe_rows import without_refusals
 

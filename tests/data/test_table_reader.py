@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ifd_trainer.data.files import load_rows, write_rows, write_tables
 from ifd_trainer.data.readable_text import answers_of
-from ifd_trainer.data.refusals import looks_like_refusal, refused_rows
+from ifd_trainer.data.refused_answers import looks_like_refusal, refused_rows
 from ifd_trainer.data.table_reader import TableReader, selected_tables
 
 ROWS = Dataset.from_list(

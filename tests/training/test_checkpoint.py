@@ -21,7 +21,7 @@ from transformers import TrainerState
 from ifd_trainer.method.plain_data import as_text
 from ifd_trainer.method.reasons import Status
 from ifd_trainer.scoring.losses import Scores
-from ifd_trainer.training.state_codec import FILE, load_selection, save_selection
+from ifd_trainer.training.checkpoint_state import FILE, load_selection, save_selection
 
 ROWS = 16
 floats = arrays.arrays(np.float64, 5, elements=st.floats(width=64, allow_nan=True))

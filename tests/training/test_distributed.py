@@ -36,6 +36,7 @@ UPDATES = {
     "drop_last": [2, 2],
     "max_steps": [3, 1],
     "in_step": [3, 2],
+    "calibrated": [2, 2],
     "one_row": [1],
     "cherry": [2, 2, 2],
 }
@@ -108,7 +109,17 @@ def updates(run: dict) -> list[list[list[int]]]:
 def test_both_processes_take_the_same_steps_in_the_same_order(ranks, kind, case):
     one, other = (found[case] for found in ranks)
     assert one["processes"] == other["processes"] == WORLD
-    for key in ("orders", "ifd", "global_step", "max_steps", "epoch", "learning_rates", "weights", "leftovers"):
+    for key in (
+        "orders",
+        "ifd",
+        "limits",
+        "global_step",
+        "max_steps",
+        "epoch",
+        "learning_rates",
+        "weights",
+        "leftovers",
+    ):
         assert one[key] == other[key], key
     assert [len(epoch) for epoch in one["batches"]] == UPDATES[case]
     assert len(one["orders"]) == len(UPDATES[case])
@@ -163,6 +174,8 @@ def test_the_selection_is_that_of_a_single_process(ranks, case, tmp_path):
         tolerance = 1e-4 if case == "cherry" else 1e-5
         np.testing.assert_allclose(found["ifd"][epoch], alone["ifd"][epoch], rtol=0, atol=tolerance)
         assert found["orders"][epoch] == alone["orders"][epoch]
+        assert (found["limits"][epoch] is None) == (case != "calibrated")
+        assert found["limits"][epoch] == (alone["limits"][epoch] and pytest.approx(alone["limits"][epoch], abs=1e-5))
 
 
 def test_in_bf16_scores_differ_from_those_of_a_single_process_by_its_rounding(ranks, tmp_path):

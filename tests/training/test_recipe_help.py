@@ -13,7 +13,7 @@ import pytest
 from ifd_trainer.cli import main
 from ifd_trainer.training.recipe import make_parser
 from ifd_trainer.training.recipe_selection import SelectionConfig
-from ifd_trainer.training.selection_keys import GROUPS
+from ifd_trainer.training.recipe_selection_keys import GROUPS
 
 KEYS = {key.name: key for key in dataclasses.fields(SelectionConfig)}
 HEAVY = {"torch", "transformers", "trl", "datasets", "pandas", "pyarrow", "numpy"}

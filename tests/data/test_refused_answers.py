@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifd_trainer.data.refusals import OPENINGS, SELF_REFERENCES, looks_like_refusal, may_refuse
+from ifd_trainer.data.refused_answers import OPENINGS, SELF_REFERENCES, looks_like_refusal, may_refuse
 
 
 @pytest.mark.parametrize(
