@@ -1,4 +1,5 @@
-"""The text of `ifd-trainer train --help`: the selection keys as `recipe_selection_keys` describes them, and some of TRL's.
+"""The text of `ifd-trainer train --help`: the keys of `recipe_selection_keys` as they are described there, and some of
+TRL's.
 
 Made without TRL, whose import takes seconds: `--help-all` lists what TRL's own keys say.
 """
