@@ -305,17 +305,16 @@ def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
     from .data.files import (
-        Parts,
         check_apart,
         check_features,
         check_writable,
-        kept,
         load_rows,
         source_digest,
         with_columns,
         write_rows,
     )
     from .publish.provenance import provenance_of, write_provenance
+    from .scoring.job_parts import Parts, kept
     from .scoring.processes import Process
     from .scoring.scoring_job import join_parts, score_parts
     from .scoring.transform import SCORES_VERSION

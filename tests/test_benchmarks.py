@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, ROUNDING, build_model, build_tokenizer, reference_nll
 
 from ifd_trainer.data.encoding import token_count
-from ifd_trainer.data.files import Parts
+from ifd_trainer.scoring.job_parts import Parts
 from ifd_trainer.scoring.transform import IFDScorer
 
 DRY = ["--device", "cpu", "--dtype", "float32", "--tiny", "--runs", "1"]

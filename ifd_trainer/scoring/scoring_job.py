@@ -19,8 +19,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data.encoding import EncodedPair, token_count
-from ..data.files import Parts
 from ..errors import RunError
+from .job_parts import Parts
 from .processes import Process
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ def worker(stop_before: int, arguments: list[str]) -> int:
     """`ifd-trainer` without a model; it stops before it saves a part (-1: it goes on to its end)."""
     from ifd_trainer import cli
     from ifd_trainer.data.encoding import EncodedPair, Segment
-    from ifd_trainer.data.files import Parts
+    from ifd_trainer.scoring.job_parts import Parts
     from ifd_trainer.scoring.losses import Scores
     from ifd_trainer.scoring.transform import IFDScorer
 

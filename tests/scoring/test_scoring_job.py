@@ -28,12 +28,13 @@ from launching import end
 from stores import Store, start
 
 from ifd_trainer.cli import main
-from ifd_trainer.data import files
 from ifd_trainer.data.encoding import EncodedPair, Segment
-from ifd_trainer.data.files import Parts, load_rows, with_columns, write_rows
+from ifd_trainer.data.files import load_rows, with_columns, write_rows
 from ifd_trainer.errors import FileAccessError, RunError, UserError
 from ifd_trainer.publish.provenance import scores_digest
+from ifd_trainer.scoring import job_parts
 from ifd_trainer.scoring import scoring_job as job
+from ifd_trainer.scoring.job_parts import Parts
 from ifd_trainer.scoring.processes import Process
 from ifd_trainer.scoring.scoring_job import join_parts, score_parts
 from ifd_trainer.scoring.transform import IFDScorer
@@ -53,7 +54,7 @@ from pathlib import Path
 from ifd_trainer.cli import main
 from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.scoring.transform import IFDScorer
-from ifd_trainer.data.files import Parts
+from ifd_trainer.scoring.job_parts import Parts
 
 def parts():
     return list(Path(sys.argv[-1] + ".parts").glob("ifd-part-*.arrow"))
@@ -693,7 +694,7 @@ def test_a_disk_that_keeps_nothing_is_told(tmp_path: Path, monkeypatch) -> None:
     score_numbers(tmp_path, Device())
     parts = Parts(tmp_path / "out.parquet", {})
     parts.path(2).unlink()
-    monkeypatch.setattr(files, "write_atomically", lambda path, write: path.suffix == ".arrow" or write(path))
+    monkeypatch.setattr(job_parts, "write_atomically", lambda path, write: path.suffix == ".arrow" or write(path))
     monkeypatch.setattr(Parts, "join", lambda parts, sizes, again: parts._whole(2, sizes[2], again))
     with pytest.raises(RunError, match=r"ifd-part-000002\.arrow is not what was written there a moment ago"):
         join_parts(NUMBERS, Device(), parts, 2)
@@ -844,14 +845,15 @@ def test_parts_say_themselves_of_which_job_they_are(tmp_path: Path, found: str |
 DIES_WRITING = """
 import os, sys
 from datasets import Dataset
-from ifd_trainer.data.files import Parts, write_rows
+from ifd_trainer.data.files import write_rows
+from ifd_trainer.scoring.job_parts import Parts
 parts = Parts(sys.argv[1], {"a": 1}, main=True)
 os.fsync = lambda _: os._exit(9)
 write_rows(Dataset.from_dict({"number": [1, 2]}), sys.argv[1], parts.folder)
 """
 HOLDS = """
 import sys
-from ifd_trainer.data.files import Parts
+from ifd_trainer.scoring.job_parts import Parts
 parts = Parts(sys.argv[1], {"a": 1}, main=True)
 print("ready", flush=True)
 sys.stdin.read()
@@ -938,7 +940,7 @@ def test_a_second_job_is_refused_until_the_first_one_is_killed(tmp_path: Path) -
     check = [
         sys.executable,
         "-c",
-        "import sys; from ifd_trainer.data.files import Parts; Parts(sys.argv[1], {'a': 2}, True)",
+        "import sys; from ifd_trainer.scoring.job_parts import Parts; Parts(sys.argv[1], {'a': 2}, True)",
     ]
     assert subprocess.run([*check, str(output)], cwd=ROOT, check=False).returncode == 0
     Parts(output, {"a": 2}, main=True).remove()
@@ -949,9 +951,9 @@ def test_a_system_without_locks_goes_without(tmp_path: Path, monkeypatch) -> Non
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "lockf", none)
+    monkeypatch.setattr(job_parts.fcntl, "lockf", none)
     Parts(tmp_path / "a.parquet", {}, main=True).remove()
-    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(job_parts, "fcntl", None)
     Parts(tmp_path / "a.parquet", {}, main=True).remove()
     assert list(tmp_path.iterdir()) == []
 
