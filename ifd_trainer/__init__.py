@@ -10,10 +10,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .data.formats import ALPACA, WIZARDLM, TemplateFormat
     from .method.brief_experience import Brief
+    from .method.calibrated_limit import CalibratedLimit
     from .method.columns import IFD_COLUMNS
     from .method.facility_location import Diverse
     from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
-    from .method.selection import Cherry, Selection
+    from .method.selection import Cherry, Policy, Selection
     from .report.page import write_report
     from .scoring.transform import IFDScorer
     from .training.callback import IFDSelectionCallback
@@ -23,6 +24,7 @@ _HOME = {
     "ALPACA": "data.formats",
     "Anneal": "method.schedule",
     "Brief": "method.brief_experience",
+    "CalibratedLimit": "method.calibrated_limit",
     "Cherry": "method.selection",
     "Constant": "method.schedule",
     "Curriculum": "method.schedule",
@@ -31,6 +33,7 @@ _HOME = {
     "IFDSelectionCallback": "training.callback",
     "IFD_COLUMNS": "method.columns",
     "PerEpoch": "method.schedule",
+    "Policy": "method.selection",
     "Scoring": "training.options",
     "Selection": "method.selection",
     "TemplateFormat": "data.formats",
@@ -44,6 +47,7 @@ __all__ = [
     "WIZARDLM",
     "Anneal",
     "Brief",
+    "CalibratedLimit",
     "Cherry",
     "Constant",
     "Curriculum",
@@ -51,6 +55,7 @@ __all__ = [
     "IFDScorer",
     "IFDSelectionCallback",
     "PerEpoch",
+    "Policy",
     "Scoring",
     "Selection",
     "TemplateFormat",

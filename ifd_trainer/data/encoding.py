@@ -62,18 +62,26 @@ class EncodedPair:
 def mismatched(row: EncodedPair, other: EncodedPair, longest: int | None) -> EncodedPair:
     """The answer of one row under the prompt of another: `malformed` where that is no wrong pair, or too long.
 
-    >>> row, other = (EncodedPair(Segment(ids, 1), Segment([9, ids[-1]], 1)) for ids in ([1, 2], [3, 4]))
+    The prompt keeps the row's own response header: where a header's last character merged with the answer's first into
+    one token (`:` and a quote), that of another row would have it twice or not at all.
+
+    >>> row, other = (EncodedPair(Segment(ids, 2), Segment([9, ids[-1]], 1)) for ids in ([1, 9, 2], [3, 9, 4]))
     >>> mismatched(row, other, longest=8).conditioned
-    Segment(ids=[3, 2], start=1)
+    Segment(ids=[3, 9, 2], start=2)
     """
     if row.conditioned is None or other.conditioned is None:
         return EncodedPair.unscorable(Status.MALFORMED)
     answers = [pair.conditioned.ids[pair.conditioned.start :] for pair in (row, other)]
     prompts = [pair.conditioned.ids[: pair.conditioned.start] for pair in (row, other)]
-    too_long = longest is not None and len(prompts[1]) + len(answers[0]) > longest
-    if answers[0] == answers[1] or prompts[0] == prompts[1] or too_long:
+    own, others = (pair.direct.ids[: pair.direct.start] for pair in (row, other))
+    if own != others and own[:1] == others[:1] != prompts[1][-len(others) :][:1]:
+        own, others = own[1:], others[1:]  # without the BOS before a direct answer
+    ends = bool(others) and prompts[1][-len(others) :] == others
+    prompt = prompts[1][: -len(others)] + own if ends else prompts[1]
+    too_long = longest is not None and len(prompt) + len(answers[0]) > longest
+    if answers[0] == answers[1] or prompts[0] == prompt or too_long:
         return EncodedPair.unscorable(Status.MALFORMED)
-    return EncodedPair(Segment(prompts[1] + answers[0], len(prompts[1])), row.direct)
+    return EncodedPair(Segment(prompt + answers[0], len(prompt)), row.direct)
 
 
 def token_count(pairs: Iterable[EncodedPair]) -> int:

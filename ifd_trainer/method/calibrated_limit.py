@@ -8,8 +8,8 @@ of the pool under the prompts of other rows,
 
 The limit is the floor(alpha (n + 1))-th smallest of them. Where a mismatched row is like such a pair (exchangeable with
 it), its IFD is below the limit with a probability of at most alpha, whatever the model: the argument of split conformal
-prediction. It says nothing about rows that the model has been trained on, nor about answers that were moved within one
-topic: for these draw the wrong prompts among the nearest ones.
+prediction. That holds for one scoring: a row that is judged in several has as many chances. It says nothing about rows
+that the model has been trained on, nor about answers that were moved within one topic, which are harder to tell.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from ..errors import UserError
 
+_ROUNDS = 4  # of pairs that are tried, until as many as are wanted can be scored
 CALIBRATED = "calibrated"  # what a user writes for a `CalibratedLimit` as it is by default
 
 
@@ -48,6 +49,16 @@ class CalibratedLimit:
                 f"pairs must be a whole number, and at least {self.least} with alpha={self.alpha}, got {self.pairs!r}."
             )
 
+    @classmethod
+    def of(cls, alpha: float) -> CalibratedLimit:
+        """With as many pairs as are usual, or as an alpha this small needs.
+
+        >>> CalibratedLimit.of(0.05).pairs, CalibratedLimit.of(0.001).pairs
+        (256, 999)
+        """
+        small = isinstance(alpha, Real) and 0 < alpha < 1 / (cls.pairs + 1)
+        return cls(alpha, math.ceil(1 / alpha) if small else cls.pairs)
+
     @property
     def least(self) -> int:
         """The smallest number of pairs of which a limit with this alpha can be told."""
@@ -58,10 +69,11 @@ class CalibratedLimit:
         return math.floor(self.alpha * (pairs + 1) + 1e-9)  # 0.05 * 20 is a little more than 1, 0.07 * 100 less than 7
 
     def draw(self, ids: np.ndarray, scored: np.ndarray, seed: int) -> np.ndarray:
-        """Rows whose answer and prompt make a wrong pair, (m, 2) positions: answer of, prompt of.
+        """Rows whose answer and prompt may make a wrong pair, (m, 2) positions: answer of, prompt of.
 
-        `pairs` of them, but no more than there are rows, unless that were too few for a limit; each answer is drawn as
-        often as any other give or take one.
+        In rounds, each of which has every scored row once as an answer and once as a prompt; the first pairs are to be
+        taken, and those that follow stand for pairs that turn out to be none (of equal prompts, or too long). Wanted
+        are `wanted` of them, so that no answer counts twice unless others have none.
 
         Args:
             ids: (n,) by which rows are known, wherever they stand.
@@ -71,12 +83,15 @@ class CalibratedLimit:
         rows = rows[np.argsort(np.asarray(ids)[rows], kind="stable")]
         if len(rows) < 2:
             return np.empty((0, 2), dtype=np.int64)
-        rng = np.random.default_rng(seed)
-        wanted = max(min(self.pairs, len(rows)), self.least)
-        rounds = [rng.permutation(len(rows)) for _ in range(math.ceil(wanted / len(rows)))]
-        answers = np.concatenate(rounds)[:wanted]
-        prompts = (answers + rng.integers(1, len(rows), size=wanted)) % len(rows)  # any other row
-        return np.column_stack([rows[answers], rows[prompts]])
+        rng, pairs = np.random.default_rng(seed), []
+        for _ in range(_ROUNDS):
+            order = rng.permutation(len(rows))
+            pairs.append(np.column_stack([rows[order], rows[np.roll(order, int(rng.integers(1, len(rows))))]]))
+        return np.concatenate(pairs)
+
+    def wanted(self, scored: int) -> int:
+        """How many pairs are scored, of so many rows with a score: an answer that counts twice is not more evidence."""
+        return min(self.pairs, scored)
 
     def limit(self, wrong: np.ndarray) -> float:
         """The limit, of the scores of wrong pairs (m,); those that are NaN do not count.
@@ -88,6 +103,7 @@ class CalibratedLimit:
         if not self.rank(len(wrong)):
             raise UserError(
                 f"A limit with alpha={self.alpha} takes at least {self.least} answers under a wrong prompt; the pool "
-                f"gave {len(wrong)}. Raise alpha, or set a limit of your own: max_ifd=1.0."
+                f"gave {len(wrong)} (rows with a score, whose prompts and answers are not those of all others). Raise "
+                "alpha, or set a limit of your own: max_ifd=1.0."
             )
         return float(wrong[self.rank(len(wrong)) - 1])

@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,11 @@ def to_data(value: Any) -> Any:
         return {"type": _name(type(value))} | {
             field.name: to_data(getattr(value, field.name)) for field in dataclasses.fields(value)
         }
+    if isinstance(value, partial):
+        return {"type": "partial", **{name: to_data(getattr(value, name)) for name in ("func", "args", "keywords")}}
     if isinstance(value, type) or not hasattr(value, "__dict__") or hasattr(value, "__qualname__"):
         return {"type": _name(value if hasattr(value, "__qualname__") else type(value))}
-    plain = {key: entry for key, entry in vars(value).items() if isinstance(entry, (bool, int, float, str, np.generic))}
+    plain = {key: entry for key, entry in vars(value).items() if _is_plain(entry)}
     return {"type": _name(type(value))} | {key: to_data(entry) for key, entry in plain.items()}
 
 
@@ -102,6 +105,16 @@ def _of_node(node: ast.expr) -> Any:
     if isinstance(node, ast.Tuple):
         return [_of_node(entry) for entry in node.elts]
     return "inf" if isinstance(node, ast.Name) and node.id == "inf" else ast.literal_eval(node)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value says all that it is; a model or a data set does not."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    scalar = value is None or isinstance(value, (bool, int, float, str, np.generic))
+    return scalar or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
 def _name(of: Any) -> str:

@@ -178,7 +178,9 @@ class Cherry:
         scored = ok & np.isfinite(score)
         if ROW_LIMIT not in columns and isinstance(self.max_ifd, CalibratedLimit):
             raise UserError("A calibrated limit is measured in a training run; here max_ifd has to be a number.")
-        eligible = scored & (score < columns.get(ROW_LIMIT, self.max_ifd))
+        limit = np.asarray(columns.get(ROW_LIMIT, self.max_ifd), dtype=np.float64)
+        eligible = scored & (score < limit)
+        nearest = limit - score if ROW_LIMIT in columns else -score
         count = int(eligible.sum())
         shortfall = max(budget - count, 0)
         fillable = count or (self.on_shortfall == "relax" and scored.any())
@@ -186,7 +188,7 @@ class Cherry:
             unscored = dict(zip(statuses, np.bincount(codes[~scored], minlength=len(statuses)).tolist(), strict=True))
             raise ShortfallError(self._explain(budget, eligible, scored, unscored))
         kept = _best(score, ids, eligible, budget)
-        relaxed = _best(-score, ids, scored & ~eligible, shortfall) if self.on_shortfall == "relax" else kept[:0]
+        relaxed = _best(nearest, ids, scored & ~eligible, shortfall) if self.on_shortfall == "relax" else kept[:0]
         kept = np.concatenate([kept, relaxed])
         kept = np.concatenate([kept, _repeats(kept, budget - len(kept), rng)])
         names = [*statuses, Status.NONFINITE.value, ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED]
@@ -206,7 +208,8 @@ class Cherry:
             f"{budget} rows are to be kept, but only {eligible.sum()} of {len(scored)} are eligible: "
             f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {self.score} >= {self._limit}. "
             f"{f'Without a score: {why}. ' if why else ''}"
-            "Lower `keep`, raise `max_ifd` (float('inf') switches the limit off), or look at the prompt format: with a "
+            f"Lower `keep`, raise `{'alpha' if isinstance(self.max_ifd, CalibratedLimit) else 'max_ifd'}` "
+            "(max_ifd=float('inf') switches the limit off), or look at the prompt format: with a "
             "chat template that the model was not trained on, prompts often do not help."
         )
 

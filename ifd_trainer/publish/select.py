@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 
 from ..data.row_ids import find_ids
 from ..data.table_reader import TableReader
+from ..errors import UserError
+from ..method.calibrated_limit import CalibratedLimit
 from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, REFUSAL, Status
 from ..method.schedule import as_schedule
 from ..method.selection import Cherry, Selection, ShortfallError, coded
@@ -121,6 +123,8 @@ def choose(
     {'kept': 1, 'above_limit': 1, 'below_cut': 1, 'too_short': 1}
     """
     policy = Cherry(max_ifd, name, "error")
+    if isinstance(policy.max_ifd, CalibratedLimit):
+        raise UserError("A calibrated limit is measured in a training run; here max_ifd has to be a number.")
     score = np.asarray(score, dtype=np.float64)
     names, codes = coded(status)
     if refusals is not None:

@@ -167,8 +167,8 @@ def _calibrated(limit: Any) -> str:
     if not isinstance(limit, Mapping):
         return ""
     return (
-        f"a limit that is measured in each scoring: below it are {100 * limit['alpha']:g} % of {limit['pairs']} "
-        "answers under the prompts of other rows"
+        f"a limit that is measured in each scoring: below it are {100 * limit['alpha']:g} % of answers that are scored "
+        "under the prompts of other rows"
     )
 
 

@@ -94,7 +94,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         keep: rows per epoch: a fraction of the pool (float), a number of rows (int), or a list with one entry per
             epoch. With packing, packed rows.
         max_ifd: rows at or above this score are dropped; float("inf") for no limit. "calibrated", or a
-            `CalibratedLimit`, measures it in each scoring, so that at most a stated share of mismatched rows is below.
+            `CalibratedLimit`, measures it in each scoring, so that a stated share of mismatched rows passes it at most.
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
         policy: which rows are kept: a `Cherry`, a `Diverse` for rows that stand for others too (facility location over
@@ -103,8 +103,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         timing: when rows are scored and selected, and what is trained on before; see `Timing`. Its fields may be given
             by name: `every=2, warmup_epochs=1, freeze_after=3`.
         scoring: how rows are scored; see `Scoring`. Its fields may be given by name: `min_answer_tokens=4`.
-        scorer: None to score with the model in training; a name, a path or a loaded model to score with that one, once
-            and for all; "columns" for the scores that the training set has from `IFDScorer`.
+        scorer: None to score with the model in training; a name, a path or a loaded model to score with that one, whose
+            scores do not change (`freeze_after=0` makes them once); "columns" for the scores that the training set has
+            from `IFDScorer`.
         order: "shuffle" (another one each epoch; the pool's order with train_sampling_strategy="sequential"),
             "descending" or "ascending" score (packed rows go by the mean rank of their examples).
         id_column: column of row ids in the training set; "row_id" or "id" if there is one, else the position.
@@ -244,8 +245,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def start(self, epoch: int, state: transformers.TrainerState, checkpoint: str | None = None) -> None:
         self._next_epoch, self._epoch, self._restored, self._saved = epoch, None, None, None
-        self.chooser.forget()
+        before = self._fingerprint
         prompts, self._fingerprint = self.pool.read()
+        # A second call of `train`, or auto_find_batch_size, goes on with weights that know the rows of the first.
+        self.chooser.forget(trained=before != self._fingerprint or self.trainer.model_init is not None)
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
         self._prefix = response_prefix(self.tokenizer, prompts, self.scoring.header)
         self.history = History(self.run.folder / FOLDER, to_data(self._settings()))
@@ -428,6 +431,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "id_column": self.id_column,
             "min_answer_tokens": self.pool_scorer.encoder.min_answer_tokens,
             "score": self.chooser.score,
+            "on_shortfall": self.chooser.on_shortfall,
+            "limit": self.chooser.max_ifd,
             "max_ifd": limit if isinstance(limit, Real) and np.isfinite(limit) else None,
             "direct_prefix": self.tokenizer.decode(self._prefix),
             "model": str(getattr(self.trainer.model.config, "name_or_path", "")),

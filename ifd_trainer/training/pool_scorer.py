@@ -72,21 +72,30 @@ class PoolScorer:
         tokens = self.pool.lengths(np.arange(len(self.pool))) + ends - starts  # of both segments of a row
         return self._scored(tokens, reader, reader.encode, description)
 
-    def mismatched_scores(self, pairs: np.ndarray, prefix: Sequence[int], description: str = "Wrong prompts") -> Scores:
-        """Scores of the answers of some rows under the prompts of others, the rows (m, 2): answer of, prompt of.
+    def mismatched_scores(
+        self, candidates: np.ndarray, wanted: int, prefix: Sequence[int], description: str = "Wrong prompts"
+    ) -> Scores:
+        """Scores of answers of some rows under the prompts of others.
 
-        A pair that is too long, or whose answers or prompts are equal, has none.
+        Args:
+            candidates: (m, 2) positions, answer of and prompt of. A pair that is too long, or whose answers or prompts
+                are equal, is passed over.
+            wanted: how many of the others are scored; fewer if there are no more.
+            prefix: tokens before a direct answer.
         """
-        if not len(pairs):
+        reader = self._reader(prefix)
+        longest = int(self.pool.lengths(np.arange(len(self.pool))).max()) if self.other is None else reader.longest
+        pairs: list[EncodedPair] = []
+        for start in range(0, len(candidates), max(wanted, 1)):  # each process reads all: a few hundred rows
+            rows, others = (reader.encode(candidates[start : start + wanted, side]) for side in (0, 1))
+            tried = (mismatched(row, other, longest) for row, other in zip(rows, others, strict=True))
+            pairs += [pair for pair in tried if pair.conditioned][: wanted - len(pairs)]
+            if len(pairs) == wanted:
+                break
+        if not pairs:
             return Scores.unscored(0, "")
-        reader, lengths = self._reader(prefix), self.pool.lengths(np.arange(len(self.pool)))
-        longest = int(lengths.max()) if self.other is None else reader.longest
-
-        def encode(part: np.ndarray) -> list[EncodedPair]:
-            rows, others = (reader.encode(pairs[part, side]) for side in (0, 1))
-            return [mismatched(row, other, longest) for row, other in zip(rows, others, strict=True)]
-
-        return self._scored(lengths[pairs].sum(axis=1), reader, encode, description)
+        tokens = np.array([token_count([pair]) for pair in pairs])
+        return self._scored(tokens, reader, lambda part: [pairs[i] for i in part], description)
 
     def features(self, rows: np.ndarray | None = None, description: str = "Prompts") -> tuple[np.ndarray, np.ndarray]:
         """Prompt embeddings (m, H) and perplexities (m,) of the rows, of all by default; see `prompt_features`."""

@@ -36,8 +36,13 @@ class SelectionConfig(SelectionKeys):
         if self.max_ifd != CALIBRATED:
             try:
                 self.max_ifd = float(self.max_ifd)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise UserError(f"max_ifd: {self.max_ifd!r} is no number, and not {CALIBRATED}.") from error
+        elif self.scorer is not None:
+            raise UserError(
+                f"scorer={self.scorer!r} scores the rows before the run, so nothing measures a limit in it: set a "
+                "number, such as max_ifd: 1.0, or leave scorer out."
+            )
         if self.method == "cherry" and self.brief != "none" and self.scorer is not None:
             raise UserError(
                 f"scorer={self.scorer!r} scores without a brief experience, but brief is {self.brief!r}: set brief: "
@@ -73,7 +78,7 @@ class SelectionConfig(SelectionKeys):
 
     def policy(self) -> Cherry | Diverse:
         """Which rows are kept."""
-        limit = CalibratedLimit(self.alpha) if self.max_ifd == CALIBRATED else self.max_ifd
+        limit = CalibratedLimit.of(self.alpha) if self.max_ifd == CALIBRATED else self.max_ifd
         limits = limit, self.score, self.on_shortfall
         if self.diverse is None:
             return Cherry(*limits)

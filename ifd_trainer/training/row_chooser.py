@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import UserError
 from ..method.brief_experience import Brief
-from ..method.calibrated_limit import CalibratedLimit
+from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.choices import RANKED_BY
+from ..method.columns import SCORES
 from ..method.facility_location import EMBEDDING, Diverse
 from ..method.reasons import NOT_IN_SAMPLE, Status
 from ..method.schedule import EpochRows
@@ -62,46 +64,77 @@ class RowChooser:
     def __init__(self, pool_scorer: PoolScorer, policy: Policy, sample: Brief | None) -> None:
         # A policy of a user's own need not have these.
         self.score = getattr(policy, "score", RANKED_BY[0])
-        self.max_ifd = getattr(policy, "max_ifd", None)
         self.on_shortfall = getattr(policy, "on_shortfall", "error")
-        if isinstance(self.max_ifd, CalibratedLimit) and pool_scorer.other == "columns":
+        self.max_ifd = getattr(policy, "max_ifd", None)
+        if self.max_ifd == CALIBRATED:
+            self.max_ifd = CalibratedLimit()
+        if self.score not in SCORES:
+            raise UserError(f"score must be one of {', '.join(SCORES)}, but {policy!r} has {self.score!r}.")
+        if self.calibrated and self.score not in RANKED_BY:
+            raise UserError(f"A calibrated limit is one of {' or '.join(RANKED_BY)}, not of {self.score}.")
+        if self.calibrated and pool_scorer.other == "columns":
             raise UserError(
                 "The scores are columns of the training set (scorer='columns'), so no model measures a calibrated "
                 "limit. Set a number: max_ifd=1.0."
             )
         self.pool_scorer, self.policy, self.sample = pool_scorer, policy, sample
-        self.forget()
+        self.verdicts: np.ndarray | None = None
+        self.forget(trained=True)
 
-    def forget(self) -> None:
-        """Begin as in a new run, with the pool as it is now."""
+    @property
+    def calibrated(self) -> CalibratedLimit | None:
+        """How the limit is measured, if it is."""
+        return self.max_ifd if isinstance(self.max_ifd, CalibratedLimit) else None
+
+    def forget(self, trained: bool) -> None:
+        """Begin a run, with the pool as it is now.
+
+        Args:
+            trained: whether to forget which rows were trained on, too: the model that is trained knows none of them.
+        """
         self.last: Scored | None = None
         self.eligible: Scored | None = None
         self.brief: np.ndarray | None = None
-        self.verdicts: np.ndarray | None = None
-        self.trained = np.zeros(len(self.pool), dtype=bool)
+        if trained or len(self.trained) != len(self.pool):
+            self.verdicts, self.trained = None, np.zeros(len(self.pool), dtype=bool)
 
     def take(self, scores: Scores, epoch: int, ids: np.ndarray, prefix: Sequence[int], seed: int) -> None:
         """Take new scores; with a calibrated limit measure it, and judge the rows that were not trained on.
 
+        Where no limit can be measured, the last scores by which a row was eligible stand.
+
         Args:
             prefix: tokens before a direct answer.
+
+        Raises:
+            UserError: where no limit can be measured, and there are no such scores, or too few rows are to be an error.
         """
-        if not isinstance(self.max_ifd, CalibratedLimit):
+        if self.calibrated is None:
             self.last = Scored(scores, epoch)
             return
-        values, calibrated = scores.columns()[self.score], self.max_ifd
-        pairs = calibrated.draw(ids, np.isfinite(values), seed)
-        wrong = self.pool_scorer.mismatched_scores(pairs, prefix, f"Limit, epoch {epoch}")
-        limit = calibrated.limit(wrong.columns()[self.score])
+        values = scores.columns()[self.score]
+        scored = np.isfinite(values)
+        candidates, wanted = self.calibrated.draw(ids, scored, seed), self.calibrated.wanted(int(scored.sum()))
+        wrong = self.pool_scorer.mismatched_scores(candidates, wanted, prefix, f"Limit, epoch {epoch}")
+        try:
+            limit = self.calibrated.limit(wrong.columns()[self.score])
+        except UserError as error:
+            if self.eligible is None or self.on_shortfall == "error":
+                raise
+            self.last = self.eligible
+            logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
+            return
+        # What another model says of a row does not change with what this one is trained on.
+        knows = self.trained if self.pool_scorer.other is None else np.zeros(len(ids), dtype=bool)
         if self.verdicts is None:
             self.verdicts = np.full(len(ids), UNJUDGED)
-            if self.trained.any():
+            if knows.any() and self.pool_scorer.trainer.is_world_process_zero():
                 logger.warning(
                     "%d rows were trained on before the calibrated limit could judge them: mismatched ones among them "
-                    "may pass. Leave warmup_epochs at 0 for a limit that holds for all rows.",
-                    self.trained.sum(),
+                    "may pass. Without warm-up epochs (warmup_epochs=0, or brief=None) it holds for all rows.",
+                    knows.sum(),
                 )
-        judged = ~self.trained | (self.verdicts == UNJUDGED)
+        judged = ~knows | (self.verdicts == UNJUDGED)
         self.verdicts[judged] = np.where(values[judged] < limit, PASSED, FAILED)
         self.last = Scored(scores, epoch, limit)
 
@@ -152,7 +185,8 @@ class RowChooser:
                 raise
             if self.eligible is None:
                 logger.warning("%s The rows nearest to the limit are taken.", error)
-                relaxed = Cherry(self.max_ifd or math.inf, self.score, on_shortfall="relax")
+                score = self.score if self.score in RANKED_BY else RANKED_BY[0]
+                relaxed = Cherry(self.max_ifd or math.inf, score, on_shortfall="relax")
                 return self._by_scores(relaxed, wanted, ids, seed)
             self.last = self.eligible
             logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
@@ -166,7 +200,7 @@ class RowChooser:
         Args:
             share: of the scored rows; a larger one with scores of 1 or more is odd.
         """
-        if self.last is not None and self.last.epoch == epoch:  # once for each scoring
+        if self.last is not None and self.last.epoch == epoch and self.score in RANKED_BY:  # once for each scoring
             scored = self.last.scores.ifd_status == Status.OK.value
             values = self.last.scores.columns()[self.score][scored]
             if len(values) and np.mean(values >= 1) > share:
@@ -191,13 +225,15 @@ class RowChooser:
         """The rows that a policy keeps; the same scores give the same rows."""
         columns = self.last.scores.columns()
         if self.verdicts is not None:
-            columns[ROW_LIMIT] = np.where(self.verdicts == PASSED, np.inf, -np.inf)
+            # Of rows that failed, those that have come below the limit since are the last to be taken all the same.
+            below = np.where(columns[self.score] < self.last.limit, -np.inf, self.last.limit)
+            columns[ROW_LIMIT] = np.where(self.verdicts == PASSED, np.inf, below)
         if isinstance(policy, Diverse):
             columns[EMBEDDING] = self._embeddings(policy, columns, wanted.ranked, ids)
 
         def choose(rows: int) -> Selection:
             rng = np.random.default_rng([seed, wanted.selected_in])
-            return _checked(policy(columns, rows, ids=ids, rng=rng), rows, policy)
+            return _checked(policy(columns, rows, ids=ids, rng=rng), rows, len(ids), policy)
 
         selection = self.pool.choose(wanted.ranked, choose)
         if not wanted.tiers:
@@ -227,13 +263,20 @@ class RowChooser:
         return Selection.without_scores(self.brief, len(self.pool), NOT_IN_SAMPLE)
 
 
-def _checked(selection: Any, budget: int, policy: Policy) -> Selection:
+def _checked(selection: Any, budget: int, rows: int, policy: Policy) -> Selection:
     """What a policy gave, if it is a selection of exactly so many rows: the steps of an epoch are planned for them."""
     if not isinstance(selection, Selection):
         raise UserError(f"A policy returns an ifd_trainer.Selection, but {policy!r} returned {selection!r}.")
-    if len(selection.kept) != budget:
+    kept, reasons = np.asarray(selection.kept), np.asarray(selection.reasons)
+    if kept.ndim != 1 or kept.dtype.kind not in "iu" or (len(kept) and not 0 <= kept.min() <= kept.max() < rows):
         raise UserError(
-            f"The budget is {budget} rows, but {policy!r} kept {len(selection.kept)}. A policy keeps exactly as many, "
-            "some of them more than once if it has to, or raises."
+            f"`kept` of a Selection are positions, whole numbers from 0 to {rows - 1}, but {policy!r} kept {kept}."
         )
-    return selection
+    if reasons.shape != (rows,):
+        raise UserError(f"A Selection has a reason for each of {rows} rows, but {policy!r} gave {reasons.shape}.")
+    if len(kept) != budget:
+        raise UserError(
+            f"The budget is {budget} rows, but {policy!r} kept {len(kept)}. A policy keeps exactly as many, some of "
+            "them more than once if it has to, or raises."
+        )
+    return replace(selection, kept=kept, reasons=reasons)

@@ -18,6 +18,7 @@ from ifd_trainer.data.encoding import (
     answer_span,
     direct_prefix,
     header_before,
+    mismatched,
     token_budget_batches,
 )
 from ifd_trainer.data.formats import (
@@ -573,3 +574,32 @@ def test_the_longest_come_first_and_no_batch_could_take_the_next_row(lengths, bu
 
 def test_equal_lengths_keep_their_order():
     assert [batch.tolist() for batch in token_budget_batches([4] * 5, 8)] == [[0, 1], [2, 3], [4]]
+
+
+def test_a_wrong_prompt_ends_with_the_header_of_the_rows_own_answer():
+    """`:` and a quote are one token (7): the prompt then ends before the colon (6), and the answer begins with both."""
+    plain = EncodedPair(Segment([1, 11, 5, 6, 21], 4), Segment([5, 6, 21], 2))
+    merged = EncodedPair(Segment([1, 12, 5, 7, 22], 3), Segment([5, 7, 22], 1))
+    assert mismatched(merged, plain, None) == EncodedPair(Segment([1, 11, 5, 7, 22], 3), merged.direct)
+    assert mismatched(plain, merged, None) == EncodedPair(Segment([1, 12, 5, 6, 21], 4), plain.direct)
+
+
+def test_a_wrong_prompt_keeps_its_bos_where_the_direct_answer_has_one_too():
+    plain = EncodedPair(Segment([1, 11, 5, 6, 21], 4), Segment([1, 5, 6, 21], 3))
+    merged = EncodedPair(Segment([1, 12, 5, 7, 22], 3), Segment([1, 5, 7, 22], 2))
+    assert mismatched(merged, plain, None).conditioned == Segment([1, 11, 5, 7, 22], 3)
+    assert mismatched(plain, merged, None).conditioned == Segment([1, 12, 5, 6, 21], 4)
+
+
+@pytest.mark.parametrize(
+    ("row", "other", "longest"),
+    [
+        (([1, 5, 2], 2), ([3, 5, 2], 2), None),  # the same answer
+        (([1, 5, 2], 2), ([1, 5, 4], 2), None),  # the same prompt
+        (([1, 5, 2], 2), ([3, 3, 5, 4], 3), 3),  # too long
+    ],
+)
+def test_what_is_no_wrong_pair_has_no_segments(row, other, longest):
+    pairs = [EncodedPair(Segment(*given), Segment([5, given[0][-1]], 1)) for given in (row, other)]
+    assert mismatched(*pairs, longest) == EncodedPair.unscorable(Status.MALFORMED)
+    assert mismatched(pairs[0], EncodedPair.unscorable(Status.EMPTY_ANSWER), None).conditioned is None

@@ -137,3 +137,8 @@ def test_texts_with_one_digest_are_still_told_apart(monkeypatch):
     monkeypatch.setattr(pd.util, "hash_array", lambda values, categorize: np.zeros(len(values), np.uint64))
     assert tie_ids(TableReader(Dataset.from_dict({"id": ["a", "b", "c"]})))[0] == "id"
     assert tie_ids(TableReader(Dataset.from_dict({"id": ["a", "b", "a"]})))[0] is None
+
+
+def test_a_limit_that_is_measured_in_a_run_is_refused_here():
+    with pytest.raises(ValueError, match="A calibrated limit is measured in a training run; here max_ifd has to be a"):
+        choose(np.array([0.5]), np.array(["ok"]), 1, max_ifd="calibrated")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_runs import sft_trainer
 
-from ifd_trainer import Anneal, Brief, Cherry, Curriculum, Diverse, IFDSelectionCallback
+from ifd_trainer import Anneal, Brief, CalibratedLimit, Cherry, Curriculum, Diverse, IFDSelectionCallback
 from ifd_trainer.method.schedule import Constant, Timing
 from ifd_trainer.training.options import Scoring
 from ifd_trainer.training.recipe_run import selection_of
@@ -88,3 +88,23 @@ def test_the_cherry_method_is_a_timing(tmp_path):
     assert callback.timing == Timing(2, 1, 0, BRIEF, True)
     assert (callback.policy, callback.schedule) == (Cherry(score="ifd_ppl"), Constant(2))
     assert IFDSelectionCallback.cherry(sft_trainer(tmp_path, 8), scorer="columns").timing == Timing(freeze_after=0)
+
+
+def test_a_recipe_says_how_a_limit_is_measured():
+    assert SelectionConfig(max_ifd="calibrated").policy() == Cherry(CalibratedLimit())
+    assert SelectionConfig(max_ifd="calibrated", alpha=0.001).policy() == Cherry(CalibratedLimit(0.001, 999 + 1))
+    assert SelectionConfig(max_ifd="calibrated", diverse="0.3").policy() == Diverse(0.3, CalibratedLimit())
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"max_ifd": "high"}, "max_ifd: 'high' is no number, and not calibrated"),
+        ({"max_ifd": None}, "max_ifd: None is no number, and not calibrated"),
+        ({"max_ifd": "calibrated", "alpha": 7.0}, "alpha must be a share in"),
+        ({"max_ifd": "calibrated", "scorer": "gpt2"}, "scorer='gpt2' scores the rows before the run, so nothing"),
+    ],
+)
+def test_a_limit_that_cannot_be_is_refused_before_anything_is_loaded(keys, words):
+    with pytest.raises(ValueError, match=words):
+        SelectionConfig(**keys)
