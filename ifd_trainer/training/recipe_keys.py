@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
+from ..method.calibrated_limit import CALIBRATED
 from .recipe_file import ALIASES, FILES
 
 # Keys that TRL's parser or this program reads in another way than their type says.
 _FREE = ("env", "resume_from_checkpoint")
+_WANTED = {"max_ifd": f"a number or {CALIBRATED}"}  # of texts that are not any text
 _LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -71,7 +73,9 @@ def typed(given: Mapping[str, Any], classes: Iterable[type], where: str) -> dict
                 " (in YAML, yes, no, on and off are that: put the word in quotes)" if isinstance(value, bool) else ""
             )
             shown = "null" if value is None else repr(value)
-            raise UserError(f"{where}: {field.name} wants {_in_words(hint)}, got {shown}{quotes}.")
+            raise UserError(
+                f"{where}: {field.name} wants {_WANTED.get(field.name) or _in_words(hint)}, got {shown}{quotes}."
+            )
     return values
 
 
