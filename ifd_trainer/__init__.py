@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .method.brief_experience import Brief
     from .method.calibrated_limit import CalibratedLimit
     from .method.columns import IFD_COLUMNS
+    from .method.controls import BalancedRandom, LongestAnswers, LowestScores, MiddleBand, RandomRows
     from .method.facility_location import Diverse
     from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
     from .method.selection import Cherry, Policy, Selection
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ALPACA": "data.formats",
     "Anneal": "method.schedule",
+    "BalancedRandom": "method.controls",
     "Brief": "method.brief_experience",
     "CalibratedLimit": "method.calibrated_limit",
     "Cherry": "method.selection",
@@ -32,8 +34,12 @@ _HOME = {
     "IFDScorer": "scoring.transform",
     "IFDSelectionCallback": "training.callback",
     "IFD_COLUMNS": "method.columns",
+    "LongestAnswers": "method.controls",
+    "LowestScores": "method.controls",
+    "MiddleBand": "method.controls",
     "PerEpoch": "method.schedule",
     "Policy": "method.selection",
+    "RandomRows": "method.controls",
     "Scoring": "training.options",
     "Selection": "method.selection",
     "TemplateFormat": "data.formats",
@@ -46,6 +52,7 @@ __all__ = [
     "IFD_COLUMNS",
     "WIZARDLM",
     "Anneal",
+    "BalancedRandom",
     "Brief",
     "CalibratedLimit",
     "Cherry",
@@ -54,8 +61,12 @@ __all__ = [
     "Diverse",
     "IFDScorer",
     "IFDSelectionCallback",
+    "LongestAnswers",
+    "LowestScores",
+    "MiddleBand",
     "PerEpoch",
     "Policy",
+    "RandomRows",
     "Scoring",
     "Selection",
     "TemplateFormat",

@@ -57,7 +57,7 @@ class CalibratedLimit:
         (256, 999)
         """
         small = isinstance(alpha, Real) and 0 < alpha < 1 / (cls.pairs + 1)
-        return cls(alpha, math.ceil(1 / alpha) if small else cls.pairs)
+        return cls(alpha, math.ceil(1 / alpha - 1 - 1e-9) if small else cls.pairs)
 
     @property
     def least(self) -> int:

@@ -14,6 +14,13 @@ BriefRows = Literal["kmeans", "random"]  # which rows give the brief experience
 Direction = Literal["easy_to_hard", "hard_to_easy"]  # of a curriculum
 TierMode = Literal["tiers", "growing", "shrinking"]  # which of its tiers are trained on together
 
+CONTROLS = {  # policies by the names that recipes have for them
+    "random": "RandomRows",
+    "longest": "LongestAnswers",
+    "lowest": "LowestScores",
+    "middle": "MiddleBand",
+}
+
 RANKED_BY = get_args(Score)
 SHORTFALLS = get_args(Shortfall)
 ORDERS = get_args(Order)

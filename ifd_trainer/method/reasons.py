@@ -35,6 +35,10 @@ BELOW_CUT = "below_cut"  # eligible, but the budget was spent on harder rows
 REDUNDANT = "redundant"  # among the candidates of a diverse selection, but others stand for it
 OTHER_TIER = "other_tier"  # among the rows of a curriculum, but not in this epoch's tiers
 NOT_IN_SAMPLE = "not_in_sample"  # in an epoch that trains on a sample drawn without scores: the brief experience
+NOT_DRAWN = "not_drawn"  # rows were drawn at random, and this one was not
+SHORTER_ANSWER = "shorter_answer"  # the budget was spent on longer answers
+HIGHER_SCORE = "higher_score"  # the budget was spent on easier rows
+OUTSIDE_BAND = "outside_band"  # score outside the percentiles that were asked for, or the budget was spent
 REFUSAL = "refusal"  # the answer looks like a refusal
 
 # In the order in which tables and plots show them.
@@ -46,6 +50,10 @@ MEANINGS = {
     OTHER_TIER: "not in this epoch's tiers",
     NOT_IN_SAMPLE: "not in the sample of the brief experience",
     ABOVE_LIMIT: "dropped: at or above the limit",
+    NOT_DRAWN: "not drawn",
+    SHORTER_ANSWER: "dropped: other answers are longer",
+    HIGHER_SCORE: "dropped: other rows have lower scores",
+    OUTSIDE_BAND: "dropped: outside the band of scores",
     REFUSAL: "dropped: the answer looks like a refusal",
     Status.EMPTY_ANSWER.value: "no score: the answer has no token",
     Status.EMPTY_PROMPT.value: "no score: nothing is asked, the prompt is blank",

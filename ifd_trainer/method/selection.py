@@ -190,7 +190,7 @@ class Cherry:
         kept = _best(score, ids, eligible, budget)
         relaxed = _best(nearest, ids, scored & ~eligible, shortfall) if self.on_shortfall == "relax" else kept[:0]
         kept = np.concatenate([kept, relaxed])
-        kept = np.concatenate([kept, _repeats(kept, budget - len(kept), rng)])
+        kept = np.concatenate([kept, repeats(kept, budget - len(kept), rng)])
         names = [*statuses, Status.NONFINITE.value, ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED]
         reason = codes.copy()
         for code, rows in enumerate((ok & ~scored, scored, eligible, kept, relaxed), start=len(statuses)):
@@ -237,7 +237,7 @@ def _best(score: np.ndarray, ids: np.ndarray, mask: np.ndarray, count: int) -> n
     return positions[np.lexsort((ids[positions], -score[positions]))][:count]
 
 
-def _repeats(rows: np.ndarray, missing: int, rng: np.random.Generator | None) -> np.ndarray:
+def repeats(rows: np.ndarray, missing: int, rng: np.random.Generator | None) -> np.ndarray:
     """`missing` repeats of `rows`, each as often as any other give or take one."""
     if missing <= 0:
         return rows[:0]

@@ -193,6 +193,19 @@ class Pool:
         name, ids = find_ids(names, self._column, column)
         return np.arange(len(self)) if name is None else as_array(ids)
 
+    def column(self, name: str) -> np.ndarray:
+        """The values of a column of the data set, (n,).
+
+        Raises:
+            UserError: where it has no such column.
+        """
+        names = getattr(self.examples, "column_names", None) or []
+        if name not in names:
+            others = sorted(set(names) - _TOKEN_COLUMNS)
+            lost = " (packing drops all others)" if self.packed else ""
+            raise UserError(f"The training set has no column {name!r}; it has {others}{lost}.")
+        return self._column(name).to_pandas().to_numpy()
+
     def _column(self, name: str) -> pa.ChunkedArray:
         values = self.examples.select_columns([name]).with_format("arrow")[:][name]
         return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])

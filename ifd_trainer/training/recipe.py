@@ -7,6 +7,7 @@ known, of their types, in their ranges and in agreement; or one line that says w
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
     if not torch.cuda.is_available():
         parser.set_defaults_with_config(bf16=False)  # TRL's default is True, which a CPU refuses
     parser.set_defaults_with_config(**given)
-    with translated("The settings do not go together"):
+    with translated("The settings do not go together"), _importable(Path(recipe).resolve().parent if recipe else None):
         script, sft, model, selection, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     if unknown:
         known = {option for action in parser._actions for option in action.option_strings}
@@ -106,6 +107,17 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
             )
         sft.resume_from_checkpoint = check_checkpoint(sft.resume_from_checkpoint, sft.output_dir)
     return Recipe(script, sft, model, selection, Path(recipe).resolve().parent if recipe else Path.cwd())
+
+
+@contextmanager
+def _importable(folder: Path | None) -> Iterator[None]:
+    """Modules beside the recipe, and in the working directory, can be imported: a policy may be in one."""
+    before = list(sys.path)
+    sys.path[:0] = [str(path) for path in (folder, Path.cwd()) if path is not None]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _check_processes(sft: SFTConfig) -> None:

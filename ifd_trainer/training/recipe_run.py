@@ -172,7 +172,7 @@ def _callback(trainer: SFTTrainer, selection: SelectionConfig, scorer: IFDScorer
     return IFDSelectionCallback(
         trainer,
         schedule=selection.schedule(),
-        policy=selection.policy(),
+        policy=selection.chosen_policy(),
         timing=selection.timing(),
         scoring=selection.scoring(embedder=scorer),
         scorer=None if scorer is None else "columns",

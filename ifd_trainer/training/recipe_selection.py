@@ -6,18 +6,21 @@ A setting that contradicts another one is an error here, before a model is loade
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 from dataclasses import dataclass
 from typing import Any
 
 from ..data.encoding import check_positive
 from ..data.formats import FORMATS, resolve_format
-from ..errors import UserError
+from ..errors import UserError, one_line
+from ..method import controls
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
+from ..method.choices import CONTROLS
 from ..method.facility_location import Diverse
 from ..method.schedule import Anneal, Curriculum, Schedule, Timing, as_schedule, parse_keep
-from ..method.selection import Cherry
+from ..method.selection import Cherry, Policy
 from .options import Scoring
 from .recipe_selection_keys import SelectionKeys
 
@@ -59,7 +62,7 @@ class SelectionConfig(SelectionKeys):
             resolve_format(self.format, ())  # says which there are
         check_positive(min_answer_tokens=self.min_answer_tokens, token_budget=self.token_budget, tiers=self.tiers)
         # What these refuse is told before a model is loaded.
-        self.schedule(), self.policy(), self.timing(), self.scoring()
+        self.schedule(), self.chosen_policy(), self.timing(), self.scoring()
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
         self._warn_of_idle_keys()
@@ -69,15 +72,31 @@ class SelectionConfig(SelectionKeys):
         idle = {"method: cherry": ("brief", "brief_clusters", "brief_per_cluster")} if self.method != "cherry" else {}
         idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
         idle |= {"max_ifd: calibrated": ("alpha",)} if self.max_ifd != CALIBRATED else {}
+        limits = ("max_ifd", "on_shortfall", *(("score",) if self.policy in ("random", "longest") else ()))
+        idle |= {"policy: cherry": limits} if self.policy != "cherry" else {}
         idle |= {"diverse": ("embedder",)} if self.diverse is None else {}
         defaults = {values.name: values.default for values in dataclasses.fields(self)}
         for needed, names in idle.items():
-            given = [name for name in names if getattr(self, name) not in (defaults[name], "")]
+            given = [name for name in names if str(getattr(self, name)) not in (str(defaults[name]), "")]
             if given:
                 logger.warning("%s: no effect without %s.", ", ".join(given), needed)
 
-    def policy(self) -> Cherry | Diverse:
-        """Which rows are kept."""
+    def chosen_policy(self) -> Policy:
+        """Which rows are kept.
+
+        Raises:
+            UserError: for a name that leads to no policy, and for one beside keys of another.
+        """
+        if self.policy == "cherry":
+            return self._cherry()
+        if self.diverse is not None:
+            raise UserError(f"diverse chooses rows by itself, but policy is {self.policy!r}: leave one of them out.")
+        if self.policy in CONTROLS:
+            control = getattr(controls, CONTROLS[self.policy])
+            return control(score=self.score) if hasattr(control, "score") else control()
+        return _own_policy(self.policy)
+
+    def _cherry(self) -> Cherry | Diverse:
         limit = CalibratedLimit.of(self.alpha) if self.max_ifd == CALIBRATED else self.max_ifd
         limits = limit, self.score, self.on_shortfall
         if self.diverse is None:
@@ -122,3 +141,23 @@ class SelectionConfig(SelectionKeys):
             Curriculum(keep, self.tiers, self.curriculum, self.tier_mode) if self.curriculum else as_schedule(keep)
         )
         return Anneal(schedule, self.anneal_share) if self.anneal_share else schedule
+
+
+def _own_policy(path: str) -> Policy:
+    """The policy with a dotted path: what the name stands for, or, of a class, one made without arguments."""
+    module, _, name = path.rpartition(".")
+    try:
+        policy = getattr(importlib.import_module(module), name) if module else None
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"policy: {path!r} cannot be imported: {one_line(error)}.") from error
+    if policy is None:
+        known = ", ".join(("cherry", *CONTROLS))
+        raise UserError(f"policy: {path!r} is none of {known}; one of your own is written as module.Name.")
+    if isinstance(policy, type):
+        try:
+            policy = policy()
+        except TypeError as error:
+            raise UserError(f"policy: {path!r} cannot be made without arguments: {one_line(error)}.") from error
+    if not callable(policy):
+        raise UserError(f"policy: {path!r} is a {type(policy).__name__}, which is no callable.")
+    return policy

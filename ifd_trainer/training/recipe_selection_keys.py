@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..data.definitions import DEFINITIONS
 from ..data.formats import FORMATS
-from ..method.choices import BRIEF_ROWS, DIRECTIONS, ORDERS, RANKED_BY, SHORTFALLS, TIER_MODES
+from ..method.choices import BRIEF_ROWS, CONTROLS, DIRECTIONS, ORDERS, RANKED_BY, SHORTFALLS, TIER_MODES
 
 # Titles of the help; each stands before this key, and the keys after it belong to it too.
 GROUPS = {
@@ -117,6 +117,14 @@ class SelectionKeys:
         metadata={
             "help": "Of max_ifd: calibrated, the share of mismatched rows that may be below the limit.",
             "metavar": "X",
+        },
+    )
+    policy: str = field(
+        default="cherry",
+        metadata={
+            "help": "Which rows are kept: cherry (the highest scores under the limit), one of the controls "
+            f"{', '.join(CONTROLS)}, or a policy of your own as module.Name (of a module beside the recipe).",
+            "metavar": "NAME",
         },
     )
     on_shortfall: str = field(

@@ -223,7 +223,7 @@ class RowChooser:
 
     def _by_scores(self, policy: Policy, wanted: EpochRows, ids: np.ndarray, seed: int) -> Selection:
         """The rows that a policy keeps; the same scores give the same rows."""
-        columns = self.last.scores.columns()
+        columns = _Columns(self.last.scores.columns(), self.pool)
         if self.verdicts is not None:
             # Of rows that failed, those that have come below the limit since are the last to be taken all the same.
             below = np.where(columns[self.score] < self.last.limit, -np.inf, self.last.limit)
@@ -261,6 +261,18 @@ class RowChooser:
                 embeddings, perplexity = self.pool_scorer.features(description="Prompts, brief experience")
             self.brief = self.sample(embeddings, perplexity, ids=ids, seed=seed)
         return Selection.without_scores(self.brief, len(self.pool), NOT_IN_SAMPLE)
+
+
+class _Columns(dict):
+    """The scores by column, and any other column of the data set as soon as a policy asks for it."""
+
+    def __init__(self, scores: dict[str, np.ndarray], pool: Pool) -> None:
+        super().__init__(scores)
+        self._pool = pool
+
+    def __missing__(self, name: str) -> np.ndarray:
+        self[name] = self._pool.column(name)
+        return self[name]
 
 
 def _checked(selection: Any, budget: int, rows: int, policy: Policy) -> Selection:

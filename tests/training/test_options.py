@@ -76,7 +76,7 @@ def test_an_unknown_name_is_refused_as_python_does_with_the_nearest_one(tmp_path
 )
 def test_a_recipe_says_the_same_groups(keys, expected):
     config = SelectionConfig(**keys)
-    assert (config.policy(), config.schedule(), config.timing()) == expected
+    assert (config.chosen_policy(), config.schedule(), config.timing()) == expected
     assert config.scoring() == Scoring()
     assert config.scoring(embedder="e").embedder == "e"
 
@@ -91,9 +91,9 @@ def test_the_cherry_method_is_a_timing(tmp_path):
 
 
 def test_a_recipe_says_how_a_limit_is_measured():
-    assert SelectionConfig(max_ifd="calibrated").policy() == Cherry(CalibratedLimit())
-    assert SelectionConfig(max_ifd="calibrated", alpha=0.001).policy() == Cherry(CalibratedLimit(0.001, 999 + 1))
-    assert SelectionConfig(max_ifd="calibrated", diverse="0.3").policy() == Diverse(0.3, CalibratedLimit())
+    assert SelectionConfig(max_ifd="calibrated").chosen_policy() == Cherry(CalibratedLimit())
+    assert SelectionConfig(max_ifd="calibrated", alpha=0.001).chosen_policy() == Cherry(CalibratedLimit(0.001, 999))
+    assert SelectionConfig(max_ifd="calibrated", diverse="0.3").chosen_policy() == Diverse(0.3, CalibratedLimit())
 
 
 @pytest.mark.parametrize(

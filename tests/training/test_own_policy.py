@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pytest
-from tiny_runs import select, sft_trainer, train
+from tiny_runs import raw_rows, select, sft_trainer, text_rows, train
 
-from ifd_trainer import CalibratedLimit, Cherry, Selection, write_report
+from ifd_trainer import (
+    BalancedRandom,
+    CalibratedLimit,
+    Cherry,
+    LongestAnswers,
+    LowestScores,
+    MiddleBand,
+    RandomRows,
+    Selection,
+    write_report,
+)
+from ifd_trainer.training.recipe import parse_recipe
+from ifd_trainer.training.recipe_selection import SelectionConfig
 
 
 @dataclass(frozen=True)
-class LongestAnswers:
+class Longest:
     """The rows with the longest answers; ties by id."""
 
     at_least: int = 1
@@ -37,7 +50,7 @@ def given(kept, rows=24):
 
 def test_what_it_keeps_is_trained_on_and_the_others_have_its_reason(tmp_path):
     trainer = sft_trainer(tmp_path, 24)
-    callback = select(trainer, keep=[4, 5, 6], policy=LongestAnswers())
+    callback = select(trainer, keep=[4, 5, 6], policy=Longest())
     seen = train(trainer)
     lengths = {row["row_id"]: sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset}
     longest = sorted(lengths, key=lambda row: (-lengths[row], row))
@@ -45,7 +58,7 @@ def test_what_it_keeps_is_trained_on_and_the_others_have_its_reason(tmp_path):
         assert sorted(rows) == sorted(longest[: 4 + epoch])
         assert callback.history.epochs[epoch]["reasons"] == {"kept": 4 + epoch, "shorter": 20 - epoch}
     page = write_report(callback.history).read_text(encoding="utf-8")
-    assert "LongestAnswers(at_least=1)" in page
+    assert "Longest(at_least=1)" in page
     assert "shorter" in page
 
 
@@ -62,7 +75,7 @@ def test_its_generator_is_seeded_anew_in_each_epoch(tmp_path):
 
 def test_it_fills_packed_rows_too(tmp_path):
     trainer = sft_trainer(tmp_path, 24, num_train_epochs=1, packing=True, max_length=64)
-    callback = select(trainer, keep=2, policy=LongestAnswers())
+    callback = select(trainer, keep=2, policy=Longest())
     trainer.train()
     rows = callback.history.rows(0)
     kept = rows[rows["times"] > 0]
@@ -72,13 +85,11 @@ def test_it_fills_packed_rows_too(tmp_path):
 
 def test_a_run_with_another_policy_is_not_resumed(tmp_path):
     trainer = sft_trainer(tmp_path, 24, save_strategy="steps", save_steps=2)
-    select(trainer, keep=4, policy=LongestAnswers())
+    select(trainer, keep=4, policy=Longest())
     train(trainer)
     again = sft_trainer(tmp_path, 24, save_strategy="steps", save_steps=2)
-    select(again, keep=4, policy=LongestAnswers(at_least=2))
-    with pytest.raises(
-        ValueError, match=r"policy: .*LongestAnswers\(at_least=1\) in the checkpoint, .*at_least=2\) now"
-    ):
+    select(again, keep=4, policy=Longest(at_least=2))
+    with pytest.raises(ValueError, match=r"policy: .*Longest\(at_least=1\) in the checkpoint, .*at_least=2\) now"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -165,3 +176,75 @@ def test_attributes_that_cannot_be_used_are_told_at_once(tmp_path, attributes, w
     vars(policy).update(attributes)
     with pytest.raises(ValueError, match=words):
         select(sft_trainer(tmp_path, 4), policy=policy)
+
+
+def test_a_policy_reads_a_column_of_the_data_set(tmp_path):
+    rows = text_rows(raw_rows(24)).add_column("source", ["a"] * 18 + ["b"] * 6)
+    trainer = sft_trainer(tmp_path, rows, num_train_epochs=2)
+    callback = select(trainer, keep=8, policy=BalancedRandom("source"))
+    seen = train(trainer)
+    for rows in seen.epochs():
+        assert sum(row >= 118 for row in rows) == 4
+    assert set(seen.epochs()[0]) != set(seen.epochs()[1])
+    page = write_report(callback.history).read_text(encoding="utf-8")
+    assert "not drawn" in page
+
+
+@pytest.mark.parametrize(("packing", "words"), [(False, r"it has .*'row_id'\]"), (True, "packing drops all others")])
+def test_a_column_that_is_not_there_is_named(tmp_path, packing, words):
+    trainer = sft_trainer(tmp_path, 24, packing=packing, max_length=64)
+    select(trainer, keep=2, policy=BalancedRandom("source"))
+    with pytest.raises(ValueError, match=f"The training set has no column 'source'; .*{words}"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("random", RandomRows()),
+        ("longest", LongestAnswers()),
+        ("lowest", LowestScores()),
+        ("middle", MiddleBand()),
+        ("ifd_trainer.LongestAnswers", LongestAnswers()),
+    ],
+)
+def test_a_recipe_names_a_policy(name, expected):
+    assert SelectionConfig(policy=name).chosen_policy() == expected
+
+
+def test_a_policy_beside_the_recipe_is_found(tmp_path, monkeypatch):
+    (tmp_path / "policy_beside_a_recipe.py").write_text(
+        "from ifd_trainer import LongestAnswers\n\nclass Mine(LongestAnswers):\n    pass\n"
+    )
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say red.", "output": "red"}\n')
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: none\ndataset_name: rows.jsonl\npolicy: policy_beside_a_recipe.Mine\n")
+    monkeypatch.setattr("ifd_trainer.training.recipe.check_recipe", lambda *_: None)  # looks for the model
+    path = list(sys.path)
+    parsed = parse_recipe(str(recipe), ["--output_dir", str(tmp_path / "out")])
+    assert type(parsed.selection.chosen_policy()).__name__ == "Mine"
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"policy": "best"}, "policy: 'best' is none of cherry, random, longest, lowest, middle; one of your own"),
+        ({"policy": "no_module.Mine"}, "policy: 'no_module.Mine' cannot be imported: No module named 'no_module'"),
+        ({"policy": "ifd_trainer.Mine"}, "policy: 'ifd_trainer.Mine' cannot be imported"),
+        ({"policy": "ifd_trainer.BalancedRandom"}, "cannot be made without arguments"),
+        ({"policy": "ifd_trainer.__version__"}, "is a str, which is no callable"),
+        ({"policy": "random", "diverse": "0.2"}, "diverse chooses rows by itself, but policy is 'random'"),
+    ],
+)
+def test_a_policy_that_is_none_is_refused_before_a_model_is_loaded(keys, words):
+    with pytest.raises(ValueError, match=words):
+        SelectionConfig(**keys)
+
+
+def test_keys_of_another_policy_are_called_idle(caplog):
+    SelectionConfig(policy="random", max_ifd=2.0, score="ifd_ppl")
+    assert "max_ifd, score: no effect without policy: cherry" in caplog.text
+    caplog.clear()
+    SelectionConfig(policy="middle", score="ifd_ppl")
+    assert caplog.text == ""
