@@ -82,8 +82,10 @@ def groups_of(
         policy = Cherry(max_ifd, **limits) if share is None else Diverse(share, max_ifd, **limits)
     elif named := [*limits, *(["diverse"] if share is not None else []), *(["max_ifd"] if max_ifd != 1.0 else [])]:
         raise _twice("policy", named)
-    elif not callable(policy):
-        raise UserError(f"policy must be a Cherry, a Diverse or a callable of your own, got {policy!r}.")
+    elif not callable(policy) or isinstance(policy, type):
+        raise UserError(
+            f"policy must be a Cherry, a Diverse or a callable of your own (no class, but one of it), got {policy!r}."
+        )
     return policy, _group("timing", Timing, timing, fields), _group("scoring", Scoring, scoring, fields)
 
 
