@@ -9,6 +9,7 @@ it; with --debug the trace too); 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import sys
 import traceback
@@ -514,6 +515,9 @@ def _train(arguments: list[str]) -> int:
     text = planned(run)  # on every process: with packing they wait for one another
     if trainer.is_world_process_zero():
         print(f"Plan: {text}", flush=True)
+    if trainer.args.world_size > 1:
+        # A process that ends with its connections open may be aborted (SIGABRT), and its launcher then ends the others.
+        atexit.register(trainer.accelerator.end_training)
     if plan:
         return 0
     trainer.train(resume_from_checkpoint=parsed.sft.resume_from_checkpoint)
@@ -527,6 +531,7 @@ def _train(arguments: list[str]) -> int:
         path = write_report(history, parsed.sft.output_dir, label=parsed.selection.label)
         print(f"Model: {parsed.sft.output_dir}")  # as it is: rich would take brackets in a name for its markup
         print(f"Report: {path}")
+    trainer.accelerator.wait_for_everyone()  # for the report: the launcher ends when the first process does
     return 0
 
 

@@ -268,3 +268,4 @@ def apart_and_fail(folder: Path) -> None:
 
 if __name__ == "__main__":
     {"ddp": main, "apart_and_fail": apart_and_fail, "fsdp": fsdp, "zero3": zero3}[sys.argv[1]](Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()  # a process that ends with its connections open may be aborted
