@@ -24,6 +24,9 @@ MISSING = "-"
 _CHOICES = (KEPT, RELAXED, BELOW_CUT, REDUNDANT, OTHER_TIER, NOT_IN_SAMPLE, ABOVE_LIMIT)
 
 
+LIMIT = "limit"  # in the attributes of an epoch's frame: the limit that was measured for it
+
+
 def normalised(frame: pd.DataFrame) -> pd.DataFrame:
     """A copy with the columns that this module reads, as floats and plain strings; NaN where there is no score.
 
@@ -36,6 +39,7 @@ def normalised(frame: pd.DataFrame) -> pd.DataFrame:
         )
     name = named_ids(frame.columns)
     rows = pd.DataFrame({"row_id": np.arange(len(frame)) if name is None else frame[name].to_numpy()})
+    rows.attrs = dict(frame.attrs)
     for name in (*SCORES, "answer_tokens"):
         rows[name] = _floats(frame[name]) if name in frame else np.nan
     for name, equation in FROM_LOSSES.items():
@@ -94,9 +98,6 @@ def merged(epochs: Mapping[Any, pd.DataFrame], columns: Sequence[str]) -> dict[A
         else:
             groups.append(([epoch], rows))
     return {of[0] if len(of) == 1 else f"{of[0]}-{of[-1]}": rows for of, rows in groups}
-
-
-LIMIT = "limit"  # in the attributes of an epoch's frame: the limit that was measured for it
 
 
 def read_epochs(history: History) -> tuple[dict[int, pd.DataFrame], list[str]]:

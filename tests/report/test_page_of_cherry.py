@@ -28,13 +28,14 @@ from test_page import (
 from test_page import scores as scores_of
 from tiny_runs import INF, TOKENIZER, raw_rows, sft_trainer, text_rows, train
 
-from ifd_trainer import Brief, IFDSelectionCallback
+from ifd_trainer import Brief, Cherry, IFDSelectionCallback
 from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows, write_rows
 from ifd_trainer.method.facility_location import Diverse
 from ifd_trainer.method.plain_data import to_data
 from ifd_trainer.report.page import write_report
-from ifd_trainer.report.plots import plot_ifd_histogram, plot_kept_flow
+from ifd_trainer.report.plots import plot_cas_das, plot_ifd_histogram, plot_kept_flow
+from ifd_trainer.report.report_data import read_report_data
 from ifd_trainer.report.score_frames import merged
 from ifd_trainer.report.tables import epoch_table, label_rich_table
 from ifd_trainer.report.wording import EpochKinds, scoring_sentence
@@ -381,3 +382,27 @@ def test_a_folder_that_holds_neither_is_refused(tmp_path, capsys):
     assert "`ifd-trainer select --output FOLDER` wrote (with train.parquet)" in error
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         write_report(tmp_path / "nothing")
+
+
+# ---- calibrated limits ----------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_is_drawn_and_listed_with_the_limit_that_was_measured_for_it(tmp_path):
+    history = make_history(tmp_path, epochs=2)
+    history.settings |= {"policy": to_data(Cherry("calibrated")), "max_ifd": None}
+    for record, limit in zip(history.epochs, (0.75, 0.5), strict=True):
+        record["limit"] = limit
+    page = page_of(write_report(history))
+    rule = "of those below a limit that is measured in each scoring: below it are 5 % of answers that are scored under"
+    assert rule in facts_of(page)["Rule"]
+    assert "Limit: rows with a score at or above it are dropped." in text_of(page)
+    assert [column.header for column in epoch_table(history).columns].count("limit") == 1
+    data = read_report_data(history, None, None)
+    figure = plot_ifd_histogram(data.scored, score="ifd", max_ifd=data.max_ifd)
+    lines = [{line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "-"} for ax in figure.axes]
+    assert lines == [{0.75}, {0.5}]
+    figure = plot_cas_das(data.scored, score="ifd", max_ifd=data.max_ifd)
+    assert [[line.get_label() for line in ax.lines if line.get_label().startswith("limit")] for ax in figure.axes] == [
+        ["limit 0.75"],
+        ["limit 0.5"],
+    ]
