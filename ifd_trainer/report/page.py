@@ -24,8 +24,18 @@ from ..method.reasons import ABOVE_LIMIT, MEANINGS, OTHER_TIER, REDUNDANT, REFUS
 from ..training.history import History
 from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
 from .report_data import ReportData, read_report_data
-from .score_frames import count_text, cut_of, epoch_name, merged, number_text, percent_text, rows_text, spearman
-from .tables import SCORE_NAMES, epoch_cells, epoch_notes, label_cells, label_shares, restart_line
+from .score_frames import (
+    SCORE_NAMES,
+    count_text,
+    cut_of,
+    epoch_name,
+    merged,
+    number_text,
+    percent_text,
+    rows_text,
+    spearman,
+)
+from .tables import epoch_cells, epoch_notes, label_cells, label_shares, restart_line
 from .wording import EpochKinds, settings_in_words
 
 

@@ -21,7 +21,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from ..data.readable_text import shortened
 from ..errors import UserError
 from ..method.reasons import ABOVE_LIMIT, KEPT, MEANINGS, REDUNDANT
-from .score_frames import LIMIT, by_epoch, cut_of, epoch_name, number_text, percent_text, rows_text, spearman
+from .score_frames import (
+    LIMIT,
+    SCORE_EQUATIONS,
+    SCORE_NAMES,
+    by_epoch,
+    cut_of,
+    epoch_name,
+    number_text,
+    percent_text,
+    rows_text,
+    spearman,
+)
 
 _WIDTH, _DPI = 8.0, 192  # inches; at 192 the page shows two pixels of the file on one of its own
 _BLUE, _SKY, _GREEN, _ORANGE, _GREY = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#B3B3B3"  # Okabe and Ito
@@ -66,7 +77,7 @@ def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float 
             _inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:g}", ha="right")
         if _say_if_empty(ax, frame[score]):
             ax.set_ylim(0, 1)
-    axes[-1, 0].set_xlabel(_score_axis(score))
+    axes[-1, 0].set_xlabel(f"{SCORE_EQUATIONS[score]} (no unit)")
     axes[-1, 0].set_xlim(edges[0], edges[-1])
     _legend_of_groups(figure, epochs.values(), score)
     return figure
@@ -86,7 +97,7 @@ def plot_cas_das(
     for ax, (epoch, frame) in zip(axes[0], epochs.items(), strict=True):
         drawn = _scatter(ax, frame, "das", "cas", score)
         cut = cut_of(frame, score)
-        lines = [(1.0, "-", f"{_short(score)} 1: cas = das"), (cut, "--", f"cut {number_text(cut)}")]
+        lines = [(1.0, "-", f"{SCORE_NAMES[score]} 1: cas = das"), (cut, "--", f"cut {number_text(cut)}")]
         limit = frame.attrs.get(LIMIT) or max_ifd
         if limit is not None and limit != 1:
             lines.append((limit, ":", f"limit {limit:.4g}"))
@@ -131,7 +142,7 @@ def plot_ifd_length(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: s
         _say_if_empty(ax, frame[score])
         ax.set(ylim=(edges[0], edges[-1]), xlabel="answer length (tokens, logarithmic)")
         _log_ticks(ax, frame.loc[frame[score].notna(), "answer_tokens"])
-    axes[0, 0].set_ylabel(_score_axis(score))
+    axes[0, 0].set_ylabel(f"{SCORE_EQUATIONS[score]} (no unit)")
     _legend_of_groups(figure, epochs.values(), score)
     return figure
 
@@ -366,11 +377,3 @@ def _say_if_empty(ax: Axes, values: pd.Series) -> bool:
     if empty:
         _inside(ax, 0.5, 0.5, "No row has a score.", ha="center", va="center")
     return empty
-
-
-def _short(score: str) -> str:
-    return {"ifd": "IFD", "ifd_ppl": "perplexity ratio"}.get(score, score)
-
-
-def _score_axis(score: str) -> str:
-    return {"ifd": "IFD = cas / das (ratio, no unit)", "ifd_ppl": "IFD as a ratio of perplexities (no unit)"}[score]

@@ -14,8 +14,8 @@ from ..data.row_ids import named_ids
 from ..errors import FileAccessError, NotFoundError, UserError, one_line
 from ..method.reasons import BELOW_CUT
 from ..training.history import FOLDER, History
-from .score_frames import merged, normalised, read_epochs
-from .tables import SCORE_NAMES, labels_of
+from .score_frames import SCORE_NAMES, merged, normalised, read_epochs
+from .tables import labels_of
 from .wording import EpochKinds
 
 SELECTED = "train.parquet"  # the rows in a folder that `ifd-trainer select` wrote

@@ -24,6 +24,8 @@ MISSING = "-"
 _CHOICES = (KEPT, RELAXED, BELOW_CUT, REDUNDANT, OTHER_TIER, NOT_IN_SAMPLE, ABOVE_LIMIT)
 
 
+SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}  # of tables and plots
+SCORE_EQUATIONS = {"ifd": "IFD = cas / das", "ifd_ppl": "perplexity ratio exp(cas - das)"}
 LIMIT = "limit"  # in the attributes of an epoch's frame: the limit that was measured for it
 
 

@@ -17,10 +17,8 @@ from rich.text import Text
 from ..data.readable_text import plain
 from ..errors import UserError
 from ..training.history import History
-from .score_frames import MISSING, count_text, epoch_name, number_text, percent_text, read_epochs
+from .score_frames import MISSING, SCORE_NAMES, count_text, epoch_name, number_text, percent_text, read_epochs
 from .wording import EpochKinds, scored_at, scoring_sentence
-
-SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}
 
 
 def epoch_table(history: History) -> Table:

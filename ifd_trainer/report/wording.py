@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..method.plain_data import as_text
-from .score_frames import count_text, epoch_name, rows_text
+from .score_frames import SCORE_EQUATIONS, count_text, epoch_name, rows_text
 
 _SHORTFALL = {
     "repeat": "rows are repeated",
@@ -142,13 +142,8 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
     return facts
 
 
-def score_in_words(score: str | None) -> str:
-    """The name of a score with its equation."""
-    return "perplexity ratio exp(cas - das)" if score == "ifd_ppl" else "IFD = cas / das"
-
-
 def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    limit, score = settings.get("max_ifd"), score_in_words(settings.get("score"))
+    limit, score = settings.get("max_ifd"), SCORE_EQUATIONS.get(settings.get("score"), SCORE_EQUATIONS["ifd"])
     limit = f"{limit:g}" if limit else _calibrated(policy.get("max_ifd"))
     if policy.get("type") == "Cherry":
         return f"the rows with the highest {score}, {f'of those below {limit}' if limit else 'without a limit'}"
