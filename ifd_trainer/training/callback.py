@@ -432,7 +432,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "min_answer_tokens": self.pool_scorer.encoder.min_answer_tokens,
             "score": self.chooser.score,
             "on_shortfall": self.chooser.on_shortfall,
-            "limit": self.chooser.max_ifd,
+            "limit": limit,
             "max_ifd": limit if isinstance(limit, Real) and np.isfinite(limit) else None,
             "direct_prefix": self.tokenizer.decode(self._prefix),
             "model": str(getattr(self.trainer.model.config, "name_or_path", "")),
@@ -489,7 +489,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "first_step": self.run.first_step,
             "ended": self._ended,
             "scored_at": self.scored_at,
-            "limit": None if self.chooser.last is None else self.chooser.last.limit,
+            "measured_limit": None if self.chooser.last is None else self.chooser.last.limit,
             "eligible": self.chooser.eligible is not None,
             **save_selection(checkpoint, arrays, self.scores),
             **{key: self.history.settings[key] for key in (*MUST_MATCH, "plan", "max_steps")},
@@ -521,7 +521,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if scores is not None:
             lossy = saved["version"] == 2 and self.pool_scorer.other == "columns"  # only cas and das were kept
             scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
-            self.chooser.last = Scored(self.score_pool() if lossy else scores, scored_at, saved.get("limit"))
+            self.chooser.last = Scored(self.score_pool() if lossy else scores, scored_at, saved.get("measured_limit"))
             self.chooser.eligible = self.chooser.last if saved.get("eligible", True) else None
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs

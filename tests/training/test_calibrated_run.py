@@ -216,3 +216,18 @@ def test_a_relaxed_limit_takes_the_nearest_rows_before_those_that_training_has_b
     nearest = above.sort_values("ifd")["row_id"].tolist()[: len(relaxed)]
     assert sorted(relaxed["row_id"]) == sorted(nearest)
     assert len(above) > len(relaxed) > 0
+
+
+@pytest.mark.parametrize("options", [{"every": 3}, {"freeze_after": 0}], ids=str)
+def test_epochs_that_score_nothing_have_the_limit_of_the_scoring_before_also_after_a_resume(tmp_path, options):
+    def runs(**more):
+        trainer = sft_trainer(tmp_path, 24, save_strategy="steps", save_steps=1)
+        callback = select(trainer, keep=[9, 12, 12], max_ifd=LIMIT, on_shortfall="relax", **options)
+        return callback, train(trainer, **more).order()
+
+    whole, through = runs()
+    limits = [record["limit"] for record in whole.history.epochs]
+    assert len(set(limits)) == 1
+    again, after = runs(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert after == through[4:]
+    assert [record["limit"] for record in again.history.epochs] == limits
