@@ -15,6 +15,7 @@ that the model has been trained on, nor about answers that were moved within one
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -56,8 +57,8 @@ class CalibratedLimit:
         >>> CalibratedLimit.of(0.05).pairs, CalibratedLimit.of(0.001).pairs
         (256, 999)
         """
-        small = isinstance(alpha, Real) and 0 < alpha < 1 / (cls.pairs + 1)
-        return cls(alpha, math.ceil(1 / alpha - 1 - 1e-9) if small else cls.pairs)
+        limit = cls(alpha, sys.maxsize)  # says what is wrong with an alpha
+        return cls(alpha, max(cls.pairs, limit.least))
 
     @property
     def least(self) -> int:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
-from .choices import RANKED_BY, Score
+from .choices import Score
 from .reasons import HIGHER_SCORE, KEPT, NOT_DRAWN, OUTSIDE_BAND, SHORTER_ANSWER, Status
-from .selection import Selection, ShortfallError, coded, repeats
+from .selection import Selection, ShortfallError, check_score, coded, repeats
 
 Columns = Mapping[str, np.ndarray]
 
@@ -35,7 +35,7 @@ class RandomRows:
         self, columns: Columns, budget: int, *, ids: np.ndarray | None = None, rng: np.random.Generator | None = None
     ) -> Selection:
         """Select `budget` of n rows; see `Policy`."""
-        return _first(_by_id(columns, ids)[_shuffled(columns, rng)], columns, budget, NOT_DRAWN, rng)
+        return _first(_shuffled(columns, ids, rng), columns, budget, NOT_DRAWN, rng)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BalancedRandom:
         self, columns: Columns, budget: int, *, ids: np.ndarray | None = None, rng: np.random.Generator | None = None
     ) -> Selection:
         """Select `budget` of n rows; see `Policy`."""
-        order = _by_id(columns, ids)[_shuffled(columns, rng)]
+        order = _shuffled(columns, ids, rng)
         groups = coded(columns[self.column])[1][order]
         starts = np.argsort(groups, kind="stable")  # the rows of a group, in their random order
         sizes = np.bincount(groups)
@@ -93,7 +93,7 @@ class LowestScores:
     score: Score = "ifd"
 
     def __post_init__(self) -> None:
-        _check_score(self.score)
+        check_score(self.score)
 
     def __call__(
         self, columns: Columns, budget: int, *, ids: np.ndarray | None = None, rng: np.random.Generator | None = None
@@ -120,7 +120,7 @@ class MiddleBand:
     score: Score = "ifd"
 
     def __post_init__(self) -> None:
-        _check_score(self.score)
+        check_score(self.score)
         if not 0 <= self.low < self.high <= 100:
             raise UserError(f"low and high are percentiles with 0 <= low < high <= 100, got {self.low}, {self.high}.")
 
@@ -137,11 +137,6 @@ class MiddleBand:
         return _first(order, columns, budget, OUTSIDE_BAND, rng)
 
 
-def _check_score(score: str) -> None:
-    if score not in RANKED_BY:
-        raise UserError(f"score must be {' or '.join(map(repr, RANKED_BY))}, got {score!r}.")
-
-
 def _scored(columns: Columns) -> np.ndarray:
     return np.flatnonzero(np.asarray(columns["ifd_status"]) == Status.OK.value)
 
@@ -152,8 +147,9 @@ def _by_id(columns: Columns, ids: np.ndarray | None) -> np.ndarray:
     return rows if ids is None else rows[np.argsort(np.asarray(ids)[rows], kind="stable")]
 
 
-def _shuffled(columns: Columns, rng: np.random.Generator | None) -> np.ndarray:
-    return (rng or np.random.default_rng(0)).permutation(len(_scored(columns)))
+def _shuffled(columns: Columns, ids: np.ndarray | None, rng: np.random.Generator | None) -> np.ndarray:
+    rows = _by_id(columns, ids)
+    return rows[(rng or np.random.default_rng(0)).permutation(len(rows))]
 
 
 def _along(values: np.ndarray, columns: Columns, ids: np.ndarray | None) -> np.ndarray:

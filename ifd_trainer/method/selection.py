@@ -144,8 +144,7 @@ class Cherry:
                 f"max_ifd must be positive, got {self.max_ifd!r}; for no limit give infinity, inf, for one that is "
                 "measured 'calibrated'."
             )
-        if self.score not in RANKED_BY:
-            raise UserError(f"score must be 'ifd' or 'ifd_ppl', got {self.score!r}.")
+        check_score(self.score)
         if self.on_shortfall not in SHORTFALLS:
             raise UserError(f"on_shortfall must be 'repeat', 'relax' or 'error', got {self.on_shortfall!r}.")
 
@@ -176,11 +175,9 @@ class Cherry:
         ids = np.arange(len(score)) if ids is None else np.asarray(ids)
         ok = (statuses == Status.OK.value)[codes]
         scored = ok & np.isfinite(score)
-        if ROW_LIMIT not in columns and isinstance(self.max_ifd, CalibratedLimit):
-            raise UserError("A calibrated limit is measured in a training run; here max_ifd has to be a number.")
-        limit = np.asarray(columns.get(ROW_LIMIT, self.max_ifd), dtype=np.float64)
-        eligible = scored & (score < limit)
-        nearest = limit - score if ROW_LIMIT in columns else -score
+        of_rows = columns.get(ROW_LIMIT)
+        eligible = scored & (score < (self.number if of_rows is None else of_rows))
+        nearest = -score if of_rows is None else of_rows - score
         count = int(eligible.sum())
         shortfall = max(budget - count, 0)
         fillable = count or (self.on_shortfall == "relax" and scored.any())
@@ -197,6 +194,17 @@ class Cherry:
             reason[rows] = code
         reasons = np.array(names, dtype=object)[reason]
         return Selection(kept, reasons, float(score[kept].min()), count, shortfall)
+
+    @property
+    def number(self) -> float:
+        """The limit.
+
+        Raises:
+            UserError: for one that is to be measured.
+        """
+        if isinstance(self.max_ifd, CalibratedLimit):
+            raise UserError("A calibrated limit is measured in a training run; here max_ifd has to be a number.")
+        return self.max_ifd
 
     @property
     def _limit(self) -> str:
@@ -226,6 +234,22 @@ def coded(values: np.ndarray | pd.Series | pd.Categorical) -> tuple[np.ndarray, 
     values = values if isinstance(values, (pd.Series, pd.Categorical)) else np.asarray(values, dtype=object)
     codes, texts = pd.factorize(values, use_na_sentinel=False)
     return np.asarray(texts, dtype=object).astype(str).astype(object), codes
+
+
+def counted(values: np.ndarray | pd.Series | pd.Categorical) -> dict[str, int]:
+    """How often each text is in an array.
+
+    >>> counted(np.array(["ok", "failed", "ok"]))
+    {'ok': 2, 'failed': 1}
+    """
+    texts, codes = coded(values)
+    return dict(zip(texts.tolist(), np.bincount(codes, minlength=len(texts)).tolist(), strict=True))
+
+
+def check_score(score: str) -> None:
+    """Raise for a column that rows are not ranked by."""
+    if score not in RANKED_BY:
+        raise UserError(f"score must be {' or '.join(map(repr, RANKED_BY))}, got {score!r}.")
 
 
 def _best(score: np.ndarray, ids: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:

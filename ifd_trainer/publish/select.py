@@ -18,11 +18,9 @@ import pyarrow.compute as pc
 
 from ..data.row_ids import find_ids
 from ..data.table_reader import TableReader
-from ..errors import UserError
-from ..method.calibrated_limit import CalibratedLimit
 from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, REFUSAL, Status
 from ..method.schedule import as_schedule
-from ..method.selection import Cherry, Selection, ShortfallError, coded
+from ..method.selection import Cherry, Selection, ShortfallError, coded, counted
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ class PoolSelection:
     @cached_property
     def counts(self) -> dict[str, int]:
         """Rows by reason, `kept` first, then the most frequent; they add up to the pool."""
-        names, codes = coded(self.selection.reasons)
-        counts = Counter(dict(zip(names.tolist(), np.bincount(codes, minlength=len(names)).tolist(), strict=True)))
+        counts = Counter(counted(self.selection.reasons))
         rest = sorted((item for item in counts.items() if item[0] != KEPT), key=lambda item: (-item[1], item[0]))
         return {KEPT: counts[KEPT], **dict(rest)}
 
@@ -123,8 +120,6 @@ def choose(
     {'kept': 1, 'above_limit': 1, 'below_cut': 1, 'too_short': 1}
     """
     policy = Cherry(max_ifd, name, "error")
-    if isinstance(policy.max_ifd, CalibratedLimit):
-        raise UserError("A calibrated limit is measured in a training run; here max_ifd has to be a number.")
     score = np.asarray(score, dtype=np.float64)
     names, codes = coded(status)
     if refusals is not None:
@@ -132,7 +127,7 @@ def choose(
     status = _categorical(names, codes)
     asked = as_schedule(keep).budget(0, len(score))
     ok = np.asarray(status == Status.OK.value)
-    eligible = ok & (score < max_ifd)
+    eligible = ok & (score < policy.number)
     count = int(eligible.sum())
     if count == 0 or (strict and count < asked):
         reasons = np.where(ok & np.isfinite(score), ABOVE_LIMIT, names[codes])

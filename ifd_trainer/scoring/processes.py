@@ -175,6 +175,8 @@ def share_out(tokens: Sequence[int], shares: int) -> list[np.ndarray]:
     >>> [share.tolist() for share in share_out([3, 9, 4, 1], 2)]
     [[1], [0, 2, 3]]
     """
+    if shares == 1:
+        return [np.arange(len(tokens))]
     tokens = np.asarray(tokens, dtype=np.int64)
     dealt: list[list[int]] = [[] for _ in range(shares)]
     totals = [(0, share) for share in range(shares)]  # a heap
@@ -207,6 +209,8 @@ def run_shares(
         dealt.append(shares)
         columns.append(run(shares[rank]))
     own = {name: _concatenated([part[name] for part in columns]) for name in columns[0]}
+    if world_size == 1:
+        return own
     of_ranks = gather_object([own])
     order = np.argsort(np.concatenate([share for shares in zip(*dealt, strict=True) for share in shares]))
     return {name: _concatenated([part[name] for part in of_ranks])[order] for name in own}

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from ..data.atomic import write_atomically
 from ..errors import NotFoundError, UserError
 from ..method.plain_data import without_reprs
-from ..method.selection import Selection, coded
+from ..method.selection import Selection, counted
 
 FOLDER = "ifd_history"
 VERSION = 2  # in version 1, policy, schedule and warm-up were kept as their repr
@@ -155,9 +155,7 @@ def epoch_record(score: np.ndarray, selection: Selection) -> dict[str, Any]:
     """
     kept = np.zeros(len(score), dtype=bool)
     kept[selection.kept] = True
-    dropped = ~kept & np.isfinite(score)
-    reasons, codes = coded(selection.reasons)
-    counts = dict(zip(reasons.tolist(), np.bincount(codes).tolist(), strict=True))
+    kept_scores, dropped_scores = (score[mask & np.isfinite(score)] for mask in (kept, ~kept))
     return {
         "pool": len(score),
         "budget": len(selection.kept),
@@ -166,9 +164,9 @@ def epoch_record(score: np.ndarray, selection: Selection) -> dict[str, Any]:
         "shortfall": selection.shortfall,
         "tiers": sorted(selection.parts) if selection.tier is not None else None,
         "cut": selection.cut if np.isfinite(selection.cut) else None,
-        "mean_kept": float(score[kept & np.isfinite(score)].mean()) if (kept & np.isfinite(score)).any() else None,
-        "mean_dropped": float(score[dropped].mean()) if dropped.any() else None,
-        "reasons": dict(sorted(counts.items())),
+        "mean_kept": float(kept_scores.mean()) if len(kept_scores) else None,
+        "mean_dropped": float(dropped_scores.mean()) if len(dropped_scores) else None,
+        "reasons": dict(sorted(counted(selection.reasons).items())),
         "seconds_training": None,
         "trained": None,  # training rows, once the epoch has ended
         "eval_loss": None,

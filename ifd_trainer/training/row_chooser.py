@@ -121,8 +121,7 @@ class RowChooser:
         except UserError as error:
             if self.eligible is None or self.on_shortfall == "error":
                 raise
-            self.last = self.eligible
-            logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
+            self._go_back(error)
             return
         # What another model says of a row does not change with what this one is trained on.
         knows = self.trained if self.pool_scorer.other is None else np.zeros(len(ids), dtype=bool)
@@ -188,11 +187,15 @@ class RowChooser:
                 score = self.score if self.score in RANKED_BY else RANKED_BY[0]
                 relaxed = Cherry(self.max_ifd or math.inf, score, on_shortfall="relax")
                 return self._by_scores(relaxed, wanted, ids, seed)
-            self.last = self.eligible
-            logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
+            self._go_back(error)
             return self._by_scores(self.policy, wanted, ids, seed)
         self.eligible = self.last
         return selection
+
+    def _go_back(self, error: UserError) -> None:
+        """Let the last scores by which a row was eligible stand, since new ones are of no use."""
+        self.last = self.eligible
+        logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
 
     def warn(self, selection: Selection, epoch: int, share: float) -> None:
         """Say what is odd about the rows of an epoch.

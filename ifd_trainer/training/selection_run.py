@@ -15,6 +15,7 @@ from typing import Any
 from torch.utils.data import Sampler
 from transformers.trainer_utils import has_length
 
+from ..data.chat_template import common_prefix_length
 from ..errors import RunError
 from ..method.schedule import TrainingPlan
 from .pool import Pool, TrainingRow
@@ -77,13 +78,11 @@ class SelectionRun:
         batches = min((step - self.first_step) * self.accumulation, self.plan.epochs[self.epoch].batches)
         drawn, trained = self.sampler.drawn, min(batches * self.batch, len(self._selected))
         if drawn != self._selected[: len(drawn)] or len(drawn) < trained:
-            pairs = enumerate(zip(drawn, self._selected, strict=False))
-            same = next((row for row, (one, other) in pairs if one != other), min(len(drawn), len(self._selected)))
             raise RunError(
                 f"In epoch {self.epoch} the train data loader drew {len(drawn)} rows, and {trained} were trained on, "
-                f"but they are not the {len(self._selected)} selected ones: they part after {same}. Something else "
-                "changed the rows of the loader or its sampler while training ran; with a selection callback they have "
-                "to stay."
+                f"but they are not the {len(self._selected)} selected ones: they part after "
+                f"{common_prefix_length(drawn, self._selected)}. Something else changed the rows of the loader or its "
+                "sampler while training ran; with a selection callback they have to stay."
             )
         return drawn[:trained]
 
