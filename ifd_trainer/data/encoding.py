@@ -31,28 +31,46 @@ from .definitions import DEFAULT_MAX_LENGTH, DEFINITIONS
 from .formats import Example
 
 IGNORE = -100
+_ENDING = 8  # most tokens that a template writes before its end-of-turn token
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Token ids of one forward; those from `start` on are scored. 1 <= start < len(ids)."""
+    """Token ids of one forward; those from `start` on are scored, the last `tail` of them apart from the others.
+
+    1 <= start < len(ids), and start + tail <= len(ids).
+    """
 
     ids: list[int]
     start: int
+    tail: int = 0
 
     @property
     def scored(self) -> int:
-        """Number of scored tokens."""
+        """Number of tokens that the mean loss is of."""
+        return len(self.ids) - self.start - self.tail
+
+    @property
+    def predicted(self) -> int:
+        """Number of scored tokens, those of the tail among them."""
         return len(self.ids) - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """A row ready to be scored: two segments, or a status that says why there are none."""
+    """A row ready to be scored: two segments, or a status that says why there are none.
+
+    Attributes:
+        conditioned: prompt and answer.
+        direct: what precedes a direct answer, and the answer.
+        status: why there are none.
+        ending: the tokens that end the turn right behind the answer; none where it was cut off.
+    """
 
     conditioned: Segment | None = None
     direct: Segment | None = None
     status: Status = Status.OK
+    ending: tuple[int, ...] = ()
 
     @classmethod
     def unscorable(cls, status: Status) -> EncodedPair:
@@ -82,6 +100,20 @@ def mismatched(row: EncodedPair, other: EncodedPair, longest: int | None) -> Enc
     if answers[0] == answers[1] or prompts[0] == prompt or too_long:
         return EncodedPair.unscorable(Status.MALFORMED)
     return EncodedPair(Segment(prompt + answers[0], len(prompt)), row.direct)
+
+
+def with_ending(pair: EncodedPair, answer_tokens: int | None = None) -> Segment:
+    """Prompt and answer with what ends the turn behind them, apart: how surprised a model is that the answer ends.
+
+    Args:
+        answer_tokens: how many tokens of the answer are left; all by default.
+
+    >>> with_ending(EncodedPair(Segment([5, 6, 7, 8], 1), ending=(2,)), answer_tokens=2)
+    Segment(ids=[5, 6, 7, 2], start=1, tail=1)
+    """
+    ids, start = pair.conditioned.ids, pair.conditioned.start
+    kept = ids if answer_tokens is None else ids[: start + answer_tokens]
+    return Segment([*kept, *pair.ending], start, len(pair.ending))
 
 
 def token_count(pairs: Iterable[EncodedPair]) -> int:
@@ -152,15 +184,19 @@ class Encoder:
             frames = [] if special else [Frame(example.header, example.end)]
             header, start, end = self.turns(whole, start, len(whole), frames)
             prefix = prefixes[example.header] if header is None else whole[header:start]
-            yield self.pair(whole[:end], start, prefix)
+            yield self.pair(whole[:end], start, prefix, self.turns.ending(whole[end:]))
 
     @cached_property
     def turns(self) -> Turns:
         """Where answers begin and end in tokens."""
         return Turns(self.tokenizer)
 
-    def pair(self, ids: list[int], start: int, prefix: list[int]) -> EncodedPair:
-        """The pair for `ids` whose answer begins at `start`, with `prefix` before the direct answer."""
+    def pair(self, ids: list[int], start: int, prefix: list[int], ending: tuple[int, ...] = ()) -> EncodedPair:
+        """The pair for `ids` whose answer begins at `start`, with `prefix` before the direct answer.
+
+        `ending` is what ends the turn behind the answer; a pair whose answer is cut, or that has no room for it in the
+        window, has none.
+        """
         prefix = header_before(ids[:start], prefix)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:1] == [bos] != prefix[:1]:
@@ -174,10 +210,12 @@ class Encoder:
                 return EncodedPair.unscorable(Status.PROMPT_TOO_LONG)
             if not self.score_truncated:
                 return EncodedPair.unscorable(Status.TRUNCATED)
-            answer = answer[: self.max_length - len(before)]
+            answer, ending = answer[: self.max_length - len(before)], ()
         if len(answer) < self.min_answer_tokens:
             return EncodedPair.unscorable(Status.TOO_SHORT)
-        return EncodedPair(Segment(before + answer, len(before)), Segment(prefix + answer, len(prefix)))
+        given, alone = Segment(before + answer, len(before)), Segment(prefix + answer, len(prefix))
+        room = self.window is None or len(given.ids) + len(ending) <= self.window
+        return EncodedPair(given, alone, ending=ending if room else ())
 
     def _cherry(self, examples: Sequence[Example], special: bool) -> Iterator[EncodedPair]:
         self._need_header(examples)
@@ -283,16 +321,16 @@ class EndOfTurn:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._special = frozenset(tokenizer.all_special_ids)
+        self.special = frozenset(tokenizer.all_special_ids)
         self._tokenizer = tokenizer
         self._blank: dict[int, bool] = {}
 
     def __call__(self, ids: Sequence[int], start: int) -> int:
         """The end (exclusive) of the answer in `ids[start:]`."""
         end, scan = len(ids), len(ids)
-        while scan > start and (ids[scan - 1] in self._special or self._is_blank(ids[scan - 1])):
+        while scan > start and (ids[scan - 1] in self.special or self._is_blank(ids[scan - 1])):
             scan -= 1
-            if ids[scan] in self._special:
+            if ids[scan] in self.special:
                 end = scan
         return end
 
@@ -341,6 +379,19 @@ class Turns:
                 end = min(self._closing(ids, opening[1], end, after) for after in afters)
                 return *opening, self._trim(ids[:end], opening[1])
         return None, start, self._trim(ids[:end], start)
+
+    def ending(self, after: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that end a turn, of those behind its answer: up to the first special one, which says so.
+
+        Where nothing follows, the tokenizer's EOS, which trainers put there; without one, none. Where no special token
+        follows at once, the template writes its end in words: then the first one.
+        """
+        special = self._trim.special
+        if not len(after):
+            eos = self._tokenizer.eos_token_id
+            return () if eos is None else (eos,)
+        size = next((size for size in range(1, min(len(after), _ENDING) + 1) if after[size - 1] in special), 1)
+        return tuple(after[:size])
 
     def is_blank(self, ids: Sequence[int]) -> bool:
         """Whether tokens spell nothing but white space."""

@@ -27,8 +27,12 @@ class TokenRows:
         self._blank = {_letters(prompt) for prompt in _blank_prompts(tokenizer, template)}
         self._longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in _blank_prompts(tokenizer, template)) + 8
 
-    def pair(self, ids: Sequence[int], start: int, end: int, prefix: Sequence[int]) -> EncodedPair:
+    def pair(
+        self, ids: Sequence[int], start: int, end: int, prefix: Sequence[int], longest: int | None = None
+    ) -> EncodedPair:
         """The row's pair, where the labels say that the answer is `ids[start:end]`.
+
+        A row of `longest` tokens that ends with its answer was cut there: nobody knows how its turn ended.
 
         The direct answer is preceded by the template's header as the row has it; by `prefix`, which `response_prefix`
         gives, where a user chose that or the row has none.
@@ -36,7 +40,9 @@ class TokenRows:
         ids = list(ids)
         header, start, end = self._turns(ids, start, end, self._frames)
         given = header is None or isinstance(prefix, GivenHeader)
-        pair = self._encoder.pair(ids[:end], start, list(prefix) if given else ids[header:start])
+        cut = longest is not None and len(ids) >= longest and end == len(ids)
+        ending = () if cut else self._turns.ending(ids[end:])
+        pair = self._encoder.pair(ids[:end], start, list(prefix) if given else ids[header:start], ending)
         if pair.status is not Status.EMPTY_ANSWER and self.asks_nothing(ids[:start]):
             return EncodedPair.unscorable(Status.EMPTY_PROMPT)
         return pair

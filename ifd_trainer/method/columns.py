@@ -6,11 +6,13 @@ Names and texts alone, so that the command line can show them at once. The equat
 
 from __future__ import annotations
 
+EOT_LOSS = "eot_loss"  # scores of an earlier release lack it
 _SCORED = {
     "cas": "conditioned answer score s(A|Q): mean loss of the answer's tokens given the prompt, nats per token",
     "das": "direct answer score s(A): their mean loss without the prompt, nats per token",
     "ifd": "cas / das",
     "ifd_ppl": "exp(cas - das), the ratio of perplexities",
+    EOT_LOSS: "loss of the end-of-turn token right behind the answer, nats; null where the answer was cut off",
     "answer_tokens": "number of scored tokens",
     "ifd_status": "`ok`, or why there is no score",
 }

@@ -106,7 +106,7 @@ class Engine:
     def scored_budget(self, segments: Sequence[Segment]) -> int:
         """Scored tokens of a batch: any number, or as many as are projected as a whole."""
         if self.chunked_head:
-            return max(sum(segment.scored for segment in segments), 1)
+            return max(sum(segment.predicted for segment in segments), 1)
         budget = CPU_LOGITS_BUDGET if self.device.type == "cpu" else ACCELERATOR_LOGITS_BUDGET
         return max(budget // vocabulary_size(self.model), 1)
 
@@ -115,7 +115,7 @@ class Engine:
         lengths, scored_budget = [len(segment.ids) for segment in segments], self.scored_budget(segments)
         batches: list[np.ndarray] = []
         for kind in kinds_of_lengths(lengths, text_config(self.model)):
-            ids, scored = [segments[i].ids for i in kind], [segments[i].scored for i in kind]
+            ids, scored = [segments[i].ids for i in kind], [segments[i].predicted for i in kind]
             if self.name == "padded":
                 of_kind = token_budget_batches([lengths[i] for i in kind], token_budget, scored, scored_budget)
             else:
@@ -380,7 +380,7 @@ def _same_as_padded(
         return True
     # Rounding does not hide what rows see of each other: it is the same where only other rows' tokens differ.
     again = scored_logits(model, streamed(others, device), device)
-    same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.scored for s in segments])
+    same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.predicted for s in segments])
     change = (again - streamed_logits)[on_device(same, again.device)].abs().max()
     off = float(change / streamed_logits.abs().max())
     if not off <= _UNSEEN:

@@ -33,7 +33,8 @@ class Batch:
     Attributes:
         input_ids: (B, T) token ids.
         token_indices: for each segment, the indices of its tokens in the flattened ids (B * T).
-        scored: (n,) scored tokens of each segment.
+        scored: (n,) scored tokens of each segment that its mean loss is of; the others are its tail.
+        predicted: (n,) all scored tokens of each segment.
         predicting: (U,) flat indices that predict scored tokens, ascending; one that segments share is there once.
         predicted_at: (N,) for each scored token the number of its index among the U, ascending.
         targets: (N,) the scored tokens, in the order of `predicted_at`.
@@ -46,6 +47,7 @@ class Batch:
     input_ids: np.ndarray
     token_indices: list[np.ndarray]
     scored: np.ndarray
+    predicted: np.ndarray
     predicting: np.ndarray
     predicted_at: np.ndarray
     targets: np.ndarray
@@ -62,8 +64,9 @@ class Batch:
         predicting, predicted_at = np.unique(np.concatenate(before), return_inverse=True)  # (U,), (N,)
         order = np.argsort(predicted_at, kind="stable")  # (N,)
         targets = np.concatenate([segment.ids[segment.start :] for segment in segments], dtype=np.int64)  # (N,)
-        scored = np.array([segment.scored for segment in segments])  # (n,)
-        return cls(input_ids, token_indices, scored, predicting, predicted_at[order], targets[order], order, **stream)
+        counts = np.array([(segment.scored, segment.predicted) for segment in segments])  # (n, 2)
+        places = predicting, predicted_at[order], targets[order], order
+        return cls(input_ids, token_indices, *counts.T, *places, **stream)
 
 
 def padded(segments: Sequence[Segment], device: torch.device) -> Batch:
@@ -92,12 +95,25 @@ class LaunchedBatch:
     losses: HostCopy
     mean_states: HostCopy | None
 
+    def wait(self) -> None:
+        """Return once the device has computed it."""
+        self.losses.array()
+
     def nll(self) -> np.ndarray:
         """Mean negative log-likelihood of each segment's scored tokens, (n,) float64; waits for the device."""
-        losses = np.empty(len(self.batch.scored_index), dtype=np.float64)  # widened here: not every device has float64
+        return self._sums()[0] / self.batch.scored
+
+    def tail_nll(self) -> np.ndarray:
+        """Negative log-likelihood of each segment's tail as a whole, (n,) float64; NaN for a segment without one."""
+        return np.where(self.batch.predicted > self.batch.scored, self._sums()[1], np.nan)
+
+    def _sums(self) -> np.ndarray:
+        """Losses of each segment's tokens before its tail, and of those in it: sums, (2, n)."""
+        losses = np.zeros(len(self.batch.scored_index) + 1)  # widened here: not every device has float64
         losses[self.batch.scored_index] = self.losses.array()
-        firsts = np.cumsum(self.batch.scored) - self.batch.scored
-        return np.add.reduceat(losses, firsts) / self.batch.scored
+        firsts = np.cumsum(self.batch.predicted) - self.batch.predicted
+        parts = np.stack([firsts, firsts + self.batch.scored], axis=1)  # the next segment's first, where there is none
+        return np.add.reduceat(losses, parts.ravel()).reshape(-1, 2).T
 
     def means(self) -> np.ndarray | None:
         """Mean hidden state of each segment, (n, H) float32."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.encoding import EncodedPair, Segment, token_count
+from ..data.encoding import EncodedPair, Segment, token_count, with_ending
 from ..errors import UserError
 from ..method.equations import FROM_LOSSES
 from ..method.reasons import Status
@@ -78,12 +78,16 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of n rows as arrays of shape (n,); cas, das in nats per token; NaN where `ifd_status` is not `ok`."""
+    """Scores of n rows as arrays of shape (n,); cas, das in nats per token; NaN where `ifd_status` is not `ok`.
+
+    `eot_loss`, in nats, is NaN also where nobody knows how the turn ended.
+    """
 
     cas: np.ndarray
     das: np.ndarray
     ifd: np.ndarray
     ifd_ppl: np.ndarray
+    eot_loss: np.ndarray
     answer_tokens: np.ndarray
     ifd_status: np.ndarray
 
@@ -101,9 +105,22 @@ class Scores:
         return cls.from_nll(blank, blank, np.zeros(rows, dtype=np.int64), np.full(rows, status, dtype=object))
 
     @classmethod
-    def from_nll(cls, cas: np.ndarray, das: np.ndarray, tokens: np.ndarray, status: np.ndarray) -> Scores:
+    def of(cls, columns: Mapping[str, np.ndarray]) -> Scores:
+        """Scores by column; those of an earlier release lack `eot_loss`."""
+        return cls(**{"eot_loss": np.full(len(columns["cas"]), np.nan), **columns})
+
+    @classmethod
+    def from_nll(
+        cls,
+        cas: np.ndarray,
+        das: np.ndarray,
+        tokens: np.ndarray,
+        status: np.ndarray,
+        eot_loss: np.ndarray | None = None,
+    ) -> Scores:
         """Scores from the two mean losses; a row of which one is not finite becomes `nonfinite`."""
         values = {"cas": cas, "das": das} | {name: score(cas, das) for name, score in FROM_LOSSES.items()}
+        values["eot_loss"] = np.full(len(cas), np.nan) if eot_loss is None else eot_loss
         finite = np.logical_and.reduce([np.isfinite(values[name]) for name in FROM_LOSSES])
         status = np.where((status == Status.OK.value) & ~finite, Status.NONFINITE.value, status)
         blank = status != Status.OK.value
@@ -126,14 +143,14 @@ def score_pairs(model: nn.Module, pairs: Sequence[EncodedPair], **options: Unpac
     Raises:
         torch.OutOfMemoryError: when one row alone does not fit, or a batch of a sharded model.
     """
-    segments = [segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct)]
-    nll = answer_nll(model, segments, **options)
+    segments = [segment for pair in pairs if pair.conditioned for segment in (with_ending(pair), pair.direct)]
+    nll, tail_nll = nll_with_tails(model, segments, **options)
     status = np.array([pair.status.value for pair in pairs], dtype=object)
     scored = status == Status.OK.value
-    cas, das = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
-    cas[scored], das[scored] = nll[0::2], nll[1::2]
+    cas, das, eot_loss = (np.full(len(pairs), np.nan) for _ in range(3))
+    cas[scored], das[scored], eot_loss[scored] = nll[0::2], nll[1::2], tail_nll[0::2]
     tokens = np.array([pair.conditioned.scored if pair.conditioned else 0 for pair in pairs], dtype=np.int64)
-    return Scores.from_nll(cas, das, tokens, status)
+    return Scores.from_nll(cas, das, tokens, status, eot_loss)
 
 
 def answer_nll(model: nn.Module, segments: Sequence[Segment], **options: Unpack[Options]) -> np.ndarray:
@@ -146,10 +163,20 @@ def answer_nll(model: nn.Module, segments: Sequence[Segment], **options: Unpack[
     Returns:
         (n,) float64, nats per token.
     """
-    nll = np.empty(len(segments), dtype=np.float64)
-    for batch, losses, _ in _forwards(model, segments, **options):
-        nll[batch] = losses
-    return nll
+    return nll_with_tails(model, segments, **options)[0]
+
+
+def nll_with_tails(
+    model: nn.Module, segments: Sequence[Segment], **options: Unpack[Options]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`answer_nll`, and the negative log-likelihood of each segment's tail as a whole, in nats, NaN without one.
+
+    Options: see `Options`.
+    """
+    nll, tail_nll = np.empty(len(segments)), np.empty(len(segments))
+    for batch, launched in _forwards(model, segments, **options):
+        nll[batch], tail_nll[batch] = launched.nll(), launched.tail_nll()
+    return nll, tail_nll
 
 
 def prompt_features(
@@ -177,10 +204,11 @@ def prompt_features(
     perplexity = np.full(len(prompts), np.nan)
     embeddings = np.full((len(prompts), 0), np.nan, dtype=np.float32)
     sizes = [len(prompts[i]) for i in present]
-    for batch, losses, means in _forwards(model, segments, sizes, **options):
+    for batch, launched in _forwards(model, segments, sizes, **options):
+        means = launched.means()
         if not embeddings.shape[1]:
             embeddings = np.full((len(prompts), means.shape[1]), np.nan, dtype=np.float32)
-        perplexity[present[batch]] = np.exp(losses)
+        perplexity[present[batch]] = np.exp(launched.nll())
         embeddings[present[batch]] = means
     perplexity[[len(ids) < 2 for ids in prompts]] = np.nan
     return embeddings, perplexity
@@ -197,8 +225,8 @@ def _forwards(
     engine: EngineName = "auto",
     forwards: Callable[[int], int] | None = None,
     sharded: bool = False,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    """Run all segments in batches; their positions, their mean NLL and their mean hidden states.
+) -> Iterator[tuple[np.ndarray, LaunchedBatch]]:
+    """Run all segments in batches; their positions, and what was launched.
 
     `pooled_tokens` says how many tokens of each segment, from the first, are averaged; None for no hidden states.
     """
@@ -227,10 +255,10 @@ def _forwards(
             return chosen.launch(batch, None if pooled_tokens is None else [pooled_tokens[i] for i in rows])
 
         for rows, launched in run_in_turn(lay_out, begin, batches, device, limit, halve=not sharded):
-            nll, means = launched.nll(), launched.means()
+            launched.wait()
             if progress is not None:
                 progress(sum(lengths[i] for i in rows))
-            yield rows, nll, means
+            yield rows, launched
         for _ in range(idle):
             chosen.nll(_NOTHING)
 

@@ -55,7 +55,7 @@ _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.stri
 _ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
 _LOADED = ("_model", "_config", "_encoder")  # attributes that are made on first use
 _PID = os.getpid()
-SCORES_VERSION = 3  # raised when the same weights and options would give other scores
+SCORES_VERSION = 4  # raised when the same weights and options would give other scores
 
 
 class IFDScorer:

@@ -92,7 +92,7 @@ def load_selection(folder: Path, saved: Mapping[str, Any], rows: int) -> tuple[d
         return order, None
     texts = np.array(json.loads(arrays[_STATUSES].astype(np.uint8).tobytes()), dtype=object)
     columns["ifd_status"] = texts[columns["ifd_status"]]
-    return order, Scores(**columns)
+    return order, Scores.of(columns)
 
 
 # What the rows of the epochs to come depend on.

@@ -20,7 +20,7 @@ from ..data.encoding import EncodedPair, Encoder, mismatched, token_count
 from ..data.formats import Example
 from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
-from ..method.columns import IFD_COLUMNS, SCORES
+from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
 from ..method.reasons import Status
 from ..scoring.losses import Scores, prompt_features, score_pairs
 from ..scoring.processes import run_shares
@@ -178,7 +178,8 @@ class PoolScorer:
     def _own_pairs(self, rows: np.ndarray, prefix: Sequence[int]) -> list[EncodedPair]:
         read, spans = self._read, self.pool.spans(rows).tolist()
         tokens = zip(self.pool.tokens(rows), spans, strict=True)
-        return [read.pair(ids, start, end, prefix) for (ids, _), (start, end) in tokens]
+        longest = getattr(self.trainer.args, "max_length", None)
+        return [read.pair(ids, start, end, prefix, longest) for (ids, _), (start, end) in tokens]
 
     def _scored(
         self,
@@ -261,14 +262,15 @@ def _sentence_transformer(name: str, device: str) -> Callable[[list[str]], np.nd
 def _stored_scores(examples: Any) -> Scores:
     """Scores from the columns that `IFDScorer` attached to the training set before."""
     names = getattr(examples, "column_names", None) or []
-    missing = [name for name in IFD_COLUMNS if name not in names]
+    missing = [name for name in IFD_COLUMNS if name not in names and name != EOT_LOSS]
     if missing:
         raise UserError(
             f"scorer='columns' reads the scores of the training set, which has no {', '.join(missing)}. Attach them "
             "with dataset.map(IFDScorer(model), batched=True) before the trainer is made; packing drops them."
         )
-    table = examples.select_columns(list(IFD_COLUMNS)).with_format("arrow")[:].to_pandas()
-    columns = {name: table[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in SCORES}
+    read = [name for name in IFD_COLUMNS if name in names]
+    table = examples.select_columns(read).with_format("arrow")[:].to_pandas()
+    columns = {name: table[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in SCORES if name in names}
     status = table["ifd_status"].fillna(Status.NONFINITE.value).to_numpy(dtype=object)
     tokens = table["answer_tokens"].fillna(0).to_numpy(dtype=np.int64)
-    return Scores(**columns, answer_tokens=tokens, ifd_status=status)
+    return Scores.of({**columns, "answer_tokens": tokens, "ifd_status": status})

@@ -20,6 +20,7 @@ from ifd_trainer.data.encoding import (
     header_before,
     mismatched,
     token_budget_batches,
+    with_ending,
 )
 from ifd_trainer.data.formats import (
     ALPACA,
@@ -603,3 +604,44 @@ def test_what_is_no_wrong_pair_has_no_segments(row, other, longest):
     pairs = [EncodedPair(Segment(*given), Segment([5, given[0][-1]], 1)) for given in (row, other)]
     assert mismatched(*pairs, longest) == EncodedPair.unscorable(Status.MALFORMED)
     assert mismatched(pairs[0], EncodedPair.unscorable(Status.EMPTY_ANSWER), None).conditioned is None
+
+
+# ---- what ends a turn -------------------------------------------------------------------------------------------
+
+
+def test_what_ends_a_turn_is_the_end_of_turn_token_of_a_chat_and_eos_elsewhere():
+    tokenizer = TOKENIZERS["no BOS added"]
+    im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat = {"messages": [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "Yes."}]}
+    assert encode(tokenizer, MESSAGES.render(chat, tokenizer)).ending == (im_end,)
+    assert encode(tokenizer, Example("Add.", "Yes.")).ending == (tokenizer.eos_token_id,)
+    assert encode(tokenizer, Example("Add.", "Yes.<|endoftext|>")).ending == (
+        tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    )
+
+
+def test_white_space_before_the_end_of_turn_token_belongs_to_the_end():
+    tokenizer = TOKENIZERS["no BOS added"]
+    tokens = tokenizer("\n<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    turns = Encoder(tokenizer).turns
+    assert turns.ending(tokens) == tuple(tokens[:2])
+    words = tokenizer("Human: more", add_special_tokens=False)["input_ids"]
+    assert turns.ending(words) == tuple(words[:1])  # a template that ends a turn in words
+
+
+def test_an_answer_that_was_cut_has_no_end_and_neither_has_one_that_fills_the_window():
+    tokenizer = TOKENIZERS["no BOS added"]
+    row = Example("Name three colours:", "one two three")
+    size = len(tokenizer(row.prompt + row.answer)["input_ids"])
+    assert encode(tokenizer, row, max_length=size).ending == (tokenizer.eos_token_id,)
+    assert encode(tokenizer, row, max_length=size - 1, score_truncated=True).ending == ()
+    assert encode(tokenizer, row, window=size).ending == ()
+    assert encode(tokenizer, row, window=size + 1).ending == (tokenizer.eos_token_id,)
+    assert encode(build_tokenizer(bos=False), row).ending != ()
+
+
+def test_an_ending_stands_behind_what_is_left_of_an_answer():
+    pair = EncodedPair(Segment([5, 6, 7, 8], 2), Segment([9, 7, 8], 1), ending=(2, 3))
+    assert with_ending(pair) == Segment([5, 6, 7, 8, 2, 3], 2, 2)
+    assert with_ending(pair, answer_tokens=1) == Segment([5, 6, 7, 2, 3], 2, 2)
+    assert (with_ending(pair).scored, with_ending(pair).predicted) == (2, 4)

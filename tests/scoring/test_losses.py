@@ -6,6 +6,7 @@ import logging
 import math
 import random
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,6 +62,7 @@ from ifd_trainer.scoring.losses import (
     MemoryLimit,
     Scores,
     answer_nll,
+    nll_with_tails,
     prompt_features,
     run_in_turn,
     score_pairs,
@@ -303,6 +305,31 @@ def test_nll_of_any_segments_in_any_batches(shared_model, engine, budget):
     np.testing.assert_allclose(found, expected_nll(shared_model, segments), rtol=ROUNDING)
 
 
+@pytest.mark.parametrize("budget", [1, 64, 10**6])
+def test_a_tail_is_scored_apart_and_as_a_whole(shared_model, engine, budget):
+    segments = some_segments(16)
+    tailed = [Segment([*s.ids, 2, 7][: len(s.ids) + n % 3], s.start, n % 3) for n, s in enumerate(segments)]
+    nll, tail_nll = nll_with_tails(shared_model, tailed, token_budget=budget, engine=engine)
+    np.testing.assert_allclose(nll, expected_nll(shared_model, segments), rtol=ROUNDING)
+    for segment, found in zip(tailed, tail_nll, strict=True):
+        ends = len(segment.ids) - segment.tail
+        expected = segment.tail * reference_nll(shared_model, segment.ids, ends) if segment.tail else math.nan
+        np.testing.assert_allclose(found, expected, rtol=ROUNDING)
+
+
+def test_the_end_of_turn_loss_is_no_part_of_the_answers(shared_model, engine):
+    pairs = pairs_of(some_segments(8))
+    ended = [replace(pair, ending=(2,) * n) for n, pair in enumerate(pairs)]
+    expected, found = (score_pairs(shared_model, rows, engine=engine) for rows in (pairs, ended))
+    for name in ("cas", "das", "ifd", "ifd_ppl"):
+        np.testing.assert_allclose(found.columns()[name], expected.columns()[name], rtol=ROUNDING)
+    assert found.answer_tokens.tolist() == expected.answer_tokens.tolist()
+    assert np.isnan(expected.eot_loss).all()
+    ids = [[*pair.conditioned.ids, *[2] * n] for n, pair in enumerate(pairs)]
+    losses = [n * reference_nll(shared_model, row, len(row) - n) if n else math.nan for n, row in enumerate(ids)]
+    np.testing.assert_allclose(found.eot_loss, losses, rtol=ROUNDING)
+
+
 def test_nll_of_token_probabilities_worked_by_hand():
     # p(7) = 1/2, p(8) = 1/4, p(9) = 1/4 at every position.
     model = Fixed({7: math.log(2), 8: 0.0, 9: 0.0})
@@ -407,7 +434,7 @@ def test_rows_without_a_pair_change_no_score(shared_model, engine):
     expected = score_pairs(shared_model, good, engine=engine)
     found = score_pairs(shared_model, [good[0], bad, *good[1:3], bad, good[3]], engine=engine)
     for name, values in found.columns().items():
-        assert values[[0, 2, 3, 5]].tolist() == expected.columns()[name].tolist()
+        np.testing.assert_array_equal(values[[0, 2, 3, 5]], expected.columns()[name])
 
 
 def test_nan_weights_make_every_row_nonfinite(engine):

@@ -61,6 +61,7 @@ ARROW = {
     "das": pa.float64(),
     "ifd": pa.float64(),
     "ifd_ppl": pa.float64(),
+    "eot_loss": pa.float64(),
     "answer_tokens": pa.int64(),
     "ifd_status": pa.string(),
 }

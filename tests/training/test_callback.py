@@ -262,8 +262,36 @@ def test_scores_in_the_loop_are_those_of_the_transform(tmp_path, kind):
     assert found["row_id"].tolist() == expected["row_id"].tolist()
     assert (found["ifd_status"] == "ok").all()
     assert found["answer_tokens"].tolist() == expected["answer_tokens"].tolist()
-    for column in ("cas", "das", "ifd", "ifd_ppl"):
+    assert found["eot_loss"].notna().all()
+    for column in ("cas", "das", "ifd", "ifd_ppl", "eot_loss"):
         assert found[column].to_numpy() == pytest.approx(expected[column].to_numpy(), abs=1e-5)
+
+
+def test_what_ends_a_turn_is_scored_but_for_rows_that_the_trainer_cut(tmp_path):
+    trainer = sft_trainer(tmp_path, num_train_epochs=1, max_length=32)
+    rows = trainer.train_dataset
+    cut = [len(ids) == 32 and ids[-1] != TOKENIZER.eos_token_id for ids in rows["input_ids"]]
+    assert 0 < sum(cut) < len(rows)
+    expected = [
+        np.nan if was_cut else reference_nll(build_model(len(TOKENIZER)), ids, len(ids) - 1)
+        for ids, was_cut in zip(rows["input_ids"], cut, strict=True)
+    ]
+    callback = select(trainer, keep=4, max_ifd=INF)
+    train(trainer)
+    found = callback.history.rows(0).set_index("row_id")["eot_loss"][list(rows["row_id"])]
+    np.testing.assert_allclose(found, expected, rtol=ROUNDING)
+
+
+def test_a_row_without_an_end_of_turn_is_scored_as_if_eos_followed(tmp_path):
+    whole = tokenised(sft_trainer(tmp_path / "whole"))
+    bare = whole.map(lambda row: {name: row[name][:-1] for name in ("input_ids", "labels")})
+    losses = []
+    for rows in (whole, bare):
+        trainer = plain_trainer(tmp_path / "run", rows, num_train_epochs=1)
+        callback = select(trainer, keep=4, max_ifd=INF)
+        train(trainer)
+        losses.append(callback.history.rows(0)["eot_loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=ROUNDING)
 
 
 def test_a_quote_does_merge_with_the_colon_before_it():
@@ -396,7 +424,7 @@ def test_a_parquet_file_of_each_epoch_says_what_was_measured_and_decided(finishe
     for epoch, rows in enumerate(seen.epochs()):
         table = history.rows(epoch)
         assert table.columns.tolist() == [
-            "row_id", "cas", "das", "ifd", "ifd_ppl", "answer_tokens", "ifd_status", "reason", "times",
+            "row_id", "cas", "das", "ifd", "ifd_ppl", "eot_loss", "answer_tokens", "ifd_status", "reason", "times",
         ]  # fmt: skip
         assert table["row_id"].tolist() == trainer.train_dataset["row_id"][:]
         assert trained_times(table) == dict.fromkeys(rows, 1)
