@@ -27,12 +27,11 @@ class TokenRows:
         self._blank = {_letters(prompt) for prompt in _blank_prompts(tokenizer, template)}
         self._longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in _blank_prompts(tokenizer, template)) + 8
 
-    def pair(
-        self, ids: Sequence[int], start: int, end: int, prefix: Sequence[int], longest: int | None = None
-    ) -> EncodedPair:
+    def pair(self, ids: Sequence[int], start: int, end: int, prefix: Sequence[int], fills: bool = False) -> EncodedPair:
         """The row's pair, where the labels say that the answer is `ids[start:end]`.
 
-        A row of `longest` tokens that ends with its answer was cut there: nobody knows how its turn ended.
+        A row that fills what the trainer leaves of rows, and ends with its answer, was cut there: nobody knows how its
+        turn would have ended.
 
         The direct answer is preceded by the template's header as the row has it; by `prefix`, which `response_prefix`
         gives, where a user chose that or the row has none.
@@ -40,8 +39,7 @@ class TokenRows:
         ids = list(ids)
         header, start, end = self._turns(ids, start, end, self._frames)
         given = header is None or isinstance(prefix, GivenHeader)
-        cut = longest is not None and len(ids) >= longest and end == len(ids)
-        ending = () if cut else self._turns.ending(ids[end:])
+        ending = () if fills and end == len(ids) else self._turns.ending(ids[end:])
         pair = self._encoder.pair(ids[:end], start, list(prefix) if given else ids[header:start], ending)
         if pair.status is not Status.EMPTY_ANSWER and self.asks_nothing(ids[:start]):
             return EncodedPair.unscorable(Status.EMPTY_PROMPT)

@@ -14,14 +14,15 @@ that the model has been trained on, nor about answers that were moved within one
 
 from __future__ import annotations
 
-import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import numpy as np
 
 from ..errors import UserError
+from .choices import WrongPrompts
+from .error_rate import check_error_rate, check_prompts, least_measured, rank_of
 
 _ROUNDS = 4  # of pairs that are tried, until as many as are wanted can be scored
 CALIBRATED = "calibrated"  # what a user writes for a `CalibratedLimit` as it is by default
@@ -34,6 +35,9 @@ class CalibratedLimit:
     Args:
         alpha: the share of mismatched rows that may stay below the limit, in (0, 1).
         pairs: answers that are scored under a wrong prompt; the limit of a smaller alpha needs more.
+        prompts: "random" ones of other rows, or "near" ones: the prompts of the pool that are most like the row's own.
+            Rows that were shuffled within a topic are like the second kind, whose limit is lower: fewer of them pass,
+            and more clean rows are lost.
 
     >>> CalibratedLimit(alpha=0.2).limit(np.array([0.9, 1.1, 0.8, 1.0]))
     0.8
@@ -41,14 +45,11 @@ class CalibratedLimit:
 
     alpha: float = 0.05
     pairs: int = 256
+    prompts: WrongPrompts = "random"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.alpha, Real) and 0 < self.alpha < 1):
-            raise UserError(f"alpha must be a share in (0, 1), got {self.alpha!r}.")
-        if not (isinstance(self.pairs, Integral) and not isinstance(self.pairs, bool) and self.rank(self.pairs) >= 1):
-            raise UserError(
-                f"pairs must be a whole number, and at least {self.least} with alpha={self.alpha}, got {self.pairs!r}."
-            )
+        check_error_rate(self.alpha, self.pairs, "pairs")
+        check_prompts(self.prompts)
 
     @classmethod
     def of(cls, alpha: float) -> CalibratedLimit:
@@ -57,19 +58,16 @@ class CalibratedLimit:
         >>> CalibratedLimit.of(0.05).pairs, CalibratedLimit.of(0.001).pairs
         (256, 999)
         """
-        limit = cls(alpha, sys.maxsize)  # says what is wrong with an alpha
-        return cls(alpha, max(cls.pairs, limit.least))
+        cls(alpha, sys.maxsize)  # says what is wrong with an alpha
+        return cls(alpha, max(cls.pairs, least_measured(alpha)))
 
-    @property
-    def least(self) -> int:
-        """The smallest number of pairs of which a limit with this alpha can be told."""
-        return math.ceil(1 / self.alpha - 1 - 1e-9)
-
-    def rank(self, pairs: int) -> int:
-        """Which of so many wrong pairs, in ascending order from 1, has the limit; 0 where they are too few."""
-        return math.floor(self.alpha * (pairs + 1) + 1e-9)  # 0.05 * 20 is a little more than 1, 0.07 * 100 less than 7
-
-    def draw(self, ids: np.ndarray, scored: np.ndarray, seed: int) -> np.ndarray:
+    def draw(
+        self,
+        ids: np.ndarray,
+        scored: np.ndarray,
+        seed: int,
+        nearest: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    ) -> np.ndarray:
         """Rows whose answer and prompt may make a wrong pair, (m, 2) positions: answer of, prompt of.
 
         In rounds, each of which has every scored row once as an answer and once as a prompt; the first pairs are to be
@@ -79,12 +77,17 @@ class CalibratedLimit:
         Args:
             ids: (n,) by which rows are known, wherever they stand.
             scored: (n,) whether a row has a score.
+            nearest: of near prompts, gives the positions (m, k) of the k rows with the prompts most like those of m
+                rows, nearest first.
         """
         rows = np.flatnonzero(scored)
         rows = rows[np.argsort(np.asarray(ids)[rows], kind="stable")]
         if len(rows) < 2:
             return np.empty((0, 2), dtype=np.int64)
         rng, pairs = np.random.default_rng(seed), []
+        if self.prompts == "near":
+            answers = rows[rng.permutation(len(rows))[: self.pairs]]
+            return np.concatenate([np.column_stack([answers, near]) for near in nearest(answers, _ROUNDS).T])
         for _ in range(_ROUNDS):
             order = rng.permutation(len(rows))
             pairs.append(np.column_stack([rows[order], rows[np.roll(order, int(rng.integers(1, len(rows))))]]))
@@ -98,13 +101,13 @@ class CalibratedLimit:
         """The limit, of the scores of wrong pairs (m,); those that are NaN do not count.
 
         Raises:
-            ValueError: for fewer than `least` finite scores.
+            ValueError: for fewer finite scores than an alpha this small needs.
         """
         wrong = np.sort(np.asarray(wrong, dtype=np.float64)[np.isfinite(wrong)])
-        if not self.rank(len(wrong)):
+        if not rank_of(self.alpha, len(wrong)):
             raise UserError(
-                f"A limit with alpha={self.alpha} takes at least {self.least} answers under a wrong prompt; the pool "
-                f"gave {len(wrong)} (rows with a score, whose prompts and answers are not those of all others). Raise "
-                "alpha, or set a limit of your own: max_ifd=1.0."
+                f"A limit with alpha={self.alpha} takes at least {least_measured(self.alpha)} answers under a wrong "
+                f"prompt; the pool gave {len(wrong)} (rows with a score, whose prompts and answers are not those of "
+                "all others). Raise alpha, or set a limit of your own: max_ifd=1.0."
             )
-        return float(wrong[self.rank(len(wrong)) - 1])
+        return float(wrong[rank_of(self.alpha, len(wrong)) - 1])

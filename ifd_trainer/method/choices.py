@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 Score = Literal["ifd", "ifd_ppl"]  # what rows are ranked by
 Shortfall = Literal["repeat", "relax", "error"]  # what is done with fewer eligible rows than planned
+Misaligned = Literal["error", "warn"]  # what is done where most prompts do not help
+WrongPrompts = Literal["random", "near"]  # which other rows' prompts an answer is scored under
 Order = Literal["shuffle", "descending", "ascending"]  # of the kept rows within an epoch, by their scores
 BriefRows = Literal["kmeans", "random"]  # which rows give the brief experience
 Direction = Literal["easy_to_hard", "hard_to_easy"]  # of a curriculum
@@ -23,6 +25,8 @@ CONTROLS = {  # policies by the names that recipes have for them
 
 RANKED_BY = get_args(Score)
 SHORTFALLS = get_args(Shortfall)
+MISALIGNED = get_args(Misaligned)
+WRONG_PROMPTS = get_args(WrongPrompts)
 ORDERS = get_args(Order)
 BRIEF_ROWS = get_args(BriefRows)
 DIRECTIONS = get_args(Direction)

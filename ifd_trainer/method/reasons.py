@@ -39,6 +39,9 @@ NOT_DRAWN = "not_drawn"  # rows were drawn at random, and this one was not
 SHORTER_ANSWER = "shorter_answer"  # the budget was spent on longer answers
 HIGHER_SCORE = "higher_score"  # the budget was spent on easier rows
 OUTSIDE_BAND = "outside_band"  # score outside the percentiles that were asked for, or the budget was spent
+UNFINISHED = "unfinished"  # of a guard: the answer stops before its end
+DUPLICATE = "duplicate"  # of a guard: another row says the same
+MISMATCHED = "mismatched"  # of a guard: the answer fits other prompts as well as its own
 REFUSAL = "refusal"  # the answer looks like a refusal
 
 # In the order in which tables and plots show them.
@@ -50,6 +53,9 @@ MEANINGS = {
     OTHER_TIER: "not in this epoch's tiers",
     NOT_IN_SAMPLE: "not in the sample of the brief experience",
     ABOVE_LIMIT: "dropped: at or above the limit",
+    MISMATCHED: "dropped: the answer fits other prompts as well",
+    UNFINISHED: "dropped: the answer is unfinished",
+    DUPLICATE: "dropped: another row says the same",
     NOT_DRAWN: "not drawn",
     SHORTER_ANSWER: "dropped: other answers are longer",
     HIGHER_SCORE: "dropped: other rows have lower scores",

@@ -36,7 +36,7 @@ from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from ..data.encoding import EncodedPair, Encoder, check_positive
+from ..data.encoding import EncodedPair, Encoder, Segment, check_positive
 from ..data.formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
 from ..data.paths import check_model, model_name
 from ..errors import FileAccessError, UserError, one_line
@@ -44,7 +44,7 @@ from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS
 from ..method.reasons import Status
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .engine import check_causal_config, check_causal_lm
-from .losses import Scores, prompt_features, score_pairs, token_progress
+from .losses import Scores, nll_with_tails, prompt_features, score_pairs, token_progress
 from .rope_limits import window
 from .weights_digest import checkpoint_digest, weights_digest
 
@@ -246,6 +246,12 @@ class IFDScorer:
     def score(self, pairs: list[EncodedPair], progress: Callable[[int], Any] | None = None) -> Scores:
         """Scores of encoded rows; `progress` is called with the number of tokens done after each batch."""
         return score_pairs(self._model, pairs, token_budget=self.token_budget, progress=progress)
+
+    def nll_with_tails(
+        self, segments: list[Segment], progress: Callable[[int], Any] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Losses of segments of encoded rows; see `scoring.losses.nll_with_tails`."""
+        return nll_with_tails(self._model, segments, token_budget=self.token_budget, progress=progress)
 
     def embed(self, texts: Sequence[str], progress: Callable[[int], Any] | None = None) -> np.ndarray:
         """Mean of the last hidden states of each text, (n, H) float32, NaN for an empty one; see `prompt_features`.

@@ -31,19 +31,21 @@ from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import BriefRows, Order
 from ..method.facility_location import Diverse
+from ..method.guard import Guard
 from ..method.plain_data import to_data
 from ..method.reasons import NOT_SCORED
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule
 from ..method.selection import Policy, Selection
 from ..scoring.losses import Scores
 from .checkpoint_state import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
+from .first_scoring import FirstScoring
 from .history import FOLDER, History, epoch_record, epoch_rows
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
-from .options import Scoring, check_options, groups_of
+from .options import Scoring, check_options, groups_of, guard_of
 from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
-from .row_chooser import RowChooser, Scored
+from .row_chooser import RowChooser
 from .selection_run import SelectionRun
 from .trainer_checks import check_timing
 from .trainer_hooks import (
@@ -93,8 +95,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         trainer: the trainer that this callback is added to.
         keep: rows per epoch: a fraction of the pool (float), a number of rows (int), or a list with one entry per
             epoch. With packing, packed rows.
-        max_ifd: rows at or above this score are dropped; float("inf") for no limit. "calibrated", or a
+        max_ifd: rows at or above this score are dropped: 1 by default, float("inf") for no limit. "calibrated", or a
             `CalibratedLimit`, measures it in each scoring, so that a stated share of mismatched rows passes it at most.
+            A limit that is set here takes the place of the guard's.
+        guard: what keeps noise out of the selection, a `Guard`; see there. By default ("auto") on where rows are
+            selected by their scores before each epoch, and off in `cherry`, with `scorer="columns"` but for duplicates,
+            and with a policy other than `Cherry` and `Diverse`; None for none.
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
         policy: which rows are kept: a `Cherry`, a `Diverse` for rows that stand for others too (facility location over
@@ -120,9 +126,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self,
         trainer: Trainer,
         keep: float | int | Sequence[float | int] | Schedule = 0.10,
-        max_ifd: float | CalibratedLimit | Literal["calibrated"] = 1.0,
+        max_ifd: float | CalibratedLimit | Literal["calibrated"] | None = None,
         seed: int | None = None,
         *,
+        guard: Guard | Literal["auto"] | bool | None = "auto",
         schedule: Schedule | None = None,
         policy: Policy | None = None,
         timing: Timing | None = None,
@@ -135,6 +142,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     ) -> None:
         check_options(scorer, seed, order, getattr(getattr(trainer, "args", None), "train_sampling_strategy", None))
         self.policy, self.timing, self.scoring = groups_of(policy, timing, scoring, max_ifd, more)
+        self.guard = guard_of(guard, self.policy, self.timing, scorer)
         self.schedule = as_schedule(keep if schedule is None else schedule)
         self.restart = self.timing.restart
         attach(trainer)
@@ -151,7 +159,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
         encoder = Encoder(self.tokenizer, min_answer_tokens=self.scoring.min_answer_tokens)
         self.pool_scorer = PoolScorer(trainer, encoder, scorer, self.scoring.embedder, self.scoring.token_budget)
-        self.chooser = RowChooser(self.pool_scorer, self.policy, self.timing.warmup)
+        self.chooser = RowChooser(self.pool_scorer, self.policy, self.timing.warmup, self.guard)
         self.history: History | None = None
         self._prefix: list[int] | None = None
         self._fingerprint: str | None = None
@@ -172,6 +180,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         *,
         brief: Brief | BriefRows | None = "kmeans",
         scorer: str | PreTrainedModel | None = None,
+        guard: Guard | bool | None = None,
         **options: Any,
     ) -> IFDSelectionCallback:
         """The whole method of arXiv 2308.12032 in one `trainer.train()`.
@@ -190,6 +199,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 as version 2 of the authors' method does.
             scorer: score with another model, by name or instance, and without a brief experience (Superfiltering,
                 arXiv 2402.00530: `scorer="gpt2"`); "columns" for scores that the training set already has.
+            guard: what keeps noise out of the selection; nothing by default, as in the paper.
             options: other arguments of the callback.
 
         Raises:
@@ -199,7 +209,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if scorer is not None:
             brief = None
         others = {field.name: options.pop(field.name) for field in fields(Timing) if field.name in options}
-        return cls(trainer, keep, timing=Timing.cherry(brief, **others), scorer=scorer, **options)
+        return cls(trainer, keep, timing=Timing.cherry(brief, **others), scorer=scorer, guard=guard, **options)
 
     # ---- what the loop asks -------------------------------------------------------------------------------------
 
@@ -366,17 +376,23 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """Score the pool if this epoch does, choose and order its rows, log and record them."""
         wanted, began, step = self._rows_of(epoch), time.perf_counter(), self.trainer.state.global_step
         ids = self.pool.ids(self.id_column)
-        if wanted.scored:
+        scored, noted = wanted.scored and self.chooser.frozen is None, {}
+        if scored:
+            first = self._first_scoring() if self.chooser.last is None else None
+            if first is not None:
+                first.try_out()
             scores = self.score_pool(f"IFD, epoch {epoch}")
+            if first is not None:
+                noted = first.look_at(scores, wanted.budget / self.pool.training_rows)
             self.chooser.take(scores, epoch, ids, self._prefix, self.seed)
-        selection = self.chooser.choose(wanted, ids, self.seed, begun=step > 0)
-        seconds = time.perf_counter() - began if wanted.scored or wanted.source == "brief" else 0.0
+        selection = self.chooser.choose(wanted, ids, self.seed, step > 0, self._prefix)
+        seconds = time.perf_counter() - began if scored or wanted.source == "brief" else 0.0
         scores = Scores.unscored(len(ids), NOT_SCORED) if wanted.source in ("all", "brief") else self.scores
         if epoch == self.restart:
             start_anew(self.trainer, self._original)
         self.run.select(self._agree(selection, epoch))
         if self.trainer.state.is_world_process_zero:
-            self.chooser.warn(selection, epoch, self.scoring.warn_share)
+            self.chooser.warn(selection, epoch)
         values = scores.columns()[self.chooser.score]
         record = {
             **epoch_record(values, selection),
@@ -385,15 +401,33 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "seed": self.seed,
             "packed_rows": len(self.run.order) if self.pool.packed else None,
             "scored_at": self.scored_at if np.isfinite(values).any() else None,
-            "limit": self.chooser.last.limit if np.isfinite(values).any() else None,
+            **(self._watched() if np.isfinite(values).any() else dict.fromkeys(_WATCHED)),
+            "frozen": self.chooser.frozen,
+            **noted,
             "overlap": self.history.overlap(epoch, selection),
             "seconds_scoring": seconds,
         }
         logged = {f"ifd/{key}": record[key] for key in _LOGGED if record.get(key) is not None}
+        logged |= {f"ifd/dropped_{reason}": record["reasons"].get(reason, 0) for reason in self.chooser.guard_reasons}
         with metrics_set_aside(self.trainer):
             self.trainer.log(logged)
         if self.trainer.state.is_world_process_zero:
-            self.history.add(record, epoch_rows(ids, scores.columns(), selection))
+            columns = scores.columns() | self.chooser.guard_columns(wanted, ids, self.seed)
+            self.history.add(record, epoch_rows(ids, columns, selection))
+
+    def _first_scoring(self) -> FirstScoring:
+        chooser = self.chooser
+        return FirstScoring(self.pool_scorer, self.guard, self.scoring, chooser.ranked_by, self._prefix, self.seed)
+
+    def _watched(self) -> dict[str, float | None]:
+        """What was measured of the last scores, and what they are worth."""
+        last = self.chooser.last
+        unfinished = last.measured.unfinished
+        return {
+            "limit": last.limit,
+            "unfinished": unfinished if unfinished is not None and np.isfinite(unfinished) else None,
+            **(last.health or dict.fromkeys(_HEALTH)),
+        }
 
     def score_pool(self, description: str = "IFD") -> Scores:
         """Scores of all pool rows with the model as it is now, or with the other `scorer`."""
@@ -433,6 +467,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "score": self.chooser.score,
             "on_shortfall": self.chooser.on_shortfall,
             "limit": limit,
+            "guard": self.guard,
             "max_ifd": limit if isinstance(limit, Real) and np.isfinite(limit) else None,
             "direct_prefix": self.tokenizer.decode(self._prefix),
             "model": str(getattr(self.trainer.model.config, "name_or_path", "")),
@@ -488,9 +523,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "epoch": self._epoch,
             "first_step": self.run.first_step,
             "ended": self._ended,
-            "scored_at": self.scored_at,
-            "measured_limit": None if self.chooser.last is None else self.chooser.last.limit,
-            "eligible": self.chooser.eligible is not None,
+            **self.chooser.to_state(),
             **save_selection(checkpoint, arrays, self.scores),
             **{key: self.history.settings[key] for key in (*MUST_MATCH, "plan", "max_steps")},
         }
@@ -518,18 +551,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 f"The run stopped before training had started anew, but the original weights are not in "
                 f"{self._original.folder}. Put the folder back, or start training anew."
             )
-        if scores is not None:
-            lossy = saved["version"] == 2 and self.pool_scorer.other == "columns"  # only cas and das were kept
-            scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
-            self.chooser.last = Scored(self.score_pool() if lossy else scores, scored_at, saved.get("measured_limit"))
-            self.chooser.eligible = self.chooser.last if saved.get("eligible", True) else None
+        if scores is not None and saved["version"] == 2 and self.pool_scorer.other == "columns":
+            scores = self.score_pool()  # only cas and das were kept
+        self.chooser.from_state(saved, scores)
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs
             self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]
 
 
-_LOGGED = ("pool", "eligible", "kept", "packed_rows", "limit", "cut", "mean_kept", "mean_dropped", "overlap")
-_LOGGED += ("shortfall", "seconds_scoring")
+_HEALTH = ("separation", "rank_correlation", "spread", "at_or_above_1")
+_WATCHED = ("limit", "unfinished", *_HEALTH)
+_LOGGED = ("pool", "eligible", "kept", "packed_rows", *_WATCHED, "cut", "mean_kept", "mean_dropped", "overlap")
+_LOGGED += ("shortfall", "proxy_rank_correlation", "proxy_overlap", "seconds_scoring")
 
 
 def _tokenizer_of(trainer: Trainer) -> Any:

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import ORDERS
 from ..method.facility_location import Diverse
+from ..method.guard import Guard
 from ..method.schedule import Timing
 from ..method.selection import Cherry, Policy
 from ..scoring.transform import IFDScorer
@@ -38,7 +39,9 @@ class Scoring:
         token_budget: tokens of a scoring batch; see `scoring.losses.Options`.
         embedder: what embeds prompts for a diverse selection: by default the model that scores; an `IFDScorer`; or the
             name of a sentence-transformers model.
-        warn_share: warn when more than this share of the scored rows has a score of 1 or more.
+        warn_share: a larger share of rows with a score of 1 or more is odd: an error or a warning (`Guard`).
+        tried_rows: rows that are scored before all others, to see whether prompts help; and by the model in training,
+            where another one scores, to see whether the two agree.
     """
 
     header: str | None = None
@@ -46,6 +49,7 @@ class Scoring:
     token_budget: int | None = None
     embedder: str | IFDScorer | None = None
     warn_share: float = 0.5
+    tried_rows: int = 200
 
     def __post_init__(self) -> None:
         if not (self.embedder is None or isinstance(self.embedder, (str, IFDScorer))):
@@ -54,14 +58,41 @@ class Scoring:
             raise UserError(f"header must be the text that precedes an answer, or None, got {self.header!r}.")
         if not (isinstance(self.warn_share, Real) and 0 <= self.warn_share <= 1):
             raise UserError(f"warn_share must be a share from 0 to 1, got {self.warn_share!r}.")
-        check_positive(token_budget=self.token_budget, min_answer_tokens=self.min_answer_tokens)
+        check_positive(
+            token_budget=self.token_budget, min_answer_tokens=self.min_answer_tokens, tried_rows=self.tried_rows
+        )
+
+
+def guard_of(guard: Guard | str | bool | None, policy: Policy, timing: Timing, scorer: Any) -> Guard | None:
+    """The guards of a run.
+
+    By default ("auto"), all but the pairing test where rows are selected by their scores before each epoch. None of
+    them: in a run that starts anew (the paper's method), and with a policy that is no `Cherry` or `Diverse` (a control
+    is to be one). A limit of the policy other than 1 takes the place of the guard's; where scores are columns of the
+    training set, no model measures, and what is left is duplicates.
+
+    Raises:
+        UserError: for anything that is no guard.
+    """
+    if guard is None or guard is False:
+        return None
+    if guard is True:
+        return Guard()
+    if isinstance(guard, Guard):
+        return guard
+    if guard != "auto":
+        raise UserError(f"guard must be a Guard, True for the default ones or None, got {guard!r}.")
+    if timing.start_anew or not isinstance(policy, (Cherry, Diverse)):
+        return None
+    measures = isinstance(scorer, str) and scorer == "columns"
+    return Guard(limit=policy.max_ifd == 1.0 and not measures, unfinished=not measures, freeze=not measures)
 
 
 def groups_of(
     policy: Policy | None,
     timing: Timing | None,
     scoring: Scoring | None,
-    max_ifd: float | CalibratedLimit | str,
+    max_ifd: float | CalibratedLimit | str | None,
     fields: dict[str, Any],
 ) -> tuple[Policy, Timing, Scoring]:
     """The groups that were given, or made of what was given by the names of their fields.
@@ -79,8 +110,9 @@ def groups_of(
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"IFDSelectionCallback got an unexpected keyword argument {name!r}{hint}")
     if policy is None:
+        max_ifd = 1.0 if max_ifd is None else max_ifd
         policy = Cherry(max_ifd, **limits) if share is None else Diverse(share, max_ifd, **limits)
-    elif named := [*limits, *(["diverse"] if share is not None else []), *(["max_ifd"] if max_ifd != 1.0 else [])]:
+    elif named := [*limits, *(["diverse"] if share is not None else []), *(["max_ifd"] if max_ifd is not None else [])]:
         raise _twice("policy", named)
     elif not callable(policy) or isinstance(policy, type):
         raise UserError(

@@ -6,9 +6,10 @@ they run the same number of forwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,22 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
-from ..data.encoding import EncodedPair, Encoder, mismatched, token_count
+from ..data.encoding import EncodedPair, Encoder, Segment, mismatched, token_count, with_ending
 from ..data.formats import Example
+from ..data.similar_prompts import SimilarPrompts
+from ..data.token_decoding import Decoder
 from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
 from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
 from ..method.reasons import Status
-from ..scoring.losses import Scores, prompt_features, score_pairs
+from ..scoring.losses import Scores, nll_with_tails, prompt_features, score_pairs
 from ..scoring.processes import run_shares
 from ..scoring.transform import IFDScorer
 from .pool import Pool
 from .trainer_hooks import scoring_model
 
 _CHUNK = 8192  # pool rows encoded and scored at a time, on each process
+_TEXTS = 1000  # pool rows decoded at a time
 
 
 class PoolScorer:
@@ -54,6 +58,7 @@ class PoolScorer:
     ) -> None:
         self.trainer, self.encoder, self.other, self.token_budget = trainer, encoder, other, token_budget
         self.embedder = embedder
+        self._similar: tuple[Pool, SimilarPrompts] | None = None
         self.rank, self.world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
 
     @property
@@ -63,14 +68,20 @@ class PoolScorer:
             return self.other
         return self.other.config.name_or_path or type(self.other).__name__
 
-    def scores(self, prefix: Sequence[int], description: str = "IFD") -> Scores:
-        """Scores of all rows, with the tokens `prefix` before a direct answer."""
-        if self.other == "columns":
-            return _stored_scores(self.pool.examples)
-        reader = self._reader(prefix)
-        starts, ends = self.pool.spans(np.arange(len(self.pool))).T
-        tokens = self.pool.lengths(np.arange(len(self.pool))) + ends - starts  # of both segments of a row
-        return self._scored(tokens, reader, reader.encode, description)
+    def scores(
+        self, prefix: Sequence[int], description: str = "IFD", rows: np.ndarray | None = None, own: bool = False
+    ) -> Scores:
+        """Scores of all rows, or of some, with the tokens `prefix` before a direct answer.
+
+        `own`: by the trainer's model, whatever else scores.
+        """
+        if self.other == "columns" and not own:
+            return _stored_scores(self.pool.examples, rows)
+        rows = np.arange(len(self.pool)) if rows is None else rows
+        reader = self._own_reader(prefix) if own else self._reader(prefix)
+        starts, ends = self.pool.spans(rows).T
+        tokens = self.pool.lengths(rows) + ends - starts  # of both segments of a row
+        return self._scored(tokens, reader, lambda part: reader.encode(rows[part]), description)
 
     def mismatched_scores(
         self, candidates: np.ndarray, wanted: int, prefix: Sequence[int], description: str = "Wrong prompts"
@@ -84,7 +95,7 @@ class PoolScorer:
             prefix: tokens before a direct answer.
         """
         reader = self._reader(prefix)
-        longest = int(self.pool.lengths(np.arange(len(self.pool))).max()) if self.other is None else reader.longest
+        longest = self._longest(reader)
         pairs: list[EncodedPair] = []
         for start in range(0, len(candidates), max(wanted, 1)):  # each process reads all: a few hundred rows
             rows, others = (reader.encode(candidates[start : start + wanted, side]) for side in (0, 1))
@@ -96,6 +107,71 @@ class PoolScorer:
             return Scores.unscored(0, "")
         tokens = np.array([token_count([pair]) for pair in pairs])
         return self._scored(tokens, reader, lambda part: [pairs[i] for i in part], description)
+
+    def cut_losses(
+        self, rows: np.ndarray, left: np.ndarray, prefix: Sequence[int], description: str = "Cut answers"
+    ) -> np.ndarray:
+        """Losses (m,) of the end of turn behind answers of which only `left` tokens (m,) are left, in nats."""
+        reader = self._reader(prefix)
+
+        def run(part: np.ndarray) -> dict[str, np.ndarray]:
+            pairs = zip(reader.encode(rows[part]), left[part].tolist(), strict=True)
+            segments = [with_ending(pair, tokens) for pair, tokens in pairs]
+            return {"loss": self._losses(reader, segments, description)[1]}
+
+        return self._run_shares(self.pool.lengths(rows), run)["loss"] if len(rows) else np.empty(0)
+
+    def paired_losses(
+        self,
+        rows: np.ndarray,
+        anchors: np.ndarray,
+        wanted: int,
+        tokens: int,
+        prefix: Sequence[int],
+        description: str = "Pairing test",
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean losses of the first tokens of answers under their own prompts, (m,), and under others, (m, wanted).
+
+        Args:
+            rows: (m,) positions.
+            anchors: (m, C) positions of rows whose prompts are tried; see `mismatched_scores` for what is passed over.
+            wanted: how many of them are scored; NaN stands for those that are missing.
+            tokens: of each answer.
+        """
+        reader = self._reader(prefix)
+        longest = self._longest(reader)
+
+        def run(part: np.ndarray) -> dict[str, np.ndarray]:
+            others = np.unique(anchors[part])
+            encoded = dict(zip(others.tolist(), reader.encode(others), strict=True))
+            segments, places = [], []
+            for number, (pair, tried) in enumerate(zip(reader.encode(rows[part]), anchors[part].tolist(), strict=True)):
+                wrong = (mismatched(pair, encoded[other], longest).conditioned for other in tried)
+                found = [pair.conditioned, *islice(filter(None, wrong), wanted)]
+                segments += [Segment(s.ids[: s.start + tokens], s.start) for s in found]
+                places += [(number, column) for column in range(len(found))]
+            losses = np.full((len(part), 1 + wanted), np.nan)
+            if places:
+                losses[tuple(np.transpose(places))] = self._losses(reader, segments, description)[0]
+            else:
+                self._losses(reader, segments, description)  # other processes may wait for this one's forwards
+            return {"losses": losses}
+
+        losses = self._run_shares(self.pool.lengths(rows), run)["losses"] if len(rows) else np.empty((0, 1 + wanted))
+        return losses[:, 0], losses[:, 1:]
+
+    def nearest_prompts(self, rows: np.ndarray, k: int) -> np.ndarray:
+        """Positions (m, k) of the rows with the prompts most like those of `rows`; see `SimilarPrompts`."""
+        if self._similar is None or self._similar[0] is not self.pool:
+            self._similar = self.pool, SimilarPrompts(prompt for prompt, _ in self.texts())
+        return self._similar[1].nearest(rows, k)
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Prompt and answer of each row, as text, special tokens included."""
+        decode = Decoder(self.encoder.tokenizer)
+        for tokens, bounds in self.pool.segments(_TEXTS):
+            texts = decode(tokens, bounds).to_pylist()  # prompt, answer and what follows of each row
+            yield from zip(texts[0::3], texts[1::3], strict=True)
 
     def features(self, rows: np.ndarray | None = None, description: str = "Prompts") -> tuple[np.ndarray, np.ndarray]:
         """Prompt embeddings (m, H) and perplexities (m,) of the rows, of all by default; see `prompt_features`."""
@@ -128,7 +204,7 @@ class PoolScorer:
             embedder = _sentence_transformer(embedder, str(self.trainer.args.device))
 
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
-            prompts, _ = self._texts(rows[part])
+            prompts = self._texts(rows[part])[0]
             with self._progress(len(prompts), description) as bar:
                 embeddings = embedder.embed(prompts) if isinstance(embedder, IFDScorer) else embedder(prompts)
                 bar.update(len(prompts))
@@ -156,30 +232,43 @@ class PoolScorer:
         """The pool's rows, by the chat template that the trainer wrote them with."""
         return TokenRows(self.encoder, getattr(self.trainer, "chat_template", None))
 
+    def _own_reader(self, prefix: Sequence[int]) -> _Reader:
+        """How the trainer's model reads the pool."""
+        running = self._running()
+        return _Reader(
+            lambda rows: self._own_pairs(rows, prefix),
+            lambda pairs, progress: score_pairs(pairs=pairs, progress=progress, **running),
+            lambda segments, progress: nll_with_tails(segments=segments, progress=progress, **running),
+        )
+
     def _reader(self, prefix: Sequence[int]) -> _Reader:
         """How the model that scores reads the pool."""
         if self.other is None:
-            running = self._running()
-            return _Reader(
-                lambda rows: self._own_pairs(rows, prefix),
-                lambda pairs, progress: score_pairs(pairs=pairs, progress=progress, **running),
-            )
+            return self._own_reader(prefix)
         scorer = self._other_scorer(self.encoder.tokenizer.decode(prefix, skip_special_tokens=True))
 
         def encode(rows: np.ndarray) -> list[EncodedPair]:
-            prompts, answers = self._texts(rows)
-            return scorer.encode({"prompt": prompts, "answer": answers}) if len(rows) else []
+            prompts, answers, cut = self._texts(rows)
+            pairs = scorer.encode({"prompt": prompts, "answer": answers}) if len(rows) else []
+            return [replace(pair, ending=()) if was_cut else pair for pair, was_cut in zip(pairs, cut, strict=True)]
 
         def score(pairs: list[EncodedPair], progress: Callable[[int], Any]) -> Scores:
             return scorer.score(pairs, progress) if pairs else Scores.unscored(0, "")
 
-        return _Reader(encode, score, scorer.settings(_Texts.columns)["max_length"])
+        return _Reader(encode, score, scorer.nll_with_tails, scorer.settings(_Texts.columns)["max_length"])
+
+    def _longest(self, reader: _Reader) -> int | None:
+        """The most tokens that a wrong pair may have."""
+        return int(self.pool.lengths(np.arange(len(self.pool))).max()) if self.other is None else reader.longest
+
+    def _losses(self, reader: _Reader, segments: list[Segment], description: str) -> tuple[np.ndarray, np.ndarray]:
+        with self._progress(sum(len(segment.ids) for segment in segments), description) as bar:
+            return reader.losses(segments, bar.update)
 
     def _own_pairs(self, rows: np.ndarray, prefix: Sequence[int]) -> list[EncodedPair]:
         read, spans = self._read, self.pool.spans(rows).tolist()
         tokens = zip(self.pool.tokens(rows), spans, strict=True)
-        longest = getattr(self.trainer.args, "max_length", None)
-        return [read.pair(ids, start, end, prefix, longest) for (ids, _), (start, end) in tokens]
+        return [read.pair(ids, start, end, prefix, self._fills(ids)) for (ids, _), (start, end) in tokens]
 
     def _scored(
         self,
@@ -195,15 +284,21 @@ class PoolScorer:
 
         return Scores(**self._run_shares(tokens, run))
 
-    def _texts(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
-        """Prompts and answers as text, without special tokens: another model has its own."""
-        prompts, answers = [], []
+    def _texts(self, rows: np.ndarray) -> tuple[list[str], list[str], list[bool]]:
+        """Prompts and answers as text, without special tokens: another model has its own; and whether a row was cut."""
+        prompts, answers, cut = [], [], []
         for (ids, _), (start, end) in zip(self.pool.tokens(rows), self.pool.spans(rows).tolist(), strict=True):
             start, end = self._read.span(ids, start, end)
             prompts.append([] if self._read.asks_nothing(ids[:start]) else ids[:start])
             answers.append(ids[start:end])
+            cut.append(end == len(ids) and self._fills(ids))
         decode = self.encoder.tokenizer.batch_decode
-        return decode(prompts, skip_special_tokens=True), decode(answers, skip_special_tokens=True)
+        return decode(prompts, skip_special_tokens=True), decode(answers, skip_special_tokens=True), cut
+
+    def _fills(self, ids: Sequence[int]) -> bool:
+        """Whether a row is as long as rows may be: the trainer may have cut it there."""
+        longest = getattr(self.trainer.args, "max_length", None)
+        return longest is not None and len(ids) >= longest
 
     def _running(self) -> dict[str, Any]:
         """How the trainer's model is run."""
@@ -228,10 +323,11 @@ class PoolScorer:
 
 @dataclass(frozen=True)
 class _Reader:
-    """What makes pairs of pool rows, what scores them, and the most tokens that it takes."""
+    """What makes pairs of pool rows, what scores them, what gives losses of segments, and the most tokens it takes."""
 
     encode: Callable[[np.ndarray], list[EncodedPair]]
     score: Callable[[list[EncodedPair], Callable[[int], Any]], Scores]
+    losses: Callable[[list[Segment], Callable[[int], Any]], tuple[np.ndarray, np.ndarray]]
     longest: int | None = None
 
 
@@ -259,8 +355,8 @@ def _sentence_transformer(name: str, device: str) -> Callable[[list[str]], np.nd
     return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False).astype(np.float32)
 
 
-def _stored_scores(examples: Any) -> Scores:
-    """Scores from the columns that `IFDScorer` attached to the training set before."""
+def _stored_scores(examples: Any, rows: np.ndarray | None = None) -> Scores:
+    """Scores of all rows, or of some, from the columns that `IFDScorer` attached to the training set before."""
     names = getattr(examples, "column_names", None) or []
     missing = [name for name in IFD_COLUMNS if name not in names and name != EOT_LOSS]
     if missing:
@@ -270,6 +366,7 @@ def _stored_scores(examples: Any) -> Scores:
         )
     read = [name for name in IFD_COLUMNS if name in names]
     table = examples.select_columns(read).with_format("arrow")[:].to_pandas()
+    table = table if rows is None else table.iloc[rows]
     columns = {name: table[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in SCORES if name in names}
     status = table["ifd_status"].fillna(Status.NONFINITE.value).to_numpy(dtype=object)
     tokens = table["answer_tokens"].fillna(0).to_numpy(dtype=np.int64)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,48 +21,61 @@ from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.choices import RANKED_BY
 from ..method.columns import SCORES
 from ..method.facility_location import EMBEDDING, Diverse
-from ..method.reasons import NOT_IN_SAMPLE, Status
+from ..method.guard import Guard
+from ..method.plain_data import to_data
+from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, NOT_IN_SAMPLE, UNFINISHED
 from ..method.schedule import EpochRows
-from ..method.selection import ROW_LIMIT, Cherry, Policy, Selection, ShortfallError
+from ..method.scoring_health import Health, health
+from ..method.selection import ROW_LIMIT, Cherry, Policy, Selection, ShortfallError, counted
 from ..scoring.losses import Scores
 from .pool import Pool
 from .pool_scorer import PoolScorer
+from .run_guards import PASSED, Measured, RunGuards
 
 logger = logging.getLogger(__name__)
 
-UNJUDGED, PASSED, FAILED = np.int8(0), np.int8(1), np.int8(2)
-
 
 class Scored(NamedTuple):
-    """Scores of a pool, the epoch at whose start they were made, and the limit that was measured with them."""
+    """Scores of a pool, the epoch at whose start they were made, what was measured with them, and what they are worth.
+
+    `health` is that of `method.scoring_health`.
+    """
 
     scores: Scores
     epoch: int
-    limit: float | None = None
+    measured: Measured = Measured()
+    health: Health | None = None
+
+    @property
+    def limit(self) -> float | None:
+        """The calibrated limit that was measured with them."""
+        return self.measured.limit
 
 
 class RowChooser:
     """Chooses the rows of epochs, and keeps what that depends on.
 
     Args:
-        pool_scorer: embeds prompts, for a brief experience and for a `Diverse` policy.
+        pool_scorer: embeds prompts, for a brief experience and for a `Diverse` policy; runs what guards measure.
         policy: scores to rows.
         sample: of the brief experience, if there is one.
+        guard: what keeps noise out.
 
     Attributes:
         last: the last scores; None before there are any.
         eligible: the last ones by which a row was eligible.
         brief: the rows of the brief experience, once they are drawn.
-        verdicts: (n,) of a calibrated limit: whether each row is below it (`PASSED`), is not (`FAILED`), or has not
-            been judged. A row is judged in each scoring until it is trained on: from then on its score says how well
-            the model remembers it, and the last verdict stays with it.
         trained: (n,) whether each row has been trained on.
+        guards: which rows are held back from the policy.
+        frozen: why rows are scored no more, if they are not; see `method.scoring_health.Freeze`.
 
     Raises:
-        UserError: for a calibrated limit without a model that scores.
+        UserError: for a limit that is measured, without a model that scores.
     """
 
-    def __init__(self, pool_scorer: PoolScorer, policy: Policy, sample: Brief | None) -> None:
+    def __init__(
+        self, pool_scorer: PoolScorer, policy: Policy, sample: Brief | None, guard: Guard | None = None
+    ) -> None:
         # A policy of a user's own need not have these.
         self.score = getattr(policy, "score", RANKED_BY[0])
         self.on_shortfall = getattr(policy, "on_shortfall", "error")
@@ -70,21 +84,29 @@ class RowChooser:
             self.max_ifd = CalibratedLimit()
         if self.score not in SCORES:
             raise UserError(f"score must be one of {', '.join(SCORES)}, but {policy!r} has {self.score!r}.")
+        measured = [name for name in ("limit", "pairing", "unfinished") if guard and getattr(guard, name)]
         if self.calibrated and self.score not in RANKED_BY:
             raise UserError(f"A calibrated limit is one of {' or '.join(RANKED_BY)}, not of {self.score}.")
-        if self.calibrated and pool_scorer.other == "columns":
+        if pool_scorer.other == "columns" and (self.calibrated or measured):
+            what = f"guard={', '.join(measured)}" if measured else "a calibrated limit"
             raise UserError(
-                "The scores are columns of the training set (scorer='columns'), so no model measures a calibrated "
-                "limit. Set a number: max_ifd=1.0."
+                f"The scores are columns of the training set (scorer='columns'), so no model measures {what}. "
+                f"{'Set these to None in Guard(...).' if measured else 'Set a number: max_ifd=1.0.'}"
             )
         self.pool_scorer, self.policy, self.sample = pool_scorer, policy, sample
-        self.verdicts: np.ndarray | None = None
+        limit = self.calibrated or (guard.limit if guard else None)
+        self.guards = RunGuards(guard, limit, self.ranked_by, pool_scorer)
         self.forget(trained=True)
 
     @property
     def calibrated(self) -> CalibratedLimit | None:
-        """How the limit is measured, if it is."""
+        """How the policy's limit is measured, if it is."""
         return self.max_ifd if isinstance(self.max_ifd, CalibratedLimit) else None
+
+    @property
+    def ranked_by(self) -> str:
+        """The score that limits are of: the policy's, where that is one."""
+        return self.score if self.score in RANKED_BY else RANKED_BY[0]
 
     def forget(self, trained: bool) -> None:
         """Begin a run, with the pool as it is now.
@@ -95,13 +117,17 @@ class RowChooser:
         self.last: Scored | None = None
         self.eligible: Scored | None = None
         self.brief: np.ndarray | None = None
+        self.frozen: str | None = None
+        self.first_health: Health | None = None
         if trained or len(self.trained) != len(self.pool):
-            self.verdicts, self.trained = None, np.zeros(len(self.pool), dtype=bool)
+            self.trained = np.zeros(len(self.pool), dtype=bool)
+            self.guards.forget()
 
     def take(self, scores: Scores, epoch: int, ids: np.ndarray, prefix: Sequence[int], seed: int) -> None:
-        """Take new scores; with a calibrated limit measure it, and judge the rows that were not trained on.
+        """Take new scores: measure their limits, and judge the rows that were not trained on.
 
-        Where no limit can be measured, the last scores by which a row was eligible stand.
+        Where a policy's limit cannot be measured, the last scores by which a row was eligible stand; where the scores
+        carry no information any more, those before, from now on.
 
         Args:
             prefix: tokens before a direct answer.
@@ -109,51 +135,93 @@ class RowChooser:
         Raises:
             UserError: where no limit can be measured, and there are no such scores, or too few rows are to be an error.
         """
-        if self.calibrated is None:
-            self.last = Scored(scores, epoch)
-            return
-        values = scores.columns()[self.score]
-        scored = np.isfinite(values)
-        candidates, wanted = self.calibrated.draw(ids, scored, seed), self.calibrated.wanted(int(scored.sum()))
-        wrong = self.pool_scorer.mismatched_scores(candidates, wanted, prefix, f"Limit, epoch {epoch}")
+        # What another model says of a row does not change with what this one is trained on.
+        unseen = ~self.trained if self.pool_scorer.other is None else np.ones(len(ids), dtype=bool)
         try:
-            limit = self.calibrated.limit(wrong.columns()[self.score])
+            measured = self.guards.measure(scores, ids, unseen, prefix, seed, epoch)
         except UserError as error:
             if self.eligible is None or self.on_shortfall == "error":
                 raise
             self._go_back(error)
             return
-        # What another model says of a row does not change with what this one is trained on.
-        knows = self.trained if self.pool_scorer.other is None else np.zeros(len(ids), dtype=bool)
-        if self.verdicts is None:
-            self.verdicts = np.full(len(ids), UNJUDGED)
-            if knows.any() and self.pool_scorer.trainer.is_world_process_zero():
-                logger.warning(
-                    "%d rows were trained on before the calibrated limit could judge them: mismatched ones among them "
-                    "may pass. Without warm-up epochs (warmup_epochs=0, or brief=None) it holds for all rows.",
-                    knows.sum(),
+        values = scores.columns()[self.ranked_by]
+        before = None if self.last is None else self.last.scores.columns()[self.ranked_by]
+        found = health(values, before, measured.wrong, unseen)
+        freeze = self.guards.guard.freeze
+        if freeze is not None and self.first_health is not None:
+            self.frozen = freeze.reason(found, self.first_health)
+            if self.frozen:
+                self._say(
+                    "Epoch %d: %s, so this scoring carries no information. The rows are selected by the scores of "
+                    "epoch %d from here on, and scored no more. A lower learning rate, or fewer epochs, may help.",
+                    epoch,
+                    self.frozen,
+                    self.last.epoch,
                 )
-        judged = ~knows | (self.verdicts == UNJUDGED)
-        self.verdicts[judged] = np.where(values[judged] < limit, PASSED, FAILED)
-        self.last = Scored(scores, epoch, limit)
+                return
+        self.first_health = self.first_health or found
+        self.guards.judge(scores, measured, unseen)
+        self.last = Scored(scores, epoch, measured, found)
+
+    @property
+    def guard_reasons(self) -> list[str]:
+        """The reasons for which guards drop rows in this run, whether or not one was."""
+        on = self.guards.guard
+        reasons = {ABOVE_LIMIT: self.guards.limit, MISMATCHED: on.pairing, UNFINISHED: on.unfinished}
+        return [reason for reason, guard in (reasons | {DUPLICATE: on.duplicates}).items() if guard is not None]
+
+    def guard_columns(self, wanted: EpochRows, ids: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """What the guards add to the rows of an epoch, (n,) by column: see `training.history`."""
+        columns, rows = {}, self.without_guards(wanted, ids, seed)
+        if rows is not None:
+            columns["kept_without_guards"] = np.isin(np.arange(len(ids)), rows)
+        if self.guards.p_values is not None:
+            columns["p_value"] = self.guards.p_values.copy()
+        return columns
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps beside the scores."""
-        arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, "verdicts": self.verdicts}
+        arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, **self.guards.to_arrays()}
         return {name: array for name, array in arrays.items() if array is not None}
 
     def from_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Take that out of the arrays of a checkpoint."""
-        self.brief, verdicts = arrays.pop("brief", None), arrays.pop("verdicts", None)
-        self.verdicts = None if verdicts is None else verdicts.astype(np.int8)
+        self.brief = arrays.pop("brief", None)
         self.trained = arrays.pop("trained", np.zeros(len(self.pool))).astype(bool)  # earlier releases lack it
+        self.guards.from_arrays(arrays)
+
+    def to_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps as JSON."""
+        last = self.last
+        return {
+            "scored_at": None if last is None else last.epoch,
+            "measured_limit": None if last is None else last.limit,
+            "unfinished": None if last is None else to_data(last.measured.unfinished),
+            "health": None if last is None else last.health,
+            "first_health": self.first_health,
+            "frozen": self.frozen,
+            "eligible": self.eligible is not None,
+        }
+
+    def from_state(self, saved: Mapping[str, Any], scores: Scores | None) -> None:
+        """Take that out of a checkpoint, with the scores that it keeps; earlier releases lack parts of it."""
+        self.frozen, self.first_health = saved.get("frozen"), saved.get("first_health")
+        if scores is None:
+            return
+        scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
+        unfinished = saved.get("unfinished")
+        measured = Measured(saved.get("measured_limit"), None, None if unfinished is None else float(unfinished))
+        self.last = Scored(scores, scored_at, measured, saved.get("health"))
+        self.eligible = self.last if saved.get("eligible", True) else None
 
     @property
     def pool(self) -> Pool:
         """What is chosen from."""
         return self.pool_scorer.pool
 
-    def choose(self, wanted: EpochRows, ids: np.ndarray, seed: int, begun: bool) -> Selection:
+    def choose(
+        self, wanted: EpochRows, ids: np.ndarray, seed: int, begun: bool, prefix: Sequence[int] = ()
+    ) -> Selection:
         """The rows of an epoch; where new scores leave none eligible, by the last ones that left some.
 
         A run does not end for this after hours of training. Before there are such scores (after warm-up epochs), the
@@ -164,31 +232,31 @@ class RowChooser:
             ids: (n,) of the pool's rows.
             seed: of repeats, and of the brief experience.
             begun: whether anything has been trained.
+            prefix: tokens before a direct answer.
 
         Raises:
             ShortfallError: when too few rows are eligible.
         """
-        selection = self._chosen(wanted, ids, seed, begun)
+        selection = self._chosen(wanted, ids, seed, begun, prefix)
         self.trained[selection.kept] = True
         return selection
 
-    def _chosen(self, wanted: EpochRows, ids: np.ndarray, seed: int, begun: bool) -> Selection:
+    def _chosen(self, wanted: EpochRows, ids: np.ndarray, seed: int, begun: bool, prefix: Sequence[int]) -> Selection:
         if wanted.source == "all":
             return Selection.whole_pool(len(ids))
         if wanted.source == "brief":
             return self._sampled(ids, seed)
         try:
-            selection = self._by_scores(self.policy, wanted, ids, seed)
+            selection = self._tested(self.policy, wanted, ids, seed, prefix)
         except ShortfallError as error:
             if not begun or self.on_shortfall == "error":
                 raise
             if self.eligible is None:
                 logger.warning("%s The rows nearest to the limit are taken.", error)
-                score = self.score if self.score in RANKED_BY else RANKED_BY[0]
-                relaxed = Cherry(self.max_ifd or math.inf, score, on_shortfall="relax")
+                relaxed = Cherry(self.max_ifd or math.inf, self.ranked_by, on_shortfall="relax")
                 return self._by_scores(relaxed, wanted, ids, seed)
             self._go_back(error)
-            return self._by_scores(self.policy, wanted, ids, seed)
+            return self._tested(self.policy, wanted, ids, seed, prefix)
         self.eligible = self.last
         return selection
 
@@ -197,23 +265,12 @@ class RowChooser:
         self.last = self.eligible
         logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
 
-    def warn(self, selection: Selection, epoch: int, share: float) -> None:
-        """Say what is odd about the rows of an epoch.
+    def _say(self, message: str, *values: Any) -> None:
+        if self.pool_scorer.trainer.is_world_process_zero():
+            logger.warning(message, *values)
 
-        Args:
-            share: of the scored rows; a larger one with scores of 1 or more is odd.
-        """
-        if self.last is not None and self.last.epoch == epoch and self.score in RANKED_BY:  # once for each scoring
-            scored = self.last.scores.ifd_status == Status.OK.value
-            values = self.last.scores.columns()[self.score][scored]
-            if len(values) and np.mean(values >= 1) > share:
-                logger.warning(
-                    "Epoch %d: %.0f %% of the scored rows have %s >= 1, that is, their prompt does not help. Is the "
-                    "prompt format one the model knows? A chat template on a base model has this effect.",
-                    epoch,
-                    100 * np.mean(values >= 1),
-                    self.score,
-                )
+    def warn(self, selection: Selection, epoch: int) -> None:
+        """Say what is odd about the rows of an epoch."""
         if selection.shortfall:
             logger.warning(
                 "Epoch %d: %d rows are planned, %d are eligible; %d were filled (on_shortfall=%r).",
@@ -224,21 +281,65 @@ class RowChooser:
                 self.on_shortfall,
             )
 
-    def _by_scores(self, policy: Policy, wanted: EpochRows, ids: np.ndarray, seed: int) -> Selection:
-        """The rows that a policy keeps; the same scores give the same rows."""
-        columns = _Columns(self.last.scores.columns(), self.pool)
-        if self.verdicts is not None:
-            # Of rows that failed, those that have come below the limit since are the last to be taken all the same.
-            below = np.where(columns[self.score] < self.last.limit, -np.inf, self.last.limit)
-            columns[ROW_LIMIT] = np.where(self.verdicts == PASSED, np.inf, below)
-        if isinstance(policy, Diverse):
-            columns[EMBEDDING] = self._embeddings(policy, columns, wanted.ranked, ids)
+    def _tested(
+        self, policy: Policy, wanted: EpochRows, ids: np.ndarray, seed: int, prefix: Sequence[int]
+    ) -> Selection:
+        """The rows that a policy keeps, each of which has passed the pairing test, if there is one."""
+        while True:
+            selection = self._by_scores(policy, wanted, ids, seed)
+            every = selection.kept if not wanted.tiers else np.flatnonzero(selection.tier >= 0)
+            draw = int(np.random.SeedSequence([seed, wanted.selected_in]).generate_state(1)[0])
+            if not self.guards.test_pairs(every, self.last.scores, ids, self.trained, prefix, draw):
+                return selection
 
-        def choose(rows: int) -> Selection:
+    def without_guards(self, wanted: EpochRows, ids: np.ndarray, seed: int) -> np.ndarray | None:
+        """Rows that the same scores would have given without guards, positions; None where that is not known."""
+        guards = self.guards.limit or self.guards.guard.names
+        if wanted.source in ("all", "brief") or not guards or isinstance(self.policy, Diverse):
+            return None
+        policy = self.policy
+        if self.calibrated and isinstance(policy, Cherry):
+            policy = replace(policy, max_ifd=1.0)
+        try:
+            return self._by_scores(policy, wanted, ids, seed, guarded=False).rows
+        except ShortfallError:
+            return None
+
+    def _by_scores(
+        self, policy: Policy, wanted: EpochRows, ids: np.ndarray, seed: int, guarded: bool = True
+    ) -> Selection:
+        """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
+        columns = _Columns(self.last.scores.columns(), self.pool)
+        limited = isinstance(policy, (Cherry, Diverse))
+        held_back = np.full(len(ids), "", dtype=object)
+        if guarded:
+            held_back = self.guards.held_back(self.last.scores, ids, self.trained, limited)
+            verdicts, limit = self.guards.verdicts.get(ABOVE_LIMIT), self.last.limit
+            if limited and verdicts is not None and limit is not None:
+                # Of rows that failed, those that have come below the limit since are the last to be taken all the same.
+                below = np.where(columns[self.ranked_by] < limit, -np.inf, limit)
+                most = self.max_ifd if isinstance(self.max_ifd, Real) else np.inf
+                columns[ROW_LIMIT] = np.where(verdicts == PASSED, most, np.minimum(below, most))
+        rows = np.flatnonzero(held_back == "")
+        columns = columns.of(rows)
+        if isinstance(policy, Diverse):
+            columns[EMBEDDING] = self._embeddings(policy, columns, wanted.ranked, rows, ids)
+
+        def choose(budget: int) -> Selection:
             rng = np.random.default_rng([seed, wanted.selected_in])
-            return _checked(policy(columns, rows, ids=ids, rng=rng), rows, len(ids), policy)
+            try:
+                chosen = _checked(policy(columns, budget, ids=ids[rows], rng=rng), budget, len(rows), policy)
+            except ShortfallError as error:
+                if len(rows) == len(ids):
+                    raise
+                held = ", ".join(f"{count} {reason}" for reason, count in counted(held_back).items() if reason)
+                raise ShortfallError(f"{error} Guards hold back {len(ids) - len(rows)} more: {held}.") from error
+            reasons = held_back.copy()
+            reasons[rows] = chosen.reasons
+            return replace(chosen, kept=rows[chosen.kept], reasons=reasons)
 
         selection = self.pool.choose(wanted.ranked, choose)
+        columns = self.last.scores.columns()
         if not wanted.tiers:
             return selection
         score = columns[self.score]
@@ -247,12 +348,14 @@ class RowChooser:
         tiers = {tier.number: part for tier, part in zip(wanted.tiers, parts, strict=True)}
         return selection.in_tiers(score, tiers, {tier.number for tier in wanted.tiers if tier.trained})
 
-    def _embeddings(self, policy: Diverse, columns: dict[str, np.ndarray], budget: int, ids: np.ndarray) -> np.ndarray:
-        """Prompt embeddings (n, d) of the candidates of a diverse selection; NaN for the other rows."""
-        rows = np.sort(policy.among(columns, budget, ids=ids))
-        embedded = self.pool_scorer.embeddings(rows)  # (candidates, d)
-        embeddings = np.full((len(ids), embedded.shape[1]), np.nan, dtype=np.float32)
-        embeddings[rows] = embedded
+    def _embeddings(
+        self, policy: Diverse, columns: dict[str, np.ndarray], budget: int, rows: np.ndarray, ids: np.ndarray
+    ) -> np.ndarray:
+        """Prompt embeddings (m, d) of the candidates of a diverse selection among m rows; NaN for the others."""
+        among = np.sort(policy.among(columns, budget, ids=ids[rows]))
+        embedded = self.pool_scorer.embeddings(rows[among])  # (candidates, d)
+        embeddings = np.full((len(rows), embedded.shape[1]), np.nan, dtype=np.float32)
+        embeddings[among] = embedded
         return embeddings
 
     def _sampled(self, ids: np.ndarray, seed: int) -> Selection:
@@ -267,14 +370,24 @@ class RowChooser:
 
 
 class _Columns(dict):
-    """The scores by column, and any other column of the data set as soon as a policy asks for it."""
+    """The scores by column, and any other column of the data set as soon as a policy asks for it.
 
-    def __init__(self, scores: dict[str, np.ndarray], pool: Pool) -> None:
+    Of all rows of a pool, or of some.
+    """
+
+    def __init__(self, scores: Mapping[str, np.ndarray], pool: Pool, rows: np.ndarray | None = None) -> None:
         super().__init__(scores)
-        self._pool = pool
+        self._pool, self._rows = pool, rows
+
+    def of(self, rows: np.ndarray) -> _Columns:
+        """Those of some rows."""
+        if len(rows) == len(self._pool):
+            return self
+        return _Columns({name: values[rows] for name, values in self.items()}, self._pool, rows)
 
     def __missing__(self, name: str) -> np.ndarray:
-        self[name] = self._pool.column(name)
+        values = self._pool.column(name)
+        self[name] = values if self._rows is None else values[self._rows]
         return self[name]
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
+from ifd_trainer.method.error_rate import least_measured
 
 alphas = st.floats(0.01, 0.5)
 
@@ -72,7 +73,7 @@ def test_scores_that_are_missing_do_not_count():
 
 @pytest.mark.parametrize("alpha", [0.01, 0.02, 0.05, 0.07, 0.1, 0.2, 0.25, 1 / 3, 0.5])
 def test_the_least_number_of_pairs_is_enough_and_one_fewer_is_not(alpha):
-    least = CalibratedLimit(alpha, 1000).least
+    least = least_measured(alpha)
     assert math.floor(round(alpha * (least + 1), 9)) == 1
     assert CalibratedLimit(alpha, least).limit(np.linspace(1, 2, least)) == 1.0
     with pytest.raises(ValueError, match=f"at least {least} with alpha={alpha}, got {least - 1}"):

@@ -1,0 +1,96 @@
+"""Does this answer belong to this prompt? A test of a single row, with a stated error rate.
+
+The loss of an answer under its own prompt is held against that under the prompts of K other rows, its anchors:
+
+    p_i = (1 + #{k: s(A_i | Q_k) <= s(A_i | Q_i)}) / (K + 1)
+
+The answer of a mismatched row fits its prompt no better than any other: the K + 1 prompts are exchangeable, p is
+uniform on 1/(K + 1), ..., 1, and p <= alpha with a probability of at most alpha. A row passes where p <= alpha. As for
+the calibrated limit, this holds as long as the model has not been trained on the pair. The beginning of a long answer
+tells as much as all of it: the losses are of the first `tokens` of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral
+
+import numpy as np
+
+from ..errors import UserError
+from .choices import WrongPrompts
+from .error_rate import check_error_rate, check_prompts, least_measured
+
+_SHARING = 32  # rows that have the same anchors
+
+
+@dataclass(frozen=True)
+class PairingTest:
+    """Drop rows whose answers fit other prompts as well as their own.
+
+    Only rows that would be trained on are tested, once, before they are.
+
+    Args:
+        alpha: the share of mismatched rows that may pass, in (0, 1).
+        anchors: other prompts that a row's own is held against; a smaller alpha needs more.
+        tokens: of an answer, from its first, whose loss is compared.
+        prompts: "random" anchors, or the "near" ones: the prompts of the pool that are most like the row's own. Rows
+            that were shuffled within a topic are found by these alone; clean rows whose prompt is like another's are
+            lost.
+
+    >>> test = PairingTest(alpha=0.25, anchors=3)
+    >>> p = test.p_values(own=np.array([1.0, 2.0]), others=np.array([[1.5, 1.2, 3.0], [1.5, 2.5, 3.0]]))
+    >>> p.tolist(), test.passes(p).tolist()
+    ([0.25, 0.5], [True, False])
+    """
+
+    alpha: float = 0.1
+    anchors: int = 9
+    tokens: int = 64
+    prompts: WrongPrompts = "random"
+
+    def __post_init__(self) -> None:
+        check_error_rate(self.alpha, self.anchors, "anchors")
+        check_prompts(self.prompts)
+        if not (isinstance(self.tokens, Integral) and not isinstance(self.tokens, bool) and self.tokens >= 1):
+            raise UserError(f"tokens must be a whole number of at least 1, got {self.tokens!r}.")
+
+    def draw(
+        self,
+        rows: np.ndarray,
+        pool: np.ndarray,
+        seed: int,
+        nearest: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Rows whose prompts may be anchors of m rows, (m, C) positions, to be tried in this order.
+
+        Random ones are drawn for each 32 rows together: each of these is held against prompts drawn at random, and the
+        prompts are computed once for all of them. C is twice `anchors`, since some turn out to be none.
+
+        Args:
+            rows: (m,) positions, in the order of their ids.
+            pool: positions that anchors are drawn from, in the order of their ids.
+            nearest: of near prompts; see `CalibratedLimit.draw`.
+        """
+        tried = 2 * self.anchors
+        if self.prompts == "near":
+            return nearest(rows, tried)
+        rng = np.random.default_rng(seed)
+        groups = [rng.choice(pool, tried, replace=len(pool) < tried) for _ in range(0, len(rows), _SHARING)]
+        return np.repeat(np.array(groups).reshape(-1, tried), _SHARING, axis=0)[: len(rows)]
+
+    def p_values(self, own: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """(n,) p-values of answers with the losses `own` (n,) under their own prompt, and `others` (n, K) under others.
+
+        NaN in `others` stands for a prompt under which the answer could not be scored. With fewer than 1/alpha - 1
+        others nothing can be told, and p is NaN.
+        """
+        scored = np.isfinite(others)
+        known = scored.sum(axis=1)
+        at_most = (scored & (others <= own[:, None])).sum(axis=1)
+        return np.where(known >= least_measured(self.alpha), (1 + at_most) / (known + 1), np.nan)
+
+    def passes(self, p: np.ndarray) -> np.ndarray:
+        """(n,) whether rows with these p-values pass; those of which nothing can be told do."""
+        return ~(p > self.alpha + 1e-9)

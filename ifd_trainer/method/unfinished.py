@@ -1,0 +1,75 @@
+"""Is an answer finished? A threshold on the loss of its end of turn, with a stated error rate.
+
+An answer that was cut off in the middle is followed by an end of turn that surprises the model:
+
+    e_i = -log P(end of turn | Q_i, A_i)    nats; SmolLM2-135M-Instruct: about 1.3 for whole answers, 20 for cut ones
+
+How surprised it is by answers that end too early can be measured on the pool itself: answers of the pool, each cut off
+behind a token chosen at random, and what ends a turn behind that. The threshold is the floor(alpha (n + 1))-th smallest
+loss of n such cuts. Where an answer that was cut off is like such a cut (exchangeable with it), it is found with a
+probability of at least 1 - alpha; how many whole answers are lost depends on how well the model knows where turns end.
+A base model that has never seen this end-of-turn token does not: whole answers then score as high as cut ones, and
+nothing is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .error_rate import check_error_rate, rank_of
+
+# Most whole answers, of the pool's, that a signal may cost; one that costs more says too little.
+MOST_LOST = 0.1
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Drop rows whose answers stop before their end.
+
+    Args:
+        alpha: the share of cut answers that may pass for finished, in (0, 1).
+        cuts: answers that are cut to measure the threshold; a smaller alpha needs more.
+
+    >>> Unfinished(alpha=0.2).threshold(eot_loss=np.full(50, 1.0), cut=np.array([9.0, 20.0, 14.0, 30.0]))
+    9.0
+    """
+
+    alpha: float = 0.05
+    cuts: int = 256
+
+    def __post_init__(self) -> None:
+        check_error_rate(self.alpha, self.cuts, "cuts")
+
+    def draw(self, ids: np.ndarray, tokens: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which answers are cut, (m,) positions, and how many tokens are left of each, (m,), at least one.
+
+        Args:
+            ids: (n,) by which rows are known, wherever they stand.
+            tokens: (n,) of the answers whose end of turn has a loss, 0 for others; those of one token cannot be cut.
+        """
+        rows = np.flatnonzero(tokens > 1)
+        rows = rows[np.argsort(np.asarray(ids)[rows], kind="stable")]
+        rng = np.random.default_rng(seed)
+        rows = rows[rng.permutation(len(rows))[: self.cuts]]
+        return rows, rng.integers(1, tokens[rows])
+
+    def threshold(self, eot_loss: np.ndarray, cut: np.ndarray) -> float:
+        """The loss from which on an answer is unfinished; infinity where the signal says too little.
+
+        It says too little where it would cost more than a tenth of the pool's rows that are whole. How many of them are
+        is estimated from those above the median of the cuts, of which half of the cut ones are.
+
+        Args:
+            eot_loss: (n,) of the pool's rows, NaN for rows without one.
+            cut: (m,) of cut answers.
+        """
+        eot_loss, cut = (np.sort(values[np.isfinite(values)]) for values in (eot_loss, cut))
+        rank = rank_of(self.alpha, len(cut))
+        if not rank or not len(eot_loss):
+            return float("inf")
+        threshold, found = cut[rank - 1], np.mean(eot_loss >= cut[rank - 1])
+        unfinished = min(2 * np.mean(eot_loss >= np.median(cut)), 1.0)
+        whole_lost = found - (1 - self.alpha) * unfinished
+        return float(threshold) if whole_lost <= MOST_LOST else float("inf")
