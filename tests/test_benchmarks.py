@@ -227,6 +227,35 @@ def test_a_dry_run_of_the_benchmark_of_selection(tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["base", "400", "400", "400"]
 
 
+def test_a_dry_run_of_the_benchmark_of_duplicates(tmp_path, capsys):
+    bench = loaded(ROOT / "tests" / "benchmarks" / "duplicates.py")
+    bench.main(["--tiny", "--output", str(tmp_path)])
+    base, case = json.loads((tmp_path / "duplicates.json").read_text())["cases"]
+    assert (base["rows"], case["rows"], case["copies_found"], case["others"]) == (100, 400, 1.0, 0)
+    assert case["peak_bytes"] > 50 * 2**20
+    assert case["seconds"] > case["normalising"] > 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["100", "400"]
+
+
+def test_the_benchmark_of_duplicates_edits_what_it_says(tmp_path, capsys):
+    bench = loaded(ROOT / "tests" / "benchmarks" / "duplicates.py")
+    for name in bench.FILES:
+        rows = [{"instruction": prompt, "output": answer} for prompt, answer in bench.pool_of(60, seed=len(name))]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = bench.of_real_rows(tmp_path, number=20)
+    bench.print_real(found)
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 10 + 2 + 9 * 3
+    assert (found["rows"], found["equal"], len(found["near"])) == (180, 0, 9)  # the copies of each pool
+    for edits in found["edits"].values():
+        assert edits["upper case"] == edits["white space"] == {"prompt": 1, "answer": 1, "both": 1}
+        assert edits["a word replaced by any other"]["both"] < edits["a word replaced by any other"]["answer"]
+    edits = bench.edits_of(np.random.default_rng(0), [("", "zebra")])
+    edited = {name: edit("one two") for name, edit in edits.items()}
+    assert edited["a word replaced by any other"] in ("zebra two", "one zebra")
+    assert edited["a word dropped"] in (" two", "one ")
+    assert len(set(edited.values())) == len(edits)
+
+
 def in_one_process(monkeypatch: pytest.MonkeyPatch, bench: ModuleType, work: Callable[[list[str]], object]) -> None:
     """Let a benchmark start the first of its processes alone, and do here what it would start the others for."""
     started, measured = [], bench.measured
