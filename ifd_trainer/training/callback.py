@@ -416,8 +416,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             self.history.add(record, epoch_rows(ids, columns, selection))
 
     def _first_scoring(self) -> FirstScoring:
-        chooser = self.chooser
-        return FirstScoring(self.pool_scorer, self.guard, self.scoring, chooser.ranked_by, self._prefix, self.seed)
+        score = self.chooser.score
+        return FirstScoring(self.pool_scorer, self.guard, self.scoring, score, self._prefix, self.seed)
 
     def _watched(self) -> dict[str, float | None]:
         """What was measured of the last scores, and what they are worth."""

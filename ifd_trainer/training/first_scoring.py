@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..method.choices import RANKED_BY
 from ..method.guard import Guard
 from ..method.scoring_health import rank_correlation
 from ..scoring.losses import Scores
@@ -77,6 +78,8 @@ class FirstScoring:
         return np.sort(np.random.default_rng(self.seed).permutation(rows)[: self.scoring.tried_rows])
 
     def _check_aligned(self, scores: Scores) -> None:
+        if self.score not in RANKED_BY:  # 1 means nothing for it
+            return
         values = scores.columns()[self.score]
         values = values[np.isfinite(values)]
         share = np.mean(values >= 1) if len(values) else 0.0

@@ -37,16 +37,21 @@ def parts_of(row, tokenizer):
     return ids[:start], header, ids[start:]
 
 
-def reference_limit(trainer, model, alpha=LIMIT.alpha, seed=42):
-    """The limit by one loss at a time: answers under the prompts that the limit draws for them."""
+def reference_limit(trainer, model, alpha=LIMIT.alpha, seed=42, trained=()):
+    """The limit by one loss at a time: answers under the prompts that the limit draws for them.
+
+    Of the rows that were not trained on, as long as they are half of all.
+    """
     rows = [parts_of(row, trainer.processing_class) for row in trainer.train_dataset]
-    candidates = LIMIT.draw(np.array(trainer.train_dataset["row_id"]), np.ones(len(rows), bool), seed)
+    ids = np.array(trainer.train_dataset["row_id"])
+    drawn_from = ~np.isin(ids, list(trained)) if len(trained) <= len(ids) / 2 else np.ones(len(ids), bool)
+    candidates = LIMIT.draw(ids, drawn_from, seed)
     longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
     wrong = []
     for row, other in candidates:
         (_, header, answer), (prompt, _, other_answer) = rows[row], rows[other]
         if answer != other_answer and len(prompt) + len(answer) <= longest:
-            if len(wrong) == LIMIT.pairs:
+            if len(wrong) == min(LIMIT.pairs, drawn_from.sum()):
                 break
             given = reference_nll(model, prompt + answer, len(prompt))
             wrong.append(given / reference_nll(model, header + answer, len(header)))
@@ -64,7 +69,9 @@ def run(tmp_path_factory):
 def test_each_epoch_measures_its_limit_with_its_own_model(run):
     trainer, callback, seen = run
     records = callback.history.epochs
-    expected = [reference_limit(trainer, model_with(seen.weights[epoch])) for epoch in range(3)]
+    trained = [set().union(*seen.epochs()[:epoch]) for epoch in range(3)]
+    assert 0 < len(trained[1]) < len(trained[2]) <= 12
+    expected = [reference_limit(trainer, model_with(seen.weights[epoch]), trained=trained[epoch]) for epoch in range(3)]
     assert [record["limit"] for record in records] == pytest.approx(expected, rel=2e-5)
     assert len(set(expected)) == 3  # it moves with the model
 
@@ -115,7 +122,7 @@ def test_another_alpha_is_not_resumed(run, tmp_path):
     shutil.copytree(run[0].args.output_dir, tmp_path / "resumed")
     trainer = sft_trainer(tmp_path / "resumed", 24, save_strategy="steps", save_steps=2)
     select(trainer, keep=[3, 4, 5], max_ifd=CalibratedLimit(alpha=0.2, pairs=24))
-    with pytest.raises(ValueError, match=r"CalibratedLimit\(alpha=0.3, pairs=24\).* in the checkpoint, .*alpha=0.2"):
+    with pytest.raises(ValueError, match=r"CalibratedLimit\(alpha=0.3, pairs=24, .* in the checkpoint, .*alpha=0.2"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
 
 

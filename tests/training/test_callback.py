@@ -533,7 +533,7 @@ def test_many_scores_of_one_and_more_are_warned_about(tmp_path, caplog):
     callback = select(trainer, keep=2, max_ifd=INF, warn_share=0.05)
     trainer.train()
     share = 100 * (callback.history.rows(0)["ifd"] >= 1).mean()
-    assert f"Epoch 0: {share:.0f} % of the scored rows have ifd >= 1" in caplog.text
+    assert f"{share:.0f} % of 24 scored rows have ifd >= 1" in caplog.text
 
 
 def test_a_shortfall_is_warned_about(tmp_path, caplog):
@@ -573,7 +573,6 @@ def test_an_invalid_keep_is_refused(tmp_path, keep, message):
         ({"score": "loss"}, "score must be 'ifd' or 'ifd_ppl', got 'loss'"),
         ({"on_shortfall": "fill"}, "on_shortfall must be 'repeat', 'relax' or 'error', got 'fill'"),
         ({"max_ifd": 0}, "max_ifd must be positive, got 0"),
-        ({"max_ifd": None}, "max_ifd must be positive, got None"),
         ({"max_ifd": "1"}, "max_ifd must be positive, got '1'"),
         ({"max_ifd": float("nan")}, "max_ifd must be positive, got nan"),
         (

@@ -167,7 +167,7 @@ def test_a_policy_may_name_the_column_that_it_ranks_by(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [
-        ({"score": "quality"}, "score must be one of cas, das, ifd, ifd_ppl, but .* has 'quality'"),
+        ({"score": "quality"}, "score must be one of cas, das, ifd, ifd_ppl, eot_loss, but .* has 'quality'"),
         ({"score": "cas", "max_ifd": "calibrated"}, "A calibrated limit is one of ifd or ifd_ppl, not of cas"),
     ],
 )
