@@ -127,6 +127,8 @@ def test_small_edits_of_long_rows_are_found_but_not_equal(first, second):
         (("What is 12 + 7?", "a number"), ("What is 12 * 7?", "a number")),
         ((HOW_FROGS + " Write 50 words.", FROG), (HOW_FROGS + " Write 60 words.", FROG)),
         ((HOW_SORT, SORT), (HOW_SORT, SORT.replace("> current", "< current"))),
+        ((HOW_SORT, SORT + "\n# x != y"), (HOW_SORT, SORT + "\n# x = y")),
+        ((HOW_FROGS + " 1 12", FROG), (HOW_FROGS + " 11 2", FROG)),
         (("Add 1 and 2.", "3"), ("Add 2 and 1.", "3")),
         # Numbers of the prompt are not those of the answer.
         ((HOW_FROGS + " 1", FROG), (HOW_FROGS, FROG + " 1")),
@@ -154,16 +156,26 @@ def test_groups_are_joined_over_rows_between():
     assert duplicate_groups([rows[3], rows[0], rows[2]], 0.8).tolist() == [0, 1, 0]
 
 
+def template_rows(number) -> list[tuple[str, str]]:
+    """Short questions in a long template, all answered alike."""
+    names = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kim", "Lee", "Max", "Ned", "Ole", "Pia"]
+    tasks = [f"Is {a} {b} {c}?" for a in names for b in names for c in names if a != b != c]
+    return [(PREAMBLE.format(task), "Yes.") for task in tasks[:: len(tasks) // number][:number]]
+
+
 @pytest.mark.parametrize("rows", [12, 300])
 def test_text_that_all_rows_share_makes_no_two_alike(rows):
-    names = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kim", "Lee", "Max", "Ned", "Ole", "Pia"]
-    tasks = [f"Is {a} {b} {c}?" for a in names for b in names for c in names if a != b != c][:: 3000 // rows][:rows]
-    template = [(PREAMBLE.format(task), "Yes.") for task in tasks]
-    assert len(template) == rows
+    template = template_rows(rows)
     assert duplicate_groups(template).tolist() == [*range(rows)]
     again = PREAMBLE.format(HOW_FROGS), FROG
     near = PREAMBLE.format(HOW_FROGS.replace("few", "fwe")), FROG
     assert duplicate_groups([*template, again, near]).tolist() == [*range(rows), rows, rows]
+
+
+def test_text_that_a_sixth_of_the_rows_share_counts_for_nothing_wherever_they_stand():
+    template, others = template_rows(500), a_pool()[:2400]
+    for rows in (template + others, others + template):
+        assert duplicate_groups(rows).tolist() == [*range(2900)]
 
 
 def test_where_all_of_a_prompt_is_shared_text_only_an_equal_one_is_alike():
