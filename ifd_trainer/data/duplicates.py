@@ -8,10 +8,10 @@ their sets of shingles
 reaches a threshold t for the prompts AND for the answers: the same prompt with another answer is no duplicate, nor is
 the same answer to another prompt. One case is judged as a whole: where the answers are equal, J >= t of the prompts and
 answers together, and J >= 0.6 of the prompts. For a wrong letter is a large part of a short prompt, and a long answer
-word for word is no chance; a short one ("yes") leaves the prompts to decide. Of 6,126 real rows no two with one answer
-asked for different things. Each J is taken of all shingles, and again of those that count; both have to reach t.
-Numbers and signs of calculation (`12 + 7`, `x < 3`) have to be the same in the same order: other ones are another
-exercise.
+word for word is no chance (of ten pairs among 6,126 real rows that have one answer and similar prompts, eight ask for
+the same; none reaches these limits); a short one ("yes") leaves the prompts to decide. All of this has to hold for the
+J of all shingles, and again for the J of those that count. Numbers and signs of calculation (`12 + 7`, `x < 3`) have to
+be the same in the same order: other ones are another exercise.
 
 What is compared are letters, not meanings. One word more or less ("not") is nearly the same in a long text and not the
 same in a short one; a paraphrase is another text.
@@ -25,6 +25,9 @@ same in a short one; a paraphrase is another text.
 - Candidates are found by MinHash and locality sensitive hashing (`datasketch`; Broder 1997; Leskovec, Rajaraman and
   Ullman, Mining of Massive Datasets, chapter 3) and compared by J itself. Of the pairs at the threshold, at most one in
   a thousand is missed, and far fewer above it.
+
+52,000 rows of 850 characters took 30 s on one core and 450 MB, 200,000 took 178 s and 1.4 GB (a busy machine); half of
+the time and most of the memory are those of `datasketch`, whose hash tables are Python's.
 """
 
 from __future__ import annotations
@@ -139,9 +142,7 @@ def _joined(rows: Sequence[Row], similarity: float) -> np.ndarray:
     index = MinHashLSH(num_perm=PERMUTATIONS, params=_bands(similarity))
     for row, hashes in _hashes(rows, exercises, common):
         sketch = empty.copy()
-        sketch.update_batch(
-            [hashes]
-        )  # one value for datasketch, which would call a function for each; an array for NumPy
+        sketch.update_batch([hashes])  # one value, for which datasketch calls a function, not one for each shingle
         for other in index.query(sketch):
             mine, others = root(row), root(other)
             if mine == others or exercises[row] != exercises[other]:
