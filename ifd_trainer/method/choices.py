@@ -23,6 +23,8 @@ CONTROLS = {  # policies by the names that recipes have for them
     "middle": "MiddleBand",
 }
 
+GUARDS = ("limit", "pairing", "unfinished", "duplicates", "freeze")  # the fields of a `Guard` that can be on or off
+
 RANKED_BY = get_args(Score)
 SHORTFALLS = get_args(Shortfall)
 MISALIGNED = get_args(Misaligned)

@@ -19,16 +19,18 @@ class Duplicates:
     """Keep one of the rows that say the same.
 
     Args:
-        similarity: from which share of common shingles on prompts, and answers, are the same (Jaccard), in (0, 1];
-            None for texts alone that are equal but for case, punctuation and white space.
+        similarity: from which share of common shingles on prompts, and answers, are the same (Jaccard), from 0.5 to
+            1; None for texts alone that are equal but for case, punctuation and white space.
     """
 
     similarity: float | None = 0.85
 
     def __post_init__(self) -> None:
-        share = isinstance(self.similarity, Real) and not isinstance(self.similarity, bool) and 0 < self.similarity <= 1
-        if self.similarity is not None and not share:
-            raise UserError(f"similarity must be a share in (0, 1], or None for equal texts, got {self.similarity!r}.")
+        number = isinstance(self.similarity, Real) and not isinstance(self.similarity, bool)
+        if self.similarity is not None and not (number and 0.5 <= self.similarity <= 1):
+            raise UserError(
+                f"similarity must be a share from 0.5 to 1, or None for equal texts, got {self.similarity!r}."
+            )
 
 
 def surplus(groups: np.ndarray, ids: np.ndarray, usable: np.ndarray, trained: np.ndarray) -> np.ndarray:

@@ -7,11 +7,11 @@ chooses; the next best rows take the places. What each does, and what its number
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
-from .choices import MISALIGNED, Misaligned
+from .choices import GUARDS, MISALIGNED, Misaligned
 from .duplicates import Duplicates
 from .pairing_test import PairingTest
 from .scoring_health import Freeze
@@ -56,13 +56,7 @@ class Guard:
     @property
     def names(self) -> list[str]:
         """The guards that are on, by the names of their fields."""
-        return [field.name for field in fields(self) if field.name in _KINDS and getattr(self, field.name) is not None]
+        return [name for name in GUARDS if getattr(self, name) is not None]
 
 
-_KINDS = {
-    "limit": CalibratedLimit,
-    "pairing": PairingTest,
-    "unfinished": Unfinished,
-    "duplicates": Duplicates,
-    "freeze": Freeze,
-}
+_KINDS = dict(zip(GUARDS, (CalibratedLimit, PairingTest, Unfinished, Duplicates, Freeze), strict=True))

@@ -183,7 +183,8 @@ class Cherry:
         fillable = count or (self.on_shortfall == "relax" and scored.any())
         if shortfall and (self.on_shortfall == "error" or not fillable):
             unscored = dict(zip(statuses, np.bincount(codes[~scored], minlength=len(statuses)).tolist(), strict=True))
-            raise ShortfallError(self._explain(budget, eligible, scored, unscored))
+            measured = of_rows is not None or isinstance(self.max_ifd, CalibratedLimit)
+            raise ShortfallError(self._explain(budget, eligible, scored, unscored, measured))
         kept = _best(score, ids, eligible, budget)
         relaxed = _best(nearest, ids, scored & ~eligible, shortfall) if self.on_shortfall == "relax" else kept[:0]
         kept = np.concatenate([kept, relaxed])
@@ -206,18 +207,17 @@ class Cherry:
             raise UserError("A calibrated limit is measured in a training run; here max_ifd has to be a number.")
         return self.max_ifd
 
-    @property
-    def _limit(self) -> str:
-        return "the calibrated limit" if isinstance(self.max_ifd, CalibratedLimit) else f"{self.max_ifd}"
-
-    def _explain(self, budget: int, eligible: np.ndarray, scored: np.ndarray, unscored: dict[str, int]) -> str:
+    def _explain(
+        self, budget: int, eligible: np.ndarray, scored: np.ndarray, unscored: dict[str, int], measured: bool
+    ) -> str:
         why = ", ".join(f"{count} {status}" for status, count in unscored.items() if count)
+        limit, raised = ("the calibrated limit", "alpha") if measured else (self.max_ifd, "max_ifd")
+        off = "guard=Guard(limit=None)" if measured else "max_ifd=float('inf')"
         return (
             f"{budget} rows are to be kept, but only {eligible.sum()} of {len(scored)} are eligible: "
-            f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {self.score} >= {self._limit}. "
+            f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {self.score} >= {limit}. "
             f"{f'Without a score: {why}. ' if why else ''}"
-            f"Lower `keep`, raise `{'alpha' if isinstance(self.max_ifd, CalibratedLimit) else 'max_ifd'}` "
-            "(max_ifd=float('inf') switches the limit off), or look at the prompt format: with a "
+            f"Lower `keep`, raise `{raised}` ({off} switches the limit off), or look at the prompt format: with a "
             "chat template that the model was not trained on, prompts often do not help."
         )
 

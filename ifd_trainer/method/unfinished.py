@@ -20,8 +20,7 @@ import numpy as np
 
 from .error_rate import check_error_rate, rank_of
 
-# Most whole answers, of the pool's, that a signal may cost; one that costs more says too little.
-MOST_LOST = 0.1
+MOST_LOST = 0.1  # of a pool's rows: a signal that costs more of those with whole answers says too little
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Unfinished:
     def threshold(self, eot_loss: np.ndarray, cut: np.ndarray) -> float:
         """The loss from which on an answer is unfinished; infinity where the signal says too little.
 
-        It says too little where it would cost more than a tenth of the pool's rows that are whole. How many of them are
-        is estimated from those above the median of the cuts, of which half of the cut ones are.
+        It says too little where most rows would be dropped, or more than a tenth of the pool that is whole. How many
+        are not is estimated from the rows above the median of the cuts, where half of those are that were cut.
 
         Args:
             eot_loss: (n,) of the pool's rows, NaN for rows without one.
@@ -72,4 +71,4 @@ class Unfinished:
         threshold, found = cut[rank - 1], np.mean(eot_loss >= cut[rank - 1])
         unfinished = min(2 * np.mean(eot_loss >= np.median(cut)), 1.0)
         whole_lost = found - (1 - self.alpha) * unfinished
-        return float(threshold) if whole_lost <= MOST_LOST else float("inf")
+        return float(threshold) if whole_lost <= MOST_LOST and found <= 0.5 else float("inf")

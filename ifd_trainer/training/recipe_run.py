@@ -174,6 +174,7 @@ def _callback(trainer: SFTTrainer, selection: SelectionConfig, scorer: IFDScorer
         schedule=selection.schedule(),
         policy=selection.chosen_policy(),
         timing=selection.timing(),
+        guard=selection.guard(),
         scoring=selection.scoring(embedder=scorer),
         scorer=None if scorer is None else "columns",
         order=selection.order,

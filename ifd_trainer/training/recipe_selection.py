@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..data.encoding import check_positive
@@ -17,11 +18,16 @@ from ..errors import UserError, one_line
 from ..method import controls
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
-from ..method.choices import CONTROLS
+from ..method.choices import CONTROLS, GUARDS
+from ..method.duplicates import Duplicates
 from ..method.facility_location import Diverse
+from ..method.guard import Guard
+from ..method.pairing_test import PairingTest
 from ..method.schedule import Anneal, Curriculum, Schedule, Timing, as_schedule, parse_keep
+from ..method.scoring_health import Freeze
 from ..method.selection import Cherry, Policy
-from .options import Scoring
+from ..method.unfinished import Unfinished
+from .options import Scoring, guard_of
 from .recipe_selection_keys import SelectionKeys
 
 logger = logging.getLogger(__name__)
@@ -62,7 +68,7 @@ class SelectionConfig(SelectionKeys):
             resolve_format(self.format, ())  # says which there are
         check_positive(min_answer_tokens=self.min_answer_tokens, token_budget=self.token_budget, tiers=self.tiers)
         # What these refuse is told before a model is loaded.
-        self.schedule(), self.chosen_policy(), self.timing(), self.scoring()
+        self.schedule(), self.timing(), self.scoring(), self.guard()
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
         self._warn_of_idle_keys()
@@ -71,7 +77,7 @@ class SelectionConfig(SelectionKeys):
         """Say which keys have no effect with the others as they are."""
         idle = {"method: cherry": ("brief", "brief_clusters", "brief_per_cluster")} if self.method != "cherry" else {}
         idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
-        idle |= {"max_ifd: calibrated": ("alpha",)} if self.max_ifd != CALIBRATED else {}
+        idle |= self._idle_guards()
         limits = ("max_ifd", "on_shortfall", *(("score",) if self.policy in ("random", "longest") else ()))
         idle |= {"policy: cherry": limits} if self.policy != "cherry" else {}
         idle |= {"diverse": ("embedder",)} if self.diverse is None else {}
@@ -80,6 +86,47 @@ class SelectionConfig(SelectionKeys):
             given = [name for name in names if str(getattr(self, name)) not in (str(defaults[name]), "")]
             if given:
                 logger.warning("%s: no effect without %s.", ", ".join(given), needed)
+
+    def _idle_guards(self) -> dict[str, tuple[str, ...]]:
+        """Keys of guards that are off, by what they would need."""
+        guard = self.guard()
+        on = () if guard is None else guard.names
+        measured = [name for name in ("limit", "pairing") if name in on]
+        idle = {} if "limit" in on or self.max_ifd == CALIBRATED else {"a calibrated limit": ("alpha",)}
+        idle |= {} if "pairing" in on else {"the guard pairing": ("anchors",)}
+        idle |= {} if "duplicates" in on else {"the guard duplicates": ("similarity",)}
+        idle |= {} if measured or self.max_ifd == CALIBRATED else {"the guards limit or pairing": ("wrong_prompts",)}
+        return idle | ({} if guard is not None else {"guards": ("on_misaligned",)})
+
+    def guard(self) -> Guard | None:
+        """What keeps noise out.
+
+        Raises:
+            UserError: for a name that is no guard's, and for numbers that they do not take.
+        """
+        unknown = [name for name in self.guards if name not in (*GUARDS, "auto", "none")]
+        if unknown or not self.guards or ("none" in self.guards and len(self.guards) > 1):
+            raise UserError(
+                f"guards must be some of {', '.join(GUARDS)}, auto with or without others, or none alone, got "
+                f"{', '.join(self.guards) or 'nothing'}."
+            )
+        scorer = None if self.scorer is None else "columns"
+        usual = guard_of("auto", self.chosen_policy(), self.timing(), scorer) if "auto" in self.guards else None
+        on = {*(usual.names if usual else ()), *self.guards} & {*GUARDS}
+        if not on:
+            return None
+        made = {
+            "limit": self._limit,
+            "pairing": partial(PairingTest, anchors=self.anchors, prompts=self.wrong_prompts),
+            "duplicates": partial(Duplicates, self.similarity),
+            "unfinished": Unfinished,
+            "freeze": Freeze,
+        }
+        guards = {name: made[name]() if name in on else None for name in GUARDS}
+        return Guard(**guards, on_misaligned=self.on_misaligned)
+
+    def _limit(self) -> CalibratedLimit:
+        return replace(CalibratedLimit.of(self.alpha), prompts=self.wrong_prompts)
 
     def chosen_policy(self) -> Policy:
         """Which rows are kept.
@@ -97,7 +144,7 @@ class SelectionConfig(SelectionKeys):
         return _own_policy(self.policy)
 
     def _cherry(self) -> Cherry | Diverse:
-        limit = CalibratedLimit.of(self.alpha) if self.max_ifd == CALIBRATED else self.max_ifd
+        limit = self._limit() if self.max_ifd == CALIBRATED else self.max_ifd
         limits = limit, self.score, self.on_shortfall
         if self.diverse is None:
             return Cherry(*limits)

@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 
 from ..data.definitions import DEFINITIONS
 from ..data.formats import FORMATS
-from ..method.choices import BRIEF_ROWS, CONTROLS, DIRECTIONS, ORDERS, RANKED_BY, SHORTFALLS, TIER_MODES
+from ..method.choices import (
+    BRIEF_ROWS,
+    CONTROLS,
+    DIRECTIONS,
+    GUARDS,
+    MISALIGNED,
+    ORDERS,
+    RANKED_BY,
+    SHORTFALLS,
+    TIER_MODES,
+    WRONG_PROMPTS,
+)
 
 # Titles of the help; each stands before this key, and the keys after it belong to it too.
 GROUPS = {
@@ -112,11 +123,42 @@ class SelectionKeys:
             "metavar": "X",
         },
     )
+    guards: list[str] = field(
+        default_factory=lambda: ["auto"],
+        metadata={
+            "help": f"What keeps noise out: {', '.join(GUARDS)}; auto (all but pairing in dynamic selection by "
+            "IFD, none in others), auto with others, or none.",
+            "metavar": "NAME",
+        },
+    )
     alpha: float = field(
         default=0.05,
         metadata={
-            "help": "Of max_ifd: calibrated, the share of mismatched rows that may be below the limit.",
+            "help": "Of the calibrated limit: the share of mismatched rows that may be below it.",
             "metavar": "X",
+        },
+    )
+    wrong_prompts: str = field(
+        default="random",
+        metadata={
+            "help": "Of the calibrated limit and the pairing test: the prompts that answers are held against, random "
+            "ones or those most like their own.",
+            "choices": list(WRONG_PROMPTS),
+        },
+    )
+    anchors: int = field(
+        default=9, metadata={"help": "Of the pairing test: prompts that a row's own is held against.", "metavar": "K"}
+    )
+    similarity: float = field(
+        default=0.85,
+        metadata={"help": "Of duplicates: from which share of common shingles on texts are the same.", "metavar": "X"},
+    )
+    on_misaligned: str = field(
+        default="error",
+        metadata={
+            "help": "With guards, where the prompts of most rows do not help the model: stop before the first step, or "
+            "warn.",
+            "choices": list(MISALIGNED),
         },
     )
     policy: str = field(

@@ -136,7 +136,7 @@ def _resumable(folder, **options):
 
 def test_the_callback_takes_a_schedule_in_place_of_keep(tmp_path):
     trainer = sft_trainer(tmp_path, POOL)
-    callback = IFDSelectionCallback(trainer, schedule=Curriculum(0.5, tiers=2), every=2, freeze_after=3)
+    callback = IFDSelectionCallback(trainer, schedule=Curriculum(0.5, tiers=2), every=2, freeze_after=3, guard=None)
     assert (callback.schedule, callback.timing) == (Curriculum(0.5, tiers=2), Timing(2, 0, 3))
 
 
