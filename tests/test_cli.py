@@ -152,7 +152,7 @@ def test_rows_that_are_all_malformed_are_told_before_weights_are_read(
     tmp_path: Path, model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"messages": null}\n{"messages": null}\n')
-    monkeypatch.setattr("ifd_trainer.scoring.transform.AutoModelForCausalLM", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     assert score(tmp_path / "rows.jsonl", tmp_path / "out.jsonl", model_path, "--format", "messages") == 2
     assert "None of 2 rows can be rendered as 'messages'" in capsys.readouterr().err
 
@@ -217,7 +217,7 @@ def test_wrong_options_are_told_before_a_folder_is_made_or_weights_are_read(
     if "mps" in options and torch.backends.mps.is_available():
         pytest.skip("there is such a device")
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    monkeypatch.setattr("ifd_trainer.scoring.transform.AutoModelForCausalLM", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     before = sorted(tmp_path.iterdir())
     assert score(tmp_path / "rows.jsonl", tmp_path / "new" / "out.jsonl", model_path, *options) == 2
     assert words in capsys.readouterr().err

@@ -188,7 +188,7 @@ def test_rows_of_which_none_has_a_score_are_written_with_a_warning_and_exit_stat
 def test_rows_are_not_scored_into_the_file_or_folder_that_they_come_from(
     tmp_path: Path, command: list[str], monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr("ifd_trainer.scoring.transform.AutoModelForCausalLM", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     rows, link = Path(command[2]), tmp_path / "link.jsonl"
     link.symlink_to(rows)
     before = rows.read_bytes(), names(tmp_path)
@@ -297,7 +297,7 @@ def test_a_process_that_is_started_again_after_the_output_was_written_leaves_not
     step = getattr(IFDScorer, method := "score" if seen == "in a part" else "check")
     monkeypatch.setattr(IFDScorer, method, lambda *arguments: (finish(), step(*arguments))[1])
     if seen != "in a part":
-        monkeypatch.setattr("ifd_trainer.scoring.transform.AutoModelForCausalLM", None)
+        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     before = names(tmp_path)
     assert main([*command[1:], "--output", str(output)]) == 0
     assert names(tmp_path) == before
