@@ -36,12 +36,12 @@ from tiny_runs import (
 )
 from transformers import Trainer, TrainerCallback
 
-import ifd_trainer.training.history as history_module
 import ifd_trainer.training.pool_scorer as pool_scorer_module
 from ifd_trainer import Brief, IFDSelectionCallback
 from ifd_trainer.data.encoding import token_count
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.scoring.processes import run_shares
+from ifd_trainer.training.history import FOLDER as HISTORY
 
 ROWS = 24
 CASE_LIMIT = 60  # seconds; a case takes one or two
@@ -218,14 +218,13 @@ def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def main(folder: Path, cases: Iterable[str] = tuple(CASES), kind: dict[str, Any] | None = None) -> None:
     """The cases, and the first one again from its checkpoint; `kind` is how the weights are sharded."""
     rank = int(os.environ["RANK"])
-    written: list[str] = []
-    write = history_module.write_atomically
+    written: list[str] = []  # into histories, by this process
 
-    def noted(path: Path, *rest: Any) -> None:
-        written.append(path.name)
-        write(path, *rest)
+    def noted(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and Path(arguments[1]).parent.name == HISTORY:
+            written.append(Path(arguments[1]).name)
 
-    history_module.write_atomically = noted
+    sys.addaudithook(noted)
     checkpoint = folder / "base" / f"checkpoint-{RESUME_FROM}"
     runs = {case: (case, dict(kind or {})) for case in cases}
     runs["resumed"] = ("base", {"resume": checkpoint, **(kind or {}), "save_strategy": "no"})
