@@ -158,6 +158,19 @@ def real_model_path() -> Path:
     pytest.skip("no folder with the 135M model; set IFD_TEST_MODEL")
 
 
+def product_widths(monkeypatch: pytest.MonkeyPatch, weight: torch.Tensor) -> list[int]:
+    """A list that grows by the rows of a weight that each product with it, or with a part of it, takes."""
+    widths, linear, memory = [], torch.nn.functional.linear, weight.untyped_storage().data_ptr()
+
+    def noted(x: torch.Tensor, used: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if used.untyped_storage().data_ptr() == memory:
+            widths.append(len(used))
+        return linear(x, used, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noted)
+    return widths
+
+
 def reference_nll(model: torch.nn.Module, ids: list[int], start: int) -> float:
     """Mean loss of ids[start:], one token at a time from full logits: independent of the package."""
     model.eval()

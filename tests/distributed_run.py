@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -33,16 +34,16 @@ from tiny_runs import (
     training_logs,
     weights_of,
 )
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-import ifd_trainer.training.history as history_module
 import ifd_trainer.training.pool_scorer as pool_scorer_module
 from ifd_trainer import Brief, IFDSelectionCallback
 from ifd_trainer.data.encoding import token_count
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
+from ifd_trainer.scoring.processes import run_shares
+from ifd_trainer.training.history import FOLDER as HISTORY
 
 ROWS = 24
-CHUNK = pool_scorer_module._CHUNK
 CASE_LIMIT = 60  # seconds; a case takes one or two
 RESUME_FROM = 5  # inside the second epoch: a global batch is 4 rows, so epochs of 16, 12 and 20 rows have 4, 3, 5 steps
 
@@ -116,7 +117,7 @@ def build(case: str, folder: Path, **config: Any) -> tuple[Trainer, IFDSelection
     return trainer, select(trainer, **{"max_ifd": INF, **options})
 
 
-class Watch:
+class Watch(TrainerCallback):
     """Counts what scoring does on this process, and keeps the scores and the order of each epoch."""
 
     def __init__(self, trainer: Trainer, callback: IFDSelectionCallback, in_step: bool = False) -> None:
@@ -126,9 +127,9 @@ class Watch:
         self.ifd: list[list[float]] = []
         self.orders: list[list[int]] = []
         self.limits: list[float | None] = []
-        ids = tokenised(trainer)["row_id"]
+        self.selection, self.ids = callback, tokenised(trainer)["row_id"]
         scoring = False
-        score_pool, score_pairs, select = callback.score_pool, pool_scorer_module.score_pairs, callback._select
+        score_pool, score_pairs = callback.score_pool, pool_scorer_module.score_pairs
 
         def forward(module: torch.nn.Module, inputs: Any) -> None:
             if scoring:
@@ -155,24 +156,30 @@ class Watch:
             self.ifd.append(scores.ifd.tolist())
             return scores
 
-        def selected(epoch: int) -> None:
-            select(epoch)
-            self.orders.append([ids[position] for position in callback.sampler.order])
-            self.limits.append(callback.chooser.last.limit if callback.chooser.last else None)
-
         trainer.model.register_forward_pre_hook(forward)
-        callback.score_pool, callback._select = counted_pool, selected
+        callback.score_pool = counted_pool
+        trainer.add_callback(self)
+
+    def on_epoch_begin(self, *arguments: Any, **options: Any) -> None:
+        self.orders.append([self.ids[position] for position in self.selection.sampler.order])
+        last = self.selection.chooser.last
+        self.limits.append(last.limit if last else None)
+
+
+def in_fives(run: Any, tokens: np.ndarray, rank: int, world_size: int, chunk: int) -> dict[str, np.ndarray]:
+    """`run_shares` with five rows in each call of `run`, so that a tiny pool takes several."""
+    return run_shares(run, tokens, rank, world_size, 5)
 
 
 def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> dict[str, Any]:
     """Train one case; what happened on this process."""
     trainer, callback = build(case, folder, **config)
-    pool_scorer_module._CHUNK = 5 if case == "in_step" else CHUNK
+    pool_scorer_module.run_shares = in_fives if case == "in_step" else run_shares
     watch = Watch(trainer, callback, in_step=case == "in_step" and trainer.accelerator.num_processes > 1)
     try:
         seen = train(trainer, resume_from_checkpoint=str(resume) if resume else None)
     finally:
-        pool_scorer_module._CHUNK = CHUNK
+        pool_scorer_module.run_shares = run_shares
     digest = hashlib.sha256()
     for tensor in whole_weights(trainer).values():
         digest.update(tensor.float().cpu().numpy().tobytes())
@@ -211,14 +218,13 @@ def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def main(folder: Path, cases: Iterable[str] = tuple(CASES), kind: dict[str, Any] | None = None) -> None:
     """The cases, and the first one again from its checkpoint; `kind` is how the weights are sharded."""
     rank = int(os.environ["RANK"])
-    written: list[str] = []
-    write = history_module.write_atomically
+    written: list[str] = []  # into histories, by this process
 
-    def noted(path: Path, *rest: Any) -> None:
-        written.append(path.name)
-        write(path, *rest)
+    def noted(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and Path(arguments[1]).parent.name == HISTORY:
+            written.append(Path(arguments[1]).name)
 
-    history_module.write_atomically = noted
+    sys.addaudithook(noted)
     checkpoint = folder / "base" / f"checkpoint-{RESUME_FROM}"
     runs = {case: (case, dict(kind or {})) for case in cases}
     runs["resumed"] = ("base", {"resume": checkpoint, **(kind or {}), "save_strategy": "no"})

@@ -22,6 +22,8 @@ from conftest import ROOT, ROUNDING, build_model, build_tokenizer, reference_nll
 from ifd_trainer.data.encoding import token_count
 from ifd_trainer.scoring.job_parts import Parts
 from ifd_trainer.scoring.transform import IFDScorer
+from ifd_trainer.training import callback as callback_module
+from ifd_trainer.training.checkpoint_state import load_selection
 
 DRY = ["--device", "cpu", "--dtype", "float32", "--tiny", "--runs", "1"]
 
@@ -294,7 +296,9 @@ def test_a_dry_run_of_the_benchmark_of_growth(saved_model, tmp_path, monkeypatch
     bench = loaded(ROOT / "tests" / "benchmarks" / "growth.py")
 
     def work(words: list[str]) -> None:
-        bench.worker(Path(words[0]), words[1], Path(words[2]), words[3] == "1")
+        with monkeypatch.context() as patch:
+            patch.setattr(callback_module, "load_selection", load_selection)  # put back what it puts there
+            bench.worker(Path(words[0]), words[1], Path(words[2]), words[3] == "1")
 
     in_one_process(monkeypatch, bench, work)
     bench.main(["--model", saved_model, "--tiny", "--output", str(tmp_path)])

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -24,12 +23,10 @@ from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows, write_rows
 from ifd_trainer.data.formats import FORMATS
 from ifd_trainer.data.paths import check_checkpoint
-from ifd_trainer.errors import UserError
 from ifd_trainer.method.columns import IFD_COLUMNS
 from ifd_trainer.publish.provenance import provenance_path
 from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.training.history import History
-from ifd_trainer.training.recipe import _check_processes
 
 ROWS = [
     {"instruction": f"Name {n} things.", "input": "" if n % 2 else f"about {n} cats", "output": f"The {n} is {n * 7}."}
@@ -152,7 +149,7 @@ def test_rows_that_are_all_malformed_are_told_before_weights_are_read(
     tmp_path: Path, model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"messages": null}\n{"messages": null}\n')
-    monkeypatch.setattr("ifd_trainer.scoring.transform.AutoModelForCausalLM", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     assert score(tmp_path / "rows.jsonl", tmp_path / "out.jsonl", model_path, "--format", "messages") == 2
     assert "None of 2 rows can be rendered as 'messages'" in capsys.readouterr().err
 
@@ -217,7 +214,7 @@ def test_wrong_options_are_told_before_a_folder_is_made_or_weights_are_read(
     if "mps" in options and torch.backends.mps.is_available():
         pytest.skip("there is such a device")
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    monkeypatch.setattr("ifd_trainer.scoring.transform.AutoModelForCausalLM", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     before = sorted(tmp_path.iterdir())
     assert score(tmp_path / "rows.jsonl", tmp_path / "new" / "out.jsonl", model_path, *options) == 2
     assert words in capsys.readouterr().err
@@ -456,11 +453,16 @@ def test_several_processes_run_what_they_planned(tmp_path: Path, recipe: Path, m
     assert plan_of(out) == plan_of(planned)
 
 
-def test_processes_that_would_each_train_by_themselves_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")  # which accelerate reads too, where a whole recipe is parsed
-    with pytest.raises(UserError, match="2 processes were started, but each would train by itself: there is no GPU"):
-        _check_processes(SimpleNamespace(world_size=1))
-    _check_processes(SimpleNamespace(world_size=2))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would wait for the other process")
+def test_processes_that_would_each_train_by_themselves_are_told(
+    recipe: Path, model_path: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(recipe), "--model", model_path, "--use_cpu", "false"]) == 2
+    assert capsys.readouterr().err == (
+        "ifd-trainer: error: 2 processes were started, but each would train by itself: there is no GPU for them. Set "
+        "use_cpu: true to train on processors, or start one process.\n"
+    )
 
 
 # ---- what a user gets wrong ---------------------------------------------------------------------------------------

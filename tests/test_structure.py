@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 
 import pytest
 from conftest import ROOT
+from transformers import Trainer
 
 PACKAGE = ROOT / "ifd_trainer"
 # A room imports from itself and from the rooms before it; `errors` is everybody's, the top may import all.
@@ -96,6 +98,35 @@ def test_everything_public_has_a_docstring(module):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             missing += [] if ast.get_docstring(node) else [node.name]
     assert missing == []
+
+
+@cache
+def private_names() -> set[str]:
+    """Functions, classes, methods and module constants of ours with a leading underscore; not what `Trainer` calls."""
+    found = set()
+    for module in MODULES:
+        tree = tree_of(module)
+        defined = [node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        assigned = [name for node in tree.body if isinstance(node, ast.Assign) for name in node.targets]
+        stored = [name for target in assigned for name in ast.walk(target)]
+        stored += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
+        defined += [name.id for name in stored if isinstance(name, ast.Name)]
+        found |= {name for name in defined if name.startswith("_") and not name.startswith("__")}
+    return found - set(dir(Trainer))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
+def test_tests_know_no_private_names(path):
+    """They hold what is seen from outside, so that what is inside can change."""
+    used = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            used.add(node.value.rpartition(".")[2])  # of `monkeypatch.setattr`
+    assert used & private_names() == set()
 
 
 def test_every_exported_name_is_there():

@@ -26,15 +26,32 @@ from .processes import Process
 if TYPE_CHECKING:
     from .transform import IFDScorer
 
-STALL = 1800.0  # seconds without a finished part after which the main process gives up on the others
-GRACE = 60.0  # seconds until a file of another machine is seen here
-LEAVE = 2.0  # seconds that an interrupted program waits for the thread; a part takes milliseconds to encode
 _POLL = 0.1
 _LAYOUT = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
-def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, process: Process) -> None:
+def score_parts(
+    rows: Dataset,
+    scorer: IFDScorer,
+    parts: Parts,
+    size: int,
+    process: Process,
+    *,
+    stall: float = 1800.0,
+    grace: float = 60.0,
+    leave: float = 2.0,
+) -> None:
     """Score the parts that are not done yet, `size` rows each, and save each; the main process waits for all.
+
+    Args:
+        rows: of the whole job.
+        scorer: encodes and scores them.
+        parts: where they are saved.
+        size: rows of a part.
+        process: which of the job's processes this is.
+        stall: seconds without a finished part after which the main process gives up on the others.
+        grace: seconds until a file of another machine is seen here.
+        leave: seconds that an interrupted program waits for the thread; a part takes milliseconds to encode.
 
     Raises:
         RuntimeError: in the main process, when the others make no progress or their parts do not arrive; when the
@@ -52,7 +69,7 @@ def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, proce
     def show(counted: int) -> None:
         bar.update(done + counted - earlier - bar.n)
 
-    ahead = _encoded(lambda part: scorer.encode(_rows_of(rows, part, size)), draw)
+    ahead = _encoded(lambda part: scorer.encode(_rows_of(rows, part, size)), draw, leave)
     with closing(ahead):
         # The first one loads the model, which has a bar of its own and is no part of this one's rate.
         encoded = chain([*islice(ahead, 1)], ahead)
@@ -66,7 +83,7 @@ def score_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int, proce
                 show(process.add_rows(len(pairs)))  # exact again, and the rows without a score
             process.end()
             if process.main:
-                _wait(parts, len(sizes), process, lambda: show(process.add_rows(0)))
+                _wait(parts, len(sizes), process, lambda: show(process.add_rows(0)), stall, grace)
 
 
 def join_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int) -> Dataset:
@@ -90,7 +107,7 @@ def _rows_of(rows: Dataset, part: int, size: int) -> dict[str, list]:
 
 
 def _encoded(
-    encode: Callable[[int], list[EncodedPair]], draw: Callable[[], int | None]
+    encode: Callable[[int], list[EncodedPair]], draw: Callable[[], int | None], leave: float
 ) -> Iterator[tuple[int, list[EncodedPair]]]:
     """Parts and their encoded rows; while the caller has one, a thread encodes the next one.
 
@@ -107,7 +124,7 @@ def _encoded(
             part, pairs = ahead, waiting and waiting.result()
     finally:  # a thread that is in native code when the interpreter shuts down aborts the process
         if waiting is not None:
-            waiting.join(LEAVE)
+            waiting.join(leave)
 
 
 class _Call(Thread):
@@ -129,7 +146,7 @@ class _Call(Thread):
             self._future.set_exception(error)
 
 
-def _wait(parts: Parts, count: int, process: Process, show: Callable[[], Any]) -> None:
+def _wait(parts: Parts, count: int, process: Process, show: Callable[[], Any], stall: float, grace: float) -> None:
     """Until all parts are on disk and the other processes draw no more."""
     missing, since = [part for part in range(count) if not parts.path(part).exists()], time.monotonic()
     while missing or not process.ended():
@@ -139,14 +156,14 @@ def _wait(parts: Parts, count: int, process: Process, show: Callable[[], Any]) -
         if len(left) < len(missing):
             missing, since = left, time.monotonic()
             show()
-        elif time.monotonic() - since > (GRACE if ended else STALL):
-            raise RunError(_why(missing, count, parts, ended))
+        elif time.monotonic() - since > (grace if ended else stall):
+            raise RunError(_why(missing, count, parts, None if ended else stall))
         time.sleep(_POLL)
 
 
-def _why(missing: Sequence[int], count: int, parts: Parts, ended: bool) -> str:
-    """What the main process says when it gives up."""
-    if ended:
+def _why(missing: Sequence[int], count: int, parts: Parts, stall: float | None) -> str:
+    """What the main process says when it gives up, after so many seconds or, with None, since all others ended."""
+    if stall is None:
         return (
             f"{len(missing)} of {count} parts are missing: all processes are done, but {parts.folder} is not the same "
             "folder on all of their machines, or parts were deleted from it. Write to a file system that they share, "
@@ -154,6 +171,6 @@ def _why(missing: Sequence[int], count: int, parts: Parts, ended: bool) -> str:
         )
     what = f"{len(missing)} of {count} parts are missing" if missing else "All parts are there"
     return (
-        f"{what}: none was finished in {STALL:.0f} s, so a process has died or hangs. End the others, and run the same "
+        f"{what}: none was finished in {stall:.0f} s, so a process has died or hangs. End the others, and run the same "
         "command again to go on."
     )

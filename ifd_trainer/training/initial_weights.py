@@ -24,7 +24,6 @@ from ..errors import FileAccessError, UserError
 
 FOLDER = "ifd_original"
 _INDEX = "index.json"
-_PART_BYTES = 2**30
 
 
 class Snapshot:
@@ -47,8 +46,12 @@ class Snapshot:
         """Whether there is one to restore."""
         return (self.folder / _INDEX).is_file()
 
-    def save(self, model: nn.Module) -> None:
+    def save(self, model: nn.Module, part_bytes: int = 2**30) -> None:
         """Write the snapshot in place of an older one.
+
+        Args:
+            model: whose trainable parameters are kept.
+            part_bytes: most bytes of a file, unless one parameter alone has more.
 
         Raises:
             OSError: when there is less free space than it needs.
@@ -62,7 +65,7 @@ class Snapshot:
                 "free. Make room, set another output_dir, or go without the brief experience."
             )
         index: dict[str, list[str]] = {}
-        for number, part in enumerate(_parts(model)):
+        for number, part in enumerate(_parts(model, part_bytes)):
             name = f"part-{number:03d}.safetensors"
             tensors = {key: tensor.contiguous().cpu() for key, tensor in part.items()}
             try:
@@ -116,13 +119,13 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, parameter.detach().to_local() if hasattr(parameter, "to_local") else parameter.detach()
 
 
-def _parts(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Parameters in groups of at most 1 GiB; a larger one is a group of its own."""
+def _parts(model: nn.Module, most: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Parameters in groups of at most so many bytes; a larger one is a group of its own."""
     part: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in _trained(model):
         more = tensor.numel() * tensor.element_size()
-        if part and size + more > _PART_BYTES:
+        if part and size + more > most:
             yield part
             part, size = {}, 0
         part[name] = tensor

@@ -107,6 +107,7 @@ def worker(pool: Path, model: str, folder: Path, resume: bool) -> None:
         set_seed,
     )
 
+    import ifd_trainer.training.callback as callback_module
     from ifd_trainer import IFDSelectionCallback
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -135,7 +136,7 @@ def worker(pool: Path, model: str, folder: Path, resume: bool) -> None:
     seconds: dict[str, list[tuple[float, float]]] = {}
     for owner, name, part in (
         (callback, "start", "start"),
-        (callback, "_restore", "read"),
+        (callback_module, "load_selection", "read"),
         (callback, "on_train_begin", "texts"),
         (callback, "on_epoch_begin", "epoch"),
         (trainer, "_save_checkpoint", "checkpoint"),

@@ -148,10 +148,14 @@ def test_a_full_disk_is_told_with_the_name_of_the_file_whatever_writes_it(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_killed_processes_left_is_deleted_and_nothing_else(tmp_path):
+def test_what_killed_processes_left_is_deleted_and_nothing_else(tmp_path, tmp_path_factory):
+    seen = []
+    write_atomically(tmp_path_factory.mktemp("seen") / "a.txt", lambda temporary: seen.append(temporary.name))
+    _, _, here, process, _ = seen[0].split("-")  # .a-ifdtmp-PLACE-PROCESS-RANDOM.txt
+    assert process == str(os.getpid())
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    here, there = atomic._place(), "0" * 8
+    there = "0" * 8
     files = {
         "dead": LEFT.format(place=here, process=gone.pid),
         "alive": LEFT.format(place=here, process=os.getpid()),

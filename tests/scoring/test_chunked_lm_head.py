@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROUNDING, SMALL, build_model, reference_nll
+from conftest import ROUNDING, SMALL, build_model, product_widths, reference_nll
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -289,7 +289,7 @@ def test_a_hook_on_the_head_that_changes_logits_still_does(chunk, projected):
 @pytest.mark.parametrize("kind", ["hook", "hook before", "other method", "subclass", "bfloat16", "none"])
 def test_only_a_head_that_is_nothing_but_a_matrix_is_taken_apart(kind, monkeypatch):
     """What is put around its product still happens, in each chunk; a plain head is called once, to go on with."""
-    model, calls = build_model(VOCABULARY), []
+    model = build_model(VOCABULARY)
     head, weight = model.lm_head, model.lm_head.weight
     if kind == "hook":
         head.register_forward_hook(lambda module, args, output: output * 0.5)
@@ -303,16 +303,19 @@ def test_only_a_head_that_is_nothing_but_a_matrix_is_taken_apart(kind, monkeypat
     elif kind == "bfloat16":
         model = model.bfloat16()
     monkeypatch.setattr(head_module, "CPU_CHUNK_VALUES", 4 * VOCABULARY)
+    monkeypatch.setattr(head_module, "LEAST_TILE", 64)
     expected = [reference_nll(model, segment.ids, segment.start) for segment in segments_of()]
-    tiled = head_module._tiled_losses
-    monkeypatch.setattr(head_module, "_tiled_losses", lambda *args: calls.append(0) or tiled(*args))
+    widths = product_widths(monkeypatch, model.lm_head.weight)
     found = answer_nll(model, segments_of(), engine="padded")
     np.testing.assert_allclose(found, expected, rtol=0.05 if kind == "bfloat16" else ROUNDING)
-    assert bool(calls) is (kind == "none")
+    widths.clear()  # those of trials
+    answer_nll(model, segments_of(), engine="padded")
+    assert (min(widths) < VOCABULARY) is (kind == "none")
+    assert (widths.count(VOCABULARY) == 1) is (kind == "none")
     with torch.autocast("cpu", torch.bfloat16):
-        calls.clear()
+        widths.clear()
         answer_nll(model, segments_of(), engine="padded")
-        assert not calls
+        assert set(widths) == {VOCABULARY}
 
 
 def test_weights_gathered_for_the_call_of_the_head_only(chunk, projected):

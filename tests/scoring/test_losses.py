@@ -1151,18 +1151,22 @@ def reference_features(model: nn.Module, ids: list[int]) -> tuple[np.ndarray, fl
     return out.hidden_states[-1][0].mean(0).numpy(), perplexity
 
 
-def test_the_engine_is_chosen_anew_for_another_dtype(monkeypatch):
-    tried = []
-    monkeypatch.setattr(engine_module, "_streams_exactly", lambda model, device: tried.append(1) or True)
-    model = build_model(400)
-    assert streams(model)
-    assert streams(model)
-    assert len(tried) == 1
-    with torch.autocast("cpu", torch.bfloat16):
+def test_the_engine_is_chosen_anew_for_another_dtype():
+    model, forwards = build_model(400), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+
+    def tried() -> bool:
+        forwards.clear()
         assert streams(model)
+        return bool(forwards)
+
+    assert [tried(), tried()] == [True, False]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [tried(), tried()] == [True, False]
     model.bfloat16()
-    assert streams(model)
-    assert len(tried) == 3
+    assert [tried(), tried()] == [True, False]
+    model.float()
+    assert not tried()
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower")  # what PyTorch says on Python 3.13.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import weakref
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,52 +14,38 @@ from conftest import ROOT, build_model
 from torch import nn
 
 from ifd_trainer.data.encoding import Segment
-from ifd_trainer.scoring import engine as engine_module
-from ifd_trainer.scoring import model_notes
 from ifd_trainer.scoring import token_budget as memory_module
+from ifd_trainer.scoring.engine import Engine
 from ifd_trainer.scoring.losses import answer_nll
-from ifd_trainer.scoring.model_notes import is_noted, noted
+from ifd_trainer.scoring.model_notes import Question, is_noted, noted
 from ifd_trainer.scoring.token_budget import Footprint, token_budget
 
 CPU = torch.device("cpu")
 SEGMENTS = [Segment([4, 5, 6, 7], 2), Segment([9, 8, 7], 1)]
-TRIALS = ("_try_by_row", "find_logit_transform", "_streams_exactly")
 
 
-@pytest.fixture
-def trials(monkeypatch) -> list[str]:
-    """Names of what the engine tried out on any model."""
-    seen: list[str] = []
+def test_each_trial_happens_once_for_a_model_and_setting():
+    model, other = build_model(400), build_model(400)
+    forwards: list[nn.Module] = []
+    for one in (model, other):
+        one.register_forward_pre_hook(lambda module, args: forwards.append(module))
 
-    def watched(name):
-        function = getattr(engine_module, name)
-        return lambda *args: seen.append(name) or function(*args)
+    def scored(one: nn.Module) -> tuple[int, np.ndarray]:
+        """The number of forwards that scoring takes, all of them of this model; and the scores."""
+        forwards.clear()
+        nll = answer_nll(one, SEGMENTS)
+        assert set(forwards) == {one}
+        return len(forwards), nll
 
-    for name in TRIALS:
-        monkeypatch.setattr(engine_module, name, watched(name))
-    return seen
-
-
-def test_each_trial_happens_once_for_a_model_and_setting(trials):
-    model = build_model(400)
-    first = [answer_nll(model, SEGMENTS) for _ in range(3)]
-    assert sorted(trials) == sorted(TRIALS)
-    assert np.array_equal(first[0], first[2])
-    answer_nll(build_model(400), SEGMENTS)
-    assert sorted(trials) == sorted(TRIALS * 2)
-    model.bfloat16()
+    first, nll = scored(model)
+    assert first > 4  # how rows round takes two, the logits one, the two engines one or more each; and the batch
     for _ in range(2):
-        answer_nll(model, SEGMENTS)
-    # How it rounds is found out for all dtypes.
-    assert sorted(trials[6:]) == ["_streams_exactly", "find_logit_transform"]
-
-
-def test_a_scored_model_costs_no_further_forwards(trials):
-    model, forwards = build_model(400), []
-    answer_nll(model, SEGMENTS)
-    model.register_forward_hook(lambda *_: forwards.append(1))
-    answer_nll(model, SEGMENTS)
-    assert len(forwards) == 1
+        count, again = scored(model)
+        assert count == 1
+        assert np.array_equal(again, nll)
+    assert [scored(other)[0] for _ in range(2)] == [first, 1]
+    model.bfloat16()
+    assert [scored(model)[0] for _ in range(2)] == [first - 2, 1]  # how it rounds is found out for all dtypes
 
 
 def test_the_footprint_is_measured_once_for_a_length(monkeypatch):
@@ -86,13 +73,16 @@ def test_nothing_keeps_a_scored_model_alive(monkeypatch):
     monkeypatch.setattr(memory_module, "measure", lambda run, *_: run(512, True) or Footprint(0, 2**18))
     model = build_model(400)
     answer_nll(model, [Segment([4, *[5] * 99], 50 + n % 50) for n in range(700)])
-    questions = {question for question, _ in model_notes._notes[model]}
-    assert questions == {"rounds by row", "logits", "streams", "footprint", "most tokens"}
-    gone, before = weakref.ref(model), len(model_notes._notes)
+    setting = Engine.for_model(model, CPU).setting
+    asked = {"rounds by row": None, "logits": setting[1:], "streams": setting[1:]}
+    asked |= {"footprint": (setting, (100).bit_length()), "most tokens": setting}
+    assert asked.keys() == set(get_args(Question))
+    assert all(is_noted(model, question, about) for question, about in asked.items())
+    gone, answer = weakref.ref(model), weakref.ref(noted(model, "streams", "elsewhere", lambda: torch.empty(1)))
+    assert answer() is not None
     del model
     gc.collect()
-    assert gone() is None
-    assert len(model_notes._notes) < before
+    assert gone() is answer() is None
 
 
 def test_an_error_is_no_answer():

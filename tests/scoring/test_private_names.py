@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROUNDING, build_model, reference_nll
+from conftest import ROUNDING, build_model, product_widths, reference_nll
 from torch import nn
 from transformers import LlamaForCausalLM, PretrainedConfig
 
@@ -61,8 +61,18 @@ def check_scores(engine: str = "auto", model: nn.Module | None = None) -> None:
             np.testing.assert_allclose(answer_nll(one, SEGMENTS, engine=engine), wanted, rtol=ROUNDING)
 
 
-def test_this_release_has_all_of_them(warnings):
-    check_scores()
+def small_tiles(monkeypatch, model: nn.Module) -> list[int]:
+    """Let the head of 400 tokens be taken apart where it can be; the rows of its weight in each product."""
+    monkeypatch.setattr(head_module, "CPU_CHUNK_VALUES", 4 * 400)
+    monkeypatch.setattr(head_module, "LEAST_TILE", 64)
+    return product_widths(monkeypatch, model.lm_head.weight)
+
+
+def test_this_release_has_all_of_them(monkeypatch, warnings):
+    model = build_model(400)
+    widths = small_tiles(monkeypatch, model)
+    check_scores(model=model)
+    assert min(widths) < 400
     assert private_names.can_set_attention()
     assert private_names.tells_hooks()
     assert private_names.tells_compiled()
@@ -124,8 +134,10 @@ def test_where_transformers_keeps_the_attention_under_another_name(monkeypatch, 
 def test_where_modules_keep_their_hooks_under_another_name(monkeypatch, warnings):
     """The head is not taken apart, since nobody knows what is put around it."""
     monkeypatch.setattr(private_names, "nn", SimpleNamespace(Identity=Bare))
-    monkeypatch.setattr(head_module, "_tiled_losses", None)
-    check_scores()
+    model = build_model(400)
+    widths = small_tiles(monkeypatch, model)
+    check_scores(model=model)
+    assert set(widths) == {400}
     found = sorted(warning.split(" does not work")[0] for warning in warnings())
     assert found == ["nn.Module._compiled_call_impl", "nn.Module._forward_hooks"]
 
@@ -177,16 +189,18 @@ def test_what_a_model_raises_as_a_stream_is_told_once(warnings, caplog, kind, to
         assert warnings().count("WithoutPositions is padded: its forward takes no positions.") == 1
 
 
-def test_what_is_no_error_of_a_forward_is_not_caught(monkeypatch):
+def test_what_is_no_error_of_a_forward_is_not_caught():
     class Other(Exception):
         pass
 
-    def fail(*_):
-        raise Other
+    class FailsAsAStream(LlamaForCausalLM):
+        def forward(self, input_ids, position_ids=None, **kwargs):
+            if position_ids is not None:
+                raise Other
+            return super().forward(input_ids, **kwargs)
 
-    monkeypatch.setattr(attention_module, "_by_span", fail)
     with pytest.raises(Other):
-        streams(build_model(400))
+        streams(FailsAsAStream(build_model(400).config).eval())
 
 
 def test_what_a_head_raises_on_other_logits_is_told_once(warnings):
@@ -217,10 +231,10 @@ def test_half_precision_on_cuda_without_a_kernel_is_told_once(monkeypatch, warni
     assert [warning.startswith("Rows are padded, since neither PyTorch") for warning in warnings()] == [True] * told
 
 
-@pytest.mark.parametrize("error", [ImportError("undefined symbol"), OSError("no libcudart"), RuntimeError("twice")])
-def test_broken_kernel_packages_are_logged_by_what_they_raise(monkeypatch, caplog, error):
+@pytest.mark.parametrize("kind", [ImportError, OSError, RuntimeError])
+def test_broken_kernel_packages_are_logged_by_what_they_raise(monkeypatch, caplog, tmp_path, kind):
     caplog.set_level(logging.INFO, "ifd_trainer")
-    attention_module._tell_missing.cache_clear()
+    error = kind(f"no symbol, {tmp_path.name}")  # one that this process has not told yet
     imported = builtins.__import__
 
     def broken(name, *args, **kwargs):
@@ -235,4 +249,3 @@ def test_broken_kernel_packages_are_logged_by_what_they_raise(monkeypatch, caplo
         f"No variable-length attention kernel from {name}: {what}"
         for name in ("torch.nn.attention.varlen", "flash_attn")
     ]
-    attention_module._tell_missing.cache_clear()

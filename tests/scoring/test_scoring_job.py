@@ -33,7 +33,6 @@ from ifd_trainer.data.files import load_rows, with_columns, write_rows
 from ifd_trainer.errors import FileAccessError, RunError, UserError
 from ifd_trainer.publish.provenance import scores_digest
 from ifd_trainer.scoring import job_parts
-from ifd_trainer.scoring import scoring_job as job
 from ifd_trainer.scoring.job_parts import Parts
 from ifd_trainer.scoring.processes import Process
 from ifd_trainer.scoring.scoring_job import join_parts, score_parts
@@ -43,6 +42,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 # What a machine with two GPUs is told; `--cpu` would start one process.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port={port}"]
 RESTARTS = {TORCHRUN[0]: "--max-restarts=1", ACCELERATE[0]: "--max_restarts=1"}
+AT_ONCE = {"stall": 0.3, "grace": 0.3}  # seconds: as long as a process waits for others that are gone
 LIMIT = 200  # seconds; a launch takes about 15 on two cores
 ROWS = [{"instruction": f"Name {n} things.", "output": "The cat sat. " * (n % 5), "n": n} for n in range(40)]
 # The process with the rank $DIES ends in its first forward, as if it had been killed, once a part of the other one is
@@ -188,7 +188,7 @@ def test_rows_of_which_none_has_a_score_are_written_with_a_warning_and_exit_stat
 def test_rows_are_not_scored_into_the_file_or_folder_that_they_come_from(
     tmp_path: Path, command: list[str], monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr("ifd_trainer.scoring.transform.AutoModelForCausalLM", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     rows, link = Path(command[2]), tmp_path / "link.jsonl"
     link.symlink_to(rows)
     before = rows.read_bytes(), names(tmp_path)
@@ -297,7 +297,7 @@ def test_a_process_that_is_started_again_after_the_output_was_written_leaves_not
     step = getattr(IFDScorer, method := "score" if seen == "in a part" else "check")
     monkeypatch.setattr(IFDScorer, method, lambda *arguments: (finish(), step(*arguments))[1])
     if seen != "in a part":
-        monkeypatch.setattr("ifd_trainer.scoring.transform.AutoModelForCausalLM", None)
+        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     before = names(tmp_path)
     assert main([*command[1:], "--output", str(output)]) == 0
     assert names(tmp_path) == before
@@ -318,21 +318,18 @@ def test_a_process_that_is_started_again_after_the_output_was_written_leaves_not
         ({"ended_1": 0}, "none was finished in 0 s, so a process has died or hangs. End the others"),
     ],
 )
-def test_the_main_process_does_not_wait_forever(tmp_path: Path, monkeypatch, ended: dict, words: str) -> None:
-    monkeypatch.setattr(job, "STALL", 0.3)
-    monkeypatch.setattr(job, "GRACE", 0.3)
+def test_the_main_process_does_not_wait_forever(tmp_path: Path, ended: dict, words: str) -> None:
     # The other process has drawn both parts and has not saved them here.
     store = Store(part=2, part_0="1 1", part_1="1 1", life_1=1, **ended)
     parts = Parts(tmp_path / "out.parquet", {})
     with pytest.raises(RunError, match=f"2 of 2 parts are missing: .*{words}"):
-        score_parts(Dataset.from_dict({"n": [1, 2]}), None, parts, 1, start(0, 2, store))
+        score_parts(Dataset.from_dict({"n": [1, 2]}), None, parts, 1, start(0, 2, store), **AT_ONCE)
 
 
-def test_a_process_that_dies_after_its_last_part_is_told_from_one_that_lost_a_part(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(job, "STALL", 0.3)
+def test_a_process_that_dies_after_its_last_part_is_told_from_one_that_lost_a_part(tmp_path) -> None:
     store = Store(life_1=1)
     with pytest.raises(RunError, match=r"^All parts are there: none was finished in 0 s, so a process has died"):
-        score_numbers(tmp_path, Device(), start(0, 2, store))
+        score_numbers(tmp_path, Device(), start(0, 2, store), stall=0.3)
 
 
 # ---- a part ahead -----------------------------------------------------------------------------------------------
@@ -373,9 +370,9 @@ class Device:
 NUMBERS = Dataset.from_dict({"n": list(range(9))})  # five parts of two rows, the last one of one
 
 
-def score_numbers(folder: Path, device: Device, process: Process | None = None) -> list[float]:
+def score_numbers(folder: Path, device: Device, process: Process | None = None, **limits: float) -> list[float]:
     parts = Parts(folder / "out.parquet", {})
-    score_parts(NUMBERS, device, parts, 2, process or Process())
+    score_parts(NUMBERS, device, parts, 2, process or Process(), **limits)
     return join_parts(NUMBERS, device, parts, 2)["ifd"][:]
 
 
@@ -453,8 +450,7 @@ def test_an_interruption_does_not_wait_for_the_thread(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["score", "save"])
-def test_an_interruption_waits_for_a_thread_that_is_about_to_end(tmp_path: Path, monkeypatch, step: str) -> None:
-    monkeypatch.setattr(job, "LEAVE", 60.0)  # however late the thread gets a processor
+def test_an_interruption_waits_for_a_thread_that_is_about_to_end(tmp_path: Path, step: str) -> None:
     begun = threading.Event()
 
     def at(now: str, part: int) -> None:
@@ -467,15 +463,12 @@ def test_an_interruption_waits_for_a_thread_that_is_about_to_end(tmp_path: Path,
 
     device = Device(at)
     with pytest.raises(KeyboardInterrupt):
-        score_numbers(tmp_path, device)
+        score_numbers(tmp_path, device, leave=60.0)  # however late the thread gets a processor
     assert device.encoded == [0, 1]
     assert "encode" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_parts_drawn_by_a_process_that_died_are_missing_and_scored_by_the_next_job(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(job, "STALL", 0.3)
-    monkeypatch.setattr(job, "GRACE", 0.3)
-
+def test_parts_drawn_by_a_process_that_died_are_missing_and_scored_by_the_next_job(tmp_path: Path) -> None:
     def dies(step: str, part: int) -> None:
         if (step, part) == ("score", 0):
             raise SystemExit(9)
@@ -485,7 +478,7 @@ def test_parts_drawn_by_a_process_that_died_are_missing_and_scored_by_the_next_j
         score_numbers(tmp_path, Device(dies), start(1, 2, store))
     main = Device()
     with pytest.raises(RunError, match="2 of 5 parts are missing: none was finished"):
-        score_numbers(tmp_path, main, start(0, 2, store))
+        score_numbers(tmp_path, main, start(0, 2, store), **AT_ONCE)
     assert main.scored == [2, 3, 4]
     again = Device()
     assert score_numbers(tmp_path, again) == [n * 10 for n in range(9)]
@@ -628,9 +621,8 @@ def damaged_files(parts: list[bytes], seed: int) -> Iterator[tuple[str, dict[int
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_damaged_part_is_scored_again_whatever_the_damage(tmp_path: Path, monkeypatch, when: str) -> None:
+def test_a_damaged_part_is_scored_again_whatever_the_damage(tmp_path: Path, when: str) -> None:
     """Before the job goes on, or after its parts were seen to be whole."""
-    monkeypatch.setattr("ifd_trainer.data.atomic._sync", lambda path: None)  # hundreds of files
     expected = score_numbers(tmp_path, Device())
     parts = Parts(tmp_path / "out.parquet", {})
     whole = [parts.path(part).read_bytes() for part in range(5)]
@@ -694,8 +686,8 @@ def test_a_disk_that_keeps_nothing_is_told(tmp_path: Path, monkeypatch) -> None:
     score_numbers(tmp_path, Device())
     parts = Parts(tmp_path / "out.parquet", {})
     parts.path(2).unlink()
-    monkeypatch.setattr(job_parts, "write_atomically", lambda path, write: path.suffix == ".arrow" or write(path))
-    monkeypatch.setattr(Parts, "join", lambda parts, sizes, again: parts._whole(2, sizes[2], again))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: to if to == parts.path(2) else replace(path, to))
     with pytest.raises(RunError, match=r"ifd-part-000002\.arrow is not what was written there a moment ago"):
         join_parts(NUMBERS, Device(), parts, 2)
 

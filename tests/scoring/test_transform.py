@@ -195,10 +195,21 @@ def test_an_arrow_table_comes_back_whole_with_the_columns_at_its_end(scorer):
     assert scorer(table[:0]).schema == found.schema
 
 
-def test_arrays_of_ray_are_refused_with_the_way_to_do_it(scorer, monkeypatch):
-    monkeypatch.setattr(columns, "_in_ray", lambda: True)
+@pytest.mark.parametrize(
+    ("started", "actor", "task", "refused"),
+    [(True, "01", None, True), (True, None, "02", True), (True, None, None, False), (False, "01", "02", False)],
+    ids=["actor", "task", "driver", "not started"],
+)
+def test_arrays_of_ray_are_refused_with_the_way_to_do_it(scorer, monkeypatch, started, actor, task, refused):
+    worker = types.SimpleNamespace(get_actor_id=lambda: actor, get_task_id=lambda: task)
+    ray = types.SimpleNamespace(is_initialized=lambda: started, get_runtime_context=lambda: worker)
+    monkeypatch.setitem(sys.modules, "ray", ray)  # `test_ray.py` has real workers
+    batch = {name: np.array(values) for name, values in GOOD.items()}
+    if not refused:
+        assert scorer(batch)["ifd_status"] == ["ok"] * 3
+        return
     with pytest.raises(ValueError, match='batch_format="pyarrow"'):
-        scorer({name: np.array(values) for name, values in GOOD.items()})
+        scorer(batch)
 
 
 # ---- bad rows ---------------------------------------------------------------------------------------------------
@@ -363,7 +374,7 @@ def test_wrong_options_are_refused_at_once(options, words):
 
 
 def test_a_device_that_is_not_there_is_refused_before_weights_are_read(checkpoint, monkeypatch):
-    monkeypatch.setattr(columns, "AutoModelForCausalLM", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     with pytest.raises(ValueError, match=r"The device 'cuda:99' cannot be used here: .*Leave device out"):
         IFDScorer(checkpoint, device="cuda:99")(GOOD)
 
@@ -438,7 +449,8 @@ def test_a_format_with_other_column_names(model, tokenizer):
     assert found["ifd"] == IFDScorer(model, tokenizer, format="alpaca")(GOOD)["ifd"]
 
 
-def test_settings_are_those_in_force(checkpoint):
+def test_settings_are_those_in_force_and_load_no_model(checkpoint, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     scorer = IFDScorer(checkpoint, definition="superfiltering", device="cpu", dtype=torch.float32)
     assert scorer.settings(GOOD) == {
         "definition": "superfiltering",
@@ -450,7 +462,6 @@ def test_settings_are_those_in_force(checkpoint):
         "dtype": "float32",
         "token_budget": None,
     }
-    assert scorer._model is None
 
 
 def test_default_device_and_dtype(model):
@@ -829,7 +840,7 @@ def test_a_loaded_model_of_another_kind_is_refused_at_once(tokenizer):
 )
 def test_a_folder_of_another_kind_is_refused_before_weights_are_read(tmp_path, tokenizer, monkeypatch, build, words):
     save(tmp_path, build(), tokenizer)
-    monkeypatch.setattr(columns, "AutoModelForCausalLM", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     with pytest.raises(UserError, match=f"{words}.*decoder-only"):
         IFDScorer(tmp_path).check(GOOD)
 

@@ -20,7 +20,6 @@ from tiny_runs import INF, TOKENIZER, plain_trainer, raw_rows, select, sft_train
 from ifd_trainer.data.encoding import answer_span
 from ifd_trainer.data.response_header import response_prefix
 from ifd_trainer.data.token_decoding import Decoder
-from ifd_trainer.training import callback as callback_module
 from ifd_trainer.training.history import History
 from ifd_trainer.training.pool import PackedPool, Pool
 
@@ -215,27 +214,32 @@ def test_lengths_can_be_asked_for_without_a_run():
 def test_a_run_reads_its_pool_and_checks_its_ids_once(tmp_path, monkeypatch):
     trainer = sft_trainer(tmp_path, 24, train_sampling_strategy="group_by_length")
     select(trainer, keep=6, max_ifd=INF)
-    done = {"read": 0, "_batches": 0, "_find_ids": 0}
+    ids = tokenised(trainer)["row_id"][:]
+    read, getitem = [], Dataset.__getitem__
 
-    def counted(name, method):
-        def count(self, *arguments):
-            done[name] += 1
-            return method(self, *arguments)
+    def noted(self, key):
+        read.append((self.column_names, key))
+        return getitem(self, key)
 
-        return count
+    monkeypatch.setattr(Dataset, "__getitem__", noted)
+    trained = [ids.index(row) for rows in train(trainer).epochs() for row in rows]
+    tokens = [key for columns, key in read if columns == ["input_ids", "labels"]]
+    assert [key for key in tokens if isinstance(key, slice)] == [slice(0, 24)] * 2  # the second time for the texts
+    rows = [position for key in tokens if not isinstance(key, slice) for position in key]
+    assert sorted(rows) == sorted(3 * list(range(24)) + trained)  # the scores of three epochs, and the training
+    assert [key for columns, key in read if columns == ["row_id"]] == [slice(None)]
 
-    for name in done:
-        monkeypatch.setattr(Pool, name, counted(name, getattr(Pool, name)))
-    read, tokens = [], Pool.tokens
 
-    def watched(self, positions=None):
-        read.extend(range(len(self)) if positions is None else positions.tolist())
-        return tokens(self, positions)
+@pytest.fixture
+def parts_of_five(monkeypatch):
+    """Texts are decoded five rows at a time, in the place of a thousand."""
+    segments = Pool.segments
 
-    monkeypatch.setattr(Pool, "tokens", watched)
-    train(trainer)
-    assert done == {"read": 1, "_batches": 2, "_find_ids": 1}  # the second time for the texts
-    assert sorted(read) == sorted(3 * list(range(24)))  # the scores of three epochs
+    def of_five(self, size):
+        assert size == 1000
+        return segments(self, 5)
+
+    monkeypatch.setattr(Pool, "segments", of_five)
 
 
 def rows_of_each_decoding(monkeypatch):
@@ -250,8 +254,8 @@ def rows_of_each_decoding(monkeypatch):
     return rows
 
 
+@pytest.mark.usefixtures("parts_of_five")
 def test_texts_are_decoded_and_written_part_by_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(callback_module, "_TEXTS", 5)
     extra = {"note": [None] * 10 + ["late", "later"], "tags": [[i] * (i % 3) for i in range(12)], "number": [0.5] * 12}
     rows = text_rows(raw_rows(12))
     for name, values in extra.items():
@@ -298,8 +302,8 @@ def texts_of_a_run(folder, rows, tokenizer=None, **options):
     return History.load(folder).pool(), (file.st_ino, file.st_mtime_ns)
 
 
+@pytest.mark.usefixtures("parts_of_five")
 def test_texts_that_are_there_and_right_are_not_written_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(callback_module, "_TEXTS", 5)
     first, file = texts_of_a_run(tmp_path, noted_rows())
     decoded = rows_of_each_decoding(monkeypatch)
     again, same = texts_of_a_run(tmp_path, noted_rows())
