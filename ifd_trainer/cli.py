@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from .scoring.transform import IFDScorer
 
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
+# Options of `score` that are the transform's by the same names.
+_OF_SCORER = (
+    *("format", "definition", "max_length", "min_answer_tokens", "score_truncated", "dtype", "token_budget"),
+    *("revision", "trust_remote_code"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,22 +52,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.check(options)
         return options.run(options)
     except KeyboardInterrupt:
-        print("ifd-trainer: interrupted; what is saved stays: run the same command again to go on", file=sys.stderr)
+        _say("interrupted; what is saved stays: run the same command again to go on")
         return 130
     except Exception as error:
         told = _told(error, arguments)
         if told is None:
-            print(
-                "ifd-trainer: this error is not yours but a fault of this program, or of one that it uses, and worth a "
-                "report with the lines below:",
-                file=sys.stderr,
+            _say(
+                "this error is not yours but a fault of this program, or of one that it uses, and worth a report with "
+                "the lines below:"
             )
         if told is None or debug:
             traceback.print_exc()
-        if told is None:
-            return 1
-        print(f"ifd-trainer: error: {told}", file=sys.stderr)
-        return 2
+        if told is not None:
+            _say(f"error: {told}")
+        return 1 if told is None else 2
+
+
+def _say(text: str) -> None:
+    print(f"ifd-trainer: {text}", file=sys.stderr)
 
 
 def _told(error: Exception, arguments: Sequence[str]) -> str | None:
@@ -211,9 +218,7 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         "default those in DATA",
     )
     parser.add_argument(
-        "--scores-format",
-        choices=SCORE_KINDS,
-        help="what wrote the scores; told from their content by default",
+        "--scores-format", choices=SCORE_KINDS, help="what wrote the scores; told from their content by default"
     )
     parser.add_argument("--scored-by", metavar="MODEL", help="model that gave the scores, for the card")
     parser.add_argument("--split", default="train", help="split of a folder or a hub data set (default train)")
@@ -298,29 +303,21 @@ def _check_report(options: argparse.Namespace) -> None:
             f"No such file or folder: {options.source!r}. A report is made from the output folder of a run, from a "
             "folder that `ifd-trainer select` wrote, or from a scored file."
         )
-    check_rows(options.source if source.is_file() else str(source))
-    check_folder(options.output or (source if source.is_dir() else source.parent))
+    check_rows(options.source)
+    options.output = options.output or (source if source.is_dir() else source.parent)
+    check_folder(options.output)
 
 
 def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
-    from .data.files import (
-        check_apart,
-        check_features,
-        check_writable,
-        load_rows,
-        source_digest,
-        with_columns,
-        write_rows,
-    )
+    from .data.files import check_apart, check_features, load_rows, source_digest, with_columns, write_rows
     from .publish.provenance import provenance_of, write_provenance
     from .scoring.job_parts import Parts, kept
     from .scoring.processes import Process
     from .scoring.scoring_job import join_parts, score_parts
     from .scoring.transform import SCORES_VERSION
 
-    check_writable(options.output)
     check_apart(options.output, options.data, options.split)
     process = Process.from_environment()
     if (status := process.finished()) is not None:
@@ -364,10 +361,9 @@ def _score(options: argparse.Namespace) -> int:
     shown = ", ".join(f"{count} {status}" for status, count in counts.items())
     print(f"{len(rows)} rows: {shown}. Written to {options.output}.")
     if status:
-        print(
-            f"ifd-trainer: warning: none of the {len(rows)} rows has a score ({shown}): nothing can be selected from "
-            f"{options.output}. Check the format and the options; `ifd_status` says why for each row.",
-            file=sys.stderr,
+        _say(
+            f"warning: none of the {len(rows)} rows has a score ({shown}): nothing can be selected from "
+            f"{options.output}. Check the format and the options; `ifd_status` says why for each row."
         )
     return status
 
@@ -381,25 +377,13 @@ def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
     device = options.device
     if device is None or (device == "cuda" and torch.cuda.is_available()):
         device = default_device(local_rank)  # each process on a machine has a device of its own
-    return IFDScorer(
-        options.model,
-        format=options.format,
-        definition=options.definition,
-        max_length=options.max_length,
-        min_answer_tokens=options.min_answer_tokens,
-        score_truncated=options.score_truncated,
-        device=device,
-        dtype=options.dtype,
-        token_budget=options.token_budget,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-    )
+    return IFDScorer(options.model, device=device, **{name: getattr(options, name) for name in _OF_SCORER})
 
 
 def _select(options: argparse.Namespace) -> int:
     import numpy as np
 
-    from .data.files import check_features, check_writable, output_file, write_tables
+    from .data.files import check_features, output_file, write_tables
     from .data.refused_answers import refused_rows
     from .data.table_reader import TableReader, selected_tables
     from .method.schedule import parse_keep
@@ -446,7 +430,7 @@ def _select(options: argparse.Namespace) -> int:
         strict=options.strict,
     )
     if chosen.warning:
-        print(f"ifd-trainer: warning: {chosen.warning}", file=sys.stderr)
+        _say(f"warning: {chosen.warning}")
     added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
     written = np.ones(len(added), dtype=bool) if options.all else chosen.is_kept
     tables, features = selected_tables(rows, added, written)
@@ -539,8 +523,6 @@ def _report(options: argparse.Namespace) -> int:
     from .data.files import load_rows
     from .report.page import write_report
 
-    source = Path(options.source)
-    data = source if source.is_dir() else load_rows(options.source).to_pandas()
-    folder = options.output or (source if source.is_dir() else source.parent)
-    print(f"Report: {write_report(data, folder, label=options.label, rows=options.rows)}")
+    data = options.source if Path(options.source).is_dir() else load_rows(options.source).to_pandas()
+    print(f"Report: {write_report(data, options.output, label=options.label, rows=options.rows)}")
     return 0
