@@ -34,3 +34,9 @@ class RunError(UserError, RuntimeError):
 def one_line(error: BaseException | str) -> str:
     """The message of an error, in which Arrow, YAML and transformers write several lines."""
     return " ".join(str(error).split())
+
+
+def shown_value(value: object) -> str:
+    """A value as a message shows it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
