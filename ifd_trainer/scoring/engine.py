@@ -337,12 +337,12 @@ def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
         if device.type == "cuda" and {next(model.parameters()).dtype, _autocast(device)} & set(HALF):
             warn_without_kernel()
         return False
-    if not _takes_positions(model):
-        logger.info("%s is padded: its forward takes no positions.", type(model).__name__)
-        return False
     try:
+        if not _takes_positions(model):
+            raise NotExact("its forward takes no positions")
         with eval_mode(model, device):
-            return _same_as_padded(model, batch, device, segments, others)
+            _compare_with_padded(model, batch, device, segments, others)
+            return True
     except NotExact as error:
         logger.info("%s is padded: %s.", type(model).__name__, error)
     except FORWARD_ERRORS as error:  # the padded engine scores the model, or raises it again
@@ -355,37 +355,32 @@ def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
     return False
 
 
-def _same_as_padded(
+def _compare_with_padded(
     model: nn.Module, batch: Batch, device: torch.device, segments: list[Segment], others: list[Segment]
-) -> bool:
-    """Whether a stream of `segments` gives the logits of the padded engine; `others` differ from them in some rows."""
+) -> None:
+    """Raise NotExact unless a stream of `segments` gives the padded engine's logits; `others` differ in some rows."""
     expected = scored_logits(model, padded(segments, device), device)  # (N, V)
     streamed_logits = scored_logits(model, batch, device, check=True)  # (N, V)
     if batch.plan.layers != text_config(model).num_hidden_layers:
         # Fresh weights hardly attend, so that the losses of such a model do not tell.
-        logger.info("%s is padded: not all of its layers attend in the usual way.", type(model).__name__)
-        return False
+        raise NotExact("not all of its layers attend in the usual way")
     spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
     tolerance = _HALF_PROBE_TOLERANCE if batch.plan.dtype in HALF else _PROBE_TOLERANCE
     off = float((streamed_logits - expected).square().mean().sqrt() / spread)
     logger.debug("Logits of %s as a stream differ by %.1e of their spread.", type(model).__name__, off)
     if not off <= tolerance:  # NaN is not either
-        logger.info("%s is padded: as a stream its logits differ by up to %.1e.", type(model).__name__, off)
-        return False
+        raise NotExact(f"as a stream its logits differ by up to {off:.1e}")
     moved = replace(batch, position_ids=batch.position_ids + (batch.position_ids > 3))
     if torch.equal(scored_logits(model, moved, device), streamed_logits):
-        logger.info("%s is padded: it does not read the positions of a stream.", type(model).__name__)
-        return False
+        raise NotExact("it does not read the positions of a stream")
     if not _rounds_by_row(model, device):
-        return True
+        return
     # Rounding does not hide what rows see of each other: it is the same where only other rows' tokens differ.
     again = scored_logits(model, streamed(others, device), device)
     same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.scored for s in segments])
     change = (again - streamed_logits)[on_device(same, again.device)].abs().max()
-    off = float(change / streamed_logits.abs().max())
-    if not off <= _UNSEEN:
-        logger.info("%s is padded: as a stream its rows see each other.", type(model).__name__)
-    return off <= _UNSEEN
+    if not float(change / streamed_logits.abs().max()) <= _UNSEEN:
+        raise NotExact("as a stream its rows see each other")
 
 
 def _probe(vocabulary: int) -> tuple[list[Segment], list[Segment]]:

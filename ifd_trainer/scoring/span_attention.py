@@ -75,9 +75,8 @@ class AttentionPlan:
 
     def packed(self, device: torch.device) -> list:
         """What the kernel is given, its arrays on a device; a model may be spread over several."""
-        return self._sent.get(device) or self._send(device)
-
-    def _send(self, device: torch.device) -> list:
+        if device in self._sent:
+            return self._sent[device]
         sent = [on_device(part, device) if isinstance(part, np.ndarray) else part for part in self._packed]
         self._sent[sent[1].device] = sent  # "cuda" was sent to "cuda:0"
         return sent
@@ -96,10 +95,7 @@ def _masked(span: Span) -> tuple[int, int, torch.Tensor | None, torch.Tensor | N
     return span.start, span.end, torch.from_numpy(_keys(span)), mask
 
 
-Packed = tuple[np.ndarray | None, np.ndarray, np.ndarray, int, int]
-
-
-def _packed(spans: Sequence[Span]) -> Packed:
+def _packed(spans: Sequence[Span]) -> tuple[np.ndarray | None, np.ndarray, np.ndarray, int, int]:
     """What a kernel is given for all spans: the keys to gather (S,), and the ends and longest of queries and of keys.
 
     The keys are None where they are the stream itself, since no span has a prefix.
