@@ -150,44 +150,40 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "torchrun --nproc-per-node 8 -m ifd_trainer score alpaca.json --model ... --output scored.parquet; accelerate "
         "launch --multi_gpu --num_processes 8 -m ifd_trainer score ... (with --cpu it starts one process only)",
     )
-    parser.add_argument("data", help="rows: a .json, .jsonl, .csv or .parquet file, or a hub name")
-    parser.add_argument("--model", required=True, help="model that scores: a hub name or a local path")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub name (default: its main branch)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--format", help=f"prompt format: {', '.join(FORMATS)}; told from the columns by default")
-    parser.add_argument(
-        "--definition",
-        default="paper",
-        choices=DEFINITIONS,
-        help="; ".join(f"{name}: {each.meaning}" for name, each in DEFINITIONS.items()) + " (default: paper)",
-    )
+    add = parser.add_argument
+    add("data", help="rows: a .json, .jsonl, .csv or .parquet file, or a hub name")
+    add("--model", required=True, help="model that scores: a hub name or a local path")
+    add("--revision", help="branch, tag or commit of a hub name (default: its main branch)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
+    add("--format", help=f"prompt format: {', '.join(FORMATS)}; told from the columns by default")
+    meanings = "; ".join(f"{name}: {each.meaning}" for name, each in DEFINITIONS.items())
+    add("--definition", default="paper", choices=DEFINITIONS, help=f"{meanings} (default: paper)")
     limits = " and ".join(f"{name} {most}" for name, most in DEFAULT_MAX_LENGTH.items())
-    parser.add_argument(
+    add(
         "--max-length",
         type=_positive,
         help=f"most tokens of prompt and answer (default: the model's window; {limits}, where the window is not "
         "smaller)",
     )
-    parser.add_argument(
-        "--min-answer-tokens", type=_positive, default=1, help="shorter answers are not scored (default 1)"
-    )
-    parser.add_argument(
+    add("--min-answer-tokens", type=_positive, default=1, help="shorter answers are not scored (default 1)")
+
+    add(
         "--score-truncated",
         action="store_true",
         help="score the part of a too long answer that fits, as the paper does",
     )
-    parser.add_argument("--split", default="train", help="split of a hub data set (default train)")
-    parser.add_argument("--limit", type=_positive, help="score the first N rows only")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the model's)")
-    parser.add_argument(
+    add("--split", default="train", help="split of a hub data set (default train)")
+    add("--limit", type=_positive, help="score the first N rows only")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the model's)")
+    add(
         "--token-budget",
         type=_positive,
         help="tokens of a batch (default: on a CPU 2048, fewer for a model with wide layers; elsewhere what a "
         "quarter of the device's memory holds, or 3 GiB, as measured on a few batches)",
     )
-    parser.add_argument("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
+    add("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
     parser.set_defaults(run=_score, check=_check_score)
 
 
@@ -201,51 +197,37 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         epilog="Examples: ifd-trainer select scored.parquet --keep 0.05 --output cherry.jsonl; "
         "ifd-trainer select alpaca.json --scores alpaca_cherry.pt --keep 0.05 --output cherry/",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "data",
         help="scored rows, as `ifd-trainer score` wrote them, or rows for --scores: a .json, .jsonl, .csv or .parquet "
         "file, a folder, or a hub name",
     )
-    parser.add_argument(
+    add(
         "--output",
         required=True,
         help="file to write (.json, .jsonl, .csv or .parquet; its card beside it as .md), or a folder for "
         "train.parquet, README.md and histogram.png",
     )
-    parser.add_argument(
+    add(
         "--scores",
         help="file of scores for the rows, matched by position: of Cherry_LLM (.pt), Superfiltering or data-juicer; by "
         "default those in DATA",
     )
-    parser.add_argument(
-        "--scores-format", choices=SCORE_KINDS, help="what wrote the scores; told from their content by default"
-    )
-    parser.add_argument("--scored-by", metavar="MODEL", help="model that gave the scores, for the card")
-    parser.add_argument("--split", default="train", help="split of a folder or a hub data set (default train)")
-    parser.add_argument(
-        "--keep", default="0.1", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)"
-    )
-    parser.add_argument(
-        "--max-ifd", type=_number, default=1.0, help="drop scores of X or more (default 1; inf: no limit)"
-    )
-    parser.add_argument(
-        "--score",
-        choices=RANKED_BY,
-        help="column to rank by (default: ifd_ppl for scores of Superfiltering's definition, else ifd)",
-    )
-    parser.add_argument(
-        "--id-column", help="column that breaks ties (default: row_id or id if its values are unique, else position)"
-    )
-    parser.add_argument(
-        "--drop-refusals", action="store_true", help="drop rows whose answer looks like a refusal (English phrases)"
-    )
-    parser.add_argument("--all", action="store_true", help="write all rows, the dropped ones with their reason")
-    parser.add_argument("--strict", action="store_true", help="fail when fewer rows are eligible than asked for")
-    parser.add_argument(
-        "--card", action=argparse.BooleanOptionalAction, default=True, help="write a data card (default)"
-    )
-    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="push rows and card to this data set")
-    parser.add_argument("--private", action="store_true", help="make the pushed data set private if it is new")
+    add("--scores-format", choices=SCORE_KINDS, help="what wrote the scores; told from their content by default")
+    add("--scored-by", metavar="MODEL", help="model that gave the scores, for the card")
+    add("--split", default="train", help="split of a folder or a hub data set (default train)")
+    add("--keep", default="0.1", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)")
+    add("--max-ifd", type=_number, default=1.0, help="drop scores of X or more (default 1; inf: no limit)")
+    ranked_by = "column to rank by (default: ifd_ppl for scores of Superfiltering's definition, else ifd)"
+    add("--score", choices=RANKED_BY, help=ranked_by)
+    add("--id-column", help="column that breaks ties (default: row_id or id if its values are unique, else position)")
+    add("--drop-refusals", action="store_true", help="drop rows whose answer looks like a refusal (English phrases)")
+    add("--all", action="store_true", help="write all rows, the dropped ones with their reason")
+    add("--strict", action="store_true", help="fail when fewer rows are eligible than asked for")
+    add("--card", action=argparse.BooleanOptionalAction, default=True, help="write a data card (default)")
+    add("--push-to-hub", metavar="USER/NAME", help="push rows and card to this data set")
+    add("--private", action="store_true", help="make the pushed data set private if it is new")
     parser.set_defaults(run=_select, check=_check_select)
 
 
@@ -257,14 +239,15 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         "the folder that `ifd-trainer select` wrote.",
         epilog="Example: ifd-trainer report scored.parquet --output report/",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "source",
         help="output folder of a run, folder of selected rows (with train.parquet), or a scored .json, .jsonl, .csv or "
         ".parquet file",
     )
-    parser.add_argument("--output", help="folder to write to (default: beside the source)")
-    parser.add_argument("--label", help="column of labels to show")
-    parser.add_argument("--rows", type=_positive, default=10, help="rows in each table (default 10)")
+    add("--output", help="folder to write to (default: beside the source)")
+    add("--label", help="column of labels to show")
+    add("--rows", type=_positive, default=10, help="rows in each table (default 10)")
     parser.set_defaults(run=_report, check=_check_report)
 
 
@@ -432,8 +415,7 @@ def _select(options: argparse.Namespace) -> int:
     if chosen.warning:
         _say(f"warning: {chosen.warning}")
     added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
-    written = np.ones(len(added), dtype=bool) if options.all else chosen.is_kept
-    tables, features = selected_tables(rows, added, written)
+    tables, features = selected_tables(rows, added, chosen.is_kept | options.all)
     write_tables(tables, features, data)
     scores, columns = scores[[name, "answer_tokens", "ifd_status"]], list(features)
     del added, ids, tables  # of ten million rows, as much again as the card needs

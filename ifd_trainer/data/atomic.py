@@ -53,7 +53,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any], folder: Path | No
         try:
             write(temporary)
             if old is not None:
-                _copy_mode(old, temporary)
+                with suppress(OSError, AttributeError):  # only root may give files away, and not on every system
+                    os.chown(temporary, old.st_uid, old.st_gid)
+                temporary.chmod(stat.S_IMODE(old.st_mode))
             _sync(temporary)
             temporary.replace(path)
             with suppress(OSError):  # a system that cannot open folders keeps their entries in its own way
@@ -116,13 +118,6 @@ def _replaced(path: Path) -> os.stat_result | None:
     return old
 
 
-def _copy_mode(old: os.stat_result, path: Path) -> None:
-    if hasattr(os, "chown"):
-        with suppress(OSError):  # only root may give files away
-            os.chown(path, old.st_uid, old.st_gid)
-    path.chmod(stat.S_IMODE(old.st_mode))
-
-
 def _sync(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     try:
@@ -148,5 +143,5 @@ def _alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True
+        pass
     return True

@@ -101,11 +101,9 @@ def _chat_message(turn: Any, number: int) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise MalformedRow(f"expected a message with role and content, got {type(turn).__name__}")
     given = {key: value for key, value in turn.items() if value is not None}
-    role = given.get("role", given.get("from"))
+    role, keys = given.get("role", given.get("from")), sorted(map(str, turn))
     if role is None:
-        raise MalformedRow(
-            f"a message needs 'role' and 'content' (or 'from' and 'value'), got keys {sorted(map(str, turn))}"
-        )
+        raise MalformedRow(f"a message needs 'role' and 'content' (or 'from' and 'value'), got keys {keys}")
     known = role_of(role)
     if known is None:
         raise MalformedRow(
@@ -174,9 +172,7 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # ---- what else a row says -----------------------------------------------------------------------------------------

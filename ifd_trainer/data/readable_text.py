@@ -108,20 +108,12 @@ def plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return plain(value.get("content", value.get("value", value.get("text"))))
     if isinstance(value, (list, tuple, np.ndarray)):
-        turns = [item for item in value if _is_turn(item)]
+        turns = [item for item in value if isinstance(item, Mapping) and ("role" in item or "from" in item)]
         if not turns:
             return " ".join(plain(part) for part in value)
-        earlier = len([turn for turn in turns[:-1] if _role(turn) != "system"])
+        earlier = len([turn for turn in turns[:-1] if role_of(turn.get("role") or turn.get("from")) != "system"])
         return (f"[after {earlier} earlier turns] " if earlier else "") + plain(turns[-1])
     return "" if value is None or value is pd.NA or value != value else str(value)
-
-
-def _is_turn(item: Any) -> bool:
-    return isinstance(item, Mapping) and ("role" in item or "from" in item)
-
-
-def _role(turn: Mapping[str, Any]) -> str | None:
-    return role_of(turn.get("role") or turn.get("from"))
 
 
 def shortened(text: str, characters: int, lines: int = 8) -> str:

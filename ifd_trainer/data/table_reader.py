@@ -126,8 +126,7 @@ def selected_tables(rows: TableReader, added: pd.DataFrame, kept: np.ndarray) ->
             new = [columns[name].slice(start, len(table)).filter(wanted).cast(type) for name, type in types.items()]
             start += len(table)
             if wanted.true_count:
-                arrays = [*table.select(old).filter(wanted).columns, *new]
-                yield pa.table(arrays, schema=features.arrow_schema)
+                yield pa.table([*table.select(old).filter(wanted).columns, *new], schema=features.arrow_schema)
 
     return tables(), features
 

@@ -171,10 +171,8 @@ class IFDScorer:
         }
 
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
-        if not table.num_rows:  # Ray tells a schema by an empty block
-            scores = Scores.unscored(0, Status.OK.value)
-        else:
-            scores = self.score(self.encode(table.to_pydict(), rank))
+        pairs = self.encode(table.to_pydict(), rank) if table.num_rows else []  # Ray tells a schema by an empty block
+        scores = self.score(pairs) if pairs else Scores.unscored(0, Status.OK.value)
         table = table.drop_columns([name for name in OWN_COLUMNS if name in table.column_names])
         for name, values in scores.columns().items():
             table = table.append_column(name, pa.array(_Column(values)))
@@ -293,7 +291,10 @@ class IFDScorer:
         if self._model is not None:
             self._config = self._model.config
         else:
-            self._config = self._read_config()
+            check_model(self.name)
+            revision = self.hub["revision"]  # the error's own message may name neither it nor the model
+            with _reading(f"{self.name}{f' at {revision}' if revision else ''} cannot be read"):
+                self._config = AutoConfig.from_pretrained(self.name, **self.hub)
             check_causal_config(self.name, self._config)
         tokenizer = self.tokenizer
         if tokenizer is None:
@@ -303,12 +304,6 @@ class IFDScorer:
             with _reading(f"{source} has no tokenizer that can be read"):
                 tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
         self._encoder = Encoder(tokenizer, **self.options, window=window(self._config.get_text_config()))
-
-    def _read_config(self) -> PretrainedConfig:
-        check_model(self.name)
-        revision = self.hub["revision"]  # the error's own message may name neither it nor the model
-        with _reading(f"{self.name}{f' at {revision}' if revision else ''} cannot be read"):
-            return AutoConfig.from_pretrained(self.name, **self.hub)
 
     def _load(self, rank: int | None) -> None:
         self._prepare()

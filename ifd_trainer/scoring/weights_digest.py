@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from ..data.arrow_files import blocks as blocks  # a name of this module too
 from .model_parts import text_config
 from .rope_limits import remembers_lengths
 
@@ -66,8 +67,12 @@ def weights_digest(model: nn.Module) -> str:
     state = model.state_dict()
     for name in sorted(state):
         _update(digest, name, state[name])
-    for name, buffer in sorted(_tables(model, state.keys())):
-        _update(digest, name, buffer[:_TABLE_ROWS] if buffer.dim() else buffer)
+    # Buffers that are not saved, but for caches and for what is made anew from the lengths of rows.
+    grows = remembers_lengths(text_config(model))
+    for name, buffer in sorted((name, buffer) for name, buffer in model.named_buffers() if name not in state):
+        own = name.rpartition(".")[2]
+        if "cache" not in own and not (grows and "inv_freq" in own):
+            _update(digest, name, buffer[:_TABLE_ROWS] if buffer.dim() else buffer)
     return digest.hexdigest()
 
 
@@ -79,8 +84,7 @@ def checkpoint_digest(name: str, revision: str | None = None, trust_remote_code:
     if os.path.isdir(name):
         folder = Path(name)
         files = [path for path in sorted(folder.iterdir()) if path.suffix in _WEIGHT_FILES and path.is_file()]
-        stamps = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        digests = [_files_digest(tuple(stamps))]
+        digests = [_files_digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))]
         config = folder / "config.json"
     else:
         # The cache has a folder for each commit. The config itself does not tell it, and may need remote code.
@@ -94,14 +98,11 @@ def checkpoint_digest(name: str, revision: str | None = None, trust_remote_code:
 
 def _code_elsewhere(config: Path) -> dict[str, str]:
     """Other repositories that a checkpoint takes code from, and a file of each."""
-    classes = (_read(config).get("auto_map") or {}).values()
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    classes = (values.get("auto_map") or {}).values()
     references = [name for value in classes for name in ([value] if isinstance(value, str) else value) if name]
     parts = [reference.split("--", 1) for reference in references if "--" in reference]
     return {repo: f"{path.split('.')[0]}.py" for repo, path in parts}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 @cache  # `map` asks for it once for its cache, and once more for each worker
@@ -125,15 +126,6 @@ def _update(digest: Any, name: str, tensor: Any) -> None:
 
 def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
-
-
-def _tables(model: nn.Module, saved: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Buffers that a model does not save, but for caches and for what is made anew from the lengths of rows."""
-    grows = remembers_lengths(text_config(model))
-    for name, buffer in model.named_buffers():
-        own = name.rpartition(".")[2]
-        if name not in saved and "cache" not in own and not (grows and "inv_freq" in own):
-            yield name, buffer
 
 
 class _StableText:
@@ -285,10 +277,3 @@ def _own(module: str | None) -> bool:
         return getattr(getattr(loaded, "__spec__", None), "origin", None) not in ("built-in", "frozen")
     installed = any(part in _INSTALLED for part in Path(file).parts)
     return not installed and not file.startswith(sysconfig.get_path("stdlib"))
-
-
-def blocks(path: Path) -> Iterator[bytes]:
-    """A file's bytes, 16 MiB at a time."""
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            yield block
