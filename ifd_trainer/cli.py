@@ -49,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(arguments[1:])
         options = _parser().parse_args(arguments)
         _check_words(options)
-        options.check(options)
         return options.run(options)
     except KeyboardInterrupt:
         _say("interrupted; what is saved stays: run the same command again to go on")
@@ -184,7 +183,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "quarter of the device's memory holds, or 3 GiB, as measured on a few batches)",
     )
     add("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
-    parser.set_defaults(run=_score, check=_check_score)
+    parser.set_defaults(run=_score)
 
 
 def _add_select(commands: argparse._SubParsersAction) -> None:
@@ -228,7 +227,7 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
     add("--card", action=argparse.BooleanOptionalAction, default=True, help="write a data card (default)")
     add("--push-to-hub", metavar="USER/NAME", help="push rows and card to this data set")
     add("--private", action="store_true", help="make the pushed data set private if it is new")
-    parser.set_defaults(run=_select, check=_check_select)
+    parser.set_defaults(run=_select)
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
@@ -248,10 +247,10 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     add("--output", help="folder to write to (default: beside the source)")
     add("--label", help="column of labels to show")
     add("--rows", type=_positive, default=10, help="rows in each table (default 10)")
-    parser.set_defaults(run=_report, check=_check_report)
+    parser.set_defaults(run=_report)
 
 
-# What each command is given by path, before anything slow is imported.
+# Each command looks at the paths that it is given before it imports anything slow.
 
 
 def _check_words(options: argparse.Namespace) -> None:
@@ -265,33 +264,11 @@ def _check_words(options: argparse.Namespace) -> None:
         raise UserError(f"--revision {options.revision}: the folder {options.model} has no revisions. Leave it out.")
 
 
-def _check_score(options: argparse.Namespace) -> None:
+def _score(options: argparse.Namespace) -> int:
     check_writable(options.output)
     check_model(options.model)
     check_rows(options.data)
 
-
-def _check_select(options: argparse.Namespace) -> None:
-    check_rows(options.data)
-    if options.scores is not None:
-        if not Path(options.scores).is_file():
-            raise NotFoundError(f"No such file of scores: {options.scores}.")
-        check_readable(Path(options.scores))
-
-
-def _check_report(options: argparse.Namespace) -> None:
-    source = Path(options.source)
-    if not source.exists():
-        raise NotFoundError(
-            f"No such file or folder: {options.source!r}. A report is made from the output folder of a run, from a "
-            "folder that `ifd-trainer select` wrote, or from a scored file."
-        )
-    check_rows(options.source)
-    options.output = options.output or (source if source.is_dir() else source.parent)
-    check_folder(options.output)
-
-
-def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
     from .data.files import check_apart, check_features, load_rows, source_digest, with_columns, write_rows
@@ -364,6 +341,12 @@ def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
 
 
 def _select(options: argparse.Namespace) -> int:
+    check_rows(options.data)
+    if options.scores is not None:
+        if not Path(options.scores).is_file():
+            raise NotFoundError(f"No such file of scores: {options.scores}.")
+        check_readable(Path(options.scores))
+
     import numpy as np
 
     from .data.files import check_features, output_file, write_tables
@@ -502,9 +485,19 @@ def _train(arguments: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    source = Path(options.source)
+    if not source.exists():
+        raise NotFoundError(
+            f"No such file or folder: {options.source!r}. A report is made from the output folder of a run, from a "
+            "folder that `ifd-trainer select` wrote, or from a scored file."
+        )
+    check_rows(options.source)
+    folder = options.output or (source if source.is_dir() else source.parent)
+    check_folder(folder)
+
     from .data.files import load_rows
     from .report.page import write_report
 
-    data = options.source if Path(options.source).is_dir() else load_rows(options.source).to_pandas()
-    print(f"Report: {write_report(data, options.output, label=options.label, rows=options.rows)}")
+    data = source if source.is_dir() else load_rows(options.source).to_pandas()
+    print(f"Report: {write_report(data, folder, label=options.label, rows=options.rows)}")
     return 0

@@ -40,3 +40,8 @@ def shown_value(value: object) -> str:
     """A value as a message shows it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def with_kind(error: BaseException) -> str:
+    """An error's class and message on one line, for a log: one of a library often says more by its class."""
+    return f"{type(error).__name__}: {one_line(error)}"

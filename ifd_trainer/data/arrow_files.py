@@ -334,8 +334,7 @@ class _InferredType:
         self.kinds: set[type] = set()
         self.least = self.most = 0  # of integers
         self.items: _InferredType | None = None  # of lists
-        self.fields: dict[str, _InferredType] | None = None  # of mappings
-        self.unlike = False  # mappings without keys, or of different ones
+        self.fields: dict[str, _InferredType] | None = None  # of mappings; empty where these have not all the same keys
 
     def add(self, values: list) -> None:
         """Take note of further values."""
@@ -350,8 +349,9 @@ class _InferredType:
         if dict in kinds:
             rows = [value for value in values if type(value) is dict]
             self.fields = {key: _InferredType() for key in rows[0]} if self.fields is None else self.fields
-            self.unlike |= not self.fields or any(row.keys() != self.fields.keys() for row in rows)
-            for key, place in self.fields.items() if not self.unlike else ():
+            if any(row.keys() != self.fields.keys() for row in rows):
+                self.fields = {}
+            for key, place in self.fields.items():
                 place.add([row[key] for row in rows])
 
     def feature(self, mixed: Callable[[], Any]) -> Any:
@@ -364,7 +364,7 @@ class _InferredType:
             raise UserError("it has integers of more than 64 bits; write them as text")
         if self.kinds == {list}:
             return List(self.items.feature(mixed) if self.items.kinds else _text())  # Arrow casts no lists of null
-        if self.kinds == {dict} and not self.unlike:
+        if self.kinds == {dict} and self.fields:
             return {key: place.feature(mixed) for key, place in self.fields.items()}
         if self.kinds == {int}:
             return Value("int64") if self.most < 2**63 else mixed()

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..data.encoding import Segment, token_budget_batches
 from ..data.model_kinds import HEADLESS, SEES_AHEAD, WANTED, kind_of_class
-from ..errors import UserError, one_line
+from ..errors import UserError, with_kind
 from .chunked_lm_head import ChunkedHead, find_logit_transform
 from .eval_guard import eval_mode
 from .forward import Batch, LaunchedBatch, launch, logits_at, padded, scored_logits, streamed
@@ -150,13 +150,7 @@ def streams(model: nn.Module, device: torch.device | None = None) -> bool:
     tokens), and off a CPU without a kernel for the dtype.
     """
     device = device or model_device(model)
-
-    def find() -> bool:
-        exact = _streams_exactly(model, device)
-        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if exact else "padded")
-        return exact
-
-    return noted(model, "streams", _setting(model, device), find)
+    return noted(model, "streams", _setting(model, device), lambda: _streams_exactly(model, device))
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
@@ -262,8 +256,7 @@ def _try_by_row(model: nn.Module, device: torch.device) -> bool:
     check_causal_lm(model)
     if _invoked(model):  # any tokens could invoke it
         return False
-    size = vocabulary_size(model)
-    ids = np.tile(np.arange(16) % size, (2, 1))  # (2, 16)
+    ids = np.tile(np.arange(16) % vocabulary_size(model), (2, 1))  # (2, 16)
     other = ids.copy()
     other[0, 8:] = 0
     # All of the second row, which no token of the first is to change, shows how the model rounds.
@@ -289,9 +282,7 @@ def _chunked_head(model: nn.Module, device: torch.device, sharded: bool) -> Chun
 
     def find() -> ChunkedHead | None:
         inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
-        head = find_logit_transform(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
-        logger.debug("Logits of %s: %s", type(model).__name__, head)
-        return head
+        return find_logit_transform(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
 
     head = noted(model, "logits", _setting(model, device), find)
     # Modules inside the head (adapters) would gather their weights once a chunk, and processes differ in chunks.
@@ -346,12 +337,8 @@ def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
     except NotExact as error:
         logger.info("%s is padded: %s.", type(model).__name__, error)
     except FORWARD_ERRORS as error:  # the padded engine scores the model, or raises it again
-        logger.warning(
-            "%s is padded, which is slower: as a stream it raised %s: %s",
-            type(model).__name__,
-            type(error).__name__,
-            one_line(error),
-        )
+        slower = "%s is padded, which is slower: as a stream it raised %s"
+        logger.warning(slower, type(model).__name__, with_kind(error))
     return False
 
 

@@ -118,15 +118,12 @@ class Parts:
 
         def write(temporary: Path) -> None:
             with _Digested(FileIO(temporary, "w"), digest) as file:
-                writer, waiting = None, []
-                for part, rows in enumerate(sizes):
-                    waiting.append(self._whole(part, rows, again))
-                    if part + 1 < len(sizes) and sum(table.num_rows for table in waiting) < _CHUNK_ROWS:
-                        continue
-                    table = pa.concat_tables(waiting).combine_chunks()
+                writer, step = None, max(_CHUNK_ROWS // max(sizes), 1)
+                for first in range(0, len(sizes), step):
+                    parts = range(len(sizes))[first : first + step]
+                    table = pa.concat_tables([self._whole(part, sizes[part], again) for part in parts]).combine_chunks()
                     writer = writer or pa.ipc.new_stream(file, table.schema)
                     writer.write_table(table)
-                    waiting = []
                 writer.close()
 
         self.check_there()

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..errors import one_line
+from ..errors import with_kind
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def _tried(name: str, release: str, otherwise: str) -> Callable[[Callable[[], bo
                     return True
                 outcome = "it does something else"
             except _CHANGED as error:
-                outcome = f"{type(error).__name__}: {one_line(error)}"
+                outcome = with_kind(error)
             what = "%s does not work as expected in %s (%s). Scores stay the same, but %s"
             logger.warning(what, name, release, outcome, otherwise)
             return False
