@@ -81,9 +81,8 @@ def _told(error: Exception, arguments: Sequence[str]) -> str | None:
     code = error.errno if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left on device" in str(error):
         more = "add --resume_from_checkpoint true to go on" if arguments[:1] == ["train"] else "then go on"
-        return (
-            f"{file} cannot be written: no space is left. Make room; the same command will {more} ({one_line(error)})."
-        )
+        room = f"Make room; the same command will {more} ({one_line(error)})."
+        return f"{file} cannot be written: no space is left. {room}"
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{file} cannot be read or written: {error.strerror}. Change its permissions, or name another place."
     return None
@@ -91,9 +90,8 @@ def _told(error: Exception, arguments: Sequence[str]) -> str | None:
 
 def _out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")  # what was not imported has raised nothing
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return "DefaultCPUAllocator: can't allocate memory" in str(error)
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _positive(text: str) -> int:

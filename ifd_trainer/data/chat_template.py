@@ -153,13 +153,6 @@ def content_of(content: Any, number: int = 0) -> str:
     return "".join(texts)
 
 
-def asks(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether messages before an answer say anything: an assistant's own turns alone are no prompt."""
-    return any(
-        message["role"] != "assistant" and str(message.get("content") or "").strip() != "" for message in messages
-    )
-
-
 def reads_as_text(value: Any) -> bool:
     """Whether a prompt or completion is text (or nothing) and no list of messages."""
     value = _plain(value)

@@ -62,11 +62,9 @@ def find_ids(
             )
         passed.append(f"{name!r}: {problem}")
     if passed:
-        logger.warning(
-            "Rows are known by %s, not by a column that cannot tell them apart (%s).",
-            f"the column {found!r}" if found else "their positions",
-            "; ".join(passed),
-        )
+        known_by = f"the column {found!r}" if found else "their positions"
+        what = "Rows are known by %s, not by a column that cannot tell them apart (%s)."
+        logger.warning(what, known_by, "; ".join(passed))
     return found, ids
 
 
@@ -86,10 +84,9 @@ def as_array(ids: Ids) -> np.ndarray:
 
 def _plain(values: pa.ChunkedArray) -> Ids | str:
     """Numbers as an array and texts as Arrow texts; of other columns, what is wrong with them."""
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
     kind = values.type
-    if pa.types.is_dictionary(kind):
-        values = values.cast(kind.value_type)
-        kind = values.type
     if values.null_count:
         row = pc.index(pc.is_null(values), True)
         return f"{values.null_count} of {len(values)} values are null, the first in row {row}"

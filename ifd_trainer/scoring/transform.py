@@ -314,8 +314,7 @@ class IFDScorer:
         if os.getpid() != _PID and torch.device(device).type == "cpu":
             # A forked worker waits forever for OpenMP threads that its parent had and a fork does not copy.
             torch.set_num_threads(1)
-        dtype = self.dtype or default_dtype(self._config, device)
-        options = {"dtype": dtype, "output_loading_info": True, **self.hub}
+        options = self.hub | {"dtype": self.dtype or default_dtype(self._config, device), "output_loading_info": True}
         try:
             with _reading(f"The weights in {self.name} cannot be loaded"):
                 model, loading = AutoModelForCausalLM.from_pretrained(self.name, **options)
