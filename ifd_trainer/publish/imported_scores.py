@@ -202,8 +202,7 @@ def _data_juicer(record: Mapping[str, Any]) -> _Row:
 
 def _own(records: Sequence[Mapping[str, Any]], path: Path) -> pd.DataFrame:
     frame = pd.DataFrame(records, columns=list(IFD_COLUMNS))
-    for name in SCORES:
-        frame[name] = pd.to_numeric(frame[name])
+    frame[[*SCORES]] = frame[[*SCORES]].apply(pd.to_numeric)
     frame["answer_tokens"] = pd.to_numeric(frame["answer_tokens"]).astype("Int64")
     if frame["ifd_status"].isna().any():
         raise UserError(f"{path} has rows without ifd_status; score it with `ifd-trainer score`.")

@@ -147,7 +147,7 @@ class _StableText:
         }
         # Those of libraries place weights and gradients.
         hooks = [hook for name in _HOOKS for hook in vars(module)[name].values() if _own(_made_in(hook))]
-        return f"{self.of_class(type(module))}{self.of(settings)}{self.of(hooks)}"
+        return f"{self._of_code(type(module))}{self.of(settings)}{self.of(hooks)}"
 
     def of(self, value: Any) -> str:
         """A value that settings hold; of an object that is none of the known kinds, its class."""
@@ -167,28 +167,27 @@ class _StableText:
             return f"partial({self.of(value.func)},{self.of(value.args)},{self.of(value.keywords)})"
         if isinstance(value, types.MethodType):
             return f"method({self.of(value.__func__)},{self.of(value.__self__)})"
-        if isinstance(value, types.FunctionType):
-            return self._of_function(value)
-        if isinstance(value, types.BuiltinFunctionType):
-            return f"{value.__module__}.{value.__qualname__}"
-        if isinstance(value, type):
-            return self.of_class(value)
+        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+            return self._of_code(value)
         if isinstance(value, PretrainedConfig):
             settings = _without(value.to_dict(), _NOT_IN_DIGEST)
             return self.of(settings | {"attention": getattr(value, "_attn_implementation", None)})
         if hasattr(value, "peft_type") and hasattr(value, "to_dict"):
             return self.of(_without(value.to_dict(), _NOT_OF_ADAPTERS))
-        kind = self.of_class(type(value))
+        kind = self._of_code(type(value))
         if isinstance(value, nn.Module) or not _own(type(value).__module__) or self._known(value):
             return kind
         return f"{kind}{self.of(getattr(value, '__dict__', None))}"
 
-    def of_class(self, kind: type) -> str:
-        """Its name, and its code if that is of no installed package."""
-        if not _own(kind.__module__):
-            return f"{kind.__module__}.{kind.__qualname__}"
-        if self._known(kind):
-            return kind.__qualname__
+    def _of_code(self, thing: type | types.FunctionType | types.BuiltinFunctionType) -> str:
+        """The name of a class or function, and its code if that is of no installed package."""
+        if isinstance(thing, types.BuiltinFunctionType) or not _own(thing.__module__):
+            return f"{thing.__module__}.{thing.__qualname__}"
+        if self._known(thing):
+            return thing.__qualname__
+        return self._of_class(thing) if isinstance(thing, type) else self._of_function(thing)
+
+    def _of_class(self, kind: type) -> str:
         parts = []
         for base in kind.__mro__:
             if not _own(base.__module__):
@@ -204,11 +203,7 @@ class _StableText:
         return "class " + ";".join(parts)
 
     def _of_function(self, function: types.FunctionType) -> str:
-        """The code of a function of no installed package, and of those that it calls by a name of its module."""
-        if not _own(function.__module__):
-            return f"{function.__module__}.{function.__qualname__}"
-        if self._known(function):
-            return function.__qualname__
+        """The code of a function, and of those that it calls by a name of its module."""
         cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
         held = [cells, function.__defaults__, function.__kwdefaults__]
         named = [
