@@ -1,5 +1,6 @@
 """Self-guided data selection for instruction tuning: a `datasets.map` transform and a Trainer callback."""
 
+# ruff: noqa: F401  (`__all__` is made of a table, where it does not see the names)
 from __future__ import annotations
 
 import importlib
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .data.formats import ALPACA, WIZARDLM, TemplateFormat
     from .method.brief_experience import Brief
     from .method.calibrated_limit import CalibratedLimit
@@ -21,58 +22,26 @@ if TYPE_CHECKING:
     from .training.callback import IFDSelectionCallback
     from .training.options import Scoring
 
+# Where each public name is.
 _HOME = {
-    "ALPACA": "data.formats",
-    "Anneal": "method.schedule",
-    "BalancedRandom": "method.controls",
-    "Brief": "method.brief_experience",
-    "CalibratedLimit": "method.calibrated_limit",
-    "Cherry": "method.selection",
-    "Constant": "method.schedule",
-    "Curriculum": "method.schedule",
-    "Diverse": "method.facility_location",
-    "IFDScorer": "scoring.transform",
-    "IFDSelectionCallback": "training.callback",
-    "IFD_COLUMNS": "method.columns",
-    "LongestAnswers": "method.controls",
-    "LowestScores": "method.controls",
-    "MiddleBand": "method.controls",
-    "PerEpoch": "method.schedule",
-    "Policy": "method.selection",
-    "RandomRows": "method.controls",
-    "Scoring": "training.options",
-    "Selection": "method.selection",
-    "TemplateFormat": "data.formats",
-    "Timing": "method.schedule",
-    "WIZARDLM": "data.formats",
-    "write_report": "report.page",
+    name: module
+    for module, names in {
+        "data.formats": ("ALPACA", "WIZARDLM", "TemplateFormat"),
+        "method.brief_experience": ("Brief",),
+        "method.calibrated_limit": ("CalibratedLimit",),
+        "method.columns": ("IFD_COLUMNS",),
+        "method.controls": ("BalancedRandom", "LongestAnswers", "LowestScores", "MiddleBand", "RandomRows"),
+        "method.facility_location": ("Diverse",),
+        "method.schedule": ("Anneal", "Constant", "Curriculum", "PerEpoch", "Timing"),
+        "method.selection": ("Cherry", "Policy", "Selection"),
+        "report.page": ("write_report",),
+        "scoring.transform": ("IFDScorer",),
+        "training.callback": ("IFDSelectionCallback",),
+        "training.options": ("Scoring",),
+    }.items()
+    for name in names
 }
-__all__ = [
-    "ALPACA",
-    "IFD_COLUMNS",
-    "WIZARDLM",
-    "Anneal",
-    "BalancedRandom",
-    "Brief",
-    "CalibratedLimit",
-    "Cherry",
-    "Constant",
-    "Curriculum",
-    "Diverse",
-    "IFDScorer",
-    "IFDSelectionCallback",
-    "LongestAnswers",
-    "LowestScores",
-    "MiddleBand",
-    "PerEpoch",
-    "Policy",
-    "RandomRows",
-    "Scoring",
-    "Selection",
-    "TemplateFormat",
-    "Timing",
-    "write_report",
-]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> object:

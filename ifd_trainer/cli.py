@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from .scoring.transform import IFDScorer
 
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
+# Options of `score` that are the transform's by the same names.
+_OF_SCORER = (
+    *("format", "definition", "max_length", "min_answer_tokens", "score_truncated", "dtype", "token_budget"),
+    *("revision", "trust_remote_code"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,25 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(arguments[1:])
         options = _parser().parse_args(arguments)
         _check_words(options)
-        options.check(options)
         return options.run(options)
     except KeyboardInterrupt:
-        print("ifd-trainer: interrupted; what is saved stays: run the same command again to go on", file=sys.stderr)
+        _say("interrupted; what is saved stays: run the same command again to go on")
         return 130
     except Exception as error:
         told = _told(error, arguments)
         if told is None:
-            print(
-                "ifd-trainer: this error is not yours but a fault of this program, or of one that it uses, and worth a "
-                "report with the lines below:",
-                file=sys.stderr,
+            _say(
+                "this error is not yours but a fault of this program, or of one that it uses, and worth a report with "
+                "the lines below:"
             )
         if told is None or debug:
             traceback.print_exc()
-        if told is None:
-            return 1
-        print(f"ifd-trainer: error: {told}", file=sys.stderr)
-        return 2
+        if told is not None:
+            _say(f"error: {told}")
+        return 1 if told is None else 2
+
+
+def _say(text: str) -> None:
+    print(f"ifd-trainer: {text}", file=sys.stderr)
 
 
 def _told(error: Exception, arguments: Sequence[str]) -> str | None:
@@ -75,9 +81,8 @@ def _told(error: Exception, arguments: Sequence[str]) -> str | None:
     code = error.errno if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left on device" in str(error):
         more = "add --resume_from_checkpoint true to go on" if arguments[:1] == ["train"] else "then go on"
-        return (
-            f"{file} cannot be written: no space is left. Make room; the same command will {more} ({one_line(error)})."
-        )
+        room = f"Make room; the same command will {more} ({one_line(error)})."
+        return f"{file} cannot be written: no space is left. {room}"
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{file} cannot be read or written: {error.strerror}. Change its permissions, or name another place."
     return None
@@ -85,9 +90,8 @@ def _told(error: Exception, arguments: Sequence[str]) -> str | None:
 
 def _out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")  # what was not imported has raised nothing
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return "DefaultCPUAllocator: can't allocate memory" in str(error)
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _positive(text: str) -> int:
@@ -143,45 +147,41 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "torchrun --nproc-per-node 8 -m ifd_trainer score alpaca.json --model ... --output scored.parquet; accelerate "
         "launch --multi_gpu --num_processes 8 -m ifd_trainer score ... (with --cpu it starts one process only)",
     )
-    parser.add_argument("data", help="rows: a .json, .jsonl, .csv or .parquet file, or a hub name")
-    parser.add_argument("--model", required=True, help="model that scores: a hub name or a local path")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub name (default: its main branch)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
-    parser.add_argument("--format", help=f"prompt format: {', '.join(FORMATS)}; told from the columns by default")
-    parser.add_argument(
-        "--definition",
-        default="paper",
-        choices=DEFINITIONS,
-        help="; ".join(f"{name}: {each.meaning}" for name, each in DEFINITIONS.items()) + " (default: paper)",
-    )
+    add = parser.add_argument
+    add("data", help="rows: a .json, .jsonl, .csv or .parquet file, or a hub name")
+    add("--model", required=True, help="model that scores: a hub name or a local path")
+    add("--revision", help="branch, tag or commit of a hub name (default: its main branch)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
+    add("--format", help=f"prompt format: {', '.join(FORMATS)}; told from the columns by default")
+    meanings = "; ".join(f"{name}: {each.meaning}" for name, each in DEFINITIONS.items())
+    add("--definition", default="paper", choices=DEFINITIONS, help=f"{meanings} (default: paper)")
     limits = " and ".join(f"{name} {most}" for name, most in DEFAULT_MAX_LENGTH.items())
-    parser.add_argument(
+    add(
         "--max-length",
         type=_positive,
         help=f"most tokens of prompt and answer (default: the model's window; {limits}, where the window is not "
         "smaller)",
     )
-    parser.add_argument(
-        "--min-answer-tokens", type=_positive, default=1, help="shorter answers are not scored (default 1)"
-    )
-    parser.add_argument(
+    add("--min-answer-tokens", type=_positive, default=1, help="shorter answers are not scored (default 1)")
+
+    add(
         "--score-truncated",
         action="store_true",
         help="score the part of a too long answer that fits, as the paper does",
     )
-    parser.add_argument("--split", default="train", help="split of a hub data set (default train)")
-    parser.add_argument("--limit", type=_positive, help="score the first N rows only")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the model's)")
-    parser.add_argument(
+    add("--split", default="train", help="split of a hub data set (default train)")
+    add("--limit", type=_positive, help="score the first N rows only")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the model's)")
+    add(
         "--token-budget",
         type=_positive,
         help="tokens of a batch (default: on a CPU 2048, fewer for a model with wide layers; elsewhere what a "
         "quarter of the device's memory holds, or 3 GiB, as measured on a few batches)",
     )
-    parser.add_argument("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
-    parser.set_defaults(run=_score, check=_check_score)
+    add("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
+    parser.set_defaults(run=_score)
 
 
 def _add_select(commands: argparse._SubParsersAction) -> None:
@@ -194,54 +194,38 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         epilog="Examples: ifd-trainer select scored.parquet --keep 0.05 --output cherry.jsonl; "
         "ifd-trainer select alpaca.json --scores alpaca_cherry.pt --keep 0.05 --output cherry/",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "data",
         help="scored rows, as `ifd-trainer score` wrote them, or rows for --scores: a .json, .jsonl, .csv or .parquet "
         "file, a folder, or a hub name",
     )
-    parser.add_argument(
+    add(
         "--output",
         required=True,
         help="file to write (.json, .jsonl, .csv or .parquet; its card beside it as .md), or a folder for "
         "train.parquet, README.md and histogram.png",
     )
-    parser.add_argument(
+    add(
         "--scores",
         help="file of scores for the rows, matched by position: of Cherry_LLM (.pt), Superfiltering or data-juicer; by "
         "default those in DATA",
     )
-    parser.add_argument(
-        "--scores-format",
-        choices=SCORE_KINDS,
-        help="what wrote the scores; told from their content by default",
-    )
-    parser.add_argument("--scored-by", metavar="MODEL", help="model that gave the scores, for the card")
-    parser.add_argument("--split", default="train", help="split of a folder or a hub data set (default train)")
-    parser.add_argument(
-        "--keep", default="0.1", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)"
-    )
-    parser.add_argument(
-        "--max-ifd", type=_number, default=1.0, help="drop scores of X or more (default 1; inf: no limit)"
-    )
-    parser.add_argument(
-        "--score",
-        choices=RANKED_BY,
-        help="column to rank by (default: ifd_ppl for scores of Superfiltering's definition, else ifd)",
-    )
-    parser.add_argument(
-        "--id-column", help="column that breaks ties (default: row_id or id if its values are unique, else position)"
-    )
-    parser.add_argument(
-        "--drop-refusals", action="store_true", help="drop rows whose answer looks like a refusal (English phrases)"
-    )
-    parser.add_argument("--all", action="store_true", help="write all rows, the dropped ones with their reason")
-    parser.add_argument("--strict", action="store_true", help="fail when fewer rows are eligible than asked for")
-    parser.add_argument(
-        "--card", action=argparse.BooleanOptionalAction, default=True, help="write a data card (default)"
-    )
-    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="push rows and card to this data set")
-    parser.add_argument("--private", action="store_true", help="make the pushed data set private if it is new")
-    parser.set_defaults(run=_select, check=_check_select)
+    add("--scores-format", choices=SCORE_KINDS, help="what wrote the scores; told from their content by default")
+    add("--scored-by", metavar="MODEL", help="model that gave the scores, for the card")
+    add("--split", default="train", help="split of a folder or a hub data set (default train)")
+    add("--keep", default="0.1", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)")
+    add("--max-ifd", type=_number, default=1.0, help="drop scores of X or more (default 1; inf: no limit)")
+    ranked_by = "column to rank by (default: ifd_ppl for scores of Superfiltering's definition, else ifd)"
+    add("--score", choices=RANKED_BY, help=ranked_by)
+    add("--id-column", help="column that breaks ties (default: row_id or id if its values are unique, else position)")
+    add("--drop-refusals", action="store_true", help="drop rows whose answer looks like a refusal (English phrases)")
+    add("--all", action="store_true", help="write all rows, the dropped ones with their reason")
+    add("--strict", action="store_true", help="fail when fewer rows are eligible than asked for")
+    add("--card", action=argparse.BooleanOptionalAction, default=True, help="write a data card (default)")
+    add("--push-to-hub", metavar="USER/NAME", help="push rows and card to this data set")
+    add("--private", action="store_true", help="make the pushed data set private if it is new")
+    parser.set_defaults(run=_select)
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
@@ -252,18 +236,19 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         "the folder that `ifd-trainer select` wrote.",
         epilog="Example: ifd-trainer report scored.parquet --output report/",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "source",
         help="output folder of a run, folder of selected rows (with train.parquet), or a scored .json, .jsonl, .csv or "
         ".parquet file",
     )
-    parser.add_argument("--output", help="folder to write to (default: beside the source)")
-    parser.add_argument("--label", help="column of labels to show")
-    parser.add_argument("--rows", type=_positive, default=10, help="rows in each table (default 10)")
-    parser.set_defaults(run=_report, check=_check_report)
+    add("--output", help="folder to write to (default: beside the source)")
+    add("--label", help="column of labels to show")
+    add("--rows", type=_positive, default=10, help="rows in each table (default 10)")
+    parser.set_defaults(run=_report)
 
 
-# What each command is given by path, before anything slow is imported.
+# Each command looks at the paths that it is given before it imports anything slow.
 
 
 def _check_words(options: argparse.Namespace) -> None:
@@ -277,50 +262,20 @@ def _check_words(options: argparse.Namespace) -> None:
         raise UserError(f"--revision {options.revision}: the folder {options.model} has no revisions. Leave it out.")
 
 
-def _check_score(options: argparse.Namespace) -> None:
+def _score(options: argparse.Namespace) -> int:
     check_writable(options.output)
     check_model(options.model)
     check_rows(options.data)
 
-
-def _check_select(options: argparse.Namespace) -> None:
-    check_rows(options.data)
-    if options.scores is not None:
-        if not Path(options.scores).is_file():
-            raise NotFoundError(f"No such file of scores: {options.scores}.")
-        check_readable(Path(options.scores))
-
-
-def _check_report(options: argparse.Namespace) -> None:
-    source = Path(options.source)
-    if not source.exists():
-        raise NotFoundError(
-            f"No such file or folder: {options.source!r}. A report is made from the output folder of a run, from a "
-            "folder that `ifd-trainer select` wrote, or from a scored file."
-        )
-    check_rows(options.source if source.is_file() else str(source))
-    check_folder(options.output or (source if source.is_dir() else source.parent))
-
-
-def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
-    from .data.files import (
-        check_apart,
-        check_features,
-        check_writable,
-        load_rows,
-        source_digest,
-        with_columns,
-        write_rows,
-    )
+    from .data.files import check_apart, check_features, load_rows, source_digest, with_columns, write_rows
     from .publish.provenance import provenance_of, write_provenance
     from .scoring.job_parts import Parts, kept
     from .scoring.processes import Process
     from .scoring.scoring_job import join_parts, score_parts
     from .scoring.transform import SCORES_VERSION
 
-    check_writable(options.output)
     check_apart(options.output, options.data, options.split)
     process = Process.from_environment()
     if (status := process.finished()) is not None:
@@ -364,10 +319,9 @@ def _score(options: argparse.Namespace) -> int:
     shown = ", ".join(f"{count} {status}" for status, count in counts.items())
     print(f"{len(rows)} rows: {shown}. Written to {options.output}.")
     if status:
-        print(
-            f"ifd-trainer: warning: none of the {len(rows)} rows has a score ({shown}): nothing can be selected from "
-            f"{options.output}. Check the format and the options; `ifd_status` says why for each row.",
-            file=sys.stderr,
+        _say(
+            f"warning: none of the {len(rows)} rows has a score ({shown}): nothing can be selected from "
+            f"{options.output}. Check the format and the options; `ifd_status` says why for each row."
         )
     return status
 
@@ -381,25 +335,19 @@ def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
     device = options.device
     if device is None or (device == "cuda" and torch.cuda.is_available()):
         device = default_device(local_rank)  # each process on a machine has a device of its own
-    return IFDScorer(
-        options.model,
-        format=options.format,
-        definition=options.definition,
-        max_length=options.max_length,
-        min_answer_tokens=options.min_answer_tokens,
-        score_truncated=options.score_truncated,
-        device=device,
-        dtype=options.dtype,
-        token_budget=options.token_budget,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-    )
+    return IFDScorer(options.model, device=device, **{name: getattr(options, name) for name in _OF_SCORER})
 
 
 def _select(options: argparse.Namespace) -> int:
+    check_rows(options.data)
+    if options.scores is not None:
+        if not Path(options.scores).is_file():
+            raise NotFoundError(f"No such file of scores: {options.scores}.")
+        check_readable(Path(options.scores))
+
     import numpy as np
 
-    from .data.files import check_features, check_writable, output_file, write_tables
+    from .data.files import check_features, output_file, write_tables
     from .data.refused_answers import refused_rows
     from .data.table_reader import TableReader, selected_tables
     from .method.schedule import parse_keep
@@ -446,10 +394,9 @@ def _select(options: argparse.Namespace) -> int:
         strict=options.strict,
     )
     if chosen.warning:
-        print(f"ifd-trainer: warning: {chosen.warning}", file=sys.stderr)
+        _say(f"warning: {chosen.warning}")
     added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
-    written = np.ones(len(added), dtype=bool) if options.all else chosen.is_kept
-    tables, features = selected_tables(rows, added, written)
+    tables, features = selected_tables(rows, added, chosen.is_kept | options.all)
     write_tables(tables, features, data)
     scores, columns = scores[[name, "answer_tokens", "ifd_status"]], list(features)
     del added, ids, tables  # of ten million rows, as much again as the card needs
@@ -536,11 +483,19 @@ def _train(arguments: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    source = Path(options.source)
+    if not source.exists():
+        raise NotFoundError(
+            f"No such file or folder: {options.source!r}. A report is made from the output folder of a run, from a "
+            "folder that `ifd-trainer select` wrote, or from a scored file."
+        )
+    check_rows(options.source)
+    folder = options.output or (source if source.is_dir() else source.parent)
+    check_folder(folder)
+
     from .data.files import load_rows
     from .report.page import write_report
 
-    source = Path(options.source)
     data = source if source.is_dir() else load_rows(options.source).to_pandas()
-    folder = options.output or (source if source.is_dir() else source.parent)
     print(f"Report: {write_report(data, folder, label=options.label, rows=options.rows)}")
     return 0

@@ -34,3 +34,14 @@ class RunError(UserError, RuntimeError):
 def one_line(error: BaseException | str) -> str:
     """The message of an error, in which Arrow, YAML and transformers write several lines."""
     return " ".join(str(error).split())
+
+
+def shown_value(value: object) -> str:
+    """A value as a message shows it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def with_kind(error: BaseException) -> str:
+    """An error's class and message on one line, for a log: one of a library often says more by its class."""
+    return f"{type(error).__name__}: {one_line(error)}"

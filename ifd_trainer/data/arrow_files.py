@@ -105,10 +105,16 @@ def read_parquet(path: Path, rows: int = _PARQUET_ROWS) -> Dataset:
 def file_digest(path: Path) -> str:
     """A digest of a file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
+    for block in blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, 16 MiB at a time."""
     with path.open("rb") as file:
         while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
+            yield block
 
 
 def _cached(path: Path, kind: str, read: Callable[[], tuple[pa.Schema, Iterable[pa.Table]]]) -> Dataset:
@@ -150,11 +156,9 @@ def _opened(path: Path) -> Iterator[pa.NativeFile]:
     try:
         with pa.input_stream(path, compression=compression) as file:
             yield file
-    except pa.ArrowInvalid:  # about what the bytes say
+    except UserError:
         raise
     except OSError as error:
-        if isinstance(error, UserError):
-            raise
         if compression is None or error.errno is not None:
             raise FileAccessError(f"Cannot read {path}: {one_line(error)}.") from error
         raise FileAccessError(
@@ -213,9 +217,9 @@ def parquet_tables(
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True) as file:
             for batch in file.iter_batches(rows, columns=schema.names):
                 yield table_cast(pa.Table.from_batches([batch]).select(schema.names), schema)
+    except UserError:
+        raise
     except (OSError, pa.ArrowInvalid) as error:
-        if isinstance(error, UserError):
-            raise
         raise FileAccessError(f"{path} is damaged: {one_line(error)}. Write or download it again.") from error
 
 
@@ -289,12 +293,11 @@ def _json_tables(path: Path, size: int) -> tuple[pa.Schema, Iterator[pa.Table]]:
 
     def tables() -> Iterator[pa.Table]:
         for rows in _row_blocks(path, size):
-            columns = ([row.get(name) for row in rows] for name in features)
-            arrays = [
-                pa.array(_map_json(values, feature, _dumps), field.type)
-                for values, feature, field in zip(columns, features.values(), texts, strict=True)
-            ]
-            yield pa.Table.from_arrays(arrays, schema=texts).cast(features.arrow_schema)
+            columns = {
+                name: pa.array(_map_json([row.get(name) for row in rows], of, _dumps), texts.field(name).type)
+                for name, of in features.items()
+            }
+            yield pa.table(columns, texts).cast(features.arrow_schema)
 
     return features.arrow_schema, tables()
 
@@ -331,8 +334,7 @@ class _InferredType:
         self.kinds: set[type] = set()
         self.least = self.most = 0  # of integers
         self.items: _InferredType | None = None  # of lists
-        self.fields: dict[str, _InferredType] | None = None  # of mappings
-        self.unlike = False  # mappings without keys, or of different ones
+        self.fields: dict[str, _InferredType] | None = None  # of mappings; empty where these have not all the same keys
 
     def add(self, values: list) -> None:
         """Take note of further values."""
@@ -347,8 +349,9 @@ class _InferredType:
         if dict in kinds:
             rows = [value for value in values if type(value) is dict]
             self.fields = {key: _InferredType() for key in rows[0]} if self.fields is None else self.fields
-            self.unlike |= not self.fields or any(row.keys() != self.fields.keys() for row in rows)
-            for key, place in self.fields.items() if not self.unlike else ():
+            if any(row.keys() != self.fields.keys() for row in rows):
+                self.fields = {}
+            for key, place in self.fields.items():
                 place.add([row[key] for row in rows])
 
     def feature(self, mixed: Callable[[], Any]) -> Any:
@@ -361,7 +364,7 @@ class _InferredType:
             raise UserError("it has integers of more than 64 bits; write them as text")
         if self.kinds == {list}:
             return List(self.items.feature(mixed) if self.items.kinds else _text())  # Arrow casts no lists of null
-        if self.kinds == {dict} and not self.unlike:
+        if self.kinds == {dict} and self.fields:
             return {key: place.feature(mixed) for key, place in self.fields.items()}
         if self.kinds == {int}:
             return Value("int64") if self.most < 2**63 else mixed()
@@ -403,15 +406,12 @@ def _map_json(values: list, feature: Any, function: Callable[[Any], Any]) -> lis
         return [None if value is None else function(value) for value in values]
     if isinstance(feature, List):
         return [None if value is None else _map_json(value, feature.feature, function) for value in values]
-    names = list(feature)
-    places = [
-        _map_json([None if value is None else value[name] for value in values], feature[name], function)
-        for name in names
-    ]
-    rows = zip(*places, strict=True)
-    return [
-        None if value is None else dict(zip(names, row, strict=True)) for value, row in zip(values, rows, strict=True)
-    ]
+    places = (
+        _map_json([None if value is None else value[name] for value in values], place, function)
+        for name, place in feature.items()
+    )
+    rows = (dict(zip(feature, row, strict=True)) for row in zip(*places, strict=True))
+    return [None if value is None else row for value, row in zip(values, rows, strict=True)]
 
 
 # ---- JSON text --------------------------------------------------------------------------------------------------

@@ -53,7 +53,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any], folder: Path | No
         try:
             write(temporary)
             if old is not None:
-                _copy_mode(old, temporary)
+                with suppress(OSError, AttributeError):  # only root may give files away, and not on every system
+                    os.chown(temporary, old.st_uid, old.st_gid)
+                temporary.chmod(stat.S_IMODE(old.st_mode))
             _sync(temporary)
             temporary.replace(path)
             with suppress(OSError):  # a system that cannot open folders keeps their entries in its own way
@@ -87,12 +89,11 @@ def clear_stale(folder: Path) -> None:
     """Delete what killed processes have left: temporary files of processes that are gone, or older than a day."""
     with suppress(OSError):  # files come and go, and some are not ours to delete
         for path in folder.iterdir():
-            name = _TEMPORARY.fullmatch(path.name)
-            if name is None:
-                continue
             with suppress(OSError):
-                old = time.time() - path.stat().st_mtime > STALE
-                if old or (name["place"] == _place() and not _alive(int(name["process"]))):
+                if (name := _TEMPORARY.fullmatch(path.name)) and (
+                    time.time() - path.stat().st_mtime > STALE
+                    or (name["place"] == _place() and not _alive(int(name["process"])))
+                ):
                     path.unlink()
 
 
@@ -100,9 +101,7 @@ _clear_once = cache(clear_stale)  # a folder of many files is not read for each 
 
 
 def _about(path: Path, name: str | bytes | None) -> bool:
-    if name is None:
-        return True
-    named = Path(os.fsdecode(name))
+    named = path if name is None else Path(os.fsdecode(name))
     return named in (path, *path.parents) or is_temporary(named)
 
 
@@ -119,13 +118,6 @@ def _replaced(path: Path) -> os.stat_result | None:
     return old
 
 
-def _copy_mode(old: os.stat_result, path: Path) -> None:
-    if hasattr(os, "chown"):
-        with suppress(OSError):  # only root may give files away
-            os.chown(path, old.st_uid, old.st_gid)
-    path.chmod(stat.S_IMODE(old.st_mode))
-
-
 def _sync(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     try:
@@ -137,13 +129,10 @@ def _sync(path: Path) -> None:
 @cache
 def _place() -> str:
     """What tells machines and containers apart: in another one, the number of a process says nothing."""
+    place = platform.node()
     with suppress(OSError):
-        return _digest(f"{platform.node()} {os.readlink('/proc/self/ns/pid')}")
-    return _digest(platform.node())
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+        place += f" {os.readlink('/proc/self/ns/pid')}"
+    return hashlib.blake2b(place.encode(), digest_size=4).hexdigest()
 
 
 def _alive(process: int) -> bool:
@@ -154,5 +143,5 @@ def _alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True
+        pass
     return True

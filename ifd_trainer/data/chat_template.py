@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, shown_value
 
 _MARK = "IFDx7answer"  # stands for a text of a row: nothing that a template trims, escapes, splits or looks for
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates know for what was thought
@@ -75,10 +75,8 @@ def common_prefix_length(a: Sequence[int] | str, b: Sequence[int] | str) -> int:
     >>> common_prefix_length([1, 2, 3], [1, 2, 4, 5])
     2
     """
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differing, min(len(a), len(b)))
 
 
 # ---- messages -----------------------------------------------------------------------------------------------------
@@ -103,16 +101,14 @@ def _chat_message(turn: Any, number: int) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise MalformedRow(f"expected a message with role and content, got {type(turn).__name__}")
     given = {key: value for key, value in turn.items() if value is not None}
-    role = given.get("role", given.get("from"))
+    role, keys = given.get("role", given.get("from")), sorted(map(str, turn))
     if role is None:
-        raise MalformedRow(
-            f"a message needs 'role' and 'content' (or 'from' and 'value'), got keys {sorted(map(str, turn))}"
-        )
+        raise MalformedRow(f"a message needs 'role' and 'content' (or 'from' and 'value'), got keys {keys}")
     known = role_of(role)
     if known is None:
         raise MalformedRow(
-            f"message {number} has the unknown role {_shown(role)}; known are {', '.join(_ROLES)}, and names such as "
-            "human and gpt"
+            f"message {number} has the unknown role {shown_value(role)}; known are {', '.join(_ROLES)}, and names such "
+            "as human and gpt"
         )
     content = given.get("content", given.get("value"))
     if "role" not in given:
@@ -144,25 +140,17 @@ def content_of(content: Any, number: int = 0) -> str:
     Raises:
         MalformedRow: for a part that is no text, such as an image.
     """
-    if not isinstance(content, Sequence) or isinstance(content, (str, bytes)):
+    if reads_as_text(content):
         return text_of(content)
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get("text") if kind in ("text", None) and isinstance(part, Mapping) else None
         if not isinstance(text, str):
-            raise MalformedRow(
-                f"message {number} has a part of type {_shown(kind or type(part).__name__)}; only text can be scored"
-            )
+            kind = shown_value(kind or type(part).__name__)
+            raise MalformedRow(f"message {number} has a part of type {kind}; only text can be scored")
         texts.append(text_of(text))
     return "".join(texts)
-
-
-def asks(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether messages before an answer say anything: an assistant's own turns alone are no prompt."""
-    return any(
-        message["role"] != "assistant" and str(message.get("content") or "").strip() != "" for message in messages
-    )
 
 
 def reads_as_text(value: Any) -> bool:
@@ -177,14 +165,7 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # ---- what else a row says -----------------------------------------------------------------------------------------
@@ -202,12 +183,11 @@ def template_options(row: Mapping[str, Any], tokenizer: Any = None) -> dict[str,
     """
     tools = _from_json(row.get("tools"), "tools") or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise MalformedRow(f"'tools' has to be a list of objects, or that as JSON; got {_shown(tools)}")
+        raise MalformedRow(f"'tools' has to be a list of objects, or that as JSON; got {shown_value(tools)}")
     given = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
-    if given is None:
-        given = {}
+    given = {} if given is None else given
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise MalformedRow(f"'chat_template_kwargs' has to be an object with names, got {_shown(given)}")
+        raise MalformedRow(f"'chat_template_kwargs' has to be an object with names, got {shown_value(given)}")
     variables = {name: value for name, value in given.items() if value is not None}
     taken = sorted(set(variables) & (_NOT_VARIABLES | _parameters(type(tokenizer))))
     if taken:
@@ -227,14 +207,10 @@ def _parameters(kind: type) -> frozenset[str]:
 
 def _from_json(value: Any, name: str) -> Any:
     value = _plain(value)
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
+    if value != value or (isinstance(value, str) and not value.strip()):  # NaN is none too
         return None
     try:
-        return json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise MalformedRow(f"'{name}' is not JSON: {error}") from error
 
@@ -330,27 +306,22 @@ def template_frames(tokenizer: Any, template: str | None = None) -> list[Frame]:
 def _split(render: Render, prompt: list[dict], answer: list[dict], eos: str) -> tuple[str, str, Frame]:
     opened = render(prompt, add_generation_prompt=True) if prompt else ""
     closed = render(prompt) if prompt else ""
-    if not answer:
-        return opened, "", Frame(_behind(closed, opened, eos), "")
-    whole = render(prompt + answer)
+    whole = render(prompt + answer) if answer else opened
     if not any(_says(message) for message in answer):
         return whole, "", Frame(_behind(closed, opened, eos), "")
     # Some templates render a finished turn unlike an open one; the answer begins no earlier than where the two part,
     # and the row's own text may begin as the open turn goes on: probes tell.
-    befores = [
-        around[0] for around in (_around_mark(render, [*prompt, probe]) for probe in _probes(answer[0])) if around
-    ]
-    lengths = [len(before) for before in befores if whole.startswith(before)]
+    arounds = [_around_mark(render, [*prompt, probe]) for probe in _probes(answer[0])]
+    lengths = [len(around[0]) for around in arounds if around and whole.startswith(around[0])]
     begin = max(lengths, default=common_prefix_length(opened, whole))
     begin = max(begin, len(opened)) if whole.startswith(opened) else begin
-    after = ""
     around = _around_mark(render, [*prompt, *answer[:-1], _probes(answer[-1])[0]])
-    if around is not None and whole[begin:].endswith(around[1]):
-        after = around[1]
+    after = around[1] if around is not None and whole[begin:].endswith(around[1]) else ""
     before = _behind(closed, whole[:begin], eos)
     if not before.strip() and prompt:  # the header stands at the end of the user's turn: [/INST]
-        marked = _around_mark(render, [*prompt[:-1], _marked(prompt[-1]), _probes(answer[0])[0]])
-        between = marked[2] if marked is not None else ""
+        marked = {**prompt[-1], "content": _like(prompt[-1], _MARK)}
+        around = _around_mark(render, [*prompt[:-1], marked, _probes(answer[0])[0]])
+        between = around[2] if around is not None else ""
         before = between if whole[:begin].endswith(between) else before
     return whole[:begin], whole[begin:], Frame(before, after)
 
@@ -374,10 +345,6 @@ def _probes(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     if any(message.get(name) for name in _REASONING) or "</think>" in str(message.get("content")):
         probes.append(probes[0] | dict.fromkeys(_REASONING, _MARK))
     return probes
-
-
-def _marked(message: Mapping[str, Any]) -> dict[str, Any]:
-    return {**message, "content": _like(message, _MARK)}
 
 
 def _like(message: Mapping[str, Any], text: str) -> Any:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets, load_from_d
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from ..errors import FileAccessError, NotFoundError, UserError, one_line
-from .arrow_files import (
-    file_digest,
-    python_values,
-    read_csv,
-    read_json,
-    read_parquet,
-    record_blocks,
-)
+from .arrow_files import file_digest, python_values, read_csv, read_json, read_parquet, record_blocks
 from .atomic import write_atomically
 from .paths import COMPRESSIONS, ENDINGS, check_rows, data_ending, ending_of
 from .paths import check_writable as check_writable  # a name of this module too
@@ -121,20 +115,11 @@ def write_tables(
         ValueError: see `check_features`.
     """
     path = Path(path)
-    ending = ending_of(path)
+    write = _WRITERS[ending_of(path)]
     check_features(features, path)
     # A set without rows has columns too.
     tables = chain([pa.Table.from_batches([], features.arrow_schema)], tables)
-
-    def write(temporary: Path) -> None:
-        if ending == ".parquet":
-            _write_parquet(tables, features.arrow_schema, temporary)
-        elif ending == ".csv":
-            _write_csv(_slices(tables), features, temporary)
-        else:
-            _write_json(_slices(tables), features, temporary, lines=ending == ".jsonl")
-
-    write_atomically(path, write, folder)
+    write_atomically(path, lambda temporary: write(tables, features, temporary), folder)
 
 
 def tables_of(dataset: Dataset, rows: int) -> Iterator[pa.Table]:
@@ -144,12 +129,6 @@ def tables_of(dataset: Dataset, rows: int) -> Iterator[pa.Table]:
     [2, 1]
     """
     return dataset.with_format("arrow").iter(rows)
-
-
-def _slices(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    for table in tables:
-        for start in range(0, max(len(table), 1), _CHUNK_ROWS):
-            yield table.slice(start, _CHUNK_ROWS)
 
 
 def with_columns(dataset: Dataset, columns: Dataset) -> Dataset:
@@ -215,13 +194,12 @@ def _has_bytes(type: pa.DataType) -> bool:
     return any(kind(type) for kind in kinds) or any(_has_bytes(type.field(i).type) for i in range(type.num_fields))
 
 
-def _write_parquet(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
+def _write_parquet(tables: Iterable[pa.Table], features: Features, path: Path) -> None:
     """Row groups of about 100 MB in memory, as data hubs like them, cut so that equal rows make equal pages."""
     waiting: list[pa.Table] = []
     size = 0
-    with pq.ParquetWriter(
-        path, schema, use_content_defined_chunking=True, write_page_index=True, write_page_checksum=True
-    ) as writer:
+    options = {"use_content_defined_chunking": True, "write_page_index": True, "write_page_checksum": True}
+    with pq.ParquetWriter(path, features.arrow_schema, **options) as writer:
         for table in tables:
             waiting.append(table)
             size += table.nbytes
@@ -237,25 +215,31 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _write_json(tables: Iterable[pa.Table], features: Features, path: Path, lines: bool) -> None:
-    """One object a line, or a list of them; a missing score is null."""
+def _slices(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    for table in tables:
+        for start in range(0, max(len(table), 1), _CHUNK_ROWS):
+            yield table.slice(start, _CHUNK_ROWS)
+
+
+def _write_json(
+    tables: Iterable[pa.Table], features: Features, path: Path, begin: str = "[\n", between: str = ",\n"
+) -> None:
+    """A list of objects; a missing score is null."""
     with path.open("w", encoding="utf-8") as file:
-        separator = first = "" if lines else "[\n"
-        for table in tables:
+        file.write(begin)
+        separator = ""
+        for table in _slices(tables):
             columns = [python_values(table[name], feature) for name, feature in features.items()]
             for values in zip(*columns, strict=True):
                 file.write(separator + _dumps(dict(zip(features, values, strict=True))))
-                separator = "\n" if lines else ",\n"
-        if lines:
-            file.write("\n")
-        else:
-            file.write("[\n\n]\n" if separator == first else "\n]\n")
+                separator = between
+        file.write("\n]\n" if begin else "\n")
 
 
 def _write_csv(tables: Iterable[pa.Table], features: Features, path: Path) -> None:
     """Some rows at a time; texts in quotes, a null and NaN without."""
     writer = None
-    for table in tables:
+    for table in _slices(tables):
         for i, (name, feature) in enumerate(features.items()):
             column = table[name]
             if not isinstance(feature, Value) or pa.types.is_nested(feature.pa_type):
@@ -267,3 +251,11 @@ def _write_csv(tables: Iterable[pa.Table], features: Features, path: Path) -> No
         writer = writer or pa.csv.CSVWriter(path, table.schema)
         writer.write_table(table)
     writer.close()
+
+
+_WRITERS = {
+    ".json": _write_json,
+    ".jsonl": partial(_write_json, begin="", between="\n"),  # one object a line
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+}

@@ -20,16 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import UserError
-from .chat_template import (
-    MalformedRow,
-    asks,
-    chat_messages,
-    check_chat,
-    reads_as_text,
-    split_chat,
-    template_options,
-    text_of,
-)
+from .chat_template import MalformedRow, chat_messages, check_chat, reads_as_text, split_chat, template_options, text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,4 +341,6 @@ def _render_chat(prompt: list[dict], answer: list[dict], row: Mapping[str, Any],
             "use a text format such as 'prompt-completion'."
         )
     before, rest, frame = split_chat(prompt, answer, template_options(row, tokenizer), tokenizer)
-    return Example(before, rest, frame.before, special_tokens=False, end=frame.after, asked=asks(prompt))
+    others = (str(message.get("content") or "") for message in prompt if message["role"] != "assistant")
+    asked = any(map(str.strip, others))
+    return Example(before, rest, frame.before, special_tokens=False, end=frame.after, asked=asked)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import FileAccessError, NotFoundError, UserError
@@ -167,7 +166,7 @@ def check_checkpoint(given: str | bool | None, output: str) -> str | None:
     text = str(given).strip().lower()
     if given is None or text in ("", "false", "none", "null"):
         return None
-    there = list(_checkpoints(output))
+    there = _checkpoints(output)
     held = f"{output} holds {', '.join(path.name for path in there)}" if there else f"{output} holds no checkpoint"
     if text == "true":
         if not there:
@@ -184,9 +183,8 @@ def check_checkpoint(given: str | bool | None, output: str) -> str | None:
     return str(given)
 
 
-def _checkpoints(output: str) -> Iterable[Path]:
+def _checkpoints(output: str) -> list[Path]:
     """Checkpoints in an output folder, the last one last."""
-    folder = Path(output)
-    names = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    numbered = [(path.name.removeprefix("checkpoint-"), path) for path in names if path.name.startswith("checkpoint-")]
-    return [path for number, path in sorted((int(n), path) for n, path in numbered if n.isdecimal())]
+    folders = [path for path in Path(output).glob("checkpoint-*") if path.is_dir()]
+    numbers = ((path.name.removeprefix("checkpoint-"), path) for path in folders)
+    return [path for _, path in sorted((int(number), path) for number, path in numbers if number.isdecimal())]

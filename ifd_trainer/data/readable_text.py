@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UserError
-from .chat_template import MalformedRow, role_of
+from .chat_template import MalformedRow, common_prefix_length, role_of
 from .formats import ALPACA, DETECTED, PromptCompletionFormat, PromptFormat, TemplateFormat, answer_of, first_format
 
 _ALPACA = re.compile(
@@ -35,12 +35,11 @@ def text_columns(frame: pd.DataFrame) -> pd.DataFrame | None:
         return None
     cells = zip(*(frame[name] for name in format.columns), strict=True)
     texts = [_texts(dict(zip(format.columns, row, strict=True)), format) for row in cells]
-    prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
-    if isinstance(format, TemplateFormat):
-        instructions = prompts
-        inputs = [plain(value) for value in frame[format.input]] if format.input in frame else [""] * len(frame)
+    instructions = [prompt for prompt, _ in texts]
+    if not isinstance(format, TemplateFormat):
+        instructions, inputs = _without_template(instructions)
     else:
-        instructions, inputs = _without_template(prompts)
+        inputs = [plain(value) for value in frame[format.input]] if format.input in frame else ""
     # A header's last character that merged with the answer's first into one token is not the answer's.
     answers = [
         _END_OF_TURN.sub("", answer.removeprefix(":") if prompt.endswith("### Response") else answer)
@@ -92,17 +91,16 @@ def _without_template(prompts: list[str]) -> tuple[list[str], list[str]]:
         before = before[: max(before.rfind("\n"), before.rfind(">")) + 1]  # whole lines or marks, never half a word
         after = _common_start({prompt[len(before) :][::-1] for prompt in others})[::-1]
         after = after[min((at for at in (after.find("\n"), after.find("<")) if at >= 0), default=len(after)) :]
-    instructions, inputs = [], []
-    for prompt, match in zip(prompts, matches, strict=True):
-        rest = _RESPONSE.sub("", prompt).removeprefix(before).removesuffix(after)
-        instructions.append(match["instruction"] if match else rest)
-        inputs.append((match["input"] or "") if match else "")
-    return instructions, inputs
+    instructions = [
+        match["instruction"] if match else _RESPONSE.sub("", prompt).removeprefix(before).removesuffix(after)
+        for prompt, match in zip(prompts, matches, strict=True)
+    ]
+    return instructions, [(match["input"] or "") if match else "" for match in matches]
 
 
 def _common_start(texts: set[str]) -> str:
     first, last = min(texts), max(texts)  # what these two share, all that sort between them share too
-    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+    return first[: common_prefix_length(first, last)]
 
 
 def plain(value: Any) -> str:
@@ -110,20 +108,12 @@ def plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return plain(value.get("content", value.get("value", value.get("text"))))
     if isinstance(value, (list, tuple, np.ndarray)):
-        turns = [item for item in value if _is_turn(item)]
+        turns = [item for item in value if isinstance(item, Mapping) and ("role" in item or "from" in item)]
         if not turns:
             return " ".join(plain(part) for part in value)
-        earlier = len([turn for turn in turns[:-1] if _role(turn) != "system"])
+        earlier = len([turn for turn in turns[:-1] if role_of(turn.get("role") or turn.get("from")) != "system"])
         return (f"[after {earlier} earlier turns] " if earlier else "") + plain(turns[-1])
     return "" if value is None or value is pd.NA or value != value else str(value)
-
-
-def _is_turn(item: Any) -> bool:
-    return isinstance(item, Mapping) and ("role" in item or "from" in item)
-
-
-def _role(turn: Mapping[str, Any]) -> str | None:
-    return role_of(turn.get("role") or turn.get("from"))
 
 
 def shortened(text: str, characters: int, lines: int = 8) -> str:

@@ -20,48 +20,18 @@ from .table_reader import TableReader
 
 # Anywhere in an answer: a model that speaks of itself.
 SELF_REFERENCES = (
-    "as an ai language model",
-    "as an ai model",
-    "as an ai assistant",
-    "as an ai chatbot",
-    "as an ai text-based",
-    "as an ai, i",
-    "as an artificial intelligence, i",
-    "as an artificial intelligence language model",
-    "as a language model, i",
-    "as a large language model",
-    "i am an ai language model",
-    "i'm an ai language model",
-    "i am just an ai",
-    "i'm just an ai",
-    "with a gpt language model",  # with the two below: how Alpaca's answers say that there is none
-    "for a gpt language model",
-    "<nooutput>",
+    *("as an ai language model", "as an ai model", "as an ai assistant", "as an ai chatbot", "as an ai text-based"),
+    *("as an ai, i", "as an artificial intelligence, i", "as an artificial intelligence language model"),
+    *("as a language model, i", "as a large language model"),
+    *("i am an ai language model", "i'm an ai language model", "i am just an ai", "i'm just an ai"),
+    *("with a gpt language model", "for a gpt language model", "<nooutput>"),  # Alpaca's, of tasks without an answer
 )
 # At the start of an answer only: further on, a story or a letter may say the same.
 OPENINGS = (
-    "i'm sorry, but i",
-    "i am sorry, but i",
-    "i'm sorry, i can't",
-    "i'm sorry, i cannot",
-    "i am sorry, i cannot",
-    "sorry, but i can't",
-    "sorry, but i cannot",
-    "sorry, i can't",
-    "sorry, i cannot",
-    "i apologize, but i",
-    "i cannot assist",
-    "i can't assist",
-    "i cannot help with",
-    "i can't help with",
-    "i cannot fulfill",
-    "i can't fulfill",
-    "i cannot provide",
-    "i can't provide",
-    "i'm unable to",
-    "i am unable to",
-    "i'm not able to",
-    "i am not able to",
+    *("i'm sorry, but i", "i am sorry, but i", "i'm sorry, i can't", "i'm sorry, i cannot", "i am sorry, i cannot"),
+    *("sorry, but i can't", "sorry, but i cannot", "sorry, i can't", "sorry, i cannot", "i apologize, but i"),
+    *(f"i {cannot} {do}" for do in ("assist", "help with", "fulfill", "provide") for cannot in ("cannot", "can't")),
+    *("i'm unable to", "i am unable to", "i'm not able to", "i am not able to"),
 )
 _APOSTROPHE = "‘’ʼ＇`´′"
 _APOSTROPHES = re.compile(f"[{_APOSTROPHE}]")

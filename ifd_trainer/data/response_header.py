@@ -38,19 +38,16 @@ def response_prefix(tokenizer: Any, prompts: Prompts, header: str | None = None)
         )
     if header is not None:
         return GivenHeader(direct_prefix(tokenizer, header, special=False))
-    known = (ids for ids in _known_headers(tokenizer) if _share_opened(prompts, ids) >= _SHARE)
-    suffix = next(known, None) or prompts.shared_suffix(_SHARE)
+    # The response headers that the transform uses.
+    headers = [*(frame.before for frame in template_frames(tokenizer)), ALPACA.header]
+    known = (tokenizer(header, add_special_tokens=False, verbose=False)["input_ids"] for header in headers)
+    suffix = next((ids for ids in known if _share_opened(prompts, ids) >= _SHARE), None)
+    suffix = suffix or prompts.shared_suffix(_SHARE)
     if not suffix:
         return direct_prefix(tokenizer, "", special=False)
     bos = tokenizer.bos_token_id
-    starts_with_bos = bos is not None and prompts.all_begin_with(bos)
-    return [bos, *suffix] if starts_with_bos and suffix[0] != bos else suffix
-
-
-def _known_headers(tokenizer: Any) -> list[list[int]]:
-    """Token ids of the response headers that the transform uses: the chat template's, and Alpaca's."""
-    headers = [frame.before for frame in template_frames(tokenizer)] + [ALPACA.header]
-    return [tokenizer(header, add_special_tokens=False, verbose=False)["input_ids"] for header in headers]
+    needs_bos = bos is not None and suffix[0] != bos and prompts.all_begin_with(bos)
+    return [bos, *suffix] if needs_bos else suffix
 
 
 def _share_opened(prompts: Prompts, header: list[int]) -> float:

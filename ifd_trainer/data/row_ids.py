@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import UserError
+from ..errors import UserError, shown_value
 
 logger = logging.getLogger(__name__)
 
@@ -46,27 +46,26 @@ def find_ids(
     >>> find_ids(columns, lambda name: pa.chunked_array([columns[name]]))
     ('id', array([7, 5]))
     """
-    if column is not None:
-        if column not in names:
-            raise UserError(f"There is no column {column!r} of row ids ({option}); the columns are {sorted(names)}.")
-        ids = _plain(read(column))
-        problem = ids if isinstance(ids, str) else _problem(ids)
-        if problem:
+    if column is not None and column not in names:
+        raise UserError(f"There is no column {column!r} of row ids ({option}); the columns are {sorted(names)}.")
+    found, ids, passed = None, None, []
+    for name in filter(names.__contains__, NAMES) if column is None else [column]:
+        plain = _plain(read(name))
+        problem = plain if isinstance(plain, str) else _problem(plain)
+        if not problem:
+            found, ids = name, plain
+            break
+        if column is not None:
             raise UserError(
                 f"The column {column!r}, named with {option}, cannot tell rows apart: {problem}. Name another one, or "
                 "leave it out: rows are then known by their positions."
             )
-        return column, ids
-    passed = []
-    for name in filter(names.__contains__, NAMES):
-        ids = _plain(read(name))
-        problem = ids if isinstance(ids, str) else _problem(ids)
-        if not problem:
-            _say(passed, f"the column {name!r}")
-            return name, ids
         passed.append(f"{name!r}: {problem}")
-    _say(passed, "their positions")
-    return None, None
+    if passed:
+        known_by = f"the column {found!r}" if found else "their positions"
+        what = "Rows are known by %s, not by a column that cannot tell them apart (%s)."
+        logger.warning(what, known_by, "; ".join(passed))
+    return found, ids
 
 
 def named_ids(names: Collection[str]) -> str | None:
@@ -83,20 +82,13 @@ def as_array(ids: Ids) -> np.ndarray:
     return ids if isinstance(ids, np.ndarray) else ids.to_numpy().astype(object)
 
 
-def _say(passed: list[str], instead: str) -> None:
-    if passed:
-        why = "; ".join(passed)
-        logger.warning("Rows are known by %s, not by a column that cannot tell them apart (%s).", instead, why)
-
-
 def _plain(values: pa.ChunkedArray) -> Ids | str:
     """Numbers as an array and texts as Arrow texts; of other columns, what is wrong with them."""
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
     kind = values.type
-    if pa.types.is_dictionary(kind):
-        values = values.cast(kind.value_type)
-        kind = values.type
     if values.null_count:
-        row = int(pc.index(pc.is_null(values), True).as_py())
+        row = pc.index(pc.is_null(values), True)
         return f"{values.null_count} of {len(values)} values are null, the first in row {row}"
     if pa.types.is_integer(kind):
         return values.to_numpy()
@@ -108,12 +100,13 @@ def _plain(values: pa.ChunkedArray) -> Ids | str:
         first = f"the first ({numbers[unlike[0]]}) in row {unlike[0]}"
         return f"{len(unlike)} of {len(numbers)} values are no numbers, {first}"
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        shown = repr(values[0].as_py()) if len(values) else "none"
-        return f"its values are neither numbers nor texts but {kind}, such as {_cut(shown)}"
-    longest = pc.max(pc.utf8_length(values)).as_py() or 0
+        shown = shown_value(values[0].as_py()) if len(values) else "none"
+        return f"its values are neither numbers nor texts but {kind}, such as {shown}"
+    lengths = pc.utf8_length(values)
+    longest = pc.max(lengths).as_py() or 0
     if longest > MOST_CHARACTERS:
-        row = int(pc.index(pc.equal(pc.utf8_length(values), longest), True).as_py())
-        shown = _cut(repr(values[row].as_py()))
+        row = pc.index(lengths, longest).as_py()
+        shown = shown_value(values[row].as_py())
         return f"a value has {longest:,} characters (row {row}: {shown}), an id has at most {MOST_CHARACTERS:,}"
     return values
 
@@ -123,7 +116,7 @@ def _problem(ids: Ids) -> str | None:
     if _unique(ids):
         return None
     again = pd.Series(as_array(ids)).duplicated().to_numpy()
-    shown = _cut(repr(as_array(ids)[again][:1].tolist()[0]))
+    shown = shown_value(as_array(ids)[again][:1].tolist()[0])
     return f"{again.sum()} of {len(again)} values are there more than once, such as {shown}"
 
 
@@ -140,7 +133,3 @@ def _unique(ids: Ids) -> bool:
 def _repeated(values: np.ndarray) -> np.ndarray:
     ordered = np.sort(values)
     return ordered[1:][ordered[1:] == ordered[:-1]]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."

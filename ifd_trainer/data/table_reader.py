@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Features
+from datasets import Dataset, Features
 
 from .arrow_files import parquet_features, parquet_tables
 from .files import load_rows, tables_of
@@ -66,26 +67,24 @@ class TableReader:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column in memory."""
-        schema = Features({name: self.features[name]}).arrow_schema
-        return pa.chunked_array(
-            [chunk for table in self.tables([name]) for chunk in table[name].chunks], schema[0].type
-        )
+        return self._in_memory([name])[name]
 
     def frame(self, names: Collection[str]) -> pd.DataFrame:
         """Columns in memory as they are."""
-        features = Features({name: feature for name, feature in self.features.items() if name in names})
-        tables = [features.arrow_schema.empty_table(), *self.tables(names)]
-        return Dataset(pa.concat_tables(tables), info=DatasetInfo(features=features)).to_pandas()
+        return Dataset(self._in_memory(names)).to_pandas()
+
+    def _in_memory(self, names: Collection[str]) -> pa.Table:
+        schema = Features({name: feature for name, feature in self.features.items() if name in names}).arrow_schema
+        return pa.concat_tables([pa.Table.from_batches([], schema), *self.tables(names)])
 
     def coded_frame(self, names: Collection[str]) -> pd.DataFrame:
         """Columns in memory, the texts among them categorical: of few different ones, no Python object for each row."""
         columns = {}
-        for name in self.column_names:
-            if name in names:
-                values = self.column(name)
-                if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-                    values = values.dictionary_encode()
-                columns[name] = values.to_pandas()
+        for name in filter(names.__contains__, self.column_names):
+            values = self.column(name)
+            if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+                values = values.dictionary_encode()
+            columns[name] = values.to_pandas()
         return pd.DataFrame(columns, copy=False)
 
 
@@ -110,9 +109,12 @@ def selected_tables(rows: TableReader, added: pd.DataFrame, kept: np.ndarray) ->
     >>> [table.to_pydict() for table in tables], list(features)
     ([{'a': [2], 'b': [0.7]}], ['a', 'b'])
     """
-    columns = {name: _arrow(values) for name, values in added.items()}
+    columns = {
+        name: pa.array(values, None if isinstance(values.dtype, pd.CategoricalDtype) else arrow_type(values.dtype))
+        for name, values in added.items()
+    }
     old = [name for name in rows.column_names if name not in columns]
-    types = {name: _plain_type(values.type) for name, values in columns.items()}
+    types = {name: arrow_type(values.dtype) for name, values in added.items()}
     features = Features(
         {name: rows.features[name] for name in old} | Features.from_arrow_schema(pa.schema(types.items()))
     )
@@ -124,18 +126,11 @@ def selected_tables(rows: TableReader, added: pd.DataFrame, kept: np.ndarray) ->
             new = [columns[name].slice(start, len(table)).filter(wanted).cast(type) for name, type in types.items()]
             start += len(table)
             if wanted.true_count:
-                arrays = [*table.select(old).filter(wanted).columns, *new]
-                yield pa.table(arrays, schema=features.arrow_schema)
+                yield pa.table([*table.select(old).filter(wanted).columns, *new], schema=features.arrow_schema)
 
     return tables(), features
 
 
-def _arrow(values: pd.Series) -> pa.Array | pa.ChunkedArray:
-    """A column as Arrow: float64, int64, or texts, coded where they are categorical."""
-    types = {"f": pa.float64(), "i": pa.int64()}
-    type = None if isinstance(values.dtype, pd.CategoricalDtype) else types.get(values.dtype.kind, pa.string())
-    return pa.array(values, type, from_pandas=True)
-
-
-def _plain_type(type: pa.DataType) -> pa.DataType:
-    return pa.string() if pa.types.is_dictionary(type) else type
+def arrow_type(dtype: Any) -> pa.DataType:
+    """Arrow's type for a column of scores: floats, whole numbers, or texts (of objects and categories)."""
+    return {"f": pa.float64(), "i": pa.int64()}.get(dtype.kind, pa.string())

@@ -43,8 +43,8 @@ class Decoder:
             return pa.array([text.decode(errors="replace") for text in texts.to_pylist()], pa.string())
 
     def _one_by_one(self, ids: np.ndarray, bounds: np.ndarray) -> list[str]:
-        tokens, places = ids.tolist(), bounds.tolist()
-        rows = [tokens[start:end] for start, end in pairwise(places)]
+        tokens = ids.tolist()
+        rows = [tokens[start:end] for start, end in pairwise(bounds.tolist())]
         if self._backend is None:
             return self._tokenizer.batch_decode(rows)
         return self._backend.decode_batch(rows, skip_special_tokens=False)

@@ -124,10 +124,8 @@ def size_category(rows: int) -> str:
     >>> size_category(1000)
     '1K<n<10K'
     """
-    if rows < 1000:
-        return f"n<{_SIZES[0]}"
     power = min(len(str(rows)) - 4, len(_SIZES) - 2)
-    return f"{_SIZES[power]}<n<{_SIZES[power + 1]}"
+    return f"{_SIZES[power]}<n<{_SIZES[power + 1]}" if rows >= 1000 else f"n<{_SIZES[0]}"
 
 
 def _metadata(title: str, rows: int, data: str) -> DatasetCardData:
@@ -162,6 +160,7 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
     pool = f"% of all {rows_text(chosen.pool_rows)} of the pool"
     fraction = f"{100 * chosen.keep:g} {pool} = " if isinstance(chosen.keep, float) else ""
     known = KNOWN_DEFINITIONS.get(provenance.definition)
+    definition = f"{provenance.definition}: {known.meaning}" if known else _plain(provenance.definition or UNKNOWN)
     options = {
         "maximal length": provenance.max_length,
         "least answer tokens": provenance.min_answer_tokens,
@@ -173,10 +172,7 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         ("source", _plain(name)),
         ("scoring model", _plain(public_name(provenance.model) if provenance.model else UNKNOWN)),
         ("its weights", _plain(provenance.weights or "")),
-        (
-            "definition of the scores",
-            f"{provenance.definition}: {known.meaning}" if known else _plain(provenance.definition or UNKNOWN),
-        ),
+        ("definition of the scores", definition),
         ("prompt format", _plain(provenance.format or UNKNOWN)),
         ("options of the scoring", _plain(listed)),
         ("scored with", _plain(provenance.program or UNKNOWN)),
@@ -186,8 +182,8 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         ("kept", f"{rows_text(chosen.kept_rows)}, {100 * chosen.kept_rows / chosen.pool_rows:.2f} {pool}"),
         ("lowest score kept", number_text(selection.cut, 4)),
     ]
-    if selection.shortfall:
-        facts.append(("shortfall", f"{rows_text(selection.shortfall)}: only {selection.eligible:,} were eligible"))
+    short = f"{rows_text(selection.shortfall)}: only {selection.eligible:,} were eligible"
+    facts.append(("shortfall", short if selection.shortfall else ""))
     return [(key, value) for key, value in facts if value]
 
 
@@ -219,22 +215,15 @@ def _scored(rows: pd.DataFrame, chosen: PoolSelection) -> pd.DataFrame:
     name = chosen.policy.score
     score, tokens = (rows[column].to_numpy(dtype=float, na_value=np.nan) for column in (name, "answer_tokens"))
     scored = (rows["ifd_status"] == Status.OK.value).to_numpy() & np.isfinite(score)
-    columns = {
-        name: score[scored],
-        "answer_tokens": tokens[scored],
-        "kept": chosen.is_kept[scored],
-        "reason": chosen.selection.reasons[scored],
-    }
-    return pd.DataFrame(columns, copy=False)
+    columns = {name: score, "answer_tokens": tokens, "kept": chosen.is_kept, "reason": chosen.selection.reasons}
+    return pd.DataFrame({name: values[scored] for name, values in columns.items()}, copy=False)
 
 
 def _quantiles(frame: pd.DataFrame, score: str) -> list[tuple[str, str, str]]:
-    levels = np.linspace(0, 1, 11)
-    both = [frame[score].quantile(levels), frame.loc[frame["kept"], score].quantile(levels)]
-    ends = {0: "0 % (lowest)", 5: "50 % (median)", 10: "100 % (highest)"}
-    return [
-        (ends.get(i, f"{10 * i} %"), *(number_text(values.iloc[i], 4) for values in both)) for i in range(len(levels))
-    ]
+    levels = {i / 10: f"{10 * i} %" for i in range(11)}
+    levels |= {0.0: "0 % (lowest)", 0.5: "50 % (median)", 1.0: "100 % (highest)"}
+    both = [scores.quantile(list(levels)) for scores in (frame[score], frame.loc[frame["kept"], score])]
+    return [(name, *(number_text(values[level], 4) for values in both)) for level, name in levels.items()]
 
 
 def _limits(frame: pd.DataFrame, score: str) -> str:

@@ -35,6 +35,12 @@ from ..method.reasons import FAILED, Status
 
 STATS = "__dj__stats__"
 _SAME_LOSS = 1e-5  # relative difference of a mean loss and the logarithm of its perplexity, both in float32
+# Keys that tell who wrote a file; the first that are all there count.
+_TOLD_BY = (
+    *(("ifd-trainer", {"ifd_status"}), ("data-juicer", {STATS}), ("cherry", {"token_loss"}), ("cherry", {"sent_emb"})),
+    *(("superfiltering", {"ppl", "loss"}), ("superfiltering", {"ppl_A_direct", "ppl_A_condition"})),
+    ("cherry", {"ifd_score"}),
+)
 
 
 @dataclass(frozen=True)
@@ -110,14 +116,12 @@ def _frame(parsed: Sequence[_Row], answers: Sequence[str] | None) -> pd.DataFram
     status = np.array([row.status for row in parsed], dtype=object)
     status[(status == Status.OK.value) & ~np.isfinite(values["ifd"])] = Status.NONFINITE.value
     if answers is not None:
-        status[(status == Status.NONFINITE.value) & np.array([answer == "" for answer in answers], dtype=bool)] = (
-            Status.EMPTY_ANSWER.value
-        )
+        empty = np.array([answer == "" for answer in answers], dtype=bool)
+        status[(status == Status.NONFINITE.value) & empty] = Status.EMPTY_ANSWER.value
     blank = status != Status.OK.value
     columns = {name: np.where(blank, np.nan, value) for name, value in values.items()}
     counts = [0 if why == Status.EMPTY_ANSWER.value else row.tokens for row, why in zip(parsed, status, strict=True)]
-    tokens = pd.array(counts, dtype="Int64")
-    return pd.DataFrame({**columns, "answer_tokens": tokens, "ifd_status": status})
+    return pd.DataFrame({**columns, "answer_tokens": pd.array(counts, dtype="Int64"), "ifd_status": status})
 
 
 def _load(path: Path) -> list:
@@ -156,16 +160,9 @@ def _kind(records: Sequence[Any], path: Path) -> str:
     keys: set[str] = set()
     for record in records:
         keys |= set(record) if isinstance(record, Mapping) else set()
-    if "ifd_status" in keys:
-        return "ifd-trainer"
-    if STATS in keys:
-        return "data-juicer"
-    if {"token_loss", "sent_emb"} & keys:
-        return "cherry"
-    if {"ppl", "loss"} <= keys or {"ppl_A_direct", "ppl_A_condition"} <= keys:
-        return "superfiltering"
-    if "ifd_score" in keys:
-        return "cherry"
+    for kind, told_by in _TOLD_BY:
+        if told_by <= keys:
+            return kind
     raise UserError(
         f"{path} holds no scores of a known kind, only {sorted(map(str, keys))[:12]}. Known: Cherry_LLM (ppl and "
         "token_loss in a .pt file, or rows with ifd_score), Superfiltering (ppl and loss, or rows with ppl_A_direct "
@@ -179,9 +176,8 @@ def _cherry(record: Mapping[str, Any]) -> _Row:
     if "ifd_score" in record:
         return _Row(ifd=_number(record["ifd_score"]))
     _, direct, conditioned = record["ppl"]
-    cas, das = _log(conditioned), _log(direct)
-    losses = record["token_loss"][2] if "token_loss" in record else []
-    return _Row(cas, das, tokens=answer_length(losses, cas))
+    cas, losses = _log(conditioned), record["token_loss"][2] if "token_loss" in record else []
+    return _Row(cas, _log(direct), tokens=answer_length(losses, cas))
 
 
 def _superfiltering(record: Mapping[str, Any]) -> _Row:
@@ -206,8 +202,7 @@ def _data_juicer(record: Mapping[str, Any]) -> _Row:
 
 def _own(records: Sequence[Mapping[str, Any]], path: Path) -> pd.DataFrame:
     frame = pd.DataFrame(records, columns=list(IFD_COLUMNS))
-    for name in SCORES:
-        frame[name] = pd.to_numeric(frame[name])
+    frame[[*SCORES]] = frame[[*SCORES]].apply(pd.to_numeric)
     frame["answer_tokens"] = pd.to_numeric(frame["answer_tokens"]).astype("Int64")
     if frame["ifd_status"].isna().any():
         raise UserError(f"{path} has rows without ifd_status; score it with `ifd-trainer score`.")

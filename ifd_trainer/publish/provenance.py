@@ -25,7 +25,7 @@ from datasets import Dataset
 from .. import __version__
 from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
-from ..data.readable_text import text_columns
+from ..data.readable_text import answers_of, text_sources
 from ..errors import FileAccessError, UserError
 from ..method.choices import RANKED_BY
 from .imported_scores import read_scores
@@ -133,11 +133,10 @@ def find_scores(
     if scores is None and "ifd_status" in rows and kind in (None, "ifd-trainer"):
         columns, kind, new = _own_scores(rows, data), "ifd-trainer", []
     else:
-        answers = text_columns(rows)
-        answers = None if answers is None else answers["answer"].tolist()
+        answers = answers_of(rows) if text_sources(rows) else None
         try:
             imported = read_scores(scores or data, len(rows), kind=kind, answers=answers)
-        except (ValueError, FileNotFoundError) as error:
+        except ValueError as error:
             if scores is not None:
                 raise
             raise UserError(f"No scores: score it first with `ifd-trainer score`, or pass --scores. {error}") from error

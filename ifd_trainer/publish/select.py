@@ -86,7 +86,15 @@ class PoolSelection:
     @property
     def warning(self) -> str | None:
         """What to tell a user who asked for more rows than are eligible."""
-        return _shortfall(self) if self.selection.shortfall else None
+        if not self.selection.shortfall:
+            return None
+        dropped = [(reason, count) for reason, count in self.counts.items() if reason not in (KEPT, BELOW_CUT)]
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped) or "none is dropped"
+        share = f"{self.keep:g} of all " if isinstance(self.keep, float) else "of "
+        return (
+            f"{self.asked_rows} rows asked for ({share}{self.pool_rows} rows in the pool), only "
+            f"{self.selection.eligible} are eligible ({why}). {_way_out(self)}"
+        )
 
 
 def choose(
@@ -133,7 +141,7 @@ def choose(
         reasons = np.where(ok & np.isfinite(score), ABOVE_LIMIT, names[codes])
         reasons[eligible] = BELOW_CUT
         none = Selection(np.arange(0), pd.Categorical(reasons), float("nan"), count, asked)
-        raise ShortfallError(_shortfall(PoolSelection(none, policy, keep)))
+        raise ShortfallError(PoolSelection(none, policy, keep).warning)
     budget = min(asked, count)
     if ids is not None and not isinstance(ids, np.ndarray):
         ids = _ranks_in_ties(score, ids, eligible, budget)
@@ -173,16 +181,6 @@ def tie_ids(rows: TableReader, column: str | None = None) -> tuple[str | None, n
     ('id', array([7, 5]))
     """
     return find_ids(rows.column_names, rows.column, column, "--id-column")
-
-
-def _shortfall(chosen: PoolSelection) -> str:
-    dropped = [(reason, count) for reason, count in chosen.counts.items() if reason not in (KEPT, BELOW_CUT)]
-    why = ", ".join(f"{count} {reason}" for reason, count in dropped) or "none is dropped"
-    share = f"{chosen.keep:g} of all " if isinstance(chosen.keep, float) else "of "
-    return (
-        f"{chosen.asked_rows} rows asked for ({share}{chosen.pool_rows} rows in the pool), only "
-        f"{chosen.selection.eligible} are eligible ({why}). {_way_out(chosen)}"
-    )
 
 
 def _way_out(chosen: PoolSelection) -> str:

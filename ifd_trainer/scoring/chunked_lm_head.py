@@ -24,14 +24,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..errors import one_line
-from .model_parts import FORWARD_ERRORS, lm_head, unwrapped
+from ..errors import with_kind
+from .model_parts import FORWARD_ERRORS, lm_head, text_config, unwrapped
 from .onednn import rounded
 from .private_names import tells_hooks
 from .transfer import on_device
@@ -227,12 +226,8 @@ def find_logit_transform(model: nn.Module, run: Callable[[], torch.Tensor]) -> C
             logits = run()
         return _transform_between(model, logits, given)
     except FORWARD_ERRORS as error:  # with whole logits it raises that again, or it does not raise there
-        logger.warning(
-            "%s is scored with whole logits, which takes more memory: with logits of two positions it raised %s: %s",
-            type(model).__name__,
-            type(error).__name__,
-            one_line(error),
-        )
+        more = "%s is scored with whole logits, which takes more memory: with logits of two positions it raised %s"
+        logger.warning(more, type(model).__name__, with_kind(error))
     return None
 
 
@@ -241,7 +236,7 @@ def _transform_between(model: nn.Module, logits: torch.Tensor, given: list[torch
     if len(given) != 1 or given[0].dim() != 3 or given[0].shape[1] != 2:
         return None
     values = given[0]
-    for transform in _candidates(getattr(unwrapped(model), "config", None)):
+    for transform in _candidates(model):
         if logits.shape == values.shape and torch.equal(logits.float(), transform(values).float()):
             return ChunkedHead(values.shape[-1], transform)
     return None
@@ -254,30 +249,22 @@ def _test_values(like: torch.Tensor) -> torch.Tensor:
     return values.view(like.shape).to(like.dtype)
 
 
-def _candidates(config: Any) -> Iterator[LogitTransform]:
+def _candidates(model: nn.Module) -> Iterator[LogitTransform]:
     """Nothing at all, and all that could be done to logits with a number of the config that has to do with them."""
     yield _untouched
-    for number in _numbers(config):
+    for number in _numbers(model):
         for kind in (_multiplied, _divided, _soft_capped):
             transform = partial(kind, number)
             yield from (transform, partial(_in_float32, transform))  # some models turn their logits into float32 first
 
 
-def _numbers(config: Any) -> list[float]:
+def _numbers(model: nn.Module) -> list[float]:
     """Numbers under names like logit_scale, logits_scaling, final_logit_softcapping, lm_head_multiplier."""
-    configs = [config, config.get_text_config() if hasattr(config, "get_text_config") else None]
-    named = [item for one in configs for item in vars(one).items() if one is not None] if config is not None else []
-    return sorted(
-        {
-            float(value)
-            for name, value in named
-            if ("logit" in name or "lm_head" in name)
-            and isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and value
-            and math.isfinite(value)
-        }
-    )
+    configs = (getattr(unwrapped(model), "config", None), text_config(model))
+    named = [item for config in configs if config is not None for item in vars(config).items()]
+    values = [value for name, value in named if "logit" in name or "lm_head" in name]
+    numbers = {float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    return sorted(number for number in numbers if number and math.isfinite(number))
 
 
 def _untouched(logits: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..data.encoding import Segment, token_budget_batches
 from ..data.model_kinds import HEADLESS, SEES_AHEAD, WANTED, kind_of_class
-from ..errors import UserError, one_line
+from ..errors import UserError, with_kind
 from .chunked_lm_head import ChunkedHead, find_logit_transform
 from .eval_guard import eval_mode
 from .forward import Batch, LaunchedBatch, launch, logits_at, padded, scored_logits, streamed
@@ -150,13 +150,7 @@ def streams(model: nn.Module, device: torch.device | None = None) -> bool:
     tokens), and off a CPU without a kernel for the dtype.
     """
     device = device or model_device(model)
-
-    def find() -> bool:
-        exact = _streams_exactly(model, device)
-        logger.debug("Engine for %s: %s", type(model).__name__, "stream" if exact else "padded")
-        return exact
-
-    return noted(model, "streams", _setting(model, device), find)
+    return noted(model, "streams", _setting(model, device), lambda: _streams_exactly(model, device))
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
@@ -262,8 +256,7 @@ def _try_by_row(model: nn.Module, device: torch.device) -> bool:
     check_causal_lm(model)
     if _invoked(model):  # any tokens could invoke it
         return False
-    size = vocabulary_size(model)
-    ids = np.tile(np.arange(16) % size, (2, 1))  # (2, 16)
+    ids = np.tile(np.arange(16) % vocabulary_size(model), (2, 1))  # (2, 16)
     other = ids.copy()
     other[0, 8:] = 0
     # All of the second row, which no token of the first is to change, shows how the model rounds.
@@ -289,9 +282,7 @@ def _chunked_head(model: nn.Module, device: torch.device, sharded: bool) -> Chun
 
     def find() -> ChunkedHead | None:
         inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long, device=device)}
-        head = find_logit_transform(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
-        logger.debug("Logits of %s: %s", type(model).__name__, head)
-        return head
+        return find_logit_transform(model, lambda: logits_at(model, inputs, np.array([0, 2]))[None])
 
     head = noted(model, "logits", _setting(model, device), find)
     # Modules inside the head (adapters) would gather their weights once a chunk, and processes differ in chunks.
@@ -337,55 +328,46 @@ def _streams_exactly(model: nn.Module, device: torch.device) -> bool:
         if device.type == "cuda" and {next(model.parameters()).dtype, _autocast(device)} & set(HALF):
             warn_without_kernel()
         return False
-    if not _takes_positions(model):
-        logger.info("%s is padded: its forward takes no positions.", type(model).__name__)
-        return False
     try:
+        if not _takes_positions(model):
+            raise NotExact("its forward takes no positions")
         with eval_mode(model, device):
-            return _same_as_padded(model, batch, device, segments, others)
+            _compare_with_padded(model, batch, device, segments, others)
+            return True
     except NotExact as error:
         logger.info("%s is padded: %s.", type(model).__name__, error)
     except FORWARD_ERRORS as error:  # the padded engine scores the model, or raises it again
-        logger.warning(
-            "%s is padded, which is slower: as a stream it raised %s: %s",
-            type(model).__name__,
-            type(error).__name__,
-            one_line(error),
-        )
+        slower = "%s is padded, which is slower: as a stream it raised %s"
+        logger.warning(slower, type(model).__name__, with_kind(error))
     return False
 
 
-def _same_as_padded(
+def _compare_with_padded(
     model: nn.Module, batch: Batch, device: torch.device, segments: list[Segment], others: list[Segment]
-) -> bool:
-    """Whether a stream of `segments` gives the logits of the padded engine; `others` differ from them in some rows."""
+) -> None:
+    """Raise NotExact unless a stream of `segments` gives the padded engine's logits; `others` differ in some rows."""
     expected = scored_logits(model, padded(segments, device), device)  # (N, V)
     streamed_logits = scored_logits(model, batch, device, check=True)  # (N, V)
     if batch.plan.layers != text_config(model).num_hidden_layers:
         # Fresh weights hardly attend, so that the losses of such a model do not tell.
-        logger.info("%s is padded: not all of its layers attend in the usual way.", type(model).__name__)
-        return False
+        raise NotExact("not all of its layers attend in the usual way")
     spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
     tolerance = _HALF_PROBE_TOLERANCE if batch.plan.dtype in HALF else _PROBE_TOLERANCE
     off = float((streamed_logits - expected).square().mean().sqrt() / spread)
     logger.debug("Logits of %s as a stream differ by %.1e of their spread.", type(model).__name__, off)
     if not off <= tolerance:  # NaN is not either
-        logger.info("%s is padded: as a stream its logits differ by up to %.1e.", type(model).__name__, off)
-        return False
+        raise NotExact(f"as a stream its logits differ by up to {off:.1e}")
     moved = replace(batch, position_ids=batch.position_ids + (batch.position_ids > 3))
     if torch.equal(scored_logits(model, moved, device), streamed_logits):
-        logger.info("%s is padded: it does not read the positions of a stream.", type(model).__name__)
-        return False
+        raise NotExact("it does not read the positions of a stream")
     if not _rounds_by_row(model, device):
-        return True
+        return
     # Rounding does not hide what rows see of each other: it is the same where only other rows' tokens differ.
     again = scored_logits(model, streamed(others, device), device)
     same = np.repeat([a == b for a, b in zip(segments, others, strict=True)], [s.predicted for s in segments])
     change = (again - streamed_logits)[on_device(same, again.device)].abs().max()
-    off = float(change / streamed_logits.abs().max())
-    if not off <= _UNSEEN:
-        logger.info("%s is padded: as a stream its rows see each other.", type(model).__name__)
-    return off <= _UNSEEN
+    if not float(change / streamed_logits.abs().max()) <= _UNSEEN:
+        raise NotExact("as a stream its rows see each other")
 
 
 def _probe(vocabulary: int) -> tuple[list[Segment], list[Segment]]:

@@ -15,8 +15,8 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from datasets import Dataset
 
 from ..data.arrow_files import file_digest
 from ..data.atomic import is_temporary, write_atomically, writing
+from ..data.table_reader import arrow_type
 from ..errors import FileAccessError, RunError, UserError
 
 try:
@@ -84,7 +85,7 @@ class Parts:
 
     def done(self, part: int, rows: int) -> bool:
         """Whether a part is there, whole, of so many rows. Each is read once."""
-        if part not in self._done and self._read(part, rows) is not None:
+        if part not in self._done and self._table(part, rows) is not None:
             self._done.add(part)
         return part in self._done
 
@@ -116,16 +117,13 @@ class Parts:
         digest, path = hashlib.blake2b(digest_size=16), self.folder / _JOINED
 
         def write(temporary: Path) -> None:
-            with temporary.open("wb") as file, pa.PythonFile(_Digested(file, digest), mode="w") as sink:
-                writer, waiting = None, []
-                for part, rows in enumerate(sizes):
-                    waiting.append(self._whole(part, rows, again))
-                    if part + 1 < len(sizes) and sum(table.num_rows for table in waiting) < _CHUNK_ROWS:
-                        continue
-                    table = pa.concat_tables(waiting).combine_chunks()
-                    writer = writer or pa.ipc.new_stream(sink, table.schema)
+            with _Digested(FileIO(temporary, "w"), digest) as file:
+                writer, step = None, max(_CHUNK_ROWS // max(sizes), 1)
+                for first in range(0, len(sizes), step):
+                    parts = range(len(sizes))[first : first + step]
+                    table = pa.concat_tables([self._whole(part, sizes[part], again) for part in parts]).combine_chunks()
+                    writer = writer or pa.ipc.new_stream(file, table.schema)
                     writer.write_table(table)
-                    waiting = []
                 writer.close()
 
         self.check_there()
@@ -161,9 +159,8 @@ class Parts:
             self._leave()
 
     def _save(self, part: int, columns: Mapping[str, np.ndarray]) -> None:
-        types = {"O": pa.string(), "f": pa.float64(), "i": pa.int64()}
         table = pa.table(
-            {name: pa.array(values, types[values.dtype.kind], from_pandas=True) for name, values in columns.items()}
+            {name: pa.array(values, arrow_type(values.dtype), from_pandas=True) for name, values in columns.items()}
         )
         self.check_there()
         sink = pa.BufferOutputStream()
@@ -200,17 +197,12 @@ class Parts:
             )
 
     def _digest(self, part: int, data: bytes | memoryview) -> bytes:
-        digest = hashlib.blake2b(self._key, digest_size=_DIGEST)
-        digest.update(f" part {part} ".encode())
+        digest = hashlib.blake2b(self._key + f" part {part} ".encode(), digest_size=_DIGEST)
         digest.update(data)
         return digest.digest()
 
-    def _read(self, part: int, rows: int) -> pa.Table | None:
-        table = self._table(part)
-        return table if table is not None and table.num_rows == rows else None
-
-    def _table(self, part: int) -> pa.Table | None:
-        """The table of a part; None where its file is missing, damaged, or of another part or job."""
+    def _table(self, part: int, rows: int | None = None) -> pa.Table | None:
+        """The table of a part; None where its file is missing, damaged, or of another part, job or number of rows."""
         try:
             content = self.path(part).read_bytes()
         except OSError:
@@ -218,14 +210,15 @@ class Parts:
         data, digest = memoryview(content)[:-_DIGEST], content[-_DIGEST:]
         if digest != self._digest(part, data):
             return None
-        return pa.ipc.open_stream(pa.py_buffer(data)).read_all()
+        table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
+        return table if rows in (None, table.num_rows) else None
 
     def _whole(self, part: int, rows: int, again: Callable[[int], Mapping[str, np.ndarray]]) -> pa.Table:
-        table = self._read(part, rows)
+        table = self._table(part, rows)
         if table is None:
             self.warn([part])
             self._save(part, again(part))
-            table = self._read(part, rows)
+            table = self._table(part, rows)
         if table is None:
             raise RunError(
                 f"{self.path(part)} is not what was written there a moment ago: the disk is at fault, or another "
@@ -259,25 +252,16 @@ class Parts:
             self.folder.rmdir()
 
 
-class _Digested:
+class _Digested(BufferedWriter):
     """A file to write to, and a digest of what is written."""
 
-    def __init__(self, file: BinaryIO, digest: hashlib.blake2b) -> None:
-        self._file, self._update = file, digest.update
-        self.closed = False
+    def __init__(self, file: FileIO, digest: hashlib.blake2b) -> None:
+        super().__init__(file)
+        self._update = digest.update
 
     def write(self, data: bytes) -> int:
         self._update(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self.closed = True
+        return super().write(data)
 
 
 @contextmanager
@@ -338,9 +322,6 @@ def _check_job(path: Path, job: Mapping[str, str | int | float | None]) -> None:
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}), so the parts may be of another job. {remedy}") from error
     if differs:
-        changes = "; ".join(f"{key}: {_shown(there.get(key))} there, {_shown(job.get(key))} now" for key in differs)
+        values = ((key, *("not set" if of.get(key) is None else of[key] for of in (there, job))) for key in differs)
+        changes = "; ".join(f"{key}: {before} there, {now} now" for key, before, now in values)
         raise UserError(f"{folder} holds parts of another job: {changes}. {remedy}")
-
-
-def _shown(option: str | int | float | None) -> str:
-    return "not set" if option is None else str(option)

@@ -8,11 +8,14 @@ room, for as long as there is the model: nothing here keeps it, or its weights, 
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypeVar
 
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 Question = Literal["rounds by row", "logits", "streams", "footprint", "most tokens"]
 T = TypeVar("T")
@@ -37,6 +40,7 @@ def noted(model: nn.Module, question: Question, setting: Hashable, find_out: Cal
     notes = _notes.setdefault(model, {})
     if (question, setting) not in notes:
         notes[question, setting] = find_out()
+        logger.debug("%s, %s: %s", type(model).__name__, question, notes[question, setting])
     return notes[question, setting]
 
 

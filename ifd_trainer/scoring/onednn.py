@@ -43,9 +43,7 @@ class OneDNN(TorchFunctionMode):
         operands = _OPERANDS.get(func) if self._works else None
         # Asked at each call: a trainer may switch autocast on inside the model's forward.
         product = None if operands is None or torch.is_autocast_enabled("cpu") else operands(*args, **kwargs)
-        if product is None or not _fits(*product):
-            return func(*args, **kwargs)
-        return _product(*product)
+        return func(*args, **kwargs) if product is None or not _fits(*product) else _product(*product)
 
 
 def available() -> bool:

@@ -188,11 +188,7 @@ def share_out(tokens: Sequence[int], shares: int) -> list[np.ndarray]:
 
 
 def run_shares(
-    run: Callable[[np.ndarray], dict[str, np.ndarray]],
-    tokens: np.ndarray,
-    rank: int,
-    world_size: int,
-    chunk: int,
+    run: Callable[[np.ndarray], dict[str, np.ndarray]], tokens: np.ndarray, rank: int, world_size: int, chunk: int
 ) -> dict[str, np.ndarray]:
     """Columns of all n rows, in their order, of which each process computes a share; all processes call it together.
 

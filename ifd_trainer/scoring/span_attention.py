@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from ..errors import one_line
+from ..errors import with_kind
 from .prefix_stream import Span
 from .private_names import set_attention
 from .transfer import on_device
@@ -75,31 +75,28 @@ class AttentionPlan:
 
     def packed(self, device: torch.device) -> list:
         """What the kernel is given, its arrays on a device; a model may be spread over several."""
-        return self._sent.get(device) or self._send(device)
-
-    def _send(self, device: torch.device) -> list:
+        if device in self._sent:
+            return self._sent[device]
         sent = [on_device(part, device) if isinstance(part, np.ndarray) else part for part in self._packed]
         self._sent[sent[1].device] = sent  # "cuda" was sent to "cuda:0"
         return sent
 
     @cached_property
-    def masked(self) -> list[tuple[int, int, torch.Tensor | None, torch.Tensor | None]]:
-        """Start, end, keys and mask of each span, on the host; the last two are None for one without a prefix."""
+    def masked(self) -> list[tuple[slice, slice | torch.Tensor, torch.Tensor | None]]:
+        """Queries, keys and mask of each span, on the host; one without a prefix has no mask, and its own keys."""
         return [_masked(span) for span in self.spans]
 
 
-def _masked(span: Span) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
-    if not len(span.prefix):
-        return span.start, span.end, None, None
-    size, before = span.end - span.start, len(span.prefix)
+def _masked(span: Span) -> tuple[slice, slice | torch.Tensor, torch.Tensor | None]:
+    queries, before = slice(span.start, span.end), len(span.prefix)
+    if not before:
+        return queries, queries, None
+    size = span.end - span.start
     mask = torch.ones(size, before + size, dtype=torch.bool).tril(before)  # all of the prefix, then causal
-    return span.start, span.end, torch.from_numpy(_keys(span)), mask
+    return queries, torch.from_numpy(_keys(span)), mask
 
 
-Packed = tuple[np.ndarray | None, np.ndarray, np.ndarray, int, int]
-
-
-def _packed(spans: Sequence[Span]) -> Packed:
+def _packed(spans: Sequence[Span]) -> tuple[np.ndarray | None, np.ndarray, np.ndarray, int, int]:
     """What a kernel is given for all spans: the keys to gather (S,), and the ends and longest of queries and of keys.
 
     The keys are None where they are the stream itself, since no span has a prefix.
@@ -158,7 +155,7 @@ def _pytorch_kernel() -> Kernel | None:
 
         takes = inspect.signature(varlen_attn).parameters
     except _BROKEN as error:
-        _tell_missing("torch.nn.attention.varlen", f"{type(error).__name__}: {one_line(error)}")
+        _tell_missing("torch.nn.attention.varlen", with_kind(error))
         return None
     if not {"scale", "window_size"} <= set(takes):
         _tell_missing("torch.nn.attention.varlen", "varlen_attn takes no scale and window_size")
@@ -173,7 +170,7 @@ def _flash_attn_kernel() -> Kernel | None:
     try:
         from flash_attn import flash_attn_varlen_func
     except _BROKEN as error:
-        _tell_missing("flash_attn", f"{type(error).__name__}: {one_line(error)}")
+        _tell_missing("flash_attn", with_kind(error))
         return None
     return lambda q, k, v, q_ends, k_ends, longest_q, longest_k, scale: flash_attn_varlen_func(
         q, k, v, q_ends, k_ends, longest_q, longest_k, softmax_scale=scale, causal=True
@@ -207,12 +204,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in place of its own attention; (1, T, heads, D)."""
-    harmless = {"is_causal": True}  # of other switches, those that are off
-    unknown = [
-        name
-        for name, value in kwargs.items()
-        if name not in _OF_NO_EFFECT and value is not None and value is not harmless.get(name, False)
-    ]
+    # Of switches, those that are off have no effect either, and a causal mask that is on.
+    others = {name: value for name, value in kwargs.items() if name not in _OF_NO_EFFECT and value is not None}
+    unknown = [name for name, value in others.items() if value is not (name == "is_causal")]
     if attention_mask is not None or unknown:
         raise NotExact(f"the model's attention has a mask or something else of its own: {unknown}")
     if not query.shape[2] == key.shape[2] == _active.tokens:
@@ -241,12 +235,12 @@ def _by_span(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     out = torch.empty_like(query)  # (1, heads, T, D)
-    for start, end, keys, mask in _active.masked:
-        if keys is not None:
+    for queries, keys, mask in _active.masked:
+        if mask is not None:
             keys, mask = keys.to(key.device), mask.to(key.device)
-        k, v = (key[:, :, start:end], value[:, :, start:end]) if keys is None else (key[:, :, keys], value[:, :, keys])
-        out[:, :, start:end] = nn.functional.scaled_dot_product_attention(
-            query[:, :, start:end], k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+        q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        out[:, :, queries] = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
         )
     return out.transpose(1, 2).contiguous()
 

@@ -48,6 +48,7 @@ _TRIED_TOKENS = 1024  # of the smaller batch; the larger has four times as many
 # has fewer: an intermediate result of 32 MiB takes new pages each time (see `scoring.chunked_lm_head`).
 CPU_TOKENS, LEAST_CPU_TOKENS = 2048, 256
 _NEEDED = ("mem_get_info", "memory_allocated", "memory_reserved", "max_memory_allocated", "reset_peak_memory_stats")
+_Run = Callable[[list[Segment]], Any]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def token_budget(
     lengths: Sequence[int],
     scored_budget: int,
     device: torch.device,
-    run: Callable[[list[Segment]], Any] | None,
+    run: _Run | None,
     how: Hashable = None,
 ) -> int:
     """Tokens of a batch.
@@ -91,39 +92,24 @@ def token_budget(
     longest = max(lengths, default=0)  # attention may take memory by the square of a row's length
     case = (how, longest.bit_length())
     new = not is_noted(model, "footprint", case)
-    if new:
-        spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
-        if run is None or spread or sum(lengths) < _WORTH_MEASURING:
-            return ACCELERATOR_TOKENS
+    spread = len({parameter.device for parameter in model.parameters()}) > 1  # only one device would be looked at
+    if new and (run is None or spread or sum(lengths) < _WORTH_MEASURING):
+        return ACCELERATOR_TOKENS
     footprint = noted(
-        model,
-        "footprint",
-        case,
-        lambda: _tried(vocabulary_size(model), longest, scored_budget, memory, device, run),
+        model, "footprint", case, lambda: _tried(vocabulary_size(model), longest, scored_budget, memory, device, run)
     )
     planned = planned_bytes(memory, device)
     if footprint is None:
         return LEAST_TOKENS
     budget = footprint.tokens(planned)
-    logger.log(
-        logging.INFO if new else logging.DEBUG,
-        "Token budget on %s: %d (for %.1f GiB; a forward takes %.0f MiB and %.0f KiB a token).",
-        device,
-        budget,
-        planned / 2**30,
-        footprint.fixed / 2**20,
-        footprint.per_token / 2**10,
-    )
+    takes = f"{footprint.fixed / 2**20:.0f} MiB and {footprint.per_token / 2**10:.0f} KiB a token"
+    why = f"{budget} (for {planned / 2**30:.1f} GiB; a forward takes {takes})"
+    logger.log(logging.INFO if new else logging.DEBUG, "Token budget on %s: %s.", device, why)
     return budget
 
 
 def _tried(
-    vocabulary: int,
-    longest: int,
-    scored_budget: int,
-    memory: Any,
-    device: torch.device,
-    run: Callable[[list[Segment]], Any],
+    vocabulary: int, longest: int, scored_budget: int, memory: Any, device: torch.device, run: _Run
 ) -> Footprint | None:
     """The footprint of batches of rows of a length, or None, with a warning, if the smaller trial does not fit."""
     rows = max(_TRIED_TOKENS // longest, 1)

@@ -25,7 +25,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from ..data.encoding import EncodedPair, Encoder, Segment, check_positive
 from ..data.formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
 from ..data.paths import check_model, model_name
+from ..data.table_reader import arrow_type
 from ..errors import FileAccessError, UserError, one_line
 from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS
 from ..method.reasons import Status
@@ -52,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 # Columns from scores that are no longer there once a row is scored again.
 _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.string()), strict=True))
-_ARROW_TYPES = {"f": pa.float64(), "i": pa.int64(), "O": pa.string()}
 _LOADED = ("_model", "_config", "_encoder")  # attributes that are made on first use
 _PID = os.getpid()
 SCORES_VERSION = 4  # raised when the same weights and options would give other scores
@@ -116,11 +117,10 @@ class IFDScorer:
         trust_remote_code: bool = False,
     ) -> None:
         named = isinstance(model, (str, os.PathLike))
-        if not named and not isinstance(model, torch.nn.Module):
-            raise UserError(
-                f"model must be a hub name, a path or a loaded causal LM, got {type(model).__name__}: {model!r}."
-            )
         if not named:
+            if not isinstance(model, torch.nn.Module):
+                what = f"{type(model).__name__}: {model!r}"
+                raise UserError(f"model must be a hub name, a path or a loaded causal LM, got {what}.")
             check_causal_lm(model)
         check_positive(token_budget=token_budget)
         self.name = model_name(model) if named else None
@@ -171,13 +171,11 @@ class IFDScorer:
         }
 
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
-        if not table.num_rows:  # Ray tells a schema by an empty block
-            scores = Scores.unscored(0, Status.OK.value)
-        else:
-            scores = self.score(self.encode(table.to_pydict(), rank))
+        pairs = self.encode(table.to_pydict(), rank) if table.num_rows else []  # Ray tells a schema by an empty block
+        scores = self.score(pairs) if pairs else Scores.unscored(0, Status.OK.value)
         table = table.drop_columns([name for name in OWN_COLUMNS if name in table.column_names])
         for name, values in scores.columns().items():
-            table = table.append_column(name, pa.array(_Column(values), _ARROW_TYPES[values.dtype.kind]))
+            table = table.append_column(name, pa.array(_Column(values)))
         return table
 
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
@@ -190,13 +188,7 @@ class IFDScorer:
 
     def _encoded(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[list[EncodedPair], str | None]:
         """Encoded rows, and what is wrong if none of them could be rendered."""
-        problem = None
         examples, error = _render(batch, format, self._encoder.tokenizer)
-        if error is not None and all(example is None for example in examples):
-            problem = (
-                f"None of {len(examples)} rows can be rendered as {format.name!r}; the first one: {error}. Check the "
-                "columns, or pass another format."
-            )
         pairs = self._encoder(examples)
         known = getattr(self._config.get_text_config(), "vocab_size", None)
         most = max((max(pair.conditioned.ids) for pair in pairs if pair.conditioned), default=0)
@@ -205,7 +197,12 @@ class IFDScorer:
                 f"The tokenizer gives token {most}, and the model has {known} tokens: they do not belong together. Use "
                 "the model's own tokenizer, or resize its embeddings."
             )
-        return pairs, problem
+        if error is None or any(examples):
+            return pairs, None
+        return pairs, (
+            f"None of {len(examples)} rows can be rendered as {format.name!r}; the first one: {error}. Check the "
+            "columns, or pass another format."
+        )
 
     def check(self, batch: Mapping[str, list]) -> None:
         """Raise now what scoring such rows would raise once the weights are loaded, from the tokenizer and the config.
@@ -300,28 +297,19 @@ class IFDScorer:
         if self._model is not None:
             self._config = self._model.config
         else:
-            self._config = self._read_config()
+            check_model(self.name)
+            revision = self.hub["revision"]  # the error's own message may name neither it nor the model
+            with _reading(f"{self.name}{f' at {revision}' if revision else ''} cannot be read"):
+                self._config = AutoConfig.from_pretrained(self.name, **self.hub)
             check_causal_config(self.name, self._config)
         tokenizer = self.tokenizer
         if tokenizer is None:
             source = self.name or self._config.name_or_path
             if not source:
                 raise UserError("Pass the tokenizer too: the loaded model does not say where it came from.")
-            try:
+            with _reading(f"{source} has no tokenizer that can be read"):
                 tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
-            except (OSError, ValueError) as error:
-                raise FileAccessError(f"{source} has no tokenizer that can be read: {one_line(error)}") from error
         self._encoder = Encoder(tokenizer, **self.options, window=window(self._config.get_text_config()))
-
-    def _read_config(self) -> PretrainedConfig:
-        check_model(self.name)
-        try:
-            return AutoConfig.from_pretrained(self.name, **self.hub)
-        except (OSError, ValueError) as error:  # whose message may name neither model nor revision
-            revision = self.hub["revision"]
-            raise FileAccessError(
-                f"{self.name}{f' at {revision}' if revision else ''} cannot be read: {one_line(error)}"
-            ) from error
 
     def _load(self, rank: int | None) -> None:
         self._prepare()
@@ -332,18 +320,15 @@ class IFDScorer:
         if os.getpid() != _PID and torch.device(device).type == "cpu":
             # A forked worker waits forever for OpenMP threads that its parent had and a fork does not copy.
             torch.set_num_threads(1)
-        dtype = self.dtype or default_dtype(self._config, device)
+        options = self.hub | {"dtype": self.dtype or default_dtype(self._config, device), "output_loading_info": True}
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                self.name, dtype=dtype, output_loading_info=True, **self.hub
-            )
+            with _reading(f"The weights in {self.name} cannot be loaded"):
+                model, loading = AutoModelForCausalLM.from_pretrained(self.name, **options)
         except SafetensorError as error:
             raise UserError(
                 f"The weights in {self.name} cannot be read ({error}): a file is damaged or was cut short. Download or "
                 "copy it again."
             ) from error
-        except (OSError, ValueError) as error:
-            raise FileAccessError(f"The weights in {self.name} cannot be loaded: {one_line(error)}") from error
         check_causal_lm(model)
         if missing := sorted(loading["missing_keys"]):
             raise UserError(
@@ -367,6 +352,15 @@ class IFDScorer:
         return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r})"
 
 
+@contextmanager
+def _reading(problem: str) -> Iterator[None]:
+    """What transformers raises for files and names that it cannot read, told in a sentence that begins so."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise FileAccessError(f"{problem}: {one_line(error)}") from error
+
+
 def _in_ray() -> bool:
     """Whether this is a worker of a Ray cluster."""
     ray = sys.modules.get("ray")
@@ -381,7 +375,7 @@ class _Column(list):
 
     def __init__(self, values: np.ndarray, type: pa.DataType | None = None) -> None:
         super().__init__(None if value != value else value for value in values.tolist())
-        self.type = type or _ARROW_TYPES[values.dtype.kind]
+        self.type = type or arrow_type(values.dtype)
 
     def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
         return pa.array(list(self), type or self.type)
@@ -391,12 +385,10 @@ def _render(
     batch: Mapping[str, list], format: PromptFormat, tokenizer: Any
 ) -> tuple[list[Example | None], Exception | None]:
     """Examples, None where a row is malformed, and the first error."""
-    columns = list(batch)
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     examples, first = [], None
-    for row in rows:
+    for values in zip(*batch.values(), strict=True):
         try:
-            examples.append(format.render(row, tokenizer))
+            examples.append(format.render(dict(zip(batch, values, strict=True)), tokenizer))
         except MalformedRow as error:
             first = first or error
             examples.append(None)

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from ..data.arrow_files import blocks as blocks  # a name of this module too
 from .model_parts import text_config
 from .rope_limits import remembers_lengths
 
@@ -66,8 +67,12 @@ def weights_digest(model: nn.Module) -> str:
     state = model.state_dict()
     for name in sorted(state):
         _update(digest, name, state[name])
-    for name, buffer in sorted(_tables(model, state.keys())):
-        _update(digest, name, buffer[:_TABLE_ROWS] if buffer.dim() else buffer)
+    # Buffers that are not saved, but for caches and for what is made anew from the lengths of rows.
+    grows = remembers_lengths(text_config(model))
+    for name, buffer in sorted((name, buffer) for name, buffer in model.named_buffers() if name not in state):
+        own = name.rpartition(".")[2]
+        if "cache" not in own and not (grows and "inv_freq" in own):
+            _update(digest, name, buffer[:_TABLE_ROWS] if buffer.dim() else buffer)
     return digest.hexdigest()
 
 
@@ -79,8 +84,7 @@ def checkpoint_digest(name: str, revision: str | None = None, trust_remote_code:
     if os.path.isdir(name):
         folder = Path(name)
         files = [path for path in sorted(folder.iterdir()) if path.suffix in _WEIGHT_FILES and path.is_file()]
-        stamps = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        digests = [_files_digest(tuple(stamps))]
+        digests = [_files_digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))]
         config = folder / "config.json"
     else:
         # The cache has a folder for each commit. The config itself does not tell it, and may need remote code.
@@ -94,14 +98,11 @@ def checkpoint_digest(name: str, revision: str | None = None, trust_remote_code:
 
 def _code_elsewhere(config: Path) -> dict[str, str]:
     """Other repositories that a checkpoint takes code from, and a file of each."""
-    classes = (_read(config).get("auto_map") or {}).values()
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    classes = (values.get("auto_map") or {}).values()
     references = [name for value in classes for name in ([value] if isinstance(value, str) else value) if name]
     parts = [reference.split("--", 1) for reference in references if "--" in reference]
     return {repo: f"{path.split('.')[0]}.py" for repo, path in parts}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 @cache  # `map` asks for it once for its cache, and once more for each worker
@@ -127,15 +128,6 @@ def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
 
 
-def _tables(model: nn.Module, saved: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Buffers that a model does not save, but for caches and for what is made anew from the lengths of rows."""
-    grows = remembers_lengths(text_config(model))
-    for name, buffer in model.named_buffers():
-        own = name.rpartition(".")[2]
-        if name not in saved and "cache" not in own and not (grows and "inv_freq" in own):
-            yield name, buffer
-
-
 class _StableText:
     """Texts that tell values, modules and code apart, the same in every process; code is told once."""
 
@@ -155,7 +147,7 @@ class _StableText:
         }
         # Those of libraries place weights and gradients.
         hooks = [hook for name in _HOOKS for hook in vars(module)[name].values() if _own(_made_in(hook))]
-        return f"{self.of_class(type(module))}{self.of(settings)}{self.of(hooks)}"
+        return f"{self._of_code(type(module))}{self.of(settings)}{self.of(hooks)}"
 
     def of(self, value: Any) -> str:
         """A value that settings hold; of an object that is none of the known kinds, its class."""
@@ -175,28 +167,27 @@ class _StableText:
             return f"partial({self.of(value.func)},{self.of(value.args)},{self.of(value.keywords)})"
         if isinstance(value, types.MethodType):
             return f"method({self.of(value.__func__)},{self.of(value.__self__)})"
-        if isinstance(value, types.FunctionType):
-            return self._of_function(value)
-        if isinstance(value, types.BuiltinFunctionType):
-            return f"{value.__module__}.{value.__qualname__}"
-        if isinstance(value, type):
-            return self.of_class(value)
+        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+            return self._of_code(value)
         if isinstance(value, PretrainedConfig):
             settings = _without(value.to_dict(), _NOT_IN_DIGEST)
             return self.of(settings | {"attention": getattr(value, "_attn_implementation", None)})
         if hasattr(value, "peft_type") and hasattr(value, "to_dict"):
             return self.of(_without(value.to_dict(), _NOT_OF_ADAPTERS))
-        kind = self.of_class(type(value))
+        kind = self._of_code(type(value))
         if isinstance(value, nn.Module) or not _own(type(value).__module__) or self._known(value):
             return kind
         return f"{kind}{self.of(getattr(value, '__dict__', None))}"
 
-    def of_class(self, kind: type) -> str:
-        """Its name, and its code if that is of no installed package."""
-        if not _own(kind.__module__):
-            return f"{kind.__module__}.{kind.__qualname__}"
-        if self._known(kind):
-            return kind.__qualname__
+    def _of_code(self, thing: type | types.FunctionType | types.BuiltinFunctionType) -> str:
+        """The name of a class or function, and its code if that is of no installed package."""
+        if isinstance(thing, types.BuiltinFunctionType) or not _own(thing.__module__):
+            return f"{thing.__module__}.{thing.__qualname__}"
+        if self._known(thing):
+            return thing.__qualname__
+        return self._of_class(thing) if isinstance(thing, type) else self._of_function(thing)
+
+    def _of_class(self, kind: type) -> str:
         parts = []
         for base in kind.__mro__:
             if not _own(base.__module__):
@@ -212,11 +203,7 @@ class _StableText:
         return "class " + ";".join(parts)
 
     def _of_function(self, function: types.FunctionType) -> str:
-        """The code of a function of no installed package, and of those that it calls by a name of its module."""
-        if not _own(function.__module__):
-            return f"{function.__module__}.{function.__qualname__}"
-        if self._known(function):
-            return function.__qualname__
+        """The code of a function, and of those that it calls by a name of its module."""
         cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
         held = [cells, function.__defaults__, function.__kwdefaults__]
         named = [
@@ -285,10 +272,3 @@ def _own(module: str | None) -> bool:
         return getattr(getattr(loaded, "__spec__", None), "origin", None) not in ("built-in", "frozen")
     installed = any(part in _INSTALLED for part in Path(file).parts)
     return not installed and not file.startswith(sysconfig.get_path("stdlib"))
-
-
-def blocks(path: Path) -> Iterator[bytes]:
-    """A file's bytes, 16 MiB at a time."""
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            yield block

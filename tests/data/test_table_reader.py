@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Json
 
 from ifd_trainer.data.files import load_rows, write_rows, write_tables
 from ifd_trainer.data.readable_text import answers_of
@@ -127,6 +127,11 @@ def test_refusals_are_those_of_the_answers_one_by_one(columns):
     expected = [looks_like_refusal(answer) for answer in answers_of(rows.to_pandas())]
     assert refused_rows(TableReader(rows, table_rows=4)).tolist() == expected
     assert expected.count(True) == (2 if "prompt" in columns else 1)
+
+
+def test_values_of_several_types_inside_mappings_come_into_memory_too():
+    rows = Dataset.from_list([{"a": {"b": 1}}, {"a": {"b": "x"}}], features=Features({"a": {"b": Json()}}))
+    assert TableReader(rows).frame(["a"])["a"].tolist() == rows.to_pandas()["a"].tolist()
 
 
 def test_refusals_without_texts_are_an_error():
