@@ -1,15 +1,19 @@
-"""Is an answer finished? A threshold on the loss of its end of turn, with a stated error rate.
+"""Is an answer finished? A threshold on the loss of its end of turn.
 
 An answer that was cut off in the middle is followed by an end of turn that surprises the model:
 
     e_i = -log P(end of turn | Q_i, A_i)    nats; SmolLM2-135M-Instruct: about 1.3 for whole answers, 20 for cut ones
 
 How surprised it is by answers that end too early can be measured on the pool itself: answers of the pool, each cut off
-behind a token chosen at random, and what ends a turn behind that. The threshold is the floor(alpha (n + 1))-th smallest
-loss of n such cuts. Where an answer that was cut off is like such a cut (exchangeable with it), it is found with a
-probability of at least 1 - alpha; how many whole answers are lost depends on how well the model knows where turns end.
-A base model that has never seen this end-of-turn token does not: whole answers then score as high as cut ones, and
-nothing is dropped.
+behind a token chosen at random, and what ends a turn behind that, losses c_k. The threshold t is the one of them at
+which the two errors together are smallest (Youden's index, with the pool, which is mostly whole, in the place of whole
+answers):
+
+    t = argmin_t  share of c_k < t  +  share of e_i >= t
+
+An answer that was cut off like these is missed with about the probability that one of them is below t. How many whole
+answers are lost depends on how well the model knows where turns end. A base model that has never seen this end-of-turn
+token does not: whole answers then score as high as cut ones, and nothing is dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .error_rate import check_error_rate, rank_of
+from .error_rate import check_error_rate, least_measured
 
 MOST_LOST = 0.1  # of a pool's rows: a signal that costs more of those with whole answers says too little
 
@@ -28,14 +32,15 @@ class Unfinished:
     """Drop rows whose answers stop before their end.
 
     Args:
-        alpha: the share of cut answers that may pass for finished, in (0, 1).
+        alpha: the most of the cut answers that may pass for finished, in (0, 1); a signal that misses more says too
+            little, and nothing is dropped.
         cuts: answers that are cut to measure the threshold; a smaller alpha needs more.
 
     >>> Unfinished(alpha=0.2).threshold(eot_loss=np.full(50, 1.0), cut=np.array([9.0, 20.0, 14.0, 30.0]))
     9.0
     """
 
-    alpha: float = 0.05
+    alpha: float = 0.1
     cuts: int = 256
 
     def __post_init__(self) -> None:
@@ -57,18 +62,21 @@ class Unfinished:
     def threshold(self, eot_loss: np.ndarray, cut: np.ndarray) -> float:
         """The loss from which on an answer is unfinished; infinity where the signal says too little.
 
-        It says too little where most rows would be dropped, or more than a tenth of the pool that is whole. How many
-        are not is estimated from the rows above the median of the cuts, where half of those are that were cut.
+        It says too little where more than alpha of the cut answers are missed, where most rows would be dropped, or
+        more than a tenth of the pool that is whole. How many rows are not is estimated from those above the median of
+        the cuts, where half of those are that were cut.
 
         Args:
             eot_loss: (n,) of the pool's rows, NaN for rows without one.
             cut: (m,) of cut answers.
         """
         eot_loss, cut = (np.sort(values[np.isfinite(values)]) for values in (eot_loss, cut))
-        rank = rank_of(self.alpha, len(cut))
-        if not rank or not len(eot_loss):
+        if len(cut) < least_measured(self.alpha) or not len(eot_loss):
             return float("inf")
-        threshold, found = cut[rank - 1], np.mean(eot_loss >= cut[rank - 1])
+        missed = np.searchsorted(cut, cut) / len(cut)  # (m,) of the cuts, at each of them as the threshold
+        found = 1 - np.searchsorted(eot_loss, cut) / len(eot_loss)  # (m,) of the pool
+        best = len(cut) - 1 - int(np.argmin((missed + found)[::-1]))  # of equals the highest: it drops fewest
         unfinished = min(2 * np.mean(eot_loss >= np.median(cut)), 1.0)
-        whole_lost = found - (1 - self.alpha) * unfinished
-        return float(threshold) if whole_lost <= MOST_LOST and found <= 0.5 else float("inf")
+        whole_lost = found[best] - (1 - missed[best]) * unfinished
+        says = missed[best] <= self.alpha and found[best] <= 0.5 and whole_lost <= MOST_LOST
+        return float(cut[best]) if says else float("inf")
