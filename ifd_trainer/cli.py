@@ -451,7 +451,7 @@ def _train(arguments: list[str]) -> int:
     from rich.console import Console
 
     from .report.page import write_report
-    from .report.tables import epoch_table, label_rich_table
+    from .report.tables import epoch_table, guard_table, label_rich_table
     from .training.recipe import parse_recipe
     from .training.recipe_plan import planned
     from .training.recipe_run import build_run, selection_of
@@ -473,6 +473,8 @@ def _train(arguments: list[str]) -> int:
         history = selection_of(trainer).history
         console = Console()
         console.print(epoch_table(history))
+        if (guarded := guard_table(history)) is not None:
+            console.print(guarded)
         if parsed.selection.label:
             console.print(label_rich_table(history, parsed.selection.label))
         path = write_report(history, parsed.sft.output_dir, label=parsed.selection.label)

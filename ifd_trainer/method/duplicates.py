@@ -12,6 +12,10 @@ from numbers import Real
 import numpy as np
 
 from ..errors import UserError
+from .reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED, Status
+
+# Reasons for which a row cannot stand for others.
+_NOT_SHOWN = [ABOVE_LIMIT, MISMATCHED, UNFINISHED, *(status.value for status in Status)]
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,20 @@ def surplus(groups: np.ndarray, ids: np.ndarray, usable: np.ndarray, trained: np
     goes = np.zeros(len(groups), dtype=bool)
     goes[order] = np.concatenate([[False], np.diff(groups[order]) == 0])[: len(order)]
     return goes
+
+
+def representatives(groups: np.ndarray, ids: np.ndarray, reasons: np.ndarray) -> np.ndarray:
+    """The id of the row that stands for each row that is dropped as its duplicate, (n,); None for other rows.
+
+    >>> representatives(np.array([0, 0, 2]), np.array([7, 5, 1]), np.array(["duplicate", "kept", "kept"])).tolist()
+    [5, None, None]
+    """
+    dropped = reasons == DUPLICATE
+    members = np.flatnonzero(np.isin(groups, groups[dropped]) & ~dropped)
+    # Of a group's other rows the one that was let through: others of it may be dropped for other reasons.
+    order = members[np.lexsort((np.asarray(ids)[members], np.isin(reasons[members], _NOT_SHOWN)))]
+    numbers, first = np.unique(groups[order], return_index=True)
+    stands_for = dict(zip(numbers.tolist(), np.asarray(ids)[order[first]].tolist(), strict=True))
+    out = np.full(len(groups), None, dtype=object)
+    out[dropped] = [stands_for.get(group) for group in groups[dropped].tolist()]
+    return out

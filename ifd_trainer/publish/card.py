@@ -24,8 +24,9 @@ from ..data.definitions import KNOWN_DEFINITIONS
 from ..errors import UserError
 from ..method.columns import COLUMN_MEANINGS
 from ..method.reasons import MEANINGS, Status
+from ..method.scoring_health import rank_correlation
 from ..report.plots import histogram_of
-from ..report.score_frames import number_text, rows_text, spearman
+from ..report.score_frames import number_text, rows_text
 from .provenance import Provenance
 from .select import PoolSelection
 
@@ -227,7 +228,7 @@ def _quantiles(frame: pd.DataFrame, score: str) -> list[tuple[str, str, str]]:
 
 
 def _limits(frame: pd.DataFrame, score: str) -> str:
-    rho = spearman(frame["answer_tokens"], frame[score])
+    rho = rank_correlation(frame["answer_tokens"], frame[score])
     length = "" if rho is None else f" (Spearman's rank correlation of `{score}` and answer tokens here: {rho:.2f})"
     return (
         f"IFD is confounded with the length of the answer{length}, so that selecting by IFD can select by length. It "

@@ -20,7 +20,19 @@ from ..data.atomic import write_atomically
 from ..data.paths import check_folder
 from ..data.readable_text import plain, shortened
 from ..errors import UserError
-from ..method.reasons import ABOVE_LIMIT, MEANINGS, OTHER_TIER, REDUNDANT, REFUSAL, RELAXED, Status
+from ..method.reasons import (
+    ABOVE_LIMIT,
+    DUPLICATE,
+    MEANINGS,
+    MISMATCHED,
+    OTHER_TIER,
+    REDUNDANT,
+    REFUSAL,
+    RELAXED,
+    UNFINISHED,
+    Status,
+)
+from ..method.scoring_health import rank_correlation
 from ..training.history import History
 from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
 from .report_data import ReportData, read_report_data
@@ -33,10 +45,9 @@ from .score_frames import (
     number_text,
     percent_text,
     rows_text,
-    spearman,
 )
-from .tables import epoch_cells, epoch_notes, label_cells, label_shares, restart_line
-from .wording import EpochKinds, settings_in_words
+from .tables import epoch_cells, epoch_notes, guard_cells, label_cells, label_shares, restart_line
+from .wording import EpochKinds, frozen_since, settings_in_words
 
 
 def write_report(
@@ -102,6 +113,7 @@ def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
         "brief": _brief_section(data, rows),
         "of_history": history is not None,
         "reasons": _reason_cells(data),
+        "guards": guard_cells(history) if history is not None else None,
         "plots": {plot.name: plot for plot in plots},
         "label": data.labels.name if data.labels is not None else None,
         "labels": _label_lines(data),
@@ -147,7 +159,8 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
 def _observations(data: ReportData) -> list[str]:
     """What a reader should know of these rows before trusting the numbers."""
     notes = []
-    for record in data.history.epochs if data.history is not None else []:
+    records = data.history.epochs if data.history is not None else []
+    for record in records:
         budget, kept, shortfall = (record.get(name) or 0 for name in ("budget", "kept", "shortfall"))
         relaxed = (record.get("reasons") or {}).get(RELAXED, 0)
         if shortfall:
@@ -157,6 +170,11 @@ def _observations(data: ReportData) -> list[str]:
                 f"Epoch {record['epoch']}: {budget:,} rows were planned, {budget - shortfall:,} were eligible; the "
                 f"rest was filled with {' and '.join(ways) or 'other rows'}."
             )
+    notes += [_proxy_note(record) for record in records if record.get("proxy_rows")]
+    notes += [
+        f"From epoch {epoch} on, rows were scored no more: {why}. They were selected by the scores before."
+        for epoch, why in frozen_since(records)
+    ]
     for epoch, rows in merged(data.epochs, [data.score]).items():
         scores = rows[data.score].dropna()
         if len(scores) and (scores >= 1).mean() > 0.5:
@@ -165,6 +183,15 @@ def _observations(data: ReportData) -> list[str]:
                 "scored rows are at 1 or more: their prompt does not help. Is the prompt format one the model knows?"
             )
     return notes + _duplicate_note(data)
+
+
+def _proxy_note(record: Mapping[str, Any]) -> str:
+    rho, overlap = record.get("proxy_rank_correlation"), record.get("proxy_overlap")
+    return (
+        f"The scores were held against those of the model in training on {rows_text(record['proxy_rows'])}: rank "
+        f"correlation {number_text(rho, 2)}, and {percent_text(overlap)} of the rows that either would keep are the "
+        "same."
+    )
 
 
 def _duplicate_note(data: ReportData) -> list[str]:
@@ -314,7 +341,7 @@ _LABEL_CAPTION = (
 def _length_caption(epochs: Mapping[Any, pd.DataFrame], score: str) -> str:
     ends = dict.fromkeys([next(iter(epochs)), next(reversed(epochs))])
     values = [
-        (epoch, number_text(spearman(rows["answer_tokens"].where(rows["answer_tokens"] > 0), rows[score]), 2))
+        (epoch, number_text(rank_correlation(rows["answer_tokens"].where(rows["answer_tokens"] > 0), rows[score]), 2))
         for epoch, rows in ((epoch, epochs[epoch]) for epoch in ends)
     ]
     text = " and ".join(value + (f" in {epoch_name(epoch)}" if epoch is not None else "") for epoch, value in values)
@@ -385,6 +412,9 @@ def _brief_section(data: ReportData, most: int) -> dict[str, Any] | None:
 
 _UNSCORABLE = "Rows without a score"
 _DROPPED = {  # for reasons other than their score
+    MISMATCHED: "Dropped by a guard: the answer fits other prompts as well",
+    UNFINISHED: "Dropped by a guard: the answer is unfinished",
+    DUPLICATE: "Dropped by a guard: another row says the same",
     REDUNDANT: "Dropped, for other rows stand for them",
     OTHER_TIER: "In other tiers, highest scores",
     REFUSAL: "Dropped, answers that look like refusals",
@@ -434,8 +464,11 @@ def _row_table(
         scored: with scores and the number of answer tokens, which are not known without.
     """
     values = [data.score, "cas", "das"] if scored and not reason else []
+    of_guard = _OF_REASON.get(part["reason"].iloc[0]) if "reason" in part and part["reason"].nunique() == 1 else None
+    of_guard = of_guard if of_guard in part else None
     repeated = "times" in part and (part["times"] > 1).any()
     headers = ["row", *(["why"] if reason else []), *(SCORE_NAMES.get(name, name) for name in values)]
+    headers += [*([of_guard.replace("_", " ")] if of_guard else [])]
     headers += [*(["tokens"] if scored else []), *(["times"] if repeated else [])]
     headers += [str(data.labels.name)] if data.labels is not None else []
     lines = []
@@ -443,11 +476,19 @@ def _row_table(
         words = MEANINGS.get(row["ifd_status"], row["ifd_status"]).removeprefix("no score: ")
         cells = [str(row["row_id"])]
         cells += [*([words] if reason else []), *(number_text(row[name]) for name in values)]
+        cells += [_shown(row[of_guard])] if of_guard else []
         cells += [number_text(row["answer_tokens"], 0)] if scored else []
         cells += [str(row["times"])] if repeated else []
         cells += [str(data.labels.get(row["key"], "(none)"))] if data.labels is not None else []
         lines.append({"cells": cells, "texts": _texts_of(data.details, row["key"])})
     return _RowTable(title, len(part), headers, lines)
+
+
+_OF_REASON = {MISMATCHED: "p_value", UNFINISHED: "eot_loss", DUPLICATE: "duplicate_of"}  # what a guard went by
+
+
+def _shown(value: Any) -> str:
+    return number_text(value, 2) if isinstance(value, float) else str(value)
 
 
 def _texts_of(details: pd.DataFrame | None, key: str) -> dict[str, str] | None:

@@ -21,17 +21,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from ..data.readable_text import shortened
 from ..errors import UserError
 from ..method.reasons import ABOVE_LIMIT, KEPT, MEANINGS, REDUNDANT
+from ..method.scoring_health import rank_correlation
 from .score_frames import (
     LIMIT,
     SCORE_EQUATIONS,
     SCORE_NAMES,
+    WITHOUT_GUARDS,
     by_epoch,
     cut_of,
     epoch_name,
     number_text,
     percent_text,
     rows_text,
-    spearman,
 )
 
 _WIDTH, _DPI = 8.0, 192  # inches; at 192 the page shows two pixels of the file on one of its own
@@ -130,7 +131,7 @@ def plot_ifd_length(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: s
     for ax, (epoch, frame) in zip(axes[0], epochs.items(), strict=True):
         frame = frame.assign(answer_tokens=frame["answer_tokens"].where(frame["answer_tokens"] > 0))
         drawn = _scatter(ax, frame, "answer_tokens", score, score)
-        rho = spearman(frame["answer_tokens"], frame[score])
+        rho = rank_correlation(frame["answer_tokens"], frame[score])
         title = f"{_panel_title(epoch, drawn, frame[score])}Spearman {number_text(rho, 2)}"
         ax.set_title(title, fontsize=9, loc="left", color=_INK)
         cut, beyond = cut_of(frame, score), int((frame[score] > edges[-1]).sum())
@@ -220,13 +221,13 @@ def _flow(epochs: Mapping[Any, pd.DataFrame], sample: Collection[Any]) -> pd.Dat
 
 
 def plot_kept_by_label(shares: pd.DataFrame) -> Figure:
-    """The share of each label's rows that was kept, beside the share of all rows.
+    """The share of each label's rows that was kept, beside the share of all rows; without guards, as a hollow mark.
 
     Args:
         shares: what `label_table` returns. Of more than 15 labels the most frequent are drawn, and of more than
             five epochs five, the first and the last included.
     """
-    epochs = list(shares.columns[1:])
+    epochs = [column for column in shares.columns[1:] if not column.endswith(WITHOUT_GUARDS)]
     epochs = [epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, 5).round().astype(int))] if epochs else []
     shown = shares.iloc[:15]
     thickness = 0.8 / max(len(epochs), 1)
@@ -236,6 +237,10 @@ def plot_kept_by_label(shares: pd.DataFrame) -> Figure:
     for i, (epoch, shade) in enumerate(zip(epochs, shades, strict=False)):
         y = at - 0.4 + (i + 0.5) * thickness
         ax.barh(y, 100 * shown[epoch], height=0.9 * thickness, color=shade, label=epoch)
+        without = epoch + WITHOUT_GUARDS
+        if without in shown:
+            label = "without guards, by the same scores" if epoch == epochs[0] else None
+            ax.plot(100 * shown[without], y, "D", markersize=4, fillstyle="none", color=_ORANGE, label=label)
         for height, share in zip(y, shown[epoch], strict=True):
             ax.annotate(
                 percent_text(share),
@@ -253,7 +258,7 @@ def plot_kept_by_label(shares: pd.DataFrame) -> Figure:
     names = [f"{shortened(str(value), 30)} ({count:,})" for value, count in shown["rows"].items()]
     ax.set_yticks(at, names, parse_math=False)
     ax.invert_yaxis()
-    ax.set_xlim(0, max(10.0, 100 * shown[epochs].max().max() * 1.1) if epochs and len(shown) else 100)
+    ax.set_xlim(0, max(10.0, 100 * shown.iloc[:, 1:].max().max() * 1.1) if epochs and len(shown) else 100)
     ax.set_xlabel("rows kept (per cent of the label's rows; their number in brackets)")
     if epochs:
         handles = sorted(ax.get_legend_handles_labels()[0], key=lambda handle: isinstance(handle, Line2D))

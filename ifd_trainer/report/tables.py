@@ -1,6 +1,7 @@
 """A run in numbers: tables by epoch and by label, for the terminal and for the page.
 
 epoch_table                     what each epoch kept and cost
+guard_table                     what the guards held back, and what the scorings are worth
 label_table, label_rich_table   of which labels rows were kept
 """
 
@@ -17,8 +18,17 @@ from rich.text import Text
 from ..data.readable_text import plain
 from ..errors import UserError
 from ..training.history import History
-from .score_frames import MISSING, SCORE_NAMES, count_text, epoch_name, number_text, percent_text, read_epochs
-from .wording import EpochKinds, scored_at, scoring_sentence
+from .score_frames import (
+    MISSING,
+    SCORE_NAMES,
+    WITHOUT_GUARDS,
+    count_text,
+    epoch_name,
+    number_text,
+    percent_text,
+    read_epochs,
+)
+from .wording import GUARD_REASONS, EpochKinds, frozen_since, guards_of, scored_at, scoring_sentence
 
 
 def epoch_table(history: History) -> Table:
@@ -52,6 +62,46 @@ def epoch_table(history: History) -> Table:
     return table
 
 
+def guard_table(history: History) -> Table | None:
+    """What the guards held back in each epoch, for the terminal; None for a run without guards.
+
+    Columns: rows dropped by each guard that is on; separation (how often a wrong pair scores higher than a row of the
+    pool that was not trained on: 50 % says nothing) and rank correlation with the scoring before; rows that the same
+    scores would have kept without guards, and were not kept.
+    """
+    cells = guard_cells(history)
+    if cells is None:
+        return None
+    notes = [f"Scored no more since epoch {epoch}: {why}." for epoch, why in frozen_since(history.epochs)]
+    table = Table(title="Kept out by guards", caption=Text(" ".join(notes)) if notes else None, caption_justify="left")
+    table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, 0
+    for header in cells[0]:
+        table.add_column(header.replace(" ", "\n"), justify="right", overflow="fold")
+    for row in cells[1]:
+        table.add_row(*row)
+    return table
+
+
+def guard_cells(history: History) -> tuple[list[str], list[list[str]]] | None:
+    """Headers and lines of `guard_table`, one line for each epoch that selected; None without guards."""
+    on = guards_of(history.settings)
+    records = [record for record in history.epochs if scored_at(record) is not None]
+    if not on or not records:
+        return None
+    reasons = [reason for name, reason in GUARD_REASONS.items() if name in on]
+    watched = [name for name in ("separation", "rank_correlation") if any(r.get(name) is not None for r in records)]
+    without = any(record.get("kept_only_without_guards") is not None for record in records)
+    headers = ["epoch", *(reason.replace("_", " ") for reason in reasons), *(n.replace("_", " ") for n in watched)]
+    headers += ["replaced"] if without else []
+    rows = [
+        [str(record["epoch"]), *(count_text(int((record.get("reasons") or {}).get(r, 0))) for r in reasons)]
+        + [number_text(record.get(name), 2) for name in watched]
+        + ([count_text(record.get("kept_only_without_guards"))] if without else [])
+        for record in records
+    ]
+    return headers, rows
+
+
 def label_table(history: History, label: str) -> pd.DataFrame:
     """The share of each label's rows that was kept, epoch by epoch.
 
@@ -62,7 +112,8 @@ def label_table(history: History, label: str) -> pd.DataFrame:
     Returns:
         One row for each value of the label, the most frequent first: `rows` (how many rows of the pool have it) and
         for each epoch with rows on disk a column `epoch 0`, `epoch 1`, ... with values in [0, 1]. Rows without a
-        label are counted under "(none)". A row that is repeated in an epoch counts once.
+        label are counted under "(none)". A row that is repeated in an epoch counts once. Of a run with guards, each
+        column is followed by `epoch 0, without guards`: what the same scores would have kept.
 
     Raises:
         ValueError: when there is no `pool.parquet`, or no such column in it.
@@ -84,7 +135,9 @@ def label_rich_table(history: History, label: str) -> Table:
     kinds = EpochKinds.from_settings(history.settings)
     for column in shares.columns:
         kind = next((kinds.kind(e) for e in range(kinds.warmup) if column == epoch_name(e)), "")
-        table.add_column(f"{column}\n({kind})" if kind else column, justify="right")
+        name, guarded, _ = column.partition(WITHOUT_GUARDS)
+        second = f"({kind})" if kind else "no guard" if guarded else ""
+        table.add_column(f"{name}\n{second}" if second else name, justify="right")
     for value, cells in label_cells(shares):
         table.add_row(Text(value), *cells)
     return table
@@ -168,8 +221,12 @@ def label_shares(epochs: Mapping[Any, pd.DataFrame], labels: pd.Series) -> pd.Da
     table.index.name = labels.name
     for epoch, rows in epochs.items():
         if "kept" in rows:
-            kept = labels.reindex(rows.loc[rows["kept"], "key"]).value_counts()
-            table[epoch_name(epoch, "kept")] = kept.reindex(table.index, fill_value=0) / table["rows"]
+            columns = {epoch_name(epoch, "kept"): rows["kept"]}
+            if "kept_without_guards" in rows:
+                columns[epoch_name(epoch, "kept") + WITHOUT_GUARDS] = rows["kept_without_guards"]
+            for name, mask in columns.items():
+                kept = labels.reindex(rows.loc[mask, "key"]).value_counts()
+                table[name] = kept.reindex(table.index, fill_value=0) / table["rows"]
     return table
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..method.choices import GUARDS
 from ..method.plain_data import as_text
+from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED
 from .score_frames import SCORE_EQUATIONS, count_text, epoch_name, rows_text
 
 _SHORTFALL = {
@@ -20,6 +22,10 @@ _ORDERS = {
     "ascending": "lowest score first",
 }
 _SAMPLES = {"kmeans": "by k-means over their prompts, of middle perplexity", "random": "at random"}
+
+
+# The reason for which each guard drops rows, by the guard's name.
+GUARD_REASONS = {"limit": ABOVE_LIMIT, "pairing": MISMATCHED, "unfinished": UNFINISHED, "duplicates": DUPLICATE}
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,34 @@ def scoring_sentence(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, 
     )
 
 
+def guards_of(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The guards of a run that are on, by name, as data; those of older histories had none."""
+    guard = settings.get("guard")
+    return {name: guard[name] for name in GUARDS if guard.get(name)} if isinstance(guard, Mapping) else {}
+
+
+def frozen_since(epochs: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """The epoch from which on rows were scored no more, and why; nothing where all went well."""
+    return [(record["epoch"], record["frozen"]) for record in epochs if record.get("frozen")][:1]
+
+
+def _guards_in_words(on: Mapping[str, Any]) -> str:
+    said = []
+    for name, guard in on.items():
+        alpha = f"{100 * guard['alpha']:g} %" if "alpha" in guard else ""
+        if name == "limit":
+            said.append(f"no score like that of an answer under a wrong prompt ({alpha} of these pass)")
+        elif name == "pairing":
+            said.append(f"no answer that fits one of {guard['anchors']} other prompts as well (alpha {alpha})")
+        elif name == "unfinished":
+            said.append("no unfinished answer")
+        elif name == "duplicates":
+            said.append("one of the rows that say the same")
+        else:
+            said.append("no more scoring once it carries no information")
+    return "; ".join(said)
+
+
 def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What a run was: (name, text)."""
     kinds, plan = EpochKinds.from_settings(settings), settings.get("plan") or []
@@ -122,6 +156,8 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
     if shortfall := policy.get("on_shortfall"):
         facts.append(("With too few such rows", _SHORTFALL.get(shortfall, str(shortfall))))
     facts.append(("Policy", as_text(policy) if policy else "not recorded"))
+    if "guard" in settings:
+        facts.append(("Guards", _guards_in_words(guards_of(settings)) or "none"))
     if kinds.brief:
         facts.append(("Brief experience", _brief_in_words(kinds, settings)))
     if plan:

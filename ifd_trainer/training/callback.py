@@ -412,8 +412,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         with metrics_set_aside(self.trainer):
             self.trainer.log(logged)
         if self.trainer.state.is_world_process_zero:
-            columns = scores.columns() | self.chooser.guard_columns(wanted, ids, self.seed)
-            self.history.add(record, epoch_rows(ids, columns, selection))
+            added = self.chooser.guard_columns(wanted, ids, selection, self.seed)
+            if "kept_without_guards" in added:
+                kept_out = np.setdiff1d(np.flatnonzero(added["kept_without_guards"]), selection.kept)
+                record["kept_only_without_guards"] = len(kept_out)
+            self.history.add(record, epoch_rows(ids, scores.columns() | added, selection))
 
     def _first_scoring(self) -> FirstScoring:
         score = self.chooser.score

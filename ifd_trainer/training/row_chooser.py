@@ -20,6 +20,7 @@ from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.choices import RANKED_BY
 from ..method.columns import SCORES
+from ..method.duplicates import representatives
 from ..method.facility_location import EMBEDDING, Diverse
 from ..method.guard import Guard
 from ..method.plain_data import to_data
@@ -170,13 +171,17 @@ class RowChooser:
         reasons = {ABOVE_LIMIT: self.guards.limit, MISMATCHED: on.pairing, UNFINISHED: on.unfinished}
         return [reason for reason, guard in (reasons | {DUPLICATE: on.duplicates}).items() if guard is not None]
 
-    def guard_columns(self, wanted: EpochRows, ids: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    def guard_columns(
+        self, wanted: EpochRows, ids: np.ndarray, selection: Selection, seed: int
+    ) -> dict[str, np.ndarray]:
         """What the guards add to the rows of an epoch, (n,) by column: see `training.history`."""
         columns, rows = {}, self.without_guards(wanted, ids, seed)
         if rows is not None:
             columns["kept_without_guards"] = np.isin(np.arange(len(ids)), rows)
         if self.guards.p_values is not None:
             columns["p_value"] = self.guards.p_values.copy()
+        if self.guards.groups is not None:
+            columns["duplicate_of"] = representatives(self.guards.groups, ids, selection.reasons)
         return columns
 
     def to_arrays(self) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import torch
 from conftest import DEVICE, build_model, reference_nll
 
 from ifd_trainer.data.encoding import Segment
-from ifd_trainer.report.score_frames import spearman
+from ifd_trainer.method.scoring_health import rank_correlation
 from ifd_trainer.scoring.engine import streams
 from ifd_trainer.scoring.losses import answer_nll
 from ifd_trainer.scoring.span_attention import varlen_kernel
@@ -40,7 +40,7 @@ def test_a_model_in_bfloat16_streams_and_its_scores_are_those_of_single_tokens(k
     for engine in ("stream", "padded"):
         found = answer_nll(model, segments, engine=engine)
         np.testing.assert_allclose(found, expected, rtol=0.05)
-        assert spearman(pd.Series(found), pd.Series(expected)) > 0.99
+        assert rank_correlation(pd.Series(found), pd.Series(expected)) > 0.99
 
 
 def test_float32_is_padded():

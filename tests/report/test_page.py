@@ -22,6 +22,7 @@ from scipy.stats import spearmanr
 from ifd_trainer.errors import FileAccessError
 from ifd_trainer.method.plain_data import to_data
 from ifd_trainer.method.schedule import Constant
+from ifd_trainer.method.scoring_health import rank_correlation
 from ifd_trainer.method.selection import Cherry
 from ifd_trainer.report.page import page_html, write_report
 from ifd_trainer.report.plots import (
@@ -32,7 +33,7 @@ from ifd_trainer.report.plots import (
     plot_kept_flow,
 )
 from ifd_trainer.report.report_data import read_report_data
-from ifd_trainer.report.score_frames import normalised, spearman
+from ifd_trainer.report.score_frames import normalised
 from ifd_trainer.report.tables import epoch_table, label_rich_table, label_table
 from ifd_trainer.training.history import History
 
@@ -668,7 +669,7 @@ def test_histogram_says_how_many_values_lie_beyond_its_end():
 def test_the_rank_correlation_is_that_of_another_library(pairs):
     x, y = (pd.Series(values, dtype=float) for values in ([a for a, _ in pairs], [b for _, b in pairs]))
     known = pd.DataFrame({"x": x, "y": y}).dropna()
-    found = spearman(x, y)
+    found = rank_correlation(x, y)
     if len(known) < 3 or (known.nunique() < 2).any():
         assert found is None
     else:
