@@ -37,6 +37,7 @@ UPDATES = {
     "max_steps": [3, 1],
     "in_step": [3, 2],
     "calibrated": [2, 2],
+    "guarded": [2, 2],
     "one_row": [1],
     "cherry": [2, 2, 2],
 }
