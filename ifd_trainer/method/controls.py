@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import UserError
 from .choices import Score
 from .reasons import HIGHER_SCORE, KEPT, NOT_DRAWN, OUTSIDE_BAND, SHORTER_ANSWER, Status
-from .selection import Selection, ShortfallError, check_score, coded, repeats
+from .selection import OwnScore, Selection, ShortfallError, check_score, coded, repeats, score_values
 
 Columns = Mapping[str, np.ndarray]
 
@@ -90,7 +90,7 @@ class LowestScores:
     [0]
     """
 
-    score: Score = "ifd"
+    score: Score | OwnScore = "ifd"
 
     def __post_init__(self) -> None:
         check_score(self.score)
@@ -99,7 +99,7 @@ class LowestScores:
         self, columns: Columns, budget: int, *, ids: np.ndarray | None = None, rng: np.random.Generator | None = None
     ) -> Selection:
         """Select `budget` of n rows; see `Policy`."""
-        return _first(_along(columns[self.score], columns, ids), columns, budget, HIGHER_SCORE, rng)
+        return _first(_along(score_values(columns, self.score), columns, ids), columns, budget, HIGHER_SCORE, rng)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class MiddleBand:
 
     low: float = 25
     high: float = 75
-    score: Score = "ifd"
+    score: Score | OwnScore = "ifd"
 
     def __post_init__(self) -> None:
         check_score(self.score)
@@ -128,8 +128,8 @@ class MiddleBand:
         self, columns: Columns, budget: int, *, ids: np.ndarray | None = None, rng: np.random.Generator | None = None
     ) -> Selection:
         """Select `budget` of n rows; see `Policy`."""
-        order = _along(-columns[self.score], columns, ids)
-        values = columns[self.score][order]
+        order = _along(-score_values(columns, self.score), columns, ids)
+        values = score_values(columns, self.score)[order]
         if len(values):
             least = np.percentile(values, self.low, method="lower")
             most = np.percentile(values, self.high, method="higher")

@@ -26,7 +26,7 @@ from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall
 from .reasons import REDUNDANT
-from .selection import Cherry, Selection
+from .selection import Cherry, OwnScore, Selection, score_values
 
 EMBEDDING = "embedding"  # the column of the rows' embeddings
 
@@ -131,7 +131,7 @@ class Diverse:
 
     share: float | int = 0.2
     max_ifd: float | CalibratedLimit = 1.0
-    score: Score = "ifd"
+    score: Score | OwnScore = "ifd"
     on_shortfall: Shortfall = "repeat"
 
     def __post_init__(self) -> None:
@@ -183,7 +183,7 @@ class Diverse:
         """
         if EMBEDDING not in columns:
             raise UserError(f"Diverse compares embeddings, but there is no column {EMBEDDING!r} in {sorted(columns)}.")
-        embeddings, rows = np.asarray(columns[EMBEDDING]), len(columns[self.score])
+        embeddings, rows = np.asarray(columns[EMBEDDING]), len(columns["ifd_status"])
         if embeddings.ndim != 2 or len(embeddings) != rows:
             raise UserError(f"{EMBEDDING!r} must be ({rows}, d), one row per score; got shape {embeddings.shape}.")
         selection = self.candidates(columns, budget, ids=ids, rng=rng)
@@ -194,7 +194,7 @@ class Diverse:
         kept = candidates[np.sort(facility_location(embeddings[candidates], budget))]
         reasons = selection.reasons.copy()
         reasons[np.setdiff1d(candidates, kept)] = REDUNDANT
-        return Selection(kept, reasons, float(columns[self.score][kept[-1]]), selection.eligible, 0)
+        return Selection(kept, reasons, float(score_values(columns, self.score)[kept[-1]]), selection.eligible, 0)
 
 
 def _checked(embeddings: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ ten million rows cost a sort.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Protocol
@@ -19,6 +20,7 @@ from .calibrated_limit import CALIBRATED, CalibratedLimit
 from .choices import RANKED_BY, SHORTFALLS, Score, Shortfall
 from .reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED, Status
 
+OwnScore = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # columns, each (n,), to what rows are ranked by, (n,)
 ROW_LIMIT = "row_limit"  # a column of limits for single rows, in the place of the policy's
 
 
@@ -120,7 +122,8 @@ class Cherry:
     Args:
         max_ifd: rows at or above are dropped, their prompt does not help; `float("inf")` switches this off. A
             `CalibratedLimit`, or "calibrated" for its defaults, is measured in each scoring of a run.
-        score: the column to rank by, "ifd" or "ifd_ppl".
+        score: the column to rank by, "ifd" or "ifd_ppl"; or one of your own, highest kept: the name of a column of the
+            data set (a reward model's, say), or a function of columns. These have no limit unless `max_ifd` is set.
         on_shortfall: what to do with fewer eligible rows than the budget. "repeat" repeats eligible rows, each as
             often as any other give or take one, chosen by the seed; "relax" fills with rows at or above the limit,
             the nearest first; "error" raises.
@@ -132,7 +135,7 @@ class Cherry:
     """
 
     max_ifd: float | CalibratedLimit = 1.0
-    score: Score = "ifd"
+    score: Score | OwnScore = "ifd"
     on_shortfall: Shortfall = "repeat"
 
     def __post_init__(self) -> None:
@@ -170,7 +173,7 @@ class Cherry:
         """
         if budget < 1:
             raise UserError(f"The budget must be at least one row, got {budget}.")
-        score = np.asarray(columns[self.score], dtype=np.float64)
+        score = score_values(columns, self.score)
         statuses, codes = coded(columns["ifd_status"])
         ids = np.arange(len(score)) if ids is None else np.asarray(ids)
         ok = (statuses == Status.OK.value)[codes]
@@ -205,17 +208,18 @@ class Cherry:
         """
         if isinstance(self.max_ifd, CalibratedLimit):
             raise UserError("A calibrated limit is measured in a training run; here max_ifd has to be a number.")
-        return self.max_ifd
+        return math.inf if self.max_ifd == 1.0 and self.score not in RANKED_BY else self.max_ifd
 
     def _explain(
         self, budget: int, eligible: np.ndarray, scored: np.ndarray, unscored: dict[str, int], measured: bool
     ) -> str:
         why = ", ".join(f"{count} {status}" for status, count in unscored.items() if count)
         limit, raised = ("the calibrated limit", "alpha") if measured else (self.max_ifd, "max_ifd")
+        name = getattr(self.score, "__name__", self.score)
         off = "guard=Guard(limit=None)" if measured else "max_ifd=float('inf')"
         return (
             f"{budget} rows are to be kept, but only {eligible.sum()} of {len(scored)} are eligible: "
-            f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {self.score} >= {limit}. "
+            f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {name} >= {limit}. "
             f"{f'Without a score: {why}. ' if why else ''}"
             f"Lower `keep`, raise `{raised}` ({off} switches the limit off), or look at the prompt format: with a "
             "chat template that the model was not trained on, prompts often do not help."
@@ -246,10 +250,33 @@ def counted(values: np.ndarray | pd.Series | pd.Categorical) -> dict[str, int]:
     return dict(zip(texts.tolist(), np.bincount(codes, minlength=len(texts)).tolist(), strict=True))
 
 
-def check_score(score: str) -> None:
-    """Raise for a column that rows are not ranked by."""
-    if score not in RANKED_BY:
-        raise UserError(f"score must be {' or '.join(map(repr, RANKED_BY))}, got {score!r}.")
+def check_score(score: Score | OwnScore) -> None:
+    """Raise for what can be no score: neither the name of a column nor a function of columns."""
+    if not (isinstance(score, str) and score) and (not callable(score) or isinstance(score, type)):
+        raise UserError(
+            f"score must be {', '.join(map(repr, RANKED_BY))}, the name of another column, or a function of columns, "
+            f"got {score!r}."
+        )
+
+
+def score_values(columns: Mapping[str, np.ndarray], score: Score | OwnScore) -> np.ndarray:
+    """What rows are ranked by, (n,) float64: a column, or what a function makes of columns.
+
+    Raises:
+        UserError: for a function that gives something else.
+
+    >>> columns = {"das": np.array([2.0, 3.0]), "cas": np.array([1.0, 2.5]), "ifd_status": np.array(["ok", "ok"])}
+    >>> score_values(columns, lambda of: of["das"] - of["cas"])
+    array([1. , 0.5])
+    """
+    if isinstance(score, str):
+        return np.asarray(columns[score], dtype=np.float64)
+    values, rows = np.asarray(score(columns)), len(columns["ifd_status"])
+    if values.shape != (rows,) or values.dtype.kind not in "biuf":
+        raise UserError(
+            f"A score is one number for each of {rows} rows, but {score!r} gave {values.dtype} {values.shape}."
+        )
+    return values.astype(np.float64)
 
 
 def _best(score: np.ndarray, ids: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:

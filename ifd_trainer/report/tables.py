@@ -160,7 +160,8 @@ def restart_line(history: History) -> int | None:
 
 def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
     """Headers and lines of the table of epochs, one line for each."""
-    score = SCORE_NAMES.get(history.settings.get("score"), "IFD")
+    score = history.settings.get("score") or "ifd"
+    score = SCORE_NAMES.get(score, score)
     kinds = EpochKinds.from_settings(history.settings)
     repeats = any((record.get("budget") or 0) > (record.get("kept") or 0) for record in history.epochs)
     unfinished = any(_left_out(record) for record in history.epochs)

@@ -30,6 +30,7 @@ from ..errors import UserError
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import BriefRows, Order
+from ..method.columns import SCORES
 from ..method.facility_location import Diverse
 from ..method.guard import Guard
 from ..method.plain_data import to_data
@@ -393,7 +394,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.run.select(self._agree(selection, epoch))
         if self.trainer.state.is_world_process_zero:
             self.chooser.warn(selection, epoch)
-        values = scores.columns()[self.chooser.score]
+        values = self.chooser.values(scores)
         record = {
             **epoch_record(values, selection),
             "epoch": epoch,
@@ -419,7 +420,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             self.history.add(record, epoch_rows(ids, scores.columns() | added, selection))
 
     def _first_scoring(self) -> FirstScoring:
-        score = self.chooser.score
+        score = self.chooser.score if self.chooser.score in SCORES else None
         return FirstScoring(self.pool_scorer, self.guard, self.scoring, score, self._prefix, self.seed)
 
     def _watched(self) -> dict[str, float | None]:
@@ -467,7 +468,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "seed": self.seed,
             "id_column": self.id_column,
             "min_answer_tokens": self.pool_scorer.encoder.min_answer_tokens,
-            "score": self.chooser.score,
+            "score": self.chooser.score_name,
             "on_shortfall": self.chooser.on_shortfall,
             "limit": limit,
             "guard": self.guard,

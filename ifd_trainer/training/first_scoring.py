@@ -36,7 +36,7 @@ class FirstScoring:
         pool_scorer: the pool, the model that scores, and the one in training.
         guard: of the run.
         scoring: how many rows are tried, and which share of them is odd.
-        score: the column that rows are ranked by.
+        score: the column that rows are ranked by; None for a score of one's own.
         prefix: tokens before a direct answer.
         seed: of the sample.
     """
@@ -44,7 +44,7 @@ class FirstScoring:
     pool_scorer: PoolScorer
     guard: Guard | None
     scoring: Scoring
-    score: str
+    score: str | None
     prefix: Sequence[int]
     seed: int
 
@@ -70,8 +70,9 @@ class FirstScoring:
         if self.pool_scorer.other is None:
             return {}
         sample = self._sample()
-        own = self.pool_scorer.scores(self.prefix, "Proxy check", sample, own=True).columns()[self.score]
-        return self._held_against(own, scores.columns()[self.score][sample], keep)
+        score = self.score or RANKED_BY[0]
+        own = self.pool_scorer.scores(self.prefix, "Proxy check", sample, own=True).columns()[score]
+        return self._held_against(own, scores.columns()[score][sample], keep)
 
     def _sample(self) -> np.ndarray:
         rows = len(self.pool_scorer.pool)

@@ -193,17 +193,20 @@ class Pool:
         name, ids = find_ids(names, self._column, column)
         return np.arange(len(self)) if name is None else as_array(ids)
 
+    @property
+    def column_names(self) -> list[str]:
+        """Columns other than those of tokens."""
+        return sorted(set(getattr(self.examples, "column_names", None) or []) - _TOKEN_COLUMNS)
+
     def column(self, name: str) -> np.ndarray:
         """The values of a column of the data set, (n,).
 
         Raises:
             UserError: where it has no such column.
         """
-        names = getattr(self.examples, "column_names", None) or []
-        if name not in names:
-            others = sorted(set(names) - _TOKEN_COLUMNS)
+        if name not in (getattr(self.examples, "column_names", None) or []):
             lost = " (packing drops all others)" if self.packed else ""
-            raise UserError(f"The training set has no column {name!r}; it has {others}{lost}.")
+            raise UserError(f"The training set has no column {name!r}; it has {self.column_names}{lost}.")
         return self._column(name).to_pandas().to_numpy()
 
     def _column(self, name: str) -> pa.ChunkedArray:

@@ -25,7 +25,7 @@ from ..method.guard import Guard
 from ..method.pairing_test import PairingTest
 from ..method.schedule import Anneal, Curriculum, Schedule, Timing, as_schedule, parse_keep
 from ..method.scoring_health import Freeze
-from ..method.selection import Cherry, Policy
+from ..method.selection import Cherry, OwnScore, Policy
 from ..method.unfinished import Unfinished
 from .options import Scoring, guard_of
 from .recipe_selection_keys import SelectionKeys
@@ -142,12 +142,16 @@ class SelectionConfig(SelectionKeys):
             raise UserError(f"diverse chooses rows by itself, but policy is {self.policy!r}: leave one of them out.")
         if self.policy in CONTROLS:
             control = getattr(controls, CONTROLS[self.policy])
-            return control(score=self.score) if hasattr(control, "score") else control()
+            return control(score=self._score()) if hasattr(control, "score") else control()
         return _own_policy(self.policy)
+
+    def _score(self) -> str | OwnScore:
+        """What rows are ranked by: a function, where the name has a dot."""
+        return _imported("score", self.score) if "." in self.score else self.score
 
     def _cherry(self) -> Cherry | Diverse:
         limit = self._limit() if self.max_ifd == CALIBRATED else self.max_ifd
-        limits = limit, self.score, self.on_shortfall
+        limits = limit, self._score(), self.on_shortfall
         if self.diverse is None:
             return Cherry(*limits)
         try:
@@ -192,16 +196,21 @@ class SelectionConfig(SelectionKeys):
         return Anneal(schedule, self.anneal_share) if self.anneal_share else schedule
 
 
-def _own_policy(path: str) -> Policy:
-    """The policy with a dotted path: what the name stands for, or, of a class, one made without arguments."""
+def _imported(key: str, path: str) -> Any:
+    """What a dotted path stands for."""
     module, _, name = path.rpartition(".")
     try:
-        policy = getattr(importlib.import_module(module), name) if module else None
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"policy: {path!r} cannot be imported: {one_line(error)}.") from error
-    if policy is None:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}: {path!r} cannot be imported: {one_line(error)}.") from error
+
+
+def _own_policy(path: str) -> Policy:
+    """The policy with a dotted path: what the name stands for, or, of a class, one made without arguments."""
+    if "." not in path:
         known = ", ".join(("cherry", *CONTROLS))
         raise UserError(f"policy: {path!r} is none of {known}; one of your own is written as module.Name.")
+    policy = _imported("policy", path)
     if isinstance(policy, type):
         try:
             policy = policy()

@@ -114,7 +114,14 @@ class SelectionKeys:
         default=100, metadata={"help": "Clusters of the brief experience in a large pool.", "metavar": "N"}
     )
     brief_per_cluster: int = field(default=10, metadata={"help": "Rows of each of these clusters.", "metavar": "N"})
-    score: str = field(default="ifd", metadata={"help": "Rank by ifd or ifd_ppl.", "choices": list(RANKED_BY)})
+    score: str = field(
+        default="ifd",
+        metadata={
+            "help": f"Rank by {' or '.join(RANKED_BY)}, by another column of the rows, or by a function of yours from "
+            "columns to numbers, as module.name (of a module beside the recipe).",
+            "metavar": "NAME",
+        },
+    )
     max_ifd: str = field(
         default="1.0",
         metadata={

@@ -24,10 +24,19 @@ from ..method.duplicates import representatives
 from ..method.facility_location import EMBEDDING, Diverse
 from ..method.guard import Guard
 from ..method.plain_data import to_data
-from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, NOT_IN_SAMPLE, UNFINISHED
+from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, NOT_IN_SAMPLE, UNFINISHED, Status
 from ..method.schedule import EpochRows
 from ..method.scoring_health import Health, health
-from ..method.selection import ROW_LIMIT, Cherry, Policy, Selection, ShortfallError, counted
+from ..method.selection import (
+    ROW_LIMIT,
+    Cherry,
+    Policy,
+    Selection,
+    ShortfallError,
+    check_score,
+    counted,
+    score_values,
+)
 from ..scoring.losses import Scores
 from .pool import Pool
 from .pool_scorer import PoolScorer
@@ -83,8 +92,13 @@ class RowChooser:
         self.max_ifd = getattr(policy, "max_ifd", None)
         if self.max_ifd == CALIBRATED:
             self.max_ifd = CalibratedLimit()
-        if self.score not in SCORES:
-            raise UserError(f"score must be one of {', '.join(SCORES)}, but {policy!r} has {self.score!r}.")
+        check_score(self.score)
+        others = pool_scorer.pool.column_names
+        if isinstance(self.score, str) and self.score not in (*SCORES, "answer_tokens", *others):
+            raise UserError(
+                f"score must be one of {', '.join(SCORES)}, a column of the training set "
+                f"({', '.join(others) or 'none'}), or a function of columns, got {self.score!r}."
+            )
         measured = [name for name in ("limit", "pairing", "unfinished") if guard and getattr(guard, name)]
         if self.calibrated and self.score not in RANKED_BY:
             raise UserError(f"A calibrated limit is one of {' or '.join(RANKED_BY)}, not of {self.score}.")
@@ -103,6 +117,16 @@ class RowChooser:
     def calibrated(self) -> CalibratedLimit | None:
         """How the policy's limit is measured, if it is."""
         return self.max_ifd if isinstance(self.max_ifd, CalibratedLimit) else None
+
+    @property
+    def score_name(self) -> str:
+        """What rows are ranked by, in a word."""
+        return self.score if isinstance(self.score, str) else to_data(self.score)["type"]
+
+    def values(self, scores: Scores) -> np.ndarray:
+        """What rows are ranked by, (n,); NaN for rows without a score."""
+        values = score_values(_Columns(scores.columns(), self.pool), self.score)
+        return np.where(scores.ifd_status == Status.OK.value, values, np.nan)
 
     @property
     def ranked_by(self) -> str:
@@ -176,6 +200,8 @@ class RowChooser:
     ) -> dict[str, np.ndarray]:
         """What the guards add to the rows of an epoch, (n,) by column: see `training.history`."""
         columns, rows = {}, self.without_guards(wanted, ids, seed)
+        if self.score not in SCORES and self.last is not None and wanted.source not in ("all", "brief"):
+            columns["own_score"] = self.values(self.last.scores)
         if rows is not None:
             columns["kept_without_guards"] = np.isin(np.arange(len(ids)), rows)
         if self.guards.p_values is not None:
@@ -315,7 +341,7 @@ class RowChooser:
     ) -> Selection:
         """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
         columns = _Columns(self.last.scores.columns(), self.pool)
-        limited = isinstance(policy, (Cherry, Diverse))
+        limited = isinstance(policy, (Cherry, Diverse)) and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:
             held_back = self.guards.held_back(self.last.scores, ids, self.trained, limited)
@@ -347,7 +373,7 @@ class RowChooser:
         columns = self.last.scores.columns()
         if not wanted.tiers:
             return selection
-        score = columns[self.score]
+        score = score_values(_Columns(columns, self.pool), self.score)
         ranked = selection.kept[np.argsort(-score[selection.kept], kind="stable")]
         parts = self.pool.divide(ranked, [tier.rows for tier in wanted.tiers])
         tiers = {tier.number: part for tier, part in zip(wanted.tiers, parts, strict=True)}

@@ -88,8 +88,8 @@ def test_the_ends_of_the_orders_are_kept():
     [
         (lambda: MiddleBand(50, 50), "low and high are percentiles"),
         (lambda: MiddleBand(-1, 50), "low and high are percentiles"),
-        (lambda: MiddleBand(score="loss"), "score must be 'ifd' or 'ifd_ppl', got 'loss'"),
-        (lambda: LowestScores("loss"), "score must be 'ifd' or 'ifd_ppl', got 'loss'"),
+        (lambda: MiddleBand(score=3), "score must be 'ifd', 'ifd_ppl', the name of another column, or a func.*, got 3"),
+        (lambda: LowestScores(""), "score must be 'ifd', 'ifd_ppl', .*, got ''"),
     ],
 )
 def test_what_cannot_be_is_refused(make, words):

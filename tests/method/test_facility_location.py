@@ -403,7 +403,7 @@ def test_embeddings_of_other_rows(embeddings):
         ({"share": True}, "got True"),
         ({"share": NAN}, "got nan"),
         ({"max_ifd": 0}, "max_ifd must be positive"),
-        ({"score": "cas"}, "'ifd' or 'ifd_ppl', got 'cas'"),
+        ({"score": 3}, "the name of another column, or a function of columns, got 3"),
         ({"on_shortfall": "skip"}, "'repeat', 'relax' or 'error', got 'skip'"),
     ],
 )

@@ -243,7 +243,7 @@ def test_nothing_can_be_relaxed_where_no_row_has_a_score(scores):
     [
         ({"max_ifd": 0}, "max_ifd must be positive, got 0"),
         ({"max_ifd": NAN}, "max_ifd must be positive, got nan"),
-        ({"score": "cas"}, "'ifd' or 'ifd_ppl', got 'cas'"),
+        ({"score": 3}, "the name of another column, or a function of columns, got 3"),
         ({"on_shortfall": "skip"}, "'repeat', 'relax' or 'error', got 'skip'"),
     ],
 )

@@ -570,7 +570,7 @@ def test_an_invalid_keep_is_refused(tmp_path, keep, message):
     ("options", "message"),
     [
         ({"order": "random"}, "order must be 'shuffle', 'descending' or 'ascending', got 'random'"),
-        ({"score": "loss"}, "score must be 'ifd' or 'ifd_ppl', got 'loss'"),
+        ({"score": "loss"}, "score must be one of cas, .*, a column of the training set .*, got 'loss'"),
         ({"on_shortfall": "fill"}, "on_shortfall must be 'repeat', 'relax' or 'error', got 'fill'"),
         ({"max_ifd": 0}, "max_ifd must be positive, got 0"),
         ({"max_ifd": "1"}, "max_ifd must be positive, got '1'"),

@@ -14,6 +14,7 @@ from ifd_trainer import (
     BalancedRandom,
     CalibratedLimit,
     Cherry,
+    Guard,
     LongestAnswers,
     LowestScores,
     MiddleBand,
@@ -167,7 +168,10 @@ def test_a_policy_may_name_the_column_that_it_ranks_by(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [
-        ({"score": "quality"}, "score must be one of cas, das, ifd, ifd_ppl, eot_loss, but .* has 'quality'"),
+        (
+            {"score": "quality"},
+            r"score must be one of cas, .*, a column of the training set \(completion, .*row_id\), .*, got 'quality'",
+        ),
         ({"score": "cas", "max_ifd": "calibrated"}, "A calibrated limit is one of ifd or ifd_ppl, not of cas"),
     ],
 )
@@ -248,3 +252,86 @@ def test_keys_of_another_policy_are_called_idle(caplog):
     caplog.clear()
     SelectionConfig(policy="middle", score="ifd_ppl")
     assert caplog.text == ""
+
+
+# ---- a score of one's own ---------------------------------------------------------------------------------------
+
+
+def gain(columns):
+    """What the prompt tells of an answer, nats in all."""
+    return (columns["das"] - columns["cas"]) * columns["answer_tokens"]
+
+
+def rewarded(rows=24):
+    rng = np.random.default_rng(0)
+    return text_rows(raw_rows(rows)).add_column("reward", rng.permutation(rows).astype(float) - 12)
+
+
+def test_rows_may_be_ranked_by_a_function_of_columns(tmp_path):
+    trainer = sft_trainer(tmp_path, 24)
+    callback = select(trainer, keep=5, score=gain)
+    seen = train(trainer)
+    for epoch, rows in enumerate(seen.epochs()):
+        history = callback.history.rows(epoch).set_index("row_id")
+        values = (history["das"] - history["cas"]) * history["answer_tokens"]
+        assert set(rows) == set(values.nlargest(5).index)
+        np.testing.assert_allclose(history["own_score"], values)
+        assert callback.history.epochs[epoch]["cut"] == pytest.approx(values.nlargest(5).min())
+    assert callback.history.settings["score"].endswith("gain")
+    assert "gain" in write_report(callback.history).read_text(encoding="utf-8")
+
+
+def test_rows_may_be_ranked_by_a_column_of_the_data_set_without_a_limit_of_1(tmp_path):
+    trainer = sft_trainer(tmp_path, rewarded(), num_train_epochs=2)
+    callback = select(trainer, keep=6, score="reward", order="descending")
+    seen = train(trainer)
+    best = sorted(trainer.train_dataset, key=lambda row: -row["reward"])[:6]
+    assert seen.epochs() == [[row["row_id"] for row in best]] * 2
+    assert callback.history.epochs[0]["cut"] == best[-1]["reward"] > 1
+
+
+def test_a_limit_that_is_set_is_one_of_that_column(tmp_path):
+    trainer = sft_trainer(tmp_path, rewarded(), num_train_epochs=1)
+    select(trainer, keep=3, score="reward", max_ifd=4.5)
+    row_of = {row["reward"]: row["row_id"] for row in trainer.train_dataset}
+    assert set(train(trainer).order()) == {row_of[4.0], row_of[3.0], row_of[2.0]}
+
+
+def test_guards_hold_back_rows_also_where_another_score_ranks(tmp_path):
+    trainer = sft_trainer(tmp_path, rewarded(), num_train_epochs=1)
+    guard = Guard(CalibratedLimit(0.5, 24), None, None, None, None, on_misaligned="warn")
+    callback = select(trainer, keep=4, score="reward", guard=guard)
+    order = train(trainer).order()
+    history = callback.history.rows(0).set_index("row_id")
+    below = history.index[history["ifd"] < callback.history.epochs[0]["limit"]]
+    assert 4 < len(below) < 24
+    assert set(order) == set(history.loc[below, "own_score"].nlargest(4).index)
+
+
+def test_a_recipe_names_a_column_or_a_function_of_a_module_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "score_beside_a_recipe.py").write_text("def mine(columns):\n    return -columns['cas']\n")
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say red.", "output": "red"}\n')
+    monkeypatch.setattr("ifd_trainer.training.recipe.check_recipe", lambda *_: None)  # looks for the model
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: none\ndataset_name: rows.jsonl\nscore: score_beside_a_recipe.mine\n")
+    policy = parse_recipe(str(recipe), ["--output_dir", str(tmp_path / "out")]).selection.chosen_policy()
+    assert policy.score({"cas": np.array([2.0])}).tolist() == [-2.0]
+    sys.modules.pop("score_beside_a_recipe")
+    assert SelectionConfig(score="reward").chosen_policy() == Cherry(score="reward")
+    with pytest.raises(ValueError, match=r"score: 'no_module.mine' cannot be imported"):
+        SelectionConfig(score="no_module.mine")
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [
+        (lambda columns: columns["cas"][:3], r"A score is one number for each of 24 rows, but .* gave float64 \(3,\)"),
+        (lambda columns: columns["ifd_status"], r"one number for each of 24 rows, but .* gave object"),
+    ],
+)
+def test_what_a_function_gives_is_checked_before_anything_trains(tmp_path, score, words):
+    trainer = sft_trainer(tmp_path, 24)
+    select(trainer, keep=4, score=score)
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
+    assert trainer.state.global_step == 0
