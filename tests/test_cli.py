@@ -341,7 +341,7 @@ def recipe(tmp_path: Path, data: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"dataset_name: {data.name}\n"
-        "format: alpaca\nkeep: [0.5, 3]\nmax_ifd: .inf\nnum_train_epochs: 2\nper_device_train_batch_size: 2\n"
+        "format: alpaca\nkeep: [0.5, 3]\nmax_ifd: .inf\nguards: none\nnum_train_epochs: 2\nper_device_train_batch_size: 2\n"
         "max_length: 256\ngradient_checkpointing: false\nbf16: false\ndtype: float32\nuse_cpu: true\n"
         f"report_to: none\nsave_strategy: 'no'\noutput_dir: {tmp_path / 'run'}\n",
         encoding="utf-8",
@@ -479,7 +479,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = pd.DataFrame(ROWS).assign(ifd=0.5, ifd_ppl=0.6, cas=1.0, das=2.0, answer_tokens=3, ifd_status="ok")
     scores.to_parquet(place / "scored.parquet")
     (place / "recipe.yaml").write_text(
-        "model_name_or_path: model\ndataset_name: rows.jsonl\nkeep: 3\nmax_ifd: .inf\nnum_train_epochs: 1\n"
+        "model_name_or_path: model\ndataset_name: rows.jsonl\nkeep: 3\nmax_ifd: .inf\nguards: none\nnum_train_epochs: 1\n"
         "per_device_train_batch_size: 2\ngradient_checkpointing: false\nuse_cpu: true\nreport_to: none\n"
         "save_strategy: 'no'\noutput_dir: run\n",
         encoding="utf-8",

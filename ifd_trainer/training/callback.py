@@ -271,6 +271,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 "trains the same rows but is not exact."
             )
         logger.info("Selection plan: %s", self.plan)
+        logger.info("Guards: %s", ", ".join(self.guard.names) if self.guard else "none")
         if self.restart is not None and epoch <= self.restart:
             logger.info(
                 "The original weights take %.2f GB in %s until training ends.",

@@ -13,6 +13,7 @@ def planned(run: Run) -> str:
     trainer, callback = run.trainer, selection_of(run.trainer)
     trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     lines = [str(callback.plan), _pool_line(run), _batch_line(trainer)]
+    lines.append(f"guards: {', '.join(callback.guard.names) if callback.guard else 'none'}")
     if callback.restart is not None:
         size = f"{Snapshot.size(trainer.model) / 1e9:.2f} GB"
         if any("peft" in what for what in run.lacking):

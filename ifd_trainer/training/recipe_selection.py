@@ -38,6 +38,8 @@ class SelectionConfig(SelectionKeys):
     """The selection keys of a recipe with values that go together."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.guards, str):  # in YAML one name, or several, need no brackets
+            self.guards = self.guards.replace(",", " ").split()
         for values in dataclasses.fields(self):  # argparse looks at those of the command line only
             choices, value = values.metadata.get("choices"), getattr(self, values.name)
             if choices is not None and value is not None and value not in choices:
@@ -68,7 +70,7 @@ class SelectionConfig(SelectionKeys):
             resolve_format(self.format, ())  # says which there are
         check_positive(min_answer_tokens=self.min_answer_tokens, token_budget=self.token_budget, tiers=self.tiers)
         # What these refuse is told before a model is loaded.
-        self.schedule(), self.timing(), self.scoring(), self.guard()
+        self.schedule(), self.chosen_policy(), self.timing(), self.scoring(), self.guard()
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
         self._warn_of_idle_keys()

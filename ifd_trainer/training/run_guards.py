@@ -109,6 +109,14 @@ class RunGuards:
         if rule is None:
             return None
         known = np.isfinite(scores.eot_loss)
+        cut_short = int(((scores.ifd_status == Status.OK.value) & ~known).sum())
+        if cut_short:
+            logger.info(
+                "Epoch %d: %d rows were cut at max_length, so nobody knows how their answers end: they are not taken "
+                "for unfinished.",
+                epoch,
+                cut_short,
+            )
         enough = (known & unseen).sum() >= min(rule.cuts, known.sum() / 2)
         known &= unseen | (not enough)
         rows, left = rule.draw(ids, np.where(known, scores.answer_tokens, 0), seed)
