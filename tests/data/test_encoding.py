@@ -592,6 +592,13 @@ def test_a_wrong_prompt_keeps_its_bos_where_the_direct_answer_has_one_too():
     assert mismatched(plain, merged, None).conditioned == Segment([1, 12, 5, 6, 21], 4)
 
 
+def test_a_direct_answer_without_a_header_leaves_prompts_as_they_are():
+    """Superfiltering's begins with its own first token, which the other prompt may end with (a line break, 5)."""
+    row = EncodedPair(Segment([1, 11, 5, 21, 22], 3), Segment([21, 22], 1))
+    other = EncodedPair(Segment([1, 12, 5, 5, 23], 3), Segment([5, 23], 1))
+    assert mismatched(row, other, None) == EncodedPair(Segment([1, 12, 5, 21, 22], 3), row.direct)
+
+
 @pytest.mark.parametrize(
     ("row", "other", "longest"),
     [
