@@ -204,7 +204,7 @@ class Cherry:
             UserError: for one that is to be measured.
         """
         if isinstance(self.max_ifd, CalibratedLimit):
-            raise UserError("A calibrated limit is measured in a training run; here max_ifd has to be a number.")
+            raise UserError("A calibrated limit is measured with a model; here max_ifd has to be a number.")
         return self.max_ifd
 
     def _explain(

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data.encoding import EncodedPair, Segment, mismatched, token_count, with_ending
-from ..data.row_ids import find_ids
+from ..data.row_ids import find_ids, ranks
 from ..data.similar_prompts import SimilarPrompts
 from ..data.table_reader import TableReader
 from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.columns import EOT_LOSS
+from ..method.error_rate import least_measured
 from ..method.unfinished import Unfinished
 from .losses import Scores
 
@@ -75,6 +75,19 @@ class Reader:
         """Rows of whose answers only `left` tokens (m,) are left, with what ends a turn behind them."""
         pairs = zip(self.encode(rows), left.tolist(), strict=True)
         return [with_ending(pair, tokens) for pair, tokens in pairs]
+
+
+def shortage(calibration: Calibration, definition: str) -> str | None:
+    """What to tell a user of whose rows too little was measured for limits with the usual error rates."""
+    found = int(np.isfinite(calibration.wrong.ifd).sum()), len(calibration.cut)
+    needed = least_measured(CalibratedLimit().alpha), least_measured(Unfinished().alpha)
+    if found[0] >= needed[0] and (found[1] >= needed[1] or definition != "paper"):
+        return None
+    return (
+        f"too little to calibrate on: {found[0]} answers could be scored under a wrong prompt and {found[1]} be cut. "
+        f"With the usual error rates a calibrated limit takes {needed[0]} of the former, and dropping unfinished "
+        f"answers {needed[1]} of the latter."
+    )
 
 
 def measure(
@@ -135,8 +148,6 @@ def _numbers(table: TableReader, name: str) -> np.ndarray:
 def _order(table: TableReader) -> np.ndarray:
     """By what rows are known, (n,): ids that are numbers, the places of texts in their order, or positions."""
     _, ids = find_ids(table.column_names, table.column)
-    if ids is None or isinstance(ids, np.ndarray):
-        return np.arange(len(table)) if ids is None else ids
-    order = np.empty(len(table), dtype=np.int64)
-    order[pc.sort_indices(ids).to_numpy()] = np.arange(len(table))
-    return order
+    if ids is None:
+        return np.arange(len(table))
+    return ids if isinstance(ids, np.ndarray) else ranks(ids)
