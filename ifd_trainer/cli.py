@@ -23,10 +23,8 @@ from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS, KNOWN_DEFINITIONS
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, RunError, UserError, one_line
-from .method.calibrated_limit import CALIBRATED, CalibratedLimit
-from .method.choices import RANKED_BY
+from .method.choices import CALIBRATED, RANKED_BY
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
-from .method.duplicates import Duplicates
 from .training.recipe_file import check_recipe
 from .training.recipe_help import train_help
 
@@ -35,8 +33,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .data.table_reader import TableReader
+    from .method.duplicates import Duplicates
     from .scoring.transform import IFDScorer
 
+_SIMILARITY = 0.85  # from which on texts are duplicates, where no number is given
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
 # Options of `score` that are the transform's by the same names.
 _OF_SCORER = (
@@ -261,10 +261,10 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         "--drop-duplicates",
         type=_number,
         nargs="?",
-        const=Duplicates().similarity,
+        const=_SIMILARITY,
         metavar="SIMILARITY",
         help="keep one of the rows that say the same: with so large a share of common shingles (four bytes of text) in "
-        f"prompts and in answers, 0.5 to 1, {Duplicates().similarity} if none is given; holds all texts in memory",
+        f"prompts and in answers, 0.5 to 1, {_SIMILARITY} if none is given; holds all texts in memory",
     )
     add("--all", action="store_true", help="write all rows, the dropped ones with their reason")
     add("--strict", action="store_true", help="fail when fewer rows are eligible than asked for")
@@ -392,11 +392,11 @@ def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
 
 def _select(options: argparse.Namespace) -> int:
     check_rows(options.data)
-    alpha, duplicates = _guards(options)
     if options.scores is not None:
         if not Path(options.scores).is_file():
             raise NotFoundError(f"No such file of scores: {options.scores}.")
         check_readable(Path(options.scores))
+    alpha, duplicates = _guards(options)
 
     import numpy as np
 
@@ -488,6 +488,9 @@ def _select(options: argparse.Namespace) -> int:
 
 def _guards(options: argparse.Namespace) -> tuple[float | None, Duplicates | None]:
     """The alpha of a calibrated limit, and which rows are duplicates; None for what was not asked for."""
+    from .method.calibrated_limit import CalibratedLimit
+    from .method.duplicates import Duplicates
+
     if options.max_ifd != CALIBRATED and options.alpha is not None:
         raise UserError(f"--alpha goes with --max-ifd {CALIBRATED}.")
     alpha = None

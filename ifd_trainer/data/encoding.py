@@ -124,8 +124,9 @@ def with_ending(pair: EncodedPair, answer_tokens: int | None = None) -> Segment:
 
 
 def token_count(pairs: Iterable[EncodedPair]) -> int:
-    """Tokens in both segments of all scorable rows."""
-    return sum(len(pair.conditioned.ids) + len(pair.direct.ids) for pair in pairs if pair.conditioned)
+    """Tokens that are read to score rows: both segments of all scorable ones, and what ends their turns."""
+    scorable = (pair for pair in pairs if pair.conditioned)
+    return sum(len(pair.conditioned.ids) + len(pair.ending) + len(pair.direct.ids) for pair in scorable)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ifd_trainer.data.encoding import (
     header_before,
     mismatched,
     token_budget_batches,
+    token_count,
     with_ending,
 )
 from ifd_trainer.data.formats import (
@@ -652,3 +653,4 @@ def test_an_ending_stands_behind_what_is_left_of_an_answer():
     assert with_ending(pair) == Segment([5, 6, 7, 8, 2, 3], 2, 2)
     assert with_ending(pair, answer_tokens=1) == Segment([5, 6, 7, 2, 3], 2, 2)
     assert (with_ending(pair).scored, with_ending(pair).predicted) == (2, 4)
+    assert token_count([pair, EncodedPair.unscorable(Status.EMPTY_ANSWER)]) == 6 + 3  # what a progress bar counts

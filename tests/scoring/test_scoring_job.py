@@ -31,7 +31,7 @@ from ifd_trainer.cli import main
 from ifd_trainer.data.encoding import EncodedPair, Segment
 from ifd_trainer.data.files import load_rows, with_columns, write_rows
 from ifd_trainer.errors import FileAccessError, RunError, UserError
-from ifd_trainer.publish.provenance import scores_digest
+from ifd_trainer.publish.provenance import provenance_path, scores_digest
 from ifd_trainer.scoring import job_parts
 from ifd_trainer.scoring.job_parts import Parts
 from ifd_trainer.scoring.processes import Process
@@ -95,7 +95,7 @@ def command(tmp_path: Path, model, tokenizer) -> list[str]:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     scored = ["score", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model"), "--device", "cpu"]
-    return [str(tmp_path / "program.py"), *scored, "--part-rows", "3"]
+    return [str(tmp_path / "program.py"), *scored, "--part-rows", "3", "--calibrate"]
 
 
 def run(
@@ -144,6 +144,7 @@ def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(
     assert code == 0, text
     assert text.count("Written to") == 1
     assert shared.read_bytes() == alone.read_bytes()
+    assert provenance_path(shared).read_bytes() == provenance_path(alone).read_bytes()
     assert not Path(f"{shared}.parts").exists()
     found = load_rows(str(shared)).to_pandas()
     assert found["n"].tolist() == list(range(40))
