@@ -14,9 +14,14 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.calibrated_limit import CalibratedLimit
     from .method.columns import IFD_COLUMNS
     from .method.controls import BalancedRandom, LongestAnswers, LowestScores, MiddleBand, RandomRows
+    from .method.duplicates import Duplicates
     from .method.facility_location import Diverse
+    from .method.guard import Guard
+    from .method.pairing_test import PairingTest
     from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
+    from .method.scoring_health import Freeze
     from .method.selection import Cherry, Policy, Selection
+    from .method.unfinished import Unfinished
     from .report.page import write_report
     from .scoring.transform import IFDScorer
     from .training.callback import IFDSelectionCallback
@@ -31,9 +36,14 @@ _HOME = {
         "method.calibrated_limit": ("CalibratedLimit",),
         "method.columns": ("IFD_COLUMNS",),
         "method.controls": ("BalancedRandom", "LongestAnswers", "LowestScores", "MiddleBand", "RandomRows"),
+        "method.duplicates": ("Duplicates",),
         "method.facility_location": ("Diverse",),
+        "method.guard": ("Guard",),
+        "method.pairing_test": ("PairingTest",),
         "method.schedule": ("Anneal", "Constant", "Curriculum", "PerEpoch", "Timing"),
+        "method.scoring_health": ("Freeze",),
         "method.selection": ("Cherry", "Policy", "Selection"),
+        "method.unfinished": ("Unfinished",),
         "report.page": ("write_report",),
         "scoring.transform": ("IFDScorer",),
         "training.callback": ("IFDSelectionCallback",),

@@ -37,7 +37,7 @@ from tiny_runs import (
 from transformers import Trainer, TrainerCallback
 
 import ifd_trainer.training.pool_scorer as pool_scorer_module
-from ifd_trainer import Brief, IFDSelectionCallback
+from ifd_trainer import Brief, Guard, IFDSelectionCallback, PairingTest, Unfinished
 from ifd_trainer.data.encoding import token_count
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.scoring.processes import run_shares
@@ -46,6 +46,14 @@ from ifd_trainer.training.history import FOLDER as HISTORY
 ROWS = 24
 CASE_LIMIT = 60  # seconds; a case takes one or two
 RESUME_FROM = 5  # inside the second epoch: a global batch is 4 rows, so epochs of 16, 12 and 20 rows have 4, 3, 5 steps
+
+GUARD = Guard(
+    CalibratedLimit(alpha=0.9, pairs=13),
+    PairingTest(alpha=0.5, anchors=3, tokens=2),
+    Unfinished(alpha=0.5, cuts=12),
+    freeze=None,
+    on_misaligned="warn",
+)
 
 # Arguments of the callback, and of the trainer.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -60,6 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "max_steps": ({"keep": [9, 6]}, {"max_steps": 4}),
     "in_step": ({"keep": [12, 8], "token_budget": 64}, {"num_train_epochs": 2}),
     "calibrated": ({"keep": [6, 5], "max_ifd": CalibratedLimit(alpha=0.5, pairs=13)}, {"num_train_epochs": 2}),
+    "guarded": ({"keep": [6, 5], "guard": GUARD}, {"num_train_epochs": 2}),
     "one_row": ({"keep": 1.0}, {"num_train_epochs": 1}),
     "cherry": (
         {"keep": 6, "warmup_epochs": 1, "warmup": Brief(clusters=4, per_cluster=2, max_share=0.4), "start_anew": True},
@@ -68,7 +77,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 # Cases that run with sharded weights too; in the last one the processes have unequal numbers of batches.
-SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated")
+SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated", "guarded")
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 ZERO3 = {
     "deepspeed": {

@@ -18,13 +18,15 @@ token does not: whole answers then score as high as cut ones, and nothing is dro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from .error_rate import check_error_rate, least_measured
 
-MOST_LOST = 0.1  # of a pool's rows: a signal that costs more of those with whole answers says too little
+MOST_LOST = 0.1  # of the whole answers: a signal that costs more says too little
+_LEAST_LOSS = 1e-6  # of a model that is sure
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,10 @@ class Unfinished:
         """The loss from which on an answer is unfinished; infinity where the signal says too little.
 
         It says too little where more than alpha of the cut answers are missed, where most rows would be dropped, or
-        more than a tenth of the pool that is whole. How many rows are not is estimated from those above the median of
-        the cuts, where half of those are that were cut.
+        more than a tenth of the whole ones. How many these are is not known; were the logarithms of their losses
+        normal, with the median and the lower quartile of the losses below t, it would be
+
+            1 - Phi((log t - log median) / sigma),    sigma = (log median - log lower quartile) / 0.674
 
         Args:
             eot_loss: (n,) of the pool's rows, NaN for rows without one.
@@ -76,7 +80,9 @@ class Unfinished:
         missed = np.searchsorted(cut, cut) / len(cut)  # (m,) of the cuts, at each of them as the threshold
         found = 1 - np.searchsorted(eot_loss, cut) / len(eot_loss)  # (m,) of the pool
         best = len(cut) - 1 - int(np.argmin((missed + found)[::-1]))  # of equals the highest: it drops fewest
-        unfinished = min(2 * np.mean(eot_loss >= np.median(cut)), 1.0)
-        whole_lost = found[best] - (1 - missed[best]) * unfinished
-        says = missed[best] <= self.alpha and found[best] <= 0.5 and whole_lost <= MOST_LOST
-        return float(cut[best]) if says else float("inf")
+        if missed[best] > self.alpha or found[best] > 0.5:
+            return float("inf")
+        quartile, median = np.log(np.maximum(np.percentile(eot_loss[eot_loss < cut[best]], [25, 50]), _LEAST_LOSS))
+        deviations = 0.674 * (np.log(cut[best]) - median) / max(median - quartile, _LEAST_LOSS)
+        whole_lost = math.erfc(deviations / math.sqrt(2)) / 2
+        return float(cut[best]) if whole_lost <= MOST_LOST else float("inf")

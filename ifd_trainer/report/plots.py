@@ -240,7 +240,9 @@ def plot_kept_by_label(shares: pd.DataFrame) -> Figure:
         without = epoch + WITHOUT_GUARDS
         if without in shown:
             label = "without guards, by the same scores" if epoch == epochs[0] else None
-            ax.plot(100 * shown[without], y, "D", markersize=4, fillstyle="none", color=_ORANGE, label=label)
+            ax.plot(
+                100 * shown[without], y, "D", markersize=4, fillstyle="none", color=_ORANGE, label=label, clip_on=False
+            )
         for height, share in zip(y, shown[epoch], strict=True):
             ax.annotate(
                 percent_text(share),

@@ -130,8 +130,10 @@ def label_table(history: History, label: str) -> pd.DataFrame:
 def label_rich_table(history: History, label: str) -> Table:
     """`label_table` for the terminal, with a last line for all rows."""
     shares = label_table(history, label)
-    table = Table(title=Text(f"Share of rows kept, by {label}"))
-    table.add_column(Text(label))
+    table = Table(title=Text(f"Share of rows kept, by {label}"), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    if any(column.endswith(WITHOUT_GUARDS) for column in shares):
+        table.caption, table.caption_justify = "no guard: what the same scores would have kept without guards.", "left"
+    table.add_column(Text(label), no_wrap=True)
     kinds = EpochKinds.from_settings(history.settings)
     for column in shares.columns:
         kind = next((kinds.kind(e) for e in range(kinds.warmup) if column == epoch_name(e)), "")

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, Trainer
 from ..data.encoding import EncodedPair, Encoder, Segment, mismatched, token_count
 from ..data.formats import Example
 from ..data.similar_prompts import SimilarPrompts
-from ..data.token_decoding import Decoder
 from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
 from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
@@ -158,11 +157,10 @@ class PoolScorer:
         return self._similar[1].nearest(rows, k)
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Prompt and answer of each row, as text, special tokens included."""
-        decode = Decoder(self.encoder.tokenizer)
-        for tokens, bounds in self.pool.segments(_TEXTS):
-            texts = decode(tokens, bounds).to_pylist()  # prompt, answer and what follows of each row
-            yield from zip(texts[0::3], texts[1::3], strict=True)
+        """Prompt and answer of each row, as text, without special tokens and what a template adds to the answer."""
+        for start in range(0, len(self.pool), _TEXTS):
+            prompts, answers, _ = self._texts(np.arange(start, min(start + _TEXTS, len(self.pool))))
+            yield from zip(prompts, answers, strict=True)
 
     def features(self, rows: np.ndarray | None = None, description: str = "Prompts") -> tuple[np.ndarray, np.ndarray]:
         """Prompt embeddings (m, H) and perplexities (m,) of the rows, of all by default; see `prompt_features`."""

@@ -111,7 +111,9 @@ class SelectionConfig(SelectionKeys):
                 f"{', '.join(self.guards) or 'nothing'}."
             )
         scorer = None if self.scorer is None else "columns"
-        usual = guard_of("auto", self.chosen_policy(), self.timing(), scorer) if "auto" in self.guards else None
+        usual = None
+        if "auto" in self.guards and self.method == "dynamic":  # the paper's method goes without
+            usual = guard_of("auto", self.chosen_policy(), self.timing(), scorer)
         on = {*(usual.names if usual else ()), *self.guards} & {*GUARDS}
         if not on:
             return None
