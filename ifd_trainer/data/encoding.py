@@ -86,7 +86,7 @@ def mismatched(row: EncodedPair, other: EncodedPair, longest: int | None) -> Enc
 
     >>> row, other = (EncodedPair(Segment(ids, 2), Segment([9, ids[-1]], 1)) for ids in ([1, 9, 2], [3, 9, 4]))
     >>> mismatched(row, other, longest=8).conditioned
-    Segment(ids=[3, 9, 2], start=2)
+    Segment(ids=[3, 9, 2], start=2, tail=0)
     """
     if row.conditioned is None or other.conditioned is None:
         return EncodedPair.unscorable(Status.MALFORMED)
