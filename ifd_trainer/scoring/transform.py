@@ -283,6 +283,11 @@ class IFDScorer:
         >>> threshold = Unfinished().threshold(np.array(ds["eot_loss"], float), calibration.cut) # doctest: +SKIP
         """
         check_positive(pairs=pairs, cuts=cuts)
+        if not isinstance(rows, Dataset):
+            raise UserError(
+                f"calibrate reads rows of a datasets.Dataset, got a {type(rows).__name__}: pass one split of it, or "
+                "load what is streamed."
+            )
         limit, unfinished = CalibratedLimit(_ANY_SHARE, pairs, prompts), Unfinished(_ANY_SHARE, cuts)
         rows = rows.with_format(None)
         format = self._format(rows.column_names)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from conftest import ROUNDING, build_model, reference_nll
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tiny_runs import TOKENIZER, raw_rows, select, sft_trainer, text_rows, train
 
 from ifd_trainer import CalibratedLimit, IFDScorer
@@ -167,6 +167,11 @@ def test_rows_without_scores_and_scores_of_another_reading_are_told(model, score
 def test_wrong_options_are_refused(scorer, options, words):
     with pytest.raises(UserError, match=words):
         scorer.calibrate(Dataset.from_list(raw_rows(3)), **options)
+
+
+def test_a_set_of_splits_is_refused(scorer):
+    with pytest.raises(UserError, match=r"rows of a datasets.Dataset, got a DatasetDict: pass one split of it"):
+        scorer.calibrate(DatasetDict(train=Dataset.from_list(raw_rows(3))))
 
 
 @pytest.mark.parametrize("shown", [True, False])
