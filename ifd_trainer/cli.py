@@ -23,14 +23,20 @@ from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS, KNOWN_DEFINITIONS
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, RunError, UserError, one_line
-from .method.choices import RANKED_BY
-from .method.columns import IFD_COLUMNS, OWN_COLUMNS
+from .method.choices import CALIBRATED, RANKED_BY
+from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
 from .training.recipe_file import check_recipe
 from .training.recipe_help import train_help
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from .data.table_reader import TableReader
+    from .method.duplicates import Duplicates
     from .scoring.transform import IFDScorer
 
+_SIMILARITY = 0.85  # from which on texts are duplicates, where no number is given
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
 # Options of `score` that are the transform's by the same names.
 _OF_SCORER = (
@@ -112,6 +118,16 @@ def _number(text: str) -> float:
     return value
 
 
+def _limit(text: str) -> float | str:
+    """The type of a limit: a number, or that it is to be measured."""
+    if text == CALIBRATED:
+        return text
+    try:
+        return _number(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"wants a number or {CALIBRATED}, got {text!r}") from None
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
 
@@ -181,6 +197,12 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "quarter of the device's memory holds, or 3 GiB, as measured on a few batches)",
     )
     add("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
+    add(
+        "--calibrate",
+        action="store_true",
+        help="measure too how answers under the prompts of other rows score, and how answers end that were cut off "
+        "(256 of each), for `select --max-ifd calibrated` and `--drop-unfinished`; kept in OUTPUT.ifd.yaml",
+    )
     parser.set_defaults(run=_score)
 
 
@@ -215,11 +237,35 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
     add("--scored-by", metavar="MODEL", help="model that gave the scores, for the card")
     add("--split", default="train", help="split of a folder or a hub data set (default train)")
     add("--keep", default="0.1", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)")
-    add("--max-ifd", type=_number, default=1.0, help="drop scores of X or more (default 1; inf: no limit)")
+    add(
+        "--max-ifd",
+        type=_limit,
+        default=1.0,
+        metavar="X",
+        help="drop scores of X or more (default 1; inf: no limit; calibrated: the limit that a share --alpha of "
+        "mismatched rows stays below, by what `score --calibrate` measured)",
+    )
+    alpha = "share of mismatched rows that a calibrated limit may let through (default 0.05)"
+    add("--alpha", type=_number, metavar="A", help=alpha)
     ranked_by = "column to rank by (default: ifd_ppl for scores of Superfiltering's definition, else ifd)"
     add("--score", choices=RANKED_BY, help=ranked_by)
     add("--id-column", help="column that breaks ties (default: row_id or id if its values are unique, else position)")
     add("--drop-refusals", action="store_true", help="drop rows whose answer looks like a refusal (English phrases)")
+    add(
+        "--drop-unfinished",
+        action="store_true",
+        help="drop rows whose answer stops before its end, by the loss of the end of turn behind it and what `score "
+        "--calibrate` measured; none where that says too little",
+    )
+    add(
+        "--drop-duplicates",
+        type=_number,
+        nargs="?",
+        const=_SIMILARITY,
+        metavar="SIMILARITY",
+        help="keep one of the rows that say the same: with so large a share of common shingles (four bytes of text) in "
+        f"prompts and in answers, 0.5 to 1, {_SIMILARITY} if none is given; holds all texts in memory",
+    )
     add("--all", action="store_true", help="write all rows, the dropped ones with their reason")
     add("--strict", action="store_true", help="fail when fewer rows are eligible than asked for")
     add("--card", action=argparse.BooleanOptionalAction, default=True, help="write a data card (default)")
@@ -270,7 +316,8 @@ def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
     from .data.files import check_apart, check_features, load_rows, source_digest, with_columns, write_rows
-    from .publish.provenance import provenance_of, write_provenance
+    from .publish.provenance import calibrated, provenance_of, write_provenance
+    from .scoring.calibration import shortage
     from .scoring.job_parts import Parts, kept
     from .scoring.processes import Process
     from .scoring.scoring_job import join_parts, score_parts
@@ -307,9 +354,12 @@ def _score(options: argparse.Namespace) -> int:
         scores = join_parts(rows, scorer, parts, size)
         # Scored again: what was chosen by older scores goes with them.
         rows = with_columns(rows.remove_columns([name for name in OWN_COLUMNS if name in rows.column_names]), scores)
+        origin = provenance_of(settings, options.model, job["weights"], options.data)
+        if options.calibrate:
+            calibration = scorer.calibrate(rows)
+            origin = calibrated(origin, calibration)
         with kept():
             write_rows(rows, options.output, parts.folder)
-            origin = provenance_of(settings, options.model, job["weights"], options.data)
             write_provenance(options.output, origin, scores)
         counted = sorted(pc.value_counts(scores.data["ifd_status"]).to_pylist(), key=lambda status: -status["counts"])
         parts.check_joined()
@@ -318,6 +368,8 @@ def _score(options: argparse.Namespace) -> int:
         parts.remove()
     shown = ", ".join(f"{count} {status}" for status, count in counts.items())
     print(f"{len(rows)} rows: {shown}. Written to {options.output}.")
+    if options.calibrate and (short := shortage(calibration, options.definition)):
+        _say(f"warning: {short}")
     if status:
         _say(
             f"warning: none of the {len(rows)} rows has a score ({shown}): nothing can be selected from "
@@ -344,6 +396,7 @@ def _select(options: argparse.Namespace) -> int:
         if not Path(options.scores).is_file():
             raise NotFoundError(f"No such file of scores: {options.scores}.")
         check_readable(Path(options.scores))
+    alpha, duplicates = _guards(options)
 
     import numpy as np
 
@@ -352,6 +405,7 @@ def _select(options: argparse.Namespace) -> int:
     from .data.table_reader import TableReader, selected_tables
     from .method.schedule import parse_keep
     from .publish.card import card_paths, check_card, write_card
+    from .publish.guards import dropped_rows, measured_limit, unfinished_rows
     from .publish.hub import check_repository, push_files
     from .publish.provenance import READ_COLUMNS, find_scores
     from .publish.select import choose, tie_ids
@@ -382,17 +436,29 @@ def _select(options: argparse.Namespace) -> int:
     name = options.score or (definition.ranked_by if definition else "ifd")
     if scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
         raise UserError(f"The scores have no {name}; rank by another one with --score.")
+    origin = options.scores or options.data
+    limit = options.max_ifd if alpha is None else measured_limit(provenance, name, alpha, origin)
+    unfinished = None
+    if options.drop_unfinished:
+        unfinished, too_little = unfinished_rows(_end_of_turn(rows, scores, own), provenance, origin)
+        if too_little:
+            _say(f"warning: {too_little}")
     id_column, ids = tie_ids(rows, options.id_column)
+    values, status = scores[name].to_numpy(dtype=float, na_value=np.nan), scores["ifd_status"]
+    refusals = refused_rows(rows) if options.drop_refusals else None
+    dropped = dropped_rows(rows, values, status, limit, ids, refusals, unfinished, duplicates)
     chosen = choose(
-        scores[name].to_numpy(dtype=float, na_value=np.nan),
-        scores["ifd_status"],
+        values,
+        status,
         parse_keep(options.keep),
         name=name,
-        max_ifd=options.max_ifd,
+        max_ifd=limit,
         ids=ids,
-        refusals=refused_rows(rows) if options.drop_refusals else None,
+        dropped=dropped,
+        alpha=alpha,
         strict=options.strict,
     )
+    del unfinished, refusals, dropped
     if chosen.warning:
         _say(f"warning: {chosen.warning}")
     added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
@@ -418,6 +484,30 @@ def _select(options: argparse.Namespace) -> int:
         files = {data.name: data, "README.md": card, image.name: image}
         print(f"Pushed to {push_files(options.push_to_hub, files, options.private)}.")
     return 0
+
+
+def _guards(options: argparse.Namespace) -> tuple[float | None, Duplicates | None]:
+    """The alpha of a calibrated limit, and which rows are duplicates; None for what was not asked for."""
+    from .method.calibrated_limit import CalibratedLimit
+    from .method.duplicates import Duplicates
+
+    if options.max_ifd != CALIBRATED and options.alpha is not None:
+        raise UserError(f"--alpha goes with --max-ifd {CALIBRATED}.")
+    alpha = None
+    if options.max_ifd == CALIBRATED:
+        alpha = CalibratedLimit.of(CalibratedLimit().alpha if options.alpha is None else options.alpha).alpha
+    return alpha, None if options.drop_duplicates is None else Duplicates(options.drop_duplicates)
+
+
+def _end_of_turn(rows: TableReader, scores: pd.DataFrame, own: bool) -> np.ndarray | None:
+    """The losses of the end of turn, (n,), of the scores that rows are ranked by; None where they have none."""
+    if EOT_LOSS in scores:
+        values = scores[EOT_LOSS]
+    elif own and EOT_LOSS in rows.features:
+        values = rows.column(EOT_LOSS).to_pandas()
+    else:
+        return None
+    return values.to_numpy(dtype=float, na_value=float("nan"))
 
 
 def _check_apart(output: Path, options: argparse.Namespace) -> None:

@@ -290,6 +290,99 @@ def test_the_help_knows_all_formats(capsys: pytest.CaptureFixture) -> None:
     assert f"promptformat:{','.join(FORMATS)};" in text
 
 
+MANY = [
+    {"id": 70 - n, "instruction": f"Name {n} things.", "output": f"The {n} is {n * 7}, and {n * n} more."}
+    for n in range(60)
+]
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in MANY), encoding="utf-8")
+    return path
+
+
+def made(output: Path) -> dict:
+    return yaml.safe_load(provenance_path(output).read_text(encoding="utf-8"))
+
+
+def test_score_records_how_noise_scores_and_select_takes_its_limit(
+    tmp_path: Path, many: Path, model_path: str, capsys: pytest.CaptureFixture
+) -> None:
+    output, kept = tmp_path / "scored.parquet", tmp_path / "kept.jsonl"
+    assert score(many, output, model_path, "--calibrate", "--part-rows", "7") == 0
+    assert "warning" not in capsys.readouterr().err
+    found = IFDScorer(model_path, device="cpu").calibrate(load_rows(str(output)))
+    assert made(output)["wrong_ifd"] == pytest.approx(found.wrong.ifd.tolist(), rel=ROUNDING)
+    assert made(output)["wrong_ifd_ppl"] == pytest.approx(found.wrong.ifd_ppl.tolist(), rel=ROUNDING)
+    assert made(output)["cut_eot_loss"] == pytest.approx(found.cut.tolist(), rel=ROUNDING)
+    assert (len(found.wrong), len(found.cut)) == (60, 60)
+    limit = sorted(made(output)["wrong_ifd"])[11]  # floor(0.2 * 61)
+    options = ["--keep", "0.1", "--max-ifd", "calibrated", "--alpha", "0.2"]
+    assert main(["select", str(output), *options, "--output", str(kept)]) == 0
+    table = read(output)
+    best = table[table["ifd"] < limit].nlargest(6, "ifd")
+    assert sorted(read(kept)["id"]) == sorted(best["id"])
+    assert (
+        f"| limit | `ifd` < {limit:g}, calibrated with alpha = 0.2 on 60 answers" in (tmp_path / "kept.md").read_text()
+    )
+    plain = tmp_path / "plain.parquet"
+    assert score(many, plain, model_path, "--part-rows", "7") == 0
+    assert plain.read_bytes() == output.read_bytes()
+    assert not {"wrong_ifd", "wrong_ifd_ppl", "cut_eot_loss"} & set(made(plain))
+    assert main(["select", str(plain), *options, "--output", str(kept)]) == 2
+    assert "score it with `ifd-trainer score --calibrate`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["calibrate", "nll_with_tails"])
+def test_a_job_that_was_interrupted_while_it_calibrated_ends_as_if_it_had_not_been(
+    tmp_path: Path, many: Path, model_path: str, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    output, whole = tmp_path / "scored.parquet", tmp_path / "whole.parquet"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IFDScorer, method, interrupt)
+        assert score(many, output, model_path, "--calibrate", "--part-rows", "7") == 130
+    assert not output.exists()
+    assert score(many, output, model_path, "--calibrate", "--part-rows", "7") == 0
+    assert score(many, whole, model_path, "--calibrate", "--part-rows", "7") == 0
+    assert output.read_bytes() == whole.read_bytes()
+    assert provenance_path(output).read_bytes() == provenance_path(whole).read_bytes()
+    assert not Path(f"{output}.parts").exists()
+
+
+def test_too_few_rows_to_calibrate_on_are_a_warning(
+    tmp_path: Path, data: Path, model_path: str, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "scored.parquet"
+    assert score(data, output, model_path, "--calibrate") == 0
+    error = capsys.readouterr().err
+    assert (
+        "warning: too little to calibrate on: 10 answers could be scored under a wrong prompt and 10 be cut. " in error
+    )
+    assert (len(read(output)), len(made(output)["wrong_ifd"]), len(made(output)["cut_eot_loss"])) == (11, 10, 10)
+    assert main(["select", str(output), "--max-ifd", "calibrated", "--output", str(tmp_path / "kept.jsonl")]) == 2
+    assert "takes at least 19 answers under a wrong prompt; the pool gave 10 " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("definition", ["cherry", "superfiltering"])
+def test_other_definitions_have_a_limit_and_no_ends(
+    tmp_path: Path, many: Path, model_path: str, capsys: pytest.CaptureFixture, definition: str
+) -> None:
+    output = tmp_path / "scored.parquet"
+    assert score(many, output, model_path, "--calibrate", "--definition", definition) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert (len(made(output)["wrong_ifd_ppl"]), made(output)["cut_eot_loss"]) == (60, [])
+    command = ["select", str(output), "--keep", "2", "--max-ifd", "calibrated", "--output", str(tmp_path / "kept.csv")]
+    assert main(command) == 0
+    assert main([*command, "--drop-unfinished"]) == 2
+    assert f"(scores by definition {definition}). Score them by the definition paper" in capsys.readouterr().err
+
+
 def test_select_keeps_the_highest_and_says_why_the_rest_went(tmp_path: Path, data: Path, model_path: str) -> None:
     scored, output = tmp_path / "scored.jsonl", tmp_path / "kept.jsonl"
     score(data, scored, model_path)
@@ -341,7 +434,8 @@ def recipe(tmp_path: Path, data: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"dataset_name: {data.name}\n"
-        "format: alpaca\nkeep: [0.5, 3]\nmax_ifd: .inf\nguards: none\nnum_train_epochs: 2\nper_device_train_batch_size: 2\n"
+        "format: alpaca\nkeep: [0.5, 3]\nmax_ifd: .inf\nguards: none\nnum_train_epochs: 2\n"
+        "per_device_train_batch_size: 2\n"
         "max_length: 256\ngradient_checkpointing: false\nbf16: false\ndtype: float32\nuse_cpu: true\n"
         f"report_to: none\nsave_strategy: 'no'\noutput_dir: {tmp_path / 'run'}\n",
         encoding="utf-8",
@@ -479,7 +573,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = pd.DataFrame(ROWS).assign(ifd=0.5, ifd_ppl=0.6, cas=1.0, das=2.0, answer_tokens=3, ifd_status="ok")
     scores.to_parquet(place / "scored.parquet")
     (place / "recipe.yaml").write_text(
-        "model_name_or_path: model\ndataset_name: rows.jsonl\nkeep: 3\nmax_ifd: .inf\nguards: none\nnum_train_epochs: 1\n"
+        "model_name_or_path: model\ndataset_name: rows.jsonl\nkeep: 3\nmax_ifd: .inf\nguards: none\n"
+        "num_train_epochs: 1\n"
         "per_device_train_batch_size: 2\ngradient_checkpointing: false\nuse_cpu: true\nreport_to: none\n"
         "save_strategy: 'no'\noutput_dir: run\n",
         encoding="utf-8",
@@ -635,7 +730,7 @@ WRONG_OF_TRAIN = {
     "--tier_mode": ["", "text"],
     "--anneal_share": ["-1", "1.5", "nan", "text"],
     "--max_ifd": ["", "0", "-1", "nan", "None", "text"],
-    "--score": ["", "cas"],
+    "--score": ["", "no_module.name"],
     "--order": ["", "text"],
     "--on_shortfall": ["", "text"],
     "--min_answer_tokens": ["0", "-1", "1.5", "text"],

@@ -81,17 +81,18 @@ def mismatched(row: EncodedPair, other: EncodedPair, longest: int | None) -> Enc
     """The answer of one row under the prompt of another: `malformed` where that is no wrong pair, or too long.
 
     The prompt keeps the row's own response header: where a header's last character merged with the answer's first into
-    one token (`:` and a quote), that of another row would have it twice or not at all.
+    one token (`:` and a quote), that of another row would have it twice or not at all. Where a definition has no header
+    and a direct answer begins with its own first token (`superfiltering`), prompts stay as they are.
 
     >>> row, other = (EncodedPair(Segment(ids, 2), Segment([9, ids[-1]], 1)) for ids in ([1, 9, 2], [3, 9, 4]))
     >>> mismatched(row, other, longest=8).conditioned
-    Segment(ids=[3, 9, 2], start=2)
+    Segment(ids=[3, 9, 2], start=2, tail=0)
     """
     if row.conditioned is None or other.conditioned is None:
         return EncodedPair.unscorable(Status.MALFORMED)
     answers = [pair.conditioned.ids[pair.conditioned.start :] for pair in (row, other)]
     prompts = [pair.conditioned.ids[: pair.conditioned.start] for pair in (row, other)]
-    own, others = (pair.direct.ids[: pair.direct.start] for pair in (row, other))
+    own, others = (_header(pair) for pair in (row, other))
     if own != others and own[:1] == others[:1] != prompts[1][-len(others) :][:1]:
         own, others = own[1:], others[1:]  # without the BOS before a direct answer
     ends = bool(others) and prompts[1][-len(others) :] == others
@@ -100,6 +101,12 @@ def mismatched(row: EncodedPair, other: EncodedPair, longest: int | None) -> Enc
     if answers[0] == answers[1] or prompts[0] == prompt or too_long:
         return EncodedPair.unscorable(Status.MALFORMED)
     return EncodedPair(Segment(prompt + answers[0], len(prompt)), row.direct)
+
+
+def _header(pair: EncodedPair) -> list[int]:
+    """What precedes the direct answer; nothing where that is the answer's own first token."""
+    direct, answer = pair.direct, pair.conditioned.ids[pair.conditioned.start :]
+    return [] if direct.ids == answer[: len(direct.ids)] else direct.ids[: direct.start]
 
 
 def with_ending(pair: EncodedPair, answer_tokens: int | None = None) -> Segment:
@@ -117,8 +124,9 @@ def with_ending(pair: EncodedPair, answer_tokens: int | None = None) -> Segment:
 
 
 def token_count(pairs: Iterable[EncodedPair]) -> int:
-    """Tokens in both segments of all scorable rows."""
-    return sum(len(pair.conditioned.ids) + len(pair.direct.ids) for pair in pairs if pair.conditioned)
+    """Tokens that are read to score rows: both segments of all scorable ones, and what ends their turns."""
+    scorable = (pair for pair in pairs if pair.conditioned)
+    return sum(len(pair.conditioned.ids) + len(pair.ending) + len(pair.direct.ids) for pair in scorable)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UserError
-from .chat_template import MalformedRow, common_prefix_length, role_of
+from .chat_template import MalformedRow, common_prefix_length, role_of, text_of
 from .formats import ALPACA, DETECTED, PromptCompletionFormat, PromptFormat, TemplateFormat, answer_of, first_format
+from .table_reader import TableReader
 
 _ALPACA = re.compile(
     r"### Instruction:\s*\n(?P<instruction>.*?)(?:\n+### Input:\s*\n(?P<input>.*?))?\s*### Response:?\s*\Z", re.DOTALL
@@ -20,6 +22,7 @@ _ALPACA = re.compile(
 _RESPONSE = re.compile(r"\s*### Response:?\s*\Z")
 _END_OF_TURN = re.compile(r"(?:\s*(?:<\|[\w ]+\|>|</s>|<eos>|<end_of_turn>|<｜[^｜]*｜>))+\s*\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+_ROWS = 1000  # in memory as Python's values at a time
 # What a run keeps of its training set, then what is scored, then an Alpaca set of another name.
 _FORMATS = (
     PromptCompletionFormat("texts of a run", completion="answer"),
@@ -79,6 +82,50 @@ def answers_of(frame: pd.DataFrame) -> list[str]:
         wanted = "; ".join(" and ".join(format.columns) for format in _FORMATS)
         raise UserError(f"No answers among the columns {sorted(frame)}. Wanted: {wanted}.")
     return texts["answer"].tolist()
+
+
+def row_texts(rows: TableReader) -> Iterator[tuple[str, str]]:
+    """Prompt and answer of each row, each as one text that holds all it says; ("", "") for a malformed row.
+
+    Of an Alpaca row, instruction and input; of a chat, all its messages, each with its role and what it calls.
+
+    Raises:
+        ValueError: when the rows have no texts of a known kind.
+
+    >>> from datasets import Dataset
+    >>> rows = Dataset.from_list([{"instruction": "Add.", "input": "1 and 2", "output": "3"}])
+    >>> list(row_texts(TableReader(rows)))
+    [('Add.\\n1 and 2', '3')]
+    """
+    format = first_format(_FORMATS, rows.column_names)
+    if format is None:
+        answers_of(pd.DataFrame(columns=rows.column_names))  # raises, and says what is wanted
+    names = [*format.columns, format.input] if isinstance(format, TemplateFormat) else format.columns
+    for table in rows.tables([name for name in names if name in rows.column_names]):
+        for start in range(0, len(table), _ROWS):
+            yield from (_whole_texts(row, format) for row in table.slice(start, _ROWS).to_pylist())
+
+
+def _whole_texts(row: Mapping[str, Any], format: PromptFormat) -> tuple[str, str]:
+    try:
+        if not isinstance(format, TemplateFormat):
+            prompt, answer = format.parts(row)
+            return _messages_text(prompt), _messages_text(answer)
+        instruction, extra = text_of(row[format.instruction]), text_of(row.get(format.input))
+        return "\n".join(filter(None, (instruction, extra))), text_of(row[format.output])
+    except MalformedRow:
+        return "", ""
+
+
+def _messages_text(messages: str | list[dict[str, Any]]) -> str:
+    if isinstance(messages, str):
+        return messages
+    lines = []
+    for message in messages:
+        more = {key: value for key, value in message.items() if key not in ("role", "content")}
+        said = message.get("content") or ""
+        lines += [f"{message['role']}: {said}", *([json.dumps(more, sort_keys=True, default=str)] if more else [])]
+    return "\n".join(lines)
 
 
 def _without_template(prompts: list[str]) -> tuple[list[str], list[str]]:

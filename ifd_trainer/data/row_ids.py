@@ -82,6 +82,23 @@ def as_array(ids: Ids) -> np.ndarray:
     return ids if isinstance(ids, np.ndarray) else ids.to_numpy().astype(object)
 
 
+def ranks(ids: pa.ChunkedArray, among: np.ndarray | None = None) -> np.ndarray:
+    """The places of texts in their order, (n,) int64: numbers that sort as they do.
+
+    Args:
+        ids: n texts.
+        among: (n,) bool, the rows to rank, all by default; the others get 0. To sort ten million texts takes longer
+            than all the rest of a selection.
+
+    >>> ranks(pa.chunked_array([["b", "a", "c"]])).tolist()
+    [1, 0, 2]
+    """
+    among = np.ones(len(ids), dtype=bool) if among is None else among
+    rows, places = np.flatnonzero(among), np.zeros(len(ids), dtype=np.int64)
+    places[rows[pc.sort_indices(ids.filter(pa.array(among))).to_numpy()]] = np.arange(len(rows))
+    return places
+
+
 def _plain(values: pa.ChunkedArray) -> Ids | str:
     """Numbers as an array and texts as Arrow texts; of other columns, what is wrong with them."""
     if pa.types.is_dictionary(values.type):

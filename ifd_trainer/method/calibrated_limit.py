@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
+from .choices import CALIBRATED as CALIBRATED  # a name of this module too
 from .choices import WrongPrompts
 from .error_rate import check_error_rate, check_prompts, least_measured, rank_of
 
 _ROUNDS = 4  # of pairs that are tried, until as many as are wanted can be scored
-CALIBRATED = "calibrated"  # what a user writes for a `CalibratedLimit` as it is by default
 
 
 @dataclass(frozen=True)

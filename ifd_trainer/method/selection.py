@@ -207,7 +207,7 @@ class Cherry:
             UserError: for one that is to be measured.
         """
         if isinstance(self.max_ifd, CalibratedLimit):
-            raise UserError("A calibrated limit is measured in a training run; here max_ifd has to be a number.")
+            raise UserError("A calibrated limit is measured with a model; here max_ifd has to be a number.")
         return math.inf if self.max_ifd == 1.0 and self.score not in RANKED_BY else self.max_ifd
 
     def _explain(

@@ -43,7 +43,7 @@ class Unfinished:
     """
 
     alpha: float = 0.1
-    cuts: int = 256
+    cuts: int = 128
 
     def __post_init__(self) -> None:
         check_error_rate(self.alpha, self.cuts, "cuts")

@@ -178,7 +178,7 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         ("options of the scoring", _plain(listed)),
         ("scored with", _plain(provenance.program or UNKNOWN)),
         ("ranked by", f"`{score}`, ties by {_code(id_column) if id_column else 'position in the source'}"),
-        ("limit", "none" if limit == float("inf") else f"`{score}` < {limit:g}"),
+        ("limit", "none" if limit == float("inf") else f"`{score}` < {limit:g}{_measured(chosen, provenance)}"),
         ("asked for", f"{fraction}{rows_text(chosen.asked_rows)}"),
         ("kept", f"{rows_text(chosen.kept_rows)}, {100 * chosen.kept_rows / chosen.pool_rows:.2f} {pool}"),
         ("lowest score kept", number_text(selection.cut, 4)),
@@ -186,6 +186,17 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
     short = f"{rows_text(selection.shortfall)}: only {selection.eligible:,} were eligible"
     facts.append(("shortfall", short if selection.shortfall else ""))
     return [(key, value) for key, value in facts if value]
+
+
+def _measured(chosen: PoolSelection, provenance: Provenance) -> str:
+    """How a limit came about that is no round number."""
+    if not chosen.alpha:
+        return ""
+    wrong = {"ifd": provenance.wrong_ifd, "ifd_ppl": provenance.wrong_ifd_ppl}[chosen.policy.score] or []
+    return (
+        f", calibrated with alpha = {chosen.alpha:g} on {len(wrong):,} answers under the prompts of other rows: at "
+        "most this share of rows that are mismatched like them is expected below it"
+    )
 
 
 def _plain(text: str) -> str:

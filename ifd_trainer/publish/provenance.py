@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -30,8 +30,12 @@ from ..errors import FileAccessError, UserError
 from ..method.choices import RANKED_BY
 from .imported_scores import read_scores
 
+if TYPE_CHECKING:
+    from ..scoring.calibration import Calibration
+
 # All that `find_scores` reads of rows that are scored.
 READ_COLUMNS = (*RANKED_BY, "answer_tokens", "ifd_status", "ifd_definition")
+_MEASURED = ("wrong_ifd", "wrong_ifd_ppl", "cut_eot_loss")  # what `calibrated` adds
 _CHECKSUM = "checksum: "  # begins the last line, about those before it; older files have none
 
 
@@ -47,6 +51,8 @@ class Provenance:
         max_length, min_answer_tokens, score_truncated, dtype: options of the scoring.
         source: the rows that were scored, a hub name or a file.
         program: name and version of the program that scored.
+        wrong_ifd, wrong_ifd_ppl: scores of answers under the prompts of other rows, of which a limit is made.
+        cut_eot_loss: losses of an end of turn behind answers that were cut off, in nats.
     """
 
     definition: str | None = None
@@ -59,6 +65,9 @@ class Provenance:
     dtype: str | None = None
     source: str | None = None
     program: str | None = None
+    wrong_ifd: list[float] | None = None
+    wrong_ifd_ppl: list[float] | None = None
+    cut_eot_loss: list[float] | None = None
 
 
 def provenance_of(settings: Mapping[str, Any], model: str, weights: str, source: str) -> Provenance:
@@ -66,6 +75,13 @@ def provenance_of(settings: Mapping[str, Any], model: str, weights: str, source:
     names = ("definition", "format", "max_length", "min_answer_tokens", "score_truncated", "dtype")
     options = {name: settings[name] for name in names}
     return Provenance(model=model, weights=weights, source=source, program=f"ifd_trainer {__version__}", **options)
+
+
+def calibrated(provenance: Provenance, calibration: Calibration) -> Provenance:
+    """The provenance with what was measured of the data set, to six digits; a score that is not finite says nothing."""
+    values = (calibration.wrong.ifd, calibration.wrong.ifd_ppl, calibration.cut)
+    rounded = ([float(f"{value:.6g}") for value in some[np.isfinite(some)].tolist()] for some in values)
+    return replace(provenance, **dict(zip(_MEASURED, rounded, strict=True)))
 
 
 def provenance_path(data: str | os.PathLike) -> Path:
@@ -80,7 +96,13 @@ def provenance_path(data: str | os.PathLike) -> Path:
 def write_provenance(data: str | os.PathLike, provenance: Provenance, scores: pd.DataFrame | Dataset) -> None:
     """Write the provenance of a data file with these scores."""
     known = {name: value for name, value in asdict(provenance).items() if value is not None}
-    text = yaml.safe_dump(known | {"scores": scores_digest(scores)}, sort_keys=False, allow_unicode=True)
+    known["scores"] = scores_digest(scores)
+    # Each name begins a line, and the numbers of a list follow one another.
+    lines = (
+        yaml.safe_dump({name: value}, allow_unicode=True, default_flow_style=None if name in _MEASURED else False)
+        for name, value in known.items()
+    )
+    text = "".join(lines)
     text += f"{_CHECKSUM}{_digest(text)}\n"
     write_atomically(provenance_path(data), lambda temporary: temporary.write_bytes(text.encode()))
 
@@ -100,7 +122,9 @@ def read_provenance(data: str | os.PathLike, scores: pd.DataFrame) -> Provenance
         record = yaml.safe_load(text)
         digest, checksum = record.pop("scores"), record.pop(_CHECKSUM.strip(": "), None)
         provenance = Provenance(**record)
-    except (UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        for name in _MEASURED:
+            _ = [float(value) for value in record.get(name) or []]
+    except (UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         wanted = ", ".join(field.name for field in fields(Provenance))
         raise UserError(f"{path} does not say how scores were made ({wanted}, scores). Delete it.") from error
     expected = scores_digest(scores)

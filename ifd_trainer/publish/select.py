@@ -8,19 +8,22 @@ warning with counts, or an error.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from ..data.row_ids import find_ids
+from ..data.row_ids import find_ids, ranks
 from ..data.table_reader import TableReader
-from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, REFUSAL, Status
+from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, DUPLICATE, KEPT, REFUSAL, UNFINISHED, Status
 from ..method.schedule import as_schedule
 from ..method.selection import Cherry, Selection, ShortfallError, coded, counted
+
+# The options of `ifd-trainer select` that drop rows.
+_DROPPED_BY = {REFUSAL: "--drop-refusals", UNFINISHED: "--drop-unfinished", DUPLICATE: "--drop-duplicates"}
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class PoolSelection:
         selection: what the policy decided; its reasons are categorical, not an object for each row.
         policy: the score that was ranked by, and the limit.
         keep: the budget as it was given, a fraction of the pool or a number of rows.
+        alpha: of a limit that was measured; see `CalibratedLimit`.
     """
 
     selection: Selection
     policy: Cherry
     keep: float | int
+    alpha: float | None = None
 
     @property
     def pool_rows(self) -> int:
@@ -78,9 +83,10 @@ class PoolSelection:
         """What became of the rows, in a line."""
         others = ", ".join(f"{count} {reason}" for reason, count in self.counts.items() if reason != KEPT) or "none"
         share = 100 * self.kept_rows / self.pool_rows
+        limit = f" and < {self.policy.max_ifd:.4f} (calibrated, alpha {self.alpha:g})" if self.alpha else ""
         return (
             f"{self.kept_rows} rows kept, {share:.2f} % of all {self.pool_rows} rows in the pool ({self.asked_rows} "
-            f"asked for), {self.policy.score} >= {self.selection.cut:.4f}. Not kept: {others}."
+            f"asked for), {self.policy.score} >= {self.selection.cut:.4f}{limit}. Not kept: {others}."
         )
 
     @property
@@ -105,7 +111,8 @@ def choose(
     name: str = "ifd",
     max_ifd: float = 1.0,
     ids: np.ndarray | pa.ChunkedArray | None = None,
-    refusals: np.ndarray | None = None,
+    dropped: Mapping[str, np.ndarray] | None = None,
+    alpha: float | None = None,
     strict: bool = False,
 ) -> PoolSelection:
     """Keep the rows with the highest score under the limit.
@@ -117,7 +124,8 @@ def choose(
         name: name of the score, "ifd" or "ifd_ppl".
         max_ifd: rows with a score of this or more are dropped.
         ids: (n,) row ids that break ties, lowest first, numbers or texts; positions by default.
-        refusals: (n,) rows to drop as refusals, whatever their score.
+        dropped: (n,) bool, rows to drop whatever their score and status, by reason; of several the first one counts.
+        alpha: how `max_ifd` was measured, if it was: for the card.
         strict: a shortfall is an error.
 
     Raises:
@@ -126,12 +134,14 @@ def choose(
     >>> chosen = choose(np.array([0.2, 0.9, 1.3, np.nan]), np.array(["ok", "ok", "ok", "too_short"]), 0.25)
     >>> chosen.counts
     {'kept': 1, 'above_limit': 1, 'below_cut': 1, 'too_short': 1}
+    >>> choose(np.array([0.2, 0.9]), np.array(["ok", "ok"]), 1, dropped={"duplicate": np.array([False, True])}).counts
+    {'kept': 1, 'duplicate': 1}
     """
     policy = Cherry(max_ifd, name, "error")
     score = np.asarray(score, dtype=np.float64)
     names, codes = coded(status)
-    if refusals is not None:
-        names, codes = np.append(names, REFUSAL), np.where(refusals, len(names), codes)
+    for reason, rows in reversed((dropped or {}).items()):
+        names, codes = np.append(names, reason), np.where(rows, len(names), codes)
     status = _categorical(names, codes)
     asked = as_schedule(keep).budget(0, len(score))
     ok = np.asarray(status == Status.OK.value)
@@ -141,13 +151,13 @@ def choose(
         reasons = np.where(ok & np.isfinite(score), ABOVE_LIMIT, names[codes])
         reasons[eligible] = BELOW_CUT
         none = Selection(np.arange(0), pd.Categorical(reasons), float("nan"), count, asked)
-        raise ShortfallError(PoolSelection(none, policy, keep).warning)
+        raise ShortfallError(PoolSelection(none, policy, keep, alpha).warning)
     budget = min(asked, count)
     if ids is not None and not isinstance(ids, np.ndarray):
         ids = _ranks_in_ties(score, ids, eligible, budget)
     selection = policy({name: score, "ifd_status": status}, budget, ids=ids)
     reasons = _categorical(*coded(selection.reasons))
-    return PoolSelection(replace(selection, reasons=reasons, shortfall=asked - budget), policy, keep)
+    return PoolSelection(replace(selection, reasons=reasons, shortfall=asked - budget), policy, keep, alpha)
 
 
 def _categorical(names: np.ndarray, codes: np.ndarray) -> pd.Categorical:
@@ -157,17 +167,13 @@ def _categorical(names: np.ndarray, codes: np.ndarray) -> pd.Categorical:
 
 
 def _ranks_in_ties(score: np.ndarray, ids: pa.ChunkedArray, eligible: np.ndarray, budget: int) -> np.ndarray:
-    """Ranks of the ids among the rows that may be kept and share their score with another one; 0 elsewhere.
-
-    To sort ten million texts would take longer than all the rest.
-    """
+    """Ranks of the ids among the rows that may be kept and share their score with another one; 0 elsewhere."""
     rows = np.flatnonzero(eligible)
     rows = rows[score[rows] >= np.partition(score[rows], len(rows) - budget)[len(rows) - budget]]
     rows = rows[pd.Series(score[rows]).duplicated(keep=False).to_numpy()]
-    ranks, tied = np.zeros(len(score), dtype=np.int64), np.zeros(len(score), dtype=bool)
+    tied = np.zeros(len(score), dtype=bool)
     tied[rows] = True
-    ranks[rows[pc.sort_indices(ids.filter(pa.array(tied))).to_numpy()]] = np.arange(len(rows))
-    return ranks
+    return ranks(ids, tied)
 
 
 def tie_ids(rows: TableReader, column: str | None = None) -> tuple[str | None, np.ndarray | pa.ChunkedArray | None]:
@@ -187,12 +193,13 @@ def _way_out(chosen: PoolSelection) -> str:
     """What gives a user more rows, or fewer to ask for: a limit that dropped none is not to be raised."""
     ways = ["lower --keep"] if chosen.selection.eligible else []
     if ABOVE_LIMIT in chosen.counts and chosen.policy.max_ifd < float("inf"):
-        ways.append("raise --max-ifd (inf: no limit)")
+        calibrated = "raise --alpha, or give --max-ifd a number (inf: no limit)"
+        ways.append(calibrated if chosen.alpha else "raise --max-ifd (inf: no limit)")
     if ways:
         text = ", or ".join(ways)
         return f"{text[0].upper()}{text[1:]}."
-    if chosen.counts.get(REFUSAL):
-        return "No row that may be kept has a score: leave out --drop-refusals, or look at the data."
+    if by := [option for reason, option in _DROPPED_BY.items() if chosen.counts.get(reason)]:
+        return f"No row that may be kept has a score: leave out {' or '.join(by)}, or look at the data."
     return (
         f"No row has a score ({chosen.policy.score}) to rank by, and ifd_status says why: mend that, and score the "
         "rows again with `ifd-trainer score`."

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets import Dataset
 from datasets.formatting.formatting import LazyRow
 from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError
@@ -42,8 +43,12 @@ from ..data.formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, 
 from ..data.paths import check_model, model_name
 from ..data.table_reader import arrow_type
 from ..errors import FileAccessError, UserError, one_line
+from ..method.calibrated_limit import CalibratedLimit
+from ..method.choices import WrongPrompts
 from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS
 from ..method.reasons import Status
+from ..method.unfinished import Unfinished
+from .calibration import Calibration, Reader, measure
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .engine import check_causal_config, check_causal_lm
 from .losses import Scores, nll_with_tails, prompt_features, score_pairs, token_progress
@@ -54,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 # Columns from scores that are no longer there once a row is scored again.
 _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.string()), strict=True))
+_ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
+_RENDERED = 1000  # rows at a time
 _LOADED = ("_model", "_config", "_encoder")  # attributes that are made on first use
 _PID = os.getpid()
 SCORES_VERSION = 4  # raised when the same weights and options would give other scores
@@ -249,6 +256,53 @@ class IFDScorer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Losses of segments of encoded rows; see `scoring.losses.nll_with_tails`."""
         return nll_with_tails(self._model, segments, token_budget=self.token_budget, progress=progress)
+
+    def calibrate(
+        self, rows: Dataset, pairs: int = 256, cuts: int = 128, seed: int = 0, prompts: WrongPrompts = "random"
+    ) -> Calibration:
+        """Measure what noise scores in a data set: of what a limit with an error rate is made.
+
+        `wrong` holds the scores of answers under the prompts of other rows, `cut` the end-of-turn loss, in nats, behind
+        answers that were cut off at random: what `CalibratedLimit` and `Unfinished` take, as in a training run. Which
+        rows those are depends on the seed and on the row ids (a column `row_id` or `id`, else positions) alone. The
+        definitions `cherry` and `superfiltering` have no end-of-turn loss, and `cut` is empty.
+
+        Args:
+            rows: the data set with the columns that this scorer attached.
+            pairs: answers to score under a wrong prompt; fewer where there are no more with a score.
+            cuts: answers to cut.
+            seed: of the draws.
+            prompts: "random" ones of other rows, or "near" ones, those most like the row's own.
+
+        Raises:
+            UserError: for rows without scores, or with those of a scorer that reads them otherwise.
+
+        >>> ds = ds.map(scorer, batched=True)                                                    # doctest: +SKIP
+        >>> calibration = scorer.calibrate(ds)                                                   # doctest: +SKIP
+        >>> limit = CalibratedLimit(alpha=0.05).limit(calibration.wrong.ifd)                     # doctest: +SKIP
+        >>> threshold = Unfinished().threshold(np.array(ds["eot_loss"], float), calibration.cut) # doctest: +SKIP
+        """
+        check_positive(pairs=pairs, cuts=cuts)
+        if not isinstance(rows, Dataset):
+            raise UserError(
+                f"calibrate reads rows of a datasets.Dataset, got a {type(rows).__name__}: pass one split of it, or "
+                "load what is streamed."
+            )
+        limit, unfinished = CalibratedLimit(_ANY_SHARE, pairs, prompts), Unfinished(_ANY_SHARE, cuts)
+        rows = rows.with_format(None)
+        format = self._format(rows.column_names)
+        self._prepare()
+
+        def encode(positions: np.ndarray) -> list[EncodedPair]:
+            return self.encode(rows[positions.tolist()])
+
+        def texts() -> Iterator[str]:
+            for start in range(0, len(rows), _RENDERED):
+                examples, _ = _render(rows[start : start + _RENDERED], format, self._encoder.tokenizer)
+                yield from ("" if example is None else example.prompt for example in examples)
+
+        reader = Reader(encode, self.score, self.nll_with_tails, self._encoder.max_length)
+        return measure(reader, rows, limit, unfinished, seed, texts, not are_progress_bars_disabled())
 
     def embed(self, texts: Sequence[str], progress: Callable[[int], Any] | None = None) -> np.ndarray:
         """Mean of the last hidden states of each text, (n, H) float32, NaN for an empty one; see `prompt_features`.

@@ -17,13 +17,14 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
-from ..data.encoding import EncodedPair, Encoder, Segment, mismatched, token_count, with_ending
+from ..data.encoding import EncodedPair, Encoder, Segment, mismatched, token_count
 from ..data.formats import Example
 from ..data.similar_prompts import SimilarPrompts
 from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
 from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
 from ..method.reasons import Status
+from ..scoring.calibration import Reader, wrong_scores
 from ..scoring.losses import Scores, nll_with_tails, prompt_features, score_pairs
 from ..scoring.processes import run_shares
 from ..scoring.transform import IFDScorer
@@ -83,7 +84,12 @@ class PoolScorer:
         return self._scored(tokens, reader, lambda part: reader.encode(rows[part]), description)
 
     def mismatched_scores(
-        self, candidates: np.ndarray, wanted: int, prefix: Sequence[int], description: str = "Wrong prompts"
+        self,
+        candidates: np.ndarray,
+        wanted: int,
+        prefix: Sequence[int],
+        das: np.ndarray,
+        description: str = "Wrong prompts",
     ) -> Scores:
         """Scores of answers of some rows under the prompts of others.
 
@@ -92,20 +98,16 @@ class PoolScorer:
                 are equal, is passed over.
             wanted: how many of the others are scored; fewer if there are no more.
             prefix: tokens before a direct answer.
+            das: (n,) direct scores of all rows, by the model as it is.
         """
         reader = self._reader(prefix)
-        longest = self._longest(reader)
-        pairs: list[EncodedPair] = []
-        for start in range(0, len(candidates), max(wanted, 1)):  # each process reads all: a few hundred rows
-            rows, others = (reader.encode(candidates[start : start + wanted, side]) for side in (0, 1))
-            tried = (mismatched(row, other, longest) for row, other in zip(rows, others, strict=True))
-            pairs += [pair for pair in tried if pair.conditioned][: wanted - len(pairs)]
-            if len(pairs) == wanted:
-                break
-        if not pairs:
-            return Scores.unscored(0, "")
-        tokens = np.array([token_count([pair]) for pair in pairs])
-        return self._scored(tokens, reader, lambda part: [pairs[i] for i in part], description)
+        pairs = reader.wrong_pairs(candidates, wanted)  # each process reads all: a few hundred rows
+
+        def run(part: np.ndarray) -> dict[str, np.ndarray]:
+            return {"cas": self._losses(reader, [pairs[i][1] for i in part], description)[0]}
+
+        sizes = np.array([len(segment.ids) for _, segment in pairs])
+        return wrong_scores(pairs, self._run_shares(sizes, run)["cas"] if pairs else np.empty(0), das)
 
     def cut_losses(
         self, rows: np.ndarray, left: np.ndarray, prefix: Sequence[int], description: str = "Cut answers"
@@ -114,9 +116,7 @@ class PoolScorer:
         reader = self._reader(prefix)
 
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
-            pairs = zip(reader.encode(rows[part]), left[part].tolist(), strict=True)
-            segments = [with_ending(pair, tokens) for pair, tokens in pairs]
-            return {"loss": self._losses(reader, segments, description)[1]}
+            return {"loss": self._losses(reader, reader.cut_answers(rows[part], left[part]), description)[1]}
 
         return self._run_shares(self.pool.lengths(rows), run)["loss"] if len(rows) else np.empty(0)
 
@@ -138,14 +138,13 @@ class PoolScorer:
             tokens: of each answer.
         """
         reader = self._reader(prefix)
-        longest = self._longest(reader)
 
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
             others = np.unique(anchors[part])
             encoded = dict(zip(others.tolist(), reader.encode(others), strict=True))
             segments, places = [], []
             for number, (pair, tried) in enumerate(zip(reader.encode(rows[part]), anchors[part].tolist(), strict=True)):
-                wrong = (mismatched(pair, encoded[other], longest).conditioned for other in tried)
+                wrong = (mismatched(pair, encoded[other], reader.longest).conditioned for other in tried)
                 found = [pair.conditioned, *islice(filter(None, wrong), wanted)]
                 segments += [Segment(s.ids[: s.start + tokens], s.start) for s in found]
                 places += [(number, column) for column in range(len(found))]
@@ -230,16 +229,17 @@ class PoolScorer:
         """The pool's rows, by the chat template that the trainer wrote them with."""
         return TokenRows(self.encoder, getattr(self.trainer, "chat_template", None))
 
-    def _own_reader(self, prefix: Sequence[int]) -> _Reader:
+    def _own_reader(self, prefix: Sequence[int]) -> Reader:
         """How the trainer's model reads the pool."""
         running = self._running()
-        return _Reader(
+        return Reader(
             lambda rows: self._own_pairs(rows, prefix),
             lambda pairs, progress: score_pairs(pairs=pairs, progress=progress, **running),
             lambda segments, progress: nll_with_tails(segments=segments, progress=progress, **running),
+            int(self.pool.lengths(np.arange(len(self.pool))).max()),
         )
 
-    def _reader(self, prefix: Sequence[int]) -> _Reader:
+    def _reader(self, prefix: Sequence[int]) -> Reader:
         """How the model that scores reads the pool."""
         if self.other is None:
             return self._own_reader(prefix)
@@ -253,13 +253,9 @@ class PoolScorer:
         def score(pairs: list[EncodedPair], progress: Callable[[int], Any]) -> Scores:
             return scorer.score(pairs, progress) if pairs else Scores.unscored(0, "")
 
-        return _Reader(encode, score, scorer.nll_with_tails, scorer.settings(_Texts.columns)["max_length"])
+        return Reader(encode, score, scorer.nll_with_tails, scorer.settings(_Texts.columns)["max_length"])
 
-    def _longest(self, reader: _Reader) -> int | None:
-        """The most tokens that a wrong pair may have."""
-        return int(self.pool.lengths(np.arange(len(self.pool))).max()) if self.other is None else reader.longest
-
-    def _losses(self, reader: _Reader, segments: list[Segment], description: str) -> tuple[np.ndarray, np.ndarray]:
+    def _losses(self, reader: Reader, segments: list[Segment], description: str) -> tuple[np.ndarray, np.ndarray]:
         with self._progress(sum(len(segment.ids) for segment in segments), description) as bar:
             return reader.losses(segments, bar.update)
 
@@ -271,7 +267,7 @@ class PoolScorer:
     def _scored(
         self,
         tokens: np.ndarray,
-        reader: _Reader,
+        reader: Reader,
         encode: Callable[[np.ndarray], list[EncodedPair]],
         description: str,
     ) -> Scores:
@@ -317,16 +313,6 @@ class PoolScorer:
         self, tokens: np.ndarray, run: Callable[[np.ndarray], dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
         return run_shares(run, tokens, self.rank, self.world_size, _CHUNK)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """What makes pairs of pool rows, what scores them, what gives losses of segments, and the most tokens it takes."""
-
-    encode: Callable[[np.ndarray], list[EncodedPair]]
-    score: Callable[[list[EncodedPair], Callable[[int], Any]], Scores]
-    losses: Callable[[list[Segment], Callable[[int], Any]], tuple[np.ndarray, np.ndarray]]
-    longest: int | None = None
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class RunGuards:
         scored &= unseen | (not enough)
         candidates = self.limit.draw(ids, scored, seed, self.pool_scorer.nearest_prompts)
         wanted = self.limit.wanted(int(scored.sum()))
-        wrong = self.pool_scorer.mismatched_scores(candidates, wanted, prefix, f"Limit, epoch {epoch}")
+        wrong = self.pool_scorer.mismatched_scores(candidates, wanted, prefix, scores.das, f"Limit, epoch {epoch}")
         wrong = wrong.columns()[self.score]
         try:
             return self.limit.limit(wrong), wrong

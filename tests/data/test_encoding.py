@@ -20,6 +20,7 @@ from ifd_trainer.data.encoding import (
     header_before,
     mismatched,
     token_budget_batches,
+    token_count,
     with_ending,
 )
 from ifd_trainer.data.formats import (
@@ -592,6 +593,13 @@ def test_a_wrong_prompt_keeps_its_bos_where_the_direct_answer_has_one_too():
     assert mismatched(plain, merged, None).conditioned == Segment([1, 12, 5, 6, 21], 4)
 
 
+def test_a_direct_answer_without_a_header_leaves_prompts_as_they_are():
+    """Superfiltering's begins with its own first token, which the other prompt may end with (a line break, 5)."""
+    row = EncodedPair(Segment([1, 11, 5, 21, 22], 3), Segment([21, 22], 1))
+    other = EncodedPair(Segment([1, 12, 5, 5, 23], 3), Segment([5, 23], 1))
+    assert mismatched(row, other, None) == EncodedPair(Segment([1, 12, 5, 21, 22], 3), row.direct)
+
+
 @pytest.mark.parametrize(
     ("row", "other", "longest"),
     [
@@ -645,3 +653,4 @@ def test_an_ending_stands_behind_what_is_left_of_an_answer():
     assert with_ending(pair) == Segment([5, 6, 7, 8, 2, 3], 2, 2)
     assert with_ending(pair, answer_tokens=1) == Segment([5, 6, 7, 2, 3], 2, 2)
     assert (with_ending(pair).scored, with_ending(pair).predicted) == (2, 4)
+    assert token_count([pair, EncodedPair.unscorable(Status.EMPTY_ANSWER)]) == 6 + 3  # what a progress bar counts

@@ -137,7 +137,7 @@ def test_data_juicer(tmp_path, ending):
 
 
 def test_own_scores(tmp_path):
-    row = {"cas": 1.0, "das": 2.0, "ifd": 0.5, "ifd_ppl": 0.4, "answer_tokens": 3, "ifd_status": "ok"}
+    row = {"cas": 1.0, "das": 2.0, "ifd": 0.5, "ifd_ppl": 0.4, "answer_tokens": 3, "ifd_status": "ok", "eot_loss": 1.5}
     empty = dict.fromkeys(row) | {"answer_tokens": 0, "ifd_status": "empty_answer"}
     write_lines(tmp_path / "a.jsonl", [row, empty])
     found = read_scores(tmp_path / "a.jsonl", 2)

@@ -37,13 +37,13 @@ def test_the_count_is_exact_and_every_row_has_a_reason(pool, keep):
     eligible = [i for i in range(n) if status[i] == OK and not refusals[i] and score[i] < 1]
     if asked > n:
         with pytest.raises(ValueError, match="the pool has only"):
-            choose(score, status, keep, refusals=refusals)
+            choose(score, status, keep, dropped={"refusal": refusals})
         return
     if not eligible:
         with pytest.raises(ShortfallError, match="only 0 are eligible"):
-            choose(score, status, keep, refusals=refusals)
+            choose(score, status, keep, dropped={"refusal": refusals})
         return
-    chosen = choose(score, status, keep, refusals=refusals)
+    chosen = choose(score, status, keep, dropped={"refusal": refusals})
     best = sorted(eligible, key=lambda i: (-score[i], i))[:asked]
     assert [i for i in range(n) if chosen.selection.reasons[i] == "kept"] == sorted(best)
     assert chosen.ranks[best].tolist() == list(range(1, len(best) + 1))
@@ -55,7 +55,7 @@ def test_the_count_is_exact_and_every_row_has_a_reason(pool, keep):
     assert (chosen.warning is None) == (len(eligible) >= asked)
     if len(eligible) < asked:
         with pytest.raises(ShortfallError, match=f"only {len(eligible)} are eligible"):
-            choose(score, status, keep, refusals=refusals, strict=True)
+            choose(score, status, keep, dropped={"refusal": refusals}, strict=True)
 
 
 @given(pools(), st.one_of(st.integers(1, 40), st.floats(0.01, 1.0)), st.sampled_from([int, float, str]), st.data())
@@ -106,7 +106,7 @@ def test_a_fraction_is_one_of_all_rows():
 
 def test_a_shortfall_says_what_is_missing():
     chosen = choose(
-        np.array([0.5, 1.5, np.nan, 0.6]), np.array([OK, OK, "failed", OK]), 1.0, refusals=np.arange(4) == 3
+        np.array([0.5, 1.5, np.nan, 0.6]), np.array([OK, OK, "failed", OK]), 1.0, dropped={"refusal": np.arange(4) == 3}
     )
     assert chosen.warning == (
         "4 rows asked for (1 of all 4 rows in the pool), only 1 are eligible (1 above_limit, 1 failed, 1 refusal). "
@@ -140,5 +140,5 @@ def test_texts_with_one_digest_are_still_told_apart(monkeypatch):
 
 
 def test_a_limit_that_is_measured_in_a_run_is_refused_here():
-    with pytest.raises(ValueError, match="A calibrated limit is measured in a training run; here max_ifd has to be a"):
+    with pytest.raises(ValueError, match="A calibrated limit is measured with a model; here max_ifd has to be a"):
         choose(np.array([0.5]), np.array(["ok"]), 1, max_ifd="calibrated")

@@ -31,7 +31,7 @@ from ifd_trainer.cli import main
 from ifd_trainer.data.encoding import EncodedPair, Segment
 from ifd_trainer.data.files import load_rows, with_columns, write_rows
 from ifd_trainer.errors import FileAccessError, RunError, UserError
-from ifd_trainer.publish.provenance import scores_digest
+from ifd_trainer.publish.provenance import provenance_path, scores_digest
 from ifd_trainer.scoring import job_parts
 from ifd_trainer.scoring.job_parts import Parts
 from ifd_trainer.scoring.processes import Process
@@ -133,6 +133,7 @@ def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(
     tmp_path: Path, command: list[str], launcher: list[str]
 ) -> None:
     alone, shared = tmp_path / "alone.parquet", tmp_path / "shared.parquet"
+    command = [*command, "--calibrate"]  # by the main process, when the others have ended
     code, text = run(command, [], alone)
     assert code == 0, text
     code, text = run(command, launcher, shared, dies=1)
@@ -144,6 +145,7 @@ def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(
     assert code == 0, text
     assert text.count("Written to") == 1
     assert shared.read_bytes() == alone.read_bytes()
+    assert provenance_path(shared).read_bytes() == provenance_path(alone).read_bytes()
     assert not Path(f"{shared}.parts").exists()
     found = load_rows(str(shared)).to_pandas()
     assert found["n"].tolist() == list(range(40))
