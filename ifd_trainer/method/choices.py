@@ -18,6 +18,7 @@ TierMode = Literal["tiers", "growing", "shrinking"]  # which of its tiers are tr
 
 CONTROLS = {  # policies by the names that recipes have for them
     "random": "RandomRows",
+    "balanced": "BalancedRandom",
     "longest": "LongestAnswers",
     "lowest": "LowestScores",
     "middle": "MiddleBand",

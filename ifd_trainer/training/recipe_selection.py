@@ -80,7 +80,9 @@ class SelectionConfig(SelectionKeys):
         idle = {"method: cherry": ("brief", "brief_clusters", "brief_per_cluster")} if self.method != "cherry" else {}
         idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
         idle |= self._idle_guards()
-        limits = ("max_ifd", "on_shortfall", *(("score",) if self.policy in ("random", "longest") else ()))
+        by_score = self.policy not in ("random", "longest", "balanced")
+        limits = ("max_ifd", "on_shortfall", *(() if by_score else ("score",)))
+        idle |= {"policy: balanced": ("balance_by",)} if self.policy != "balanced" else {}
         idle |= {"policy: cherry": limits} if self.policy != "cherry" else {}
         idle |= {"diverse": ("embedder",)} if self.diverse is None else {}
         defaults = {values.name: values.default for values in dataclasses.fields(self)}
@@ -142,8 +144,12 @@ class SelectionConfig(SelectionKeys):
             return self._cherry()
         if self.diverse is not None:
             raise UserError(f"diverse chooses rows by itself, but policy is {self.policy!r}: leave one of them out.")
+        if self.policy == "balanced" and not self.balance_by:
+            raise UserError("policy: balanced draws as many rows of each value of a column: name it with balance_by.")
         if self.policy in CONTROLS:
             control = getattr(controls, CONTROLS[self.policy])
+            if self.policy == "balanced":
+                return control(self.balance_by)
             return control(score=self._score()) if hasattr(control, "score") else control()
         return _own_policy(self.policy)
 

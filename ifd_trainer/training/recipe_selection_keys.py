@@ -176,6 +176,13 @@ class SelectionKeys:
             "metavar": "NAME",
         },
     )
+    balance_by: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of policy: balanced, the column of whose values as many rows each are drawn.",
+            "metavar": "COLUMN",
+        },
+    )
     on_shortfall: str = field(
         default="repeat",
         metadata={

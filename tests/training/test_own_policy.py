@@ -216,6 +216,12 @@ def test_a_recipe_names_a_policy(name, expected):
     assert SelectionConfig(policy=name).chosen_policy() == expected
 
 
+def test_a_recipe_balances_by_a_column_that_it_names():
+    assert SelectionConfig(policy="balanced", balance_by="source").chosen_policy() == BalancedRandom("source")
+    with pytest.raises(ValueError, match="name it with balance_by"):
+        SelectionConfig(policy="balanced")
+
+
 def test_a_policy_beside_the_recipe_is_found(tmp_path, monkeypatch):
     (tmp_path / "policy_beside_a_recipe.py").write_text(
         "from ifd_trainer import LongestAnswers\n\nclass Mine(LongestAnswers):\n    pass\n"
@@ -233,7 +239,10 @@ def test_a_policy_beside_the_recipe_is_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"policy": "best"}, "policy: 'best' is none of cherry, random, longest, lowest, middle; one of your own"),
+        (
+            {"policy": "best"},
+            "policy: 'best' is none of cherry, random, balanced, longest, lowest, middle; one of your own",
+        ),
         ({"policy": "no_module.Mine"}, "policy: 'no_module.Mine' cannot be imported: No module named 'no_module'"),
         ({"policy": "ifd_trainer.Mine"}, "policy: 'ifd_trainer.Mine' cannot be imported"),
         ({"policy": "ifd_trainer.BalancedRandom"}, "cannot be made without arguments"),
