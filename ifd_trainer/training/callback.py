@@ -143,7 +143,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     ) -> None:
         check_options(scorer, seed, order, getattr(getattr(trainer, "args", None), "train_sampling_strategy", None))
         self.policy, self.timing, self.scoring = groups_of(policy, timing, scoring, max_ifd, more)
-        self.guard = guard_of(guard, self.policy, self.timing, scorer)
+        self.guard = guard_of(guard, self.policy, self.timing, scorer, max_ifd is not None)
         self.schedule = as_schedule(keep if schedule is None else schedule)
         self.restart = self.timing.restart
         attach(trainer)

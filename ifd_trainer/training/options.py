@@ -63,13 +63,15 @@ class Scoring:
         )
 
 
-def guard_of(guard: Guard | str | bool | None, policy: Policy, timing: Timing, scorer: Any) -> Guard | None:
+def guard_of(
+    guard: Guard | str | bool | None, policy: Policy, timing: Timing, scorer: Any, limit_given: bool = False
+) -> Guard | None:
     """The guards of a run.
 
     By default ("auto"), all but the pairing test where rows are selected by their scores before each epoch. None of
     them: in a run that starts anew (the paper's method), and with a policy that is no `Cherry` or `Diverse` (a control
-    is to be one). A limit of the policy other than 1 takes the place of the guard's; where scores are columns of the
-    training set, no model measures, and what is left is duplicates.
+    is to be one). A limit that the user gives (or one of a policy other than 1) takes the place of the guard's; where
+    scores are columns of the training set, no model measures, and what is left is duplicates.
 
     Raises:
         UserError: for anything that is no guard.
@@ -84,8 +86,9 @@ def guard_of(guard: Guard | str | bool | None, policy: Policy, timing: Timing, s
         raise UserError(f"guard must be a Guard, True for the default ones or None, got {guard!r}.")
     if timing.start_anew or not isinstance(policy, (Cherry, Diverse)):
         return None
-    measures = isinstance(scorer, str) and scorer == "columns"
-    return Guard(limit=policy.max_ifd == 1.0 and not measures, unfinished=not measures, freeze=not measures)
+    measures = not (isinstance(scorer, str) and scorer == "columns")
+    limit = measures and not limit_given and policy.max_ifd == 1.0
+    return Guard(limit=limit, unfinished=measures, freeze=measures)
 
 
 def groups_of(

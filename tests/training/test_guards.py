@@ -398,6 +398,15 @@ def test_guards_are_on_by_default_where_rows_are_selected_by_scores_in_each_epoc
     assert (guard.names if guard else []) == names
 
 
+def test_a_limit_that_is_given_takes_the_place_of_the_guards(tmp_path):
+    assert IFDSelectionCallback(sft_trainer(tmp_path, 8)).guard.limit == CalibratedLimit()
+    assert IFDSelectionCallback(sft_trainer(tmp_path, 8), max_ifd=1.0).guard.names == [
+        "unfinished",
+        "duplicates",
+        "freeze",
+    ]
+
+
 def test_the_papers_method_goes_without_guards(tmp_path):
     assert IFDSelectionCallback.cherry(sft_trainer(tmp_path, 8)).guard is None
     assert IFDSelectionCallback.cherry(sft_trainer(tmp_path, 8), guard=True).guard == Guard()
