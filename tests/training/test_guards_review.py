@@ -230,6 +230,36 @@ def test_the_prompt_of_a_duplicate_is_no_wrong_prompt(tmp_path, monkeypatch, gua
     assert not {(3, 20), (20, 3)} & set(tried)
 
 
+def test_a_limit_that_all_rows_can_give_is_measured_when_too_few_unseen_ones_are_left(tmp_path):
+    """24 rows: 19 are needed, 14 were not trained on."""
+    trainer = sft_trainer(tmp_path, 24, num_train_epochs=2)
+    callback = select(trainer, keep=10, on_shortfall="relax", guard=only(limit=CalibratedLimit(0.05, 24)))
+    train(trainer)
+    assert [record["limit"] is None for record in callback.history.epochs] == [False, False]
+
+
+def test_rows_that_failed_stay_out_where_a_later_limit_cannot_be_measured(tmp_path, monkeypatch):
+    trainer = sft_trainer(tmp_path, 40, num_train_epochs=2)
+    callback = select(trainer, keep=5, max_ifd=INF, guard=only(limit=CalibratedLimit(0.6, 24)))
+    run = callback.pool_scorer.mismatched_scores
+
+    def none_in_epoch_1(candidates, wanted, *more):
+        return run(candidates[:0] if "epoch 1" in more[-1] else candidates, wanted, *more)
+
+    monkeypatch.setattr(callback.pool_scorer, "mismatched_scores", none_in_epoch_1)
+    seen = train(trainer)
+    first = callback.history.rows(0).set_index("row_id")["reason"]
+    assert callback.history.epochs[1]["limit"] is None
+    assert not set(seen.epochs()[1]) & set(first.index[first == "above_limit"])
+
+
+def test_epochs_between_two_selections_train_on_the_same_diverse_rows(tmp_path):
+    trainer = sft_trainer(tmp_path, 40, num_train_epochs=2)
+    select(trainer, keep=10, max_ifd=INF, diverse=0.6, every=2)
+    first, second = train(trainer).epochs()
+    assert set(first) == set(second)
+
+
 # ---- what counts as trained on ------------------------------------------------------------------------------------
 
 
