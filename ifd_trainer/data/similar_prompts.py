@@ -35,14 +35,12 @@ class SimilarPrompts:
     def nearest(self, rows: np.ndarray, k: int) -> np.ndarray:
         """Positions (m, k) of the k prompts most like those of m rows, nearest first, ties by position; not their own.
 
-        With fewer than k others, each of them more than once.
+        Of fewer than k others, all of them.
         """
         n, found = self._vectors.shape[0], []
-        k_known = min(k, n - 1)
         for start in range(0, len(rows), max(_BLOCK // n, 1)):
             part = rows[start : start + max(_BLOCK // n, 1)]
             likeness = (self._vectors[part] @ self._vectors.T).toarray()  # (rows of the block, n)
             likeness[np.arange(len(part)), part] = -1.0
-            found.append(np.argsort(-likeness, axis=1, kind="stable")[:, :k_known])
-        found = np.concatenate(found) if found else np.empty((0, k_known), dtype=np.int64)
-        return np.tile(found, (1, -(-k // max(k_known, 1))))[:, :k]
+            found.append(np.argsort(-likeness, axis=1, kind="stable")[:, : min(k, n - 1)])
+        return np.concatenate(found) if found else np.empty((0, min(k, n - 1)), dtype=np.int64)

@@ -37,22 +37,31 @@ class Duplicates:
             )
 
 
-def surplus(groups: np.ndarray, ids: np.ndarray, usable: np.ndarray, trained: np.ndarray) -> np.ndarray:
+def surplus(
+    groups: np.ndarray,
+    ids: np.ndarray,
+    usable: np.ndarray,
+    trained: np.ndarray,
+    preferred: np.ndarray | None = None,
+) -> np.ndarray:
     """Which rows are to go, (n,) bool: of each group all but one of the usable ones.
 
-    The one that stays has been trained on, if any has, and else the lowest id.
+    The one that stays is one of the preferred, if there is any; of these one that has been trained on, if any has, and
+    else the one with the lowest id.
 
     Args:
         groups: (n,) the number of each row's group.
         ids: (n,) row ids.
         usable: (n,) rows that no other guard drops, and that can be trained on.
         trained: (n,) rows that were trained on before.
+        preferred: (n,) rows below the limit; all by default.
 
     >>> surplus(np.array([0, 0, 2, 0]), np.array([7, 5, 1, 9]), np.ones(4, bool), np.array([0, 0, 0, 1], bool)).tolist()
     [True, True, False, False]
     """
     rows = np.flatnonzero(usable)
-    order = rows[np.lexsort((np.asarray(ids)[rows], ~trained[rows], groups[rows]))]
+    last = np.zeros(len(rows), dtype=bool) if preferred is None else ~preferred[rows]
+    order = rows[np.lexsort((np.asarray(ids)[rows], ~trained[rows], last, groups[rows]))]
     goes = np.zeros(len(groups), dtype=bool)
     goes[order] = np.concatenate([[False], np.diff(groups[order]) == 0])[: len(order)]
     return goes

@@ -66,7 +66,8 @@ class PairingTest:
         """Rows whose prompts may be anchors of m rows, (m, C) positions, to be tried in this order.
 
         Random ones are drawn for each 32 rows together: each of these is held against prompts drawn at random, and the
-        prompts are computed once for all of them. C is twice `anchors`, since some turn out to be none.
+        prompts are computed once for all of them. C is twice `anchors`, since some turn out to be none, or as many as
+        there are.
 
         Args:
             rows: (m,) positions, in the order of their ids.
@@ -77,7 +78,8 @@ class PairingTest:
         if self.prompts == "near":
             return nearest(rows, tried)
         rng = np.random.default_rng(seed)
-        groups = [rng.choice(pool, tried, replace=len(pool) < tried) for _ in range(0, len(rows), _SHARING)]
+        tried = min(tried, len(pool))  # one that is tried twice would be no more evidence
+        groups = [rng.choice(pool, tried, replace=False) for _ in range(0, len(rows), _SHARING)]
         return np.repeat(np.array(groups).reshape(-1, tried), _SHARING, axis=0)[: len(rows)]
 
     def p_values(self, own: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -217,6 +217,7 @@ class Cherry:
         limit, raised = ("the calibrated limit", "alpha") if measured else (self.max_ifd, "max_ifd")
         name = getattr(self.score, "__name__", self.score)
         off = "guard=Guard(limit=None)" if measured else "max_ifd=float('inf')"
+        off = "max_ifd=1.0" if isinstance(self.max_ifd, CalibratedLimit) else off
         return (
             f"{budget} rows are to be kept, but only {eligible.sum()} of {len(scored)} are eligible: "
             f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {name} >= {limit}. "

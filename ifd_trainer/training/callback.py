@@ -260,6 +260,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         prompts, self._fingerprint = self.pool.read()
         # A second call of `train`, or auto_find_batch_size, goes on with weights that know the rows of the first.
         self.chooser.forget(trained=before != self._fingerprint or self.trainer.model_init is not None)
+        self.chooser.check_pool()
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
         self._prefix = response_prefix(self.tokenizer, prompts, self.scoring.header)
         self.history = History(self.run.folder / FOLDER, to_data(self._settings()))
@@ -306,6 +307,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ended = not control.should_training_stop  # a run that is stopped may go on inside this epoch
         trained = self.run.trained(state.global_step)  # raises where these are not the selected ones
+        self.chooser.note_trained(self._times(trained))
         record = self.history.record(self._epoch) or {}
         said = record.get("trained")  # by a run that stopped inside this epoch, and was resumed
         self._note(trained=len(trained), seconds_training=time.perf_counter() - self._training_since)
@@ -380,7 +382,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         ids = self.pool.ids(self.id_column)
         scored, noted = wanted.scored and self.chooser.frozen is None, {}
         if scored:
-            first = self._first_scoring() if self.chooser.last is None else None
+            first = self._first_scoring(begun=step > 0) if self.chooser.last is None else None
             if first is not None:
                 first.try_out()
             scores = self.score_pool(f"IFD, epoch {epoch}")
@@ -388,10 +390,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 noted = first.look_at(scores, wanted.budget / self.pool.training_rows)
             self.chooser.take(scores, epoch, ids, self._prefix, self.seed)
         selection = self.chooser.choose(wanted, ids, self.seed, step > 0, self._prefix)
+        self.pool_scorer.release()
         seconds = time.perf_counter() - began if scored or wanted.source == "brief" else 0.0
         scores = Scores.unscored(len(ids), NOT_SCORED) if wanted.source in ("all", "brief") else self.scores
         if epoch == self.restart:
             start_anew(self.trainer, self._original)
+            self.chooser.trained[:] = False  # the weights know no row of the brief experience
         self.run.select(self._agree(selection, epoch))
         if self.trainer.state.is_world_process_zero:
             self.chooser.warn(selection, epoch)
@@ -420,9 +424,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 record["kept_only_without_guards"] = len(kept_out)
             self.history.add(record, epoch_rows(ids, scores.columns() | added, selection))
 
-    def _first_scoring(self) -> FirstScoring:
+    def _first_scoring(self, begun: bool) -> FirstScoring:
         score = self.chooser.score if self.chooser.score in SCORES else None
-        return FirstScoring(self.pool_scorer, self.guard, self.scoring, score, self._prefix, self.seed)
+        stops = self.guard is not None and self.guard.on_misaligned == "error" and not begun
+        return FirstScoring(self.pool_scorer, stops, self.scoring, score, self._prefix, self.seed)
 
     def _watched(self) -> dict[str, float | None]:
         """What was measured of the last scores, and what they are worth."""
@@ -521,6 +526,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def save(self, checkpoint: Path) -> None:
         if self._epoch is None:
             return
+        if not self._ended:  # a checkpoint of an epoch's last step comes before its end
+            self.chooser.note_trained(self._times(self.run.trained(self.trainer.state.global_step)))
         arrays = self.pool.to_arrays(self.run.order)
         arrays |= self.chooser.to_arrays()
         self._saved = {

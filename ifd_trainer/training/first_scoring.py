@@ -16,7 +16,6 @@ import numpy as np
 
 from ..errors import UserError
 from ..method.choices import RANKED_BY
-from ..method.guard import Guard
 from ..method.scoring_health import rank_correlation
 from ..scoring.losses import Scores
 from .options import Scoring
@@ -34,7 +33,7 @@ class FirstScoring:
 
     Args:
         pool_scorer: the pool, the model that scores, and the one in training.
-        guard: of the run.
+        stops: whether a run ends where most prompts do not help: before it has trained, and if the user wants it to.
         scoring: how many rows are tried, and which share of them is odd.
         score: the column that rows are ranked by; None for a score of one's own.
         prefix: tokens before a direct answer.
@@ -42,7 +41,7 @@ class FirstScoring:
     """
 
     pool_scorer: PoolScorer
-    guard: Guard | None
+    stops: bool
     scoring: Scoring
     score: str | None
     prefix: Sequence[int]
@@ -94,7 +93,7 @@ class FirstScoring:
             f"effect); or what stands before a direct answer is not the rows' response header (it is "
             f"{tokenizer.decode(self.prefix)!r}; header= sets it); or prompts and answers do not belong together."
         )
-        if self.guard is not None and self.guard.on_misaligned == "error":
+        if self.stops:
             raise UserError(
                 f"{message} Nothing was trained. To go on all the same: guard=Guard(on_misaligned='warn'), in a recipe "
                 "on_misaligned: warn; or let the model learn the format first, with warmup_epochs=1."

@@ -6,6 +6,7 @@ they run the same number of forwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +27,9 @@ from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
 from ..method.reasons import Status
 from ..scoring.calibration import Reader, wrong_scores
 from ..scoring.losses import Scores, nll_with_tails, prompt_features, score_pairs
+from ..scoring.model_parts import text_config
 from ..scoring.processes import run_shares
+from ..scoring.rope_limits import window
 from ..scoring.transform import IFDScorer
 from .pool import Pool
 from .trainer_hooks import scoring_model
@@ -59,6 +62,7 @@ class PoolScorer:
         self.trainer, self.encoder, self.other, self.token_budget = trainer, encoder, other, token_budget
         self.embedder = embedder
         self._similar: tuple[Pool, SimilarPrompts] | None = None
+        self._others: dict[str, IFDScorer] = {}
         self.rank, self.world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
 
     @property
@@ -210,14 +214,21 @@ class PoolScorer:
         return self._run_shares(self.pool.spans(rows)[:, 0], run)["embeddings"]
 
     def _other_scorer(self, header: str) -> IFDScorer:
-        return IFDScorer(
-            self.other,
-            format=_Texts(header),
-            score_truncated=True,
-            device=str(self.trainer.args.device),
-            token_budget=self.token_budget,
-            trust_remote_code=getattr(self.trainer.args, "trust_remote_code", False),
-        )
+        """The other model; loaded once for all that an epoch asks of it, see `release`."""
+        if header not in self._others:
+            self._others[header] = IFDScorer(
+                self.other,
+                format=_Texts(header),
+                score_truncated=True,
+                device=str(self.trainer.args.device),
+                token_budget=self.token_budget,
+                trust_remote_code=getattr(self.trainer.args, "trust_remote_code", False),
+            )
+        return self._others[header]
+
+    def release(self) -> None:
+        """Give the memory of another model back, before training goes on."""
+        self._others.clear()
 
     @property
     def pool(self) -> Pool:
@@ -291,8 +302,13 @@ class PoolScorer:
 
     def _fills(self, ids: Sequence[int]) -> bool:
         """Whether a row is as long as rows may be: the trainer may have cut it there."""
-        longest = getattr(self.trainer.args, "max_length", None)
-        return longest is not None and len(ids) >= longest
+        return len(ids) >= self._longest_row
+
+    @cached_property
+    def _longest_row(self) -> float:
+        """Most tokens of a row: what the trainer leaves, and what the model was made for."""
+        limits = (getattr(self.trainer.args, "max_length", None), window(text_config(self.trainer.model)))
+        return min((limit for limit in limits if limit is not None), default=math.inf)
 
     def _running(self) -> dict[str, Any]:
         """How the trainer's model is run."""

@@ -123,13 +123,24 @@ class SelectionConfig(SelectionKeys):
             return None
         made = {
             "limit": self._limit,
-            "pairing": partial(PairingTest, anchors=self.anchors, prompts=self.wrong_prompts),
+            "pairing": self._pairing,
             "duplicates": partial(Duplicates, self.similarity),
             "unfinished": Unfinished,
             "freeze": Freeze,
         }
+        measuring = [name for name in GUARDS if name in on & {"limit", "pairing", "unfinished"}]
+        if self.scorer is not None and measuring:
+            raise UserError(
+                f"scorer={self.scorer!r} scores the rows before the run, so nothing in it measures "
+                f"{', '.join(measuring)}: leave these guards out, or scorer."
+            )
         guards = {name: made[name]() if name in on else None for name in GUARDS}
         return Guard(**guards, on_misaligned=self.on_misaligned)
+
+    def _pairing(self) -> PairingTest:
+        """With the smallest alpha that so many anchors allow, but not below the usual one."""
+        check_positive(anchors=self.anchors)
+        return PairingTest(max(PairingTest.alpha, 1 / (self.anchors + 1)), self.anchors, prompts=self.wrong_prompts)
 
     def _limit(self) -> CalibratedLimit:
         return replace(CalibratedLimit.of(self.alpha), prompts=self.wrong_prompts)

@@ -21,6 +21,7 @@ from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.choices import RANKED_BY
 from ..method.columns import SCORES
 from ..method.duplicates import representatives
+from ..method.error_rate import least_measured
 from ..method.facility_location import EMBEDDING, Diverse
 from ..method.guard import Guard
 from ..method.plain_data import to_data
@@ -144,9 +145,15 @@ class RowChooser:
         self.brief: np.ndarray | None = None
         self.frozen: str | None = None
         self.first_health: Health | None = None
+        self._embedded: tuple[Scores | None, np.ndarray] = None, np.empty((0, 0), dtype=np.float32)
         if trained or len(self.trained) != len(self.pool):
             self.trained = np.zeros(len(self.pool), dtype=bool)
             self.guards.forget()
+
+    def check_pool(self) -> None:
+        """Raise for a pool that is too small for what the policy asks for, before anything is trained."""
+        if self.calibrated is not None and len(self.pool) < least_measured(self.calibrated.alpha):
+            self.calibrated.limit(np.ones(len(self.pool) if len(self.pool) > 1 else 0))  # says what it takes
 
     def take(self, scores: Scores, epoch: int, ids: np.ndarray, prefix: Sequence[int], seed: int) -> None:
         """Take new scores: measure their limits, and judge the rows that were not trained on.
@@ -160,8 +167,7 @@ class RowChooser:
         Raises:
             UserError: where no limit can be measured, and there are no such scores, or too few rows are to be an error.
         """
-        # What another model says of a row does not change with what this one is trained on.
-        unseen = ~self.trained if self.pool_scorer.other is None else np.ones(len(ids), dtype=bool)
+        unseen = self.unseen
         try:
             measured = self.guards.measure(scores, ids, unseen, prefix, seed, epoch)
         except UserError as error:
@@ -209,6 +215,11 @@ class RowChooser:
         if self.guards.groups is not None:
             columns["duplicate_of"] = representatives(self.guards.groups, ids, selection.reasons)
         return columns
+
+    @property
+    def unseen(self) -> np.ndarray:
+        """(n,) rows that the model that scores has not been trained on; another one is not trained at all."""
+        return ~self.trained if self.pool_scorer.other is None else np.ones(len(self.trained), dtype=bool)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps beside the scores."""
@@ -268,9 +279,11 @@ class RowChooser:
         Raises:
             ShortfallError: when too few rows are eligible.
         """
-        selection = self._chosen(wanted, ids, seed, begun, prefix)
-        self.trained[selection.kept] = True
-        return selection
+        return self._chosen(wanted, ids, seed, begun, prefix)
+
+    def note_trained(self, times: np.ndarray) -> None:
+        """An epoch has trained on each row so many times, (n,)."""
+        self.trained |= times > 0
 
     def _chosen(self, wanted: EpochRows, ids: np.ndarray, seed: int, begun: bool, prefix: Sequence[int]) -> Selection:
         if wanted.source == "all":
@@ -283,18 +296,26 @@ class RowChooser:
             if not begun or self.on_shortfall == "error":
                 raise
             if self.eligible is None:
-                logger.warning("%s The rows nearest to the limit are taken.", error)
-                relaxed = Cherry(self.max_ifd or math.inf, self.ranked_by, on_shortfall="relax")
-                return self._by_scores(relaxed, wanted, ids, seed)
+                self._say("%s The rows nearest to the limit are taken.", error)
+                return self._relaxed(wanted, ids, seed, prefix)
             self._go_back(error)
             return self._tested(self.policy, wanted, ids, seed, prefix)
         self.eligible = self.last
         return selection
 
+    def _relaxed(self, wanted: EpochRows, ids: np.ndarray, seed: int, prefix: Sequence[int]) -> Selection:
+        """The rows nearest to the limit, and without guards if these leave none."""
+        policy = Cherry(self.max_ifd or math.inf, self.score, on_shortfall="relax")
+        try:
+            return self._tested(policy, wanted, ids, seed, prefix)
+        except ShortfallError as error:
+            self._say("%s The guards are set aside for this epoch.", error)
+            return self._by_scores(policy, wanted, ids, seed, guarded=False)
+
     def _go_back(self, error: UserError) -> None:
         """Let the last scores by which a row was eligible stand, since new ones are of no use."""
         self.last = self.eligible
-        logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
+        self._say("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
 
     def _say(self, message: str, *values: Any) -> None:
         if self.pool_scorer.trainer.is_world_process_zero():
@@ -320,17 +341,18 @@ class RowChooser:
             selection = self._by_scores(policy, wanted, ids, seed)
             every = selection.kept if not wanted.tiers else np.flatnonzero(selection.tier >= 0)
             draw = int(np.random.SeedSequence([seed, wanted.selected_in]).generate_state(1)[0])
-            if not self.guards.test_pairs(every, self.last.scores, ids, self.trained, prefix, draw):
+            if not self.guards.test_pairs(every, self.last.scores, ids, self.unseen, prefix, draw):
                 return selection
 
     def without_guards(self, wanted: EpochRows, ids: np.ndarray, seed: int) -> np.ndarray | None:
-        """Rows that the same scores would have given without guards, positions; None where that is not known."""
+        """Rows that the same scores would have given without guards, positions; None where that is not known.
+
+        A policy of a user's own is asked once an epoch and no more; a diverse one would have to embed other rows.
+        """
         guards = self.guards.limit or self.guards.guard.names
-        if wanted.source in ("all", "brief") or not guards or isinstance(self.policy, Diverse):
+        if wanted.source in ("all", "brief") or not guards or not isinstance(self.policy, Cherry):
             return None
-        policy = self.policy
-        if self.calibrated and isinstance(policy, Cherry):
-            policy = replace(policy, max_ifd=1.0)
+        policy = replace(self.policy, max_ifd=1.0) if self.calibrated else self.policy
         try:
             return self._by_scores(policy, wanted, ids, seed, guarded=False).rows
         except ShortfallError:
@@ -344,13 +366,14 @@ class RowChooser:
         limited = isinstance(policy, (Cherry, Diverse)) and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:
-            held_back = self.guards.held_back(self.last.scores, ids, self.trained, limited)
+            most = self._most(policy)
+            below = score_values(columns, self.score) < most if np.isfinite(most) else np.ones(len(ids), dtype=bool)
+            held_back = self.guards.held_back(self.last.scores, ids, self.trained, limited, below)
             verdicts, limit = self.guards.verdicts.get(ABOVE_LIMIT), self.last.limit
-            if limited and verdicts is not None and limit is not None:
+            if limited and verdicts is not None:
                 # Of rows that failed, those that have come below the limit since are the last to be taken all the same.
-                below = np.where(columns[self.ranked_by] < limit, -np.inf, limit)
-                most = self.max_ifd if isinstance(self.max_ifd, Real) else np.inf
-                columns[ROW_LIMIT] = np.where(verdicts == PASSED, most, np.minimum(below, most))
+                limit = -np.inf if limit is None else np.where(columns[self.ranked_by] < limit, -np.inf, limit)
+                columns[ROW_LIMIT] = np.where(verdicts == PASSED, most, np.minimum(limit, most))
         rows = np.flatnonzero(held_back == "")
         columns = columns.of(rows)
         if isinstance(policy, Diverse):
@@ -360,11 +383,11 @@ class RowChooser:
             rng = np.random.default_rng([seed, wanted.selected_in])
             try:
                 chosen = _checked(policy(columns, budget, ids=ids[rows], rng=rng), budget, len(rows), policy)
-            except ShortfallError as error:
+            except UserError as error:
                 if len(rows) == len(ids):
                     raise
                 held = ", ".join(f"{count} {reason}" for reason, count in counted(held_back).items() if reason)
-                raise ShortfallError(f"{error} Guards hold back {len(ids) - len(rows)} more: {held}.") from error
+                raise type(error)(f"{error} Guards hold back {len(ids) - len(rows)} more: {held}.") from error
             reasons = held_back.copy()
             reasons[rows] = chosen.reasons
             return replace(chosen, kept=rows[chosen.kept], reasons=reasons)
@@ -379,14 +402,28 @@ class RowChooser:
         tiers = {tier.number: part for tier, part in zip(wanted.tiers, parts, strict=True)}
         return selection.in_tiers(score, tiers, {tier.number for tier in wanted.tiers if tier.trained})
 
+    def _most(self, policy: Policy) -> float:
+        """What scores have to be below, as far as it is a number."""
+        ranks = policy.candidates if isinstance(policy, Diverse) else policy
+        return ranks.number if isinstance(ranks, Cherry) and isinstance(ranks.max_ifd, Real) else np.inf
+
     def _embeddings(
         self, policy: Diverse, columns: dict[str, np.ndarray], budget: int, rows: np.ndarray, ids: np.ndarray
     ) -> np.ndarray:
         """Prompt embeddings (m, d) of the candidates of a diverse selection among m rows; NaN for the others."""
         among = np.sort(policy.among(columns, budget, ids=ids[rows]))
-        embedded = self.pool_scorer.embeddings(rows[among])  # (candidates, d)
-        embeddings = np.full((len(rows), embedded.shape[1]), np.nan, dtype=np.float32)
-        embeddings[among] = embedded
+        of_scores, known = self._embedded  # the model as it was when it scored: epochs between two scorings go by them
+        if of_scores is not self.last.scores:
+            known = np.empty((len(ids), 0), dtype=np.float32)
+        new = rows[among] if not known.shape[1] else rows[among][np.isnan(known[rows[among], 0])]
+        if len(new):
+            embedded = self.pool_scorer.embeddings(new)  # (candidates, d)
+            if not known.shape[1]:
+                known = np.full((len(ids), embedded.shape[1]), np.nan, dtype=np.float32)
+            known[new] = embedded
+        self._embedded = self.last.scores, known
+        embeddings = np.full((len(rows), known.shape[1]), np.nan, dtype=np.float32)
+        embeddings[among] = known[rows[among]]
         return embeddings
 
     def _sampled(self, ids: np.ndarray, seed: int) -> Selection:

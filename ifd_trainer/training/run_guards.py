@@ -18,6 +18,7 @@ from ..data.duplicates import duplicate_groups
 from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.duplicates import surplus
+from ..method.error_rate import least_measured
 from ..method.guard import Guard
 from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED, Status
 from ..scoring.losses import Scores
@@ -63,6 +64,7 @@ class RunGuards:
         self.verdicts: dict[str, np.ndarray] = {}
         self.p_values: np.ndarray | None = None
         self.groups: np.ndarray | None = None
+        self._told_of_seen = False
 
     # ---- what is measured with each scoring ---------------------------------------------------------------------
 
@@ -87,10 +89,8 @@ class RunGuards:
         if self.limit is None:
             return None, None
         scored = np.isfinite(scores.columns()[self.score])
-        # What was trained on scores lower under any prompt: a limit from such rows would be too strict for the others.
-        enough = (scored & unseen).sum() >= min(self.limit.pairs, scored.sum() / 2)
-        scored &= unseen | (not enough)
-        candidates = self.limit.draw(ids, scored, seed, self.pool_scorer.nearest_prompts)
+        scored = _measured_on(scored, unseen, self.limit.pairs, least_measured(self.limit.alpha))
+        candidates = self.limit.draw(ids, scored, seed, self._nearest)
         wanted = self.limit.wanted(int(scored.sum()))
         wrong = self.pool_scorer.mismatched_scores(candidates, wanted, prefix, scores.das, f"Limit, epoch {epoch}")
         wrong = wrong.columns()[self.score]
@@ -117,18 +117,19 @@ class RunGuards:
                 epoch,
                 cut_short,
             )
-        enough = (known & unseen).sum() >= min(rule.cuts, known.sum() / 2)
-        known &= unseen | (not enough)
+        known = _measured_on(known, unseen, rule.cuts, least_measured(rule.alpha))
         rows, left = rule.draw(ids, np.where(known, scores.answer_tokens, 0), seed)
         cut = self.pool_scorer.cut_losses(rows, left, prefix, f"Cut answers, epoch {epoch}")
         threshold = rule.threshold(scores.eot_loss[known], cut)
-        if not np.isfinite(threshold):
+        if not known.any():
+            self._say("Epoch %d: no end-of-turn token follows any answer: none are dropped as unfinished.", epoch)
+        elif not np.isfinite(threshold):
             self._say(
                 "Epoch %d: the end-of-turn token tells too little about which answers are finished (its loss is %.1f "
                 "nats behind the pool's answers, %.1f behind answers cut off at random, medians): none are dropped for "
                 "it. A base model that has not learned this token is like that.",
                 epoch,
-                np.nanmedian(scores.eot_loss) if known.any() else np.nan,
+                np.nanmedian(scores.eot_loss),
                 np.median(cut) if len(cut) else np.nan,
             )
         return threshold
@@ -155,12 +156,15 @@ class RunGuards:
 
     # ---- which rows are held back -------------------------------------------------------------------------------
 
-    def held_back(self, scores: Scores, ids: np.ndarray, trained: np.ndarray, limited: bool) -> np.ndarray:
+    def held_back(
+        self, scores: Scores, ids: np.ndarray, trained: np.ndarray, limited: bool, below: np.ndarray
+    ) -> np.ndarray:
         """Why a policy is not to see a row, (n,) texts, "" for those that it sees.
 
         Args:
             trained: (n,) rows that were trained on.
             limited: whether the policy minds the limits of single rows itself.
+            below: (n,) rows below the policy's limit; of duplicates one of these is left, if there is any.
         """
         ok = scores.ifd_status == Status.OK.value
         reasons = np.full(len(ids), "", dtype=object)
@@ -169,8 +173,9 @@ class RunGuards:
                 reasons[ok & (self.verdicts[reason] == FAILED) & (reasons == "")] = reason
         if self.guard.duplicates is not None:
             above = self.verdicts.get(ABOVE_LIMIT)
-            usable = ok & (reasons == "") & (True if above is None else above != FAILED)
-            reasons[surplus(self._duplicate_groups(), ids, usable, trained)] = DUPLICATE
+            preferred = below if above is None else below & (above != FAILED)
+            usable = ok & (reasons == "")
+            reasons[surplus(self._duplicate_groups(), ids, usable, trained, preferred)] = DUPLICATE
         return reasons
 
     def _duplicate_groups(self) -> np.ndarray:
@@ -181,12 +186,21 @@ class RunGuards:
             self.groups = broadcast_object_list(found)[0] if self.pool_scorer.world_size > 1 else found[0]
         return self.groups
 
+    def _nearest(self, rows: np.ndarray, k: int) -> np.ndarray:
+        """The rows with the prompts most like those of `rows`, (m, <= k); none that says the same as the row itself."""
+        if self.guard.duplicates is None:
+            return self.pool_scorer.nearest_prompts(rows, k)
+        groups, found = self._duplicate_groups(), self.pool_scorer.nearest_prompts(rows, 2 * k)
+        others = groups[found] != groups[rows][:, None]
+        first = np.argsort(~others, axis=1, kind="stable")  # the others, nearest first; then those that say the same
+        return np.take_along_axis(found, first, axis=1)[:, :k]
+
     def test_pairs(
-        self, kept: np.ndarray, scores: Scores, ids: np.ndarray, trained: np.ndarray, prefix: Sequence[int], seed: int
+        self, kept: np.ndarray, scores: Scores, ids: np.ndarray, unseen: np.ndarray, prefix: Sequence[int], seed: int
     ) -> bool:
         """Test rows that would be kept and were not tested before; whether some of them failed.
 
-        Rows that were trained on before they could be tested pass.
+        Rows that the model was trained on before they could be tested pass, which is said.
         """
         rule = self.guard.pairing
         if rule is None:
@@ -195,13 +209,21 @@ class RunGuards:
         if self.p_values is None:
             self.p_values = np.full(len(ids), np.nan)
         new = np.unique(kept)
-        new = new[(verdicts[new] == UNJUDGED) & ~trained[new] & (scores.ifd_status[new] == Status.OK.value)]
+        new = new[(verdicts[new] == UNJUDGED) & (scores.ifd_status[new] == Status.OK.value)]
+        if (known := int((~unseen[new]).sum())) and not self._told_of_seen:
+            self._told_of_seen = True
+            self._say(
+                "%d rows were trained on before the pairing test could judge them: mismatched ones among them may "
+                "pass. Without warm-up epochs (warmup_epochs=0, or brief=None) it holds for all rows.",
+                known,
+            )
+        new = new[unseen[new]]
         if not len(new):
             return False
         new = new[np.argsort(np.asarray(ids)[new], kind="stable")]
         scored = np.flatnonzero(np.isfinite(scores.cas))
         scored = scored[np.argsort(np.asarray(ids)[scored], kind="stable")]
-        anchors = rule.draw(new, scored, seed, self.pool_scorer.nearest_prompts)
+        anchors = rule.draw(new, scored, seed, self._nearest)
         losses = self.pool_scorer.paired_losses(new, anchors, rule.anchors, rule.tokens, prefix)
         self.p_values[new] = rule.p_values(*losses)
         passes = rule.passes(self.p_values[new])
@@ -225,3 +247,12 @@ class RunGuards:
     def _say(self, message: str, *values: object) -> None:
         if self.pool_scorer.trainer.is_world_process_zero():
             logger.warning(message, *values)
+
+
+def _measured_on(rows: np.ndarray, unseen: np.ndarray, wanted: int, least: int) -> np.ndarray:
+    """Rows to measure on, (n,) bool: those of `rows` that the model was not trained on, as long as there are enough.
+
+    What was trained on has lower losses under any prompt: a limit of such rows would be too strict for the others.
+    """
+    enough = (rows & unseen).sum() >= max(least, min(wanted, rows.sum() / 2))
+    return rows & unseen if enough else rows

@@ -135,7 +135,7 @@ def test_a_few_rows_share_their_anchors_and_others_have_others():
     assert (anchors[:32] == anchors[0]).all()
     assert (anchors[32:64] == anchors[32]).all()
     assert len({tuple(row) for row in anchors.tolist()}) == 3
-    assert test.draw(np.arange(2), np.arange(4), seed=0).shape == (2, 6)  # a pool of fewer rows than are tried
+    assert test.draw(np.arange(2), np.arange(4), seed=0).shape == (2, 4)  # a pool of fewer rows than are tried
 
 
 # ---- duplicates -------------------------------------------------------------------------------------------------

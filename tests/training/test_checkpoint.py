@@ -32,11 +32,11 @@ def same_bits(one, other):
 
 
 @given(
-    values=st.tuples(floats, floats, floats, floats),
+    values=st.tuples(floats, floats, floats, floats, floats),
     statuses=st.lists(st.text(), min_size=5, max_size=5),
     tokens=st.integers(-(2**60), 2**60),
 )
-@example(values=(np.full(5, np.nan),) * 4, statuses=["ok", "ok\0", "", "\0", "ok"], tokens=64)
+@example(values=(np.full(5, np.nan),) * 5, statuses=["ok", "ok\0", "", "\0", "ok"], tokens=64)
 def test_scores_and_order_come_back_bit_for_bit_whatever_they_are(tmp_path_factory, values, statuses, tokens):
     folder = tmp_path_factory.mktemp("checkpoint")
     scores = Scores(*values, answer_tokens=np.arange(5) * tokens, ifd_status=np.array(statuses, dtype=object))

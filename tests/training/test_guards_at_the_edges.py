@@ -1,4 +1,4 @@
-"""Faults of guards inside a run, each as the smallest case in which it shows."""
+"""Guards at the edges of a run: tiny pools, warm-ups, retries, other scorers, rows that fill a window."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from tiny_runs import (
     tokenised,
     train,
 )
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ifd_trainer import Brief, Selection
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.method.pairing_test import PairingTest
 from ifd_trainer.method.schedule import Timing
-from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.training.recipe_selection import SelectionConfig
 
 TEST = PairingTest(alpha=0.5, anchors=3, tokens=2)
@@ -320,14 +319,13 @@ def test_another_model_is_loaded_once_for_a_scoring(tmp_path, monkeypatch):
     other.save_pretrained(tmp_path / "scorer")
     TOKENIZER.save_pretrained(tmp_path / "scorer")
     trainer = sft_trainer(tmp_path, 40, num_train_epochs=1)
-    loads, load = [], IFDScorer._load
+    loads, load = [], AutoModelForCausalLM.from_pretrained
 
-    def counted(self, rank):
-        if self._model is None:
-            loads.append(1)
-        load(self, rank)
+    def counted(*args, **kwargs):
+        loads.append(args)
+        return load(*args, **kwargs)
 
-    monkeypatch.setattr(IFDScorer, "_load", counted)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", counted)
     guard = only(limit=CalibratedLimit(0.5, 24), unfinished=True, pairing=TEST)
     select(trainer, keep=5, max_ifd=INF, guard=guard, scorer=str(tmp_path / "scorer"))
     train(trainer)
