@@ -21,10 +21,10 @@ noise already: its rows are taken as they are (`as labelled`), and seeds draw no
                 on the first pool
 
 Figures are means over seeds, with the lowest and the highest. All rows are scored by the model as it is, so nothing is
-said about what training on them does. A loss that was computed for one seed or setting is not computed again; the
-anchors of the pairing test are therefore the same for all seeds. Writes noise.json, with the numbers of every seed and
-untouched rows that were dropped (of the first seed), and noise.png. With SmolLM2-135M on two cores, 400 rows of a file
-and 3 seeds take about a quarter of an hour, half of it the pairing test of all rows.
+said about what training on them does. As in a run, the pairing test is of the rows that would be kept; as a signal, of
+50 untouched and 50 wrong rows more, weighed as in the pool (--tested). A loss that was computed for one seed or setting
+is not computed again: random anchors are the same ones for all seeds. Writes noise.json, with the numbers of every seed
+and untouched rows that were dropped (of the first seed), and noise.png.
 """
 
 from __future__ import annotations
@@ -322,10 +322,11 @@ class Measured:
             out[guards] = others | surplus(self.groups, self.ids, self.ok & ~others, untrained)
         return out
 
-    def mismatched(self) -> dict[str, np.ndarray]:
-        """By pairing test, (n,) which rows with a score it drops, if all are tested."""
-        tests = self.tests.items()
-        return {f"pairing test, {name}": self.ok & ~test.passes(self.p_values(self.ids, name)) for name, test in tests}
+    def sample(self, number: int) -> np.ndarray:
+        """At most so many untouched rows and so many of each wrong kind, the same ones wherever they are of a kind."""
+        order = np.random.default_rng(0).permutation(len(self.ids))
+        of_kinds = (order[self.ok[order] & (self.pool.kinds[order] == kind)] for kind in (UNTOUCHED, SHUFFLED, FLUENT))
+        return np.sort(np.concatenate([rows[:number] for rows in of_kinds]))
 
 
 def _both(pairs: Sequence[EncodedPair]) -> Iterator[Segment]:
@@ -371,26 +372,29 @@ def kept_by_policies(found: Measured) -> dict[str, np.ndarray]:
 # ---- what is reported -------------------------------------------------------------------------------------------
 
 
-def run_of(found: Measured, examples: bool) -> dict[str, Any]:
-    """All numbers of a pool."""
+def run_of(found: Measured, tested: int, examples: bool) -> dict[str, Any]:
+    """All numbers of a pool; what the pairing test says is of at most `tested` rows of a kind."""
     kinds = found.pool.kinds
     kept = kept_by_policies(found)
-    found.losses.timed = False  # what comes now, the test of all rows, is no part of a run
-    guards = {**found.held_back(), **found.mismatched()}
+    found.losses.timed = False  # what comes now, a test of other rows than those to be kept, is no part of a run
+    sample, every = found.sample(tested), np.flatnonzero(found.ok)
+    guards = {name: (every, drops[every]) for name, drops in found.held_back().items()}
+    for name, test in found.tests.items():
+        guards[f"pairing test, {name}"] = sample, ~test.passes(found.p_values(sample, name))
     run = {
         "seed": found.seed,
         "kinds": {kind: int((kinds == kind).sum()) for kind in named(kinds)},
         "with_score": {kind: int((found.ok & (kinds == kind)).sum()) for kind in named(kinds)},
         "limits": {name: finite(limit) for name, limit in found.limits.items()},
         "unfinished": finite(found.unfinished),
-        "signals": signals(found),
+        "signals": signals(found, sample),
         "copies": copies_found(found.groups, kinds),
         "kept_rows": {name: len(rows) for name, rows in kept.items()},
         "policies": {name: shares(rows, kinds) for name, rows in kept.items()},
-        "dropped": {name: dropped_shares(drops, kinds, found.ok) for name, drops in guards.items()},
+        "dropped": {name: dropped_shares(drops, kinds[rows]) for name, (rows, drops) in guards.items()},
     }
     if examples:
-        run["dropped_untouched"] = {name: shown(found, drops) for name, drops in guards.items()}
+        run["dropped_untouched"] = {name: shown(found, rows[drops]) for name, (rows, drops) in guards.items()}
     return run
 
 
@@ -413,30 +417,45 @@ def shares(kept: np.ndarray, kinds: np.ndarray) -> dict[str, dict[str, float | N
     return out
 
 
-def dropped_shares(drops: np.ndarray, kinds: np.ndarray, ok: np.ndarray) -> dict[str, float | None]:
-    """The share of each kind's rows with a score that is dropped; None for a kind without any."""
-    scored = {kind: ok & (kinds == kind) for kind in named(kinds)}
-    return {kind: float(drops[rows].mean()) if rows.any() else None for kind, rows in scored.items()}
+def dropped_shares(drops: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
+    """The share of each kind that is dropped, of (n,) rows."""
+    return {kind: float(drops[kinds == kind].mean()) for kind in named(kinds)}
 
 
-def signals(found: Measured) -> dict[str, dict[str, dict[str, float]]]:
-    """By kind and signal, the areas under the precision-recall and the ROC curve against untouched rows."""
+def signals(found: Measured, sample: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
+    """By kind and signal, the areas under the precision-recall and the ROC curve against untouched rows.
+
+    Of the pairing test those of a sample, in which a kind weighs as much as in the pool.
+    """
+    scores, kinds, every, out = found.scores, found.pool.kinds, np.flatnonzero(found.ok), {}
+    pairs = {"IFD": scores.ifd, "cas - das": scores.cas - scores.das, "cas": scores.cas, "das": scores.das}
+    pairs = {name: (every, values) for name, values in pairs.items()}
+    pairs |= {f"p, {name} anchors": (sample, found.p[name]) for name in found.tests}
+    ends = {"end of turn": (every, scores.eot_loss)}
+    of_kinds = {SHUFFLED: pairs, FLUENT: pairs, TRUNCATED: ends, "one_word": ends}
+    for kind in (kind for kind in of_kinds if (kinds[every] == kind).any()):
+        in_pool = np.array([(kinds[every] == one).sum() for one in (UNTOUCHED, kind)])
+        out[kind] = {"a coin": {"AP": float(in_pool[1] / in_pool.sum()), "ROC": 0.5}}
+        for name, (rows, values) in of_kinds[kind].items():
+            of_kind = [values[rows[kinds[rows] == one]] for one in (UNTOUCHED, kind)]
+            out[kind][name] = areas(*of_kind, in_pool)
+    return out
+
+
+def areas(untouched: np.ndarray, noise: np.ndarray, in_pool: Sequence[int]) -> dict[str, float]:
+    """Both areas of a signal, high for noise, of samples of the two kinds and their numbers in the pool; NaN, of which
+    nothing is known, is the least suspicious.
+
+    >>> areas(np.array([0.1, 0.3]), np.array([0.2, np.nan]), [2, 2])
+    {'AP': 0.5, 'ROC': 0.25}
+    """
     from sklearn.metrics import average_precision_score
 
-    scores, kinds, out = found.scores, found.pool.kinds, {}
-    pairs = {"IFD": scores.ifd, "cas - das": scores.cas - scores.das, "cas": scores.cas, "das": scores.das}
-    pairs |= {f"p, {name} anchors": found.p_values(found.ids, name) for name in found.tests}
-    ends = {"end of turn": scores.eot_loss}
-    of_kinds = {SHUFFLED: pairs, FLUENT: pairs, TRUNCATED: ends, "one_word": ends}
-    for kind in (kind for kind in of_kinds if (found.ok & (kinds == kind)).any()):
-        rows = found.ok & np.isin(kinds, [kind, UNTOUCHED])
-        noise = kinds[rows] == kind
-        out[kind] = {"a coin": {"AP": float(noise.mean()), "ROC": 0.5}}
-        for name, values in of_kinds[kind].items():
-            values = np.nan_to_num(values[rows], nan=-1e9)  # of which nothing is known: the least suspicious
-            ranked = float(average_precision_score(noise, values))
-            out[kind][name] = {"AP": ranked, "ROC": separation(values[~noise], values[noise])}
-    return out
+    values = np.nan_to_num(np.concatenate([untouched, noise]), nan=-1e9)
+    is_noise = np.arange(len(values)) >= len(untouched)
+    weight = np.where(is_noise, in_pool[1] / len(noise), in_pool[0] / len(untouched))
+    ranked = average_precision_score(is_noise, values, sample_weight=weight)
+    return {"AP": float(ranked), "ROC": separation(values[~is_noise], values[is_noise])}
 
 
 def copies_found(groups: np.ndarray, kinds: np.ndarray) -> dict[str, float | None]:
@@ -451,9 +470,9 @@ def copies_found(groups: np.ndarray, kinds: np.ndarray) -> dict[str, float | Non
     }
 
 
-def shown(found: Measured, drops: np.ndarray) -> list[Row]:
-    """Some untouched rows that a guard drops, for a reader to judge: are they good rows?"""
-    rows = np.flatnonzero(drops & (found.pool.kinds == UNTOUCHED))
+def shown(found: Measured, dropped: np.ndarray) -> list[Row]:
+    """Some untouched rows of those that a guard drops, for a reader to judge: are they good rows?"""
+    rows = dropped[found.pool.kinds[dropped] == UNTOUCHED]
     rows = np.sort(np.random.default_rng(0).permutation(rows)[:MOST_EXAMPLES])
     columns = {"ifd": found.scores.ifd, "eot_loss": found.scores.eot_loss}
     columns |= {f"p, {name} anchors": p for name, p in found.p.items()}
@@ -587,6 +606,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=400, help="rows of each file (default 400)")
     parser.add_argument("--answer-tokens", type=int, default=200, help="most tokens of an answer (default 200)")
     parser.add_argument("--seeds", type=int, default=3, help="draws of noise (default 3)")
+    parser.add_argument("--tested", type=int, default=50, help="rows of a kind for the pairing test (default 50)")
     parser.add_argument("--label", default="quality", help="column of a file that has its noise (default quality)")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default runs/bench)")
     options = parser.parse_args(arguments)
@@ -599,7 +619,7 @@ def main(arguments: list[str] | None = None) -> None:
         for setting, seed, pool in pools_of(rows, format, options):
             losses.timed = not settings
             runs = settings.setdefault(setting, [])
-            runs.append(run_of(Measured(pool, format, losses, seed), examples=not runs))
+            runs.append(run_of(Measured(pool, format, losses, seed), options.tested, examples=not runs))
             console.print(f"{name}, {setting}, seed {seed} at {time.perf_counter():.0f} s")
         results["files"][name] = {"rows": len(rows), "format": format.name, "costs": losses.costs, "settings": settings}
         for setting, runs in settings.items():
