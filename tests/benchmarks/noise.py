@@ -586,14 +586,20 @@ def sampled(path: str, scorer: IFDScorer, options: argparse.Namespace) -> tuple[
 def pools_of(
     rows: Sequence[Row], format: PromptFormat, options: argparse.Namespace
 ) -> Iterator[tuple[str, int, Noisy]]:
-    """Settings, seeds and pools of a file."""
+    """Settings, seeds and pools of a file, seed by seed."""
     seeds = range(options.seeds)
     if options.label in rows[0]:
         yield from ((LABELLED, seed, labelled(rows, format, options.label)) for seed in seeds)
         return
     clusters = clusters_of([_texts(row, format)[0] for row in rows])
-    for setting in SETTINGS:
-        yield from ((setting, seed, with_noise(rows, format, clusters, setting, seed)) for seed in seeds)
+    for seed in seeds:
+        yield from ((setting, seed, with_noise(rows, format, clusters, setting, seed)) for setting in SETTINGS)
+
+
+def write(folder: Path, results: Mapping[str, Any]) -> None:
+    """The results so far as noise.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "noise.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -615,19 +621,18 @@ def main(arguments: list[str] | None = None) -> None:
     for path in options.data:
         rows, format = sampled(path, scorer, options)
         name, losses, settings = Path(path).stem, Losses(scorer), {}
+        results["files"][name] = {"rows": len(rows), "format": format.name, "costs": losses.costs, "settings": settings}
         losses.warm_up(list(_both(scorer.encode({column: [row[column] for row in rows[:8]] for column in rows[0]}))))
         for setting, seed, pool in pools_of(rows, format, options):
             losses.timed = not settings
             runs = settings.setdefault(setting, [])
             runs.append(run_of(Measured(pool, format, losses, seed), options.tested, examples=not runs))
-            console.print(f"{name}, {setting}, seed {seed} at {time.perf_counter():.0f} s")
-        results["files"][name] = {"rows": len(rows), "format": format.name, "costs": losses.costs, "settings": settings}
+            write(options.output, results)  # what takes minutes is written down at once
+            console.print(f"{name}, {setting}, seed {seed}: done")
         for setting, runs in settings.items():
             for table in tables(name, setting, runs):
                 console.print(table)
         console.print(cost_table(name, losses.costs))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "noise.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     drawn(results).savefig(options.output / "noise.png", dpi=144)
     console.print(f"written: {options.output}/noise.json and .png")
 
