@@ -200,12 +200,14 @@ class Losses:
 
     Attributes:
         timed: compute all that is asked for, whatever is known, and note what it takes.
+        tokens_run: how many tokens were computed so far.
         costs: by step, the seconds of CPU, tokens and segments of what was asked for while `timed`.
     """
 
     def __init__(self, scorer: IFDScorer) -> None:
         self.scorer, self.timed = scorer, False
         self.costs: dict[str, dict[str, float]] = {}
+        self.tokens_run = 0
         self._known: dict[tuple[tuple[int, ...], int, int], tuple[float, float]] = {}
 
     def warm_up(self, segments: Sequence[Segment]) -> None:
@@ -220,6 +222,7 @@ class Losses:
         began = time.process_time()
         if new:
             found = self.scorer.nll_with_tails([asked[key] for key in new])
+            self.tokens_run += sum(len(asked[key].ids) for key in new)
             self._known.update(zip(new, zip(*(values.tolist() for values in found), strict=True), strict=True))
         if self.timed:
             cost = self.costs.setdefault(step, {"seconds": 0.0, "tokens": 0, "segments": 0})
@@ -623,10 +626,12 @@ def main(arguments: list[str] | None = None) -> None:
         name, losses, settings = Path(path).stem, Losses(scorer), {}
         results["files"][name] = {"rows": len(rows), "format": format.name, "costs": losses.costs, "settings": settings}
         losses.warm_up(list(_both(scorer.encode({column: [row[column] for row in rows[:8]] for column in rows[0]}))))
+        began = time.process_time()
         for setting, seed, pool in pools_of(rows, format, options):
             losses.timed = not settings
             runs = settings.setdefault(setting, [])
             runs.append(run_of(Measured(pool, format, losses, seed), options.tested, examples=not runs))
+            results["files"][name] |= {"tokens_run": losses.tokens_run, "cpu_seconds": time.process_time() - began}
             write(options.output, results)  # what takes minutes is written down at once
             console.print(f"{name}, {setting}, seed {seed}: done")
         for setting, runs in settings.items():
