@@ -22,9 +22,12 @@ noise already: its rows are taken as they are (`as labelled`), and seeds draw no
 
 Figures are means over seeds, with the lowest and the highest. All rows are scored by the model as it is, so nothing is
 said about what training on them does. As in a run, the pairing test is of the rows that would be kept; as a signal, of
-50 untouched and 50 wrong rows more, weighed as in the pool (--tested). A loss that was computed for one seed or setting
+25 untouched and 25 wrong rows more, weighed as in the pool (--tested). A loss that was computed for one seed or setting
 is not computed again: random anchors are the same ones for all seeds. Writes noise.json, with the numbers of every seed
 and untouched rows that were dropped (of the first seed), and noise.png.
+
+By default 400 rows of a file and 3 seeds: 1.2 million tokens of rows like Alpaca's, 0.7 of short answers with code,
+which are 12 and 7 minutes at the 1,700 tokens/s of SmolLM2-135M on two cores (counted, not timed).
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -563,7 +567,7 @@ def drawn(results: Mapping[str, Any]) -> Figure:
             ax.errorbar(at, mean, [mean - low, high - mean], fmt="none", ecolor="#333333", elinewidth=0.8)
         ax.axhline(1, color="#333333", lw=0.8, ls=":")
         ax.set(title=f"{name}, {setting}", ylabel="lift (1: random rows)")
-        ax.set_xticks(range(len(policies)), [policy.replace(", ", ",\n", 1) for policy in policies], fontsize=7)
+        ax.set_xticks(range(len(policies)), [fill(policy, 15) for policy in policies], fontsize=7)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=7)
     return figure
@@ -615,7 +619,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=400, help="rows of each file (default 400)")
     parser.add_argument("--answer-tokens", type=int, default=200, help="most tokens of an answer (default 200)")
     parser.add_argument("--seeds", type=int, default=3, help="draws of noise (default 3)")
-    parser.add_argument("--tested", type=int, default=50, help="rows of a kind for the pairing test (default 50)")
+    parser.add_argument("--tested", type=int, default=25, help="rows of a kind for the pairing test (default 25)")
     parser.add_argument("--label", default="quality", help="column of a file that has its noise (default quality)")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default runs/bench)")
     options = parser.parse_args(arguments)
