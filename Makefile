@@ -50,10 +50,11 @@ quality: $(TEST)  ## check format and lint; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: $(TEST) $(if $(MODEL),,model)  ## speed, memory and cost of scoring and of selection on this processor; JSON and PNG in runs/bench
+bench: $(TEST) $(if $(MODEL),,model)  ## speed, memory and cost of scoring and of selection on this processor, and what guards keep out; JSON and PNG in runs/bench
 	$(BIN)/python tests/benchmarks/scoring.py --model "$(or $(MODEL),$(SMOLLM))" $(ARGS)
 	$(BIN)/python tests/benchmarks/streaming.py --model "$(or $(MODEL),$(SMOLLM))"
 	$(BIN)/python tests/benchmarks/selection.py --runs 1
+	$(BIN)/python tests/benchmarks/noise.py --model "$(or $(MODEL),$(SMOLLM))" --rows 100 --seeds 1 --tested 20
 
 versions: $(TEST)  ## the loop's tests with the newest and the oldest supported transformers and trl
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) $(LOOP_TESTS)

@@ -258,6 +258,109 @@ def test_the_benchmark_of_duplicates_edits_what_it_says(tmp_path, capsys):
     assert len(set(edited.values())) == len(edits)
 
 
+@pytest.fixture(scope="module")
+def noise(beside_each_other) -> ModuleType:
+    import noise
+
+    return noise
+
+
+def noise_rows(number: int) -> list[dict[str, str]]:
+    """Rows of a few topics, answers of two sentences."""
+    topics = ["tides of the sea", "rivers of Asia", "birds of the moor", "bread of the city"]
+    return [
+        {
+            "instruction": f"{'Explain' if i % 3 else 'Name'} the {topics[i % 4]}, part {i}.",
+            "output": f"Part {i} of the {topics[i % 4]} is known well. It was written down {i} years ago by her.",
+        }
+        for i in range(number)
+    ]
+
+
+def test_a_dry_run_of_the_benchmark_of_noise(noise, saved_model, tmp_path, capsys):
+    lines = {"rows": noise_rows(80), "own": [{**row, "quality": "clean"} for row in noise_rows(30)]}
+    lines["own"][3] |= {"output": "No.", "quality": "one_word"}
+    lines["own"][0]["quality"] = "duplicated"  # its original comes behind it
+    lines["own"].append({**lines["own"][0], "quality": "clean"})
+    files = [str(tmp_path / f"{name}.jsonl") for name in lines]
+    for path, rows in zip(files, lines.values(), strict=True):
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    noise.main(["--model", saved_model, "--data", *files, "--rows", "40", "--seeds", "2", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "noise.json").read_text())
+    assert (tmp_path / "noise.png").read_bytes().startswith(b"\x89PNG")
+    assert list(results["files"]) == ["rows", "own"]
+    made, own = (results["files"][name]["settings"] for name in ("rows", "own"))
+    assert (list(made), list(own)) == (["everywhere", "within clusters", "fluent"], ["as labelled"])
+    for setting, runs in made.items():
+        assert [run["seed"] for run in runs] == [0, 1]
+        wrong = {"fluent": 2} if setting == "fluent" else {"shuffled": 8}
+        counts = {"untouched": 40 - 4 - sum(wrong.values()), "duplicated": 2, **wrong, "truncated": 4}
+        for run in runs:
+            assert run["kinds"] == counts
+            assert run["kept_rows"]["random"] == run["kept_rows"]["longest answers"] == 4
+            for found in run["policies"].values():
+                kept = sum(counts[kind] * share["kept"] for kind, share in found.items())
+                assert kept == pytest.approx(round(kept), abs=1e-9)
+            assert all(0 <= share <= 1 for shares in run["dropped"].values() for share in shares.values())
+    assert own["as labelled"][0]["kinds"] == {"untouched": 29, "duplicated": 1, "one_word": 1}
+    assert own["as labelled"][0]["copies"] == {"recall": 1.0, "precision": 1.0}
+    assert own["as labelled"][0]["dropped"]["duplicates"] == {"untouched": 0.0, "duplicated": 1.0, "one_word": 0.0}
+    costs = results["files"]["rows"]["costs"]
+    assert list(costs)[:4] == ["scoring", "limit, random", "limit, near", "unfinished"]
+    assert all(cost["seconds"] > 0 and cost["tokens"] > 0 for cost in costs.values())
+    assert costs["scoring"]["segments"] == 2 * 42
+    assert "rows, within clusters: lift" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_noise_makes_what_it_says(noise):
+    from ifd_trainer.data.formats import WIZARDLM
+
+    rows = noise_rows(60)
+    clusters = np.arange(60) % 4
+    pools = {setting: noise.with_noise(rows, WIZARDLM, clusters, setting, seed=5) for setting in noise.SETTINGS}
+    for setting, pool in pools.items():
+        assert (pool.kinds[60:] == "duplicated").all()
+        assert (len(pool.rows), len(pool.kinds), len(pool.origin)) == (63, 63, 63)
+        for number, (row, before) in enumerate(zip(pool.rows, rows, strict=False)):
+            kind, other = pool.kinds[number], rows[pool.origin[number]]
+            assert row["instruction"] == before["instruction"]
+            assert (row == before) == (kind == "untouched")
+            if kind == "truncated":
+                assert before["output"].startswith(row["output"])
+                assert row["output"][-1] not in ".!? "
+            elif kind != "untouched":
+                assert row["output"] == other["output"]
+                assert kind == ("fluent" if setting == "fluent" else "shuffled")
+            if kind == "fluent":
+                assert other["instruction"].split()[0] == row["instruction"].split()[0]
+            if setting == "within clusters":
+                assert clusters[pool.origin[number]] == clusters[number]
+        for copy in pool.rows[60:]:
+            shared = [(copy["instruction"] == row["instruction"]) + (copy["output"] == row["output"]) for row in rows]
+            assert max(shared) == 1
+        again = noise.with_noise(rows, WIZARDLM, clusters, setting, seed=5)
+        assert again.rows == pool.rows
+    for setting in ("everywhere", "within clusters"):  # answers change places, and none is lost
+        moved = np.flatnonzero(pools[setting].kinds == "shuffled")
+        assert len(moved) == 12
+        assert sorted(pools[setting].origin[moved]) == moved.tolist()
+    truncated = [np.flatnonzero(pool.kinds == "truncated").tolist() for pool in pools.values()]
+    assert truncated[0] == truncated[1] == truncated[2]
+    assert len(truncated[0]) == 6
+
+
+def test_the_benchmark_of_noise_counts_shares_and_lifts_by_hand(noise):
+    kinds = np.array(["untouched"] * 6 + ["shuffled"] * 2 + ["duplicated"] * 2, dtype=object)
+    found = noise.shares(np.array([0, 1, 2, 6]), kinds)
+    assert found["untouched"] == {"kept": 0.5, "lift": pytest.approx(0.75 / 0.6)}
+    assert found["shuffled"] == {"kept": 0.5, "lift": pytest.approx(0.25 / 0.2)}
+    assert found["duplicated"] == {"kept": 0.0, "lift": 0.0}
+    assert noise.shares(np.array([], dtype=int), kinds)["shuffled"] == {"kept": 0.0, "lift": None}
+    groups = np.array([0, 1, 2, 1, 4, 5, 6, 7, 0, 9])  # rows 1 and 3 say the same, and 0 with one of the copies
+    assert noise.copies_found(groups, kinds) == {"recall": 0.5, "precision": 0.5}
+    assert noise.cell([0.5, None, 1.0], ".2f") == "0.75 (0.50 to 1.00)"
+
+
 def in_one_process(monkeypatch: pytest.MonkeyPatch, bench: ModuleType, work: Callable[[list[str]], object]) -> None:
     """Let a benchmark start the first of its processes alone, and do here what it would start the others for."""
     started, measured = [], bench.measured
