@@ -279,13 +279,6 @@ class RowChooser:
         Raises:
             ShortfallError: when too few rows are eligible.
         """
-        return self._chosen(wanted, ids, seed, begun, prefix)
-
-    def note_trained(self, times: np.ndarray) -> None:
-        """An epoch has trained on each row so many times, (n,)."""
-        self.trained |= times > 0
-
-    def _chosen(self, wanted: EpochRows, ids: np.ndarray, seed: int, begun: bool, prefix: Sequence[int]) -> Selection:
         if wanted.source == "all":
             return Selection.whole_pool(len(ids))
         if wanted.source == "brief":
@@ -302,6 +295,10 @@ class RowChooser:
             return self._tested(self.policy, wanted, ids, seed, prefix)
         self.eligible = self.last
         return selection
+
+    def note_trained(self, times: np.ndarray) -> None:
+        """An epoch has trained on each row so many times, (n,)."""
+        self.trained |= times > 0
 
     def _relaxed(self, wanted: EpochRows, ids: np.ndarray, seed: int, prefix: Sequence[int]) -> Selection:
         """The rows nearest to the limit, and without guards if these leave none."""
