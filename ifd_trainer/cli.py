@@ -201,7 +201,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "--calibrate",
         action="store_true",
         help="measure too how answers under the prompts of other rows score, and how answers end that were cut off "
-        "(256 of each), for `select --max-ifd calibrated` and `--drop-unfinished`; kept in OUTPUT.ifd.yaml",
+        "(256 and 128 of them), for `select --max-ifd calibrated` and `--drop-unfinished`; kept in OUTPUT.ifd.yaml",
     )
     parser.set_defaults(run=_score)
 

@@ -27,6 +27,7 @@ CONTROLS = {  # policies by the names that recipes have for them
 GUARDS = ("limit", "pairing", "unfinished", "duplicates", "freeze")  # the fields of a `Guard` that can be on or off
 
 CALIBRATED = "calibrated"  # in the place of a number, a limit that is measured: `CalibratedLimit` by default
+MEASURING_GUARDS = ("limit", "pairing", "unfinished")  # those for which a model has to measure something
 
 RANKED_BY = get_args(Score)
 SHORTFALLS = get_args(Shortfall)

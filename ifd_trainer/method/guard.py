@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
-from .choices import GUARDS, MISALIGNED, Misaligned
+from .choices import GUARDS, MEASURING_GUARDS, MISALIGNED, Misaligned
 from .duplicates import Duplicates
 from .pairing_test import PairingTest
+from .reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED
 from .scoring_health import Freeze
 from .unfinished import Unfinished
 
@@ -58,5 +59,12 @@ class Guard:
         """The guards that are on, by the names of their fields."""
         return [name for name in GUARDS if getattr(self, name) is not None]
 
+    @property
+    def measuring(self) -> list[str]:
+        """Those of them for which a model has to measure something."""
+        return [name for name in self.names if name in MEASURING_GUARDS]
 
+
+# The reason for which each guard drops rows, by the guard's name.
+GUARD_REASONS = {"limit": ABOVE_LIMIT, "pairing": MISMATCHED, "unfinished": UNFINISHED, "duplicates": DUPLICATE}
 _KINDS = dict(zip(GUARDS, (CalibratedLimit, PairingTest, Unfinished, Duplicates, Freeze), strict=True))

@@ -21,6 +21,7 @@ import pandas as pd
 from ..errors import UserError
 
 Health = Mapping[str, float | None]
+WATCHED = ("separation", "rank_correlation", "spread", "at_or_above_1")
 _FEWEST = 20  # rows, from which on a scoring is judged
 
 
@@ -61,7 +62,7 @@ def health(scores: np.ndarray, before: np.ndarray | None, wrong: np.ndarray | No
     """
     values = scores[unseen & np.isfinite(scores)]
     if len(values) < _FEWEST:
-        return dict.fromkeys(("separation", "rank_correlation", "spread", "at_or_above_1"))
+        return dict.fromkeys(WATCHED)
     low, high = np.percentile(values, [25, 75])
     return {
         "separation": None if wrong is None else separation(values, wrong),

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..data.readable_text import plain
 from ..errors import UserError
+from ..method.guard import GUARD_REASONS
 from ..training.history import History
 from .score_frames import (
     MISSING,
@@ -28,7 +29,7 @@ from .score_frames import (
     percent_text,
     read_epochs,
 )
-from .wording import GUARD_REASONS, EpochKinds, frozen_since, guards_of, scored_at, scoring_sentence
+from .wording import EpochKinds, frozen_since, guards_of, scored_at, scoring_sentence
 
 
 def epoch_table(history: History) -> Table:

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..method.choices import GUARDS
 from ..method.plain_data import as_text
-from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED
 from .score_frames import SCORE_EQUATIONS, count_text, epoch_name, rows_text
 
 _SHORTFALL = {
@@ -22,10 +21,6 @@ _ORDERS = {
     "ascending": "lowest score first",
 }
 _SAMPLES = {"kmeans": "by k-means over their prompts, of middle perplexity", "random": "at random"}
-
-
-# The reason for which each guard drops rows, by the guard's name.
-GUARD_REASONS = {"limit": ABOVE_LIMIT, "pairing": MISMATCHED, "unfinished": UNFINISHED, "duplicates": DUPLICATE}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -101,12 +102,13 @@ class LaunchedBatch:
 
     def nll(self) -> np.ndarray:
         """Mean negative log-likelihood of each segment's scored tokens, (n,) float64; waits for the device."""
-        return self._sums()[0] / self.batch.scored
+        return self._sums[0] / self.batch.scored
 
     def tail_nll(self) -> np.ndarray:
         """Negative log-likelihood of each segment's tail as a whole, (n,) float64; NaN for a segment without one."""
-        return np.where(self.batch.predicted > self.batch.scored, self._sums()[1], np.nan)
+        return np.where(self.batch.predicted > self.batch.scored, self._sums[1], np.nan)
 
+    @cached_property
     def _sums(self) -> np.ndarray:
         """Losses of each segment's tokens before its tail, and of those in it: sums, (2, n)."""
         losses = np.zeros(len(self.batch.scored_index) + 1)  # widened here: not every device has float64

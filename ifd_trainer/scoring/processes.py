@@ -200,7 +200,7 @@ def run_shares(
         chunk: rows of a call of `run`; every process makes the same number of calls, also with no rows.
     """
     dealt, columns = [], []
-    for start in range(0, len(tokens), chunk * world_size):
+    for start in range(0, max(len(tokens), 1), chunk * world_size):  # of no rows, columns without values
         shares = [start + share for share in share_out(tokens[start : start + chunk * world_size], world_size)]
         dealt.append(shares)
         columns.append(run(shares[rank]))

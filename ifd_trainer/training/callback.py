@@ -36,6 +36,7 @@ from ..method.guard import Guard
 from ..method.plain_data import to_data
 from ..method.reasons import NOT_SCORED
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule
+from ..method.scoring_health import WATCHED
 from ..method.selection import Policy, Selection
 from ..scoring.losses import Scores
 from .checkpoint_state import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
@@ -418,7 +419,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         with metrics_set_aside(self.trainer):
             self.trainer.log(logged)
         if self.trainer.state.is_world_process_zero:
-            added = self.chooser.guard_columns(wanted, ids, selection, self.seed)
+            added = self.chooser.row_columns(wanted, ids, selection, values, self.seed)
             if "kept_without_guards" in added:
                 kept_out = np.setdiff1d(np.flatnonzero(added["kept_without_guards"]), selection.kept)
                 record["kept_only_without_guards"] = len(kept_out)
@@ -436,7 +437,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return {
             "limit": last.limit,
             "unfinished": unfinished if unfinished is not None and np.isfinite(unfinished) else None,
-            **(last.health or dict.fromkeys(_HEALTH)),
+            **(last.health or dict.fromkeys(WATCHED)),
         }
 
     def score_pool(self, description: str = "IFD") -> Scores:
@@ -571,8 +572,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]
 
 
-_HEALTH = ("separation", "rank_correlation", "spread", "at_or_above_1")
-_WATCHED = ("limit", "unfinished", *_HEALTH)
+_WATCHED = ("limit", "unfinished", *WATCHED)
 _LOGGED = ("pool", "eligible", "kept", "packed_rows", *_WATCHED, "cut", "mean_kept", "mean_dropped", "overlap")
 _LOGGED += ("shortfall", "proxy_rank_correlation", "proxy_overlap", "seconds_scoring")
 

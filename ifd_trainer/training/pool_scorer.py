@@ -85,7 +85,13 @@ class PoolScorer:
         reader = self._own_reader(prefix) if own else self._reader(prefix)
         starts, ends = self.pool.spans(rows).T
         tokens = self.pool.lengths(rows) + ends - starts  # of both segments of a row
-        return self._scored(tokens, reader, lambda part: reader.encode(rows[part]), description)
+
+        def run(part: np.ndarray) -> dict[str, np.ndarray]:
+            pairs = reader.encode(rows[part])
+            with self._progress(token_count(pairs), description) as bar:
+                return reader.score(pairs, bar.update).columns()
+
+        return Scores(**self._run_shares(tokens, run))
 
     def mismatched_scores(
         self,
@@ -111,7 +117,7 @@ class PoolScorer:
             return {"cas": self._losses(reader, [pairs[i][1] for i in part], description)[0]}
 
         sizes = np.array([len(segment.ids) for _, segment in pairs])
-        return wrong_scores(pairs, self._run_shares(sizes, run)["cas"] if pairs else np.empty(0), das)
+        return wrong_scores(pairs, self._run_shares(sizes, run)["cas"], das)
 
     def cut_losses(
         self, rows: np.ndarray, left: np.ndarray, prefix: Sequence[int], description: str = "Cut answers"
@@ -122,7 +128,7 @@ class PoolScorer:
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
             return {"loss": self._losses(reader, reader.cut_answers(rows[part], left[part]), description)[1]}
 
-        return self._run_shares(self.pool.lengths(rows), run)["loss"] if len(rows) else np.empty(0)
+        return self._run_shares(self.pool.lengths(rows), run)["loss"]
 
     def paired_losses(
         self,
@@ -153,13 +159,11 @@ class PoolScorer:
                 segments += [Segment(s.ids[: s.start + tokens], s.start) for s in found]
                 places += [(number, column) for column in range(len(found))]
             losses = np.full((len(part), 1 + wanted), np.nan)
-            if places:
-                losses[tuple(np.transpose(places))] = self._losses(reader, segments, description)[0]
-            else:
-                self._losses(reader, segments, description)  # other processes may wait for this one's forwards
+            at = np.array(places, dtype=np.int64).reshape(-1, 2).T
+            losses[tuple(at)] = self._losses(reader, segments, description)[0]
             return {"losses": losses}
 
-        losses = self._run_shares(self.pool.lengths(rows), run)["losses"] if len(rows) else np.empty((0, 1 + wanted))
+        losses = self._run_shares(self.pool.lengths(rows), run)["losses"]
         return losses[:, 0], losses[:, 1:]
 
     def nearest_prompts(self, rows: np.ndarray, k: int) -> np.ndarray:
@@ -274,20 +278,6 @@ class PoolScorer:
         read, spans = self._read, self.pool.spans(rows).tolist()
         tokens = zip(self.pool.tokens(rows), spans, strict=True)
         return [read.pair(ids, start, end, prefix, self._fills(ids)) for (ids, _), (start, end) in tokens]
-
-    def _scored(
-        self,
-        tokens: np.ndarray,
-        reader: Reader,
-        encode: Callable[[np.ndarray], list[EncodedPair]],
-        description: str,
-    ) -> Scores:
-        def run(rows: np.ndarray) -> dict[str, np.ndarray]:
-            pairs = encode(rows)
-            with self._progress(token_count(pairs), description) as bar:
-                return reader.score(pairs, bar.update).columns()
-
-        return Scores(**self._run_shares(tokens, run))
 
     def _texts(self, rows: np.ndarray) -> tuple[list[str], list[str], list[bool]]:
         """Prompts and answers as text, without special tokens: another model has its own; and whether a row was cut."""

@@ -18,7 +18,7 @@ from ..errors import UserError, one_line
 from ..method import controls
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
-from ..method.choices import CONTROLS, GUARDS
+from ..method.choices import CONTROLS, GUARDS, MEASURING_GUARDS
 from ..method.duplicates import Duplicates
 from ..method.facility_location import Diverse
 from ..method.guard import Guard
@@ -128,7 +128,7 @@ class SelectionConfig(SelectionKeys):
             "unfinished": Unfinished,
             "freeze": Freeze,
         }
-        measuring = [name for name in GUARDS if name in on & {"limit", "pairing", "unfinished"}]
+        measuring = [name for name in MEASURING_GUARDS if name in on]
         if self.scorer is not None and measuring:
             raise UserError(
                 f"scorer={self.scorer!r} scores the rows before the run, so nothing in it measures "

@@ -23,9 +23,9 @@ from ..method.columns import SCORES
 from ..method.duplicates import representatives
 from ..method.error_rate import least_measured
 from ..method.facility_location import EMBEDDING, Diverse
-from ..method.guard import Guard
+from ..method.guard import GUARD_REASONS, Guard
 from ..method.plain_data import to_data
-from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, NOT_IN_SAMPLE, UNFINISHED, Status
+from ..method.reasons import ABOVE_LIMIT, NOT_IN_SAMPLE, Status
 from ..method.schedule import EpochRows
 from ..method.scoring_health import Health, health
 from ..method.selection import (
@@ -100,7 +100,7 @@ class RowChooser:
                 f"score must be one of {', '.join(SCORES)}, a column of the training set "
                 f"({', '.join(others) or 'none'}), or a function of columns, got {self.score!r}."
             )
-        measured = [name for name in ("limit", "pairing", "unfinished") if guard and getattr(guard, name)]
+        measured = guard.measuring if guard else []
         if self.calibrated and self.score not in RANKED_BY:
             raise UserError(f"A calibrated limit is one of {' or '.join(RANKED_BY)}, not of {self.score}.")
         if pool_scorer.other == "columns" and (self.calibrated or measured):
@@ -197,17 +197,19 @@ class RowChooser:
     @property
     def guard_reasons(self) -> list[str]:
         """The reasons for which guards drop rows in this run, whether or not one was."""
-        on = self.guards.guard
-        reasons = {ABOVE_LIMIT: self.guards.limit, MISMATCHED: on.pairing, UNFINISHED: on.unfinished}
-        return [reason for reason, guard in (reasons | {DUPLICATE: on.duplicates}).items() if guard is not None]
+        on = {*self.guards.guard.names, *(["limit"] if self.guards.limit is not None else [])}
+        return [reason for name, reason in GUARD_REASONS.items() if name in on]
 
-    def guard_columns(
-        self, wanted: EpochRows, ids: np.ndarray, selection: Selection, seed: int
+    def row_columns(
+        self, wanted: EpochRows, ids: np.ndarray, selection: Selection, values: np.ndarray, seed: int
     ) -> dict[str, np.ndarray]:
-        """What the guards add to the rows of an epoch, (n,) by column: see `training.history`."""
+        """What the rows of an epoch have beside their scores, (n,) by column: see `training.history`.
+
+        `values`, (n,), are what they were ranked by.
+        """
         columns, rows = {}, self.without_guards(wanted, ids, seed)
-        if self.score not in SCORES and self.last is not None and wanted.source not in ("all", "brief"):
-            columns["own_score"] = self.values(self.last.scores)
+        if self.score not in SCORES and wanted.source not in ("all", "brief"):
+            columns["own_score"] = values
         if rows is not None:
             columns["kept_without_guards"] = np.isin(np.arange(len(ids)), rows)
         if self.guards.p_values is not None:
@@ -359,7 +361,7 @@ class RowChooser:
         self, policy: Policy, wanted: EpochRows, ids: np.ndarray, seed: int, guarded: bool = True
     ) -> Selection:
         """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
-        columns = _Columns(self.last.scores.columns(), self.pool)
+        every = columns = _Columns(self.last.scores.columns(), self.pool)
         limited = isinstance(policy, (Cherry, Diverse)) and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:
@@ -390,10 +392,9 @@ class RowChooser:
             return replace(chosen, kept=rows[chosen.kept], reasons=reasons)
 
         selection = self.pool.choose(wanted.ranked, choose)
-        columns = self.last.scores.columns()
         if not wanted.tiers:
             return selection
-        score = score_values(_Columns(columns, self.pool), self.score)
+        score = score_values(every, self.score)
         ranked = selection.kept[np.argsort(-score[selection.kept], kind="stable")]
         parts = self.pool.divide(ranked, [tier.rows for tier in wanted.tiers])
         tiers = {tier.number: part for tier, part in zip(wanted.tiers, parts, strict=True)}
