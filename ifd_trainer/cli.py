@@ -23,7 +23,7 @@ from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS, KNOWN_DEFINITIONS
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, RunError, UserError, one_line
-from .method.choices import CALIBRATED, RANKED_BY
+from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
 from .training.recipe_file import check_recipe
 from .training.recipe_help import train_help
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from .method.duplicates import Duplicates
     from .scoring.transform import IFDScorer
 
-_SIMILARITY = 0.85  # from which on texts are duplicates, where no number is given
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
 # Options of `score` that are the transform's by the same names.
 _OF_SCORER = (
@@ -261,10 +260,10 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         "--drop-duplicates",
         type=_number,
         nargs="?",
-        const=_SIMILARITY,
+        const=SIMILARITY,
         metavar="SIMILARITY",
         help="keep one of the rows that say the same: with so large a share of common shingles (four bytes of text) in "
-        f"prompts and in answers, 0.5 to 1, {_SIMILARITY} if none is given; holds all texts in memory",
+        f"prompts and in answers, 0.5 to 1, {SIMILARITY} if none is given; holds all texts in memory",
     )
     add("--all", action="store_true", help="write all rows, the dropped ones with their reason")
     add("--strict", action="store_true", help="fail when fewer rows are eligible than asked for")

@@ -41,6 +41,7 @@ from hashlib import blake2b
 import numpy as np
 
 from ..errors import UserError
+from ..method.choices import SIMILARITY
 
 SHINGLE_BYTES = 4
 PROMPTS_OF_ONE_ANSWER = 0.6  # J from which on they ask for the same, if the answers are long and equal
@@ -69,7 +70,7 @@ _PART = 8 * SHINGLE_BYTES  # the bit above a shingle tells answer (1) from promp
 _BLOCK_BYTES = 1 << 20  # of text whose shingles are held at a time
 
 
-def duplicate_groups(texts: Iterable[tuple[str, str]], similarity: float | None = 0.85) -> np.ndarray:
+def duplicate_groups(texts: Iterable[tuple[str, str]], similarity: float | None = SIMILARITY) -> np.ndarray:
     """Which of n rows say the same: the connected components of the pairs that are duplicates.
 
     The groups depend on the texts alone: not on the order of the rows, the platform or a seed.

@@ -29,6 +29,8 @@ GUARDS = ("limit", "pairing", "unfinished", "duplicates", "freeze")  # the field
 CALIBRATED = "calibrated"  # in the place of a number, a limit that is measured: `CalibratedLimit` by default
 MEASURING_GUARDS = ("limit", "pairing", "unfinished")  # those for which a model has to measure something
 
+SIMILARITY = 0.85  # from which share of common shingles on texts are duplicates, where no other is given
+
 RANKED_BY = get_args(Score)
 SHORTFALLS = get_args(Shortfall)
 MISALIGNED = get_args(Misaligned)

@@ -12,6 +12,7 @@ from numbers import Real
 import numpy as np
 
 from ..errors import UserError
+from .choices import SIMILARITY
 from .reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED, Status
 
 # Reasons for which a row cannot stand for others.
@@ -27,7 +28,7 @@ class Duplicates:
             1; None for texts alone that are equal but for case, punctuation and white space.
     """
 
-    similarity: float | None = 0.85
+    similarity: float | None = SIMILARITY
 
     def __post_init__(self) -> None:
         number = isinstance(self.similarity, Real) and not isinstance(self.similarity, bool)

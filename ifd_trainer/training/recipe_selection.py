@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import logging
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from ..data.encoding import check_positive
@@ -108,6 +108,10 @@ class SelectionConfig(SelectionKeys):
         Raises:
             UserError: for a name that is no guard's, and for numbers that they do not take.
         """
+        return self._guard
+
+    @cached_property
+    def _guard(self) -> Guard | None:
         unknown = [name for name in self.guards if name not in (*GUARDS, "auto", "none")]
         if unknown or not self.guards or ("none" in self.guards and len(self.guards) > 1):
             raise UserError(
@@ -146,11 +150,15 @@ class SelectionConfig(SelectionKeys):
         return replace(CalibratedLimit.of(self.alpha), prompts=self.wrong_prompts)
 
     def chosen_policy(self) -> Policy:
-        """Which rows are kept.
+        """Which rows are kept; the same object each time, since one of a user's own may be costly to make.
 
         Raises:
             UserError: for a name that leads to no policy, and for one beside keys of another.
         """
+        return self._policy
+
+    @cached_property
+    def _policy(self) -> Policy:
         if self.policy == "cherry":
             return self._cherry()
         if self.diverse is not None:

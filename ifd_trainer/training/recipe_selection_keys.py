@@ -20,6 +20,7 @@ from ..method.choices import (
     ORDERS,
     RANKED_BY,
     SHORTFALLS,
+    SIMILARITY,
     TIER_MODES,
     WRONG_PROMPTS,
 )
@@ -157,7 +158,7 @@ class SelectionKeys:
         default=9, metadata={"help": "Of the pairing test: prompts that a row's own is held against.", "metavar": "K"}
     )
     similarity: float = field(
-        default=0.85,
+        default=SIMILARITY,
         metadata={"help": "Of duplicates: from which share of common shingles on texts are the same.", "metavar": "X"},
     )
     on_misaligned: str = field(
