@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from accelerate.logging import get_logger
 
 from ..errors import UserError
 from ..method.choices import RANKED_BY
@@ -21,7 +22,7 @@ from ..scoring.losses import Scores
 from .options import Scoring
 from .pool_scorer import PoolScorer
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # speaks in the main process alone
 
 _TRUSTED = 0.5  # rank correlation from which on scores of another model are taken without a warning
 _LARGE = 10  # times as many rows as are tried: in a smaller pool, all of them are scored at once
@@ -98,7 +99,7 @@ class FirstScoring:
                 f"{message} Nothing was trained. To go on all the same: guard=Guard(on_misaligned='warn'), in a recipe "
                 "on_misaligned: warn; or let the model learn the format first, with warmup_epochs=1."
             )
-        self._say(logging.WARNING, message)
+        logger.warning("%s", message)
 
     def _held_against(self, own: np.ndarray, proxy: np.ndarray, keep: float) -> dict[str, Any]:
         """How the scores of another model, or of columns, agree with those of the model in training on the sample."""
@@ -114,14 +115,11 @@ class FirstScoring:
         if both.any():
             trusted = rho is not None and rho >= _TRUSTED
             of = "the training set's columns" if self.pool_scorer.other == "columns" else self.pool_scorer.name
-            self._say(
+            logger.log(
                 logging.INFO if trusted else logging.WARNING,
+                "%s",
                 f"Scores of {of} against those of the model in training, on {both.sum()} rows: rank correlation "
                 f"{'unknown' if rho is None else format(rho, '.2f')}, {100 * found['proxy_overlap']:.0f} % of the "
                 f"{top} highest are the same.{'' if trusted else ' They rank rows otherwise than the model would.'}",
             )
         return found
-
-    def _say(self, level: int, message: str) -> None:
-        if self.pool_scorer.trainer.is_world_process_zero():
-            logger.log(level, "%s", message)

@@ -6,7 +6,6 @@ more is here.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
+from accelerate.logging import get_logger
 
 from ..errors import UserError
 from ..method.brief_experience import Brief
@@ -43,7 +43,7 @@ from .pool import Pool
 from .pool_scorer import PoolScorer
 from .run_guards import PASSED, Measured, RunGuards
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # speaks in the main process alone
 
 
 class Scored(NamedTuple):
@@ -182,7 +182,7 @@ class RowChooser:
         if freeze is not None and self.first_health is not None:
             self.frozen = freeze.reason(found, self.first_health)
             if self.frozen:
-                self._say(
+                logger.warning(
                     "Epoch %d: %s, so this scoring carries no information. The rows are selected by the scores of "
                     "epoch %d from here on, and scored no more. A lower learning rate, or fewer epochs, may help.",
                     epoch,
@@ -291,7 +291,7 @@ class RowChooser:
             if not begun or self.on_shortfall == "error":
                 raise
             if self.eligible is None:
-                self._say("%s The rows nearest to the limit are taken.", error)
+                logger.warning("%s The rows nearest to the limit are taken.", error)
                 return self._relaxed(wanted, ids, seed, prefix)
             self._go_back(error)
             return self._tested(self.policy, wanted, ids, seed, prefix)
@@ -308,17 +308,13 @@ class RowChooser:
         try:
             return self._tested(policy, wanted, ids, seed, prefix)
         except ShortfallError as error:
-            self._say("%s The guards are set aside for this epoch.", error)
+            logger.warning("%s The guards are set aside for this epoch.", error)
             return self._by_scores(policy, wanted, ids, seed, guarded=False)
 
     def _go_back(self, error: UserError) -> None:
         """Let the last scores by which a row was eligible stand, since new ones are of no use."""
         self.last = self.eligible
-        self._say("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
-
-    def _say(self, message: str, *values: Any) -> None:
-        if self.pool_scorer.trainer.is_world_process_zero():
-            logger.warning(message, *values)
+        logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
 
     def warn(self, selection: Selection, epoch: int) -> None:
         """Say what is odd about the rows of an epoch."""

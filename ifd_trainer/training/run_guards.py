@@ -7,11 +7,11 @@ losses say how well the model remembers it, and the last verdict stays with it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from ..data.duplicates import duplicate_groups
@@ -24,7 +24,7 @@ from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED, Sta
 from ..scoring.losses import Scores
 from .pool_scorer import PoolScorer
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # speaks in the main process alone
 
 UNJUDGED, PASSED, FAILED = np.int8(0), np.int8(1), np.int8(2)
 _VERDICTS = {ABOVE_LIMIT: "verdicts", UNFINISHED: "verdicts_unfinished", MISMATCHED: "verdicts_mismatched"}
@@ -99,7 +99,7 @@ class RunGuards:
         except UserError as error:
             if self.guard.limit is not self.limit:
                 raise
-            self._say("Epoch %d: no limit is measured, and the one of the policy stands alone. %s", epoch, error)
+            logger.warning("Epoch %d: no limit is measured, and the one of the policy stands alone. %s", epoch, error)
             return None, wrong
 
     def _measured_end(
@@ -122,9 +122,9 @@ class RunGuards:
         cut = self.pool_scorer.cut_losses(rows, left, prefix, f"Cut answers, epoch {epoch}")
         threshold = rule.threshold(scores.eot_loss[known], cut)
         if not known.any():
-            self._say("Epoch %d: no end-of-turn token follows any answer: none are dropped as unfinished.", epoch)
+            logger.warning("Epoch %d: no end-of-turn token follows any answer: none are dropped as unfinished.", epoch)
         elif not np.isfinite(threshold):
-            self._say(
+            logger.warning(
                 "Epoch %d: the end-of-turn token tells too little about which answers are finished (its loss is %.1f "
                 "nats behind the pool's answers, %.1f behind answers cut off at random, medians): none are dropped for "
                 "it. A base model that has not learned this token is like that.",
@@ -139,7 +139,7 @@ class RunGuards:
         values = scores.columns()[self.score]
         if measured.limit is not None:
             if ABOVE_LIMIT not in self.verdicts and not unseen.all():
-                self._say(
+                logger.warning(
                     "%d rows were trained on before the calibrated limit could judge them: mismatched ones among them "
                     "may pass. Without warm-up epochs (warmup_epochs=0, or brief=None) it holds for all rows.",
                     (~unseen).sum(),
@@ -212,7 +212,7 @@ class RunGuards:
         new = new[(verdicts[new] == UNJUDGED) & (scores.ifd_status[new] == Status.OK.value)]
         if (known := int((~unseen[new]).sum())) and not self._told_of_seen:
             self._told_of_seen = True
-            self._say(
+            logger.warning(
                 "%d rows were trained on before the pairing test could judge them: mismatched ones among them may "
                 "pass. Without warm-up epochs (warmup_epochs=0, or brief=None) it holds for all rows.",
                 known,
@@ -243,10 +243,6 @@ class RunGuards:
         verdicts = {reason: arrays.pop(name, None) for reason, name in _VERDICTS.items()}
         self.verdicts = {reason: array.astype(np.int8) for reason, array in verdicts.items() if array is not None}
         self.p_values, self.groups = arrays.pop("p_values", None), arrays.pop("duplicate_groups", None)
-
-    def _say(self, message: str, *values: object) -> None:
-        if self.pool_scorer.trainer.is_world_process_zero():
-            logger.warning(message, *values)
 
 
 def _measured_on(rows: np.ndarray, unseen: np.ndarray, wanted: int, least: int) -> np.ndarray:
