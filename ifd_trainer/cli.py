@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from .data.table_reader import TableReader
     from .method.duplicates import Duplicates
+    from .publish.select import PoolSelection
     from .scoring.transform import IFDScorer
 
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
@@ -233,7 +234,8 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         "default those in DATA",
     )
     add("--scores-format", choices=SCORE_KINDS, help="what wrote the scores; told from their content by default")
-    add("--scored-by", metavar="MODEL", help="model that gave the scores, for the card")
+    add("--scored-by", metavar="MODEL", help="model that gave the scores, for the card and for --drop-mismatched")
+    add("--trust-remote-code", action="store_true", help="run code that comes with that model")
     add("--split", default="train", help="split of a folder or a hub data set (default train)")
     add("--keep", default="0.1", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)")
     add(
@@ -264,6 +266,12 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         metavar="SIMILARITY",
         help="keep one of the rows that say the same: with so large a share of common shingles (four bytes of text) in "
         f"prompts and in answers, 0.5 to 1, {SIMILARITY} if none is given; holds all texts in memory",
+    )
+    add(
+        "--drop-mismatched",
+        action="store_true",
+        help="drop rows whose answer fits one of 9 other prompts at least as well as its own, by the model that gave "
+        "the scores; of the rows that would be kept alone, which takes about 9 forwards of each",
     )
     add("--all", action="store_true", help="write all rows, the dropped ones with their reason")
     add("--strict", action="store_true", help="fail when fewer rows are eligible than asked for")
@@ -442,22 +450,25 @@ def _select(options: argparse.Namespace) -> int:
         unfinished, too_little = unfinished_rows(_end_of_turn(rows, scores, own), provenance, origin)
         if too_little:
             _say(f"warning: {too_little}")
+    mismatched = None
+    if options.drop_mismatched:
+        from .publish.mismatched import MismatchedRows
+
+        trust = options.trust_remote_code
+        mismatched = MismatchedRows(options.data, options.split, scores, provenance, origin, trust)
+    elif options.trust_remote_code:
+        raise UserError("--trust-remote-code goes with --drop-mismatched.")
     id_column, ids = tie_ids(rows, options.id_column)
     values, status = scores[name].to_numpy(dtype=float, na_value=np.nan), scores["ifd_status"]
     refusals = refused_rows(rows) if options.drop_refusals else None
     dropped = dropped_rows(rows, values, status, limit, ids, refusals, unfinished, duplicates)
-    chosen = choose(
-        values,
-        status,
-        parse_keep(options.keep),
-        name=name,
-        max_ifd=limit,
-        ids=ids,
-        dropped=dropped,
-        alpha=alpha,
-        strict=options.strict,
-    )
-    del unfinished, refusals, dropped
+    choice = {"name": name, "max_ifd": limit, "ids": ids, "alpha": alpha, "strict": options.strict}
+
+    def choose_from(dropped: dict[str, np.ndarray]) -> PoolSelection:
+        return choose(values, status, parse_keep(options.keep), dropped=dropped, **choice)
+
+    chosen = mismatched.choose(choose_from, dropped) if mismatched else choose_from(dropped)
+    del unfinished, refusals, dropped, mismatched
     if chosen.warning:
         _say(f"warning: {chosen.warning}")
     added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import ROUNDING, build_model, build_tokenizer
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ifd_trainer
@@ -984,3 +986,70 @@ def test_train_help_names_the_selection_options(capsys: pytest.CaptureFixture) -
 def test_names_that_are_loaded_on_use_are_listed() -> None:
     assert set(ifd_trainer.__all__) <= set(dir(ifd_trainer))
     assert "__version__" in dir(ifd_trainer)
+
+
+# ---- select, asking the model -----------------------------------------------------------------------------------
+
+
+def test_select_tests_the_rows_that_it_would_keep_and_takes_the_next_best_for_those_that_fail(
+    tmp_path: Path, many: Path, model_path: str
+) -> None:
+    output, kept = tmp_path / "scored.parquet", tmp_path / "kept.jsonl"
+    assert score(many, output, model_path) == 0
+    command = ["select", str(output), "--keep", "6", "--max-ifd", "inf", "--all", "--drop-mismatched"]
+    assert main([*command, "--output", str(kept)]) == 0
+    rows = load_rows(str(output))
+    ranked = np.argsort(-np.array(rows["ifd"]), kind="stable")
+    scorer, failed, tested = IFDScorer(model_path, device="cpu"), [], []
+    while new := [row for row in [row for row in ranked if row not in failed][:6] if row not in tested]:
+        tested += new
+        failed += [row for row in new if scorer.pairing_p_values(rows, new)[row] > 0.1]
+    reasons = read(kept)["ifd_reason"]
+    assert sorted(failed) == np.flatnonzero(reasons == "mismatched").tolist()
+    assert len(failed) > 3  # random weights: nine of ten rows fail
+    assert sorted(set(tested) - set(failed)) == np.flatnonzero(reasons == "kept").tolist()
+    assert (reasons == "kept").sum() == 6
+    card = (tmp_path / "kept.md").read_text(encoding="utf-8")
+    assert f"| `mismatched` | {len(failed)} |" in card
+
+
+def test_select_takes_a_copy_of_the_model_that_scored_and_no_other(
+    tmp_path: Path, many: Path, model_path: str, capsys: pytest.CaptureFixture
+) -> None:
+    output, copy, other = tmp_path / "scored.parquet", tmp_path / "copy", tmp_path / "other"
+    shutil.copytree(model_path, copy)
+    assert score(many, output, str(copy)) == 0
+    shutil.copytree(copy, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, other / "model.safetensors")
+    shutil.rmtree(copy)
+    command = ["select", str(output), "--keep", "3", "--output", str(tmp_path / "kept.jsonl"), "--drop-mismatched"]
+    assert main(command) == 2
+    assert f"{copy}" in capsys.readouterr().err
+    assert main([*command, "--scored-by", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert f"{other} has other weights now (" in error
+    assert "score" in error
+    assert not (tmp_path / "kept.jsonl").exists()
+    assert main([*command, "--scored-by", model_path]) == 0
+
+
+def test_select_cannot_test_the_rows_of_a_model_that_nobody_knows(
+    tmp_path: Path, many: Path, model_path: str, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "scored.parquet"
+    assert score(many, output, model_path) == 0
+    provenance_path(output).unlink()
+    command = ["select", str(output), "--keep", "3", "--output", str(tmp_path / "kept.jsonl")]
+    assert main([*command, "--drop-mismatched"]) == 2
+    assert "nothing says which that was of" in capsys.readouterr().err
+    assert main([*command, "--trust-remote-code"]) == 2
+    assert "--trust-remote-code goes with --drop-mismatched." in capsys.readouterr().err
+
+
+def test_rows_and_scores_of_two_files_are_tested_too(tmp_path: Path, many: Path, model_path: str) -> None:
+    output, command = tmp_path / "scored.parquet", ["--keep", "3", "--max-ifd", "inf", "--drop-mismatched"]
+    assert score(many, output, model_path) == 0
+    assert main(["select", str(many), "--scores", str(output), *command, "--output", str(tmp_path / "a.jsonl")]) == 0
+    assert main(["select", str(output), *command, "--output", str(tmp_path / "b.jsonl")]) == 0
+    assert read(tmp_path / "a.jsonl")["id"].tolist() == read(tmp_path / "b.jsonl")["id"].tolist()

@@ -18,12 +18,17 @@ import pyarrow as pa
 
 from ..data.row_ids import find_ids, ranks
 from ..data.table_reader import TableReader
-from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, DUPLICATE, KEPT, REFUSAL, UNFINISHED, Status
+from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, DUPLICATE, KEPT, MISMATCHED, REFUSAL, UNFINISHED, Status
 from ..method.schedule import as_schedule
 from ..method.selection import Cherry, Selection, ShortfallError, coded, counted
 
 # The options of `ifd-trainer select` that drop rows.
-_DROPPED_BY = {REFUSAL: "--drop-refusals", UNFINISHED: "--drop-unfinished", DUPLICATE: "--drop-duplicates"}
+_DROPPED_BY = {
+    REFUSAL: "--drop-refusals",
+    UNFINISHED: "--drop-unfinished",
+    DUPLICATE: "--drop-duplicates",
+    MISMATCHED: "--drop-mismatched",
+}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ as it is (`training.pool_scorer`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,15 @@ from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.columns import EOT_LOSS
 from ..method.error_rate import least_measured
+from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
 from ..method.unfinished import Unfinished
 from .losses import Scores
 
-_READ = ("ifd", "das", "answer_tokens")  # of the rows that are calibrated on
+_TESTED_ON = ("ifd", "answer_tokens")
+_CALIBRATED_ON = (*_TESTED_ON, "das")
+_CHECKED = 256  # rows that are read again, to see that they are read as they were
+CHUNK = 8192  # rows tested at a time
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,39 @@ class Reader:
         pairs = zip(self.encode(rows), left.tolist(), strict=True)
         return [with_ending(pair, tokens) for pair, tokens in pairs]
 
+    def pairings(
+        self, rows: np.ndarray, anchors: np.ndarray, wanted: int, tokens: int
+    ) -> tuple[list[Segment], np.ndarray]:
+        """The first `tokens` tokens of the answers of m rows, under their own prompts and under those of others.
+
+        Of `anchors` (m, C) the first `wanted` that make wrong pairs and not too long ones. Beside the s segments their
+        places (2, s) in a table (m, 1 + wanted), whose first column is of the own prompts.
+        """
+        others = np.unique(anchors)
+        encoded = dict(zip(others.tolist(), self.encode(others), strict=True))
+        segments: list[Segment] = []
+        places: list[tuple[int, int]] = []
+        for number, (pair, tried) in enumerate(zip(self.encode(rows), anchors.tolist(), strict=True)):
+            wrong = (mismatched(pair, encoded[other], self.longest).conditioned for other in tried)
+            found = [pair.conditioned, *islice(filter(None, wrong), wanted)]
+            segments += [Segment(s.ids[: s.start + tokens], s.start) for s in found]
+            places += [(number, column) for column in range(len(found))]
+        return segments, np.array(places, dtype=np.int64).reshape(-1, 2).T
+
+    def paired_losses(
+        self,
+        rows: np.ndarray,
+        anchors: np.ndarray,
+        wanted: int,
+        tokens: int,
+        losses: Callable[[list[Segment]], np.ndarray],
+    ) -> np.ndarray:
+        """What `losses` gives for `pairings`, (m, 1 + wanted), NaN where a row has fewer anchors."""
+        segments, places = self.pairings(rows, anchors, wanted, tokens)
+        table = np.full((len(rows), 1 + wanted), np.nan)
+        table[tuple(places)] = losses(segments)
+        return table
+
 
 def wrong_scores(pairs: list[tuple[int, Segment]], cas: np.ndarray, das: np.ndarray) -> Scores:
     """Scores of m wrong pairs: their losses (m,) over those of the same answers alone, of all rows (n,)."""
@@ -120,17 +158,9 @@ def measure(
         prompts: the prompts of all rows, as text; called for near ones alone.
         show: whether to show a progress bar.
     """
-    table = TableReader(rows)
-    missing = [name for name in _READ if name not in rows.column_names]
-    if missing:
-        raise UserError(
-            f"The rows have no {' and no '.join(missing)}: score them first, with the same scorer: "
-            "`rows.map(scorer, batched=True)`."
-        )
-    scored, das, tokens = (_numbers(table, name) for name in _READ)
+    table, ids, scored, tokens = _scored_rows(rows, _CALIBRATED_ON)
+    das = _numbers(table, "das")
     ended = _numbers(table, EOT_LOSS) if EOT_LOSS in rows.column_names else np.full(len(rows), np.nan)
-    scored, tokens = np.isfinite(scored), np.nan_to_num(tokens).astype(np.int64)
-    ids = _order(table)
     candidates = limit.draw(ids, scored, seed, lambda of, k: SimilarPrompts(prompts()).nearest(of, k))
     wanted = limit.wanted(int(scored.sum()))
     cut, left = unfinished.draw(ids, np.where(np.isfinite(ended), tokens, 0), seed)
@@ -141,6 +171,50 @@ def measure(
     with tqdm(total=total, desc="Calibrating", unit="tok", unit_scale=True, disable=not show, leave=False) as bar:
         wrong = wrong_scores(pairs, reader.losses(prompted, bar.update)[0], das)
         return Calibration(wrong, reader.losses(segments, bar.update)[1])
+
+
+def p_values(
+    reader: Reader,
+    rows: Dataset,
+    which: np.ndarray | None,
+    test: PairingTest,
+    seed: int,
+    prompts: Callable[[], Iterable[str]],
+    show: bool,
+) -> np.ndarray:
+    """Test whether answers belong to their prompts; see `IFDScorer.pairing_p_values`, and `measure`."""
+    _, ids, scored, tokens = _scored_rows(rows, _TESTED_ON)
+    tested = np.zeros(len(rows), dtype=bool)
+    tested[slice(None) if which is None else which] = True
+    tested, pool = (np.flatnonzero(some)[np.argsort(ids[some], kind="stable")] for some in (tested & scored, scored))
+    _check_scored_so(reader, tested[:_CHECKED], tokens)
+    similar = SimilarPrompts(prompts()) if test.prompts == "near" and len(tested) else None
+    anchors = test.draw(tested, pool, seed, similar.nearest if similar else None)
+    found = np.full(len(rows), np.nan)
+    for start in range(0, len(tested), CHUNK):
+        part = slice(start, start + CHUNK)
+
+        def losses(segments: list[Segment], done: int = start) -> np.ndarray:
+            total, what = sum(len(segment.ids) for segment in segments), f"Pairing test, from row {done + 1:,}"
+            with tqdm(total=total, desc=what, unit="tok", unit_scale=True, disable=not show, leave=False) as bar:
+                return reader.losses(segments, bar.update)[0]
+
+        table = reader.paired_losses(tested[part], anchors[part], test.anchors, test.tokens, losses)
+        found[tested[part]] = test.p_values(table[:, 0], table[:, 1:])
+    return found
+
+
+def _scored_rows(rows: Dataset, wanted: Sequence[str]) -> tuple[TableReader, np.ndarray, np.ndarray, np.ndarray]:
+    """Of n rows with the wanted columns: these, by what they are known, whether they have a score, answer tokens."""
+    table = TableReader(rows)
+    missing = [name for name in wanted if name not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"The rows have no {' and no '.join(missing)}: score them first, with the same scorer: "
+            "`rows.map(scorer, batched=True)`."
+        )
+    tokens = np.nan_to_num(_numbers(table, "answer_tokens")).astype(np.int64)
+    return table, _order(table), np.isfinite(_numbers(table, "ifd")), tokens
 
 
 def _check_scored_so(reader: Reader, rows: np.ndarray, tokens: np.ndarray) -> None:

@@ -46,9 +46,10 @@ from ..errors import FileAccessError, UserError, one_line
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import WrongPrompts
 from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS
+from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
 from ..method.unfinished import Unfinished
-from .calibration import Calibration, Reader, measure
+from .calibration import Calibration, Reader, measure, p_values
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .engine import check_causal_config, check_causal_lm
 from .losses import Scores, nll_with_tails, prompt_features, score_pairs, token_progress
@@ -283,12 +284,46 @@ class IFDScorer:
         >>> threshold = Unfinished().threshold(np.array(ds["eot_loss"], float), calibration.cut) # doctest: +SKIP
         """
         check_positive(pairs=pairs, cuts=cuts)
+        limit, unfinished = CalibratedLimit(_ANY_SHARE, pairs, prompts), Unfinished(_ANY_SHARE, cuts)
+        return measure(**self._reading(rows, "calibrate"), limit=limit, unfinished=unfinished, seed=seed)
+
+    def pairing_p_values(
+        self,
+        rows: Dataset,
+        which: Sequence[int] | np.ndarray | None = None,
+        test: PairingTest | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Test whether answers belong to their prompts: (n,) p-values, NaN for rows that were not tested.
+
+        An answer passes with p <= alpha, `test.passes(p)`: no more than a share alpha of mismatched rows does. The test
+        takes K forwards of a row, so test the rows that would be kept. What anchors a row has depends on the seed and
+        on the ids of the tested rows.
+
+        Args:
+            rows: the data set with the columns that this scorer attached.
+            which: positions of the rows to test; all by default. Those without a score are not tested.
+            test: how they are; by default against 9 random prompts, with alpha 0.1.
+            seed: of the draw of anchors.
+
+        Raises:
+            UserError: for rows without scores, or with those of a scorer that reads them otherwise.
+
+        >>> ds = ds.map(scorer, batched=True)                                                    # doctest: +SKIP
+        >>> belongs = PairingTest().passes(scorer.pairing_p_values(ds))                          # doctest: +SKIP
+        >>> ds = ds.select(np.flatnonzero(belongs))                                              # doctest: +SKIP
+        """
+        reading = self._reading(rows, "pairing_p_values")
+        which = None if which is None else np.asarray(which, dtype=np.int64)
+        return p_values(**reading, which=which, test=test or PairingTest(), seed=seed)
+
+    def _reading(self, rows: Dataset, caller: str) -> dict[str, Any]:
+        """How measuring functions read rows and run the model."""
         if not isinstance(rows, Dataset):
             raise UserError(
-                f"calibrate reads rows of a datasets.Dataset, got a {type(rows).__name__}: pass one split of it, or "
+                f"{caller} reads rows of a datasets.Dataset, got a {type(rows).__name__}: pass one split of it, or "
                 "load what is streamed."
             )
-        limit, unfinished = CalibratedLimit(_ANY_SHARE, pairs, prompts), Unfinished(_ANY_SHARE, cuts)
         rows = rows.with_format(None)
         format = self._format(rows.column_names)
         self._prepare()
@@ -302,7 +337,7 @@ class IFDScorer:
                 yield from ("" if example is None else example.prompt for example in examples)
 
         reader = Reader(encode, self.score, self.nll_with_tails, self._encoder.max_length)
-        return measure(reader, rows, limit, unfinished, seed, texts, not are_progress_bars_disabled())
+        return {"reader": reader, "rows": rows, "prompts": texts, "show": not are_progress_bars_disabled()}
 
     def embed(self, texts: Sequence[str], progress: Callable[[int], Any] | None = None) -> np.ndarray:
         """Mean of the last hidden states of each text, (n, H) float32, NaN for an empty one; see `prompt_features`.

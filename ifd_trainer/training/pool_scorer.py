@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
-from ..data.encoding import EncodedPair, Encoder, Segment, mismatched, token_count
+from ..data.encoding import EncodedPair, Encoder, Segment, token_count
 from ..data.formats import Example
 from ..data.similar_prompts import SimilarPrompts
 from ..data.token_rows import TokenRows
@@ -149,22 +148,14 @@ class PoolScorer:
         """
         reader = self._reader(prefix)
 
-        def run(part: np.ndarray) -> dict[str, np.ndarray]:
-            others = np.unique(anchors[part])
-            encoded = dict(zip(others.tolist(), reader.encode(others), strict=True))
-            segments, places = [], []
-            for number, (pair, tried) in enumerate(zip(reader.encode(rows[part]), anchors[part].tolist(), strict=True)):
-                wrong = (mismatched(pair, encoded[other], reader.longest).conditioned for other in tried)
-                found = [pair.conditioned, *islice(filter(None, wrong), wanted)]
-                segments += [Segment(s.ids[: s.start + tokens], s.start) for s in found]
-                places += [(number, column) for column in range(len(found))]
-            losses = np.full((len(part), 1 + wanted), np.nan)
-            at = np.array(places, dtype=np.int64).reshape(-1, 2).T
-            losses[tuple(at)] = self._losses(reader, segments, description)[0]
-            return {"losses": losses}
+        def losses(segments: list[Segment]) -> np.ndarray:
+            return self._losses(reader, segments, description)[0]
 
-        losses = self._run_shares(self.pool.lengths(rows), run)["losses"]
-        return losses[:, 0], losses[:, 1:]
+        def run(part: np.ndarray) -> dict[str, np.ndarray]:
+            return {"losses": reader.paired_losses(rows[part], anchors[part], wanted, tokens, losses)}
+
+        table = self._run_shares(self.pool.lengths(rows), run)["losses"]
+        return table[:, 0], table[:, 1:]
 
     def nearest_prompts(self, rows: np.ndarray, k: int) -> np.ndarray:
         """Positions (m, k) of the rows with the prompts most like those of `rows`; see `SimilarPrompts`."""

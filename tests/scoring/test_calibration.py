@@ -10,7 +10,7 @@ from conftest import ROUNDING, build_model, reference_nll
 from datasets import Dataset, DatasetDict
 from tiny_runs import TOKENIZER, raw_rows, select, sft_trainer, text_rows, train
 
-from ifd_trainer import CalibratedLimit, IFDScorer
+from ifd_trainer import CalibratedLimit, IFDScorer, PairingTest
 from ifd_trainer.data.formats import ALPACA, SUPERFILTERING, WIZARDLM
 from ifd_trainer.errors import UserError
 from ifd_trainer.method.guard import Guard
@@ -180,3 +180,72 @@ def test_a_bar_is_shown_unless_bars_are_switched_off(scorer, monkeypatch, capfd,
     monkeypatch.setattr("ifd_trainer.scoring.transform.are_progress_bars_disabled", lambda: not shown)
     scorer.calibrate(rows)
     assert ("Calibrating" in capfd.readouterr().err) == shown
+
+
+# ---- does this answer belong to this prompt? --------------------------------------------------------------------
+
+TEST = PairingTest(alpha=0.5, anchors=3, tokens=2)
+
+
+def p_value_of(model, rows: list, row: int, anchors: list[int]) -> float:
+    """By one loss at a time: how many of the first anchors that are no row of the same prompt or answer do as well."""
+    prompt, _, answer = rows[row]
+
+    def loss(of: list[int]) -> float:
+        return reference_nll(model, of + answer[: TEST.tokens], len(of))
+
+    others = [rows[i] for i in anchors if rows[i][0] != prompt and rows[i][2] != answer][: TEST.anchors]
+    return (1 + sum(loss(other) <= loss(prompt) for other, *_ in others)) / (1 + len(others))
+
+
+def test_p_values_are_what_one_loss_at_a_time_says_whatever_the_order_of_the_rows(model, scorer):
+    raw = raw_rows(40)
+    rows, order = [parts_of(row, "paper") for row in raw], np.argsort([row["row_id"] for row in raw], kind="stable")
+    found = scorer.pairing_p_values(scored(scorer, raw), test=TEST, seed=SEED)
+    anchors = TEST.draw(order, order, SEED)
+    expected = {row: p_value_of(model, rows, row, tried) for row, tried in zip(order.tolist(), anchors, strict=True)}
+    assert found.tolist() == pytest.approx([expected[row] for row in range(40)])
+    assert set(found) == {0.25, 0.5, 0.75, 1.0}  # of random weights, which know no prompt
+    again = scorer.pairing_p_values(scored(scorer, raw[::-1]), test=TEST, seed=SEED)
+    assert again.tolist() == found[::-1].tolist()
+
+
+def test_rows_that_are_not_asked_for_or_have_no_score_are_not_tested(scorer):
+    raw = raw_rows(12)
+    raw[5] |= {"output": ""}
+    rows = scored(scorer, raw)
+    found = scorer.pairing_p_values(rows, [3, 5, 8], TEST, SEED)
+    assert np.flatnonzero(np.isfinite(found)).tolist() == [3, 8]
+    assert np.isnan(scorer.pairing_p_values(rows, [], TEST)).all()
+
+
+def test_a_large_set_is_tested_in_parts_as_in_one(scorer, monkeypatch):
+    rows = scored(scorer, raw_rows(20))
+    whole = scorer.pairing_p_values(rows, test=TEST)
+    monkeypatch.setattr("ifd_trainer.scoring.calibration.CHUNK", 7)
+    assert scorer.pairing_p_values(rows, test=TEST).tolist() == whole.tolist()
+
+
+def test_near_anchors_are_the_prompts_that_read_most_alike(model):
+    subjects = ["boil an egg", "prove a theorem of Fermat", "paint the kitchen wall", "sing a lullaby"]
+    raw = [
+        {"instruction": f"How do I {subject}, part {n}?", "output": f"It is {i} {n} of these.", "id": 4 * i + n}
+        for i, subject in enumerate(subjects)
+        for n in range(4)
+    ]
+    scorer = IFDScorer(model, TOKENIZER, format="alpaca")
+    test = PairingTest(alpha=0.5, anchors=3, tokens=2, prompts="near")
+    found = scorer.pairing_p_values(scored(scorer, raw), test=test)
+    rows = [parts_of(row, "paper", ALPACA) for row in raw]
+    twins = [[j for j in range(16) if j // 4 == i // 4 and j != i] for i in range(16)]
+    assert found.tolist() == pytest.approx([p_value_of(model, rows, i, twins[i]) for i in range(16)])
+
+
+def test_p_values_are_refused_where_rows_were_not_scored_so(model, scorer):
+    with pytest.raises(UserError, match=r"The rows have no ifd and no answer_tokens: score them first"):
+        scorer.pairing_p_values(Dataset.from_list(raw_rows(3)))
+    shorter = IFDScorer(model, TOKENIZER, format="wizardlm", max_length=20)
+    with pytest.raises(UserError, match=r"answer tokens, and this scorer reads 0 there: the scores are those of ano"):
+        shorter.pairing_p_values(scored(scorer, raw_rows(20)))
+    with pytest.raises(UserError, match=r"pairing_p_values reads rows of a datasets.Dataset, got a DatasetDict"):
+        scorer.pairing_p_values(DatasetDict(train=Dataset.from_list(raw_rows(3))))
