@@ -52,7 +52,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ifd_trainer.data.duplicates import duplicate_groups
-from ifd_trainer.data.encoding import EncodedPair, Segment, mismatched, with_ending
+from ifd_trainer.data.encoding import EncodedPair, Segment, with_ending
 from ifd_trainer.data.files import load_rows
 from ifd_trainer.data.formats import PromptFormat, resolve_format
 from ifd_trainer.data.similar_prompts import SimilarPrompts
@@ -65,6 +65,7 @@ from ifd_trainer.method.reasons import Status
 from ifd_trainer.method.scoring_health import separation
 from ifd_trainer.method.selection import Cherry, Policy, ShortfallError
 from ifd_trainer.method.unfinished import Unfinished
+from ifd_trainer.scoring.calibration import Reader, wrong_scores
 from ifd_trainer.scoring.losses import Scores
 from ifd_trainer.scoring.transform import IFDScorer
 
@@ -251,7 +252,8 @@ class Measured:
     def __post_init__(self) -> None:
         columns = {name: [row.get(name) for row in self.pool.rows] for name in self.pool.rows[0]}
         self.pairs = self.losses.scorer.encode(columns)
-        self.longest = max(len(pair.conditioned.ids) for pair in self.pairs if pair.conditioned)
+        longest = max(len(pair.conditioned.ids) for pair in self.pairs if pair.conditioned)
+        self.reader = Reader(lambda rows: [self.pairs[row] for row in rows], None, None, longest)
         self.texts = [_texts(row, self.format) for row in self.pool.rows]
         prompts = [self.format.render(row, None).prompt for row in self.pool.rows]
         self.similar = SimilarPrompts(prompts)
@@ -277,19 +279,18 @@ class Measured:
 
     def _limit(self, rule: CalibratedLimit) -> float:
         """The calibrated limit; infinity where the pool is too small for one."""
-        candidates = rule.draw(self.ids, self.ok, self.seed, self.similar.nearest).tolist()
-        wrong = (mismatched(self.pairs[row], self.pairs[other], self.longest) for row, other in candidates)
-        found = list(islice((pair for pair in wrong if pair.conditioned), rule.wanted(int(self.ok.sum()))))
-        losses = self.losses(list(_both(found)), f"limit, {rule.prompts}")
+        candidates = rule.draw(self.ids, self.ok, self.seed, self.similar.nearest)
+        pairs = self.reader.wrong_pairs(candidates, rule.wanted(int(self.ok.sum())))
+        cas = self.losses([segment for _, segment in pairs], f"limit, {rule.prompts}")[:, 0]
         try:
-            return rule.limit(losses[0::2, 0] / losses[1::2, 0])
+            return rule.limit(wrong_scores(pairs, cas, self.scores.das).ifd)
         except UserError:
             return float("inf")
 
     def _threshold(self, rule: Unfinished) -> float:
         known = np.isfinite(self.scores.eot_loss)
         drawn = rule.draw(self.ids, np.where(known, self.scores.answer_tokens, 0), self.seed)
-        cut = [with_ending(self.pairs[row], left) for row, left in zip(*(d.tolist() for d in drawn), strict=True)]
+        cut = self.reader.cut_answers(*drawn)
         return rule.threshold(self.scores.eot_loss[known], self.losses(cut, "unfinished")[:, 1])
 
     def _drawn(self, test: PairingTest) -> np.ndarray:
@@ -300,21 +301,13 @@ class Measured:
 
     def p_values(self, rows: np.ndarray, prompts: str) -> np.ndarray:
         """(m,) p-values of the pairing test of some rows; NaN where it tells nothing."""
-        test, new = self.tests[prompts], [row for row in rows.tolist() if not self._tested[prompts][row]]
-        segments, places = [], []
-        for number, row in enumerate(new):
-            if not self.ok[row]:
-                continue
-            tried = (mismatched(self.pairs[row], self.pairs[i], self.longest) for i in self._anchors[prompts][row])
-            others = islice((pair.conditioned for pair in tried if pair.conditioned), test.anchors)
-            found = [self.pairs[row].conditioned, *others]
-            segments += [Segment(s.ids[: s.start + test.tokens], s.start) for s in found]
-            places += [(number, column) for column in range(len(found))]
-        losses = np.full((len(new), 1 + test.anchors), np.nan)
-        if places:
-            found = self.losses(segments, f"pairing test, {prompts}")
-            losses[tuple(np.transpose(places))] = found[:, 0]
-        self.p[prompts][new] = test.p_values(losses[:, 0], losses[:, 1:])
+        test, new = self.tests[prompts], rows[~self._tested[prompts][rows] & self.ok[rows]]
+
+        def losses(segments: Sequence[Segment]) -> np.ndarray:
+            return self.losses(segments, f"pairing test, {prompts}")[:, 0] if segments else np.empty(0)
+
+        table = self.reader.paired_losses(new, self._anchors[prompts][new], test.anchors, test.tokens, losses)
+        self.p[prompts][new] = test.p_values(table[:, 0], table[:, 1:])
         self._tested[prompts][new] = True
         return self.p[prompts][rows]
 
