@@ -300,7 +300,48 @@ def template_frames(tokenizer: Any, template: str | None = None) -> list[Frame]:
                 continue
             # An answer may begin as an open turn goes on; behind an empty one, a template may leave out white space.
             frames |= {Frame(before, frame.after) for before in (frame.before, opened, frame.before.rstrip())}
-    return sorted((frame for frame in frames if frame.before), key=lambda frame: (-len(frame.before), frame.before))
+    return sorted(
+        (frame for frame in frames if frame.before), key=lambda frame: (-len(frame.before), frame.before, frame.after)
+    )
+
+
+def turn_texts(tokenizer: Any, template: str | None = None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a tokenizer's chat template writes between the turns of a conversation: headers and openers.
+
+    Headers stand before an assistant's answers, earlier ones of a conversation too, where a template may leave out what
+    was thought. Openers stand between an answer and what follows it, the turn of a user, a tool or a system: first what
+    ends the answer's turn.
+
+    Args:
+        template: a template in place of the tokenizer's own.
+    """
+    befores = [frame.before for frame in template_frames(tokenizer, template) if frame.before.strip()]
+    render = renderer(tokenizer, {} if template is None else {"chat_template": template})
+    user, said = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    asked, answered = user | {"content": _MARK}, said | {"content": _MARK}
+    earlier = _between(render, [asked, answered, user, said])
+    shared = (
+        before[:size] for before in befores for size in range(len(before), 0, -1) if earlier.endswith(before[:size])
+    )
+    if (header := max(shared, key=len, default="")).strip():
+        befores.append(header)
+    openers = [
+        _between(render, [user, answered, turn, *then])
+        for role in ("user", "tool", "system")
+        for content in (_MARK, [{"type": "text", "text": _MARK}])
+        for then in ([said], [])
+        for turn in [{"role": role, "content": content} | ({"name": "f"} if role == "tool" else {})]
+    ]
+    return tuple(dict.fromkeys(befores)), tuple(dict.fromkeys(opener for opener in openers if opener.strip()))
+
+
+def _between(render: Render, messages: list[dict]) -> str:
+    """What a template writes between the two marks in some messages; nothing where it cannot render them."""
+    try:
+        around = _around_mark(render, messages)
+    except ValueError:
+        return ""
+    return "" if around is None else around[2].partition(_MARK)[0]
 
 
 def _split(render: Render, prompt: list[dict], answer: list[dict], eos: str) -> tuple[str, str, Frame]:

@@ -17,7 +17,7 @@ class GivenHeader(list):
     """Tokens before a direct answer that a user chose: they take the place of a template's header."""
 
 
-def response_prefix(tokenizer: Any, prompts: Prompts, header: str | None = None) -> list[int]:
+def response_prefix(tokenizer: Any, prompts: Prompts, header: str | None = None, found: str | None = None) -> list[int]:
     """Tokens before a direct answer: the header that the prompts share, or BOS, else EOS.
 
     Where that is the chat template's assistant header or the Alpaca header, that alone is taken, so that scores agree
@@ -25,7 +25,8 @@ def response_prefix(tokenizer: Any, prompts: Prompts, header: str | None = None)
 
     Args:
         prompts: the distinct ones of the pool.
-        header: the header's text, if it is known.
+        header: the header's text, if a user knows it.
+        found: the header's text, if it was found in the rows.
 
     Raises:
         ValueError: when no row has a prompt.
@@ -39,7 +40,7 @@ def response_prefix(tokenizer: Any, prompts: Prompts, header: str | None = None)
     if header is not None:
         return GivenHeader(direct_prefix(tokenizer, header, special=False))
     # The response headers that the transform uses.
-    headers = [*(frame.before for frame in template_frames(tokenizer)), ALPACA.header]
+    headers = [*filter(None, [found]), *(frame.before for frame in template_frames(tokenizer)), ALPACA.header]
     known = (tokenizer(header, add_special_tokens=False, verbose=False)["input_ids"] for header in headers)
     suffix = next((ids for ids in known if _share_opened(prompts, ids) >= _SHARE), None)
     suffix = suffix or prompts.shared_suffix(_SHARE)

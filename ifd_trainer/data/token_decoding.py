@@ -7,8 +7,11 @@ each token, in a fifth of the time.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -42,12 +45,65 @@ class Decoder:
         except pa.ArrowInvalid:  # a part begins or ends within a character
             return pa.array([text.decode(errors="replace") for text in texts.to_pylist()], pa.string())
 
+    def row(self, ids: Sequence[int]) -> TextOfTokens:
+        """The text of a row, with the places of its tokens in it."""
+        if self._lookup is not None:
+            return _Pieces([self._lookup[i] if i < len(self._lookup) else b"" for i in ids])
+        return _Decoded(self._tokenizer, ids)
+
+    @cached_property
+    def _lookup(self) -> list[bytes] | None:
+        return None if self._pieces is None else self._pieces.to_pylist()
+
     def _one_by_one(self, ids: np.ndarray, bounds: np.ndarray) -> list[str]:
         tokens = ids.tolist()
         rows = [tokens[start:end] for start, end in pairwise(bounds.tolist())]
         if self._backend is None:
             return self._tokenizer.batch_decode(rows)
         return self._backend.decode_batch(rows, skip_special_tokens=False)
+
+
+class TextOfTokens(Protocol):
+    """The text of a row of tokens, in bytes of UTF-8.
+
+    Attributes:
+        text: all of it.
+    """
+
+    text: bytes
+
+    def token_at(self, place: int) -> int:
+        """The first token that ends behind a place in the text; the number of tokens where none does."""
+        ...
+
+
+class _Pieces:
+    """Of a byte-level tokenizer: its tokens' bytes, one after the other."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.text, self._pieces = b"".join(pieces), pieces
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(piece) for piece in self._pieces])
+
+    def token_at(self, place: int) -> int:
+        return int(np.searchsorted(self._ends, place, side="right"))
+
+
+class _Decoded:
+    """Of any other tokenizer, of which a token's text depends on those before it."""
+
+    def __init__(self, tokenizer: Any, ids: Sequence[int]) -> None:
+        self._tokenizer, self._ids = tokenizer, list(ids)
+        self.text = self._start(len(self._ids))
+
+    def token_at(self, place: int) -> int:
+        return bisect_right(range(1, len(self._ids) + 1), place, key=lambda count: len(self._start(count)))
+
+    def _start(self, count: int) -> bytes:
+        text = self._tokenizer.decode(self._ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text.encode(errors="replace")
 
 
 def _pieces(vocabulary: dict[str, int]) -> pa.Array:

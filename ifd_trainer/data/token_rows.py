@@ -45,6 +45,15 @@ class TokenRows:
             return EncodedPair.unscorable(Status.EMPTY_PROMPT)
         return pair
 
+    def whole(self, ids: Sequence[int], fills: bool = False) -> EncodedPair:
+        """A row all of which is the answer, behind BOS, else EOS, else its own first token: both segments are alike."""
+        tokenizer = self._encoder.tokenizer
+        before = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]
+        ids = list(ids) if list(ids[: len(before)]) == before else [*before, *ids]
+        end = self._turns(ids, min(1, len(ids)), len(ids))[2]
+        ending = () if fills and end == len(ids) else self._turns.ending(ids[end:])
+        return self._encoder.pair(ids[:end], 1, ids[:1], ending)
+
     def span(self, ids: Sequence[int], start: int, end: int) -> tuple[int, int]:
         """Where the answer begins and ends within the labels' `start` and `end`."""
         return self._turns(list(ids), start, end, self._frames)[1:]

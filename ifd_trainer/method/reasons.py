@@ -14,6 +14,7 @@ class Status(str, Enum):
 
     OK = "ok"
     EMPTY_ANSWER = "empty_answer"  # no answer token, or white space alone
+    NO_HEADER = "no_header"  # all of it is trained on, and nothing in it says where an answer begins
     EMPTY_PROMPT = "empty_prompt"  # nothing is asked: neither instruction nor input, or no message before the answer
     TOO_SHORT = "too_short"  # fewer answer tokens than the definition or `min_answer_tokens` wants
     TRUNCATED = "truncated"  # the answer does not fit in max_length
@@ -62,6 +63,7 @@ MEANINGS = {
     OUTSIDE_BAND: "dropped: outside the band of scores",
     REFUSAL: "dropped: the answer looks like a refusal",
     Status.EMPTY_ANSWER.value: "no score: the answer has no token",
+    Status.NO_HEADER.value: "no score: nothing in the row says where an answer begins",
     Status.EMPTY_PROMPT.value: "no score: nothing is asked, the prompt is blank",
     Status.TOO_SHORT.value: "no score: too few answer tokens",
     Status.TRUNCATED.value: "no score: the answer does not fit in max_length",

@@ -23,6 +23,7 @@ import transformers
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState
 
+from ..data.distinct_prompts import Prompts
 from ..data.encoding import Encoder
 from ..data.response_header import response_prefix
 from ..data.token_decoding import Decoder
@@ -44,7 +45,7 @@ from .first_scoring import FirstScoring
 from .history import FOLDER, History, epoch_record, epoch_rows
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
-from .options import Scoring, check_options, groups_of, guard_of
+from .options import Scoring, check_options, groups_of, guard_of, needs_answers, of_whole_rows
 from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
 from .row_chooser import RowChooser
@@ -58,6 +59,7 @@ from .trainer_hooks import (
     reshard,
     scoring_model,
     start_anew,
+    tokenizer_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -144,10 +146,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     ) -> None:
         check_options(scorer, seed, order, getattr(getattr(trainer, "args", None), "train_sampling_strategy", None))
         self.policy, self.timing, self.scoring = groups_of(policy, timing, scoring, max_ifd, more)
-        self.guard = guard_of(guard, self.policy, self.timing, scorer, max_ifd is not None)
         self.schedule = as_schedule(keep if schedule is None else schedule)
         self.restart = self.timing.restart
-        attach(trainer)
+        self.guard = guard_of(guard, self.policy, self.timing, scorer, max_ifd is not None)
+        attach(trainer, self.scoring.header, not needs_answers(self.policy, self.timing, guard, scorer))
+        if trainer.selection_pool.whole:
+            self.guard = of_whole_rows(self.guard)
         self.run = SelectionRun()
         check_timing(trainer, self.timing)
         if isinstance(self.policy, Diverse) and trainer.selection_pool.packed:
@@ -157,7 +161,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             )
         self.trainer = trainer
         self._seed, self.order, self.id_column, self.push_history = seed, order, id_column, push_history
-        self.tokenizer = _tokenizer_of(trainer)
+        self.tokenizer = tokenizer_of(trainer)
         # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
         encoder = Encoder(self.tokenizer, min_answer_tokens=self.scoring.min_answer_tokens)
         self.pool_scorer = PoolScorer(trainer, encoder, scorer, self.scoring.embedder, self.scoring.token_budget)
@@ -263,7 +267,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.chooser.forget(trained=before != self._fingerprint or self.trainer.model_init is not None)
         self.chooser.check_pool()
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
-        self._prefix = response_prefix(self.tokenizer, prompts, self.scoring.header)
+        self._prefix = [] if self.pool.whole else self._response_prefix(prompts)
         self.history = History(self.run.folder / FOLDER, to_data(self._settings()))
         if state.global_step > 0:
             self._restore(state, Path(checkpoint))
@@ -425,6 +429,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 record["kept_only_without_guards"] = len(kept_out)
             self.history.add(record, epoch_rows(ids, scores.columns() | added, selection))
 
+    def _response_prefix(self, prompts: Prompts) -> list[int]:
+        found = self.pool.finder.header if self.pool.finder is not None else None
+        return response_prefix(self.tokenizer, prompts, self.scoring.header, found)
+
     def _first_scoring(self, begun: bool) -> FirstScoring:
         score = self.chooser.score if self.chooser.score in SCORES else None
         stops = self.guard is not None and self.guard.on_misaligned == "error" and not begun
@@ -575,10 +583,3 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 _WATCHED = ("limit", "unfinished", *WATCHED)
 _LOGGED = ("pool", "eligible", "kept", "packed_rows", *_WATCHED, "cut", "mean_kept", "mean_dropped", "overlap")
 _LOGGED += ("shortfall", "proxy_rank_correlation", "proxy_overlap", "seconds_scoring")
-
-
-def _tokenizer_of(trainer: Trainer) -> Any:
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    if tokenizer is None or not hasattr(tokenizer, "all_special_ids"):
-        raise UserError("The trainer has no tokenizer: pass processing_class=tokenizer to the trainer.")
-    return tokenizer

@@ -63,6 +63,24 @@ class Scoring:
         )
 
 
+def needs_answers(policy: Policy, timing: Timing, guard: Guard | str | bool | None, scorer: Any) -> bool:
+    """Whether a run needs to know which tokens of a row are its answer.
+
+    What is said of prompts does: IFD, a guard that was asked for, a brief experience, another model, which reads prompt
+    and answer. The loss of a whole text, its length, and columns of the data set do not.
+    """
+    of_prompts = getattr(policy, "score", None) in ("ifd", "ifd_ppl", "cas")
+    asked = Guard() if guard is True else guard if isinstance(guard, Guard) else None
+    measured = {"limit", "pairing"}.intersection(asked.measuring if asked else ())
+    other = scorer is not None and scorer != "columns"
+    return of_prompts or bool(measured) or timing.warmup is not None or other
+
+
+def of_whole_rows(guard: Guard | None) -> Guard | None:
+    """The guards that need no prompt."""
+    return guard and dataclasses.replace(guard, limit=None, pairing=None)
+
+
 def guard_of(
     guard: Guard | str | bool | None, policy: Policy, timing: Timing, scorer: Any, limit_given: bool = False
 ) -> Guard | None:

@@ -7,7 +7,7 @@ is given in: an example each, or with packing a bin of examples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,15 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..data.answer_finder import AnswerFinder
 from ..data.distinct_prompts import WINDOW, Prompts, first_tokens, tails
-from ..data.encoding import IGNORE
+from ..data.encoding import IGNORE, answer_span
 from ..data.row_ids import as_array, find_ids
 from ..errors import UserError
 from ..method.selection import Selection, ShortfallError
 from .packing import PackedRows, best_fit_decreasing, largest, spread, unpack
+from .row_tokens import TOKEN_COLUMNS, Padding, RowTokens, lists_of
 
-_TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "seq_lengths"}
+_LOOKED_AT, _AT_FIRST = 1000, 20  # rows by which it is told how answers are found, so many at a time
 TrainingRow = int | tuple[int, ...]
+FindAnswers = Callable[[Iterable[list[int]]], AnswerFinder]
 
 
 class Pool:
@@ -31,12 +34,19 @@ class Pool:
 
     Args:
         dataset: the trainer's prepared training set, with input_ids and labels.
+        answers: gives what finds the answers in rows like some (their token ids), where labels do not tell them; None
+            where labels have to.
+        padding: of the rows.
+
+    Attributes:
+        whole: whether all of a row is taken for its answer, since nobody can tell it and no policy asks for it.
     """
 
-    packed = False
+    packed = whole = False
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, answers: FindAnswers | None = None, padding: Padding | None = None) -> None:
         self.source = self.examples = dataset
+        self._answers, self._padding = answers, padding or Padding()
         self._lengths: np.ndarray | None = None
         self._spans: np.ndarray | None = None
         self._ids: dict[str | None, np.ndarray] = {}
@@ -60,16 +70,32 @@ class Pool:
     def tokens(self, positions: np.ndarray | None = None) -> Iterator[tuple[list[int], list[int]]]:
         """(input_ids, labels) of the examples at `positions`, of all by default; read a thousand at a time."""
         positions = np.arange(len(self)) if positions is None else positions
-        examples, stored = self.examples, self._stored()
         for start in range(0, len(positions), 1000):
-            part = positions[start : start + 1000].tolist()
-            if stored is not None:
-                rows = stored[part]
-                yield from zip(rows["input_ids"], rows["labels"], strict=True)
-            else:
-                for position in part:
-                    row = examples[position]
-                    yield np.asarray(row["input_ids"]).tolist(), np.asarray(row["labels"]).tolist()
+            ids, labels, sizes = self._rows(positions[start : start + 1000])
+            yield from zip(lists_of(ids, sizes), lists_of(labels, sizes), strict=True)
+
+    @property
+    def _rows(self) -> RowTokens:
+        return RowTokens(self.examples, self._padding)
+
+    @cached_property
+    def finder(self) -> AnswerFinder | None:
+        """What finds the answers of rows of which every token is trained on; None where labels tell them.
+
+        Raises:
+            UserError: where nobody can tell answers from prompts.
+        """
+        if self._answers is None or self.whole or not len(self):
+            return None
+        rows: list[list[int]] = []
+        looked_at = np.unique(np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(np.int64))
+        for part in np.array_split(looked_at, -(-len(looked_at) // _AT_FIRST)):
+            for ids, labels in self.tokens(part):
+                start, end = answer_span(labels)
+                if 0 < start < end:
+                    return None
+                rows.append(ids)
+        return self._answers(rows)
 
     def read(self) -> tuple[Prompts, str]:
         """All tokens in one pass: the distinct prompts, and a digest of all token ids and labels in their order.
@@ -87,13 +113,15 @@ class Pool:
             part = slice(done, done := done + len(sizes))
             digest.update(_rows_in_turn(ids, labels, sizes))
             lengths[part], spans[part] = sizes, _answer_spans(labels, sizes)
+            if self.finder is not None:
+                spans[part] = _found_spans(self.finder, ids, sizes, spans[part])
             starts = np.cumsum(sizes) - sizes
             ends = starts + spans[part, 0]
             keys[part] = _keys(ids, starts, ends)
             firsts[part], last[part] = first_tokens(ids, starts, ends), tails(ids, starts, ends, WINDOW)
         digest.update(self._packed_into())
         self._lengths, self._spans, self._ids = lengths, spans, {}
-        _, distinct = np.unique(keys, return_index=True)
+        distinct = np.sort(np.unique(keys, return_index=True)[1])  # in an order that no process's hashes change
         if len(distinct) == rows:
             distinct = slice(None)  # no copy
         wider = lambda width: self._tails(width)[distinct]  # noqa: E731
@@ -123,43 +151,11 @@ class Pool:
         """What the digest says beside the tokens."""
         return b""
 
-    def _stored(self) -> Any:
-        """input_ids and labels of a `datasets.Dataset`, as lists whatever its format; None for other data sets."""
-        names = getattr(self.examples, "column_names", None)
-        if names is None:
-            return None
-        missing = [name for name in ("input_ids", "labels") if name not in names]
-        if missing:
-            raise UserError(
-                f"Selection reads input_ids and labels, but the prepared training set has {names}. Do not use "
-                "skip_prepare_dataset, or tokenise the data set with labels yourself."
-            )
-        columns = self.examples.select_columns(["input_ids", "labels"])
-        return columns if columns.format["type"] == "custom" else columns.with_format(None)
-
     def _batches(self, size: int = 1000) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """All tokens, `size` rows at a time: flat input_ids and labels, and the size of each row; int64."""
-        stored = self._stored()
-        plain = stored is not None and stored.format["type"] != "custom"
-        stored = stored.with_format("arrow") if plain else None  # as they are stored: no Python object for each token
+        rows = self._rows
         for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            if plain:
-                part = stored[start:stop]
-                columns = [part["input_ids"], part["labels"]]
-            else:
-                pairs = list(self.tokens(np.arange(start, stop)))
-                columns = [pa.array(column, pa.list_(pa.int64())) for column in zip(*pairs, strict=True)]
-            flat = [pc.list_flatten(column).to_numpy().astype(np.int64) for column in columns]
-            sizes = [pc.list_value_length(column).to_numpy().astype(np.int64) for column in columns]
-            differ = np.flatnonzero(sizes[0] != sizes[1])
-            if len(differ):
-                row = differ[0]
-                raise UserError(
-                    f"Row {start + row} of the training set has {sizes[0][row]} input_ids, but {sizes[1][row]} labels. "
-                    "Tokenise the data set anew: each token needs a label, -100 in the prompt."
-                )
-            yield *flat, sizes[0]
+            yield rows(slice(start, min(start + size, len(self))))
 
     def lengths(self, positions: np.ndarray) -> np.ndarray:
         """Tokens of the examples at `positions`."""
@@ -196,7 +192,7 @@ class Pool:
     @property
     def column_names(self) -> list[str]:
         """Columns other than those of tokens."""
-        return sorted(set(getattr(self.examples, "column_names", None) or []) - _TOKEN_COLUMNS)
+        return sorted(set(getattr(self.examples, "column_names", None) or []) - {*TOKEN_COLUMNS})
 
     def column(self, name: str) -> np.ndarray:
         """The values of a column of the data set, (n,).
@@ -216,7 +212,7 @@ class Pool:
     def columns(self, start: int, stop: int, without: Collection[str]) -> dict[str, pa.ChunkedArray]:
         """Columns other than token ids and `without`, of the examples from `start` to `stop`."""
         names = getattr(self.examples, "column_names", None) or []
-        names = [name for name in names if name not in _TOKEN_COLUMNS | set(without)]
+        names = [name for name in names if name not in {*TOKEN_COLUMNS, *without}]
         if not names:
             return {}
         part = self.examples.select_columns(names).with_format("arrow")[start:stop]
@@ -267,12 +263,13 @@ class PackedPool(Pool):
     Args:
         dataset: a `datasets.Dataset` with input_ids, labels and seq_lengths.
         capacity: tokens of a bin, the trainer's max_length.
+        answers: see `Pool`.
     """
 
     packed = True
 
-    def __init__(self, dataset: Any, capacity: int) -> None:
-        super().__init__(dataset)
+    def __init__(self, dataset: Any, capacity: int, answers: FindAnswers | None = None) -> None:
+        super().__init__(dataset, answers)
         self.capacity = capacity
         packed = dataset.select_columns(["input_ids", "labels", "seq_lengths"]).with_format("arrow")
         self.examples = packed.map(unpack, batched=True, desc="Unpacking train dataset").with_format(None)
@@ -364,6 +361,15 @@ class PackedPool(Pool):
 
     def _bins(self, kept: np.ndarray) -> int:
         return len(best_fit_decreasing(self._lengths[kept], self.capacity))
+
+
+def _found_spans(finder: AnswerFinder, ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """Spans (n, 2) of answers, found in the rows that are trained on from their first token; (size, size) for none."""
+    found = spans.copy()
+    for number, row in enumerate(lists_of(ids, sizes)):
+        if spans[number, 0] == 0:
+            found[number] = finder(row) or (len(row), len(row))
+    return found
 
 
 def _rows_in_turn(ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:

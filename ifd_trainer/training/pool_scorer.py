@@ -23,6 +23,7 @@ from ..data.similar_prompts import SimilarPrompts
 from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
 from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
+from ..method.equations import FROM_LOSSES
 from ..method.reasons import Status
 from ..scoring.calibration import Reader, wrong_scores
 from ..scoring.losses import Scores, nll_with_tails, prompt_features, score_pairs
@@ -90,7 +91,10 @@ class PoolScorer:
             with self._progress(token_count(pairs), description) as bar:
                 return reader.score(pairs, bar.update).columns()
 
-        return Scores(**self._run_shares(tokens, run))
+        columns = self._run_shares(tokens, run)
+        if self.pool.whole:  # both losses are that of the whole text
+            columns |= dict.fromkeys(("cas", *FROM_LOSSES), np.full(len(rows), np.nan))
+        return Scores(**columns)
 
     def mismatched_scores(
         self,
@@ -266,9 +270,16 @@ class PoolScorer:
             return reader.losses(segments, bar.update)
 
     def _own_pairs(self, rows: np.ndarray, prefix: Sequence[int]) -> list[EncodedPair]:
-        read, spans = self._read, self.pool.spans(rows).tolist()
+        spans = self.pool.spans(rows).tolist()
         tokens = zip(self.pool.tokens(rows), spans, strict=True)
-        return [read.pair(ids, start, end, prefix, self._fills(ids)) for (ids, _), (start, end) in tokens]
+        return [self._own_pair(ids, start, end, prefix) for (ids, _), (start, end) in tokens]
+
+    def _own_pair(self, ids: list[int], start: int, end: int, prefix: Sequence[int]) -> EncodedPair:
+        if self.pool.whole:
+            return self._read.whole(ids, self._fills(ids))
+        if self.pool.finder is not None and start == len(ids) and self.pool.finder(ids) is None:
+            return EncodedPair.unscorable(Status.PROMPT_TOO_LONG if self._fills(ids) else Status.NO_HEADER)
+        return self._read.pair(ids, start, end, prefix, self._fills(ids))
 
     def _texts(self, rows: np.ndarray) -> tuple[list[str], list[str], list[bool]]:
         """Prompts and answers as text, without special tokens: another model has its own; and whether a row was cut."""

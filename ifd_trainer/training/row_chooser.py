@@ -88,7 +88,7 @@ class RowChooser:
         self, pool_scorer: PoolScorer, policy: Policy, sample: Brief | None, guard: Guard | None = None
     ) -> None:
         # A policy of a user's own need not have these.
-        self.score = getattr(policy, "score", RANKED_BY[0])
+        self.score = getattr(policy, "score", "das" if pool_scorer.pool.whole else RANKED_BY[0])
         self.on_shortfall = getattr(policy, "on_shortfall", "error")
         self.max_ifd = getattr(policy, "max_ifd", None)
         if self.max_ifd == CALIBRATED:

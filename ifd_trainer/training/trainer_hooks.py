@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +39,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get_last_checkpoint
 
+from ..data.answer_finder import answer_finder
 from ..data.paths import check_checkpoint
 from ..errors import RunError, UserError
 from ..method.schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
@@ -47,6 +48,7 @@ from .history import FOLDER as HISTORY
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
 from .pool import PackedPool, Pool, TrainingRow
+from .row_tokens import Padding
 from .selection_run import SelectionRun, SelectionSampler
 from .trainer_checks import check_complete, check_kind, check_supported, unsupported_version
 
@@ -102,6 +104,8 @@ class EpochSelector(TrainerCallback):
 class SelectiveTrainer:
     """Overrides, mixed in before the trainer's own class by `attach`."""
 
+    _header: str | None = None  # the text that begins an answer, where a user knows it
+    _whole_rows = False  # whether rows of which nobody can tell the answer are taken as they are
     _attached: str | None = None  # the class of a callback that was made for this trainer, which is to be added
 
     @property
@@ -138,6 +142,13 @@ class SelectiveTrainer:
         pool = self.__dict__.get("_selection_pool")
         if pool is None or pool.source is not self.train_dataset:
             self._selection_pool = pool = _pool_of(self)
+            try:
+                pool.finder  # noqa: B018
+            except UserError:
+                if not self._whole_rows:
+                    self._selection_pool = None
+                    raise
+                pool.whole = True
         return pool
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
@@ -314,8 +325,24 @@ class SelectiveTrainer:
             super()._push_from_checkpoint(checkpoint_folder)
 
 
-def attach(trainer: Trainer) -> None:
+def tokenizer_of(trainer: Trainer) -> Any:
+    """The trainer's tokenizer.
+
+    Raises:
+        UserError: where it has none.
+    """
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    if tokenizer is None or not hasattr(tokenizer, "all_special_ids"):
+        raise UserError("The trainer has no tokenizer: pass processing_class=tokenizer to the trainer.")
+    return tokenizer
+
+
+def attach(trainer: Trainer, header: str | None = None, whole_rows: bool = False) -> None:
     """Let `trainer` follow an `EpochSelector` among its callbacks; without one it behaves as before.
+
+    Args:
+        header: the text that begins an answer, where a user knows it.
+        whole_rows: whether rows of which nobody can tell the answer are taken as they are.
 
     Raises:
         TypeError: when `trainer` is no Trainer.
@@ -332,6 +359,7 @@ def attach(trainer: Trainer) -> None:
         cls = type(trainer)
         trainer.__class__ = type(cls.__name__, (SelectiveTrainer, cls), {"__module__": cls.__module__})
         _notice_removal(trainer)
+    trainer._header, trainer._whole_rows, trainer._selection_pool = header, whole_rows, None
 
 
 def _notice_removal(trainer: Trainer) -> None:
@@ -416,11 +444,16 @@ def _announce_lm_head(model: nn.Module) -> None:
 
 
 def _pool_of(trainer: Trainer) -> Pool:
+    tokenizer = tokenizer_of(trainer)
+    template = getattr(trainer, "chat_template", None)
+    answers = partial(answer_finder, tokenizer, template=template, header=trainer._header)
     if not getattr(trainer.args, "packing", False):
-        return Pool(trainer.train_dataset)
+        token = tokenizer.pad_token_id
+        cut_at_start = getattr(trainer.args, "truncation_mode", None) == "keep_end"
+        return Pool(trainer.train_dataset, answers, Padding(token, token == tokenizer.bos_token_id, cut_at_start))
     # The first process writes the unpacked examples to the cache of `datasets`, the others read them there.
     with trainer.args.main_process_first(desc="unpacking the training set"):
-        return PackedPool(trainer.train_dataset, trainer.args.max_length)
+        return PackedPool(trainer.train_dataset, trainer.args.max_length, answers)
 
 
 def batch_order(
