@@ -21,6 +21,7 @@ from typing import Any
 from ..errors import UserError, shown_value
 
 _MARK = "IFDx7answer"  # stands for a text of a row: nothing that a template trims, escapes, splits or looks for
+_TOOL = "IFDx7tool"  # for the name of a tool
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates know for what was thought
 _ROLES = {
     "system": ("system",),
@@ -325,14 +326,31 @@ def turn_texts(tokenizer: Any, template: str | None = None) -> tuple[tuple[str, 
     )
     if (header := max(shared, key=len, default="")).strip():
         befores.append(header)
-    openers = [
-        _between(render, [user, answered, turn, *then])
-        for role in ("user", "tool", "system")
-        for content in (_MARK, [{"type": "text", "text": _MARK}])
-        for then in ([said], [])
-        for turn in [{"role": role, "content": content} | ({"name": "f"} if role == "tool" else {})]
-    ]
+    openers = []
+    for role in ("user", "system", "tool"):
+        for turn in ({"role": role, "content": _MARK}, {"role": role, "content": [{"type": "text", "text": _MARK}]}):
+            turn |= {"name": _TOOL} if role == "tool" else {}
+            found = [_between(render, [user, answered, turn, *then]) for then in ([said], [])]
+            found.append(_behind_calls(render, user, turn, said) if role == "tool" else "")
+            openers += [opener.partition(_TOOL)[0] for opener in found]
+            if any(found):
+                break
     return tuple(dict.fromkeys(befores)), tuple(dict.fromkeys(opener for opener in openers if opener.strip()))
+
+
+def _behind_calls(render: Render, user: dict, turn: dict, said: dict) -> str:
+    """What a template writes between the call of a tool and its result, whatever was called."""
+    texts = []
+    for arguments in ({}, {"a": "b"}, {"cd": 5}):
+        call = {"type": "function", "id": "c00000000", "function": {"name": _TOOL, "arguments": arguments}}
+        messages = [user, {"role": "assistant", "content": "", "tool_calls": [call]}, turn, said]
+        try:
+            around = _around_mark(render, messages)
+        except ValueError:
+            return ""
+        texts.append(around[0][::-1] if around else "")
+    shared = min(common_prefix_length(texts[0], other) for other in texts[1:])
+    return texts[0][:shared][::-1]
 
 
 def _between(render: Render, messages: list[dict]) -> str:
