@@ -55,7 +55,6 @@ from .trainer_hooks import (
     EpochSelector,
     attach,
     batch_order,
-    metrics_set_aside,
     reshard,
     scoring_model,
     start_anew,
@@ -420,8 +419,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         }
         logged = {f"ifd/{key}": record[key] for key in _LOGGED if record.get(key) is not None}
         logged |= {f"ifd/dropped_{reason}": record["reasons"].get(reason, 0) for reason in self.chooser.guard_reasons}
-        with metrics_set_aside(self.trainer):
-            self.trainer.log(logged)
+        self.trainer.log_selection(logged)
         if self.trainer.state.is_world_process_zero:
             added = self.chooser.row_columns(wanted, ids, selection, values, self.seed)
             if "kept_without_guards" in added:

@@ -89,8 +89,8 @@ class Pool:
             return None
         rows: list[list[int]] = []
         looked_at = np.unique(np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(np.int64))
-        for part in np.array_split(looked_at, -(-len(looked_at) // _AT_FIRST)):
-            for ids, labels in self.tokens(part):
+        for first in range(0, len(looked_at), _AT_FIRST):
+            for ids, labels in self.tokens(looked_at[first : first + _AT_FIRST]):
                 start, end = answer_span(labels)
                 if 0 < start < end:
                     return None

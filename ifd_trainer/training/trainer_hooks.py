@@ -14,6 +14,7 @@ epoch. `attach` gives a trainer small overrides with which each epoch may train 
 - `_save_checkpoint` writes the selection's order and scores beside `trainer_state.json`, before it;
 - `train` refuses a checkpoint that was cut off while it was written, and a callback that was never added;
 - `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer;
+- `log` puts what is said of the first epoch with the script's own first entry;
 - `push_to_hub` and `_push_from_checkpoint` leave the training texts at home.
 
 What trainer and callback share is one object, a `SelectionRun`; what is refused is in `trainer_checks`. Measured on
@@ -105,6 +106,7 @@ class SelectiveTrainer:
     """Overrides, mixed in before the trainer's own class by `attach`."""
 
     _header: str | None = None  # the text that begins an answer, where a user knows it
+    _held_logs: dict[str, float] = {}  # noqa: RUF012 (replaced, never changed)
     _whole_rows = False  # whether rows of which nobody can tell the answer are taken as they are
     _attached: str | None = None  # the class of a callback that was made for this trainer, which is to be added
 
@@ -133,7 +135,7 @@ class SelectiveTrainer:
             if checkpoint is not None:
                 check_complete(Path(checkpoint))
         if selector is not None:
-            selector.run.called, selector.run.order = True, []
+            selector.run.called, selector.run.order, self._held_logs = True, [], {}
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
@@ -314,6 +316,21 @@ class SelectiveTrainer:
             if plan.epoch == selector.restart and not kwargs["steps_trained_in_current_epoch"]:
                 kwargs["resume_from_checkpoint"] = None  # its random state is that of the brief experience
         return super()._run_epoch(**kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as before; the first entry of a run has what was held back for it."""
+        held, self._held_logs = self._held_logs, {}
+        together = {**logs, **held} if held else logs
+        super().log(together, *args, **kwargs)
+        logs.update({name: value for name, value in together.items() if name not in held})  # such as the epoch
+
+    def log_selection(self, logs: dict[str, float]) -> None:
+        """Log what was selected: by itself, or with the first entry of a run, which stays the script's own."""
+        if self.state.log_history:
+            with metrics_set_aside(self):
+                self.log(logs)
+        else:
+            self._held_logs = {**self._held_logs, **logs}
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Upload as before, but for what selection wrote: it holds texts of the training set."""

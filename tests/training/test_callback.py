@@ -393,12 +393,13 @@ def test_selections_are_logged_beside_the_trainers_own_metrics(tmp_path):
     callback = select(trainer, keep=8)
     train(trainer)
     entries = trainer.state.log_history
-    assert [(entry["step"], entry["epoch"]) for entry in selection_logs(trainer)] == [(0, 0), (4, 1), (8, 2)]
+    assert "loss" in entries[0]  # the first entry stays the script's own, and has the first selection with it
+    assert [(entry["step"], entry["epoch"]) for entry in selection_logs(trainer)] == [(3, 0.75), (4, 1), (8, 2)]
     for entry, record in zip(selection_logs(trainer), callback.history.epochs, strict=True):
         names = {name.removeprefix("ifd/"): value for name, value in entry.items() if name.startswith("ifd/")}
         assert names == {name: record[name] for name in names}
         assert names.keys() >= {"pool", "eligible", "kept", "cut", "mean_kept", "mean_dropped", "shortfall"}
-        assert not {"entropy", "mean_token_accuracy", "num_tokens"} & entry.keys()
+        assert not {"entropy", "mean_token_accuracy", "num_tokens"} & entry.keys() or entry is entries[0]
     for entry in training_logs(trainer):
         assert {"entropy", "mean_token_accuracy", "num_tokens"} <= entry.keys()
     tokens = [entry["num_tokens"] for entry in entries if "num_tokens" in entry]
@@ -701,12 +702,10 @@ def test_a_trainer_without_a_tokenizer_is_refused(tmp_path):
         IFDSelectionCallback(trainer)
 
 
-def test_a_data_set_without_labels_is_refused(tmp_path):
-    trainer = plain_trainer(tmp_path, Dataset.from_list([{"input_ids": [5, 6, 7]}] * 4))
-    select(trainer, keep=2)
-    with pytest.raises(ValueError, match="reads input_ids and labels, but the prepared training set has"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+def test_a_data_set_without_tokens_is_refused(tmp_path):
+    trainer = plain_trainer(tmp_path, Dataset.from_list([{"text": "a"}] * 4))
+    with pytest.raises(ValueError, match="Selection reads input_ids, but the prepared training set has"):
+        select(trainer, keep=2)
 
 
 def test_a_budget_below_one_batch_with_drop_last_is_refused(tmp_path):
@@ -727,10 +726,10 @@ def test_a_first_budget_below_one_batch_with_drop_last_is_refused(tmp_path):
 def test_a_data_set_without_a_prompt_boundary_is_refused(tmp_path):
     rows = Dataset.from_list([{"text": row["instruction"] + row["output"]} for row in raw_rows(8)])
     trainer = sft_trainer(tmp_path, rows)
-    select(trainer, keep=0.5)
-    with pytest.raises(ValueError, match="No row of the training set has a prompt that is masked out"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+    with pytest.raises(ValueError, match="No row of the training set has a prompt that is masked out, and no known"):
+        select(trainer, keep=0.5)
+    trainer.train()  # as without a callback
+    assert trainer.state.global_step == 12
 
 
 @pytest.mark.parametrize("attached", [False, True], ids=["plain", "attached"])
