@@ -96,6 +96,7 @@ def sft_trainer(
     tokenizer: Any = None,
     eval_dataset: Dataset | None = None,
     peft_config: Any = None,
+    formatting_func: Any = None,
     **config: Any,
 ) -> SFTTrainer:
     """An SFTTrainer on a tiny model: 3 epochs, 2 rows a batch, whatever else `config` says."""
@@ -108,6 +109,7 @@ def sft_trainer(
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=peft_config,
+        formatting_func=formatting_func,
     )
 
 
