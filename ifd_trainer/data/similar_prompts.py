@@ -32,15 +32,22 @@ class SimilarPrompts:
         )
         self._vectors = TfidfTransformer(sublinear_tf=True).fit_transform(words.transform(prompts)).tocsr()  # (n, F)
 
-    def nearest(self, rows: np.ndarray, k: int) -> np.ndarray:
+    def nearest(self, rows: np.ndarray, k: int, among: np.ndarray | None = None) -> np.ndarray:
         """Positions (m, k) of the k prompts most like those of m rows, nearest first, ties by position; not their own.
 
         Of fewer than k others, all of them.
+
+        Args:
+            among: positions of the prompts that are looked at, ascending; all by default.
         """
-        n, found = self._vectors.shape[0], []
+        others = self._vectors if among is None else self._vectors[among]
+        n, found = others.shape[0], []
+        k = min(k, n - 1)
         for start in range(0, len(rows), max(_BLOCK // n, 1)):
             part = rows[start : start + max(_BLOCK // n, 1)]
-            likeness = (self._vectors[part] @ self._vectors.T).toarray()  # (rows of the block, n)
-            likeness[np.arange(len(part)), part] = -1.0
-            found.append(np.argsort(-likeness, axis=1, kind="stable")[:, : min(k, n - 1)])
-        return np.concatenate(found) if found else np.empty((0, min(k, n - 1)), dtype=np.int64)
+            likeness = (self._vectors[part] @ others.T).toarray()  # (rows of the block, n)
+            own = part[:, None] == (np.arange(n) if among is None else among)
+            likeness[own] = -1.0
+            found.append(np.argsort(-likeness, axis=1, kind="stable")[:, :k])
+        nearest = np.concatenate(found) if found else np.empty((0, k), dtype=np.int64)
+        return nearest if among is None else among[nearest]

@@ -23,6 +23,7 @@ from .choices import WrongPrompts
 from .error_rate import check_error_rate, check_prompts, least_measured
 
 _SHARING = 32  # rows that have the same anchors
+_AMONG = 256  # at least so many prompts, if there are as many, that near ones are looked for among
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class PairingTest:
 
     alpha: float = 0.1
     anchors: int = 9
-    tokens: int = 64
+    tokens: int = 32
     prompts: WrongPrompts = "random"
 
     def __post_init__(self) -> None:
@@ -61,23 +62,25 @@ class PairingTest:
         rows: np.ndarray,
         pool: np.ndarray,
         seed: int,
-        nearest: Callable[[np.ndarray, int], np.ndarray] | None = None,
+        nearest: Callable[[np.ndarray, int, np.ndarray], np.ndarray] | None = None,
     ) -> np.ndarray:
         """Rows whose prompts may be anchors of m rows, (m, C) positions, to be tried in this order.
 
-        Random ones are drawn for each 32 rows together: each of these is held against prompts drawn at random, and the
-        prompts are computed once for all of them. C is twice `anchors`, since some turn out to be none, or as many as
+        A prompt is computed once for all answers behind it. So random ones are drawn for each 32 rows together: each of
+        these is held against prompts drawn at random. And near ones are looked for among as many prompts as rows are
+        tested (256 at least), drawn at random. C is twice `anchors`, since some turn out to be none, or as many as
         there are.
 
         Args:
             rows: (m,) positions, in the order of their ids.
             pool: positions that anchors are drawn from, in the order of their ids.
-            nearest: of near prompts; see `CalibratedLimit.draw`.
+            nearest: of near prompts, gives the positions (m, k) of the k rows with the prompts most like those of m
+                rows, nearest first, of those at some positions.
         """
-        tried = 2 * self.anchors
+        tried, rng = 2 * self.anchors, np.random.default_rng(seed)
         if self.prompts == "near":
-            return nearest(rows, tried)
-        rng = np.random.default_rng(seed)
+            among = rng.permutation(len(pool))[: max(len(rows), _AMONG)]
+            return nearest(rows, tried, pool[np.sort(among)])
         tried = min(tried, len(pool))  # one that is tried twice would be no more evidence
         groups = [rng.choice(pool, tried, replace=False) for _ in range(0, len(rows), _SHARING)]
         return np.repeat(np.array(groups).reshape(-1, tried), _SHARING, axis=0)[: len(rows)]

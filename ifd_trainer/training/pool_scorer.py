@@ -161,11 +161,11 @@ class PoolScorer:
         table = self._run_shares(self.pool.lengths(rows), run)["losses"]
         return table[:, 0], table[:, 1:]
 
-    def nearest_prompts(self, rows: np.ndarray, k: int) -> np.ndarray:
+    def nearest_prompts(self, rows: np.ndarray, k: int, among: np.ndarray | None = None) -> np.ndarray:
         """Positions (m, k) of the rows with the prompts most like those of `rows`; see `SimilarPrompts`."""
         if self._similar is None or self._similar[0] is not self.pool:
             self._similar = self.pool, SimilarPrompts(prompt for prompt, _ in self.texts())
-        return self._similar[1].nearest(rows, k)
+        return self._similar[1].nearest(rows, k, among)
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Prompt and answer of each row, as text, without special tokens and what a template adds to the answer."""

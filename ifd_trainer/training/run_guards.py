@@ -186,11 +186,11 @@ class RunGuards:
             self.groups = broadcast_object_list(found)[0] if self.pool_scorer.world_size > 1 else found[0]
         return self.groups
 
-    def _nearest(self, rows: np.ndarray, k: int) -> np.ndarray:
+    def _nearest(self, rows: np.ndarray, k: int, among: np.ndarray | None = None) -> np.ndarray:
         """The rows with the prompts most like those of `rows`, (m, <= k); none that says the same as the row itself."""
         if self.guard.duplicates is None:
-            return self.pool_scorer.nearest_prompts(rows, k)
-        groups, found = self._duplicate_groups(), self.pool_scorer.nearest_prompts(rows, 2 * k)
+            return self.pool_scorer.nearest_prompts(rows, k, among)
+        groups, found = self._duplicate_groups(), self.pool_scorer.nearest_prompts(rows, 2 * k, among)
         others = groups[found] != groups[rows][:, None]
         first = np.argsort(~others, axis=1, kind="stable")  # the others, nearest first; then those that say the same
         return np.take_along_axis(found, first, axis=1)[:, :k]
@@ -223,7 +223,7 @@ class RunGuards:
         new = new[np.argsort(np.asarray(ids)[new], kind="stable")]
         scored = np.flatnonzero(np.isfinite(scores.cas))
         scored = scored[np.argsort(np.asarray(ids)[scored], kind="stable")]
-        anchors = rule.draw(new, scored, seed, self._nearest)
+        anchors = rule.draw(new, scored, seed, lambda rows, k, among: self._nearest(rows, k, np.sort(among)))
         losses = self.pool_scorer.paired_losses(new, anchors, rule.anchors, rule.tokens, prefix)
         self.p_values[new] = rule.p_values(*losses)
         passes = rule.passes(self.p_values[new])

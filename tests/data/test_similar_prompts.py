@@ -33,3 +33,11 @@ def test_a_template_that_all_share_tells_nothing():
 
 def test_of_few_others_all_are_named():
     assert SimilarPrompts(["a b", "a c"]).nearest(np.array([0, 1]), 3).tolist() == [[1], [0]]
+
+
+def test_near_prompts_may_be_looked_for_among_some():
+    texts = ["Name a red fruit.", "Add 2 and 2.", "Name a green fruit.", "Name a red fruit, please.", "Sing."]
+    similar = SimilarPrompts(texts)
+    assert similar.nearest(np.array([0, 3]), 1).tolist() == [[3], [0]]
+    assert similar.nearest(np.array([0, 3]), 1, among=np.array([1, 2, 3])).tolist() == [[3], [2]]
+    assert similar.nearest(np.array([0]), 9, among=np.array([1, 2])).tolist() == [[2]]

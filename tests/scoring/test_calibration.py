@@ -149,7 +149,7 @@ def test_a_rows_own_format_is_that_of_the_scorer(model):
 
 
 def test_rows_without_scores_and_scores_of_another_reading_are_told(model, scorer):
-    with pytest.raises(UserError, match=r"The rows have no ifd and no das and no answer_tokens: score them first"):
+    with pytest.raises(UserError, match=r"The rows have no ifd and no answer_tokens and no das: score them first"):
         scorer.calibrate(Dataset.from_list(raw_rows(3)))
     shorter = IFDScorer(model, TOKENIZER, format="wizardlm", max_length=20)
     with pytest.raises(UserError, match=r"answer tokens, and this scorer reads 0 there: the scores are those of ano"):
