@@ -211,6 +211,34 @@ def test_a_header_of_the_users_own_tells_answers(tmp_path):
         assert first["ifd"][row["row_id"]] == pytest.approx(cas / das, rel=ROUNDING)
 
 
+# ---- what a script brings of its own ----------------------------------------------------------------------------
+
+
+def test_a_loss_and_a_collator_of_ones_own_are_the_ones_that_train(tmp_path):
+    """Twice the loss, and batches without their last token: selection and scores are as without them."""
+    runs = []
+    for own in (False, True):
+        trainer = sft_trainer(tmp_path, 24, num_train_epochs=1)
+        calls = []
+        if own:
+            compute, collate = trainer.compute_loss, trainer.data_collator
+            trainer.data_collator = lambda rows, of=collate: {name: part[:, :-1] for name, part in of(rows).items()}
+
+            def twice(model, inputs, *rest, of=compute, noted=calls, **more):
+                noted.append(inputs["input_ids"].shape[1])
+                return 2 * of(model, inputs, *rest, **more)
+
+            trainer.compute_loss = twice
+        callback = select(trainer, keep=8, max_ifd=INF)
+        trainer.train()
+        runs.append((callback.history.rows(0), [entry["loss"] for entry in training_logs(trainer)], calls))
+    (plain, losses, none), (own, doubled, calls) = runs
+    assert own["ifd"].tolist() == plain["ifd"].tolist()
+    assert own["times"].tolist() == plain["times"].tolist()
+    assert (len(none), len(calls)) == (0, 4)
+    assert doubled[0] > 1.5 * losses[0]
+
+
 # ---- plain text without answers ---------------------------------------------------------------------------------
 
 STORIES = [{"text": f"{row['output']} {row['instruction']}", "row_id": row["row_id"]} for row in RAW]
