@@ -284,6 +284,26 @@ def as_schedule(keep: float | int | Sequence[float | int] | Schedule) -> Schedul
     return PerEpoch(tuple(map(_plain, keep))) if isinstance(keep, (list, tuple)) else Constant(_plain(keep))
 
 
+def unlike_epochs(schedule: Schedule, epochs: int) -> str | None:
+    """What is odd about a list of budgets in a run of so many epochs, in words; None where there is one for each.
+
+    >>> unlike_epochs(PerEpoch((1.0, 0.1)), epochs=4)
+    'keep has 2 entries, but the run has 4 epochs: the last entry (0.1) stands for epochs 2 to 3 too.'
+    """
+    last = schedule.full_from(epochs) if isinstance(schedule, Anneal) else epochs
+    schedule = schedule.schedule if isinstance(schedule, Anneal) else schedule
+    if not isinstance(schedule, PerEpoch) or len(schedule.keep) == last:
+        return None
+    entries, given = len(schedule.keep), "1 entry" if len(schedule.keep) == 1 else f"{len(schedule.keep)} entries"
+    run = "1 epoch" if last == 1 else f"{last} epochs"
+    run += " before those on all rows" if last != epochs else ""
+    if entries > last:
+        unused = ", ".join(map(str, schedule.keep[last:]))
+        return f"keep has {given}, but the run has {run}: {unused} {'are' if entries - last > 1 else 'is'} not used."
+    span = f"epoch {entries}" if entries + 1 == last else f"epochs {entries} to {last - 1}"
+    return f"keep has {given}, but the run has {run}: the last entry ({schedule.keep[-1]}) stands for {span} too."
+
+
 def _plain(keep: Any) -> Any:
     """A number of NumPy (from a sweep, or a computation) as the number of Python that it is."""
     return keep.item() if isinstance(keep, np.generic) else keep

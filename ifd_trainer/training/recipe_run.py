@@ -90,6 +90,7 @@ def build_run(recipe: Recipe) -> Run:
     callback = _callback(trainer, selection, scorer)
     if plan and sft.parallel:
         trainer.is_deepspeed_enabled = False
+    callback.names_report = False  # `ifd-trainer train` writes the report, and says where
     trainer.add_callback(callback)
     return Run(trainer, count, unread, refusals, lacking)
 
