@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .data.table_reader import TableReader
     from .method.duplicates import Duplicates
     from .publish.select import PoolSelection
+    from .report.report_data import Origin
     from .scoring.transform import IFDScorer
 
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
@@ -598,6 +599,21 @@ def _report(options: argparse.Namespace) -> int:
     from .data.files import load_rows
     from .report.page import write_report
 
-    data = source if source.is_dir() else load_rows(options.source).to_pandas()
-    print(f"Report: {write_report(data, folder, label=options.label, rows=options.rows)}")
+    data, origin = source, None
+    if not source.is_dir():
+        data = load_rows(options.source).to_pandas()
+        origin = _origin(options.source, data)
+    print(f"Report: {write_report(data, folder, label=options.label, rows=options.rows, origin=origin)}")
     return 0
+
+
+def _origin(file: str, rows: pd.DataFrame) -> Origin:
+    """Where the rows of a scored file come from, by what was written beside it."""
+    from .publish.provenance import read_provenance
+    from .report.report_data import Origin
+
+    known = read_provenance(file, rows) if {*RANKED_BY} <= {*rows} else None
+    if known is None:
+        return Origin(file)
+    names = ("source", "model", "definition", "format", "program")
+    return Origin(file, **{name: getattr(known, name) for name in names}, measured=known.wrong_ifd is not None)

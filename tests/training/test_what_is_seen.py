@@ -165,7 +165,9 @@ def test_the_line_counts_what_guards_held_back(tmp_path, capsys):
     raw = [*raw_rows(40), {**raw_rows(1)[0], "row_id": 900}]
     raw[-1]["output"] = raw[-1]["output"].upper()
     trainer = sft_trainer(tmp_path, text_rows(raw), num_train_epochs=1)
-    trainer.add_callback(IFDSelectionCallback(trainer, keep=4, guard=Guard(limit=None, unfinished=None, on_misaligned="warn")))
+    trainer.add_callback(
+        IFDSelectionCallback(trainer, keep=4, guard=Guard(limit=None, unfinished=None, on_misaligned="warn"))
+    )
     trainer.train()
     assert "guards held back 1 (1 duplicate)" in lines_of(capsys)[0]
 
