@@ -25,6 +25,7 @@ from .data.paths import check_folder, check_model, check_readable, check_rows, c
 from .errors import NotFoundError, RunError, UserError, one_line
 from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
+from .method.number_words import many
 from .training.recipe_file import check_recipe
 from .training.recipe_help import train_help
 
@@ -375,12 +376,12 @@ def _score(options: argparse.Namespace) -> int:
         process.finish(status := 0 if "ok" in counts else 1)
         parts.remove()
     shown = ", ".join(f"{count} {status}" for status, count in counts.items())
-    print(f"{len(rows)} rows: {shown}. Written to {options.output}.")
+    print(f"{many(len(rows), 'row')}: {shown}. Written to {options.output}.")
     if options.calibrate and (short := shortage(calibration, options.definition)):
         _say(f"warning: {short}")
     if status:
         _say(
-            f"warning: none of the {len(rows)} rows has a score ({shown}): nothing can be selected from "
+            f"warning: none of {many(len(rows), 'row')} has a score ({shown}): nothing can be selected from "
             f"{options.output}. Check the format and the options; `ifd_status` says why for each row."
         )
     return status

@@ -21,6 +21,7 @@ from ..data.definitions import KNOWN_DEFINITIONS
 from ..data.paths import check_folder
 from ..data.readable_text import plain, shortened
 from ..errors import UserError
+from ..method.number_words import many
 from ..method.reasons import (
     ABOVE_LIMIT,
     DUPLICATE,
@@ -199,10 +200,11 @@ def _observations(data: ReportData) -> list[str]:
         relaxed = (record.get("reasons") or {}).get(RELAXED, 0)
         if shortfall:
             ways = [f"{rows_text(relaxed)} at or above the limit"] if relaxed else []
-            ways += [f"{budget - kept:,} repeats"] if budget > kept else []
+            ways += [many(budget - kept, "repeat")] if budget > kept else []
             notes.append(
-                f"Epoch {record['epoch']}: {budget:,} rows were planned, {budget - shortfall:,} were eligible; the "
-                f"rest was filled with {' and '.join(ways) or 'other rows'}."
+                f"Epoch {record['epoch']}: {many(budget, 'row was', 'rows were')} planned, "
+                f"{many(budget - shortfall, 'was', 'were')} eligible; the rest was filled with "
+                f"{' and '.join(ways) or 'other rows'}."
             )
     notes += [_proxy_note(record) for record in records if record.get("proxy_rows")]
     notes += [
@@ -241,7 +243,7 @@ def _duplicate_note(data: ReportData) -> list[str]:
         last = data.last_epoch
         which = "last epoch" if last == next(reversed(data.epochs)) else "last epoch with scores"
         where = f" in the {which} ({epoch_name(last)})" if data.history else ""
-        note += f"; {len(kept):,} of them were kept{where}"
+        note += f"; {len(kept):,} of them {'was' if len(kept) == 1 else 'were'} kept{where}"
     return [note + "."]
 
 
@@ -258,7 +260,7 @@ def _reason_cells(data: ReportData) -> tuple[list[str], list[list[str]]]:
     reasons = set().union(*counts.values())
     order = [*(reason for reason in words if reason in reasons), *sorted(reasons - words.keys())]
     lines = [[words.get(name, name), *(count_text(int(of.get(name, 0))) for of in counts.values())] for name in order]
-    return ["", *counts], lines
+    return ["outcome", *counts], lines
 
 
 def _reason_counts(rows: pd.DataFrame) -> dict[str, int]:
@@ -411,12 +413,25 @@ def _plot(name: str, title: str, caption: str, figure: Figure) -> Plot:
 # ---- rows -------------------------------------------------------------------------------------------------------
 
 
+_ROW_COLUMNS = {
+    "times": "Times: how often the epoch trains on the row.",
+    "p value": "P value: of the pairing test, high where the answer fits other prompts as well as its own.",
+    "eot loss": "Eot loss: of the end-of-turn token behind the answer, in nats; high where it comes unexpected.",
+    "duplicate of": "Duplicate of: the row that says the same and stands for this one.",
+}
+
+
 @dataclass(frozen=True)
 class _RowTable:
     title: str
     total: int
     headers: list[str]
     rows: list[dict[str, Any]]  # cells, and the texts where they are known
+
+    @property
+    def words(self) -> str:
+        """What columns mean that only some tables have."""
+        return " ".join(_ROW_COLUMNS[header] for header in self.headers if header in _ROW_COLUMNS)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..data.definitions import KNOWN_DEFINITIONS
 from ..data.readable_text import text_columns
 from ..data.row_ids import named_ids
 from ..errors import FileAccessError, NotFoundError, UserError, one_line
+from ..method.number_words import many
 from ..method.reasons import BELOW_CUT
 from ..training.history import FOLDER, History
 from .score_frames import SCORE_NAMES, merged, normalised, read_epochs
@@ -189,7 +190,9 @@ def _of_rows(source: Any, texts: pd.DataFrame | None, folder: Path, origin: Orig
     if texts is not None:
         by_id = named_ids(frame.columns) is not None
         if not by_id and len(texts) != len(frame):
-            raise UserError(f"{len(frame)} rows and {len(texts)} texts, without a column `row_id` or `id` to match.")
+            raise UserError(
+                f"{many(len(frame), 'row')} and {many(len(texts), 'text')}, without a column `row_id` or `id` to match."
+            )
         given = _details(texts, _ids(texts).map(str) if by_id else rows["key"])
         given = given.reindex(rows["row_id"].map(str)).set_axis(details.index) if by_id else given
         details = _replaced(details, given)

@@ -12,7 +12,7 @@ import pandas as pd
 from ..data.definitions import KNOWN_DEFINITIONS
 from ..method.guard import GUARD_REASONS
 from ..method.number_words import listed, many
-from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MEANINGS, MISMATCHED, UNFINISHED
+from ..method.reasons import MEANINGS, counted_noise
 from ..method.scoring_health import Freeze, rank_correlation
 from ..training.history import FOLDER
 from .report_data import ReportData
@@ -27,12 +27,6 @@ from .score_frames import (
 from .wording import frozen_since, guards_of, scored_at
 
 SHARES = (0.01, 0.05, 0.10)  # of all rows, of which it is said where they would cut
-_KEPT_OUT = {
-    ABOVE_LIMIT: "at or above the limit",
-    UNFINISHED: "unfinished",
-    DUPLICATE: "that others say too",
-    MISMATCHED: "mismatched",
-}
 
 
 @dataclass
@@ -126,7 +120,7 @@ def _guard_points(data: ReportData, by_score: list[dict[str, Any]]) -> list[str]
         return ["No guard was on: rows with a high score are hard ones, and mismatched or unfinished ones."]
     last, reasons = by_score[-1], [reason for name, reason in GUARD_REASONS.items() if name in on]
     counts = {reason: int((last.get("reasons") or {}).get(reason, 0)) for reason in reasons}
-    named = [f"{count:,} {_KEPT_OUT.get(reason, reason)}" for reason, count in counts.items()]
+    named = [counted_noise(reason, count) for reason, count in counts.items()]
     if not named:
         return []
     text = f"In epoch {last['epoch']}, guards kept out {rows_text(sum(counts.values()))}: {listed(named)}"
@@ -145,7 +139,8 @@ def _score_point(by_score: list[dict[str, Any]], records: list[dict[str, Any]]) 
     parts = []
     if separated is not None:
         parts.append(
-            f"a mismatched row scores higher than another one in {percent_text(separated)} of cases (a coin: 50 %)"
+            f"a mismatched pair scores higher than a row of the pool in {percent_text(separated)} of cases (a coin: "
+            "50 %)"
         )
     if agreed is not None:
         parts.append(f"rows rank as in the scoring before with a correlation of {number_text(agreed, 2)} (1: the same)")
@@ -212,7 +207,7 @@ def _of_scores(data: ReportData) -> Summary:
     rows, score = data.last, data.score
     values, name = rows[score].dropna(), SCORE_NAMES[score]
     if values.empty:
-        return Summary(False, f"None of {rows_text(len(rows))} has a score.", [_unscored(rows)])
+        return Summary(False, f"No row of {len(rows):,} has a score.", [_unscored(rows)])
     over = int((values >= 1).sum())
     worries = ["for most rows the prompt does not help"] if over > len(values) / 2 else []
     worries += ["most rows have no score"] if len(values) < len(rows) / 2 else []
@@ -229,8 +224,8 @@ def _of_scores(data: ReportData) -> Summary:
         middle += f" Longer answers have {longer} scores: rank correlation {number_text(rho, 2)} (0 would be none)."
     points = [
         _unscored(rows),
-        f"{rows_text(over)} ({share} of those with a score) {_are(over)} at 1 or more: the prompt does not help, and "
-        "`select` leaves them out.",
+        f"{rows_text(over)} ({share} of those with a score) {_are(over)} at 1 or more: the prompt does not help, and a "
+        "selection leaves them out.",
         middle,
     ]
     return Summary(not worries, verdict, points, _steps_of_scores(data))
@@ -268,7 +263,7 @@ def _steps_of_scores(data: ReportData) -> list[tuple[str, str]]:
     steps.append(
         (
             f"Select, by a share of all rows (5 % here){', without noise' if measured else ''}:",
-            select_command(data, 0.05),
+            select_command(data, 0.05, guarded=measured),
         )
     )
     return steps
@@ -282,12 +277,12 @@ def _score_again(data: ReportData, file: str) -> str:
     )
 
 
-def select_command(data: ReportData, share: float) -> str:
-    """The command line that keeps a share of these rows."""
+def select_command(data: ReportData, share: float, guarded: bool = False) -> str:
+    """The command line that keeps a share of these rows, or of what guards leave of them."""
     file = shlex.quote(data.origin.file or "SCORED.parquet")
     known = KNOWN_DEFINITIONS.get(data.origin.definition)
     score = "" if data.score == (known.ranked_by if known else "ifd") else f" --score {data.score}"
-    noise = " --max-ifd calibrated --drop-unfinished --drop-duplicates" if data.origin.measured else ""
+    noise = " --max-ifd calibrated --drop-unfinished --drop-duplicates" if guarded else ""
     return f"ifd-trainer select {file} --keep {share:g}{score}{noise} --output cherry.jsonl"
 
 

@@ -157,6 +157,8 @@ def label_rich_table(history: History, label: str) -> Table:
 def epoch_notes(history: History) -> list[str]:
     """What the numbers by epoch do not say by themselves."""
     notes = EpochKinds.from_settings(history.settings).sentences() if history.epochs else []
+    if history.epochs and history.epochs[0].get("before_training"):
+        notes.insert(0, "The line start is the model before training.")
     return notes + [text for text in [scoring_sentence(history.settings, history.epochs)] if text]
 
 

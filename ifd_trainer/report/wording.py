@@ -22,7 +22,6 @@ _ORDERS = {
 }
 # What a column of a table says, by its header; of scores see `column_words`.
 _COLUMNS = {
-    "epoch": "start: the model before training",
     "pool": "rows to choose from",
     "kept": "rows trained on",
     "repeats": "rows trained on once more, since fewer were kept than planned",

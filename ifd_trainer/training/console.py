@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer
 from transformers.utils import logging
 
-from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED
-
-_NOISE = {ABOVE_LIMIT: "at or above the limit", MISMATCHED: "mismatched", UNFINISHED: "unfinished"}
+from ..method.number_words import many, rounded_below
+from ..method.reasons import counted_noise
 
 
 def say(trainer: Trainer, text: str) -> None:
@@ -50,24 +49,24 @@ unfinished, 0 duplicates)'
     """
     epoch, pool, kept = record["epoch"], record["pool"], record["kept"]
     packed = record.get("packed_rows")
-    rows = "examples" if packed else _rows(pool)
+    rows = "examples" if packed else "row" if pool == 1 else "rows"
     if source == "all":
         said = [f"all {pool:,} {rows}, none chosen by its score"]
     elif source == "brief":
         said = [f"{kept:,} of {pool:,} {rows}, the sample of the brief experience"]
     else:
-        cut = f", cut at {record['cut']:.4f}" if record.get("cut") is not None else ""
-        repeats = record["budget"] - kept
-        again = f" and repeated {repeats:,} time{'s' if repeats > 1 else ''}" if repeats > 0 else ""
-        said = [f"{kept:,} of {pool:,} {rows} kept{again}{cut}"]
+        cut, repeats = record.get("cut"), record["budget"] - kept
+        again = f" and {many(repeats, 'repeat')}" if repeats > 0 else ""
+        at = f", cut at {rounded_below(cut, record.get('limit') or 1.0, 4)}" if cut is not None else ""
+        said = [f"{kept:,} of {pool:,} {rows} kept{again}{at}"]
         if record.get("overlap") is not None:
             said.append(f"{100 * record['overlap']:.0f} % of them were kept in epoch {epoch - 1} too")
         if guards:
             counts = {reason: int(record["reasons"].get(reason, 0)) for reason in guards}
-            listed = ", ".join(f"{count:,} {_noise(reason, count)}" for reason, count in counts.items())
-            said.append(f"guards held back {sum(counts.values()):,} ({listed})")
+            kinds = ", ".join(counted_noise(reason, count) for reason, count in counts.items())
+            said.append(f"guards held back {sum(counts.values()):,} ({kinds})")
     if packed:
-        said[0] += f", in {packed:,} packed {_rows(packed)}"
+        said[0] += f", in {many(packed, 'packed row')}"
     before = record.get("before_training") or {}
     losses = {"": before["eval_loss"]} if "eval_loss" in before else before.get("eval_losses") or {}
     if losses:
@@ -85,11 +84,3 @@ def end_line(history: Path, output: Path) -> str:
     return (
         f"What was selected, epoch by epoch, is in {history}. To see it: ifd-trainer report {shlex.quote(str(output))}"
     )
-
-
-def _rows(count: int) -> str:
-    return "row" if count == 1 else "rows"
-
-
-def _noise(reason: str, count: int) -> str:
-    return ("duplicate" if count == 1 else "duplicates") if reason == DUPLICATE else _NOISE.get(reason, reason)

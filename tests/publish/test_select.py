@@ -109,7 +109,7 @@ def test_a_shortfall_says_what_is_missing():
         np.array([0.5, 1.5, np.nan, 0.6]), np.array([OK, OK, "failed", OK]), 1.0, dropped={"refusal": np.arange(4) == 3}
     )
     assert chosen.warning == (
-        "4 rows asked for (1 of all 4 rows in the pool), only 1 are eligible (1 above_limit, 1 failed, 1 refusal). "
+        "4 rows asked for (100 % of all 4 rows in the pool), only 1 is eligible (1 above_limit, 1 failed, 1 refusal). "
         "Lower --keep, or raise --max-ifd (inf: no limit)."
     )
 

@@ -199,7 +199,7 @@ def test_epochs_that_select_nothing_and_repeated_rows_are_told(tmp_path, capsys)
     record = callback.history.epochs[1]
     first, second, _ = lines_of(capsys)
     assert first == "IFD, epoch 0: all 24 rows, none chosen by its score"
-    assert second.startswith(f"IFD, epoch 1: {record['kept']} of 24 rows kept and repeated {24 - record['kept']} times")
+    assert second.startswith(f"IFD, epoch 1: {record['kept']} of 24 rows kept and {24 - record['kept']} repeats")
 
 
 # ---- trackers -------------------------------------------------------------------------------------------------------
