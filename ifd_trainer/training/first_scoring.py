@@ -121,6 +121,7 @@ class FirstScoring:
                 "%s",
                 f"Scores of {of} against those of the model in training, on {many(int(both.sum()), 'row')}: rank "
                 f"correlation {'unknown' if rho is None else format(rho, '.2f')}, {100 * found['proxy_overlap']:.0f} % "
-                f"of the {top} highest are the same.{'' if trusted else ' They rank rows otherwise than the model would.'}",
+                f"of the {top} highest are the same."
+                f"{'' if trusted else ' They rank rows otherwise than the model would.'}",
             )
         return found
