@@ -375,7 +375,7 @@ def _score(options: argparse.Namespace) -> int:
         counts = {status["values"]: status["counts"] for status in counted}
         process.finish(status := 0 if "ok" in counts else 1)
         parts.remove()
-    shown = ", ".join(f"{count} {status}" for status, count in counts.items())
+    shown = ", ".join(f"{count:,} {status}" for status, count in counts.items())
     print(f"{many(len(rows), 'row')}: {shown}. Written to {options.output}.")
     if options.calibrate and (short := shortage(calibration, options.definition)):
         _say(f"warning: {short}")

@@ -87,7 +87,7 @@ class PoolSelection:
     @property
     def summary(self) -> str:
         """What became of the rows, in a line."""
-        others = ", ".join(f"{count} {reason}" for reason, count in self.counts.items() if reason != KEPT) or "none"
+        others = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items() if reason != KEPT) or "none"
         share = 100 * self.kept_rows / self.pool_rows
         limit = f" and < {self.policy.max_ifd:.4f} (calibrated, alpha {self.alpha:g})" if self.alpha else ""
         return (
@@ -102,7 +102,7 @@ class PoolSelection:
         if not self.selection.shortfall:
             return None
         dropped = [(reason, count) for reason, count in self.counts.items() if reason not in (KEPT, BELOW_CUT)]
-        why = ", ".join(f"{count} {reason}" for reason, count in dropped) or "none is dropped"
+        why = ", ".join(f"{count:,} {reason}" for reason, count in dropped) or "none is dropped"
         share = f"{100 * self.keep:g} % of all " if isinstance(self.keep, float) else "of "
         return (
             f"{many(self.asked_rows, 'row')} asked for ({share}{many(self.pool_rows, 'row')} in the pool), only "

@@ -31,12 +31,22 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r'\1 aria-hidden="true"', text, count=1)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*|font-size: ([\d.]+px); font-family: [^;\"]*", r"font-size: \1\2", text)
-    text = re.sub(r"#[0-9a-f]{6}\b(?=[;\"])", lambda hit: _variable(hit[0]), text)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r' id="([^"]*)"', lambda hit: f' id="{name}-{hit[1]}"' if hit[1] in used else "", text)
-    text = re.sub(r'(href="#|url\(#)([^")]+)', rf"\1{name}-\2", text)
+    used = set(re.findall(_NAMED, "".join(re.findall(_TAG, text))))
+    # Tags alone: what stands between them is the text of labels.
+    text = re.sub(_TAG, lambda tag: _of_page(tag[0], name, used), text)
     return re.sub(r"\s*\n\s*", " ", text).strip()
+
+
+_TAG = r"<[^>]+>"
+_NAMED = r'(?:(?<=href="#)|(?<=url\(#))[^")]+'
+
+
+def _of_page(tag: str, name: str, used: set[str]) -> str:
+    """A tag without colours, fonts and names of its own."""
+    tag = re.sub(r"font: ([\d.]+px) [^;\"]*|font-size: ([\d.]+px); font-family: [^;\"]*", r"font-size: \1\2", tag)
+    tag = re.sub(r"#[0-9a-f]{6}\b(?=[;\"])", lambda colour: _variable(colour[0]), tag)
+    tag = re.sub(r' id="([^"]*)"', lambda hit: f' id="{name}-{hit[1]}"' if hit[1] in used else "", tag)
+    return re.sub(_NAMED, lambda hit: f"{name}-{hit[0]}", tag)
 
 
 def _variable(colour: str) -> str:

@@ -142,10 +142,10 @@ def check_resumable(saved: Mapping[str, Any] | None, settings: Mapping[str, Any]
         )
     if saved["max_steps"] != settings["max_steps"]:
         logger.warning(
-            "The run was planned with %s and now has %d: the rows of epochs that have begun are as before, "
+            "The run was planned with %s and now has %s: the rows of epochs that have begun are as before, "
             "the learning rate schedule is that of the new number from here on.",
             many(saved["max_steps"], "update"),
-            settings["max_steps"],
+            f"{settings['max_steps']:,}",
         )
     return saved
 

@@ -67,8 +67,8 @@ def prepare(rows: Dataset, format: str | None, tokenizer: Callable[[], Any] | No
             raise UserError(
                 f"None of {many(len(rows), 'row')} can be trained on as {resolved.name!r}; the first one, {first}."
             )
-        left_out = "%d of %s cannot be trained on as %r: left out of the pool; the first one, %s."
-        logger.warning(left_out, len(bad), many(len(rows), "row"), resolved.name, first)
+        left_out = "%s of %s cannot be trained on as %r: left out of the pool; the first one, %s."
+        logger.warning(left_out, f"{len(bad):,}", many(len(rows), "row"), resolved.name, first)
         rows = rows.select(np.setdiff1d(np.arange(len(rows)), bad))
     removed = sorted((consumed | _TRLS) & set(rows.column_names) - {"prompt", "completion"})
     features = {name: kind for name, kind in rows.features.items() if name not in removed}
@@ -135,9 +135,9 @@ def without_refusals(rows: Dataset) -> Dataset:
 
     kept = rows.filter(keeps, input_columns="completion", desc="Leaving out refusals")
     logger.warning(
-        "drop_refusals: %d of %s left out, their answers look like refusals; the pool is the other %d.",
-        len(rows) - len(kept),
+        "drop_refusals: %s of %s left out, their answers look like refusals; the pool is the other %s.",
+        f"{len(rows) - len(kept):,}",
         many(len(rows), "row was", "rows were"),
-        len(kept),
+        f"{len(kept):,}",
     )
     return kept
