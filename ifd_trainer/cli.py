@@ -25,6 +25,7 @@ from .data.paths import check_folder, check_model, check_readable, check_rows, c
 from .errors import NotFoundError, RunError, UserError, one_line
 from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
+from .method.number_words import many
 from .training.recipe_file import check_recipe
 from .training.recipe_help import train_help
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .data.table_reader import TableReader
     from .method.duplicates import Duplicates
     from .publish.select import PoolSelection
+    from .report.report_data import Origin
     from .scoring.transform import IFDScorer
 
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
@@ -373,13 +375,13 @@ def _score(options: argparse.Namespace) -> int:
         counts = {status["values"]: status["counts"] for status in counted}
         process.finish(status := 0 if "ok" in counts else 1)
         parts.remove()
-    shown = ", ".join(f"{count} {status}" for status, count in counts.items())
-    print(f"{len(rows)} rows: {shown}. Written to {options.output}.")
+    shown = ", ".join(f"{count:,} {status}" for status, count in counts.items())
+    print(f"{many(len(rows), 'row')}: {shown}. Written to {options.output}.")
     if options.calibrate and (short := shortage(calibration, options.definition)):
         _say(f"warning: {short}")
     if status:
         _say(
-            f"warning: none of the {len(rows)} rows has a score ({shown}): nothing can be selected from "
+            f"warning: none of {many(len(rows), 'row')} has a score ({shown}): nothing can be selected from "
             f"{options.output}. Check the format and the options; `ifd_status` says why for each row."
         )
     return status
@@ -598,6 +600,21 @@ def _report(options: argparse.Namespace) -> int:
     from .data.files import load_rows
     from .report.page import write_report
 
-    data = source if source.is_dir() else load_rows(options.source).to_pandas()
-    print(f"Report: {write_report(data, folder, label=options.label, rows=options.rows)}")
+    data, origin = source, None
+    if not source.is_dir():
+        data = load_rows(options.source).to_pandas()
+        origin = _origin(options.source, data)
+    print(f"Report: {write_report(data, folder, label=options.label, rows=options.rows, origin=origin)}")
     return 0
+
+
+def _origin(file: str, rows: pd.DataFrame) -> Origin:
+    """Where the rows of a scored file come from, by what was written beside it."""
+    from .publish.provenance import read_provenance
+    from .report.report_data import Origin
+
+    known = read_provenance(file, rows) if {*RANKED_BY} <= {*rows} else None
+    if known is None:
+        return Origin(file)
+    names = ("source", "model", "definition", "format", "program")
+    return Origin(file, **{name: getattr(known, name) for name in names}, measured=known.wrong_ifd is not None)

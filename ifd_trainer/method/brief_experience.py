@@ -28,6 +28,7 @@ import numpy as np
 
 from ..errors import UserError
 from .choices import BRIEF_ROWS, BriefRows
+from .number_words import many
 
 LARGEST_KMEANS = 100_000  # rows, some ten seconds by what was measured; above, batches, which are hardly worse
 
@@ -100,7 +101,7 @@ class Brief:
             )
             usable &= np.isfinite(embeddings).all(axis=1)
         elif not usable.any():
-            raise UserError(f"None of {len(usable)} rows has a prompt, so none can be sampled.")
+            raise UserError(f"None of {many(len(usable), 'row')} has a prompt, so none can be sampled.")
         else:
             chosen = np.empty(0, dtype=np.int64)
         others = np.setdiff1d(np.flatnonzero(usable), chosen)
@@ -161,8 +162,9 @@ def brief_sample(
     rows = np.flatnonzero(usable)
     if not len(rows):
         raise UserError(
-            f"None of {len(usable)} rows can be sampled: {np.isfinite(perplexity).sum()} have a finite perplexity, "
-            f"{np.isfinite(embeddings).all(axis=1).sum()} a finite embedding. Look at the prompts: are they empty?"
+            f"None of {many(len(usable), 'row')} can be sampled: {np.isfinite(perplexity).sum()} have a finite "
+            f"perplexity, {np.isfinite(embeddings).all(axis=1).sum()} a finite embedding. Look at the "
+            "prompts: are they empty?"
         )
     rows = rows[np.argsort(ids[rows], kind="stable")]
     clusters, per_cluster = sample_shape(len(rows), clusters, per_cluster, max_share)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import UserError
 from .choices import Score
+from .number_words import many
 from .reasons import HIGHER_SCORE, KEPT, NOT_DRAWN, OUTSIDE_BAND, SHORTER_ANSWER, Status
 from .selection import OwnScore, Selection, ShortfallError, check_score, coded, repeats, score_values
 
@@ -161,7 +162,9 @@ def _along(values: np.ndarray, columns: Columns, ids: np.ndarray | None) -> np.n
 def _first(order: np.ndarray, columns: Columns, budget: int, reason: str, rng: np.random.Generator | None) -> Selection:
     """The first rows of an order; of those with a score, the others are dropped for one reason."""
     if not len(order):
-        raise ShortfallError(f"{budget} rows are to be kept, but none of {len(columns['ifd_status'])} can be.")
+        raise ShortfallError(
+            f"{many(budget, 'row is', 'rows are')} to be kept, but none of {len(columns['ifd_status'])} can be."
+        )
     reasons = np.asarray(columns["ifd_status"], dtype=object).copy()
     reasons[_scored(columns)] = reason
     kept = order[:budget]

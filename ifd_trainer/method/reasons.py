@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from .number_words import many
+
 
 class Status(str, Enum):
     """Why a row has no score; `OK` if and only if it has one."""
@@ -73,3 +75,14 @@ MEANINGS = {
     FAILED: "no score: the program that scored gave up on the row",
     NOT_SCORED: "no score: nothing was scored in this epoch",
 }
+
+_NOISE = {ABOVE_LIMIT: "at or above the limit", MISMATCHED: "mismatched", UNFINISHED: "unfinished"}
+
+
+def counted_noise(reason: str, count: int) -> str:
+    """How many rows guards held back for a reason, in a list of such.
+
+    >>> counted_noise(UNFINISHED, 22), counted_noise(DUPLICATE, 1)
+    ('22 unfinished', '1 duplicate')
+    """
+    return many(count, "duplicate") if reason == DUPLICATE else f"{count:,} {_NOISE.get(reason, reason)}"

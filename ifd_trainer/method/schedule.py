@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import UserError
 from .brief_experience import Brief
 from .choices import DIRECTIONS, TIER_MODES, Direction, TierMode
+from .number_words import many
 
 
 class Schedule(Protocol):
@@ -150,7 +151,9 @@ class Curriculum:
         """The tiers, the one with the highest scores first, and which of them an epoch trains on."""
         ranked = _rows(self.keep, pool)
         if ranked < self.tiers:
-            raise UserError(f"{ranked} rows cannot be divided into {self.tiers} tiers; raise keep or lower tiers.")
+            raise UserError(
+                f"{many(ranked, 'row')} cannot be divided into {self.tiers} tiers; raise keep or lower tiers."
+            )
         stage = min(epoch // self.epochs_per_tier, self.tiers - 1)
         first = 0 if self.mode == "growing" else stage
         last = self.tiers - 1 if self.mode == "shrinking" else stage
@@ -284,6 +287,25 @@ def as_schedule(keep: float | int | Sequence[float | int] | Schedule) -> Schedul
     return PerEpoch(tuple(map(_plain, keep))) if isinstance(keep, (list, tuple)) else Constant(_plain(keep))
 
 
+def unlike_epochs(schedule: Schedule, epochs: int) -> str | None:
+    """What is odd about a list of budgets in a run of so many epochs, in words; None where there is one for each.
+
+    >>> unlike_epochs(PerEpoch((1.0, 0.1)), epochs=4)
+    'keep has 2 entries, but the run has 4 epochs: the last entry (0.1) stands for epochs 2 to 3 too.'
+    """
+    last = schedule.full_from(epochs) if isinstance(schedule, Anneal) else epochs
+    schedule = schedule.schedule if isinstance(schedule, Anneal) else schedule
+    if not isinstance(schedule, PerEpoch) or len(schedule.keep) == last:
+        return None
+    entries, given, run = len(schedule.keep), many(len(schedule.keep), "entry", "entries"), many(last, "epoch")
+    run += " before those on all rows" if last != epochs else ""
+    if entries > last:
+        unused = ", ".join(map(str, schedule.keep[last:]))
+        return f"keep has {given}, but the run has {run}: {unused} {'are' if entries - last > 1 else 'is'} not used."
+    span = f"epoch {entries}" if entries + 1 == last else f"epochs {entries} to {last - 1}"
+    return f"keep has {given}, but the run has {run}: the last entry ({schedule.keep[-1]}) stands for {span} too."
+
+
 def _plain(keep: Any) -> Any:
     """A number of NumPy (from a sweep, or a computation) as the number of Python that it is."""
     return keep.item() if isinstance(keep, np.generic) else keep
@@ -333,10 +355,10 @@ class TrainingPlan:
         return len(self.epochs), step
 
     def __str__(self) -> str:
-        texts = [f"epoch {p.epoch}: {p.budget} rows, {p.updates} updates" for p in self.epochs]
+        texts = [f"epoch {p.epoch}: {many(p.budget, 'row')}, {many(p.updates, 'update')}" for p in self.epochs]
         if self.restart is not None:
             texts[self.restart - 1] += "; then anew from the original weights"
-        return f"{self.max_steps} updates ({'; '.join(texts)})"
+        return f"{many(self.max_steps, 'update')} ({'; '.join(texts)})"
 
 
 def plan_epoch(epoch: int, budget: int, batches: int, accumulation: int) -> EpochPlan:

@@ -18,6 +18,7 @@ import pandas as pd
 from ..errors import UserError
 from .calibrated_limit import CALIBRATED, CalibratedLimit
 from .choices import RANKED_BY, SHORTFALLS, Score, Shortfall
+from .number_words import many
 from .reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED, Status
 
 OwnScore = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # columns, each (n,), to what rows are ranked by, (n,)
@@ -219,8 +220,9 @@ class Cherry:
         off = "guard=Guard(limit=None)" if measured else "max_ifd=float('inf')"
         off = "max_ifd=1.0" if isinstance(self.max_ifd, CalibratedLimit) else off
         return (
-            f"{budget} rows are to be kept, but only {eligible.sum()} of {len(scored)} are eligible: "
-            f"{(~scored).sum()} have no score and {(scored & ~eligible).sum()} have {name} >= {limit}. "
+            f"{many(budget, 'row is', 'rows are')} to be kept, but only {eligible.sum()} of {len(scored)} are "
+            f"eligible: {many(int((~scored).sum()), 'has', 'have')} no score and "
+            f"{many(int((scored & ~eligible).sum()), 'has', 'have')} {name} >= {limit}. "
             f"{f'Without a score: {why}. ' if why else ''}"
             f"Lower `keep`, raise `{raised}` ({off} switches the limit off), or look at the prompt format: with a "
             "chat template that the model was not trained on, prompts often do not help."

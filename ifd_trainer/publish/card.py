@@ -23,6 +23,7 @@ from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
 from ..errors import UserError
 from ..method.columns import COLUMN_MEANINGS
+from ..method.number_words import many
 from ..method.reasons import MEANINGS, Status
 from ..method.scoring_health import rank_correlation
 from ..report.plots import histogram_of
@@ -98,7 +99,7 @@ def write_card(
         "score": score,
         "scored": f"{len(frame):,}",
         "kept": f"{chosen.kept_rows:,}",
-        "quantiles": _quantiles(frame, score),
+        "quantiles": _quantiles(frame, score, chosen.policy.max_ifd),
         "columns": {name: meaning for name, meaning in COLUMN_MEANINGS.items() if name in columns},
         "limits": _limits(frame, score),
         "program": f"ifd_trainer {__version__}",
@@ -148,11 +149,13 @@ def _metadata(title: str, rows: int, data: str) -> DatasetCardData:
 
 def _opening(chosen: PoolSelection, name: str, everything: bool) -> str:
     kept = f"{rows_text(chosen.kept_rows)} of the {chosen.pool_rows:,} of {name}"
-    what = "the rows with the highest Instruction-Following Difficulty (IFD)"
+    what = f"the {'row' if chosen.kept_rows == 1 else 'rows'} with the highest Instruction-Following Difficulty (IFD)"
     if chosen.policy.max_ifd != float("inf"):
         what += f" below {chosen.policy.max_ifd:g}"
     if everything:
-        return f"All {rows_text(chosen.pool_rows)} of {name}, each with its score; {kept} are marked `kept`: {what}."
+        of_all = f"All {chosen.pool_rows:,} rows" if chosen.pool_rows > 1 else "The only row"
+        marked = "is" if chosen.kept_rows == 1 else "are"
+        return f"{of_all} of {name}, each with its score; {kept} {marked} marked `kept`: {what}."
     return f"{kept[0].upper()}{kept[1:]}: {what}."
 
 
@@ -181,9 +184,9 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         ("limit", "none" if limit == float("inf") else f"`{score}` < {limit:g}{_measured(chosen, provenance)}"),
         ("asked for", f"{fraction}{rows_text(chosen.asked_rows)}"),
         ("kept", f"{rows_text(chosen.kept_rows)}, {100 * chosen.kept_rows / chosen.pool_rows:.2f} {pool}"),
-        ("lowest score kept", number_text(selection.cut, 4)),
+        ("lowest score kept", number_text(selection.cut, 4, below=limit)),
     ]
-    short = f"{rows_text(selection.shortfall)}: only {selection.eligible:,} were eligible"
+    short = f"{rows_text(selection.shortfall)}: only {many(selection.eligible, 'was', 'were')} eligible"
     facts.append(("shortfall", short if selection.shortfall else ""))
     return [(key, value) for key, value in facts if value]
 
@@ -194,8 +197,8 @@ def _measured(chosen: PoolSelection, provenance: Provenance) -> str:
         return ""
     wrong = {"ifd": provenance.wrong_ifd, "ifd_ppl": provenance.wrong_ifd_ppl}[chosen.policy.score] or []
     return (
-        f", calibrated with alpha = {chosen.alpha:g} on {len(wrong):,} answers under the prompts of other rows: at "
-        "most this share of rows that are mismatched like them is expected below it"
+        f", calibrated with alpha = {chosen.alpha:g} on {many(len(wrong), 'answer')} under the prompts of other rows: "
+        "at most this share of rows that are mismatched like them is expected below it"
     )
 
 
@@ -231,11 +234,12 @@ def _scored(rows: pd.DataFrame, chosen: PoolSelection) -> pd.DataFrame:
     return pd.DataFrame({name: values[scored] for name, values in columns.items()}, copy=False)
 
 
-def _quantiles(frame: pd.DataFrame, score: str) -> list[tuple[str, str, str]]:
+def _quantiles(frame: pd.DataFrame, score: str, limit: float) -> list[tuple[str, str, str]]:
     levels = {i / 10: f"{10 * i} %" for i in range(11)}
     levels |= {0.0: "0 % (lowest)", 0.5: "50 % (median)", 1.0: "100 % (highest)"}
     both = [scores.quantile(list(levels)) for scores in (frame[score], frame.loc[frame["kept"], score])]
-    return [(name, *(number_text(values[level], 4) for values in both)) for level, name in levels.items()]
+    # What is kept is below the limit, and must not look as if it were not.
+    return [(name, *(number_text(values[level], 4, below=limit) for values in both)) for level, name in levels.items()]
 
 
 def _limits(frame: pd.DataFrame, score: str) -> str:

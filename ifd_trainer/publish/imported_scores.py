@@ -31,6 +31,7 @@ from ..data.files import ENDINGS, READERS, data_ending, load_rows, read_records
 from ..errors import NotFoundError, UserError
 from ..method.columns import IFD_COLUMNS, SCORES
 from ..method.equations import FROM_LOSSES
+from ..method.number_words import many
 from ..method.reasons import FAILED, Status
 
 STATS = "__dj__stats__"
@@ -92,8 +93,8 @@ def read_scores(
     kind = kind or _kind(records, path)
     if len(records) != rows:
         raise UserError(
-            f"{path} holds scores for {len(records)} rows, the data has {rows}. Scores and rows are matched by "
-            "position: pass the rows that were scored, all of them and in their order."
+            f"{path} holds scores for {many(len(records), 'row')}, the data has {rows:,}. Scores and rows are matched "
+            "by position: pass the rows that were scored, all of them and in their order."
         )
     if kind == "ifd-trainer":
         return ImportedScores(kind, _own(records, path))

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from ..data.row_ids import find_ids, ranks
 from ..data.table_reader import TableReader
+from ..method.number_words import many, rounded_below
 from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, DUPLICATE, KEPT, MISMATCHED, REFUSAL, UNFINISHED, Status
 from ..method.schedule import as_schedule
 from ..method.selection import Cherry, Selection, ShortfallError, coded, counted
@@ -86,12 +87,13 @@ class PoolSelection:
     @property
     def summary(self) -> str:
         """What became of the rows, in a line."""
-        others = ", ".join(f"{count} {reason}" for reason, count in self.counts.items() if reason != KEPT) or "none"
+        others = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items() if reason != KEPT) or "none"
         share = 100 * self.kept_rows / self.pool_rows
         limit = f" and < {self.policy.max_ifd:.4f} (calibrated, alpha {self.alpha:g})" if self.alpha else ""
         return (
-            f"{self.kept_rows} rows kept, {share:.2f} % of all {self.pool_rows} rows in the pool ({self.asked_rows} "
-            f"asked for), {self.policy.score} >= {self.selection.cut:.4f}{limit}. Not kept: {others}."
+            f"{many(self.kept_rows, 'row')} kept, {share:.2f} % of all {many(self.pool_rows, 'row')} in the pool "
+            f"({self.asked_rows:,} asked for), {self.policy.score} >= "
+            f"{rounded_below(self.selection.cut, self.policy.number, 4)}{limit}. Not kept: {others}."
         )
 
     @property
@@ -100,11 +102,11 @@ class PoolSelection:
         if not self.selection.shortfall:
             return None
         dropped = [(reason, count) for reason, count in self.counts.items() if reason not in (KEPT, BELOW_CUT)]
-        why = ", ".join(f"{count} {reason}" for reason, count in dropped) or "none is dropped"
-        share = f"{self.keep:g} of all " if isinstance(self.keep, float) else "of "
+        why = ", ".join(f"{count:,} {reason}" for reason, count in dropped) or "none is dropped"
+        share = f"{100 * self.keep:g} % of all " if isinstance(self.keep, float) else "of "
         return (
-            f"{self.asked_rows} rows asked for ({share}{self.pool_rows} rows in the pool), only "
-            f"{self.selection.eligible} are eligible ({why}). {_way_out(self)}"
+            f"{many(self.asked_rows, 'row')} asked for ({share}{many(self.pool_rows, 'row')} in the pool), only "
+            f"{many(self.selection.eligible, 'is', 'are')} eligible ({why}). {_way_out(self)}"
         )
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import io
+import hashlib
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,15 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..data.atomic import write_atomically
+from ..data.definitions import KNOWN_DEFINITIONS
 from ..data.paths import check_folder
 from ..data.readable_text import plain, shortened
 from ..errors import UserError
+from ..method.number_words import many
 from ..method.reasons import (
     ABOVE_LIMIT,
     DUPLICATE,
@@ -34,20 +36,30 @@ from ..method.reasons import (
 )
 from ..method.scoring_health import rank_correlation
 from ..training.history import History
-from .plots import plot_cas_das, plot_ifd_histogram, plot_ifd_length, plot_kept_by_label, plot_kept_flow
-from .report_data import ReportData, read_report_data
+from .figure_files import inline_svg, png
+from .plots import (
+    plot_cas_das,
+    plot_held_out_loss,
+    plot_ifd_histogram,
+    plot_ifd_length,
+    plot_kept_by_label,
+    plot_kept_flow,
+)
+from .report_data import Origin, ReportData, read_report_data
 from .score_frames import (
     SCORE_NAMES,
     count_text,
     cut_of,
     epoch_name,
+    held_out_losses,
     merged,
     number_text,
     percent_text,
     rows_text,
 )
-from .tables import epoch_cells, epoch_notes, guard_cells, label_cells, label_shares, restart_line
-from .wording import EpochKinds, frozen_since, settings_in_words
+from .summary import cuts, quantiles, select_command, summary_of
+from .tables import before_cells, epoch_cells, epoch_notes, guard_cells, label_cells, label_shares, restart_line
+from .wording import EpochKinds, column_words, frozen_since, settings_in_words
 
 
 def write_report(
@@ -57,6 +69,7 @@ def write_report(
     label: str | None = None,
     texts: pd.DataFrame | Any | None = None,
     rows: int = 10,
+    origin: Origin | None = None,
 ) -> Path:
     """Write `report.html`, which needs no other file, and its plots as PNG files in `report_files` beside it.
 
@@ -70,6 +83,7 @@ def write_report(
         texts: a data frame or data set with the rows' texts (prompt and answer or completion; instruction, input and
             output; or messages) and other columns, for sources that have none; rows are matched by `row_id` or `id`.
         rows: most rows in each table of rows.
+        origin: where rows that belong to no run come from, as far as it is known.
 
     Returns:
         The path of `report.html`.
@@ -85,7 +99,7 @@ def write_report(
         raise UserError(f"rows must be a whole number of at least 1, got {rows!r}.")
     if folder is not None:
         check_folder(folder)
-    data = read_report_data(source, label, texts)
+    data = read_report_data(source, label, texts, origin)
     folder = Path(folder) if folder is not None else data.folder
     plots = drawn_plots(data) if data.any_score else []
     for plot in plots:
@@ -99,9 +113,13 @@ def write_report(
 
 def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
     """The page with these plots in it, at most `rows` rows in each table of rows."""
-    history = data.history
+    history, script = data.history, _beside("report.js").strip()
     content = {
         "title": data.title,
+        "script": Markup(script),
+        "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "summary": summary_of(data),
+        "picture": next((name for name in _PLOTS if name in {plot.name for plot in plots}), None),
         "facts": _facts(data),
         "notes": data.notes + _observations(data),
         "scored": data.any_score,
@@ -109,6 +127,9 @@ def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
         "chosen": data.last is not None and "kept" in data.last,
         "score": SCORE_NAMES[data.score],
         "epochs": _epoch_grid(history) if history is not None and history.epochs else None,
+        "words": column_words,
+        "cuts": _cut_lines(data),
+        "quantiles": _quantile_cells(data),
         "epoch_notes": " ".join(epoch_notes(history)) if history is not None else "",
         "brief": _brief_section(data, rows),
         "of_history": history is not None,
@@ -119,9 +140,13 @@ def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
         "labels": _label_lines(data),
         "sections": _sections(data, rows),
     }
-    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(content)
+    return environment.from_string(_beside("report.html.jinja")).render(content)
+
+
+def _beside(name: str) -> str:
+    """The text of a file beside this one."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _epoch_grid(history: History) -> tuple[list[str], list[list[str]], dict[int, str]]:
@@ -131,6 +156,8 @@ def _epoch_grid(history: History) -> tuple[list[str], list[list[str]], dict[int,
     for record, line in zip(history.epochs, lines, strict=True):
         kind = kinds.kind(record["epoch"])
         line[0] += f" ({kind})" if kind else ""
+    if (before := before_cells(history, headers)) is not None:
+        lines, anew = [before, *lines], None if anew is None else anew + 1
     return headers, lines, {} if anew is None else {anew: "Training starts anew from the original weights"}
 
 
@@ -141,15 +168,23 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
     """What this was, in plain words: (name, text)."""
     if data.history is not None:
         return settings_in_words(data.history.settings, data.history.epochs)
-    rows = data.last
+    rows, origin = data.last, data.origin
+    known = KNOWN_DEFINITIONS.get(origin.definition)
     facts = [
+        ("File", origin.file),
+        ("Scored with", origin.model),
+        ("Definition", f"{known.meaning} ({origin.definition})" if known else origin.definition),
+        ("Prompt format", origin.format),
+        ("Program", origin.program),
+    ]
+    facts = [(name, text) for name, text in facts if text]
+    facts += [
         ("Rows", f"{len(rows):,}, of which {rows[data.score].notna().sum():,} have a score"),
         ("Score", SCORE_NAMES[data.score]),
     ]
     if "kept" in rows:
-        facts.append(("Kept", f"{rows['kept'].sum():,} rows, cut at {number_text(cut_of(rows, data.score))}"))
-    if data.details is not None and "ifd_definition" in data.details:
-        facts.append(("Definition", ", ".join(sorted(map(str, data.details["ifd_definition"].unique())))))
+        cut = number_text(cut_of(rows, data.score), below=1.0)
+        facts.append(("Kept", f"{rows_text(int(rows['kept'].sum()))}, cut at {cut}"))
     values = rows[data.score]
     if values.notna().any():
         facts.append(("Median and mean score", f"{number_text(values.median())} and {number_text(values.mean())}"))
@@ -165,10 +200,11 @@ def _observations(data: ReportData) -> list[str]:
         relaxed = (record.get("reasons") or {}).get(RELAXED, 0)
         if shortfall:
             ways = [f"{rows_text(relaxed)} at or above the limit"] if relaxed else []
-            ways += [f"{budget - kept:,} repeats"] if budget > kept else []
+            ways += [many(budget - kept, "repeat")] if budget > kept else []
             notes.append(
-                f"Epoch {record['epoch']}: {budget:,} rows were planned, {budget - shortfall:,} were eligible; the "
-                f"rest was filled with {' and '.join(ways) or 'other rows'}."
+                f"Epoch {record['epoch']}: {many(budget, 'row was', 'rows were')} planned, "
+                f"{many(budget - shortfall, 'was', 'were')} eligible; the rest was filled with "
+                f"{' and '.join(ways) or 'other rows'}."
             )
     notes += [_proxy_note(record) for record in records if record.get("proxy_rows")]
     notes += [
@@ -207,7 +243,7 @@ def _duplicate_note(data: ReportData) -> list[str]:
         last = data.last_epoch
         which = "last epoch" if last == next(reversed(data.epochs)) else "last epoch with scores"
         where = f" in the {which} ({epoch_name(last)})" if data.history else ""
-        note += f"; {len(kept):,} of them were kept{where}"
+        note += f"; {len(kept):,} of them {'was' if len(kept) == 1 else 'were'} kept{where}"
     return [note + "."]
 
 
@@ -224,7 +260,7 @@ def _reason_cells(data: ReportData) -> tuple[list[str], list[list[str]]]:
     reasons = set().union(*counts.values())
     order = [*(reason for reason in words if reason in reasons), *sorted(reasons - words.keys())]
     lines = [[words.get(name, name), *(count_text(int(of.get(name, 0))) for of in counts.values())] for name in order]
-    return ["", *counts], lines
+    return ["outcome", *counts], lines
 
 
 def _reason_counts(rows: pd.DataFrame) -> dict[str, int]:
@@ -254,9 +290,26 @@ def _named_shares(data: ReportData) -> pd.DataFrame:
     return shares.rename(columns={epoch_name(epoch): data.kinds.name(epoch) for epoch in data.epochs})
 
 
+def _cut_lines(data: ReportData) -> list[list[str]] | None:
+    """Where shares of scored rows would cut, with the command line of each; None of rows that were selected."""
+    if data.history is not None or data.last is None or "kept" in data.last or not data.any_score:
+        return None
+    return [
+        [f"{100 * share:g} %", count_text(rows), cut, select_command(data, share)] for share, rows, cut in cuts(data)
+    ]
+
+
+def _quantile_cells(data: ReportData) -> tuple[list[str], list[list[str]]] | None:
+    if data.history is not None or data.last is None or not data.any_score:
+        return None
+    scored = data.last[data.last[data.score].notna()]
+    names = [data.score, "cas", "das", "answer_tokens"]
+    return quantiles({name: scored[name] for name in names if scored[name].notna().any()})
+
+
 # ---- plots ------------------------------------------------------------------------------------------------------
 
-_PLOTS = ("kept_flow", "ifd_histogram", "cas_das", "ifd_length", "kept_by_label")
+_PLOTS = ("kept_flow", "ifd_histogram", "held_out_loss", "cas_das", "ifd_length", "kept_by_label")
 
 
 @dataclass(frozen=True)
@@ -267,12 +320,7 @@ class Plot:
     title: str
     caption: str
     png: bytes
-    width: int  # on the page, half the file's pixels
-
-    @property
-    def base64(self) -> str:
-        """The file in the page's source."""
-        return base64.b64encode(self.png).decode("ascii")
+    svg: Markup  # in the page: its colours follow the page's
 
 
 def drawn_plots(data: ReportData) -> list[Plot]:
@@ -288,6 +336,9 @@ def drawn_plots(data: ReportData) -> list[Plot]:
         figure = plot_kept_flow(data.epochs, sample=sample, restart=kinds.restart)
         caption = _FLOW_CAPTION + (" Nothing is compared with the brief experience." if sample else "")
         plots.append(_plot("kept_flow", "What stays and what changes", caption, figure))
+    if data.history is not None and not held_out_losses(data.history).empty:
+        figure = plot_held_out_loss(data.history)
+        plots.append(_plot("held_out_loss", "What training changed", _LOSS_CAPTION, figure))
     if len(epochs) > 5:
         colors += f" Five of {len(epochs)} are shown."
     ends = " The first and the last are shown." if len(epochs) > 2 else ""
@@ -328,6 +379,10 @@ _FLOW_CAPTION = (
     "Above the axis, the rows that an epoch trains on; below it, rows that the epoch before trained on and this one "
     "does not. Tall blue parts mean that scoring again changed little."
 )
+_LOSS_CAPTION = (
+    "The mean loss on rows that were never trained on, in nats per token: it falls while training helps, and rises "
+    "where the model learns its training rows by heart."
+)
 _CAS_DAS_CAPTION = (
     "Each point is a row. Further to the right the answer is harder to predict alone, further up it is harder to "
     "predict after its prompt. Above the solid line the prompt does not help; rows near it have the highest scores."
@@ -352,15 +407,18 @@ def _length_caption(epochs: Mapping[Any, pd.DataFrame], score: str) -> str:
 
 
 def _plot(name: str, title: str, caption: str, figure: Figure) -> Plot:
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        # Labels may be in scripts that the plot font lacks; the page's table shows them in full.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(file, format="png", dpi="figure", facecolor="white")
-    return Plot(name, title, caption, file.getvalue(), int(figure.get_figwidth() * figure.dpi / 2))
+    return Plot(name, title, caption, png(figure), Markup(inline_svg(figure, name)))
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------
+
+
+_ROW_COLUMNS = {
+    "times": "Times: how often the epoch trains on the row.",
+    "p value": "P value: of the pairing test, high where the answer fits other prompts as well as its own.",
+    "eot loss": "Eot loss: of the end-of-turn token behind the answer, in nats; high where it comes unexpected.",
+    "duplicate of": "Duplicate of: the row that says the same and stands for this one.",
+}
 
 
 @dataclass(frozen=True)
@@ -369,6 +427,11 @@ class _RowTable:
     total: int
     headers: list[str]
     rows: list[dict[str, Any]]  # cells, and the texts where they are known
+
+    @property
+    def words(self) -> str:
+        """What columns mean that only some tables have."""
+        return " ".join(_ROW_COLUMNS[header] for header in self.headers if header in _ROW_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -491,13 +554,18 @@ def _shown(value: Any) -> str:
     return number_text(value, 2) if isinstance(value, float) else str(value)
 
 
+_LONGEST = 20_000  # characters of a text in a page
+
+
 def _texts_of(details: pd.DataFrame | None, key: str) -> dict[str, str] | None:
     if details is None or "answer" not in details or key not in details.index:
         return None
     row = details.loc[key]
-    texts = {name: plain(row[name]) for name in ("instruction", "input", "answer")}
-    return {
-        "instruction": shortened(texts["instruction"], 400),
-        "input": shortened(texts["input"], 240, lines=5),
-        "answer": shortened(texts["answer"], 500),
-    }
+    texts = {}
+    for name, most, lines in (("instruction", 400, 8), ("input", 240, 5), ("answer", 500, 8)):
+        whole = plain(row[name])
+        texts[name] = shortened(whole, most, lines)
+        # What is left out stands in the page too, up to a length at which a page of such rows still opens.
+        longer = shortened(whole, _LONGEST, _LONGEST)
+        texts[f"whole_{name}"] = longer if longer != texts[name] else ""
+    return texts

@@ -1,6 +1,7 @@
 """Plots of scores and selections: data frames to a matplotlib Figure; no pyplot, nothing global is touched.
 
-A plot takes one data frame as `report.score_frames` describes it, or one for each epoch (`{0: frame, 1: frame}`).
+A plot takes one data frame as `report.score_frames` describes it, one for each epoch (`{0: frame, 1: frame}`), or the
+`History` of a run. What it returns is drawn by `figure.savefig("name.png")`, or `.svg`, or `.pdf`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,30 +22,38 @@ from ..data.readable_text import shortened
 from ..errors import UserError
 from ..method.reasons import ABOVE_LIMIT, KEPT, MEANINGS, REDUNDANT
 from ..method.scoring_health import rank_correlation
+from ..training.history import History
 from .score_frames import (
     LIMIT,
     SCORE_EQUATIONS,
     SCORE_NAMES,
     WITHOUT_GUARDS,
+    Rows,
     by_epoch,
     cut_of,
     epoch_name,
+    held_out_losses,
     number_text,
     percent_text,
     rows_text,
 )
 
 _WIDTH, _DPI = 8.0, 192  # inches; at 192 the page shows two pixels of the file on one of its own
-_BLUE, _SKY, _GREEN, _ORANGE, _GREY = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#B3B3B3"  # Okabe and Ito
-_PINK = "#CC79A7"  # theirs too
-_INK = "#333333"
+_BLUE, _SKY, _GREEN, _ORANGE, _GREY = "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#b3b3b3"  # Okabe and Ito
+_PINK = "#cc79a7"  # theirs too
+_INK, _PAPER = "#333333", "#ffffff"
+_ON_STRONG, _ON_PALE = "#fefefe", "#010101"  # numbers on bars: white and black, each with a name of its own
+# What a page may give other values in the dark; see `report.figure_files`.
+COLOURS = {
+    "blue": _BLUE, "sky": _SKY, "green": _GREEN, "orange": _ORANGE, "grey": _GREY, "pink": _PINK, "ink": _INK,
+    "paper": _PAPER, "on-strong": _ON_STRONG, "on-pale": _ON_PALE,
+}  # fmt: skip
 _FARTHEST = 3.0  # a histogram never reaches farther: perplexity ratios of short answers go to the thousands
 _MOST_POINTS = 20_000
+_VECTORS = 2_000  # points of a panel that a vector file holds one by one; more of them are an image in it
 
 
-def plot_ifd_histogram(
-    rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: str = "ifd", max_ifd: float | None = None
-) -> Figure:
+def plot_ifd_histogram(rows: Rows, *, score: str = "ifd", max_ifd: float | None = None) -> Figure:
     """How many rows have which score: one panel for each epoch (five at most), the cut in each of them.
 
     Scores beyond 3, or far beyond the 95th percentile, are not drawn; each panel says how many there are.
@@ -84,9 +92,7 @@ def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float 
     return figure
 
 
-def plot_cas_das(
-    rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: str = "ifd", max_ifd: float | None = None
-) -> Figure:
+def plot_cas_das(rows: Rows, *, score: str = "ifd", max_ifd: float | None = None) -> Figure:
     """Conditioned against direct answer score (nats per token), with the lines of equal score at 1 and at the cut.
 
     Of several epochs the first and the last are shown. Of more than 20,000 rows a seeded sample is drawn.
@@ -98,8 +104,8 @@ def plot_cas_das(
     for ax, (epoch, frame) in zip(axes[0], epochs.items(), strict=True):
         drawn = _scatter(ax, frame, "das", "cas", score)
         cut = cut_of(frame, score)
-        lines = [(1.0, "-", f"{SCORE_NAMES[score]} 1: cas = das"), (cut, "--", f"cut {number_text(cut)}")]
         limit = frame.attrs.get(LIMIT) or max_ifd
+        lines = [(1.0, "-", f"{SCORE_NAMES[score]} 1: cas = das"), (cut, "--", f"cut {_cut_text(cut, limit)}")]
         if limit is not None and limit != 1:
             lines.append((limit, ":", f"limit {limit:.4g}"))
         direct = np.linspace(0, right, 2)
@@ -119,7 +125,7 @@ def plot_cas_das(
     return figure
 
 
-def plot_ifd_length(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: str = "ifd") -> Figure:
+def plot_ifd_length(rows: Rows, *, score: str = "ifd") -> Figure:
     """The score against the number of answer tokens, with Spearman's rank correlation of the two.
 
     Of several epochs the first and the last are shown. Of more than 20,000 rows a seeded sample is drawn; the
@@ -137,7 +143,14 @@ def plot_ifd_length(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: s
         cut, beyond = cut_of(frame, score), int((frame[score] > edges[-1]).sum())
         if cut is not None and cut <= edges[-1]:
             ax.axhline(cut, linestyle="--", color=_INK, linewidth=1)
-            _inside(ax, 1.01, cut, f"cut\n{cut:.3f}", va="center", transform=ax.get_yaxis_transform())
+            _inside(
+                ax,
+                1.01,
+                cut,
+                f"cut\n{_cut_text(cut, frame.attrs.get(LIMIT) or 1.0)}",
+                va="center",
+                transform=ax.get_yaxis_transform(),
+            )
         if beyond:
             _inside(ax, 0.01, 0.96, f"{rows_text(beyond)} beyond {edges[-1]:g}", va="top")
         _say_if_empty(ax, frame[score])
@@ -149,7 +162,7 @@ def plot_ifd_length(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], *, score: s
 
 
 def plot_kept_flow(
-    epochs: Mapping[Any, pd.DataFrame], *, sample: Collection[Any] = (), restart: int | None = None
+    epochs: Mapping[Any, pd.DataFrame] | History, *, sample: Collection[Any] = (), restart: int | None = None
 ) -> Figure:
     """How the kept rows change: for each epoch those kept again, back again and new, and below the axis those gone.
 
@@ -169,18 +182,18 @@ def plot_kept_flow(
     base = np.zeros(len(flow))
     tallest = max(flow.drop(columns="gone").sum(axis=1).max(), flow["gone"].max(), 1) if len(flow) else 1
     styles = {
-        "again": (_BLUE, "white", "kept in the epoch before too"),
-        "back": (_SKY, "black", "kept in an earlier epoch, not in the one before"),
-        "new": (_GREEN, "white", "kept for the first time"),
-        "gone": (_GREY, "black", "kept in the epoch before, dropped now"),
+        "again": (_BLUE, _ON_STRONG, "kept in the epoch before too"),
+        "back": (_SKY, _ON_PALE, "kept in an earlier epoch, not in the one before"),
+        "new": (_GREEN, _ON_STRONG, "kept for the first time"),
+        "gone": (_GREY, _ON_PALE, "kept in the epoch before, dropped now"),
     }
     if flow["sample"].any():
-        styles = {"sample": (_PINK, "black", "sample of the brief experience")} | styles
+        styles = {"sample": (_PINK, _ON_PALE, "sample of the brief experience")} | styles
     for column, (color, ink, text) in styles.items():
         counts = flow[column].to_numpy()
         heights, bottoms = (-counts, np.zeros(len(flow))) if column == "gone" else (counts, base.copy())
         label = text if counts.any() else None  # the legend lists what is drawn
-        ax.bar(at, heights, width=0.7, bottom=bottoms, color=color, label=label, edgecolor="white", linewidth=0.8)
+        ax.bar(at, heights, width=0.7, bottom=bottoms, color=color, label=label, edgecolor=_PAPER, linewidth=0.8)
         for x, count, height, bottom in zip(at, counts, heights, bottoms, strict=True):
             if count > 0.07 * tallest and len(flow) <= 16:
                 ax.text(x, bottom + height / 2, f"{count:,}", ha="center", va="center", color=ink, fontsize=8)
@@ -220,6 +233,36 @@ def _flow(epochs: Mapping[Any, pd.DataFrame], sample: Collection[Any]) -> pd.Dat
     return pd.DataFrame(counts, index=list(epochs), columns=["sample", "again", "back", "new", "gone"], dtype=int)
 
 
+def plot_held_out_loss(history: History) -> Figure:
+    """The held-out loss of each evaluation set before training and after each epoch, in nats per token.
+
+    Epochs of a brief experience are left out: the weights after it are the original ones again.
+
+    Raises:
+        ValueError: when the run measured none.
+    """
+    losses = held_out_losses(history)
+    if losses.empty:
+        raise UserError("The history holds no held-out loss: the trainer had no eval_dataset, or never evaluated.")
+    figure, axes = _figure(2.8)
+    ax, at = axes[0, 0], np.arange(len(losses))
+    for name, color, marker in zip(losses, (_BLUE, _ORANGE, _GREEN, _PINK, _SKY, _GREY), "oDs^vX", strict=False):
+        known = losses[name].notna().to_numpy()
+        ax.plot(at[known], losses[name][known], color=color, marker=marker, markersize=5, label=name)
+        if len(losses) <= 16:
+            for x, loss in zip(at[known], losses[name][known], strict=True):
+                place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+                ax.annotate(number_text(loss), (x, loss), fontsize=8, color=_INK, **place)
+    step = -(-len(losses) // 20)
+    ax.set_xticks(at[::step], list(losses.index[::step]))
+    ax.margins(x=0.06, y=0.25)
+    ax.set_xlabel("before training, and after each epoch")
+    ax.set_ylabel("held-out loss\n(nats per token)")
+    if len(losses.columns) > 1:
+        figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
 def plot_kept_by_label(shares: pd.DataFrame) -> Figure:
     """The share of each label's rows that was kept, beside the share of all rows; without guards, as a hollow mark.
 
@@ -233,10 +276,10 @@ def plot_kept_by_label(shares: pd.DataFrame) -> Figure:
     thickness = 0.8 / max(len(epochs), 1)
     figure, axes = _figure(1.2 + max(len(shown), 2) * max(0.3, 0.17 * len(epochs)))
     ax, at = axes[0, 0], np.arange(len(shown))
-    shades = colormaps["Blues"](np.linspace(0.4, 0.95, len(epochs))) if len(epochs) > 1 else [_BLUE]
+    shades = np.linspace(0.35, 1.0, len(epochs)) if len(epochs) > 1 else [1.0]
     for i, (epoch, shade) in enumerate(zip(epochs, shades, strict=False)):
         y = at - 0.4 + (i + 0.5) * thickness
-        ax.barh(y, 100 * shown[epoch], height=0.9 * thickness, color=shade, label=epoch)
+        ax.barh(y, 100 * shown[epoch], height=0.9 * thickness, color=_BLUE, alpha=shade, label=epoch)
         without = epoch + WITHOUT_GUARDS
         if without in shown:
             label = "without guards, by the same scores" if epoch == epochs[0] else None
@@ -252,7 +295,7 @@ def plot_kept_by_label(shares: pd.DataFrame) -> Figure:
                 va="center",
                 fontsize=7,
                 color=_INK,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over the dashed line
+                bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 0.5},  # over the dashed line
             )
     if epochs:
         overall = 100 * (shares[epochs[-1]] * shares["rows"]).sum() / shares["rows"].sum()
@@ -291,10 +334,10 @@ def _groups(rows: pd.DataFrame, score: str) -> list[_Group]:
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor=_PAPER)
     axes = figure.subplots(max(rows, 1), max(columns, 1), squeeze=False, **options)
     for ax in axes.flat:
-        ax.set_facecolor("white")
+        ax.set_facecolor(_PAPER)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=9)
         ax.xaxis.label.set_size(9)
@@ -327,12 +370,16 @@ def _score_lines(ax: Axes, edges: np.ndarray, cut: float | None, max_ifd: float 
     """The cut, and the limit (or 1), each with its value above the panel."""
     lines = [(1.0, "-", "1: the prompt does not help") if max_ifd is None else (max_ifd, "-", f"limit {max_ifd:.4g}")]
     if cut is not None:
-        lines.append((cut, "--", f"cut {cut:.3f}"))
+        lines.append((cut, "--", f"cut {_cut_text(cut, max_ifd or 1.0)}"))
     lines = sorted(line for line in lines if edges[0] <= line[0] <= edges[-1])
     for i, (x, style, text) in enumerate(lines):
         ax.axvline(x, linestyle=style, color=_INK, linewidth=1)
         side = "right" if i == 0 and len(lines) > 1 else "left"  # the texts of close lines must not meet
         ax.text(x, 1.01, f" {text} ", transform=ax.get_xaxis_transform(), ha=side, va="bottom", fontsize=8, color=_INK)
+
+
+def _cut_text(cut: float | None, limit: float | None) -> str:
+    return number_text(cut, below=limit)
 
 
 def _scatter(ax: Axes, rows: pd.DataFrame, x: str, y: str, score: str) -> int:
@@ -343,7 +390,8 @@ def _scatter(ax: Axes, rows: pd.DataFrame, x: str, y: str, score: str) -> int:
     size = float(np.clip(3000 / max(len(points), 1), 2, 16))
     for group in _groups(points, score):
         part = points[group.mask]
-        ax.scatter(part[x], part[y], s=size, marker=group.marker, color=group.color, alpha=0.75, linewidths=0)
+        drawn = ax.scatter(part[x], part[y], s=size, marker=group.marker, color=group.color, alpha=0.75, linewidths=0)
+        drawn.set_rasterized(len(points) > _VECTORS)
     return _MOST_POINTS if sampled else 0
 
 

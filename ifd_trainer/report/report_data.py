@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ..data.definitions import KNOWN_DEFINITIONS
 from ..data.readable_text import text_columns
 from ..data.row_ids import named_ids
 from ..errors import FileAccessError, NotFoundError, UserError, one_line
+from ..method.number_words import many
 from ..method.reasons import BELOW_CUT
 from ..training.history import FOLDER, History
 from .score_frames import SCORE_NAMES, merged, normalised, read_epochs
@@ -19,6 +21,26 @@ from .tables import labels_of
 from .wording import EpochKinds
 
 SELECTED = "train.parquet"  # the rows in a folder that `ifd-trainer select` wrote
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where scored rows come from, as far as it is known.
+
+    Attributes:
+        file: the file that they are in, as a command line names it.
+        source: the rows that were scored.
+        model, definition, format, program: what scored them, and how.
+        measured: whether it was measured how noise scores (`ifd-trainer score --calibrate`).
+    """
+
+    file: str | None = None
+    source: str | None = None
+    model: str | None = None
+    definition: str | None = None
+    format: str | None = None
+    program: str | None = None
+    measured: bool = False
 
 
 @dataclass
@@ -29,6 +51,7 @@ class ReportData:
         epochs: normalised rows by epoch, with `key`; one frame under None for a data set.
         details: texts and the pool's columns, indexed by key; None if not known.
         labels: the label of each row, indexed by key; None without a label.
+        origin: of rows that belong to no run.
     """
 
     title: str
@@ -40,6 +63,7 @@ class ReportData:
     max_ifd: float | None = None
     history: History | None = None
     notes: list[str] = field(default_factory=list)
+    origin: Origin = Origin()
 
     @property
     def kinds(self) -> EpochKinds:
@@ -72,7 +96,7 @@ class ReportData:
         return bool(self.with_scores)
 
 
-def read_report_data(source: Any, label: str | None, texts: Any) -> ReportData:
+def read_report_data(source: Any, label: str | None, texts: Any, origin: Origin | None = None) -> ReportData:
     """The data that a source makes; arguments and errors as for `write_report`."""
     texts, folder = _frame(texts) if texts is not None else None, None
     if isinstance(source, (str, os.PathLike)):
@@ -80,7 +104,7 @@ def read_report_data(source: Any, label: str | None, texts: Any) -> ReportData:
     if isinstance(source, History):
         data = _of_history(source, texts)
     else:
-        data = _of_rows(source, texts, folder or Path("ifd_report"))
+        data = _of_rows(source, texts, folder or Path("ifd_report"), origin or Origin())
     known = [] if data.details is None else list(data.details.columns)
     if label is not None and label not in known:
         raise UserError(
@@ -158,7 +182,7 @@ def _of_history(history: History, texts: pd.DataFrame | None) -> ReportData:
     )
 
 
-def _of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> ReportData:
+def _of_rows(source: Any, texts: pd.DataFrame | None, folder: Path, origin: Origin) -> ReportData:
     frame = _frame(source).reset_index(drop=True)
     rows = normalised(frame)
     rows["key"] = rows.index.map(str)  # ids of a data set need not be unique
@@ -166,10 +190,14 @@ def _of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> ReportDat
     if texts is not None:
         by_id = named_ids(frame.columns) is not None
         if not by_id and len(texts) != len(frame):
-            raise UserError(f"{len(frame)} rows and {len(texts)} texts, without a column `row_id` or `id` to match.")
+            raise UserError(
+                f"{many(len(frame), 'row')} and {many(len(texts), 'text')}, without a column `row_id` or `id` to match."
+            )
         given = _details(texts, _ids(texts).map(str) if by_id else rows["key"])
         given = given.reindex(rows["row_id"].map(str)).set_axis(details.index) if by_id else given
         details = _replaced(details, given)
+    if origin.definition is None and "ifd_definition" in frame and frame["ifd_definition"].nunique() == 1:
+        origin = replace(origin, definition=str(frame["ifd_definition"].dropna().iloc[0]))
     chosen = "reason" in rows
     notes = []
     if chosen and len(rows) and rows["kept"].all():
@@ -181,12 +209,13 @@ def _of_rows(source: Any, texts: pd.DataFrame | None, folder: Path) -> ReportDat
         notes.append("Every row here was kept: the rows that were dropped are not in this data set." + card)
     return ReportData(
         title="Scores of a data set" + (" and what was selected" if chosen else ""),
-        score=_score_of(rows, frame.get("ifd_rank")),
+        score=_score_of(rows, frame.get("ifd_rank"), origin),
         epochs={None: rows},
         details=details,
         labels=None,
         folder=folder,
         notes=notes,
+        origin=origin,
     )
 
 
@@ -224,10 +253,11 @@ def _replaced(details: pd.DataFrame, given: pd.DataFrame) -> pd.DataFrame:
     return kept.join(given)
 
 
-def _score_of(rows: pd.DataFrame, ranks: pd.Series | None = None) -> str:
-    """The score that rows of a data set were selected by.
+def _score_of(rows: pd.DataFrame, ranks: pd.Series | None, origin: Origin) -> str:
+    """The score that rows of a data set were selected by, or would be.
 
-    The one that falls along `ranks` (1 is the highest), else the one in which kept rows and rows below the cut part.
+    The one that falls along `ranks` (1 is the highest), else the one in which kept rows and rows below the cut part;
+    of rows that nothing was selected from, the one that their definition ranks by.
     """
     if ranks is not None and ranks.notna().any():
         ranked = rows.loc[ranks.astype(float).sort_values().dropna().index]
@@ -238,4 +268,7 @@ def _score_of(rows: pd.DataFrame, ranks: pd.Series | None = None) -> str:
         kept, below = rows[rows["kept"]], rows[rows["reason"] == BELOW_CUT]
         parts = [name for name in SCORE_NAMES if not kept[name].min() < below[name].max()]
         return parts[0] if parts else "ifd"
+    known = KNOWN_DEFINITIONS.get(origin.definition)
+    if known and "reason" not in rows and rows[known.ranked_by].notna().any():
+        return known.ranked_by
     return "ifd" if rows["ifd"].notna().any() or not rows["ifd_ppl"].notna().any() else "ifd_ppl"

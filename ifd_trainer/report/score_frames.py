@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..method.choices import RANKED_BY
 from ..method.columns import SCORES
 from ..method.equations import FROM_LOSSES
+from ..method.number_words import many, rounded_below
 from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, NOT_IN_SAMPLE, OTHER_TIER, REDUNDANT, RELAXED, Status
 from ..training.history import History
 
@@ -80,8 +81,12 @@ def _floats(series: pd.Series) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def by_epoch(rows: pd.DataFrame | Mapping[Any, pd.DataFrame], most: int | None = None) -> dict[Any, pd.DataFrame]:
+Rows = pd.DataFrame | Mapping[Any, pd.DataFrame] | History  # what plots take: those of one epoch, of several, of a run
+
+
+def by_epoch(rows: Rows, most: int | None = None) -> dict[Any, pd.DataFrame]:
     """Normalised rows by epoch (None for rows that belong to none); `most` of them, the first and the last included."""
+    rows = read_epochs(rows)[0] if isinstance(rows, History) else rows
     epochs = dict(rows) if isinstance(rows, Mapping) else {None: rows}
     chosen = list(epochs)
     if most is not None and len(chosen) > most:
@@ -122,6 +127,22 @@ def read_epochs(history: History) -> tuple[dict[int, pd.DataFrame], list[str]]:
     return epochs, notes
 
 
+def held_out_losses(history: History) -> pd.DataFrame:
+    """The held-out losses of a run, nats per token: lines `before`, `epoch 0`, ..., a column for each evaluation set.
+
+    Without epochs before training starts anew, whose weights are given up, and without lines that have none.
+    """
+    restart = history.settings.get("warmup_epochs") if history.settings.get("start_anew") else 0
+    lines = {"before": (history.epochs[0].get("before_training") or {}) if history.epochs else {}}
+    lines |= {epoch_name(record["epoch"]): record for record in history.epochs if record["epoch"] >= (restart or 0)}
+    losses = {
+        name: {"held-out loss": record.get("eval_loss"), **(record.get("eval_losses") or {})}
+        for name, record in lines.items()
+    }
+    frame = pd.DataFrame.from_dict(losses, orient="index", dtype=float)
+    return frame.dropna(axis="columns", how="all").dropna(axis="index", how="all")
+
+
 def _agree(one: pd.DataFrame, other: pd.DataFrame, columns: Sequence[str]) -> bool:
     return all(
         (name in one) == (name in other) and (name not in one or one[name].equals(other[name])) for name in columns
@@ -139,9 +160,11 @@ def cut_of(rows: pd.DataFrame, score: str) -> float | None:
     return float(lowest) if pd.notna(lowest) else None
 
 
-def number_text(value: Any, digits: int = 3) -> str:
-    """A number with so many digits, "-" where there is none."""
+def number_text(value: Any, digits: int = 3, below: float | None = None) -> str:
+    """A number with so many digits, "-" where there is none; one that is below a limit is not rounded up to it."""
     known = value is not None and np.isfinite(value)
+    if known and below is not None:
+        return rounded_below(float(value), below, digits)
     return f"{round(value, digits) + 0.0:.{digits}f}" if known else MISSING  # + 0.0: no "-0.00"
 
 
@@ -157,4 +180,4 @@ def count_text(value: int | None) -> str:
 
 def rows_text(count: int) -> str:
     """`1 row`, `2,000 rows`."""
-    return "1 row" if count == 1 else f"{count:,} rows"
+    return many(count, "row")

@@ -29,7 +29,7 @@ from .score_frames import (
     percent_text,
     read_epochs,
 )
-from .wording import EpochKinds, frozen_since, guards_of, scored_at, scoring_sentence
+from .wording import EpochKinds, column_words, frozen_since, guards_of, scored_at, scoring_sentence
 
 
 def epoch_table(history: History) -> Table:
@@ -40,21 +40,19 @@ def epoch_table(history: History) -> Table:
     the tiers trained on (0 is the one that it begins with), the epoch in which the scores were made (where some are
     older than their epoch, and not all of one), mean score of the kept and of the dropped rows, share of the kept rows
     that the epoch before kept too (not for the sample of a brief experience), the lowest score kept, the limit (where
-    it is calibrated), seconds, held-out loss of each evaluation set; "-" where a number is not known. Epochs of the
-    brief experience are called that; a line "anew" stands where training starts anew. Below the table stands what both
-    mean, and which model scored.
+    it is calibrated), seconds, held-out loss of each evaluation set; "-" where a number is not known. A line "start"
+    has the held-out loss before training, where it was measured. Epochs of the brief experience are called that; a line
+    "anew" stands where training starts anew. Below the table stands what its columns mean, and which model scored.
 
     >>> from rich import print
     >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
     """
     headers, rows = epoch_cells(history)
     kinds = EpochKinds.from_settings(history.settings)
-    caption = Text(" ".join(epoch_notes(history)))
-    table = Table(title="Selection by epoch", caption=caption, caption_justify="left")
-    table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, 0  # fits in 80 columns
-    for header in headers:
-        table.add_column(header.replace(" ", "\n"), justify="right", overflow="fold")
+    table = _narrow_table("Selection by epoch", headers, epoch_notes(history))
     anew = restart_line(history)
+    if (before := before_cells(history, headers)) is not None:
+        table.add_row(*before)
     for number, (record, row) in enumerate(zip(history.epochs, rows, strict=True)):
         if number == anew:
             table.add_row("anew", *[""] * (len(headers) - 1))
@@ -74,12 +72,19 @@ def guard_table(history: History) -> Table | None:
     if cells is None:
         return None
     notes = [f"Scored no more since epoch {epoch}: {why}." for epoch, why in frozen_since(history.epochs)]
-    table = Table(title="Kept out by guards", caption=Text(" ".join(notes)) if notes else None, caption_justify="left")
-    table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, 0
-    for header in cells[0]:
-        table.add_column(header.replace(" ", "\n"), justify="right", overflow="fold")
+    table = _narrow_table("Kept out by guards", cells[0], notes)
     for row in cells[1]:
         table.add_row(*row)
+    return table
+
+
+def _narrow_table(title: str, headers: list[str], notes: list[str]) -> Table:
+    """A table that fits in 80 columns, with what its columns mean below it."""
+    words = "\n".join(f"{name}: {text}" for name, text in column_words(headers))
+    table = Table(title=title, caption=Text("\n".join(filter(None, [words, " ".join(notes)]))), caption_justify="left")
+    table.box, table.pad_edge, table.padding = SIMPLE_HEAD, False, 0
+    for header in headers:
+        table.add_column(header.replace(" ", "\n"), justify="right", overflow="fold")
     return table
 
 
@@ -133,7 +138,10 @@ def label_rich_table(history: History, label: str) -> Table:
     shares = label_table(history, label)
     table = Table(title=Text(f"Share of rows kept, by {label}"), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     if any(column.endswith(WITHOUT_GUARDS) for column in shares):
-        table.caption, table.caption_justify = "no guard: what the same scores would have kept without guards.", "left"
+        table.caption = "no guard: what the same scores would have kept without guards"
+    shared = f"per cent: of the rows with this {label}, how many the epoch trained on"
+    table.caption = Text("\n".join(filter(None, [shared, table.caption]))) if len(shares.columns) > 1 else None
+    table.caption_justify = "left"
     table.add_column(Text(label), no_wrap=True)
     kinds = EpochKinds.from_settings(history.settings)
     for column in shares.columns:
@@ -149,7 +157,19 @@ def label_rich_table(history: History, label: str) -> Table:
 def epoch_notes(history: History) -> list[str]:
     """What the numbers by epoch do not say by themselves."""
     notes = EpochKinds.from_settings(history.settings).sentences() if history.epochs else []
+    if history.epochs and history.epochs[0].get("before_training"):
+        notes.insert(0, "The line start is the model before training.")
     return notes + [text for text in [scoring_sentence(history.settings, history.epochs)] if text]
+
+
+def before_cells(history: History, headers: list[str]) -> list[str] | None:
+    """The line of the table of epochs for the model before training; None where its held-out loss is not known."""
+    losses = history.epochs[0].get("before_training") if history.epochs else None
+    if not losses:
+        return None
+    known = {"held-out loss": losses.get("eval_loss")}
+    known |= {f"loss on {name}": loss for name, loss in (losses.get("eval_losses") or {}).items()}
+    return ["start", *(number_text(known.get(header), 4) if header in known else "" for header in headers[1:])]
 
 
 def restart_line(history: History) -> int | None:
@@ -163,7 +183,7 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
     """Headers and lines of the table of epochs, one line for each."""
     score = history.settings.get("score") or "ifd"
     score = SCORE_NAMES.get(score, score)
-    kinds = EpochKinds.from_settings(history.settings)
+    kinds, max_ifd = EpochKinds.from_settings(history.settings), history.settings.get("max_ifd")
     repeats = any((record.get("budget") or 0) > (record.get("kept") or 0) for record in history.epochs)
     unfinished = any(_left_out(record) for record in history.epochs)
     tiers = any(record.get("tiers") for record in history.epochs)
@@ -175,8 +195,9 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
     headers += [*(["scored in"] if scored else []), f"{score} kept", f"{score} dropped", "overlap", "cut"]
     limits = any(record.get("limit") is not None for record in history.epochs)
     headers += ["limit"] if limits else []
-    sets = list(dict.fromkeys(name for record in history.epochs for name in record.get("eval_losses") or ()))
-    plain_loss = not sets or any(record.get("eval_loss") is not None for record in history.epochs)
+    measured = [*history.epochs, *([history.epochs[0].get("before_training") or {}] if history.epochs else [])]
+    sets = list(dict.fromkeys(name for record in measured for name in record.get("eval_losses") or ()))
+    plain_loss = not sets or any(record.get("eval_loss") is not None for record in measured)
     headers += ["scoring s", "training s", *(["held-out loss"] if plain_loss else [])]
     headers += [f"loss on {name}" for name in sets]
     rows = []
@@ -190,7 +211,7 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [str(epoch), count_text(record.get("pool")), count_text(kept), *extra]
             + [number_text(record.get("mean_kept")), number_text(record.get("mean_dropped"))]
-            + [percent_text(overlap), number_text(record.get("cut"))]
+            + [percent_text(overlap), number_text(record.get("cut"), below=record.get("limit") or max_ifd)]
             + ([number_text(record.get("limit"))] if limits else [])
             + [number_text(record.get(f"seconds_{part}"), 1) for part in ("scoring", "training")]
             + ([number_text(record.get("eval_loss"), 4)] if plain_loss else [])

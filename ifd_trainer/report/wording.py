@@ -20,6 +20,28 @@ _ORDERS = {
     "descending": "highest score first",
     "ascending": "lowest score first",
 }
+# What a column of a table says, by its header; of scores see `column_words`.
+_COLUMNS = {
+    "pool": "rows to choose from",
+    "kept": "rows trained on",
+    "repeats": "rows trained on once more, since fewer were kept than planned",
+    "trained": "rows that the epoch came to; packed rows with packing",
+    "tiers": "tiers of the curriculum that were trained on, 0 the first",
+    "scored in": "the epoch at whose start the scores were made",
+    "overlap": "share of the kept rows that the epoch before kept too",
+    "cut": "the lowest score kept",
+    "limit": "rows with a score at or above it are dropped",
+    "scoring s": "seconds that scoring and choosing took",
+    "training s": "seconds of the epoch's training",
+    "held-out loss": "mean loss on the evaluation set after the epoch, nats per token, low is good",
+    "above limit": "rows dropped, their score is like that of answers under wrong prompts",
+    "unfinished": "rows dropped, their answer stops before its end",
+    "duplicate": "rows dropped, another one says the same",
+    "mismatched": "rows dropped, their answer fits other prompts as well",
+    "separation": "how often a wrong pair scores higher than a row not trained on yet; 0.5 says nothing, 1 is best",
+    "rank correlation": "with the scoring before, over rows not trained on yet; 1 is the same order, 0 none",
+    "replaced": "rows that the same scores would have kept without guards, and were not kept",
+}
 _SAMPLES = {"kmeans": "by k-means over their prompts, of middle perplexity", "random": "at random"}
 
 
@@ -73,6 +95,25 @@ class EpochKinds:
                 "after are not one curve."
             )
         return said
+
+
+def column_words(headers: Sequence[str]) -> list[tuple[str, str]]:
+    """What the numbers in a table mean, (header, words) for those that are not said by their header alone.
+
+    >>> column_words(["kept", "IFD dropped"])
+    [('kept', 'rows trained on'), ('IFD dropped', 'mean score of the rows not kept')]
+    """
+    words = []
+    for header in headers:
+        if header in _COLUMNS:
+            words.append((header, _COLUMNS[header]))
+        elif header.endswith((" kept", " dropped")):
+            which = "kept" if header.endswith(" kept") else "not kept"
+            words.append((header, f"mean score of the rows {which}"))
+        elif header.startswith("loss on "):
+            same = any(name == "held-out loss" or name.startswith("loss on ") for name, _ in words)
+            words.append((header, "as before, of that set" if same else _COLUMNS["held-out loss"]))
+    return words
 
 
 def scored_at(record: Mapping[str, Any]) -> int | None:

@@ -46,6 +46,7 @@ from ..errors import FileAccessError, UserError, one_line
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import WrongPrompts
 from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS
+from ..method.number_words import many
 from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
 from ..method.unfinished import Unfinished
@@ -208,8 +209,8 @@ class IFDScorer:
         if error is None or any(examples):
             return pairs, None
         return pairs, (
-            f"None of {len(examples)} rows can be rendered as {format.name!r}; the first one: {error}. Check the "
-            "columns, or pass another format."
+            f"None of {many(len(examples), 'row')} can be rendered as {format.name!r}; the first one: {error}. Check "
+            "the columns, or pass another format."
         )
 
     def check(self, batch: Mapping[str, list]) -> None:

@@ -10,7 +10,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from numbers import Real
 from pathlib import Path
@@ -36,12 +36,14 @@ from ..method.facility_location import Diverse
 from ..method.guard import Guard
 from ..method.plain_data import to_data
 from ..method.reasons import NOT_SCORED
-from ..method.schedule import EpochRows, Schedule, Timing, as_schedule
+from ..method.schedule import EpochRows, Schedule, Timing, as_schedule, unlike_epochs
 from ..method.scoring_health import WATCHED
 from ..method.selection import Policy, Selection
 from ..scoring.losses import Scores
 from .checkpoint_state import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
+from .console import end_line, epoch_line, say
 from .first_scoring import FirstScoring
+from .held_out_loss import evaluates_later, losses_before, losses_of
 from .history import FOLDER, History, epoch_record, epoch_rows
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
@@ -50,6 +52,7 @@ from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
 from .row_chooser import RowChooser
 from .selection_run import SelectionRun
+from .trackers import log_histograms
 from .trainer_checks import check_timing
 from .trainer_hooks import (
     EpochSelector,
@@ -91,8 +94,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     Several processes share the scoring and train on one order. As in any run, accelerate's `even_batches` fills the
     last global batch of an epoch with the first rows of its order: those are trained on twice.
 
-    What was selected is logged through `trainer.log` (keys `ifd/...`) and written to `<output_dir>/ifd_history`; see
-    `training.history`.
+    What was selected is logged through `trainer.log` (keys `ifd/...`), said in a line for each epoch (see
+    `training.console`) and written to `<output_dir>/ifd_history`; see `training.history`. Where the trainer evaluates,
+    the held-out loss before the first epoch is measured too, unless `eval_delay` says to wait.
 
     Args:
         trainer: the trainer that this callback is added to.
@@ -175,6 +179,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self._restored: dict[str, Any] | None = None
         self._restored_arrays: dict[str, np.ndarray] = {}
         self._training_since: float | None = None
+        self._before: dict[str, Any] | None = None  # held-out losses before training, once they are known
+        self.names_report = True  # at the end say how to see the report; not where it is written anyway
         trainer._attached = type(self).__name__
 
     @classmethod
@@ -275,6 +281,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 "save_only_model=True: checkpoints hold no optimizer and no random state, so a resume from them "
                 "trains the same rows but is not exact."
             )
+        if (odd := unlike_epochs(self.schedule, len(self.plan.epochs) - (self.restart or 0))) is not None:
+            logger.warning(odd)
         logger.info("Selection plan: %s", self.plan)
         logger.info("Guards: %s", ", ".join(self.guard.names) if self.guard else "none")
         if self.restart is not None and epoch <= self.restart:
@@ -294,6 +302,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             )
         if self.restart is not None and state.global_step == 0:
             self._keep_original()
+        if self.run.called:  # auto_find_batch_size begins a run again, with weights that were trained
+            self._before = None
         self.run.called = False
         if state.is_world_process_zero:
             self.history.save()
@@ -321,17 +331,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.restart is not None and state.global_step >= self.plan.max_steps:
             Snapshot(self.run.folder / ORIGINAL).remove()
+        if self.names_report and self.history.epochs:
+            say(self.trainer, end_line(self.history.folder, self.run.folder))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
-        record = self.history.record(self._epoch) if self._epoch is not None and self.trainer.is_in_train else None
-        if record is None or not metrics:
+        if not self.trainer.is_in_train or not metrics:
             return
-        sets = self.trainer.eval_dataset
-        for name in sets if isinstance(sets, dict) else ():
-            if f"eval_{name}_loss" in metrics:
-                self._note(eval_losses={**(record["eval_losses"] or {}), name: float(metrics[f"eval_{name}_loss"])})
-        if "eval_loss" in metrics:
-            self._note(eval_loss=float(metrics["eval_loss"]))
+        losses = losses_of(metrics, self.trainer.eval_dataset)
+        if self._epoch is None:  # eval_on_start
+            if state.global_step == 0:
+                self._before = _joined(losses, self._before or {})
+        elif (record := self.history.record(self._epoch)) is not None:
+            self._note(**_joined(record, losses))
 
     # ---- the original weights -----------------------------------------------------------------------------------
 
@@ -414,12 +425,20 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             **(self._watched() if np.isfinite(values).any() else dict.fromkeys(_WATCHED)),
             "frozen": self.chooser.frozen,
             **noted,
+            "before_training": self._losses_before() if step == 0 else None,
             "overlap": self.history.overlap(epoch, selection),
             "seconds_scoring": seconds,
         }
         logged = {f"ifd/{key}": record[key] for key in _LOGGED if record.get(key) is not None}
         logged |= {f"ifd/dropped_{reason}": record["reasons"].get(reason, 0) for reason in self.chooser.guard_reasons}
+        before = record["before_training"] or {}
+        logged |= {"ifd/eval_loss_before": before["eval_loss"]} if "eval_loss" in before else {}
+        logged |= {f"ifd/eval_{name}_loss_before": loss for name, loss in before.get("eval_losses", {}).items()}
         self.trainer.log_selection(logged)
+        kept = values[selection.rows]
+        scored = {"ifd/scores": values[np.isfinite(values)], "ifd/kept_scores": kept[np.isfinite(kept)]}
+        log_histograms(self.trainer, scored)
+        say(self.trainer, epoch_line(record, wanted.source, self.chooser.guard_reasons))
         if self.trainer.state.is_world_process_zero:
             added = self.chooser.row_columns(wanted, ids, selection, values, self.seed)
             if "kept_without_guards" in added:
@@ -430,6 +449,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def _response_prefix(self, prompts: Prompts) -> list[int]:
         found = self.pool.finder.header if self.pool.finder is not None else None
         return response_prefix(self.tokenizer, prompts, self.scoring.header, found)
+
+    def _losses_before(self) -> dict[str, Any] | None:
+        if self._before is None and evaluates_later(self.trainer):
+            self._before = losses_before(self.trainer)
+        return self._before or None
 
     def _first_scoring(self, begun: bool) -> FirstScoring:
         score = self.chooser.score if self.chooser.score in SCORES else None
@@ -581,3 +605,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 _WATCHED = ("limit", "unfinished", *WATCHED)
 _LOGGED = ("pool", "eligible", "kept", "packed_rows", *_WATCHED, "cut", "mean_kept", "mean_dropped", "overlap")
 _LOGGED += ("shortfall", "proxy_rank_correlation", "proxy_overlap", "seconds_scoring")
+
+
+def _joined(known: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Held-out losses with those of one more evaluation, which of several sets each have by themselves."""
+    sets = {**(known.get("eval_losses") or {}), **(found.get("eval_losses") or {})}
+    losses = {**known, **found, "eval_losses": sets or None}
+    return {name: losses[name] for name in ("eval_loss", "eval_losses") if losses.get(name) is not None}

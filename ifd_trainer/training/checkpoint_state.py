@@ -21,6 +21,7 @@ import numpy as np
 
 from ..data.atomic import write_atomically
 from ..errors import FileAccessError, NotFoundError, UserError
+from ..method.number_words import many
 from ..method.plain_data import as_text, same, to_data, without_reprs
 from ..scoring.losses import Scores
 from ..scoring.weights_digest import blocks
@@ -141,10 +142,10 @@ def check_resumable(saved: Mapping[str, Any] | None, settings: Mapping[str, Any]
         )
     if saved["max_steps"] != settings["max_steps"]:
         logger.warning(
-            "The run was planned with %d updates and now has %d: the rows of epochs that have begun are as before, "
+            "The run was planned with %s and now has %s: the rows of epochs that have begun are as before, "
             "the learning rate schedule is that of the new number from here on.",
-            saved["max_steps"],
-            settings["max_steps"],
+            many(saved["max_steps"], "update"),
+            f"{settings['max_steps']:,}",
         )
     return saved
 

@@ -17,6 +17,7 @@ from accelerate.logging import get_logger
 
 from ..errors import UserError
 from ..method.choices import RANKED_BY
+from ..method.number_words import many
 from ..method.scoring_health import rank_correlation
 from ..scoring.losses import Scores
 from .options import Scoring
@@ -89,9 +90,9 @@ class FirstScoring:
         tokenizer = self.pool_scorer.encoder.tokenizer
         template = "chat template" if getattr(tokenizer, "chat_template", None) else "prompt format"
         message = (
-            f"{100 * share:.0f} % of {len(values)} scored rows have {self.score} >= 1, that is, their prompt does not "
-            f"help the model. Most likely it does not know this {template} (a chat template on a base model has this "
-            f"effect); or what stands before a direct answer is not the rows' response header (it is "
+            f"{100 * share:.0f} % of {many(len(values), 'scored row')} have {self.score} >= 1, that is, their prompt "
+            f"does not help the model. Most likely it does not know this {template} (a chat template on a base model "
+            f"has this effect); or what stands before a direct answer is not the rows' response header (it is "
             f"{tokenizer.decode(self.prefix)!r}; header= sets it); or prompts and answers do not belong together."
         )
         if self.stops:
@@ -118,8 +119,9 @@ class FirstScoring:
             logger.log(
                 logging.INFO if trusted else logging.WARNING,
                 "%s",
-                f"Scores of {of} against those of the model in training, on {both.sum()} rows: rank correlation "
-                f"{'unknown' if rho is None else format(rho, '.2f')}, {100 * found['proxy_overlap']:.0f} % of the "
-                f"{top} highest are the same.{'' if trusted else ' They rank rows otherwise than the model would.'}",
+                f"Scores of {of} against those of the model in training, on {many(int(both.sum()), 'row')}: rank "
+                f"correlation {'unknown' if rho is None else format(rho, '.2f')}, {100 * found['proxy_overlap']:.0f} % "
+                f"of the {top} highest are the same."
+                f"{'' if trusted else ' They rank rows otherwise than the model would.'}",
             )
         return found

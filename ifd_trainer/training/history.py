@@ -172,6 +172,7 @@ def epoch_record(score: np.ndarray, selection: Selection) -> dict[str, Any]:
         "trained": None,  # training rows, once the epoch has ended
         "eval_loss": None,
         "eval_losses": None,  # by the name of the set, where there are several
+        "before_training": None,  # both of them, before the first epoch
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trl import SFTTrainer
 
+from ..method.number_words import many
 from .initial_weights import Snapshot
 from .recipe_run import Run, selection_of
 
@@ -27,14 +28,14 @@ def planned(run: Run) -> str:
 def _pool_line(run: Run) -> str:
     """How many rows are selected from, and what became of the others."""
     pool = run.trainer.selection_pool
-    text = f"pool: {len(pool)} of {run.rows} rows"
+    text = f"pool: {len(pool):,} of {many(run.rows, 'row')}"
     if run.unread:
-        text += f", {run.unread} that cannot be rendered"
+        text += f", {run.unread:,} that cannot be rendered"
     if run.refusals:
-        text += f", {run.refusals} left out as refusals"
+        text += f", {run.refusals:,} left out as refusals"
     if lost := run.rows - run.unread - run.refusals - len(pool):
-        text += f", {lost} lost to max_length={run.trainer.args.max_length} (no token of their answers is left)"
-    return text + (f", in {pool.training_rows} packed rows" if pool.packed else "")
+        text += f", {lost:,} lost to max_length={run.trainer.args.max_length} (no token of their answers is left)"
+    return text + (f", in {many(pool.training_rows, 'packed row')}" if pool.packed else "")
 
 
 def _batch_line(trainer: SFTTrainer) -> str:

@@ -28,6 +28,7 @@ from ..data.formats import (
 from ..data.refused_answers import looks_like_refusal
 from ..data.row_ids import find_ids
 from ..errors import UserError
+from ..method.number_words import many
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,11 @@ def prepare(rows: Dataset, format: str | None, tokenizer: Callable[[], Any] | No
     if len(bad):
         first = f"row {bad[0]}: {checked[int(bad[0])]['problem']}"
         if len(bad) == len(rows):
-            raise UserError(f"None of {len(rows)} rows can be trained on as {resolved.name!r}; the first one, {first}.")
-        left_out = "%d of %d rows cannot be trained on as %r and are left out of the pool; the first one, %s."
-        logger.warning(left_out, len(bad), len(rows), resolved.name, first)
+            raise UserError(
+                f"None of {many(len(rows), 'row')} can be trained on as {resolved.name!r}; the first one, {first}."
+            )
+        left_out = "%s of %s cannot be trained on as %r: left out of the pool; the first one, %s."
+        logger.warning(left_out, f"{len(bad):,}", many(len(rows), "row"), resolved.name, first)
         rows = rows.select(np.setdiff1d(np.arange(len(rows)), bad))
     removed = sorted((consumed | _TRLS) & set(rows.column_names) - {"prompt", "completion"})
     features = {name: kind for name, kind in rows.features.items() if name not in removed}
@@ -132,9 +135,9 @@ def without_refusals(rows: Dataset) -> Dataset:
 
     kept = rows.filter(keeps, input_columns="completion", desc="Leaving out refusals")
     logger.warning(
-        "drop_refusals: %d of %d rows were left out, their answers look like refusals; the pool is the other %d.",
-        len(rows) - len(kept),
-        len(rows),
-        len(kept),
+        "drop_refusals: %s of %s left out, their answers look like refusals; the pool is the other %s.",
+        f"{len(rows) - len(kept):,}",
+        many(len(rows), "row was", "rows were"),
+        f"{len(kept):,}",
     )
     return kept

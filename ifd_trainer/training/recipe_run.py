@@ -18,6 +18,7 @@ from ..data.files import load_rows
 from ..data.paths import check_model
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
 from ..method.columns import IFD_COLUMNS
+from ..method.number_words import many
 from ..scoring.engine import check_causal_config
 from ..scoring.transform import IFDScorer
 from .callback import IFDSelectionCallback
@@ -68,7 +69,9 @@ def build_run(recipe: Recipe) -> Run:
             train = without_refusals(train)
     refusals, unread = whole - len(train), count - whole
     if not len(train):
-        raise UserError(f"All {count} rows of {source} were left out. Set drop_refusals: false, or look at the rows.")
+        raise UserError(
+            f"No row of {source} is left of {many(count, 'row')}. Set drop_refusals: false, or look at the rows."
+        )
     labels = {*train.column_names, *(IFD_COLUMNS if scorer is not None else ())}
     if selection.label and selection.label not in labels:
         raise UserError(f"label={selection.label!r} is not among the data set's columns {sorted(labels)}.")
@@ -81,8 +84,8 @@ def build_run(recipe: Recipe) -> Run:
         trainer = _trainer(config, model, sft, train, held_out)
     if not len(trainer.train_dataset):
         raise UserError(
-            f"None of {count} rows has an answer within max_length={sft.max_length} tokens: raise max_length, or "
-            "shorten the prompts."
+            f"None of {many(count, 'row')} has an answer within max_length={sft.max_length} tokens: raise "
+            "max_length, or shorten the prompts."
         )
     lacking = (*sft.lacking, *lacking_for(model)) if plan else ()
     if plan and sft.parallel:
@@ -90,6 +93,7 @@ def build_run(recipe: Recipe) -> Run:
     callback = _callback(trainer, selection, scorer)
     if plan and sft.parallel:
         trainer.is_deepspeed_enabled = False
+    callback.names_report = False  # `ifd-trainer train` writes the report, and says where
     trainer.add_callback(callback)
     return Run(trainer, count, unread, refusals, lacking)
 

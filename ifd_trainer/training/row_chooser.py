@@ -24,6 +24,7 @@ from ..method.duplicates import representatives
 from ..method.error_rate import least_measured
 from ..method.facility_location import EMBEDDING, Diverse
 from ..method.guard import GUARD_REASONS, Guard
+from ..method.number_words import many
 from ..method.plain_data import to_data
 from ..method.reasons import ABOVE_LIMIT, NOT_IN_SAMPLE, Status
 from ..method.schedule import EpochRows
@@ -320,11 +321,11 @@ class RowChooser:
         """Say what is odd about the rows of an epoch."""
         if selection.shortfall:
             logger.warning(
-                "Epoch %d: %d rows are planned, %d are eligible; %d were filled (on_shortfall=%r).",
+                "Epoch %d: %s planned, %s eligible; %s filled (on_shortfall=%r).",
                 epoch,
-                len(selection.kept),
-                selection.eligible,
-                selection.shortfall,
+                many(len(selection.kept), "row is", "rows are"),
+                many(selection.eligible, "is", "are"),
+                many(selection.shortfall, "was", "were"),
                 self.on_shortfall,
             )
 

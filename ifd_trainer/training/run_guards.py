@@ -20,6 +20,7 @@ from ..method.calibrated_limit import CalibratedLimit
 from ..method.duplicates import surplus
 from ..method.error_rate import least_measured
 from ..method.guard import Guard
+from ..method.number_words import many
 from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED, Status
 from ..scoring.losses import Scores
 from .pool_scorer import PoolScorer
@@ -112,10 +113,10 @@ class RunGuards:
         cut_short = int(((scores.ifd_status == Status.OK.value) & ~known).sum())
         if cut_short:
             logger.info(
-                "Epoch %d: %d rows were cut at max_length, so nobody knows how their answers end: they are not taken "
-                "for unfinished.",
+                "Epoch %d: %s cut at max_length, so nobody knows how their answers end: they are not taken for "
+                "unfinished.",
                 epoch,
-                cut_short,
+                many(cut_short, "row was", "rows were"),
             )
         known = _measured_on(known, unseen, rule.cuts, least_measured(rule.alpha))
         rows, left = rule.draw(ids, np.where(known, scores.answer_tokens, 0), seed)
@@ -140,9 +141,9 @@ class RunGuards:
         if measured.limit is not None:
             if ABOVE_LIMIT not in self.verdicts and not unseen.all():
                 logger.warning(
-                    "%d rows were trained on before the calibrated limit could judge them: mismatched ones among them "
-                    "may pass. Without warm-up epochs (warmup_epochs=0, or brief=None) it holds for all rows.",
-                    (~unseen).sum(),
+                    "%s trained on before the calibrated limit could judge them: mismatched ones among them may pass. "
+                    "Without warm-up epochs (warmup_epochs=0, or brief=None) it holds for all rows.",
+                    many(int((~unseen).sum()), "row was", "rows were"),
                 )
             self._judge(ABOVE_LIMIT, values < measured.limit, unseen)
         if measured.unfinished is not None:
@@ -213,9 +214,9 @@ class RunGuards:
         if (known := int((~unseen[new]).sum())) and not self._told_of_seen:
             self._told_of_seen = True
             logger.warning(
-                "%d rows were trained on before the pairing test could judge them: mismatched ones among them may "
-                "pass. Without warm-up epochs (warmup_epochs=0, or brief=None) it holds for all rows.",
-                known,
+                "%s trained on before the pairing test could judge them: mismatched ones among them may pass. Without "
+                "warm-up epochs (warmup_epochs=0, or brief=None) it holds for all rows.",
+                many(known, "row was", "rows were"),
             )
         new = new[unseen[new]]
         if not len(new):

@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 
 from ..data.chat_template import common_prefix_length
 from ..errors import RunError
+from ..method.number_words import many
 from ..method.schedule import TrainingPlan
 from .pool import Pool, TrainingRow
 
@@ -79,8 +80,9 @@ class SelectionRun:
         drawn, trained = self.sampler.drawn, min(batches * self.batch, len(self._selected))
         if drawn != self._selected[: len(drawn)] or len(drawn) < trained:
             raise RunError(
-                f"In epoch {self.epoch} the train data loader drew {len(drawn)} rows, and {trained} were trained on, "
-                f"but they are not the {len(self._selected)} selected ones: they part after "
+                f"In epoch {self.epoch} the train data loader drew {many(len(drawn), 'row')}, and "
+                f"{many(trained, 'was', 'were')} trained on, but they are not the {len(self._selected)} selected ones: "
+                f"they part after "
                 f"{common_prefix_length(drawn, self._selected)}. Something else changed the rows of the loader or its "
                 "sampler while training ran; with a selection callback they have to stay."
             )

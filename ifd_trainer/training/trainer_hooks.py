@@ -43,6 +43,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get
 from ..data.answer_finder import answer_finder
 from ..data.paths import check_checkpoint
 from ..errors import RunError, UserError
+from ..method.number_words import many
 from ..method.schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
 from ..scoring.model_parts import lm_head
 from .history import FOLDER as HISTORY
@@ -204,7 +205,7 @@ class SelectiveTrainer:
             batches = sampler.batches(dataloader, budget)
             if not batches:
                 raise UserError(
-                    f"Epoch {epoch} is planned with {budget} rows, fewer than one global batch, and "
+                    f"Epoch {epoch} is planned with {many(budget, 'row')}, fewer than one global batch, and "
                     "dataloader_drop_last=True would drop them all. Raise keep, lower the batch size, or set "
                     "dataloader_drop_last=False."
                 )
@@ -222,9 +223,9 @@ class SelectiveTrainer:
             )
         if not any(selector.selects(epoch.epoch) for epoch in plan.epochs):
             raise UserError(
-                f"None of the {len(plan.epochs)} planned epochs selects rows: all of them are warm-up epochs, or train "
-                "on the whole pool. Lower warmup_epochs (or the share of Anneal), raise the number of epochs, or train "
-                "without the callback."
+                f"None of {many(len(plan.epochs), 'planned epoch')} selects rows: all of them are warm-up epochs, or "
+                "train on the whole pool. Lower warmup_epochs (or the share of Anneal), raise the number of epochs, or "
+                "train without the callback."
             )
         return plan
 
@@ -303,8 +304,8 @@ class SelectiveTrainer:
             batches = run.sampler.batches(loader, len(run.order)) if run.sampler is not None else None
             if batches != plan.batches:
                 raise RunError(
-                    f"Epoch {plan.epoch} has {batches} batches, but {plan.batches} were planned. The train data loader "
-                    "was changed after training began; with a selection callback it has to stay."
+                    f"Epoch {plan.epoch} has {many(batches, 'batch', 'batches')}, but {plan.batches} were planned. The "
+                    "train data loader was changed after training began; with a selection callback it has to stay."
                 )
             if run.sampler.pool is not self.selection_pool:
                 raise RunError(

@@ -202,7 +202,7 @@ def test_relax_takes_nothing_above_the_limit_without_need():
 
 def test_error_says_how_many_rows_there_are_and_what_to_do():
     with pytest.raises(
-        ShortfallError, match=r"3 rows .* only 2 of 5 are eligible: 2 have no score and 1 have ifd >= 1"
+        ShortfallError, match=r"3 rows .* only 2 of 5 are eligible: 2 have no score and 1 has ifd >= 1"
     ) as e:
         select([0.5, 0.4, 1.1, NAN, NAN], budget=3, on_shortfall="error")
     assert "Lower `keep`" in str(e.value)

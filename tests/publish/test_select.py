@@ -54,7 +54,7 @@ def test_the_count_is_exact_and_every_row_has_a_reason(pool, keep):
     assert chosen.counts.get("above_limit", 0) == sum(score[i] >= 1 for i in range(n) if not refusals[i])
     assert (chosen.warning is None) == (len(eligible) >= asked)
     if len(eligible) < asked:
-        with pytest.raises(ShortfallError, match=f"only {len(eligible)} are eligible"):
+        with pytest.raises(ShortfallError, match=rf"only {len(eligible)} (is|are) eligible"):
             choose(score, status, keep, dropped={"refusal": refusals}, strict=True)
 
 
@@ -109,7 +109,7 @@ def test_a_shortfall_says_what_is_missing():
         np.array([0.5, 1.5, np.nan, 0.6]), np.array([OK, OK, "failed", OK]), 1.0, dropped={"refusal": np.arange(4) == 3}
     )
     assert chosen.warning == (
-        "4 rows asked for (1 of all 4 rows in the pool), only 1 are eligible (1 above_limit, 1 failed, 1 refusal). "
+        "4 rows asked for (100 % of all 4 rows in the pool), only 1 is eligible (1 above_limit, 1 failed, 1 refusal). "
         "Lower --keep, or raise --max-ifd (inf: no limit)."
     )
 

@@ -80,6 +80,20 @@ def card_of(path: Path) -> tuple[dict, str]:
     return yaml.safe_load(matter), text
 
 
+def test_one_kept_row_just_below_the_limit_reads_as_what_it_is(tmp_path, capsys):
+    frame = pd.DataFrame({"instruction": ["Ask."] * 3, "output": ["So."] * 3, "ifd": [0.99999, 0.5, 1.00001]})
+    frame = frame.assign(ifd_ppl=0.5, answer_tokens=3, ifd_status="ok")
+    write_rows(Dataset.from_pandas(frame), tmp_path / "scored.parquet")
+    assert select(tmp_path / "scored.parquet", "--keep", "1", "--all", "--output", tmp_path / "out.jsonl") == 0
+    said = "1 row kept, 33.33 % of all 3 rows in the pool (1 asked for), ifd >= 0.99999. Not kept: 1 above_limit, 1"
+    assert said in capsys.readouterr().out
+    _, text = card_of(tmp_path / "out.md")
+    assert "All 3 rows of scored.parquet, each with its score; 1 row of the 3 of scored.parquet is marked" in text
+    assert "the row with the highest Instruction-Following Difficulty (IFD) below 1." in text
+    assert "| lowest score kept | 0.99999 |" in text
+    assert "| 100 % (highest) | 1.0000 | 0.99999 |" in text
+
+
 def test_scores_of_another_program_are_enough(rows, cherry, tmp_path, capsys):
     assert select(rows, "--scores", cherry, "--keep", "0.5", "--output", tmp_path / "out.jsonl") == 0
     kept = load_rows(str(tmp_path / "out.jsonl")).to_list()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 import subprocess
 import sys
 from html import unescape
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -42,7 +44,7 @@ PREAMBLE = (
     "### Instruction:\n"
 )
 SCORES = ("cas", "das", "ifd", "ifd_ppl")
-PLOTS = {"kept_flow", "ifd_histogram", "cas_das", "ifd_length", "kept_by_label"}
+PLOTS = {"kept_flow", "ifd_histogram", "held_out_loss", "cas_das", "ifd_length", "kept_by_label"}
 
 
 def scores(n: int = 80, seed: int = 0, drift: float = 0.8) -> pd.DataFrame:
@@ -129,18 +131,22 @@ def history(tmp_path) -> History:
 
 
 def page_of(path) -> str:
-    """The page's markup without the images and the style sheet."""
-    return _markup(path.read_text(encoding="utf-8"))
+    """The page's markup without plots, style sheet and script."""
+    return markup_of(path.read_text(encoding="utf-8"))
 
 
 def page_without_plots(source, *, label=None, texts=None, rows: int = 10) -> str:
     """The markup of the page that `write_report` writes, but for its plots, which take a second to draw."""
-    return _markup(page_html(read_report_data(source, label, texts), [], rows))
+    return markup_of(page_html(read_report_data(source, label, texts), [], rows))
 
 
-def _markup(page: str) -> str:
-    page = re.sub(r"base64,[^\"]+", "base64,", page)
-    return re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+def markup_of(page: str) -> str:
+    """What a page says: of its script, the only one, it is looked up that the page's policy knows it."""
+    script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in page
+    page = page.replace(f"<script>{script}</script>", "")
+    return re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", page, flags=re.DOTALL)
 
 
 def visible(markup: str) -> str:
@@ -170,19 +176,25 @@ def assert_no_holes(page: str) -> None:
     assert not re.search(r"\b(nan|NaN|None|NaT|inf)\b", visible(page))
 
 
-def assert_pngs(path, names: set[str]) -> None:
-    """The PNG files are there, no others, sharp, and the same as those in the page."""
+def assert_plots(path, names: set[str]) -> None:
+    """The plots are in the page, no others, as drawings that take their colours from it, and sharp PNG files beside."""
     files = {file.stem: file.read_bytes() for file in (path.parent / "report_files").glob("*.png")}
     assert files.keys() == names
-    page = path.read_text(encoding="utf-8")
-    embedded = [base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
-    assert sorted(embedded) == sorted(files.values())
+    drawings = re.findall(r"<svg.*?</svg>", path.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(drawings) == len(names)
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+        assert "var(--ink)" in drawing
+        assert not re.search(r"#[0-9a-f]{6}\b", drawing)  # a colour of its own would not follow the page into the dark
+        ids, used = (set(re.findall(pattern, drawing)) for pattern in (r' id="([^"]+)', r'(?:href="#|url\(#)([^")]+)'))
+        assert ids == used
+    every = re.findall(r' id="([^"]+)', "".join(drawings))
+    assert len(every) == len(set(every))
     for content in files.values():
         image = Image.open(io.BytesIO(content))
         image.load()
         assert image.size[0] == 1536
         assert 300 < image.size[1] < 3000
-    assert set(re.findall(r'<img[^>]* width="(\d+)"', page)) <= {"768"}
 
 
 def printed(table) -> str:
@@ -310,8 +322,10 @@ def test_texts_are_cut_and_escaped(history):
     page = page_without_plots(history, rows=3)
     assert "<script" not in page
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; word" in page
-    assert "THE END" not in page
-    assert "word…</div>" in page
+    shown, whole = page.split("word…</div>", 1)  # what is left out opens below it
+    assert "THE END" not in shown
+    assert re.match(r'\s*<details class="whole"><summary>whole text</summary>\s*<div class="answer-whole"', whole)
+    assert whole.count("THE END</div></details>") == 1
     assert "&lt;b&gt;bold&lt;/b&gt; &amp; more</div>" in page
     assert "Below is an instruction" not in page
     assert "### Response" not in page.replace("<dd>&#39;### Response:&#39;</dd>", "")
@@ -361,12 +375,13 @@ def test_page_shows_label_shares_and_medians(history):
 
 def test_page_needs_no_other_file_and_plots_lie_beside_it(history):
     path = write_report(history)
-    assert_pngs(path, PLOTS)
+    assert_plots(path, PLOTS)
     page = page_of(path)
-    assert not re.search(r"<script|<link|@import|https?://", path.read_text(encoding="utf-8").replace("base64,", ""))
-    assert set(re.findall(r'src="(.*?)"', page)) == {"data:image/png;base64,"}
-    alts = re.findall(r'alt="(.*?)"', page)
-    assert len(alts) == 5
+    names = r'xmlns(:xlink)?="http://www.w3.org/[^"]*"'  # of XML, which nobody asks for
+    whole = re.sub(names, "", path.read_text(encoding="utf-8"))
+    assert not re.search(r"<link|@import|https?://|\bsrc=|fetch\(|XMLHttpRequest", whole)
+    alts = re.findall(r'role="img" aria-label="(.*?)"', page)
+    assert len(alts) == 6
     assert all(len(alt) > 40 for alt in alts)
 
 
@@ -374,7 +389,7 @@ def test_one_epoch_has_no_flow_and_no_second_section(tmp_path):
     folder = tmp_path / "page"
     write_report(make_history(tmp_path / "three"), folder)
     path = write_report(make_history(tmp_path / "one", epochs=1), folder)
-    assert_pngs(path, PLOTS - {"kept_flow"})  # the plot of the report before is gone too
+    assert_plots(path, PLOTS - {"kept_flow", "held_out_loss"})  # those of the report before are gone too
     page = page_of(path)
     assert "<details>" not in page
     assert "20 rows (25.0 % of the pool) in one epoch" in page
@@ -407,7 +422,7 @@ def test_epoch_whose_rows_cannot_be_read_is_left_out_with_a_note(history, damage
     file = history.rows_path(2)
     file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:100])
     path = write_report(history, rows=3)
-    assert_pngs(path, PLOTS)
+    assert_plots(path, PLOTS)
     page = page_of(path)
     assert "Epoch 2: epoch-002.parquet " + ("is missing" if damage == "missing" else "cannot be read") in page
     assert "Rows of epoch 1 (the last)" in page
@@ -445,7 +460,7 @@ def test_page_tells_of_shortfall_duplicates_and_prompts_that_do_not_help(tmp_pat
     page = page_of(write_report(history))
     assert f"the rest was filled with {repeats} repeats." in page
     assert "2 rows have the same prompt and answer as another row" in page
-    assert f"{twice} of them were kept in the last epoch (epoch 0)" in page
+    assert f"{twice} of them {'was' if twice == 1 else 'were'} kept in the last epoch (epoch 0)" in page
     assert '<th scope="col">times</th>' in page
     frame = scores(drift=1.2)
     assert "of the scored rows are at 1 or more" in page_of(write_report(frame, tmp_path / "high"))
@@ -478,7 +493,7 @@ def test_scores_alone(tmp_path):
     assert f"tune {int(tables['Lowest scores'][0][1:])}</div>" in page
     assert "La&lt;la&gt;" in page
     assert "Epochs" not in page
-    assert_pngs(path, {"ifd_histogram", "cas_das", "ifd_length"})
+    assert_plots(path, {"ifd_histogram", "cas_das", "ifd_length"})
     assert_no_holes(page)
 
 
@@ -493,7 +508,7 @@ def test_selected_data_set(tmp_path, column):
     assert f"15 rows, cut at {kept['ifd'].min():.3f}" in page
     share = (kept["quality"] == "odd").sum() / 40
     assert grid(page, "By quality")["odd"][-1] == f"{100 * share:.0f} %"
-    assert_pngs(path, PLOTS - {"kept_flow"})
+    assert_plots(path, PLOTS - {"kept_flow", "held_out_loss"})
 
 
 def test_a_selection_by_perplexity_ratio_is_recognised(tmp_path):
@@ -517,7 +532,7 @@ def test_no_row_has_a_score(tmp_path):
     assert "No row has a score" in page
     assert grid(page, "Rows by status") == {"no score: the format cannot render the row": ["80"]}
     assert row_tables(page) == {"Rows without a score": ["r00", "r01", "r02"]}
-    assert_pngs(path, set())
+    assert_plots(path, set())
     assert_no_holes(page)
     page = page_of(write_report(frame.iloc[:0], tmp_path))
     assert "There are no rows." in page

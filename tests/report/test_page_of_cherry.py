@@ -16,7 +16,7 @@ from datasets import Dataset
 from test_page import (
     PLOTS,
     assert_no_holes,
-    assert_pngs,
+    assert_plots,
     grid,
     make_history,
     page_of,
@@ -93,7 +93,7 @@ def test_the_page_names_them_too_and_lists_the_sample(run, tmp_path):
     history, witness = run
     path = write_report(history, tmp_path)
     page = page_of(path)
-    assert list(grid(page, "Epochs")) == ["0 (brief experience)", "1", "2"]
+    assert list(grid(page, "Epochs")) == ["start", "0 (brief experience)", "1", "2"]
     parts = page.split(">Epochs</h")[1].split("</table>")[0].split('<tr class="between">')
     assert len(parts) == 2
     assert "0 (brief experience)" in parts[0]
@@ -113,12 +113,12 @@ def test_the_page_names_them_too_and_lists_the_sample(run, tmp_path):
     assert facts["Brief experience"].endswith("then training starts anew from the original weights")
     tables = row_tables(page)
     assert sorted(map(int, tables["Rows of the sample"])) == sorted(witness.epochs()[0])
-    sample = page.split("Rows of the sample")[1].split("</table>")[0]
+    sample = page.split(">Rows of the sample<")[1].split("</table>")[0]
     raw = {row["row_id"]: row for row in raw_rows(40)}
     for row in witness.epochs()[0]:
         assert f">{raw[row]['instruction']}</div>" in sample
         assert f">{raw[row]['output']}</div>" in sample
-    headers = re.findall(r'<th scope="col">(.*?)</th>', sample)
+    headers = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', sample)
     assert headers == ["row", "quality", "text"]  # it has no scores
     assert set(map(int, tables["Kept, highest scores"])) == set(witness.epochs()[1])
     assert tables["Rows without a score"] == []
@@ -126,7 +126,7 @@ def test_the_page_names_them_too_and_lists_the_sample(run, tmp_path):
     assert "<details>" not in page  # both epochs have one scoring and one selection
     assert "epoch 0 (brief experience)" in text_of(page.split("By quality")[1])
     assert "Epoch 0 went without scores." in page
-    assert_pngs(path, PLOTS)
+    assert_plots(path, PLOTS)
     assert_no_holes(page.replace("<dd>Cherry(max_ifd=inf", "<dd>Cherry("))
 
 
@@ -143,7 +143,7 @@ def test_the_labels_in_the_terminal_name_the_brief_experience(run):
     history, _ = run
     text = printed(label_rich_table(history, "quality"))
     assert "(brief experience)" in text
-    assert text.count("epoch") == 3
+    assert len(re.findall(r"epoch \d", text)) == 3
 
 
 # ---- histories of other rhythms ---------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_a_folder_of_selected_rows(scored, tmp_path, card):
     assert "Every row here was kept" in page
     assert ("README.md beside it counts them." in page) == (card == "--card")
     assert grid(page, "Rows by what became of them") == {"kept": ["2"]}
-    shown = page.split("Kept, highest scores")[1].split("</table>")[0]
+    shown = page.split(">Kept, highest scores<")[1].split("</table>")[0]
     assert [i for i in range(6) if f"Ask {i}." in shown] == [3, 4]
     assert load_rows(str(folder)).to_list() == before  # the report's files are not taken for data
     assert_no_holes(page)
@@ -358,7 +358,7 @@ def test_a_folder_of_all_rows_with_their_reasons(scored, tmp_path):
     assert row_tables(page)["Dropped, answers that look like refusals"] == ["1"]
     assert row_tables(page)["Kept, highest scores"] == ["3"]
     assert row_tables(page)["Dropped, just below the cut"] == ["4", "0"]
-    why = page.split("Rows without a score")[1]
+    why = page.split(">Rows without a score<")[1]
     assert "the program that scored gave up on the row" in why
     assert "Every row here was kept" not in page
 
@@ -395,7 +395,7 @@ def test_each_epoch_is_drawn_and_listed_with_the_limit_that_was_measured_for_it(
     page = page_of(write_report(history))
     rule = "of those below a limit that is measured in each scoring: below it are 5 % of answers that are scored under"
     assert rule in facts_of(page)["Rule"]
-    assert "Limit: rows with a score at or above it are dropped." in text_of(page)
+    assert "limit : rows with a score at or above it are dropped" in text_of(page)
     assert [column.header for column in epoch_table(history).columns].count("limit") == 1
     data = read_report_data(history, None, None)
     figure = plot_ifd_histogram(data.scored, score="ifd", max_ifd=data.max_ifd)

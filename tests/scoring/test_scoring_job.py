@@ -178,7 +178,7 @@ def test_rows_of_which_none_has_a_score_are_written_with_a_warning_and_exit_stat
     captured = capsys.readouterr()
     assert f"8 rows: 8 empty_answer. Written to {output}." in captured.out
     assert captured.err.splitlines()[-1] == (
-        "ifd-trainer: warning: none of the 8 rows has a score (8 empty_answer): nothing can be selected from "
+        "ifd-trainer: warning: none of 8 rows has a score (8 empty_answer): nothing can be selected from "
         f"{output}. Check the format and the options; `ifd_status` says why for each row."
     )
     assert load_rows(str(output))["ifd_status"][:] == ["empty_answer"] * 8

@@ -711,7 +711,7 @@ def test_a_data_set_without_tokens_is_refused(tmp_path):
 def test_a_budget_below_one_batch_with_drop_last_is_refused(tmp_path):
     trainer = sft_trainer(tmp_path, 8, dataloader_drop_last=True)
     select(trainer, keep=[4, 1])
-    with pytest.raises(ValueError, match="Epoch 1 is planned with 1 rows, fewer than one global batch"):
+    with pytest.raises(ValueError, match="Epoch 1 is planned with 1 row, fewer than one global batch"):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -267,7 +267,7 @@ def test_a_trainer_trains_on_everything_once_the_callback_is_removed(tmp_path, r
 def test_a_run_in_which_selection_never_has_a_turn_is_an_error(tmp_path, options):
     trainer = sft_trainer(tmp_path, 8)
     select(trainer, **options)
-    with pytest.raises(UserError, match="None of the 3 planned epochs selects rows"):
+    with pytest.raises(UserError, match="None of 3 planned epochs selects rows"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -275,7 +275,7 @@ def test_a_run_in_which_selection_never_has_a_turn_is_an_error(tmp_path, options
 def test_max_steps_that_end_in_the_warm_up_are_an_error(tmp_path):
     trainer = sft_trainer(tmp_path, 8, max_steps=4)
     select(trainer, keep=0.5, warmup_epochs=1)
-    with pytest.raises(UserError, match="None of the 1 planned epochs selects rows"):
+    with pytest.raises(UserError, match="None of 1 planned epoch selects rows"):
         trainer.train()
 
 

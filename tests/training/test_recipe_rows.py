@@ -107,9 +107,7 @@ def test_rows_that_cannot_be_rendered_are_left_out_and_named(bad, reason, caplog
     assert rows["row_id"][:] == [0, 1, 3]
     assert rows["completion"][:] == [[{"role": "assistant", "content": f"It is {i}."}] for i in range(3)]
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith(
-        "2 of 5 rows cannot be trained on as 'sharegpt' and are left out of the pool; the first one, "
-    )
+    assert said.startswith("2 of 5 rows cannot be trained on as 'sharegpt': left out of the pool; the first one, ")
     assert f"the first one, row 2: {reason}" in said
 
 

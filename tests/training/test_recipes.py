@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def forbid(patch) -> None:
 def plan_of(out: str) -> list[str]:
     """The lines of a plan in what a command prints."""
     lines = out[out.index("Plan: ") :].splitlines()
-    return [line for line in lines if line.startswith(("Plan: ", "pool: ", "update: ", "original weights: "))]
+    return [line.rstrip() for line in lines if re.match(r"Plan: |pool: \d|update: |original weights: ", line)]
 
 
 def test_all_recipes_are_there():
@@ -129,7 +130,7 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
         assert "original weights: 0.00 GB in" in plan
     epochs = range(1, 4) if recipe in (*CHERRY, CHERRY_LORA) else range(3)
     for epoch in epochs:
-        assert f"epoch {epoch}: {rows} rows, {updates} updates" in plan
+        assert f"epoch {epoch}: {rows} rows, {updates} update" in plan
     assert not (tmp_path / "ifd_history").exists()
 
 
@@ -174,7 +175,7 @@ def test_a_recipe_for_gpus_is_planned_as_it_is_on_any_machine(recipe, model, lar
     assert main(["train", str(FOLDER / f"{recipe}.yaml"), "--plan", "--model", model, "--dataset", large]) == 0
     lines = capsys.readouterr().out.splitlines()
     lines = lines[lines.index(next(line for line in lines if line.startswith("Plan: "))) :]
-    assert lines[1] == "pool: 1100 of 1100 rows"
+    assert lines[1] == "pool: 1,100 of 1,100 rows"
     assert lines[2].endswith("= 32 rows" if recipe.endswith("fsdp") else "= 128 rows")
     if not is_torch_bf16_gpu_available():
         assert lines[-1] == "this machine has no GPU with bfloat16 (bf16: true); training needs it"
@@ -209,7 +210,7 @@ def test_what_a_machine_lacks_is_noted_in_a_plan(options, lacking, model, data, 
     words = ["train", str(FOLDER / "alpaca_dynamic.yaml"), "--plan", "--model", model, "--dataset", data]
     assert main([*words, *options]) == 0
     out = capsys.readouterr().out
-    assert "3 updates (epoch 0: 4 rows, 1 updates; epoch 1: 4 rows" in out
+    assert "3 updates (epoch 0: 4 rows, 1 update; epoch 1: 4 rows" in out
     assert lacking in out.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["ds.json"]
 
