@@ -21,7 +21,8 @@ from .chat_template import turn_texts
 from .formats import ALPACA
 from .token_decoding import Decoder
 
-FOUND = 0.9  # share of the rows that a header has to stand in, for it to be taken for theirs
+FOUND = 0.5  # share of the rows that a header has to stand in, for it to be taken for theirs; others may be cut
+_ALIKE = 0.9  # share of the headers that a line break has to stand behind, for it to be part of them
 _BREAKS = ("\n\n", "\n")  # what may stand behind a header in all rows: a part of it
 
 
@@ -54,7 +55,7 @@ class TurnTexts:
         return None
 
 
-# Formats that public data sets write as plain text. Of those that stand in a row, the first one counts.
+# Formats that public data sets write as plain text; of those that stand in as many rows, the first one is meant.
 PLAIN = (
     TurnTexts((ALPACA.header,), ("### Instruction:",)),
     TurnTexts(("### Assistant:",), ("### Human:", "### User:")),
@@ -126,13 +127,11 @@ def answer_finder(
         return AnswerFinder(decoder, given)
     if template is not None or getattr(tokenizer, "chat_template", None):
         of_template = TurnTexts(*turn_texts(tokenizer, template))
-        if _share(of_template, texts) >= FOUND / 2:  # chats may end without an answer
+        if _share(of_template, texts) >= FOUND:
             return AnswerFinder(decoder, of_template, known=True)
-    shares = [(_share(plain, texts), plain) for plain in PLAIN]
-    for share, plain in shares:
-        if share >= FOUND:
-            return AnswerFinder(decoder, _with_break(plain, texts))
-    best, plain = max(shares, key=lambda found: found[0], default=(0.0, None))
+    best, plain = max(((_share(plain, texts), plain) for plain in PLAIN), key=lambda found: found[0])
+    if best >= FOUND:
+        return AnswerFinder(decoder, _with_break(plain, texts))
     nearest = f" ({plain.headers[0].strip()!r} in {100 * best:.0f} %)" if best else ""
     raise UserError(
         f"No row of the training set has a prompt that is masked out, and no known response header stands in "
@@ -163,6 +162,6 @@ def _with_break(texts: TurnTexts, rows: Sequence[bytes]) -> TurnTexts:
     found = [(texts.answer(row), row) for row in rows]
     behind = [row[place[0] : place[0] + 2].decode(errors="replace") for place, row in found if place is not None]
     for text in _BREAKS:
-        if sum(rest.startswith(text) for rest in behind) >= FOUND * len(behind):
+        if sum(rest.startswith(text) for rest in behind) >= _ALIKE * len(behind):
             return replace(texts, headers=tuple(header + text for header in texts.headers))
     return texts

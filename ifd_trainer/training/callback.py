@@ -49,6 +49,7 @@ from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
 from .options import Scoring, check_options, groups_of, guard_of, needs_answers, of_whole_rows
 from .pool import Pool, TrainingRow
+from .pool_line import RowsBefore, pool_line
 from .pool_scorer import PoolScorer
 from .row_chooser import RowChooser
 from .selection_run import SelectionRun
@@ -180,7 +181,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self._restored_arrays: dict[str, np.ndarray] = {}
         self._training_since: float | None = None
         self._before: dict[str, Any] | None = None  # held-out losses before training, once they are known
-        self.names_report = True  # at the end say how to see the report; not where it is written anyway
+        self.rows_before: RowsBefore | None = None  # the training set before it was prepared, where more is known of it
+        self.in_command = False  # whether a command tells what the pool is, and where its report
         trainer._attached = type(self).__name__
 
     @classmethod
@@ -305,6 +307,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.run.called:  # auto_find_batch_size begins a run again, with weights that were trained
             self._before = None
         self.run.called = False
+        if not self.in_command:
+            say(self.trainer, pool_line(self.trainer, self.pool, self.rows_before))
         if state.is_world_process_zero:
             self.history.save()
             self.history.discard_other_epochs()
@@ -331,7 +335,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.restart is not None and state.global_step >= self.plan.max_steps:
             Snapshot(self.run.folder / ORIGINAL).remove()
-        if self.names_report and self.history.epochs:
+        if not self.in_command and self.history.epochs:
             say(self.trainer, end_line(self.history.folder, self.run.folder))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:

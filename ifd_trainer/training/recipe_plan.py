@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from trl import SFTTrainer
 
-from ..method.number_words import many
 from .initial_weights import Snapshot
+from .pool_line import pool_line
 from .recipe_run import Run, selection_of
 
 
@@ -13,7 +13,7 @@ def planned(run: Run) -> str:
     """What will be trained on: budgets and steps, the rows that are there, and the disk that it needs."""
     trainer, callback = run.trainer, selection_of(run.trainer)
     trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    lines = [str(callback.plan), _pool_line(run), _batch_line(trainer)]
+    lines = [str(callback.plan), pool_line(trainer, callback.pool, callback.rows_before), _batch_line(trainer)]
     lines.append(f"guards: {', '.join(callback.guard.names) if callback.guard else 'none'}")
     if callback.restart is not None:
         size = f"{Snapshot.size(trainer.model) / 1e9:.2f} GB"
@@ -23,19 +23,6 @@ def planned(run: Run) -> str:
     if run.lacking:
         lines.append(f"this machine has no {', no '.join(run.lacking)}; training needs it")
     return "\n".join(lines)
-
-
-def _pool_line(run: Run) -> str:
-    """How many rows are selected from, and what became of the others."""
-    pool = run.trainer.selection_pool
-    text = f"pool: {len(pool):,} of {many(run.rows, 'row')}"
-    if run.unread:
-        text += f", {run.unread:,} that cannot be rendered"
-    if run.refusals:
-        text += f", {run.refusals:,} left out as refusals"
-    if lost := run.rows - run.unread - run.refusals - len(pool):
-        text += f", {lost:,} lost to max_length={run.trainer.args.max_length} (no token of their answers is left)"
-    return text + (f", in {many(pool.training_rows, 'packed row')}" if pool.packed else "")
 
 
 def _batch_line(trainer: SFTTrainer) -> str:

@@ -22,6 +22,7 @@ from ..method.number_words import many
 from ..scoring.engine import check_causal_config
 from ..scoring.transform import IFDScorer
 from .callback import IFDSelectionCallback
+from .pool_line import RowsBefore
 from .recipe import Recipe, translated
 from .recipe_file import beside
 from .recipe_machine import PlanConfig, installed, lacking_for, outline
@@ -36,16 +37,10 @@ class Run:
     """A trainer with its selection callback, and what is said before it trains.
 
     Attributes:
-        rows: rows of the data set.
-        unread: how many of them cannot be rendered and were left out.
-        refusals: how many were left out as refusals.
         lacking: what training needs and this machine has not, in words; of a plan.
     """
 
     trainer: SFTTrainer
-    rows: int
-    unread: int
-    refusals: int
     lacking: tuple[str, ...] = ()
 
 
@@ -93,9 +88,10 @@ def build_run(recipe: Recipe) -> Run:
     callback = _callback(trainer, selection, scorer)
     if plan and sft.parallel:
         trainer.is_deepspeed_enabled = False
-    callback.names_report = False  # `ifd-trainer train` writes the report, and says where
+    callback.in_command = True  # `ifd-trainer train` tells what the pool is, writes the report and says where
     trainer.add_callback(callback)
-    return Run(trainer, count, unread, refusals, lacking)
+    callback.rows_before = RowsBefore(count, unread, refusals)
+    return Run(trainer, lacking)
 
 
 def _model_config(model: ModelConfig, sft: SFTConfig) -> PretrainedConfig:

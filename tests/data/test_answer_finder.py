@@ -164,9 +164,9 @@ def test_a_header_of_the_users_own(tokenizer):
 def test_where_too_few_rows_have_a_header_the_nearest_is_named():
     tokenizer = plain_tokenizer()
     rows = ["Ask. ### Response: Red."] * 4 + ["Once upon a time."] * 6
-    with pytest.raises(UserError, match=r"stands in 90 % of them \('### Response:' in 40 %\), so nobody can tell"):
+    with pytest.raises(UserError, match=r"stands in 50 % of them \('### Response:' in 40 %\), so nobody can tell"):
         found(tokenizer, rows)
-    with pytest.raises(UserError, match=r"stands in 90 % of them, so nobody can tell which tokens are the answer"):
+    with pytest.raises(UserError, match=r"stands in 50 % of them, so nobody can tell which tokens are the answer"):
         found(tokenizer, rows[-3:])
 
 

@@ -192,7 +192,7 @@ def test_rows_without_a_header_are_told_from_rows_that_were_cut_before_it(tmp_pa
 def test_a_header_of_the_users_own_tells_answers(tmp_path):
     rows = [{"text": f"{row['instruction']} => {row['output']}", "row_id": row["row_id"]} for row in RAW]
     trainer = sft_trainer(tmp_path, Dataset.from_list(rows))
-    with pytest.raises(UserError, match="no known response header stands in 90 % of them"):
+    with pytest.raises(UserError, match="no known response header stands in 50 % of them"):
         select(trainer, keep=4)
     callback = select(trainer, keep=4, max_ifd=INF, header=" =>")
     model = build_model(len(TOKENIZER))
@@ -348,3 +348,66 @@ def test_what_is_read_of_a_pool_does_not_depend_on_hashes(tmp_path):
         )
         found.append(run.stdout.splitlines()[-1])
     assert found[0] == found[1]
+
+
+# ---- what the pool is ---------------------------------------------------------------------------------------------
+
+
+def pool_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("pool: ")]
+
+
+LONG = [{**row, "instruction": "Add the numbers. " * 30} if i in (3, 4, 9) else row for i, row in enumerate(RAW)]
+EMPTY = [{**row, "output": ""} if i == 7 else row for i, row in enumerate(LONG)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "expected"),
+    [
+        (lambda: text_rows(RAW), {}, "pool: 24 of 24 rows"),
+        (
+            lambda: text_rows(LONG),
+            {"max_length": 64, "shuffle_dataset": True},
+            "pool: 21 of 24 rows, 3 lost to max_length=64 (no token of their answers is left)",
+        ),
+        (
+            lambda: text_rows(EMPTY).select(range(2, 24)),
+            {"max_length": 64},
+            "pool: 19 of 22 rows, 3 lost to max_length=64 (no token of their answers is left)",
+        ),
+        (
+            lambda: as_text(LONG),
+            {"max_length": 64},
+            "pool: 24 of 24 rows; 3 of them have no answer that can be scored; every token is trained on, and a row's "
+            "answer is what stands behind '### Response:'",
+        ),
+        (
+            lambda: as_messages(RAW),
+            {},
+            "pool: 24 of 24 rows; every token is trained on, and a row's answer is what stands behind its chat "
+            "template's header",
+        ),
+        (
+            lambda: text_rows(RAW),
+            {"packing": True, "max_length": 96, "padding_free": False},
+            "pool: 24 of 24 rows, in ",
+        ),
+    ],
+    ids=["all", "cut", "of some rows", "text", "chats", "packed"],
+)
+def test_a_run_says_what_it_selects_from(tmp_path, capsys, rows, config, expected):
+    trainer = sft_trainer(tmp_path, rows(), num_train_epochs=1, **config)
+    callback = select(trainer, keep=2, max_ifd=INF)
+    trainer.train()
+    (line,) = pool_lines(capsys.readouterr().out)
+    if callback.pool.packed:
+        assert line == f"{expected}{callback.pool.training_rows} packed rows"
+    else:
+        assert line == expected
+
+
+def test_a_run_on_whole_texts_says_so(tmp_path, capsys):
+    trainer = sft_trainer(tmp_path, Dataset.from_list(STORIES), num_train_epochs=1)
+    select(trainer, keep=2, policy=RandomRows())
+    trainer.train()
+    assert pool_lines(capsys.readouterr().out) == ["pool: 24 of 24 rows; all of a row is taken for its answer"]
