@@ -124,7 +124,7 @@ def test_the_page_names_them_too_and_lists_the_sample(run, tmp_path):
     assert tables["Rows without a score"] == []
     assert "Rows of epochs 1-2" in page
     assert "<details>" not in page  # both epochs have one scoring and one selection
-    assert "epoch 0 (brief experience)" in text_of(page.split("By quality")[1])
+    assert "epoch 0 (brief experience)" in text_of(page.split(">By quality<")[1])
     assert "Epoch 0 went without scores." in page
     assert_plots(path, PLOTS)
     assert_no_holes(page.replace("<dd>Cherry(max_ifd=inf", "<dd>Cherry("))
