@@ -31,12 +31,14 @@ class Pool:
 
     Args:
         dataset: the trainer's prepared training set, with input_ids and labels.
+        tokens: these two columns as the trainer's collator leaves them, where it changes them; see `collated_labels`.
     """
 
     packed = False
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, tokens: Any = None) -> None:
         self.source = self.examples = dataset
+        self._tokens = tokens
         self._lengths: np.ndarray | None = None
         self._spans: np.ndarray | None = None
         self._ids: dict[str | None, np.ndarray] = {}
@@ -125,7 +127,8 @@ class Pool:
 
     def _stored(self) -> Any:
         """input_ids and labels of a `datasets.Dataset`, as lists whatever its format; None for other data sets."""
-        names = getattr(self.examples, "column_names", None)
+        examples = self.examples if self._tokens is None else self._tokens
+        names = getattr(examples, "column_names", None)
         if names is None:
             return None
         missing = [name for name in ("input_ids", "labels") if name not in names]
@@ -134,7 +137,7 @@ class Pool:
                 f"Selection reads input_ids and labels, but the prepared training set has {names}. Do not use "
                 "skip_prepare_dataset, or tokenise the data set with labels yourself."
             )
-        columns = self.examples.select_columns(["input_ids", "labels"])
+        columns = examples.select_columns(["input_ids", "labels"])
         return columns if columns.format["type"] == "custom" else columns.with_format(None)
 
     def _batches(self, size: int = 1000) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -267,14 +270,16 @@ class PackedPool(Pool):
     Args:
         dataset: a `datasets.Dataset` with input_ids, labels and seq_lengths.
         capacity: tokens of a bin, the trainer's max_length.
+        tokens: these three columns as the trainer's collator leaves them, where it changes them.
     """
 
     packed = True
 
-    def __init__(self, dataset: Any, capacity: int) -> None:
+    def __init__(self, dataset: Any, capacity: int, tokens: Any = None) -> None:
         super().__init__(dataset)
         self.capacity = capacity
-        packed = dataset.select_columns(["input_ids", "labels", "seq_lengths"]).with_format("arrow")
+        packed = dataset if tokens is None else tokens
+        packed = packed.select_columns(["input_ids", "labels", "seq_lengths"]).with_format("arrow")
         self.examples = packed.map(unpack, batched=True, desc="Unpacking train dataset").with_format(None)
         table = self.examples.with_format("arrow")[:]
         self._lengths = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)

@@ -16,8 +16,8 @@ epoch. `attach` gives a trainer small overrides with which each epoch may train 
 - `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer;
 - `push_to_hub` and `_push_from_checkpoint` leave the training texts at home.
 
-What trainer and callback share is one object, a `SelectionRun`; what is refused is in `trainer_checks`. Measured on
-transformers 5.20 to 5.23; a missing hook is a clear error.
+What trainer and callback share is one object, a `SelectionRun`; what is refused is in `trainer_checks`, and whether the
+installed transformers has these hooks is found out in `trainer_version`.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ from ..data.paths import check_checkpoint
 from ..errors import RunError, UserError
 from ..method.schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
 from ..scoring.model_parts import lm_head
+from .collated_labels import check_collated, trained_tokens
 from .history import FOLDER as HISTORY
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
 from .pool import PackedPool, Pool, TrainingRow
 from .selection_run import SelectionRun, SelectionSampler
-from .trainer_checks import check_complete, check_kind, check_supported, unsupported_version
+from .trainer_checks import check_complete, check_kind, check_supported
+from .trainer_version import check_hooks
 
 # Positions in the tuple that `set_initial_training_values` returns.
-_EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS, _TUPLE_SIZE = 0, 1, 3, 5, 6, 7
+_EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS = 0, 1, 3, 5, 6
 
 
 class EpochSelector(TrainerCallback):
@@ -167,8 +169,6 @@ class SelectiveTrainer:
             return super().set_initial_training_values(args, dataloader)
         plan = self._plan(selector, args, dataloader)  # before the trainer's own errors, which speak of other things
         values = list(super().set_initial_training_values(args, dataloader))
-        if len(values) != _TUPLE_SIZE:
-            raise unsupported_version("Trainer.set_initial_training_values returns another tuple")
         cut = sum(epoch.updates for epoch in plan.epochs) - plan.max_steps  # of a last epoch that is not finished
         values[_EPOCHS] = len(plan.epochs)
         values[_TRAIN_SAMPLES] = plan.rows - cut * self.get_total_train_batch_size(args)
@@ -319,7 +319,7 @@ def attach(trainer: Trainer) -> None:
 
     Raises:
         TypeError: when `trainer` is no Trainer.
-        ImportError: when this version of transformers lacks a hook.
+        ImportError: when this version of transformers has other hooks.
         ValueError: for a configuration in which a selection could not be exact; the message has the fix.
     """
     if not isinstance(trainer, Trainer):
@@ -328,6 +328,7 @@ def attach(trainer: Trainer) -> None:
         )
     check_kind(trainer, SelectiveTrainer)
     check_supported(trainer)
+    check_hooks(trainer)
     if not isinstance(trainer, SelectiveTrainer):
         cls = type(trainer)
         trainer.__class__ = type(cls.__name__, (SelectiveTrainer, cls), {"__module__": cls.__module__})
@@ -416,11 +417,15 @@ def _announce_lm_head(model: nn.Module) -> None:
 
 
 def _pool_of(trainer: Trainer) -> Pool:
-    if not getattr(trainer.args, "packing", False):
-        return Pool(trainer.train_dataset)
-    # The first process writes the unpacked examples to the cache of `datasets`, the others read them there.
-    with trainer.args.main_process_first(desc="unpacking the training set"):
-        return PackedPool(trainer.train_dataset, trainer.args.max_length)
+    # The first process writes what is made of the rows to the cache of `datasets`, the others read it there.
+    with trainer.args.main_process_first(desc="reading the training set"):
+        tokens = trained_tokens(trainer)
+        if getattr(trainer.args, "packing", False):
+            pool = PackedPool(trainer.train_dataset, trainer.args.max_length, tokens)
+        else:
+            pool = Pool(trainer.train_dataset, tokens)
+    check_collated(trainer, pool)
+    return pool
 
 
 def batch_order(

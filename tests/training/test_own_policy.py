@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from tiny_runs import raw_rows, select, sft_trainer, text_rows, train
+from tiny_runs import raw_rows, select, sft_trainer, text_rows, tokenised, train
 
 from ifd_trainer import (
     BalancedRandom,
@@ -53,7 +53,7 @@ def test_what_it_keeps_is_trained_on_and_the_others_have_its_reason(tmp_path):
     trainer = sft_trainer(tmp_path, 24)
     callback = select(trainer, keep=[4, 5, 6], policy=Longest())
     seen = train(trainer)
-    lengths = {row["row_id"]: sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset}
+    lengths = {row["row_id"]: sum(label != -100 for label in row["labels"]) for row in tokenised(trainer)}
     longest = sorted(lengths, key=lambda row: (-lengths[row], row))
     for epoch, rows in enumerate(seen.epochs()):
         assert sorted(rows) == sorted(longest[: 4 + epoch])

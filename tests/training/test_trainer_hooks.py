@@ -222,7 +222,7 @@ def test_rows_are_visited_by_score(tmp_path, order):
 def test_group_by_length_puts_rows_of_like_length_together(tmp_path):
     trainer = sft_trainer(tmp_path, 30, train_sampling_strategy="group_by_length")
     callback = select(trainer, keep=24, max_ifd=INF)
-    length = {row["row_id"]: len(row["input_ids"]) for row in trainer.train_dataset}
+    length = {row["row_id"]: len(row["input_ids"]) for row in tokenised(trainer)}
     seen = train(trainer)
     generator = random.Random(0)
 
