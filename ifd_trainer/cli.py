@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,7 +23,7 @@ from . import __version__
 from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS, KNOWN_DEFINITIONS, SCORE_KINDS
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
-from .errors import NotFoundError, RunError, UserError, one_line
+from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
 from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
 from .training.recipe_file import check_recipe
@@ -538,6 +539,10 @@ def _train(arguments: list[str]) -> int:
     if not arguments or not {"-h", "--help"}.isdisjoint(arguments):
         print(train_help())
         return 0
+    if find_spec("trl") is None:
+        raise NotInstalledError(
+            "ifd-trainer train fine-tunes with TRL, which is missing: pip install 'ifd_trainer[trl]'."
+        )
     plan = "--plan" in arguments
     arguments = [word for word in arguments if word != "--plan"]
     if "--help-all" in arguments:

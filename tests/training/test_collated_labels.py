@@ -102,7 +102,7 @@ MaskingCollator.__module__ = "trl.trainer.sft_trainer"
 
 
 def masked_rows(tmp_path, *masks):
-    """Prompt-completion rows with masks in the place of labels; the first token of the answer is not the assistant's."""
+    """Prompt-completion rows with masks in the place of labels; the answer's first token is not the assistant's."""
     rows = []
     for row in tokenised(sft_trainer(tmp_path / "rows", 12)):
         mask = [int(label != -100) for label in row.pop("labels")]
