@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 from conftest import build_model, build_tokenizer
 
+from ifd_trainer.cli import main
+
 # Run as a program of its own: what this process has imported of trl is not there.
 BLOCKED = """
 import sys
@@ -96,8 +98,15 @@ def test_the_recipe_runner_says_how_trl_is_installed(place, words):
     done = ran(place, COMMAND, "train", *words)
     assert done.returncode == 2
     assert done.stderr == (
-        "ifd-trainer: error: ifd-trainer train fine-tunes with TRL, which is missing: pip install 'ifd_trainer[trl]'.\n"
+        "ifd-trainer: error: ifd-trainer train fine-tunes with trl 1.8 or later, and none is installed: pip install "
+        "'ifd_trainer[trl]'.\n"
     )
+
+
+def test_the_recipe_runner_names_a_trl_that_is_too_old(monkeypatch, capsys):
+    monkeypatch.setattr("ifd_trainer.cli.version", lambda name: "0.24.0")
+    assert main(["train", "recipe.yaml"]) == 2
+    assert "fine-tunes with trl 1.8 or later, and 0.24.0 is installed: pip install" in capsys.readouterr().err
 
 
 def test_the_help_of_the_recipe_runner_needs_no_trl(place):

@@ -45,15 +45,16 @@ _SETTINGS = {
 }
 
 
-def needs_trl(version: str, why: str) -> pytest.MarkDecorator:
-    """Skips a test where TRL is older; `why` says what that one does."""
-    reason = f"trl {trl.__version__} {why}; trl {version} is the first that does not"
+def since_trl(version: str, what: str) -> pytest.MarkDecorator:
+    """Skips a test where TRL is older, with the reason."""
+    reason = f"{what} since trl {version}; this is {trl.__version__}"
     return pytest.mark.skipif(Version(trl.__version__) < Version(version), reason=reason)
 
 
-MERGES_MASKED = needs_trl("1.14.2", "does not train on a token that is partly the prompt's")
-CHATS_MASKED = needs_trl("0.27", "takes chats for prompts of two tokens with transformers 5")
-BFD_SPLIT = needs_trl("1.0", "has no packing strategy 'bfd_split'")
+MERGES_TRAINED = since_trl("1.14.2", "a token that is partly the prompt's is trained on")
+CHATS_READ = since_trl("0.27", "chats are read as transformers 5 tokenises them")
+BFD_SPLIT = since_trl("1.0", "there is a packing strategy 'bfd_split'")
+RECIPES = since_trl("1.8", "recipes run")
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import torch
 from conftest import CORPUS, ROUNDING, build_model, build_tokenizer, reference_nll
 from datasets import Dataset
 from tiny_runs import (
-    CHATS_MASKED,
+    CHATS_READ,
     INF,
-    MERGES_MASKED,
+    MERGES_TRAINED,
     TOKENIZER,
     alpaca_rows,
     chat_rows,
@@ -102,7 +102,7 @@ def test_an_empty_completion_is_an_empty_answer_and_never_trained(tmp_path):
         assert callback.history.epochs[epoch]["shortfall"] == 3
 
 
-@CHATS_MASKED
+@CHATS_READ
 def test_an_empty_assistant_turn_is_an_empty_answer_too(tmp_path):
     raw = raw_rows(12)
     raw[5]["output"] = ""
@@ -256,10 +256,10 @@ def raw_and_prepared(kind):
     "kind",
     [
         "alpaca",
-        pytest.param("alpaca_merging", marks=MERGES_MASKED),
+        pytest.param("alpaca_merging", marks=MERGES_TRAINED),
         "alpaca_bos",
         "alpaca_metaspace",
-        pytest.param("chat", marks=CHATS_MASKED),
+        pytest.param("chat", marks=CHATS_READ),
         "messages",
     ],
 )
@@ -313,7 +313,7 @@ def test_a_quote_does_merge_with_the_colon_before_it():
     assert MERGING.tokenize('### Response:"Yes') != [*MERGING.tokenize("### Response:"), *MERGING.tokenize('"Yes')]
 
 
-@MERGES_MASKED
+@MERGES_TRAINED
 def test_rows_whose_boundary_tokens_merge_are_selected_by_the_reference_too(tmp_path):
     raw = raw_rows(18, quotes=True)
     model = build_model(len(MERGING))

@@ -12,7 +12,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import (
-    CHATS_MASKED,
+    CHATS_READ,
     TOKENIZER,
     as_trained,
     chat_rows,
@@ -53,8 +53,8 @@ def conversations(raw):
         (text_rows, {"max_length": None, "padding_free": True}),
         (text_rows, {"completion_only_loss": False}),
         (conversations, {"assistant_only_loss": True}),
-        pytest.param(chat_rows, {"assistant_only_loss": True}, marks=CHATS_MASKED),
-        pytest.param(chat_rows, {"assistant_only_loss": True, "completion_only_loss": False}, marks=CHATS_MASKED),
+        pytest.param(chat_rows, {"assistant_only_loss": True}, marks=CHATS_READ),
+        pytest.param(chat_rows, {"assistant_only_loss": True, "completion_only_loss": False}, marks=CHATS_READ),
     ],
 )
 def test_the_pool_is_what_the_collator_leaves(tmp_path, rows, config):
