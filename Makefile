@@ -13,7 +13,7 @@ SMOLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ifd_trainer/smollm2-135m
 .PHONY: help model demo test gpu style quality bench versions clean
 
 # transformers, trl and datasets that the loop's tests run with beside the newest ones of recipes/constraints.txt.
-VERSIONS := 5.24-1.16-5.2 5.14-1.8-5.2 5.5-1.3-5.2 5.5-0.24-4.0
+VERSIONS := 5.24-1.16-5.2 5.14-1.8-5.2 5.5-1.3-5.2 5.5-0.24-4.0 4.57-0.24-4.0
 LOOP_TESTS := tests/training
 # Each file is one process's: what it makes once for its tests is made once.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -87,7 +87,7 @@ def check_supported(trainer: Trainer) -> None:
         )
     if getattr(args, "packing", False):
         _check_packing(args.packing_strategy, dataset, makes_labels(trainer.data_collator))
-    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+    if sampling_strategy(args) == "batch_rebalance":
         raise UserError(
             "train_sampling_strategy='batch_rebalance' orders rows by itself. Use 'random' or 'group_by_length'."
         )
@@ -101,7 +101,12 @@ def check_supported(trainer: Trainer) -> None:
             "even_batches=False gives some processes a batch more than others, which then wait for ever. Leave "
             "accelerator_config['even_batches'] at True, or set dataloader_drop_last=True."
         )
-    split = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    split = {
+        name: getattr(trainer, size, lambda: 1)()
+        for name, size in (("tensor", "get_tp_size"), ("context", "get_cp_size"), ("sequence", "get_sp_size"))
+    }
+    parallel = getattr(args, "parallelism_config", None)  # what transformers 4.57 knows of context parallelism
+    split["context"] = max(split["context"], getattr(parallel, "cp_size", 1) or 1)
     shared = [f"{name} parallelism over {size} processes" for name, size in split.items() if size > 1]
     if shared:
         raise UserError(
@@ -111,6 +116,12 @@ def check_supported(trainer: Trainer) -> None:
         )
     if trainer.is_fsdp_xla_enabled:
         raise UserError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
+
+
+def sampling_strategy(args: Any) -> str:
+    """`train_sampling_strategy`; in transformers 4.57 what `group_by_length` says of it."""
+    grouped = "group_by_length" if getattr(args, "group_by_length", False) else "random"
+    return getattr(args, "train_sampling_strategy", grouped)
 
 
 def check_timing(trainer: Trainer, timing: Timing) -> None:

@@ -21,6 +21,8 @@ logger = get_logger(__name__)  # speaks in the main process alone
 
 OLDEST, NEWEST = "5.5", "5.24"  # of the releases that the tests ran with
 TRL = "0.24 to 1.16"
+_FOUND = Version(transformers.__version__)
+ONE_LOOP = _FOUND.release[:2] == (4, 57)  # the one before 5.0 that works; see `one_loop`
 # The methods of a Trainer that selection overrides, and what they take.
 HOOKS = {
     "_get_train_sampler": "train_dataset",
@@ -34,6 +36,11 @@ HOOKS = {
     "_load_callback_state": "",
     "_push_from_checkpoint": "checkpoint_folder",
 }
+if ONE_LOOP:
+    del HOOKS["_init_training_state"], HOOKS["_run_epoch"]
+    HOOKS["set_initial_training_values"] += ", total_train_batch_size"
+    HOOKS["_inner_training_loop"] = "batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval"
+    HOOKS["_load_rng_state"] = "checkpoint"
 
 
 def check_hooks(trainer: Trainer) -> None:
@@ -52,8 +59,9 @@ def check_hooks(trainer: Trainer) -> None:
     args = copy.copy(trainer.args)
     args.max_steps, args.num_train_epochs, args.gradient_accumulation_steps = -1, 3, 2
     loader = DataLoader(range(22), batch_size=2)
-    wanted = (3, 6, 22, 66, trainer.get_total_train_batch_size(args), 11, 18)
-    found = Trainer.set_initial_training_values(trainer, args, loader)
+    batch = trainer.get_total_train_batch_size(args)
+    wanted = (3, 6, 22, 66, True if ONE_LOOP else batch, 11, 18)
+    found = Trainer.set_initial_training_values(trainer, args, loader, *([batch] if ONE_LOOP else []))
     if found != wanted:
         raise _unsupported(
             f"For 3 epochs of 11 batches, Trainer.set_initial_training_values returns {found}, not {wanted},"
@@ -67,6 +75,6 @@ def check_hooks(trainer: Trainer) -> None:
 
 def _unsupported(what: str) -> NotInstalledError:
     return NotInstalledError(
-        f"{what} in transformers {transformers.__version__}; selection works with transformers {OLDEST} to {NEWEST}. "
-        "Install one of those."
+        f"{what} in transformers {transformers.__version__}; selection works with transformers 4.57 and {OLDEST} to "
+        f"{NEWEST}. Install one of those."
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROUNDING
 from tiny_runs import (
+    FIVE,
     INF,
     PEAK,
     difference,
@@ -324,7 +325,8 @@ def test_a_second_train_call_starts_again_from_the_weights_of_the_first(tmp_path
     ("strategy", "steps", "last"),
     [
         ({"eval_strategy": "epoch"}, [6, 9, 13], [6, 9, 13]),
-        ({"eval_strategy": "steps", "eval_steps": 4}, [4, 8, 12, 13], [4, 8, 13]),
+        # transformers 4.57 does not evaluate once more at the end
+        ({"eval_strategy": "steps", "eval_steps": 4}, [4, 8, 12, 13][: 3 + FIVE], [4, 8, 13 if FIVE else 12]),
     ],
     ids=["epoch", "steps"],
 )
