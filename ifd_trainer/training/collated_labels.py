@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from ..data.encoding import IGNORE
 from ..errors import NotInstalledError, UserError
-from .trainer_version import TRL
+from .trainer_version import ONE_LOOP, TRL
 
 _CHATS = "0.27"  # the first TRL that reads what transformers 5 makes of a chat
 _LOOKED_AT = 8  # rows that are collated, to see whether what is trained on is what is scored
@@ -112,8 +112,8 @@ def check_collated(trainer: Trainer, pool: Any) -> None:
 
 def _reads_no_chats(dataset: Any) -> bool:
     names = dataset.column_names
-    masked = "prompt" in names and "completion_mask" in names and Version(version("trl")) < Version(_CHATS)
-    return masked and not isinstance(dataset[0]["prompt"], str)
+    masked = {"prompt", "completion_mask"} <= set(names) and Version(version("trl")) < Version(_CHATS)
+    return masked and not ONE_LOOP and not isinstance(dataset[0]["prompt"], str)
 
 
 def _of_trl(collator: Any) -> bool:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import (
     CHATS_READ,
+    FIVE,
     TOKENIZER,
     as_trained,
     chat_rows,
@@ -192,6 +193,7 @@ def test_a_mask_of_another_length_is_refused(tmp_path):
     )
 
 
+@pytest.mark.skipif(not FIVE, reason="transformers 4.57 gives chats as every trl reads them")
 def test_chats_that_an_old_trl_cannot_read_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("ifd_trainer.training.collated_labels.version", lambda name: "0.26.2")
     rows = masked_rows(tmp_path, "completion_mask")
