@@ -1,4 +1,4 @@
-# Targets for a fresh machine: Python 3.10 to 3.13 and a package index, nothing else.
+# Targets for a fresh machine: Python 3.10 to 3.14 and a package index, nothing else.
 PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?=
@@ -12,7 +12,8 @@ SMOLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ifd_trainer/smollm2-135m
 
 .PHONY: help model demo test gpu style quality bench versions clean
 
-OLDEST := .venv-oldest
+# transformers, trl and datasets that the loop's tests run with beside the newest ones of recipes/constraints.txt.
+VERSIONS := 5.24-1.16-5.2 5.14-1.8-5.2 5.5-1.3-5.2 5.5-0.24-4.0 4.57-0.24-4.0
 LOOP_TESTS := tests/training
 # Each file is one process's: what it makes once for its tests is made once.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -56,13 +57,15 @@ bench: $(TEST) $(if $(MODEL),,model)  ## speed, memory and cost of scoring and o
 	$(BIN)/python tests/benchmarks/selection.py --runs 1
 	$(BIN)/python tests/benchmarks/noise.py --model "$(or $(MODEL),$(SMOLLM))" --rows 100 --seeds 1 --tested 20
 
-versions: $(TEST)  ## the loop's tests with the newest and the oldest supported transformers and trl
+versions: $(TEST) $(VERSIONS:%=versions-%)  ## the loop's tests with the newest transformers and trl, and with older ones
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) $(LOOP_TESTS)
-	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(transformers|trl)==' recipes/constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -c $(OLDEST)/constraints.txt \
-		-e '.[test]' 'transformers==5.20.*' 'trl==1.14.*'
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest $(PARALLEL) $(LOOP_TESTS)
+
+versions-%:
+	$(PYTHON) -m venv .venv-$*
+	grep -vE '^(transformers|trl|datasets)==' recipes/constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --disable-pip-version-check -c .venv-$*/constraints.txt -e '.[test]' \
+		$(join transformers== trl== datasets==,$(addsuffix .*,$(subst -, ,$*)))
+	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -rs $(PARALLEL) $(LOOP_TESTS)
 
 clean:  ## remove the environment, runs and caches
-	rm -rf $(VENV) $(OLDEST) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VERSIONS:%=.venv-%) runs build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

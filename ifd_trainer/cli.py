@@ -15,14 +15,18 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from packaging.version import Version
 
 from . import __version__
 from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS, KNOWN_DEFINITIONS, SCORE_KINDS
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
-from .errors import NotFoundError, RunError, UserError, one_line
+from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
 from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
 from .method.number_words import many
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from .report.report_data import Origin
     from .scoring.transform import IFDScorer
 
+_TRL = "1.8"  # the first one that recipes were run with
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
 # Options of `score` that are the transform's by the same names.
 _OF_SCORER = (
@@ -536,10 +541,21 @@ def _check_apart(output: Path, options: argparse.Namespace) -> None:
             )
 
 
+def _check_trl() -> None:
+    """Raise unless the TRL that recipes need is there; it is not imported yet."""
+    found = version("trl") if find_spec("trl") is not None else None
+    if found is None or Version(found) < Version(_TRL):
+        raise NotInstalledError(
+            f"ifd-trainer train fine-tunes with trl {_TRL} or later, and {found or 'none'} is installed: pip install "
+            "'ifd_trainer[trl]'."
+        )
+
+
 def _train(arguments: list[str]) -> int:
     if not arguments or not {"-h", "--help"}.isdisjoint(arguments):
         print(train_help())
         return 0
+    _check_trl()
     plan = "--plan" in arguments
     arguments = [word for word in arguments if word != "--plan"]
     if "--help-all" in arguments:

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import transformers
+import trl
 from conftest import DEVICE, build_model, build_tokenizer, reference_nll
 from datasets import Dataset
+from packaging.version import Version
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -40,6 +44,22 @@ _SETTINGS = {
     "use_cpu": DEVICE == "cpu",
     "bf16": False,  # TRL's default is True: scores have an error of 0.3 % then
 }
+
+
+FIVE = Version(transformers.__version__).major >= 5
+
+
+def since_trl(version: str, what: str) -> pytest.MarkDecorator:
+    """Skips a test where TRL is older, with the reason."""
+    reason = f"{what} since trl {version}; this is {trl.__version__}"
+    return pytest.mark.skipif(Version(trl.__version__) < Version(version), reason=reason)
+
+
+MERGES_TRAINED = since_trl("1.14.2", "a token that is partly the prompt's is trained on")
+CHATS_READ = since_trl("0.27" if FIVE else "0.24", "chats are read as transformers 5 tokenises them")
+BFD_SPLIT = since_trl("1.0", "there is a packing strategy 'bfd_split'")
+PREFERENCES = since_trl("1.0", "trainers on preferences do without mergekit")
+RECIPES = since_trl("1.8", "recipes run")
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------
@@ -88,6 +108,20 @@ def alpaca_rows(raw: list[dict[str, Any]]) -> Dataset:
 # ---- trainers ---------------------------------------------------------------------------------------------------
 
 
+def known(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings in the words of the installed transformers; a test of what 4.57 does not have is skipped."""
+    if FIVE:
+        return config
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a run in bf16 leaves it to those after it
+    config = dict(config)
+    strategy, steps = config.pop("train_sampling_strategy", "random"), config.get("warmup_steps", 0)
+    if strategy not in ("random", "group_by_length"):
+        pytest.skip(f"train_sampling_strategy={strategy!r} came with transformers 5; {transformers.__version__}")
+    if isinstance(steps, float):  # a share
+        config["warmup_ratio"] = config.pop("warmup_steps")
+    return {**config, "group_by_length": strategy == "group_by_length"}
+
+
 def sft_trainer(
     folder: Path,
     rows: int | Dataset = 24,
@@ -101,7 +135,7 @@ def sft_trainer(
 ) -> SFTTrainer:
     """An SFTTrainer on a tiny model: 3 epochs, 2 rows a batch, whatever else `config` says."""
     tokenizer = tokenizer or TOKENIZER
-    settings = {"output_dir": str(folder), **_SETTINGS, "gradient_checkpointing": False, **config}
+    settings = {"output_dir": str(folder), **_SETTINGS, "gradient_checkpointing": False, **known(config)}
     return SFTTrainer(
         model=model if model is not None else build_model(len(tokenizer)),
         args=SFTConfig(**settings),
@@ -113,16 +147,26 @@ def sft_trainer(
     )
 
 
+def as_trained(trainer: Trainer, row: dict[str, Any]) -> dict[str, Any]:
+    """A prepared row with the tokens and labels that are trained on: older TRL makes or cuts them in its collator."""
+    if "labels" in row and getattr(trainer.data_collator, "max_length", None) is None:
+        return row
+    batch = trainer.data_collator([row])
+    size = int(batch["attention_mask"].sum()) if "attention_mask" in batch else None
+    return {**row, **{name: batch[name][0, :size].tolist() for name in ("input_ids", "labels")}}
+
+
 def tokenised(trainer: SFTTrainer) -> Dataset:
-    """The rows as the trainer prepared them."""
-    return trainer.train_dataset.select_columns(["row_id", "input_ids", "labels"])
+    """The rows as they are trained on."""
+    rows = (as_trained(trainer, row) for row in trainer.train_dataset)
+    return Dataset.from_list([{name: row[name] for name in ("row_id", "input_ids", "labels")} for row in rows])
 
 
 def plain_trainer(folder: Path, dataset: Any, **config: Any) -> Trainer:
     """A `transformers.Trainer` on tokenised rows."""
     return Trainer(
         model=build_model(len(TOKENIZER)),
-        args=TrainingArguments(output_dir=str(folder), **{**_SETTINGS, **config}),
+        args=TrainingArguments(output_dir=str(folder), **{**_SETTINGS, **known(config)}),
         train_dataset=dataset,
         data_collator=DataCollatorForSeq2Seq(TOKENIZER),
         processing_class=TOKENIZER,
@@ -169,7 +213,7 @@ class Witness(TrainerCallback):
         pool = self.trainer.train_dataset
         self.row_of = {}
         for position in range(len(pool)):
-            row = pool[position]
+            row = as_trained(self.trainer, pool[position])
             self.row_of[tuple(row["input_ids"])] = row.get("row_id", position)
         assert len(self.row_of) == len(pool), "the witness tells rows apart by their tokens"
         self._step = self.trainer.training_step
@@ -299,9 +343,12 @@ def reference_scores(trainer: Trainer, model: torch.nn.Module) -> dict[Any, tupl
     tokenizer = trainer.processing_class
     hashes = tokenizer.convert_tokens_to_ids("###")
     scores = {}
-    for row in trainer.train_dataset:
+    for row in tokenised(trainer):
         ids, labels = row["input_ids"], row["labels"]
-        start = next(i for i, label in enumerate(labels) if label != -100)
+        start = next((i for i, label in enumerate(labels) if label != -100), None)
+        if start is None:  # the prompt alone fills max_length
+            scores[row["row_id"]] = None
+            continue
         answer = ids[start:]
         if answer[-1] == tokenizer.eos_token_id:  # TRL's, not part of the answer; a truncated row has none
             answer = answer[:-1]

@@ -28,11 +28,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Json, List, Value
+from datasets import Dataset, Features, List, Value
 from datasets.table import table_cast
 
 from ..errors import FileAccessError, UserError, one_line
 from .atomic import write_atomically
+from .json_feature import Json
 from .paths import COMPRESSIONS
 
 # By the first bytes of a file; the longer ones first. UTF-8 is what is read otherwise.

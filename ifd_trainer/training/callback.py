@@ -54,7 +54,7 @@ from .pool_scorer import PoolScorer
 from .row_chooser import RowChooser
 from .selection_run import SelectionRun
 from .trackers import log_histograms
-from .trainer_checks import check_timing
+from .trainer_checks import check_timing, sampling_strategy
 from .trainer_hooks import (
     EpochSelector,
     attach,
@@ -148,7 +148,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         push_history: bool = False,
         **more: Any,
     ) -> None:
-        check_options(scorer, seed, order, getattr(getattr(trainer, "args", None), "train_sampling_strategy", None))
+        check_options(scorer, seed, order, sampling_strategy(getattr(trainer, "args", None)))
         self.policy, self.timing, self.scoring = groups_of(policy, timing, scoring, max_ifd, more)
         self.schedule = as_schedule(keep if schedule is None else schedule)
         self.restart = self.timing.restart
@@ -505,7 +505,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             **vars(self.timing),
             "scorer": self.pool_scorer.name,
             "order": self.order,
-            "train_sampling_strategy": getattr(self.trainer.args, "train_sampling_strategy", None),
+            "train_sampling_strategy": sampling_strategy(self.trainer.args),
             "seed": self.seed,
             "id_column": self.id_column,
             "min_answer_tokens": self.pool_scorer.encoder.min_answer_tokens,

@@ -37,6 +37,8 @@ class Pool:
         answers: gives what finds the answers in rows like some (their token ids), where labels do not tell them; None
             where labels have to.
         padding: of the rows.
+        tokens: the columns of tokens as the trainer's collator leaves them, where it changes them; see
+            `collated_labels`.
 
     Attributes:
         whole: whether all of a row is taken for its answer, since nobody can tell it and no policy asks for it.
@@ -44,9 +46,11 @@ class Pool:
 
     packed = whole = False
 
-    def __init__(self, dataset: Any, answers: FindAnswers | None = None, padding: Padding | None = None) -> None:
+    def __init__(
+        self, dataset: Any, answers: FindAnswers | None = None, padding: Padding | None = None, tokens: Any = None
+    ) -> None:
         self.source = self.examples = dataset
-        self._answers, self._padding = answers, padding or Padding()
+        self._answers, self._padding, self._tokens = answers, padding or Padding(), tokens
         self._lengths: np.ndarray | None = None
         self._spans: np.ndarray | None = None
         self._ids: dict[str | None, np.ndarray] = {}
@@ -76,7 +80,12 @@ class Pool:
 
     @property
     def _rows(self) -> RowTokens:
-        return RowTokens(self.examples, self._padding)
+        return RowTokens(self.examples if self._tokens is None else self._tokens, self._padding)
+
+    def trained_labels(self, positions: np.ndarray) -> list[list[int]]:
+        """Labels of the examples at `positions` as they are trained on: -100 nowhere but where no loss is."""
+        _, labels, sizes = self._rows(positions, trained=True)
+        return lists_of(labels, sizes)
 
     @cached_property
     def finder(self) -> AnswerFinder | None:
@@ -264,14 +273,16 @@ class PackedPool(Pool):
         dataset: a `datasets.Dataset` with input_ids, labels and seq_lengths.
         capacity: tokens of a bin, the trainer's max_length.
         answers: see `Pool`.
+        tokens: these three columns as the trainer's collator leaves them, where it changes them.
     """
 
     packed = True
 
-    def __init__(self, dataset: Any, capacity: int, answers: FindAnswers | None = None) -> None:
+    def __init__(self, dataset: Any, capacity: int, answers: FindAnswers | None = None, tokens: Any = None) -> None:
         super().__init__(dataset, answers)
         self.capacity = capacity
-        packed = dataset.select_columns(["input_ids", "labels", "seq_lengths"]).with_format("arrow")
+        packed = dataset if tokens is None else tokens
+        packed = packed.select_columns(["input_ids", "labels", "seq_lengths"]).with_format("arrow")
         self.examples = packed.map(unpack, batched=True, desc="Unpacking train dataset").with_format(None)
         table = self.examples.with_format("arrow")[:]
         self._lengths = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)

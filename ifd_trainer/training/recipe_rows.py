@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Json, List, Value
+from datasets import Dataset, Features, List, Value
 
 from ..data.chat_template import reads_as_text
 from ..data.formats import (
@@ -25,6 +25,7 @@ from ..data.formats import (
     resolve_format,
     to_training_row,
 )
+from ..data.json_feature import Json
 from ..data.refused_answers import looks_like_refusal
 from ..data.row_ids import find_ids
 from ..errors import UserError
@@ -75,8 +76,8 @@ def prepare(rows: Dataset, format: str | None, tokenizer: Callable[[], Any] | No
     # As JSON each message and row has its own names; Arrow would give all of them the names of all, with nulls.
     kind = List(Json()) if chats else Value("string")
     features |= {"prompt": kind, "completion": kind}
-    extra = {"tools": Value("string"), "chat_template_kwargs": Json()}
-    features |= {name: kind for name, kind in extra.items() if any(checked[name])}
+    extra = {"tools": lambda: Value("string"), "chat_template_kwargs": Json}
+    features |= {name: kind() for name, kind in extra.items() if any(checked[name])}
     return rows.map(
         partial(convert, names=sorted(features)),
         remove_columns=removed,

@@ -75,8 +75,11 @@ class RowTokens:
             # As they are stored: no Python object for each token.
             self._stored = stored.with_format("arrow") if self._plain else stored
 
-    def __call__(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, rows: slice | np.ndarray, trained: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of m rows, one after the other: token ids, labels (-100 where there is no answer), and the size of each row.
+
+        Args:
+            trained: as they are trained on, whatever masks say of answers.
 
         Raises:
             UserError: for a row whose labels or masks are fewer or more than its tokens.
@@ -85,7 +88,7 @@ class RowTokens:
         ids, sizes = columns.pop("input_ids")
         labels = self._of_tokens("labels", columns, sizes, rows)
         labels = ids.copy() if labels is None else labels.copy()
-        for name in _ANSWER_MASKS:
+        for name in () if trained else _ANSWER_MASKS:
             mask = self._of_tokens(name, columns, sizes, rows)
             if mask is not None:
                 labels[mask == 0] = IGNORE

@@ -35,6 +35,8 @@ class SelectionRun:
         first_step: the number of updates before its first one.
         batch: rows of a batch of all processes together.
         accumulation: batches of an update.
+        starts_anew: whether the epoch that runs begins with the original weights, and a random state of its own.
+        coming: rows of the epoch that is about to begin, where the loop asks for its length before they are selected.
         called: whether `train` has just been called: auto_find_batch_size begins a run again, with the weights as they
             then are.
     """
@@ -47,13 +49,15 @@ class SelectionRun:
     first_step: int = 0
     batch: int = 1
     accumulation: int = 1
+    starts_anew: bool = False
+    coming: int | None = None
     called: bool = False
     _selected: list[TrainingRow] = field(default_factory=list, repr=False)
     _samplers: weakref.WeakSet[SelectionSampler] = field(default_factory=weakref.WeakSet, repr=False)
 
     def select(self, order: list[TrainingRow]) -> None:
         """The rows of the epoch that begins, in their order; kept twice, since others can reach `order`."""
-        self.order, self._selected = order, list(order)
+        self.order, self._selected, self.coming = order, list(order), None
 
     def new_sampler(self, pool: Pool) -> SelectionSampler:
         """A sampler for a loader over the rows of a pool."""
@@ -128,7 +132,8 @@ class SelectionSampler(Sampler[TrainingRow]):
             yield row
 
     def __len__(self) -> int:
-        return len(self.order) if self._planned is None else self._planned
+        told = (self._planned, self.run.coming)
+        return next((rows for rows in told if rows is not None), len(self.order))
 
     def batches(self, dataloader: Any, rows: int) -> int:
         """Batches that this process runs for so many rows, asked of the prepared loader itself."""

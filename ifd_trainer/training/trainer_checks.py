@@ -6,19 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..errors import NotInstalledError, UserError
+from ..errors import UserError
 from ..method.schedule import Timing
 from ..scoring.engine import check_causal_lm
-
-SUPPORTED = "transformers 5.20 to 5.23 with trl 1.14 to 1.16"
-# The methods of a Trainer that selection overrides.
-HOOKS = ("_get_train_sampler", "_get_dataloader", "set_initial_training_values", "create_scheduler")
-HOOKS += ("_init_training_state", "_run_epoch", "_save_checkpoint")
+from .collated_labels import makes_labels
+from .trainer_version import HOOKS
 
 # What trainers of TRL other than the SFTTrainer train on, by a part of their names; the first that fits.
 _TRAINED_ON = {
@@ -42,15 +38,11 @@ def check_kind(trainer: Trainer, ours: type) -> None:
         ours: the class whose overrides selection mixes in.
 
     Raises:
-        ImportError: when this version of transformers lacks a hook.
         UserError: with a sentence about that kind.
     """
-    missing = [name for name in HOOKS if not hasattr(Trainer, name)]
-    if missing:
-        raise unsupported_version(f"Trainer has no {', '.join(missing)}")
     for cls in type(trainer).__mro__:
-        of_trl = cls.__module__.startswith("trl.") and not cls.__name__.startswith("_")
-        if of_trl and issubclass(cls, Trainer) and cls.__name__ != "SFTTrainer":
+        named = not cls.__name__.startswith("_") and cls.__name__ not in ("BaseTrainer", "SFTTrainer")
+        if cls.__module__.startswith("trl.") and issubclass(cls, Trainer) and named:
             raise UserError(
                 f"{cls.__name__} trains on {next(what for key, what in _TRAINED_ON.items() if key in cls.__name__)}; "
                 "IFD scores the one answer that a row has. Use the callback with an SFTTrainer or a Trainer, or select "
@@ -94,8 +86,8 @@ def check_supported(trainer: Trainer) -> None:
             "select it beforehand with `ifd-trainer score` and `ifd-trainer select`."
         )
     if getattr(args, "packing", False):
-        _check_packing(args.packing_strategy, dataset)
-    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        _check_packing(args.packing_strategy, dataset, makes_labels(trainer.data_collator))
+    if sampling_strategy(args) == "batch_rebalance":
         raise UserError(
             "train_sampling_strategy='batch_rebalance' orders rows by itself. Use 'random' or 'group_by_length'."
         )
@@ -109,7 +101,12 @@ def check_supported(trainer: Trainer) -> None:
             "even_batches=False gives some processes a batch more than others, which then wait for ever. Leave "
             "accelerator_config['even_batches'] at True, or set dataloader_drop_last=True."
         )
-    split = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    split = {
+        name: getattr(trainer, size, lambda: 1)()
+        for name, size in (("tensor", "get_tp_size"), ("context", "get_cp_size"), ("sequence", "get_sp_size"))
+    }
+    parallel = getattr(args, "parallelism_config", None)  # what transformers 4.57 knows of context parallelism
+    split["context"] = max(split["context"], getattr(parallel, "cp_size", 1) or 1)
     shared = [f"{name} parallelism over {size} processes" for name, size in split.items() if size > 1]
     if shared:
         raise UserError(
@@ -119,6 +116,12 @@ def check_supported(trainer: Trainer) -> None:
         )
     if trainer.is_fsdp_xla_enabled:
         raise UserError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
+
+
+def sampling_strategy(args: Any) -> str:
+    """`train_sampling_strategy`; in transformers 4.57 what `group_by_length` says of it."""
+    grouped = "group_by_length" if getattr(args, "group_by_length", False) else "random"
+    return getattr(args, "train_sampling_strategy", grouped)
 
 
 def check_timing(trainer: Trainer, timing: Timing) -> None:
@@ -135,14 +138,15 @@ def check_timing(trainer: Trainer, timing: Timing) -> None:
         )
 
 
-def _check_packing(strategy: str, dataset: Any) -> None:
+def _check_packing(strategy: str, dataset: Any, without_labels: bool) -> None:
     if strategy != "bfd":
         raise UserError(
             f"packing_strategy={strategy!r} cuts examples into pieces, which cannot be scored and selected one by one. "
             "Set packing_strategy='bfd', which keeps them whole, or packing=False."
         )
     columns = getattr(dataset, "column_names", None) or []
-    missing = [name for name in ("input_ids", "labels", "seq_lengths") if name not in columns]
+    wanted = ("input_ids", "seq_lengths") if without_labels else ("input_ids", "labels", "seq_lengths")
+    missing = [name for name in wanted if name not in columns]
     if missing:
         raise UserError(
             f"packing=True, but the prepared training set has no {' and no '.join(missing)}: it has {columns}, so the "
@@ -161,10 +165,3 @@ def check_complete(checkpoint: Path) -> None:
             f"The checkpoint {checkpoint} {what} {TRAINER_STATE_NAME}, so what it had selected is not known: it was "
             "probably cut off while it was written. Delete it and resume from the one before, or start training anew."
         ) from error
-
-
-def unsupported_version(what: str) -> NotInstalledError:
-    """The error for a transformers release whose internals are not the ones this package knows."""
-    return NotInstalledError(
-        f"{what} in transformers {transformers.__version__}; selection works with {SUPPORTED}. Install one of those."
-    )

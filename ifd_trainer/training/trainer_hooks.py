@@ -17,8 +17,8 @@ epoch. `attach` gives a trainer small overrides with which each epoch may train 
 - `log` puts what is said of the first epoch with the script's own first entry;
 - `push_to_hub` and `_push_from_checkpoint` leave the training texts at home.
 
-What trainer and callback share is one object, a `SelectionRun`; what is refused is in `trainer_checks`. Measured on
-transformers 5.20 to 5.23; a missing hook is a clear error.
+What trainer and callback share is one object, a `SelectionRun`; what is refused is in `trainer_checks`, and whether the
+installed transformers has these hooks is found out in `trainer_version`.
 """
 
 from __future__ import annotations
@@ -46,16 +46,19 @@ from ..errors import RunError, UserError
 from ..method.number_words import many
 from ..method.schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
 from ..scoring.model_parts import lm_head
+from .collated_labels import check_collated, trained_tokens
 from .history import FOLDER as HISTORY
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
+from .one_loop import OneLoop, follow_events
 from .pool import PackedPool, Pool, TrainingRow
 from .row_tokens import Padding
 from .selection_run import SelectionRun, SelectionSampler
-from .trainer_checks import check_complete, check_kind, check_supported, unsupported_version
+from .trainer_checks import check_complete, check_kind, check_supported, sampling_strategy
+from .trainer_version import ONE_LOOP, check_hooks
 
 # Positions in the tuple that `set_initial_training_values` returns.
-_EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS, _TUPLE_SIZE = 0, 1, 3, 5, 6, 7
+_EPOCHS, _UPDATES_PER_EPOCH, _TRAIN_SAMPLES, _STEPS_IN_EPOCH, _MAX_STEPS = 0, 1, 3, 5, 6
 
 
 class EpochSelector(TrainerCallback):
@@ -175,14 +178,12 @@ class SelectiveTrainer:
         selector.run.order = selector.run.order or list(range(selector.budget(0)))
         return selector.run.new_sampler(self.selection_pool)
 
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple:
+    def set_initial_training_values(self, args: Any, dataloader: Any, *batch: int) -> tuple:
         selector = self._selector
         if selector is None:
-            return super().set_initial_training_values(args, dataloader)
+            return super().set_initial_training_values(args, dataloader, *batch)
         plan = self._plan(selector, args, dataloader)  # before the trainer's own errors, which speak of other things
-        values = list(super().set_initial_training_values(args, dataloader))
-        if len(values) != _TUPLE_SIZE:
-            raise unsupported_version("Trainer.set_initial_training_values returns another tuple")
+        values = list(super().set_initial_training_values(args, dataloader, *batch))
         cut = sum(epoch.updates for epoch in plan.epochs) - plan.max_steps  # of a last epoch that is not finished
         values[_EPOCHS] = len(plan.epochs)
         values[_TRAIN_SAMPLES] = plan.rows - cut * self.get_total_train_batch_size(args)
@@ -265,17 +266,26 @@ class SelectiveTrainer:
         result = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        selector = self._selector
-        if selector is None:
+        if self._selector is None:
             return result
-        epoch, updates = selector.position(self.state)
-        if self.state.global_step >= selector.plan.max_steps:
-            epoch, updates = len(selector.plan.epochs), 0  # finished: without this, one more step would be made
-        selector.start(epoch, self.state, resume_from_checkpoint)
-        # The trainer stores states of the callbacks that it found here.
-        self.state.stateful_callbacks.setdefault(type(selector).__name__, selector.state())
+        epoch, updates = self.start_run(resume_from_checkpoint)
         skip = 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
         return epoch, skip
+
+    def resumed_position(self) -> tuple[int, int]:
+        """Epoch and updates done in it where the run is, by the trainer's state."""
+        plan = self._selector.plan
+        if self.state.global_step >= plan.max_steps:
+            return len(plan.epochs), 0  # finished: without this, one more step would be made
+        return self._selector.position(self.state)
+
+    def start_run(self, checkpoint: str | None) -> tuple[int, int]:
+        """Let the selector start, or resume; where, as `resumed_position`."""
+        selector, position = self._selector, self.resumed_position()
+        selector.start(position[0], self.state, checkpoint)
+        # The trainer stores states of the callbacks that it found here.
+        self.state.stateful_callbacks.setdefault(type(selector).__name__, selector.state())
+        return position
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         selector = self._selector
@@ -293,30 +303,39 @@ class SelectiveTrainer:
             stored[name] = mine
 
     def _run_epoch(self, **kwargs: Any) -> Any:
-        selector = self._selector
-        if selector is not None:
-            run, loader = selector.run, kwargs["train_dataloader"]
-            plan = run.plan.epochs[kwargs["epoch"]]
-            run.epoch, run.sampler = plan.epoch, run.sampler_of(loader)
-            resumed = plan.epoch == kwargs["epochs_trained"] and kwargs["resume_from_checkpoint"] is not None
-            done = kwargs["steps_trained_in_current_epoch"] // run.accumulation if resumed else 0
-            run.first_step = self.state.global_step - done
-            batches = run.sampler.batches(loader, len(run.order)) if run.sampler is not None else None
-            if batches != plan.batches:
-                raise RunError(
-                    f"Epoch {plan.epoch} has {many(batches, 'batch', 'batches')}, but {plan.batches} were planned. The "
-                    "train data loader was changed after training began; with a selection callback it has to stay."
-                )
-            if run.sampler.pool is not self.selection_pool:
-                raise RunError(
-                    f"trainer.train_dataset was exchanged before epoch {plan.epoch}, but the train data loader reads "
-                    "the one that was there when training began. With a selection callback it has to stay."
-                )
-            run.sampler.watch()
+        if self._selector is not None:
+            resumed = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["resume_from_checkpoint"] is not None
+            done = kwargs["steps_trained_in_current_epoch"] // self._selector.run.accumulation if resumed else 0
+            plan = self.begin_epoch(kwargs["epoch"], kwargs["train_dataloader"], done)
             kwargs["steps_in_epoch"], kwargs["num_update_steps_per_epoch"] = plan.batches, plan.updates
-            if plan.epoch == selector.restart and not kwargs["steps_trained_in_current_epoch"]:
-                kwargs["resume_from_checkpoint"] = None  # its random state is that of the brief experience
+            if self._selector.run.starts_anew:
+                kwargs["resume_from_checkpoint"] = None
         return super()._run_epoch(**kwargs)
+
+    def begin_epoch(self, epoch: int, loader: Any, done: int) -> EpochPlan:
+        """What is planned for an epoch whose rows are selected, and of which `done` updates were made before.
+
+        Raises:
+            RunError: where the loader is another one, or reads something else, than what was planned.
+        """
+        run = self._selector.run
+        plan = run.plan.epochs[epoch]
+        run.epoch, run.sampler = plan.epoch, run.sampler_of(loader)
+        run.first_step = self.state.global_step - done
+        run.starts_anew = plan.epoch == self._selector.restart and not done
+        batches = run.sampler.batches(loader, len(run.order)) if run.sampler is not None else None
+        if batches != plan.batches:
+            raise RunError(
+                f"Epoch {plan.epoch} has {many(batches, 'batch', 'batches')}, but {plan.batches} were planned. The "
+                "train data loader was changed after training began; with a selection callback it has to stay."
+            )
+        if run.sampler.pool is not self.selection_pool:
+            raise RunError(
+                f"trainer.train_dataset was exchanged before epoch {plan.epoch}, but the train data loader reads the "
+                "one that was there when training began. With a selection callback it has to stay."
+            )
+        run.sampler.watch()
+        return plan
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as before; the first entry of a run has what was held back for it."""
@@ -364,7 +383,7 @@ def attach(trainer: Trainer, header: str | None = None, whole_rows: bool = False
 
     Raises:
         TypeError: when `trainer` is no Trainer.
-        ImportError: when this version of transformers lacks a hook.
+        ImportError: when this version of transformers has other hooks.
         ValueError: for a configuration in which a selection could not be exact; the message has the fix.
     """
     if not isinstance(trainer, Trainer):
@@ -373,10 +392,14 @@ def attach(trainer: Trainer, header: str | None = None, whole_rows: bool = False
         )
     check_kind(trainer, SelectiveTrainer)
     check_supported(trainer)
+    check_hooks(trainer)
     if not isinstance(trainer, SelectiveTrainer):
         cls = type(trainer)
-        trainer.__class__ = type(cls.__name__, (SelectiveTrainer, cls), {"__module__": cls.__module__})
+        ours = (OneLoop, SelectiveTrainer) if ONE_LOOP else (SelectiveTrainer,)
+        trainer.__class__ = type(cls.__name__, (*ours, cls), {"__module__": cls.__module__})
         _notice_removal(trainer)
+        if ONE_LOOP:
+            follow_events(trainer)
     trainer._header, trainer._whole_rows, trainer._selection_pool = header, whole_rows, None
 
 
@@ -462,16 +485,21 @@ def _announce_lm_head(model: nn.Module) -> None:
 
 
 def _pool_of(trainer: Trainer) -> Pool:
-    tokenizer = tokenizer_of(trainer)
+    tokenizer, args = tokenizer_of(trainer), trainer.args
     template = getattr(trainer, "chat_template", None)
     answers = partial(answer_finder, tokenizer, template=template, header=trainer._header)
-    if not getattr(trainer.args, "packing", False):
-        token = tokenizer.pad_token_id
-        cut_at_start = getattr(trainer.args, "truncation_mode", None) == "keep_end"
-        return Pool(trainer.train_dataset, answers, Padding(token, token == tokenizer.bos_token_id, cut_at_start))
-    # The first process writes the unpacked examples to the cache of `datasets`, the others read them there.
-    with trainer.args.main_process_first(desc="unpacking the training set"):
-        return PackedPool(trainer.train_dataset, trainer.args.max_length, answers)
+    # The first process writes what is made of the rows to the cache of `datasets`, the others read it there.
+    with args.main_process_first(desc="reading the training set"):
+        tokens = trained_tokens(trainer)
+        if getattr(args, "packing", False):
+            pool = PackedPool(trainer.train_dataset, args.max_length, answers, tokens)
+        else:
+            token = tokenizer.pad_token_id
+            cut_at_start = getattr(args, "truncation_mode", None) == "keep_end"
+            padding = Padding(token, token == tokenizer.bos_token_id, cut_at_start)
+            pool = Pool(trainer.train_dataset, answers, padding, tokens)
+    check_collated(trainer, pool)
+    return pool
 
 
 def batch_order(
@@ -488,7 +516,7 @@ def batch_order(
     """
     args = trainer.args
     generator = torch.Generator().manual_seed(seed)
-    strategy = getattr(args, "train_sampling_strategy", None)
+    strategy = sampling_strategy(args)
     if strategy == "sequential" and order == "shuffle":
         return sorted(rows)
     if strategy == "group_by_length" and not trainer.selection_pool.packed:

@@ -18,6 +18,7 @@ from tiny_runs import (
     select,
     sft_trainer,
     text_rows,
+    tokenised,
     train,
     weights_of,
 )
@@ -42,11 +43,11 @@ def reference_limit(trainer, model, alpha=LIMIT.alpha, seed=42, trained=()):
 
     Of the rows that were not trained on, as long as they are half of all.
     """
-    rows = [parts_of(row, trainer.processing_class) for row in trainer.train_dataset]
+    rows = [parts_of(row, trainer.processing_class) for row in tokenised(trainer)]
     ids = np.array(trainer.train_dataset["row_id"])
     drawn_from = ~np.isin(ids, list(trained)) if len(trained) <= len(ids) / 2 else np.ones(len(ids), bool)
     candidates = LIMIT.draw(ids, drawn_from, seed)
-    longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
+    longest = max(len(row["input_ids"]) for row in tokenised(trainer))
     wrong = []
     for row, other in candidates:
         (_, header, answer), (prompt, _, other_answer) = rows[row], rows[other]

@@ -13,7 +13,9 @@ import torch
 from conftest import CORPUS, ROUNDING, build_model, build_tokenizer, reference_nll
 from datasets import Dataset
 from tiny_runs import (
+    CHATS_READ,
     INF,
+    MERGES_TRAINED,
     TOKENIZER,
     alpaca_rows,
     chat_rows,
@@ -37,7 +39,7 @@ from tiny_runs import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from ifd_trainer import IFDScorer, IFDSelectionCallback
 from ifd_trainer.method.selection import ShortfallError
@@ -100,6 +102,7 @@ def test_an_empty_completion_is_an_empty_answer_and_never_trained(tmp_path):
         assert callback.history.epochs[epoch]["shortfall"] == 3
 
 
+@CHATS_READ
 def test_an_empty_assistant_turn_is_an_empty_answer_too(tmp_path):
     raw = raw_rows(12)
     raw[5]["output"] = ""
@@ -115,7 +118,7 @@ def test_answers_with_too_few_tokens_are_not_scored(tmp_path):
     callback = select(trainer, keep=4, max_ifd=INF, min_answer_tokens=12)
     train(trainer)
     rows = callback.history.rows(0)
-    answers = [sum(label != -100 for label in row["labels"]) - 1 for row in trainer.train_dataset]  # without EOS
+    answers = [sum(label != -100 for label in row["labels"]) - 1 for row in tokenised(trainer)]  # without EOS
     assert 4 < sum(count >= 12 for count in answers) < 24
     assert (rows["ifd_status"] == np.where(np.array(answers) < 12, "too_short", "ok")).all()
     assert (rows.loc[rows["times"] > 0, "ifd_status"] == "ok").all()
@@ -126,13 +129,15 @@ def test_rows_keep_their_ids_when_truncation_cuts_some_and_drops_others(tmp_path
     raw[2]["instruction"] *= 5  # the prompt alone fills max_length: TRL drops the row
     whole = {row["row_id"]: len(row["input_ids"]) for row in sft_trainer(tmp_path, text_rows(raw)).train_dataset}
     trainer = sft_trainer(tmp_path, text_rows(raw), max_length=34, num_train_epochs=1)
-    assert 102 not in trainer.train_dataset["row_id"]
+    left = [row["row_id"] for row in tokenised(trainer) if set(row["labels"]) != {-100}]  # TRL before 1.9 keeps the row
+    assert left == [row["row_id"] for row in raw if row["row_id"] != 102]
     assert 0 < sum(length > 34 for length in whole.values()) - 1 < 18
     callback = select(trainer, keep=6)
     seen = train(trainer)
     scores = reference_scores(trainer, model_with(seen.weights[0]))
     assert set(seen.order()) == set(reference_top(scores, 6))
-    assert callback.history.rows(0)["row_id"].tolist() == [row["row_id"] for row in raw if row["row_id"] != 102]
+    history = callback.history.rows(0)
+    assert history.loc[history["ifd_status"] != "empty_answer", "row_id"].tolist() == left
 
 
 # ---- a shortfall ------------------------------------------------------------------------------------------------
@@ -247,7 +252,17 @@ def raw_and_prepared(kind):
     return Dataset.from_list(raw), "alpaca", alpaca_rows(raw), tokenizer
 
 
-@pytest.mark.parametrize("kind", ["alpaca", "alpaca_merging", "alpaca_bos", "alpaca_metaspace", "chat", "messages"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "alpaca",
+        pytest.param("alpaca_merging", marks=MERGES_TRAINED),
+        "alpaca_bos",
+        "alpaca_metaspace",
+        pytest.param("chat", marks=CHATS_READ),
+        "messages",
+    ],
+)
 def test_scores_in_the_loop_are_those_of_the_transform(tmp_path, kind):
     raw, format, rows, tokenizer = raw_and_prepared(kind)
     model = build_model(len(tokenizer))
@@ -269,7 +284,7 @@ def test_scores_in_the_loop_are_those_of_the_transform(tmp_path, kind):
 
 def test_what_ends_a_turn_is_scored_but_for_rows_that_the_trainer_cut(tmp_path):
     trainer = sft_trainer(tmp_path, num_train_epochs=1, max_length=32)
-    rows = trainer.train_dataset
+    rows = tokenised(trainer)
     cut = [len(ids) == 32 and ids[-1] != TOKENIZER.eos_token_id for ids in rows["input_ids"]]
     assert 0 < sum(cut) < len(rows)
     expected = [
@@ -298,6 +313,7 @@ def test_a_quote_does_merge_with_the_colon_before_it():
     assert MERGING.tokenize('### Response:"Yes') != [*MERGING.tokenize("### Response:"), *MERGING.tokenize('"Yes')]
 
 
+@MERGES_TRAINED
 def test_rows_whose_boundary_tokens_merge_are_selected_by_the_reference_too(tmp_path):
     raw = raw_rows(18, quotes=True)
     model = build_model(len(MERGING))
@@ -319,7 +335,7 @@ def test_a_header_of_ones_own_precedes_the_direct_answer(tmp_path):
     assert callback.history.settings["direct_prefix"] == "Answer:"
     header = TOKENIZER("Answer:")["input_ids"]
     model = model_with(seen.weights[0])
-    for row, tokens in zip(callback.history.rows(0).itertuples(), trainer.train_dataset, strict=True):
+    for row, tokens in zip(callback.history.rows(0).itertuples(), tokenised(trainer), strict=True):
         answer = [label for label in tokens["labels"] if label != -100][:-1]
         assert row.das == pytest.approx(reference_nll(model, header + answer, len(header)), rel=ROUNDING)
 
@@ -614,10 +630,9 @@ def test_a_callback_made_without_arguments_names_what_is_missing():
     [
         ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance' orders rows by itself"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True sends batches from one process"),
-        ({"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy='bfd_split' cuts .* Set .*='bfd'"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy='wrapped' cuts .* or packing=False"),
     ],
-    ids=["batch_rebalance", "dispatch_batches", "bfd_split", "wrapped"],
+    ids=["batch_rebalance", "dispatch_batches", "wrapped"],
 )
 def test_a_configuration_that_cannot_be_exact_is_refused(tmp_path, config, message):
     trainer = sft_trainer(tmp_path, 8, **config)
@@ -671,23 +686,6 @@ def test_fsdp_through_xla_is_refused(tmp_path):
     trainer.is_fsdp_xla_enabled = True
     with pytest.raises(ValueError, match="FSDP through XLA is not supported"):
         IFDSelectionCallback(trainer)
-
-
-@pytest.mark.parametrize("hook", ["_get_train_sampler", "set_initial_training_values", "_run_epoch"])
-def test_a_version_of_transformers_without_a_hook_is_named(tmp_path, monkeypatch, hook):
-    trainer = sft_trainer(tmp_path, 8)
-    monkeypatch.delattr(Trainer, hook)
-    with pytest.raises(ImportError, match=rf"Trainer has no {hook} in transformers \d.*works with transformers 5"):
-        IFDSelectionCallback(trainer)
-
-
-def test_a_version_of_transformers_with_another_tuple_is_named(tmp_path, monkeypatch):
-    trainer = sft_trainer(tmp_path, 8)
-    select(trainer, keep=0.5)
-    values = Trainer.set_initial_training_values
-    monkeypatch.setattr(Trainer, "set_initial_training_values", lambda *arguments: (*values(*arguments), 0))
-    with pytest.raises(ImportError, match="set_initial_training_values returns another tuple in transformers"):
-        trainer.train()
 
 
 def test_a_trainer_without_a_training_set_is_refused(tmp_path):

@@ -17,6 +17,7 @@ from tiny_runs import (
     selection_logs,
     sft_trainer,
     text_rows,
+    tokenised,
     train,
     weights_of,
 )
@@ -64,7 +65,7 @@ def starts(rows) -> list[int]:
 
 def test_unfinished_rows_are_dropped_by_a_threshold_that_one_loss_at_a_time_gives(learned, tmp_path):
     trainer = sft_trainer(tmp_path, text_rows(some_cut()), model=model_with(learned), num_train_epochs=1)
-    rows = trainer.train_dataset
+    rows = tokenised(trainer)
     ids, answers = np.array(rows["row_id"]), [row[:-1] for row in rows["input_ids"]]
     callback = select(trainer, keep=20, max_ifd=float("inf"), guard=only(unfinished=CUT))
     seen = train(trainer)
@@ -99,7 +100,7 @@ def test_a_model_that_does_not_know_the_end_of_turn_drops_none_and_says_so(tmp_p
 
 def test_rows_that_the_trainer_cut_are_not_unfinished(learned, tmp_path):
     trainer = sft_trainer(tmp_path, text_rows(some_cut()), model=model_with(learned), num_train_epochs=1, max_length=40)
-    cut = {row["row_id"] for row in trainer.train_dataset if row["input_ids"][-1] != TOKENIZER.eos_token_id}
+    cut = {row["row_id"] for row in tokenised(trainer) if row["input_ids"][-1] != TOKENIZER.eos_token_id}
     assert len(cut) > 3
     callback = select(trainer, keep=5, max_ifd=float("inf"), guard=only(unfinished=CUT))
     train(trainer)
@@ -141,7 +142,7 @@ def test_a_row_stands_for_its_group_where_another_one_is_dropped(tmp_path):
 
 def reference_p(trainer, weights, callback, epoch) -> dict[int, float]:
     """p-values of all rows by one loss at a time, under the anchors that the test draws for these rows."""
-    rows, model = trainer.train_dataset, model_with(weights)
+    rows, model = tokenised(trainer), model_with(weights)
     history = callback.history.rows(epoch).set_index("row_id")
     ids = np.array(rows["row_id"])
     tested = np.flatnonzero(history.loc[ids, "p_value"].notna())

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from tiny_runs import raw_rows, select, sft_trainer, text_rows, train
+from tiny_runs import RECIPES, raw_rows, select, sft_trainer, text_rows, tokenised, train
 
 from ifd_trainer import (
     BalancedRandom,
@@ -53,7 +53,7 @@ def test_what_it_keeps_is_trained_on_and_the_others_have_its_reason(tmp_path):
     trainer = sft_trainer(tmp_path, 24)
     callback = select(trainer, keep=[4, 5, 6], policy=Longest())
     seen = train(trainer)
-    lengths = {row["row_id"]: sum(label != -100 for label in row["labels"]) for row in trainer.train_dataset}
+    lengths = {row["row_id"]: sum(label != -100 for label in row["labels"]) for row in tokenised(trainer)}
     longest = sorted(lengths, key=lambda row: (-lengths[row], row))
     for epoch, rows in enumerate(seen.epochs()):
         assert sorted(rows) == sorted(longest[: 4 + epoch])
@@ -222,6 +222,7 @@ def test_a_recipe_balances_by_a_column_that_it_names():
         SelectionConfig(policy="balanced")
 
 
+@RECIPES
 def test_a_policy_beside_the_recipe_is_found(tmp_path, monkeypatch):
     (tmp_path / "policy_beside_a_recipe.py").write_text(
         "from ifd_trainer import LongestAnswers\n\nclass Mine(LongestAnswers):\n    pass\n"
@@ -317,6 +318,7 @@ def test_guards_hold_back_rows_also_where_another_score_ranks(tmp_path):
     assert set(order) == set(history.loc[below, "own_score"].nlargest(4).index)
 
 
+@RECIPES
 def test_a_recipe_names_a_column_or_a_function_of_a_module_beside_it(tmp_path, monkeypatch):
     (tmp_path / "score_beside_a_recipe.py").write_text("def mine(columns):\n    return -columns['cas']\n")
     (tmp_path / "rows.jsonl").write_text('{"instruction": "Say red.", "output": "red"}\n')

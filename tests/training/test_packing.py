@@ -15,10 +15,12 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import (
+    BFD_SPLIT,
     INF,
     TOKENIZER,
     Stop,
     Witness,
+    as_trained,
     difference,
     model_with,
     raw_rows,
@@ -26,6 +28,7 @@ from tiny_runs import (
     select,
     sft_trainer,
     text_rows,
+    tokenised,
     weights_of,
 )
 from trl import pack_dataset
@@ -61,7 +64,7 @@ def slow_bins(lengths, capacity):
 def packed_examples(trainer):
     """(input_ids, labels) of the examples in a trainer's packed rows, cut one by one."""
     examples = []
-    for row in trainer.train_dataset:
+    for row in (as_trained(trainer, row) for row in trainer.train_dataset):
         start = 0
         for length in row["seq_lengths"]:
             examples.append((row["input_ids"][start : start + length], row["labels"][start : start + length]))
@@ -339,7 +342,7 @@ def reference_choice(trainer, weights, budget, limit=INF):
     rows = Dataset.from_list(
         [{"row_id": i, "input_ids": ids, "labels": labels} for i, (ids, labels) in enumerate(examples)]
     )
-    stand_in = SimpleNamespace(train_dataset=rows, processing_class=TOKENIZER)
+    stand_in = SimpleNamespace(train_dataset=rows, processing_class=TOKENIZER, data_collator=None)
     scores = reference_scores(stand_in, model_with(weights))
     ratios = {row: pair[0] / pair[1] for row, pair in scores.items() if pair is not None}
     ranked = sorted((row for row, ratio in ratios.items() if ratio < limit), key=lambda row: -ratios[row])
@@ -352,8 +355,8 @@ def reference_choice(trainer, weights, budget, limit=INF):
 
 
 def test_the_pool_is_exactly_the_tokenised_examples(tmp_path, usual):
-    plain = sft_trainer(tmp_path, 24, max_length=CAPACITY)
-    before = sorted(zip(plain.train_dataset["input_ids"], plain.train_dataset["labels"], strict=True))
+    plain = tokenised(sft_trainer(tmp_path, 24, max_length=CAPACITY))
+    before = sorted(zip(plain["input_ids"], plain["labels"], strict=True))
     assert sorted((list(ids), list(labels)) for ids, labels in usual[1].pool.tokens()) == [
         (list(ids), list(labels)) for ids, labels in before
     ]
@@ -573,7 +576,7 @@ def test_more_packed_rows_than_there_are_is_refused(tmp_path):
     assert trainer.state.global_step == 0
 
 
-@pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
+@pytest.mark.parametrize("strategy", ["wrapped", pytest.param("bfd_split", marks=BFD_SPLIT)])
 def test_strategies_that_cut_examples_are_refused(tmp_path, strategy):
     trainer = packed_trainer(tmp_path, 12, packing_strategy=strategy)
     with pytest.raises(ValueError, match=f"packing_strategy='{strategy}' cuts .* Set packing_strategy='bfd'.*False"):

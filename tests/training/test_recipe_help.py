@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_runs import RECIPES
 
 from ifd_trainer.cli import main
 from ifd_trainer.training.recipe import make_parser
@@ -43,6 +44,7 @@ def test_the_help_has_titles_for_all_keys():
     assert list(GROUPS) == [name for name in KEYS if name in GROUPS]
 
 
+@RECIPES
 def test_the_parser_of_recipes_says_the_same_of_each_key():
     actions = {action.dest: action for action in make_parser()._actions}
     for name, key in KEYS.items():

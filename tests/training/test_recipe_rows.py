@@ -7,14 +7,16 @@ import logging
 import pytest
 from conftest import build_model, build_tokenizer
 from datasets import Dataset
-from tiny_runs import INF, select, sft_trainer, train
+from tiny_runs import INF, RECIPES, select, sft_trainer, train
 from tokenizers import AddedToken
-from trl.chat_template_utils import qwen3_chat_template
 
 from ifd_trainer import IFDScorer
 from ifd_trainer.data.token_rows import TokenRows
 from ifd_trainer.errors import UserError
 from ifd_trainer.training.recipe_rows import prepare, without_refusals
+
+pytestmark = RECIPES
+QWEN3 = pytest.importorskip("trl.chat_template_utils", reason=RECIPES.kwargs["reason"]).qwen3_chat_template
 
 THINK = (  # an empty think block in the last answer
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -47,7 +49,7 @@ def prepared(rows: list[dict], **options) -> Dataset:
 
 @pytest.mark.parametrize(
     ("template", "assistant_only"),
-    [(qwen3_chat_template, False), (qwen3_chat_template, True), (THINK, False)],
+    [(QWEN3, False), (QWEN3, True), (THINK, False)],
     ids=["qwen3", "qwen3, assistant_only_loss", "own"],
 )
 def test_the_loop_scores_as_the_transform_does(tmp_path, template, assistant_only):

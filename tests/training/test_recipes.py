@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, build_model
-from tiny_runs import TOKENIZER, raw_rows
+from tiny_runs import RECIPES, TOKENIZER, raw_rows
 from transformers import PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -21,6 +21,8 @@ from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.training.history import History
 from ifd_trainer.training.recipe import parse_recipe
 from ifd_trainer.training.recipe_machine import PlanConfig
+
+pytestmark = RECIPES
 
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("accelerate"))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, build_model
 from tiny_runs import (
+    FIVE,
     INF,
     TOKENIZER,
     Stop,
@@ -507,7 +508,11 @@ def test_a_checkpoint_at_the_end_of_an_epoch_that_ended_early_goes_on_with_the_n
             {"train_sampling_strategy": "group_by_length"},
             "train_sampling_strategy: 'random' in the checkpoint, 'group_by_length' now",
         ),
-        ({"per_device_train_batch_size": 4}, "batches of epoch 0: 4 in the checkpoint, 2 now"),
+        pytest.param(
+            {"per_device_train_batch_size": 4},
+            "batches of epoch 0: 4 in the checkpoint, 2 now",
+            marks=pytest.mark.skipif(not FIVE, reason="transformers 4.57 resumes with the checkpoint's batch size"),
+        ),
     ],
     ids=[
         "keep",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROUNDING
 from tiny_runs import (
+    FIVE,
     INF,
     PEAK,
     difference,
@@ -222,7 +223,7 @@ def test_rows_are_visited_by_score(tmp_path, order):
 def test_group_by_length_puts_rows_of_like_length_together(tmp_path):
     trainer = sft_trainer(tmp_path, 30, train_sampling_strategy="group_by_length")
     callback = select(trainer, keep=24, max_ifd=INF)
-    length = {row["row_id"]: len(row["input_ids"]) for row in trainer.train_dataset}
+    length = {row["row_id"]: len(row["input_ids"]) for row in tokenised(trainer)}
     seen = train(trainer)
     generator = random.Random(0)
 
@@ -324,7 +325,8 @@ def test_a_second_train_call_starts_again_from_the_weights_of_the_first(tmp_path
     ("strategy", "steps", "last"),
     [
         ({"eval_strategy": "epoch"}, [6, 9, 13], [6, 9, 13]),
-        ({"eval_strategy": "steps", "eval_steps": 4}, [4, 8, 12, 13], [4, 8, 13]),
+        # transformers 4.57 does not evaluate once more at the end
+        ({"eval_strategy": "steps", "eval_steps": 4}, [4, 8, 12, 13][: 3 + FIVE], [4, 8, 13 if FIVE else 12]),
     ],
     ids=["epoch", "steps"],
 )
