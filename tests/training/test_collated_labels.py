@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -60,11 +61,12 @@ def conversations(raw):
 )
 def test_the_pool_is_what_the_collator_leaves(tmp_path, rows, config):
     trainer = sft_trainer(tmp_path, rows(raw_rows(12)), tokenizer=TURNS, **config)
-    found = list(select(trainer, keep=4, max_ifd=float("inf")).pool.tokens())
+    pool = select(trainer, keep=4, max_ifd=float("inf")).pool
     trained = tokenised(trainer)
-    assert [list(ids) for ids, _ in found] == trained["input_ids"][:]
+    assert [list(ids) for ids, _ in pool.tokens()] == trained["input_ids"][:]
+    found = pool.trained_labels(np.arange(len(pool)))
     # A first token is never predicted, and a batch without padding masks it.
-    assert [list(labels[1:]) for _, labels in found] == [labels[1:] for labels in trained["labels"]]
+    assert [labels[1:] for labels in found] == [labels[1:] for labels in trained["labels"]]
 
 
 # ---- TRL before 1.7, whichever is installed ---------------------------------------------------------------------
