@@ -15,11 +15,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
 from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS, KNOWN_DEFINITIONS, SCORE_KINDS
+from .data.format_choice import FormatOptions, resolve_format
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, RunError, UserError, one_line
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
 # Options of `score` that are the transform's by the same names.
 _OF_SCORER = (
-    *("format", "definition", "max_length", "min_answer_tokens", "score_truncated", "dtype", "token_budget"),
+    *("definition", "max_length", "min_answer_tokens", "score_truncated", "dtype", "token_budget"),
     *("revision", "trust_remote_code"),
 )
 
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:  # its options are TRL's dataclasses, parsed by TRL's parser
             return _train(arguments[1:])
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args([_hyphened(word) for word in arguments])
         _check_words(options)
         return options.run(options)
     except KeyboardInterrupt:
@@ -71,6 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if told is not None:
             _say(f"error: {told}")
         return 1 if told is None else 2
+
+
+def _hyphened(word: str) -> str:
+    """An option with hyphens in its name, whichever way it is written; anything else as it is.
+
+    >>> _hyphened("--max_length"), _hyphened("--output=a_b"), _hyphened("a_b")
+    ('--max-length', '--output=a_b', 'a_b')
+    """
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def _say(text: str) -> None:
@@ -170,6 +184,27 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
     add("--format", help=f"prompt format: {', '.join(FORMATS)}; told from the columns by default")
+    add("--prompt-column", metavar="NAME", help="column of instructions or questions, where its name does not tell")
+    add("--input-column", metavar="NAME", help="column of what an instruction is about: a context, a document")
+    add("--answer-column", metavar="NAME", help="column of answers")
+    add(
+        "--system-column",
+        metavar="NAME",
+        help="column of system prompts: a system turn before a chat without one, {system} in a template",
+    )
+    add("--messages-column", metavar="NAME", help="column of chats")
+    add(
+        "--template",
+        metavar="TEXT",
+        help="prompt of a row, with {instruction} for the text of the prompt column, and perhaps {input} and {system}; "
+        "\\n is a line break",
+    )
+    add("--template-with-input", metavar="TEXT", help="prompt of a row with an input (default: the template)")
+    add(
+        "--response-header",
+        metavar="TEXT",
+        help="what stands before an answer that is scored alone (default: the template's last line)",
+    )
     meanings = "; ".join(f"{name}: {each.meaning}" for name, each in DEFINITIONS.items())
     add("--definition", default="paper", choices=DEFINITIONS, help=f"{meanings} (default: paper)")
     limits = " and ".join(f"{name} {most}" for name, most in DEFAULT_MAX_LENGTH.items())
@@ -306,7 +341,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 def _check_words(options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
-        if isinstance(value, str) and not value.strip():
+        if isinstance(value, str) and not value.strip() and name != "response_header":  # there may be none
             raise UserError(f"{name.replace('_', '-')} is empty: give it a value, or leave it out.")
     # Of a file there is one split, and of a folder one revision: what is asked for would be ignored without a word.
     if getattr(options, "split", "train") != "train" and Path(options.data).is_file():
@@ -334,6 +369,7 @@ def _score(options: argparse.Namespace) -> int:
     process = Process.from_environment()
     if (status := process.finished()) is not None:
         return status if process.main else 0
+    format = FormatOptions(**{field.name: getattr(options, field.name) for field in fields(FormatOptions)})
     scorer = _scorer(options, process.local_rank)
     # What is read is cached on disk: the other processes find it there.
     rows = process.main_first("rows", lambda: load_rows(options.data, options.split))
@@ -341,6 +377,8 @@ def _score(options: argparse.Namespace) -> int:
     if not len(rows):
         raise UserError(f"{options.data} has no rows to score.")
     check_features(rows.features, options.output)
+    bare = options.definition == "superfiltering"
+    scorer.format = resolve_format(format, rows.column_names, bare, warn=process.main)
     process.main_first("check", lambda: scorer.check(rows[:_CHECKED_ROWS]))  # no folder and no weights before that
     settings = scorer.settings(rows.column_names)
     size = options.part_rows or (64 if settings["device"] == "cpu" else 2048)
@@ -460,8 +498,9 @@ def _select(options: argparse.Namespace) -> int:
         raise UserError("--trust-remote-code goes with --drop-mismatched.")
     id_column, ids = tie_ids(rows, options.id_column)
     values, status = scores[name].to_numpy(dtype=float, na_value=np.nan), scores["ifd_status"]
-    refusals = refused_rows(rows) if options.drop_refusals else None
-    dropped = dropped_rows(rows, values, status, limit, ids, refusals, unfinished, duplicates)
+    format = provenance.rows_format(rows.column_names)
+    refusals = refused_rows(rows, format) if options.drop_refusals else None
+    dropped = dropped_rows(rows, values, status, limit, ids, refusals, unfinished, duplicates, format)
     choice = {"name": name, "max_ifd": limit, "ids": ids, "alpha": alpha, "strict": options.strict}
 
     def choose_from(dropped: dict[str, np.ndarray]) -> PoolSelection:
@@ -540,7 +579,7 @@ def _train(arguments: list[str]) -> int:
         return 0
     plan = "--plan" in arguments
     arguments = [word for word in arguments if word != "--plan"]
-    if "--help-all" in arguments:
+    if not {"--help-all", "--help_all"}.isdisjoint(arguments):
         from .training.recipe import make_parser
 
         make_parser().print_help()

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from ..data.duplicates import duplicate_groups
+from ..data.formats import PromptFormat
 from ..data.readable_text import row_texts
 from ..data.row_ids import ranks
 from ..data.table_reader import TableReader
@@ -81,6 +82,7 @@ def dropped_rows(
     refusals: np.ndarray | None = None,
     unfinished: np.ndarray | None = None,
     duplicates: Duplicates | None = None,
+    format: PromptFormat | None = None,
 ) -> dict[str, np.ndarray]:
     """Which of n rows are dropped, (n,) bool by reason, each for one reason; but for refusals, rows that might be kept.
 
@@ -91,6 +93,7 @@ def dropped_rows(
         refusals: (n,) rows whose answer looks like a refusal; None not to drop them.
         unfinished: (n,) rows whose answer stops before its end; None not to drop them.
         duplicates: when rows say the same; None not to look for them.
+        format: how the rows are read; told from the names of their columns by default.
 
     Raises:
         ValueError: when the rows have no texts of a known kind, and duplicates are looked for.
@@ -104,7 +107,7 @@ def dropped_rows(
         dropped[UNFINISHED] = usable & unfinished
         usable &= ~unfinished
     if duplicates is not None:
-        groups = duplicate_groups(row_texts(rows), duplicates.similarity)
+        groups = duplicate_groups(row_texts(rows, format), duplicates.similarity)
         dropped[DUPLICATE] = surplus(groups, _order(ids, groups, usable), usable, np.zeros(len(groups), dtype=bool))
     return dropped
 

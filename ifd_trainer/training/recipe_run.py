@@ -6,7 +6,7 @@ This is what `ifd-trainer train` runs, and, without the weights of the model, wh
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedCon
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..data.files import load_rows
+from ..data.format_choice import resolve_format
+from ..data.formats import PromptFormat
 from ..data.paths import check_model
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
 from ..method.columns import IFD_COLUMNS
@@ -58,11 +60,12 @@ def build_run(recipe: Recipe) -> Run:
     if not len(rows):
         raise UserError(f"{source} has no rows to train on.")
     count = len(rows)
-    scorer = _scorer(selection, sft) if selection.scorer else None
+    format = resolve_format(selection.rows_format(), rows.column_names)
+    scorer = _scorer(selection, sft, format) if selection.scorer else None
     with sft.main_process_first(desc="preparing the rows"):  # the others read what it put into the cache
         if scorer is not None and not plan:
             rows = rows.map(scorer, batched=True, batch_size=_SCORED_AT_ONCE, desc=f"Scoring with {selection.scorer}")
-        train = prepare(rows, selection.format, lambda: _tokenizer(recipe))
+        train = prepare(rows, format, lambda: _tokenizer(recipe))
         whole = len(train)
         if selection.drop_refusals:
             train = without_refusals(train)
@@ -76,7 +79,8 @@ def build_run(recipe: Recipe) -> Run:
     if selection.eval_dataset:
         held_out = beside(selection.eval_dataset, recipe.folder)
         held_out = load_rows(held_out, script.dataset_test_split)
-        held_out = prepare(held_out, selection.format, lambda: _tokenizer(recipe))
+        there = set(format.columns) <= set(held_out.column_names)
+        held_out = prepare(held_out, format if there else selection.rows_format(), lambda: _tokenizer(recipe))
     with translated("The trainer cannot be made"):
         trainer = _trainer(config, model, sft, train, held_out)
     if not len(trainer.train_dataset):
@@ -153,11 +157,12 @@ def _tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def _scorer(selection: SelectionConfig, sft: SFTConfig) -> IFDScorer:
+def _scorer(selection: SelectionConfig, sft: SFTConfig, format: PromptFormat) -> IFDScorer:
     """The transform that scores the raw rows with another model than the one in training."""
+    bare = selection.definition == "superfiltering"  # without the template that is trained on
     return IFDScorer(
         selection.scorer,
-        format=selection.format if selection.definition != "superfiltering" else None,
+        format=replace(selection.rows_format(), format=None) if bare else format,
         definition=selection.definition,
         score_truncated=selection.definition == "paper",
         min_answer_tokens=selection.min_answer_tokens,

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from ..data.encoding import check_positive
-from ..data.formats import FORMATS, resolve_format
+from ..data.format_choice import FormatOptions
 from ..errors import UserError, one_line
 from ..method import controls
 from ..method.brief_experience import Brief
@@ -66,14 +66,21 @@ class SelectionConfig(SelectionKeys):
             )
         if not 0 <= self.anneal_share <= 1:
             raise UserError(f"anneal_share must be in [0, 1], got {self.anneal_share}.")
-        if self.format is not None and self.format not in FORMATS:
-            resolve_format(self.format, ())  # says which there are
+        self.rows_format()
         check_positive(min_answer_tokens=self.min_answer_tokens, token_budget=self.token_budget, tiers=self.tiers)
         # What these refuse is told before a model is loaded.
         self.schedule(), self.chosen_policy(), self.timing(), self.scoring(), self.guard()
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
         self._warn_of_idle_keys()
+
+    def rows_format(self) -> FormatOptions:
+        """What is said of the rows' format.
+
+        Raises:
+            UserError: for an unknown name, and for keys that contradict each other.
+        """
+        return FormatOptions(**{key.name: getattr(self, key.name) for key in dataclasses.fields(FormatOptions)})
 
     def _warn_of_idle_keys(self) -> None:
         """Say which keys have no effect with the others as they are."""
