@@ -358,6 +358,7 @@ def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
     from .data.files import check_apart, check_features, load_rows, source_digest, with_columns, write_rows
+    from .data.message_trees import as_chats
     from .publish.provenance import calibrated, provenance_of, write_provenance
     from .scoring.calibration import shortage
     from .scoring.job_parts import Parts, kept
@@ -372,7 +373,8 @@ def _score(options: argparse.Namespace) -> int:
     format = FormatOptions(**{field.name: getattr(options, field.name) for field in fields(FormatOptions)})
     scorer = _scorer(options, process.local_rank)
     # What is read is cached on disk: the other processes find it there.
-    rows = process.main_first("rows", lambda: load_rows(options.data, options.split))
+    source = process.main_first("rows", lambda: load_rows(options.data, options.split))
+    rows = as_chats(source, process.main)
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
     if not len(rows):
         raise UserError(f"{options.data} has no rows to score.")
@@ -383,7 +385,7 @@ def _score(options: argparse.Namespace) -> int:
     settings = scorer.settings(rows.column_names)
     size = options.part_rows or (64 if settings["device"] == "cpu" else 2048)
     # The same for all processes, and for any number of them.
-    job = {"data": source_digest(options.data, rows), "rows": len(rows), "part_rows": size}
+    job = {"data": source_digest(options.data, source), "rows": len(rows), "part_rows": size}
     job |= {"weights": scorer.digest(), **settings, "scores_version": SCORES_VERSION}
     del job["token_budget"]  # with another one, after trouble with memory, scores differ by rounding alone
     with closing(process.main_first("parts", lambda: Parts(options.output, job, process.main))) as parts:

@@ -47,6 +47,8 @@ _LIKE_INPUT = (
 )
 _TEXT_COLUMNS = ("prompt_column", "input_column", "answer_column")
 _TEMPLATES = ("template", "template_with_input", "response_header")
+_MESSAGE_TABLE = {"message_id", "parent_id", "role", "text"}  # OpenAssistant's, of messages and of trees of them
+_MESSAGE_TREES = {"message_tree_id", "prompt"}
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
@@ -175,6 +177,15 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def holds_message_trees(columns: Collection[str]) -> bool:
+    """Whether columns are those of a table of messages, or of trees of them.
+
+    >>> holds_message_trees(["message_id", "parent_id", "role", "text", "lang"]), holds_message_trees(["messages"])
+    (True, False)
+    """
+    return "messages" not in columns and (set(columns) >= _MESSAGE_TABLE or set(columns) >= _MESSAGE_TREES)
+
+
 @dataclass(frozen=True)
 class _Choice:
     """The decision: options and columns of a data set, and whether advice is for the command line or for Python."""
@@ -260,6 +271,11 @@ class _Choice:
             )
         if named is not None:  # that its columns are not there is told with its name
             return named.instruction, named.output, None
+        if holds_message_trees(there):
+            raise UserError(
+                "The rows are messages of trees, each of which answers another row (parent_id): make chats of them "
+                "first with ifd_trainer.data.message_trees.as_chats(dataset)."
+            )
         raise UserError(
             f"Cannot tell the format from the columns {sorted(there)}. Wanted: 'messages'; 'conversations'; 'prompt' "
             "and 'completion'; 'instruction', 'input' and 'output' (Alpaca); 'instruction' and 'output' (WizardLM); or "

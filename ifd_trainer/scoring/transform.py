@@ -201,7 +201,8 @@ class IFDScorer:
         examples, error = _render(batch, format, self._encoder.tokenizer)
         pairs = self._encoder(examples)
         known = getattr(self._config.get_text_config(), "vocab_size", None)
-        most = max((max(pair.conditioned.ids) for pair in pairs if pair.conditioned), default=0)
+        segments = (segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct))
+        most = max((max(segment.ids) for segment in segments), default=0)
         if isinstance(known, int) and most >= known:
             raise UserError(
                 f"The tokenizer gives token {most}, and the model has {known} tokens: they do not belong together. Use "

@@ -17,6 +17,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from ..data.files import load_rows
 from ..data.format_choice import resolve_format
 from ..data.formats import PromptFormat
+from ..data.message_trees import as_chats
 from ..data.paths import check_model
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
 from ..method.columns import IFD_COLUMNS
@@ -56,7 +57,7 @@ def build_run(recipe: Recipe) -> Run:
     plan = isinstance(sft, PlanConfig)
     config = _model_config(model, sft)
     source = beside(script.dataset_name, recipe.folder)
-    rows = load_rows(source, script.dataset_train_split, script.dataset_config)
+    rows = as_chats(load_rows(source, script.dataset_train_split, script.dataset_config))
     if not len(rows):
         raise UserError(f"{source} has no rows to train on.")
     count = len(rows)
@@ -78,7 +79,7 @@ def build_run(recipe: Recipe) -> Run:
     held_out = None
     if selection.eval_dataset:
         held_out = beside(selection.eval_dataset, recipe.folder)
-        held_out = load_rows(held_out, script.dataset_test_split)
+        held_out = as_chats(load_rows(held_out, script.dataset_test_split))
         there = set(format.columns) <= set(held_out.column_names)
         held_out = prepare(held_out, format if there else selection.rows_format(), lambda: _tokenizer(recipe))
     with translated("The trainer cannot be made"):
