@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from . import __version__
 from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS, KNOWN_DEFINITIONS, SCORE_KINDS
-from .data.format_choice import FormatOptions, resolve_format
+from .data.format_choice import FormatOptions, columns_read, resolve_format
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, RunError, UserError, one_line
@@ -390,7 +390,8 @@ def _score(options: argparse.Namespace) -> int:
     del job["token_budget"]  # with another one, after trouble with memory, scores differ by rounding alone
     with closing(process.main_first("parts", lambda: Parts(options.output, job, process.main))) as parts:
         try:
-            score_parts(rows, scorer, parts, size, process)
+            read = columns_read(scorer.format, rows.column_names)
+            score_parts(rows, scorer, parts, size, process, columns=read)
         except RunError:  # the parts are gone
             if process.finished() is None:
                 raise
