@@ -25,7 +25,7 @@ from .data.format_choice import FormatOptions, columns_read, resolve_format
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, RunError, UserError, one_line
-from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY
+from .method.choices import CALIBRATED, SIMILARITY
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
 from .training.recipe_file import check_recipe
 from .training.recipe_help import train_help
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from .data.table_reader import TableReader
     from .method.duplicates import Duplicates
+    from .method.quotas import Quotas
+    from .method.ranking import Ranking
     from .publish.select import PoolSelection
     from .scoring.transform import IFDScorer
 
@@ -272,19 +274,38 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
     add("--scored-by", metavar="MODEL", help="model that gave the scores, for the card and for --drop-mismatched")
     add("--trust-remote-code", action="store_true", help="run code that comes with that model")
     add("--split", default="train", help="split of a folder or a hub data set (default train)")
-    add("--keep", default="0.1", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)")
+    add("--keep", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)")
     add(
         "--max-ifd",
         type=_limit,
-        default=1.0,
         metavar="X",
-        help="drop scores of X or more (default 1; inf: no limit; calibrated: the limit that a share --alpha of "
-        "mismatched rows stays below, by what `score --calibrate` measured)",
+        help="drop rows with an IFD of X or more (default 1 where rows are ranked by IFD, else none; inf: no limit; "
+        "calibrated: the limit that a share --alpha of mismatched rows stays below, by what `score --calibrate` "
+        "measured)",
     )
     alpha = "share of mismatched rows that a calibrated limit may let through (default 0.05)"
     add("--alpha", type=_number, metavar="A", help=alpha)
-    ranked_by = "column to rank by (default: ifd_ppl for scores of Superfiltering's definition, else ifd)"
-    add("--score", choices=RANKED_BY, help=ranked_by)
+    add(
+        "--score",
+        action="append",
+        metavar="COLUMN[:WEIGHT]",
+        help="column of numbers to rank by, highest first (default: ifd_ppl for scores of Superfiltering's definition, "
+        "else ifd); given several times, ranks are added with these weights; a negative one ranks lowest first",
+    )
+    add("--per", metavar="COLUMN", help="column, such as a source, whose values have the quotas or floors that follow")
+    add(
+        "--quota",
+        action="append",
+        metavar="[VALUE=]N",
+        help="keep exactly so many rows of each value, or of this one, the best: a number or a fraction of its rows "
+        "(--quota 0.1 --quota web=500)",
+    )
+    add(
+        "--floor",
+        action="append",
+        metavar="[VALUE=]N",
+        help="keep at least so many rows of each value, or of this one; --keep says how many in all",
+    )
     add("--id-column", help="column that breaks ties (default: row_id or id if its values are unique, else position)")
     add("--drop-refusals", action="store_true", help="drop rows whose answer looks like a refusal (English phrases)")
     add(
@@ -445,18 +466,21 @@ def _select(options: argparse.Namespace) -> int:
             raise NotFoundError(f"No such file of scores: {options.scores}.")
         check_readable(Path(options.scores))
     alpha, duplicates = _guards(options)
+    ranking, quotas = _ranking(options), _quotas(options)
 
     import numpy as np
 
     from .data.files import check_features, output_file, write_tables
     from .data.refused_answers import refused_rows
     from .data.table_reader import TableReader, selected_tables
+    from .method.quotas import REST
+    from .method.ranking import Ranking
     from .method.schedule import parse_keep
     from .publish.card import card_paths, check_card, write_card
     from .publish.guards import dropped_rows, measured_limit, unfinished_rows
     from .publish.hub import check_repository, push_files
     from .publish.provenance import READ_COLUMNS, find_scores
-    from .publish.select import choose, tie_ids
+    from .publish.select import choose, no_scores, numbers_of, texts_of, tie_ids
 
     data, in_folder = output_file(options.output)
     if data.is_file():
@@ -473,19 +497,30 @@ def _select(options: argparse.Namespace) -> int:
         raise UserError("--private goes with --push-to-hub USER/NAME.")
     rows = TableReader(options.data, options.split)
     check_features(rows.features, data)
+    unscored = ranking is not None and ranking.ifd is None and options.scores is None
+    unscored &= "ifd_status" not in rows.features
     own = options.scores is None and options.scores_format in (None, "ifd-trainer") and "ifd_status" in rows.features
-    # Without scores of their own the texts are wanted too: of answers that another program did not score.
-    table = rows.coded_frame(READ_COLUMNS) if own else rows.frame(rows.column_names)
-    scores, added, provenance = find_scores(
-        table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
-    )
-    del table
+    if unscored and options.max_ifd is not None:
+        raise UserError(f"--max-ifd {options.max_ifd}: {options.data} has no IFD. Score it, or leave the limit out.")
+    if unscored:
+        scores, added, provenance = no_scores(len(rows), options.data)
+    else:
+        # Without scores of their own the texts are wanted too: of answers that another program did not score.
+        table = rows.coded_frame(READ_COLUMNS) if own else rows.frame(rows.column_names)
+        scores, added, provenance = find_scores(
+            table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
+        )
+        del table
     definition = KNOWN_DEFINITIONS.get(provenance.definition)
-    name = options.score or (definition.ranked_by if definition else "ifd")
-    if scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
+    usual = definition.ranked_by if definition else "ifd"
+    ranking = ranking or Ranking({usual: 1.0})
+    columns = {name: numbers_of(name, rows, scores) for name in ranking.weights}
+    name = ranking.ifd or usual  # of the limit
+    if ranking.ifd and scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
         raise UserError(f"The scores have no {name}; rank by another one with --score.")
     origin = options.scores or options.data
-    limit = options.max_ifd if alpha is None else measured_limit(provenance, name, alpha, origin)
+    limit = (1.0 if ranking.ifd else float("inf")) if options.max_ifd is None else options.max_ifd
+    limit = limit if alpha is None else measured_limit(provenance, name, alpha, origin)
     unfinished = None
     if options.drop_unfinished:
         unfinished, too_little = unfinished_rows(_end_of_turn(rows, scores, own), provenance, origin)
@@ -500,14 +535,20 @@ def _select(options: argparse.Namespace) -> int:
     elif options.trust_remote_code:
         raise UserError("--trust-remote-code goes with --drop-mismatched.")
     id_column, ids = tie_ids(rows, options.id_column)
-    values, status = scores[name].to_numpy(dtype=float, na_value=np.nan), scores["ifd_status"]
+    status, of_limit = scores["ifd_status"], scores[name].to_numpy(dtype=float, na_value=np.nan)
+    values = ranking.values(columns, (status == "ok").to_numpy())
     format = provenance.rows_format(rows.column_names)
     refusals = refused_rows(rows, format) if options.drop_refusals else None
-    dropped = dropped_rows(rows, values, status, limit, ids, refusals, unfinished, duplicates, format)
-    choice = {"name": name, "max_ifd": limit, "ids": ids, "alpha": alpha, "strict": options.strict}
+    usable = np.isfinite(values) & ~(of_limit >= limit)
+    dropped = dropped_rows(rows, usable, status, ids, refusals, unfinished, duplicates, format)
+    choice = {"ranking": ranking, "max_ifd": limit, "limited": (name, of_limit), "ids": ids, "alpha": alpha}
+    choice |= {"strict": options.strict, "quotas": quotas}
+    if quotas is not None:
+        choice["groups"] = texts_of(quotas.column, rows)
+    keep = None if quotas is not None and REST in quotas.quotas else parse_keep(options.keep or "0.1")
 
     def choose_from(dropped: dict[str, np.ndarray]) -> PoolSelection:
-        return choose(values, status, parse_keep(options.keep), dropped=dropped, **choice)
+        return choose(values, status, keep, dropped=dropped, **choice)
 
     chosen = mismatched.choose(choose_from, dropped) if mismatched else choose_from(dropped)
     del unfinished, refusals, dropped, mismatched
@@ -516,7 +557,8 @@ def _select(options: argparse.Namespace) -> int:
     added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
     tables, features = selected_tables(rows, added, chosen.is_kept | options.all)
     write_tables(tables, features, data)
-    scores, columns = scores[[name, "answer_tokens", "ifd_status"]], list(features)
+    scores = scores[["answer_tokens", "ifd_status"]].assign(**{ranking.label: values})
+    columns = list(features)
     del added, ids, tables  # of ten million rows, as much again as the card needs
     if options.card:
         write_card(
@@ -549,6 +591,53 @@ def _guards(options: argparse.Namespace) -> tuple[float | None, Duplicates | Non
     if options.max_ifd == CALIBRATED:
         alpha = CalibratedLimit.of(CalibratedLimit().alpha if options.alpha is None else options.alpha).alpha
     return alpha, None if options.drop_duplicates is None else Duplicates(options.drop_duplicates)
+
+
+def _ranking(options: argparse.Namespace) -> Ranking | None:
+    """What rows are ranked by; None where that is for the scores to say."""
+    from .method.ranking import Ranking
+
+    weights = {}
+    for entry in options.score or ():
+        name, colon, weight = entry.rpartition(":")
+        try:
+            name, weight = (name, float(weight)) if colon else (entry, 1.0)
+        except ValueError:  # a colon in the name of a column
+            name, weight = entry, 1.0
+        if name in weights:
+            raise UserError(f"--score names {name!r} twice.")
+        weights[name] = weight
+    return Ranking(weights) if weights else None
+
+
+def _quotas(options: argparse.Namespace) -> Quotas | None:
+    """Quotas and floors of the values of a column; None without one."""
+    from .method.quotas import REST, Quotas
+
+    if not options.per:
+        if options.quota or options.floor:
+            raise UserError("--quota and --floor go with --per COLUMN, whose values they are for.")
+        return None
+    if not options.quota and not options.floor:
+        raise UserError(f"--per {options.per} goes with --quota or --floor: how many rows of each value are kept.")
+    quotas = Quotas(options.per, _amounts(options.quota, "--quota"), _amounts(options.floor, "--floor"))
+    if REST in quotas.quotas and options.keep is not None:
+        raise UserError("--keep is what the quotas of all values add up to: leave it out, or give quotas to some only.")
+    return quotas
+
+
+def _amounts(entries: Sequence[str] | None, option: str) -> dict[str | None, float | int]:
+    from .method.quotas import REST
+
+    amounts = {}
+    for entry in entries or ():
+        value, equals, number = entry.rpartition("=")
+        try:
+            amount = int(number) if number.strip().isdecimal() else _number(number)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{option} {entry}: wants a number or VALUE=NUMBER, got {number!r}.") from error
+        amounts[value if equals else REST] = amount
+    return amounts
 
 
 def _end_of_turn(rows: TableReader, scores: pd.DataFrame, own: bool) -> np.ndarray | None:

@@ -75,9 +75,8 @@ def unfinished_rows(eot_loss: np.ndarray | None, provenance: Provenance, data: s
 
 def dropped_rows(
     rows: TableReader,
-    score: np.ndarray,
+    usable: np.ndarray,
     status: pd.Series,
-    limit: float,
     ids: np.ndarray | pa.ChunkedArray | None,
     refusals: np.ndarray | None = None,
     unfinished: np.ndarray | None = None,
@@ -88,7 +87,8 @@ def dropped_rows(
 
     Args:
         rows: with their texts, of which duplicates are told.
-        score, status, limit: the score to rank by, `ifd_status`, and what a score has to be below.
+        usable: (n,) rows with what is ranked by, below the limit.
+        status: `ifd_status`.
         ids: (n,) of duplicates that may be kept, the one with the lowest id is; None for positions.
         refusals: (n,) rows whose answer looks like a refusal; None not to drop them.
         unfinished: (n,) rows whose answer stops before its end; None not to drop them.
@@ -99,7 +99,7 @@ def dropped_rows(
         ValueError: when the rows have no texts of a known kind, and duplicates are looked for.
     """
     dropped = {}
-    usable = np.asarray(status == Status.OK.value) & (score < limit)
+    usable = np.asarray(status == Status.OK.value) & usable
     if refusals is not None:
         dropped[REFUSAL] = refusals
         usable &= ~refusals
