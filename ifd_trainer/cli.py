@@ -677,6 +677,7 @@ def _train(arguments: list[str]) -> int:
         make_parser().print_help()
         return 0
     recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    recipe, arguments = _named_recipe(recipe, arguments)
     check_recipe(recipe, arguments, plan)
 
     from rich.console import Console
@@ -713,6 +714,21 @@ def _train(arguments: list[str]) -> int:
         print(f"Report: {path}")
     trainer.accelerator.wait_for_everyone()  # for the report: the launcher ends when the first process does
     return 0
+
+
+def _named_recipe(recipe: str | None, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe, also if it is named with --config, as TRL's command line has it; and the other words."""
+    for i, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            continue
+        rest = arguments[i + 1 :]
+        if not equals:
+            value, rest = (rest[0], rest[1:]) if rest else ("", [])
+        if recipe is not None or not value:
+            raise UserError("--config names a recipe: give it one, or name the recipe without --config.")
+        return value, arguments[:i] + rest
+    return recipe, arguments
 
 
 def _report(options: argparse.Namespace) -> int:

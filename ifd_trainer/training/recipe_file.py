@@ -76,7 +76,8 @@ def check_recipe(recipe: str | None, words: Sequence[str], plan: bool = False) -
     settings: Mapping[str, Any] = {**read_recipe(recipe), **overrides(words)}
     folder = Path(recipe).resolve().parent if recipe is not None else Path()
     model, rows = settings.get("model_name_or_path"), settings.get("dataset_name")
-    if model is None or rows is None:
+    rows = None if settings.get("datasets") else rows  # a mixture, each of which is read for itself
+    if model is None or (rows is None and not settings.get("datasets")):
         raise UserError("A run needs a model and a data set: --model NAME_OR_PATH --dataset FILE_OR_NAME.")
     # What is no text at all is told where types are.
     for source in (rows, settings.get("eval_dataset")):
@@ -86,7 +87,8 @@ def check_recipe(recipe: str | None, words: Sequence[str], plan: bool = False) -
         if isinstance(name, str):
             check_model(name)
     # What is asked for would be ignored without a word.
-    of_file = ("dataset_train_split", "dataset_config") if Path(beside(str(rows), folder)).is_file() else ()
+    file = rows is not None and Path(beside(str(rows), folder)).is_file()
+    of_file = ("dataset_train_split", "dataset_config") if file else ()
     for key in (*of_file, *(("model_revision",) if Path(str(model)).is_dir() else ())):
         if settings.get(key) not in (None, "", "train", "main"):
             what = "the data set is a file" if key in of_file else "the model is a folder"
