@@ -1,4 +1,4 @@
-"""The command line: `ifd-trainer score | select | train | report`.
+"""The command line: `ifd-trainer score | select | train | report | recipes`.
 
 Heavy imports wait until a command runs, so that `--help` answers at once, and until the paths it is given are there.
 Exit codes: 0 done; 1 `score` is done, but no row has a score (a warning on standard error), or a fault of this program
@@ -27,7 +27,7 @@ from .data.paths import check_folder, check_model, check_readable, check_rows, c
 from .errors import NotFoundError, RunError, UserError, one_line
 from .method.choices import CALIBRATED, SIMILARITY
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
-from .training.recipe_file import check_recipe
+from .training.recipe_file import check_recipe, copy_recipe, recipe_titles
 from .training.recipe_help import train_help
 
 if TYPE_CHECKING:
@@ -160,11 +160,14 @@ def _parser() -> argparse.ArgumentParser:
         "error. Exit codes: 0 done, 1 a fault of this program, 2 wrong input or usage, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"ifd_trainer {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="score | select | train | report")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="score | select | train | report | recipes"
+    )
     _add_score(commands)
     _add_select(commands)
     commands.add_parser("train", help="fine-tune with selection inside the loop (see: ifd-trainer train --help)")
     _add_report(commands)
+    _add_recipes(commands)
     return parser
 
 
@@ -355,6 +358,19 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     add("--label", help="column of labels to show")
     add("--rows", type=_positive, default=10, help="rows in each table (default 10)")
     parser.set_defaults(run=_report)
+
+
+def _add_recipes(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "recipes",
+        help="list the recipes of this package, or copy one",
+        description="List the recipes that come with this package, or copy one to change it and run it with "
+        "`ifd-trainer train`.",
+        epilog="Example: ifd-trainer recipes alpaca_cherry_5pct",
+    )
+    parser.add_argument("name", nargs="?", help="recipe to copy; without one, all are listed")
+    parser.add_argument("--output", metavar="PATH", help="file or folder to write to (default: NAME.yaml, here)")
+    parser.set_defaults(run=_recipes)
 
 
 # Each command looks at the paths that it is given before it imports anything slow.
@@ -713,6 +729,20 @@ def _train(arguments: list[str]) -> int:
         print(f"Model: {parsed.sft.output_dir}")  # as it is: rich would take brackets in a name for its markup
         print(f"Report: {path}")
     trainer.accelerator.wait_for_everyone()  # for the report: the launcher ends when the first process does
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    if options.name is None:
+        if options.output:
+            raise UserError("--output goes with the name of a recipe: ifd-trainer recipes NAME --output PATH.")
+        titles = recipe_titles()
+        width = max(map(len, titles))
+        for name, title in titles.items():
+            print(f"{name:{width}}  {title}")
+        return 0
+    recipe, *others = copy_recipe(options.name, options.output)
+    print(f"Copied to {recipe}{''.join(f', {path}' for path in others)}. Run it with: ifd-trainer train {recipe}")
     return 0
 
 

@@ -167,8 +167,8 @@ def test_options_are_understood_with_underscores_and_hyphens(tmp_path, model_pat
 
 @pytest.mark.parametrize("sign", ["_", "-"])
 def test_train_takes_columns_with_underscores_and_hyphens(tmp_path, model_path, sign, capsys):
-    words = "--prompt_column q --answer_column a --max_length 64 --num_train_epochs 1 --report_to none --use_cpu true"
-    words = words.replace("_column", f"{sign}column").replace("max_length", f"max{sign}length").split()
+    words = f"--prompt{sign}column q --answer{sign}column a --max{sign}length 64 --num{sign}train{sign}epochs 1"
+    words = [*words.split(), "--report_to", "none", "--use_cpu", "true"]
     data = written(tmp_path / "rows.jsonl", ROWS)
     options = ["--model", model_path, "--dataset", data, "--keep", "0.5", "--output_dir", str(tmp_path / "out")]
     assert main(["train", "--plan", *options, *words]) == 0

@@ -292,7 +292,7 @@ def numbers_of(name: str, rows: TableReader, scores: pd.DataFrame) -> np.ndarray
     """
     if name in scores:
         return scores[name].to_numpy(dtype=float, na_value=np.nan)
-    values = _column(name, rows, "--score")
+    values = _values_of(name, rows, "--score")
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)):
         raise UserError(f"--score {name}: the column holds no numbers, but {values.type}.")
     return values.cast(pa.float64() if not pa.types.is_boolean(values.type) else pa.int8()).to_pandas().to_numpy(float)
@@ -304,13 +304,13 @@ def texts_of(name: str, rows: TableReader) -> pd.Series:
     Raises:
         UserError: for a column that is not there, or holds lists or mappings.
     """
-    values = _column(name, rows, "--per")
+    values = _values_of(name, rows, "--per")
     if pa.types.is_nested(values.type) or isinstance(values.type, pa.ExtensionType):
         raise UserError(f"--per {name}: the column holds {values.type}, and quotas are of texts or numbers.")
     return pd.Series(values.cast(pa.string()).fill_null("null").dictionary_encode().to_pandas())
 
 
-def _column(name: str, rows: TableReader, option: str) -> pa.ChunkedArray:
+def _values_of(name: str, rows: TableReader, option: str) -> pa.ChunkedArray:
     if name not in rows.column_names:
         raise UserError(f"{option} {name}: there is no such column; the columns are {sorted(rows.column_names)}.")
     return rows.column(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,66 @@ def read_recipe(path: str | None) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise FileAccessError(f"{path} holds no YAML mapping. Write one `key: value` a line.")
     return content
+
+
+def recipes_folder() -> Path:
+    """Where the recipes of this package are: in it, or, of a checkout, beside it.
+
+    Raises:
+        NotFoundError: when they are in neither place.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if (folder / "demo.yaml").is_file():
+            return folder
+    raise NotFoundError(f"The recipes are neither in {package} nor beside it. Install the package again.")
+
+
+def recipe_titles() -> dict[str, str]:
+    """The recipes of this package by name, each with the first line of its header.
+
+    >>> recipe_titles()["alpaca_dynamic"][:29]
+    'Dynamic selection on Alpaca: '
+    """
+    titles = {}
+    for path in sorted(recipes_folder().glob("*.yaml")):
+        with path.open(encoding="utf-8") as file:
+            titles[path.stem] = file.readline().lstrip("# ").strip()
+    return titles
+
+
+def copy_recipe(name: str, target: str | None = None) -> list[Path]:
+    """Copy a recipe of this package, and the files of rows that it names, to a place of the user's.
+
+    Args:
+        name: of the recipe, with or without .yaml.
+        target: the file to write, or a folder that is there; by default the recipe's name in the working directory.
+
+    Returns:
+        The files that were written, the recipe first.
+
+    Raises:
+        UserError: for a recipe that there is not, and for a file that is there already.
+    """
+    name = name.removesuffix(".yaml")
+    if name not in recipe_titles():
+        near = difflib.get_close_matches(name, recipe_titles(), n=1)
+        meant = f"Did you mean {near[0]}?" if near else "`ifd-trainer recipes` lists them."
+        raise NotFoundError(f"There is no recipe {name!r}. {meant}")
+    folder = recipes_folder()
+    recipe = Path(f"{name}.yaml" if target is None else target)
+    recipe = recipe / f"{name}.yaml" if recipe.is_dir() else recipe
+    values = read_recipe(str(folder / f"{name}.yaml"))
+    rows = [value for value in values.values() if isinstance(value, str) and (folder / value).is_file()]
+    copies = {folder / f"{name}.yaml": recipe, **{folder / value: recipe.parent / value for value in rows}}
+    for source, place in copies.items():
+        if place.exists() and place.read_bytes() != source.read_bytes():
+            raise UserError(f"{place} is there already, and is another file. Name another place with --output.")
+    for source, place in copies.items():
+        check_folder(place.parent)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, place)
+    return list(copies.values())
 
 
 def overrides(words: Sequence[str]) -> dict[str, str]:
