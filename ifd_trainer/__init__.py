@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .scoring.transform import IFDScorer
     from .training.callback import IFDSelectionCallback
     from .training.options import Scoring
+    from .training.recipe_selection import SelectionConfig
 
 # Where each public name is.
 _HOME = {
@@ -48,6 +49,7 @@ _HOME = {
         "scoring.transform": ("IFDScorer",),
         "training.callback": ("IFDSelectionCallback",),
         "training.options": ("Scoring",),
+        "training.recipe_selection": ("SelectionConfig",),
     }.items()
     for name in names
 }

@@ -1,4 +1,4 @@
-"""The command line: `ifd-trainer score | select | train | report`.
+"""The command line: `ifd-trainer score | select | train | report | recipes`.
 
 Heavy imports wait until a command runs, so that `--help` answers at once, and until the paths it is given are there.
 Exit codes: 0 done; 1 `score` is done, but no row has a score (a warning on standard error), or a fault of this program
@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import fields
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,13 +25,14 @@ from packaging.version import Version
 
 from . import __version__
 from .data.definitions import DEFAULT_MAX_LENGTH, DEFINITIONS, KNOWN_DEFINITIONS, SCORE_KINDS
+from .data.format_choice import FormatOptions, columns_read, resolve_format
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
 from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
 from .method.number_words import many
-from .training.recipe_file import check_recipe
+from .training.recipe_file import check_recipe, copy_recipe, recipe_titles
 from .training.recipe_help import train_help
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
     from .data.table_reader import TableReader
     from .method.duplicates import Duplicates
+    from .method.quotas import Quotas
+    from .method.ranking import Ranking
     from .publish.select import PoolSelection
     from .report.report_data import Origin
     from .scoring.transform import IFDScorer
@@ -47,7 +51,7 @@ _TRL = "1.8"  # the first one that recipes were run with
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
 # Options of `score` that are the transform's by the same names.
 _OF_SCORER = (
-    *("format", "definition", "max_length", "min_answer_tokens", "score_truncated", "dtype", "token_budget"),
+    *("definition", "max_length", "min_answer_tokens", "score_truncated", "dtype", "token_budget"),
     *("revision", "trust_remote_code"),
 )
 
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:  # its options are TRL's dataclasses, parsed by TRL's parser
             return _train(arguments[1:])
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args([_hyphened(word) for word in arguments])
         _check_words(options)
         return options.run(options)
     except KeyboardInterrupt:
@@ -78,6 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if told is not None:
             _say(f"error: {told}")
         return 1 if told is None else 2
+
+
+def _hyphened(word: str) -> str:
+    """An option with hyphens in its name, whichever way it is written; anything else as it is.
+
+    >>> _hyphened("--max_length"), _hyphened("--output=a_b"), _hyphened("a_b")
+    ('--max-length', '--output=a_b', 'a_b')
+    """
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def _say(text: str) -> None:
@@ -151,11 +167,14 @@ def _parser() -> argparse.ArgumentParser:
         "error. Exit codes: 0 done, 1 a fault of this program, 2 wrong input or usage, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"ifd_trainer {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="score | select | train | report")
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="score | select | train | report | recipes"
+    )
     _add_score(commands)
     _add_select(commands)
     commands.add_parser("train", help="fine-tune with selection inside the loop (see: ifd-trainer train --help)")
     _add_report(commands)
+    _add_recipes(commands)
     return parser
 
 
@@ -177,6 +196,27 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
     add("--format", help=f"prompt format: {', '.join(FORMATS)}; told from the columns by default")
+    add("--prompt-column", metavar="NAME", help="column of instructions or questions, where its name does not tell")
+    add("--input-column", metavar="NAME", help="column of what an instruction is about: a context, a document")
+    add("--answer-column", metavar="NAME", help="column of answers")
+    add(
+        "--system-column",
+        metavar="NAME",
+        help="column of system prompts: a system turn before a chat without one, {system} in a template",
+    )
+    add("--messages-column", metavar="NAME", help="column of chats")
+    add(
+        "--template",
+        metavar="TEXT",
+        help="prompt of a row, with {instruction} for the text of the prompt column, and perhaps {input} and {system}; "
+        "\\n is a line break",
+    )
+    add("--template-with-input", metavar="TEXT", help="prompt of a row with an input (default: the template)")
+    add(
+        "--response-header",
+        metavar="TEXT",
+        help="what stands before an answer that is scored alone (default: the template's last line)",
+    )
     meanings = "; ".join(f"{name}: {each.meaning}" for name, each in DEFINITIONS.items())
     add("--definition", default="paper", choices=DEFINITIONS, help=f"{meanings} (default: paper)")
     limits = " and ".join(f"{name} {most}" for name, most in DEFAULT_MAX_LENGTH.items())
@@ -244,19 +284,38 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
     add("--scored-by", metavar="MODEL", help="model that gave the scores, for the card and for --drop-mismatched")
     add("--trust-remote-code", action="store_true", help="run code that comes with that model")
     add("--split", default="train", help="split of a folder or a hub data set (default train)")
-    add("--keep", default="0.1", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)")
+    add("--keep", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)")
     add(
         "--max-ifd",
         type=_limit,
-        default=1.0,
         metavar="X",
-        help="drop scores of X or more (default 1; inf: no limit; calibrated: the limit that a share --alpha of "
-        "mismatched rows stays below, by what `score --calibrate` measured)",
+        help="drop rows with an IFD of X or more (default 1 where rows are ranked by IFD, else none; inf: no limit; "
+        "calibrated: the limit that a share --alpha of mismatched rows stays below, by what `score --calibrate` "
+        "measured)",
     )
     alpha = "share of mismatched rows that a calibrated limit may let through (default 0.05)"
     add("--alpha", type=_number, metavar="A", help=alpha)
-    ranked_by = "column to rank by (default: ifd_ppl for scores of Superfiltering's definition, else ifd)"
-    add("--score", choices=RANKED_BY, help=ranked_by)
+    add(
+        "--score",
+        action="append",
+        metavar="COLUMN[:WEIGHT]",
+        help="column of numbers to rank by, highest first (default: ifd_ppl for scores of Superfiltering's definition, "
+        "else ifd); given several times, ranks are added with these weights; a negative one ranks lowest first",
+    )
+    add("--per", metavar="COLUMN", help="column, such as a source, whose values have the quotas or floors that follow")
+    add(
+        "--quota",
+        action="append",
+        metavar="[VALUE=]N",
+        help="keep exactly so many rows of each value, or of this one, the best: a number or a fraction of its rows "
+        "(--quota 0.1 --quota web=500)",
+    )
+    add(
+        "--floor",
+        action="append",
+        metavar="[VALUE=]N",
+        help="keep at least so many rows of each value, or of this one; --keep says how many in all",
+    )
     add("--id-column", help="column that breaks ties (default: row_id or id if its values are unique, else position)")
     add("--drop-refusals", action="store_true", help="drop rows whose answer looks like a refusal (English phrases)")
     add(
@@ -308,12 +367,25 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_report)
 
 
+def _add_recipes(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "recipes",
+        help="list the recipes of this package, or copy one",
+        description="List the recipes that come with this package, or copy one to change it and run it with "
+        "`ifd-trainer train`.",
+        epilog="Example: ifd-trainer recipes alpaca_cherry_5pct",
+    )
+    parser.add_argument("name", nargs="?", help="recipe to copy; without one, all are listed")
+    parser.add_argument("--output", metavar="PATH", help="file or folder to write to (default: NAME.yaml, here)")
+    parser.set_defaults(run=_recipes)
+
+
 # Each command looks at the paths that it is given before it imports anything slow.
 
 
 def _check_words(options: argparse.Namespace) -> None:
     for name, value in vars(options).items():
-        if isinstance(value, str) and not value.strip():
+        if isinstance(value, str) and not value.strip() and name != "response_header":  # there may be none
             raise UserError(f"{name.replace('_', '-')} is empty: give it a value, or leave it out.")
     # Of a file there is one split, and of a folder one revision: what is asked for would be ignored without a word.
     if getattr(options, "split", "train") != "train" and Path(options.data).is_file():
@@ -330,6 +402,7 @@ def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
     from .data.files import check_apart, check_features, load_rows, source_digest, with_columns, write_rows
+    from .data.message_trees import as_chats
     from .publish.provenance import calibrated, provenance_of, write_provenance
     from .scoring.calibration import shortage
     from .scoring.job_parts import Parts, kept
@@ -341,23 +414,28 @@ def _score(options: argparse.Namespace) -> int:
     process = Process.from_environment()
     if (status := process.finished()) is not None:
         return status if process.main else 0
+    format = FormatOptions(**{field.name: getattr(options, field.name) for field in fields(FormatOptions)})
     scorer = _scorer(options, process.local_rank)
     # What is read is cached on disk: the other processes find it there.
-    rows = process.main_first("rows", lambda: load_rows(options.data, options.split))
+    source = process.main_first("rows", lambda: load_rows(options.data, options.split))
+    rows = as_chats(source, process.main)
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
     if not len(rows):
         raise UserError(f"{options.data} has no rows to score.")
     check_features(rows.features, options.output)
+    bare = options.definition == "superfiltering"
+    scorer.format = resolve_format(format, rows.column_names, bare, warn=process.main)
     process.main_first("check", lambda: scorer.check(rows[:_CHECKED_ROWS]))  # no folder and no weights before that
     settings = scorer.settings(rows.column_names)
     size = options.part_rows or (64 if settings["device"] == "cpu" else 2048)
     # The same for all processes, and for any number of them.
-    job = {"data": source_digest(options.data, rows), "rows": len(rows), "part_rows": size}
+    job = {"data": source_digest(options.data, source), "rows": len(rows), "part_rows": size}
     job |= {"weights": scorer.digest(), **settings, "scores_version": SCORES_VERSION}
     del job["token_budget"]  # with another one, after trouble with memory, scores differ by rounding alone
     with closing(process.main_first("parts", lambda: Parts(options.output, job, process.main))) as parts:
         try:
-            score_parts(rows, scorer, parts, size, process)
+            read = columns_read(scorer.format, rows.column_names)
+            score_parts(rows, scorer, parts, size, process, columns=read)
         except RunError:  # the parts are gone
             if process.finished() is None:
                 raise
@@ -411,18 +489,21 @@ def _select(options: argparse.Namespace) -> int:
             raise NotFoundError(f"No such file of scores: {options.scores}.")
         check_readable(Path(options.scores))
     alpha, duplicates = _guards(options)
+    ranking, quotas = _ranking(options), _quotas(options)
 
     import numpy as np
 
     from .data.files import check_features, output_file, write_tables
     from .data.refused_answers import refused_rows
     from .data.table_reader import TableReader, selected_tables
+    from .method.quotas import REST
+    from .method.ranking import Ranking
     from .method.schedule import parse_keep
     from .publish.card import card_paths, check_card, write_card
     from .publish.guards import dropped_rows, measured_limit, unfinished_rows
     from .publish.hub import check_repository, push_files
     from .publish.provenance import READ_COLUMNS, find_scores
-    from .publish.select import choose, tie_ids
+    from .publish.select import choose, no_scores, numbers_of, texts_of, tie_ids
 
     data, in_folder = output_file(options.output)
     if data.is_file():
@@ -439,19 +520,30 @@ def _select(options: argparse.Namespace) -> int:
         raise UserError("--private goes with --push-to-hub USER/NAME.")
     rows = TableReader(options.data, options.split)
     check_features(rows.features, data)
+    unscored = ranking is not None and ranking.ifd is None and options.scores is None
+    unscored &= "ifd_status" not in rows.features
     own = options.scores is None and options.scores_format in (None, "ifd-trainer") and "ifd_status" in rows.features
-    # Without scores of their own the texts are wanted too: of answers that another program did not score.
-    table = rows.coded_frame(READ_COLUMNS) if own else rows.frame(rows.column_names)
-    scores, added, provenance = find_scores(
-        table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
-    )
-    del table
+    if unscored and options.max_ifd is not None:
+        raise UserError(f"--max-ifd {options.max_ifd}: {options.data} has no IFD. Score it, or leave the limit out.")
+    if unscored:
+        scores, added, provenance = no_scores(len(rows), options.data)
+    else:
+        # Without scores of their own the texts are wanted too: of answers that another program did not score.
+        table = rows.coded_frame(READ_COLUMNS) if own else rows.frame(rows.column_names)
+        scores, added, provenance = find_scores(
+            table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
+        )
+        del table
     definition = KNOWN_DEFINITIONS.get(provenance.definition)
-    name = options.score or (definition.ranked_by if definition else "ifd")
-    if scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
+    usual = definition.ranked_by if definition else "ifd"
+    ranking = ranking or Ranking({usual: 1.0})
+    columns = {name: numbers_of(name, rows, scores) for name in ranking.weights}
+    name = ranking.ifd or usual  # of the limit
+    if ranking.ifd and scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
         raise UserError(f"The scores have no {name}; rank by another one with --score.")
     origin = options.scores or options.data
-    limit = options.max_ifd if alpha is None else measured_limit(provenance, name, alpha, origin)
+    limit = (1.0 if ranking.ifd else float("inf")) if options.max_ifd is None else options.max_ifd
+    limit = limit if alpha is None else measured_limit(provenance, name, alpha, origin)
     unfinished = None
     if options.drop_unfinished:
         unfinished, too_little = unfinished_rows(_end_of_turn(rows, scores, own), provenance, origin)
@@ -466,13 +558,20 @@ def _select(options: argparse.Namespace) -> int:
     elif options.trust_remote_code:
         raise UserError("--trust-remote-code goes with --drop-mismatched.")
     id_column, ids = tie_ids(rows, options.id_column)
-    values, status = scores[name].to_numpy(dtype=float, na_value=np.nan), scores["ifd_status"]
-    refusals = refused_rows(rows) if options.drop_refusals else None
-    dropped = dropped_rows(rows, values, status, limit, ids, refusals, unfinished, duplicates)
-    choice = {"name": name, "max_ifd": limit, "ids": ids, "alpha": alpha, "strict": options.strict}
+    status, of_limit = scores["ifd_status"], scores[name].to_numpy(dtype=float, na_value=np.nan)
+    values = ranking.values(columns, (status == "ok").to_numpy())
+    format = provenance.rows_format(rows.column_names)
+    refusals = refused_rows(rows, format) if options.drop_refusals else None
+    usable = np.isfinite(values) & ~(of_limit >= limit)
+    dropped = dropped_rows(rows, usable, status, ids, refusals, unfinished, duplicates, format)
+    choice = {"ranking": ranking, "max_ifd": limit, "limited": (name, of_limit), "ids": ids, "alpha": alpha}
+    choice |= {"strict": options.strict, "quotas": quotas}
+    if quotas is not None:
+        choice["groups"] = texts_of(quotas.column, rows)
+    keep = None if quotas is not None and REST in quotas.quotas else parse_keep(options.keep or "0.1")
 
     def choose_from(dropped: dict[str, np.ndarray]) -> PoolSelection:
-        return choose(values, status, parse_keep(options.keep), dropped=dropped, **choice)
+        return choose(values, status, keep, dropped=dropped, **choice)
 
     chosen = mismatched.choose(choose_from, dropped) if mismatched else choose_from(dropped)
     del unfinished, refusals, dropped, mismatched
@@ -481,7 +580,8 @@ def _select(options: argparse.Namespace) -> int:
     added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
     tables, features = selected_tables(rows, added, chosen.is_kept | options.all)
     write_tables(tables, features, data)
-    scores, columns = scores[[name, "answer_tokens", "ifd_status"]], list(features)
+    scores = scores[["answer_tokens", "ifd_status"]].assign(**{ranking.label: values})
+    columns = list(features)
     del added, ids, tables  # of ten million rows, as much again as the card needs
     if options.card:
         write_card(
@@ -514,6 +614,53 @@ def _guards(options: argparse.Namespace) -> tuple[float | None, Duplicates | Non
     if options.max_ifd == CALIBRATED:
         alpha = CalibratedLimit.of(CalibratedLimit().alpha if options.alpha is None else options.alpha).alpha
     return alpha, None if options.drop_duplicates is None else Duplicates(options.drop_duplicates)
+
+
+def _ranking(options: argparse.Namespace) -> Ranking | None:
+    """What rows are ranked by; None where that is for the scores to say."""
+    from .method.ranking import Ranking
+
+    weights = {}
+    for entry in options.score or ():
+        name, colon, weight = entry.rpartition(":")
+        try:
+            name, weight = (name, float(weight)) if colon else (entry, 1.0)
+        except ValueError:  # a colon in the name of a column
+            name, weight = entry, 1.0
+        if name in weights:
+            raise UserError(f"--score names {name!r} twice.")
+        weights[name] = weight
+    return Ranking(weights) if weights else None
+
+
+def _quotas(options: argparse.Namespace) -> Quotas | None:
+    """Quotas and floors of the values of a column; None without one."""
+    from .method.quotas import REST, Quotas
+
+    if not options.per:
+        if options.quota or options.floor:
+            raise UserError("--quota and --floor go with --per COLUMN, whose values they are for.")
+        return None
+    if not options.quota and not options.floor:
+        raise UserError(f"--per {options.per} goes with --quota or --floor: how many rows of each value are kept.")
+    quotas = Quotas(options.per, _amounts(options.quota, "--quota"), _amounts(options.floor, "--floor"))
+    if REST in quotas.quotas and options.keep is not None:
+        raise UserError("--keep is what the quotas of all values add up to: leave it out, or give quotas to some only.")
+    return quotas
+
+
+def _amounts(entries: Sequence[str] | None, option: str) -> dict[str | None, float | int]:
+    from .method.quotas import REST
+
+    amounts = {}
+    for entry in entries or ():
+        value, equals, number = entry.rpartition("=")
+        try:
+            amount = int(number) if number.strip().isdecimal() else _number(number)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{option} {entry}: wants a number or VALUE=NUMBER, got {number!r}.") from error
+        amounts[value if equals else REST] = amount
+    return amounts
 
 
 def _end_of_turn(rows: TableReader, scores: pd.DataFrame, own: bool) -> np.ndarray | None:
@@ -558,12 +705,13 @@ def _train(arguments: list[str]) -> int:
     _check_trl()
     plan = "--plan" in arguments
     arguments = [word for word in arguments if word != "--plan"]
-    if "--help-all" in arguments:
+    if not {"--help-all", "--help_all"}.isdisjoint(arguments):
         from .training.recipe import make_parser
 
         make_parser().print_help()
         return 0
     recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    recipe, arguments = _named_recipe(recipe, arguments)
     check_recipe(recipe, arguments, plan)
 
     from rich.console import Console
@@ -600,6 +748,35 @@ def _train(arguments: list[str]) -> int:
         print(f"Report: {path}")
     trainer.accelerator.wait_for_everyone()  # for the report: the launcher ends when the first process does
     return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    if options.name is None:
+        if options.output:
+            raise UserError("--output goes with the name of a recipe: ifd-trainer recipes NAME --output PATH.")
+        titles = recipe_titles()
+        width = max(map(len, titles))
+        for name, title in titles.items():
+            print(f"{name:{width}}  {title}")
+        return 0
+    recipe, *others = copy_recipe(options.name, options.output)
+    print(f"Copied to {recipe}{''.join(f', {path}' for path in others)}. Run it with: ifd-trainer train {recipe}")
+    return 0
+
+
+def _named_recipe(recipe: str | None, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe, also if it is named with --config, as TRL's command line has it; and the other words."""
+    for i, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            continue
+        rest = arguments[i + 1 :]
+        if not equals:
+            value, rest = (rest[0], rest[1:]) if rest else ("", [])
+        if recipe is not None or not value:
+            raise UserError("--config names a recipe: give it one, or name the recipe without --config.")
+        return value, arguments[:i] + rest
+    return recipe, arguments
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -12,8 +12,10 @@ is written at each reader. The Arrow file has the same size, 0.9 GB.
 from __future__ import annotations
 
 import codecs
+import csv
 import hashlib
 import json
+import lzma
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -39,10 +41,22 @@ from .paths import COMPRESSIONS
 # By the first bytes of a file; the longer ones first. UTF-8 is what is read otherwise.
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
 _BYTE_ORDER_MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
+# What a file is that is no text, by its first bytes, and what is to be done with it.
+_FOREIGN = {
+    b"\x1f\x8b": "is compressed: give it the ending .gz",
+    b"BZh": "is compressed: give it the ending .bz2",
+    b"\xfd7zXZ\x00": "is compressed: give it the ending .xz",
+    b"\x28\xb5\x2f\xfd": "is compressed: give it the ending .zst",
+    b"PAR1": "is a Parquet file: give it the ending .parquet",
+    b"PK\x03\x04": "is a ZIP archive, as Excel's files are too: unpack it, or save the table as CSV",
+    b"version https://git-lfs": "is a pointer of Git LFS and not the file itself: get that with `git lfs pull`",
+    b"<!DOCTYPE": "is an HTML page, perhaps an error in the place of a download: get the file again",
+    b"<html": "is an HTML page, perhaps an error in the place of a download: get the file again",
+}
 _BEGUN = ("true", "false", "null", "NaN", "Infinity", "-Infinity", ".", "e+", "e-", "E+", "E-")  # in JSON, cut off
 _BLOCK = 2**22  # characters of JSON, bytes of CSV: some times that much is in memory
 _PARQUET_ROWS = 10_000  # in memory at a time
-_VERSION = 1  # raised when the same file would give other rows
+_VERSION = 2  # raised when the same file would give other rows
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _WHOLE_FLOAT = 2**53  # integers up to here are floats too
@@ -118,10 +132,23 @@ def blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
+def _check_kind(path: Path, kind: str) -> None:
+    """Raise ValueError for a file that is of another kind than its ending says."""
+    with _opened(path) as file:
+        start = file.read(200).removeprefix(codecs.BOM_UTF8)
+    text = start.lstrip()
+    foreign = next((what for mark, what in _FOREIGN.items() if text[: len(mark)].lower() == mark.lower()), None)
+    if foreign is not None and not (kind == "parquet" and start.startswith(b"PAR1")):
+        raise UserError(f"{path} {foreign}.")
+    if kind == "csv" and re.match(rb'(\{\s*"|\[\s*\{)', text):
+        raise UserError(f"{path} holds JSON: give it the ending .json or .jsonl.")
+
+
 def _cached(path: Path, kind: str, read: Callable[[], tuple[pa.Schema, Iterable[pa.Table]]]) -> Dataset:
     target = Path(datasets.config.HF_DATASETS_CACHE) / "ifd_trainer" / f"{kind}-{_VERSION}-{file_digest(path)}.arrow"
 
     def write(temporary: Path) -> None:
+        _check_kind(path, kind)
         schema, tables = read()
         with pa.ipc.new_stream(temporary, schema) as writer:
             for table in tables:
@@ -146,6 +173,12 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
         raise UserError(f"{path} has more than one column named {twice[0]!r}; rename all but one.")
 
 
+def _stream(path: Path, compression: str | None) -> pa.NativeFile:
+    if compression == "xz":  # which Arrow does not read
+        return pa.PythonFile(lzma.open(path), mode="r")
+    return pa.input_stream(path, compression=compression)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[pa.NativeFile]:
     """A file's bytes, in passing; those of a compressed one (by its ending) decompressed.
@@ -155,12 +188,12 @@ def _opened(path: Path) -> Iterator[pa.NativeFile]:
     """
     compression = COMPRESSIONS.get(path.suffix.lower())
     try:
-        with pa.input_stream(path, compression=compression) as file:
+        with _stream(path, compression) as file:
             yield file
     except UserError:
         raise
-    except OSError as error:
-        if compression is None or error.errno is not None:
+    except (OSError, lzma.LZMAError, EOFError) as error:
+        if compression is None or getattr(error, "errno", None) is not None:
             raise FileAccessError(f"Cannot read {path}: {one_line(error)}.") from error
         raise FileAccessError(
             f"{path} cannot be decompressed as {compression}: {one_line(error)}. It is cut off or damaged, or of "
@@ -201,6 +234,7 @@ def parquet_features(path: Path) -> Features:
     try:
         schema = pq.read_schema(path)
     except (OSError, pa.ArrowInvalid) as error:
+        _check_kind(path, "parquet")
         raise UserError(f"{path} is not a Parquet file, or damaged: {one_line(error)}.") from error
     _check_names(path, schema.names)
     return Features.from_arrow_schema(schema)
@@ -228,6 +262,7 @@ def parquet_tables(
 
 
 def _csv_tables(path: Path, size: int) -> tuple[pa.Schema, Iterator[pa.Table]]:
+    _check_quotes(path, size)
     types: dict[str, list[pa.DataType]] = {}  # of each column, the numbers as which no character was lost so far
     filled = set()
     for table in _csv_blocks(path, size):
@@ -236,8 +271,35 @@ def _csv_tables(path: Path, size: int) -> tuple[pa.Schema, Iterator[pa.Table]]:
             types[name] = [type for type in types.get(name, (pa.int64(), pa.float64())) if _is_lossless(texts, type)]
             if texts.null_count < len(texts):
                 filled.add(name)
+    if len(types) == 1 and (apart := re.search("[;\t]", next(iter(types)))):
+        raise UserError(
+            f"{path} has one column, {next(iter(types))!r}: its values are separated by {apart[0]!r}. Write it with "
+            "commas."
+        )
     schema = pa.schema([(name, types[name][0] if types[name] and name in filled else pa.string()) for name in types])
     return schema, (table.cast(schema) for table in _csv_blocks(path, size))
+
+
+def _check_quotes(path: Path, size: int) -> None:
+    """Raise ValueError for a file that ends inside a value in quotes, which Arrow takes for the end of the value."""
+    quotes = 0
+    with _opened(path) as file:
+        while block := file.read(size):
+            quotes += block.count(b'"')
+    if quotes % 2 == 0:
+        return
+    # A quote inside a value without quotes is a character like any other.
+    with _opened(path) as stream, TextIOWrapper(BufferedReader(stream), _encoding(path), "replace", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            for _ in rows:
+                pass
+        except csv.Error as error:
+            if "end of data" in str(error):
+                raise UserError(
+                    f"{path} ends inside a value, line {rows.line_num}: the file is cut off, or a quote is not closed. "
+                    "Write or download it again, or delete what follows the last whole row."
+                ) from error
 
 
 def _csv_blocks(path: Path, size: int) -> Iterator[pa.Table]:
@@ -450,6 +512,11 @@ def record_blocks(path: Path, size: int = _BLOCK) -> Iterator[list]:
             if error is not None and (ended or not _unfinished(error)):
                 if text.strip():
                     line += text.count("\n", 0, _SPACE.match(text).end())
+                if "\0" in text:
+                    raise UserError(
+                        f"{path}, line {line}, has a NUL byte: the file is UTF-16 without its mark, or it was not "
+                        "written to its end. Write or download it again, as UTF-8."
+                    )
                 if not _unfinished(error):
                     raise UserError(f"{path}, line {line}, is not JSON: {error.msg}.")
                 raise UserError(

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import UserError
+from ..errors import UserError, shown_value
 from .chat_template import MalformedRow, chat_messages, check_chat, reads_as_text, split_chat, template_options, text_of
 
 
@@ -59,6 +59,7 @@ class PromptFormat(Protocol):
 
 # A name in braces; behind a letter they are plain text, such as LaTeX's \boxed{answer}.
 _PLACEHOLDER = re.compile(r"(?<!\w)\{(\w+)\}")
+_FIELD = re.compile(r"\{(instruction|input|system)\}(\s*)")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ class TemplateFormat:
         header: the text before the answer when it is scored alone, as the prompts end; "" for none.
         instruction, input, output: names of the columns; that of the input may be missing from the data.
         counts_instruction_only: see `Example.counted`.
+        system: name of the column for which `{system}` stands; of a row without such a text, the white space behind it
+            is left out too. None: `{system}` is text like any other.
+        instances: name of a column that holds input and output in a list of one mapping, as in self-instruct's files.
 
     Raises:
         ValueError: for a template without its placeholders, or with a column's name in place of them.
@@ -91,49 +95,106 @@ class TemplateFormat:
     input: str = "input"
     output: str = "output"
     counts_instruction_only: bool = False
+    system: str | None = None
+    instances: str | None = None
 
     def __post_init__(self) -> None:
-        with_input = ("instruction", "input") if self.prompt_with_input != self.prompt else ("instruction",)
-        columns = {self.instruction, self.input, self.output, "output"} - {"instruction", "input"}
-        for template, needed in (("prompt", ("instruction",)), ("prompt_with_input", with_input)):
-            text = getattr(self, template)
+        if problem := self.problem(self.prompt, self.prompt_with_input, self.instruction, self.output, self.input):
+            template, wrong = problem
+            raise UserError(
+                f"TemplateFormat {self.name!r}: {template}={getattr(self, template)!r} {wrong}. Write {{instruction}} "
+                "for the instruction and, in prompt_with_input, {input} for the input, whatever their columns are "
+                "called; name the columns with instruction=..., input=... and output=..."
+            )
+        for template in ("prompt", "prompt_with_input"):
+            if self.system is not None and "{system}" not in getattr(self, template):
+                raise UserError(
+                    f"TemplateFormat {self.name!r}: {template}={getattr(self, template)!r} has no place for the column "
+                    f"system={self.system!r}. Write {{system}} where its text is to stand, or leave system out."
+                )
+
+    @staticmethod
+    def problem(prompt: str, prompt_with_input: str, *columns: str) -> tuple[str, str] | None:
+        """Which template lacks a placeholder, or has the name of a column in the place of one; and what is wrong."""
+        with_input = ("instruction", "input") if prompt_with_input != prompt else ("instruction",)
+        names = {*columns, "output"} - {"instruction", "input"}
+        for template, text, needed in (
+            ("prompt", prompt, ("instruction",)),
+            ("prompt_with_input", prompt_with_input, with_input),
+        ):
             missing = [f"lacks {{{name}}}" for name in needed if f"{{{name}}}" not in text]
             # Other braces may be text ("reply as {answer}"); the name of a column is a mistake.
-            unknown = sorted(columns & set(_PLACEHOLDER.findall(text)))
+            unknown = [f"has {{{name}}}" for name in sorted(names & set(_PLACEHOLDER.findall(text)))]
             if missing or unknown:
-                raise UserError(
-                    f"TemplateFormat {self.name!r}: {template}={text!r} "
-                    f"{' and '.join(missing + [f'has {{{name}}}' for name in unknown])}. Write {{instruction}} for the "
-                    "instruction and, in prompt_with_input, {input} for the input, whatever their columns are called; "
-                    "name the columns with instruction=..., input=... and output=..."
-                )
+                return template, " and ".join(missing + unknown)
+        return None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (self.instruction, self.output)
+        system = () if self.system is None else (self.system,)
+        return (self.instruction, self.output if self.instances is None else self.instances, *system)
+
+    def texts(self, row: Mapping[str, Any]) -> tuple[str, str, str]:
+        """Instruction, input and output of a row.
+
+        Raises:
+            MalformedRow: for values that are no text, and for a row of several instances.
+        """
+        values = row if self.instances is None else {**row, **_only_instance(_cell(row, self.instances))}
+        return (
+            text_of(_cell(row, self.instruction)),
+            text_of(values.get(self.input)),
+            text_of(_cell(values, self.output)),
+        )
 
     def render(self, row: Mapping[str, Any], tokenizer: Any = None) -> Example:
-        instruction, extra = text_of(_cell(row, self.instruction)), text_of(row.get(self.input))
-        template = self.prompt_with_input if extra else self.prompt
-        # str.replace, not str.format: instructions hold braces of their own.
-        parts = template.split("{instruction}")
-        prompt = instruction.join(part.replace("{input}", extra) for part in parts)
+        instruction, extra, output = self.texts(row)
+        values = {"instruction": instruction, "input": extra}
+        if self.system is not None:
+            values["system"] = text_of(_cell(row, self.system))
+
+        def filled(field: re.Match) -> str:
+            name, space = field.groups()
+            if name not in values:
+                return field[0]
+            return values[name] + (space if name != "system" or values[name].strip() else "")
+
+        # One pass over the template, not str.format: instructions hold braces of their own.
+        prompt = _FIELD.sub(filled, self.prompt_with_input if extra else self.prompt)
         counted = instruction if self.counts_instruction_only else None
         asked = bool(instruction.strip() or extra.strip())
-        return Example(prompt, text_of(_cell(row, self.output)), self.header, counted=counted, asked=asked)
+        return Example(prompt, output, self.header, counted=counted, asked=asked)
+
+
+def _only_instance(instances: Any) -> Mapping[str, Any]:
+    instances = instances.tolist() if hasattr(instances, "tolist") else instances  # numpy's
+    if not isinstance(instances, Sequence) or len(instances) != 1 or not isinstance(instances[0], Mapping):
+        found = f"{len(instances)} of them" if isinstance(instances, list) else shown_value(instances)
+        raise MalformedRow(
+            f"'instances' has to be a list of one object with input and output, got {found}: a row has one answer, "
+            "write each instance to a row of its own"
+        )
+    return instances[0]
 
 
 @dataclass(frozen=True)
 class PromptCompletionFormat:
-    """TRL's prompt-completion rows: two texts, or two lists of chat messages."""
+    """TRL's prompt-completion rows: two texts, or two lists of chat messages.
+
+    Args:
+        name: what errors and data cards call the format.
+        prompt, completion: names of the columns.
+        system: name of a column whose text becomes the system turn of messages without one; texts have no place for it.
+    """
 
     name: str = "prompt-completion"
     prompt: str = "prompt"
     completion: str = "completion"
+    system: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (self.prompt, self.completion)
+        return (self.prompt, self.completion) if self.system is None else (self.prompt, self.completion, self.system)
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> Example:
         prompt, completion = self.parts(row)
@@ -150,7 +211,9 @@ class PromptCompletionFormat:
         prompt, completion = _cell(row, self.prompt), _cell(row, self.completion)
         if reads_as_text(prompt):
             return text_of(prompt), text_of(completion)
-        return chat_messages(prompt), [] if completion is None else chat_messages(completion)
+        return _with_system(row, self.system, chat_messages(prompt)), (
+            [] if completion is None else chat_messages(completion)
+        )
 
 
 @dataclass(frozen=True)
@@ -159,14 +222,20 @@ class ChatFormat:
 
     Reads `messages` (role, content) or ShareGPT's `conversations` (from, value). Turns after the last assistant
     turn are ignored, since no answer depends on them.
+
+    Args:
+        name: what errors and data cards call the format.
+        messages: name of the column.
+        system: name of a column whose text becomes the system turn of chats without one.
     """
 
     name: str = "messages"
     messages: str = "messages"
+    system: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (self.messages,)
+        return (self.messages,) if self.system is None else (self.messages, self.system)
 
     def render(self, row: Mapping[str, Any], tokenizer: Any) -> Example:
         prompt, answer = self.parts(row)
@@ -178,7 +247,7 @@ class ChatFormat:
         Raises:
             MalformedRow: for what is no list of messages.
         """
-        messages = chat_messages(_cell(row, self.messages))
+        messages = _with_system(row, self.system, chat_messages(_cell(row, self.messages)))
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
         return messages[:last], messages[last : last + 1]
 
@@ -214,59 +283,6 @@ FORMATS: dict[str, PromptFormat] = {
 }
 
 
-DETECTED: tuple[PromptFormat, ...] = (MESSAGES, SHAREGPT, PROMPT_COMPLETION, ALPACA)  # by columns, the first that fits
-
-
-def first_format(formats: Iterable[PromptFormat], columns: Collection[str]) -> PromptFormat | None:
-    """The first format whose columns are all there."""
-    return next((format for format in formats if set(format.columns) <= set(columns)), None)
-
-
-def detect_format(columns: Iterable[str]) -> PromptFormat:
-    """The format that the columns of a data set speak of.
-
-    `messages`; `conversations`; `prompt` and `completion`; `instruction`, `input`, `output` (Alpaca); `instruction`
-    and `output` alone (WizardLM), looked for in this order.
-
-    Raises:
-        ValueError: when none fits; the message names the columns found and the ones wanted.
-
-    >>> detect_format(["instruction", "input", "output"]).name
-    'alpaca'
-    """
-    columns = list(columns)
-    format = first_format(DETECTED, columns)
-    if format is not None:
-        return WIZARDLM if format is ALPACA and ALPACA.input not in columns else format
-    raise UserError(
-        f"Cannot tell the format from the columns {sorted(columns)}. Wanted: 'messages'; 'conversations'; 'prompt' and "
-        "'completion'; 'instruction', 'input' and 'output' (Alpaca); or 'instruction' and 'output' (WizardLM). Rename "
-        "columns with `dataset.rename_columns`, or pass format=TemplateFormat(...) with your column names."
-    )
-
-
-def resolve_format(format: str | PromptFormat | None, columns: Iterable[str]) -> PromptFormat:
-    """A format by name, as it is, or detected from `columns`; checks that its columns are there.
-
-    Raises:
-        ValueError: for an unknown name, or when a column that the format reads is missing.
-    """
-    columns = list(columns)
-    if format is None:
-        return detect_format(columns)
-    if isinstance(format, str):
-        if format not in FORMATS:
-            raise UserError(f"Unknown format {format!r}. Known formats: {', '.join(sorted(FORMATS))}.")
-        format = FORMATS[format]
-    missing = [column for column in format.columns if column not in columns]
-    if missing:
-        raise UserError(
-            f"Format {format.name!r} reads the columns {list(format.columns)}, but {missing} are not among the data "
-            f"set's columns {sorted(columns)}. Rename columns, or choose another format of {sorted(FORMATS)}."
-        )
-    return format
-
-
 def answer_of(row: Mapping[str, Any], format: TemplateFormat | PromptCompletionFormat | ChatFormat) -> str:
     """The answer that the format scores, as text, without what a template adds.
 
@@ -276,7 +292,7 @@ def answer_of(row: Mapping[str, Any], format: TemplateFormat | PromptCompletionF
     >>> answer_of({"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "gpt", "content": "4"}]}, MESSAGES)
     '4'
     """
-    return answer_text(_cell(row, format.output) if isinstance(format, TemplateFormat) else format.parts(row)[1])
+    return format.texts(row)[2] if isinstance(format, TemplateFormat) else answer_text(format.parts(row)[1])
 
 
 def answer_text(answer: str | Sequence[Mapping[str, Any]] | None) -> str:
@@ -326,6 +342,14 @@ def to_training_row(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any
     if getattr(tokenizer, "chat_template", None):
         check_chat(texts["prompt"], texts["completion"], options, tokenizer)
     return texts | {"tools": json.dumps(options.pop("tools")), "chat_template_kwargs": options}
+
+
+def _with_system(row: Mapping[str, Any], column: str | None, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with a system turn of a row's own before them, unless they have one, or the row has no such text."""
+    text = "" if column is None else text_of(_cell(row, column))
+    if not text.strip() or any(message["role"] in ("system", "developer") for message in messages):
+        return messages
+    return [{"role": "system", "content": text}, *messages]
 
 
 def _cell(row: Mapping[str, Any], name: str) -> Any:

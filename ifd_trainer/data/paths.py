@@ -11,7 +11,7 @@ from ..errors import FileAccessError, NotFoundError, UserError
 from .model_kinds import WANTED, kind_of_class
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet")  # of files of rows
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # by the ending, as Arrow calls them
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}  # by the ending
 ENDINGS = f"{', '.join(KINDS)} (all but .parquet also with {', '.join(COMPRESSIONS)})"
 _A_MODEL = "A model is a folder with config.json, weights and tokenizer, or a hub name."
 

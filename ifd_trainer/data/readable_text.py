@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UserError
-from .chat_template import MalformedRow, common_prefix_length, role_of, text_of
-from .formats import ALPACA, DETECTED, PromptCompletionFormat, PromptFormat, TemplateFormat, answer_of, first_format
+from .chat_template import MalformedRow, common_prefix_length, role_of
+from .format_choice import columns_read, told_format
+from .formats import PromptCompletionFormat, PromptFormat, TemplateFormat, answer_of
 from .table_reader import TableReader
 
 _ALPACA = re.compile(
@@ -23,71 +24,92 @@ _RESPONSE = re.compile(r"\s*### Response:?\s*\Z")
 _END_OF_TURN = re.compile(r"(?:\s*(?:<\|[\w ]+\|>|</s>|<eos>|<end_of_turn>|<｜[^｜]*｜>))+\s*\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _ROWS = 1000  # in memory as Python's values at a time
-# What a run keeps of its training set, then what is scored, then an Alpaca set of another name.
-_FORMATS = (
-    PromptCompletionFormat("texts of a run", completion="answer"),
-    *DETECTED,
-    replace(ALPACA, name="response", output="response"),
-)
+_OF_A_RUN = PromptCompletionFormat("texts of a run", completion="answer")  # what one keeps of its training set
 
 
-def text_columns(frame: pd.DataFrame) -> pd.DataFrame | None:
+def text_columns(frame: pd.DataFrame, format: PromptFormat | None = None) -> pd.DataFrame | None:
     """`instruction`, `input` and `answer` of each row, without what a template adds; None if there are no texts."""
-    format = first_format(_FORMATS, frame.columns)
+    format = _without_system(_format_of(frame.columns, format))
     if format is None:
         return None
-    cells = zip(*(frame[name] for name in format.columns), strict=True)
-    texts = [_texts(dict(zip(format.columns, row, strict=True)), format) for row in cells]
-    instructions = [prompt for prompt, _ in texts]
+    names = columns_read(format, frame.columns)
+    cells = zip(*(frame[name] for name in names), strict=True)
+    texts = [_texts(dict(zip(names, row, strict=True)), format) for row in cells]
+    instructions, inputs = [prompt for prompt, _, _ in texts], [extra for _, extra, _ in texts]
     if not isinstance(format, TemplateFormat):
         instructions, inputs = _without_template(instructions)
-    else:
-        inputs = [plain(value) for value in frame[format.input]] if format.input in frame else ""
     # A header's last character that merged with the answer's first into one token is not the answer's.
     answers = [
         _END_OF_TURN.sub("", answer.removeprefix(":") if prompt.endswith("### Response") else answer)
-        for prompt, answer in texts
+        for prompt, _, answer in texts
     ]
     return pd.DataFrame({"instruction": instructions, "input": inputs, "answer": answers}, dtype=object)
 
 
-def _texts(row: Mapping[str, Any], format: PromptFormat) -> tuple[str, str]:
-    """Prompt and answer of a row; of one that cannot be scored, what can be read of it."""
+def _format_of(names: Collection[str], format: PromptFormat | None) -> PromptFormat | None:
+    """The format that is given, else the one that the names of columns tell."""
+    if format is not None:
+        return format
+    return _OF_A_RUN if set(_OF_A_RUN.columns) <= set(names) else told_format(names)
+
+
+def _without_system(format: PromptFormat | None) -> PromptFormat | None:
+    """The format without a column of system texts, which are neither asked nor answered."""
+    return format if getattr(format, "system", None) is None else replace(format, system=None)
+
+
+def _texts(row: Mapping[str, Any], format: PromptFormat) -> tuple[str, str, str]:
+    """Prompt, input and answer of a row; of one that cannot be scored, what can be read of it."""
+    extra = ""
     try:
-        prompt = row[format.instruction] if isinstance(format, TemplateFormat) else format.parts(row)[0]
-        return plain(prompt), answer_of(row, format)
+        if isinstance(format, TemplateFormat):
+            prompt, extra, answer = row[format.instruction], *format.texts(row)[1:]
+        else:
+            prompt, answer = format.parts(row)[0], answer_of(row, format)
+        return plain(prompt), extra, answer
     except MalformedRow:
-        first, *second = map(plain, row.values())
-        return first, "".join(second)
+        extra = plain(row.get(getattr(format, "input", None)))
+        first, *second = (plain(row[name]) for name in format.columns)
+        return first, extra, "".join(second)
 
 
-def text_sources(names: Collection[str]) -> tuple[str, ...]:
+def text_sources(names: Collection[str], format: PromptFormat | None = None) -> tuple[str, ...]:
     """The columns that hold the texts: of prompts and of answers, or of chats; none where there are none.
+
+    Args:
+        names: columns of a data set.
+        format: how its rows are read; told from the names by default.
 
     >>> text_sources(["id", "instruction", "input", "output"]), text_sources(["id", "messages"]), text_sources(["id"])
     (('instruction', 'output'), ('messages',), ())
     """
-    format = first_format(_FORMATS, names)
+    format = _without_system(_format_of(names, format))
     return () if format is None else format.columns
 
 
-def answers_of(frame: pd.DataFrame) -> list[str]:
-    """The answer of each row, "" for none.
+def answers_of(frame: pd.DataFrame, format: PromptFormat | None = None) -> list[str]:
+    """The answer of each row, "" for none; `format` as for `text_sources`.
 
     Raises:
         ValueError: when the rows have no texts of a known kind.
     """
-    texts = text_columns(frame)
+    texts = text_columns(frame, format)
     if texts is None:
-        wanted = "; ".join(" and ".join(format.columns) for format in _FORMATS)
-        raise UserError(f"No answers among the columns {sorted(frame)}. Wanted: {wanted}.")
+        raise UserError(
+            f"No answers among the columns {sorted(frame)}. Wanted: prompt and answer; messages; conversations; prompt "
+            "and completion; instruction and output, or names of public data sets like these."
+        )
     return texts["answer"].tolist()
 
 
-def row_texts(rows: TableReader) -> Iterator[tuple[str, str]]:
+def row_texts(rows: TableReader, format: PromptFormat | None = None) -> Iterator[tuple[str, str]]:
     """Prompt and answer of each row, each as one text that holds all it says; ("", "") for a malformed row.
 
     Of an Alpaca row, instruction and input; of a chat, all its messages, each with its role and what it calls.
+
+    Args:
+        rows: the data set.
+        format: how its rows are read; told from the names of its columns by default.
 
     Raises:
         ValueError: when the rows have no texts of a known kind.
@@ -97,11 +119,10 @@ def row_texts(rows: TableReader) -> Iterator[tuple[str, str]]:
     >>> list(row_texts(TableReader(rows)))
     [('Add.\\n1 and 2', '3')]
     """
-    format = first_format(_FORMATS, rows.column_names)
+    format = _format_of(rows.column_names, format)
     if format is None:
         answers_of(pd.DataFrame(columns=rows.column_names))  # raises, and says what is wanted
-    names = [*format.columns, format.input] if isinstance(format, TemplateFormat) else format.columns
-    for table in rows.tables([name for name in names if name in rows.column_names]):
+    for table in rows.tables(columns_read(format, rows.column_names)):
         for start in range(0, len(table), _ROWS):
             yield from (_whole_texts(row, format) for row in table.slice(start, _ROWS).to_pylist())
 
@@ -111,8 +132,9 @@ def _whole_texts(row: Mapping[str, Any], format: PromptFormat) -> tuple[str, str
         if not isinstance(format, TemplateFormat):
             prompt, answer = format.parts(row)
             return _messages_text(prompt), _messages_text(answer)
-        instruction, extra = text_of(row[format.instruction]), text_of(row.get(format.input))
-        return "\n".join(filter(None, (instruction, extra))), text_of(row[format.output])
+        system = () if format.system is None else (plain(row[format.system]),)
+        instruction, extra, output = format.texts(row)
+        return "\n".join(filter(None, (*system, instruction, extra))), output
     except MalformedRow:
         return "", ""
 

@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .formats import PromptFormat
 from .readable_text import answers_of, text_sources
 from .table_reader import TableReader
 
@@ -65,13 +66,17 @@ def may_refuse(answers: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return pc.fill_null(matches, False).to_numpy(zero_copy_only=False)
 
 
-def refused_rows(rows: TableReader) -> np.ndarray:
+def refused_rows(rows: TableReader, format: PromptFormat | None = None) -> np.ndarray:
     """Which of n rows have an answer that looks like a refusal, (n,) bool; see `looks_like_refusal`.
+
+    Args:
+        rows: the data set.
+        format: how its rows are read; told from the names of its columns by default.
 
     Raises:
         ValueError: when the rows have no texts of a known kind.
     """
-    sources = text_sources(rows.column_names)
+    sources = text_sources(rows.column_names, format)
     if not sources:
         answers_of(pd.DataFrame(columns=rows.column_names))  # raises, and says what is wanted
     refused = [np.zeros(0, dtype=bool)]
@@ -79,7 +84,7 @@ def refused_rows(rows: TableReader) -> np.ndarray:
         doubtful = np.ones(len(table), dtype=bool)
         if pa.types.is_string(table.schema.field(sources[-1]).type):
             doubtful = may_refuse(table[sources[-1]])
-        answers = answers_of(table.filter(pa.array(doubtful)).to_pandas())
+        answers = answers_of(table.filter(pa.array(doubtful)).to_pandas(), format)
         doubtful[doubtful] = [looks_like_refusal(answer) for answer in answers]
         refused.append(doubtful)
     return np.concatenate(refused)

@@ -45,6 +45,8 @@ OUTSIDE_BAND = "outside_band"  # score outside the percentiles that were asked f
 UNFINISHED = "unfinished"  # of a guard: the answer stops before its end
 DUPLICATE = "duplicate"  # of a guard: another row says the same
 MISMATCHED = "mismatched"  # of a guard: the answer fits other prompts as well as its own
+OVER_QUOTA = "over_quota"  # eligible, but other rows with the same value fill its quota
+NO_VALUE = "no_value"  # a column that rows are ranked by holds no number in this row
 REFUSAL = "refusal"  # the answer looks like a refusal
 
 # In the order in which tables and plots show them.
@@ -52,6 +54,7 @@ MEANINGS = {
     KEPT: "kept",
     RELAXED: "kept, though at or above the limit",
     BELOW_CUT: "dropped: below the cut",
+    OVER_QUOTA: "dropped: the quota of its value is filled",
     REDUNDANT: "dropped: other rows stand for it",
     OTHER_TIER: "not in this epoch's tiers",
     NOT_IN_SAMPLE: "not in the sample of the brief experience",
@@ -72,6 +75,7 @@ MEANINGS = {
     Status.PROMPT_TOO_LONG.value: "no score: the prompt fills max_length",
     Status.NONFINITE.value: "no score: the loss is not finite, or the direct score is 0",
     Status.MALFORMED.value: "no score: the format cannot render the row",
+    NO_VALUE: "no score: a column that is ranked by holds no number",
     FAILED: "no score: the program that scored gave up on the row",
     NOT_SCORED: "no score: nothing was scored in this epoch",
 }

@@ -22,6 +22,7 @@ from .. import __version__
 from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
 from ..errors import UserError
+from ..method.choices import RANKED_BY
 from ..method.columns import COLUMN_MEANINGS
 from ..method.number_words import many
 from ..method.reasons import MEANINGS, Status
@@ -35,6 +36,11 @@ MARKER = "<!-- Written by ifd-trainer select. -->"
 UNKNOWN = "not recorded"
 # Characters that may begin markup; an underscore inside a word does not, nor does `#` but at the start of a line.
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|^[#+-]")
+_MOST_VALUES = 100  # of a column with quotas, in the table
+_OTHER_SCORE = (
+    "What the rows are ranked by is not a score of this method: what it says of them is for its source to tell. "
+    "A score does not remove label noise by itself."
+)
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")  # categories of the hub end at powers of ten from 10^3 on
 
 
@@ -73,12 +79,13 @@ def write_card(
         columns: names of all columns of the data file.
         everything: whether the data file holds the rows that were not kept too.
     """
-    score, frame = chosen.policy.score, _scored(rows, chosen)
-    figure = histogram_of({None: frame}, score, chosen.policy.max_ifd)
+    score, frame = chosen.ranking.label, _scored(rows, chosen)
+    figure = histogram_of({None: frame}, score, chosen.limit if chosen.limited == score else float("inf"))
     write_atomically(image, lambda temporary: figure.savefig(temporary, format="png"))
     name = public_name(source)
     written = chosen.pool_rows if everything else chosen.kept_rows
-    what = f"{'all rows, marked ' if everything else ''}the {rows_text(chosen.kept_rows)} with the highest IFD"
+    what = f"{'all rows, marked ' if everything else ''}the {rows_text(chosen.kept_rows)} with the highest "
+    what += _ranked(chosen)
     title = f"{' '.join(name.split())}: {what}"
     content = {
         "marker": MARKER,
@@ -91,17 +98,19 @@ def write_card(
             for reason, count in chosen.counts.items()
         ],
         "counted": f"{chosen.pool_rows:,}",
+        "column": _code(chosen.column or "", cell=False),
+        "values": _values(chosen),
         "statuses": ", ".join(
             f"{count:,} {_code(str(status), cell=False)}" for status, count in rows["ifd_status"].value_counts().items()
         ),
         "caption": f"Histogram of {score} over the pool, kept rows apart",
         "image": quote(os.fsencode(image.name)),
-        "score": score,
+        "score": _code(score),
         "scored": f"{len(frame):,}",
         "kept": f"{chosen.kept_rows:,}",
         "quantiles": _quantiles(frame, score, chosen.policy.max_ifd),
         "columns": {name: meaning for name, meaning in COLUMN_MEANINGS.items() if name in columns},
-        "limits": _limits(frame, score),
+        "limits": _limits(frame, score) if chosen.ranking.ifd else _OTHER_SCORE,
         "program": f"ifd_trainer {__version__}",
     }
     template = Path(__file__).with_name("card.md.jinja")
@@ -149,9 +158,11 @@ def _metadata(title: str, rows: int, data: str) -> DatasetCardData:
 
 def _opening(chosen: PoolSelection, name: str, everything: bool) -> str:
     kept = f"{rows_text(chosen.kept_rows)} of the {chosen.pool_rows:,} of {name}"
-    what = f"the {'row' if chosen.kept_rows == 1 else 'rows'} with the highest Instruction-Following Difficulty (IFD)"
-    if chosen.policy.max_ifd != float("inf"):
-        what += f" below {chosen.policy.max_ifd:g}"
+    ranked = "Instruction-Following Difficulty (IFD)" if chosen.ranking.plain in RANKED_BY else _ranked(chosen)
+    what = f"the {'row' if chosen.kept_rows == 1 else 'rows'} with the highest {ranked}"
+    if chosen.limit != float("inf"):
+        what += f" below {chosen.limit:g}" if chosen.ranking.plain in RANKED_BY else f", IFD below {chosen.limit:g}"
+    what += f", by quotas of {_code(chosen.column, cell=False)}" if chosen.column else ""
     if everything:
         of_all = f"All {chosen.pool_rows:,} rows" if chosen.pool_rows > 1 else "The only row"
         marked = "is" if chosen.kept_rows == 1 else "are"
@@ -160,7 +171,7 @@ def _opening(chosen: PoolSelection, name: str, everything: bool) -> str:
 
 
 def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: str | None) -> list[tuple[str, str]]:
-    score, limit, selection = chosen.policy.score, chosen.policy.max_ifd, chosen.selection
+    limit, selection = chosen.limit, chosen.selection
     pool = f"% of all {rows_text(chosen.pool_rows)} of the pool"
     fraction = f"{100 * chosen.keep:g} {pool} = " if isinstance(chosen.keep, float) else ""
     known = KNOWN_DEFINITIONS.get(provenance.definition)
@@ -180,8 +191,11 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         ("prompt format", _plain(provenance.format or UNKNOWN)),
         ("options of the scoring", _plain(listed)),
         ("scored with", _plain(provenance.program or UNKNOWN)),
-        ("ranked by", f"`{score}`, ties by {_code(id_column) if id_column else 'position in the source'}"),
-        ("limit", "none" if limit == float("inf") else f"`{score}` < {limit:g}{_measured(chosen, provenance)}"),
+        ("ranked by", f"{_by(chosen)}, ties by {_code(id_column) if id_column else 'position in the source'}"),
+        (
+            "limit",
+            "none" if limit == float("inf") else f"`{chosen.limited}` < {limit:g}{_measured(chosen, provenance)}",
+        ),
         ("asked for", f"{fraction}{rows_text(chosen.asked_rows)}"),
         ("kept", f"{rows_text(chosen.kept_rows)}, {100 * chosen.kept_rows / chosen.pool_rows:.2f} {pool}"),
         ("lowest score kept", number_text(selection.cut, 4, below=limit)),
@@ -191,11 +205,44 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
     return [(key, value) for key, value in facts if value]
 
 
+def _ranked(chosen: PoolSelection) -> str:
+    """What is ranked by, as a word."""
+    if chosen.ranking.plain in RANKED_BY:
+        return "IFD"
+    return _code(chosen.ranking.label, cell=False) if chosen.ranking.plain else "weighted ranks"
+
+
+def _by(chosen: PoolSelection) -> str:
+    """What is ranked by, with its weights."""
+    if chosen.ranking.plain:
+        return _code(chosen.ranking.plain)
+    ranks = " + ".join(f"{weight:g} x rank by {_code(name)}" for name, weight in chosen.ranking.weights.items())
+    return f"{ranks}, each rank the share of the rows with a score that are not above the row"
+
+
+def _values(chosen: PoolSelection) -> list[tuple[str, ...]]:
+    """Rows by the values of a column with quotas, the most frequent ones."""
+    shown = [
+        (
+            _code(each.value),
+            f"{each.pool:,}",
+            f"{each.eligible:,}",
+            f"{'' if each.exact else 'at least '}{each.least:,}" if each.exact or each.least else "",
+            f"{each.kept:,}",
+        )
+        for each in chosen.values[:_MOST_VALUES]
+    ]
+    if rest := chosen.values[_MOST_VALUES:]:
+        sums = (sum(each.pool for each in rest), sum(each.eligible for each in rest), sum(each.kept for each in rest))
+        shown.append((f"{len(rest):,} others", f"{sums[0]:,}", f"{sums[1]:,}", "", f"{sums[2]:,}"))
+    return shown
+
+
 def _measured(chosen: PoolSelection, provenance: Provenance) -> str:
     """How a limit came about that is no round number."""
     if not chosen.alpha:
         return ""
-    wrong = {"ifd": provenance.wrong_ifd, "ifd_ppl": provenance.wrong_ifd_ppl}[chosen.policy.score] or []
+    wrong = {"ifd": provenance.wrong_ifd, "ifd_ppl": provenance.wrong_ifd_ppl}[chosen.limited] or []
     return (
         f", calibrated with alpha = {chosen.alpha:g} on {many(len(wrong), 'answer')} under the prompts of other rows: "
         "at most this share of rows that are mismatched like them is expected below it"
@@ -227,7 +274,7 @@ def _code(text: str, cell: bool = True) -> str:
 
 def _scored(rows: pd.DataFrame, chosen: PoolSelection) -> pd.DataFrame:
     """The rows with a score, and what the card shows of them, no more: ten million rows have to fit."""
-    name = chosen.policy.score
+    name = chosen.ranking.label
     score, tokens = (rows[column].to_numpy(dtype=float, na_value=np.nan) for column in (name, "answer_tokens"))
     scored = (rows["ifd_status"] == Status.OK.value).to_numpy() & np.isfinite(score)
     columns = {name: score, "answer_tokens": tokens, "kept": chosen.is_kept, "reason": chosen.selection.reasons}

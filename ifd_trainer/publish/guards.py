@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from ..data.duplicates import duplicate_groups
+from ..data.formats import PromptFormat
 from ..data.readable_text import row_texts
 from ..data.row_ids import ranks
 from ..data.table_reader import TableReader
@@ -75,29 +76,31 @@ def unfinished_rows(eot_loss: np.ndarray | None, provenance: Provenance, data: s
 
 def dropped_rows(
     rows: TableReader,
-    score: np.ndarray,
+    usable: np.ndarray,
     status: pd.Series,
-    limit: float,
     ids: np.ndarray | pa.ChunkedArray | None,
     refusals: np.ndarray | None = None,
     unfinished: np.ndarray | None = None,
     duplicates: Duplicates | None = None,
+    format: PromptFormat | None = None,
 ) -> dict[str, np.ndarray]:
     """Which of n rows are dropped, (n,) bool by reason, each for one reason; but for refusals, rows that might be kept.
 
     Args:
         rows: with their texts, of which duplicates are told.
-        score, status, limit: the score to rank by, `ifd_status`, and what a score has to be below.
+        usable: (n,) rows with what is ranked by, below the limit.
+        status: `ifd_status`.
         ids: (n,) of duplicates that may be kept, the one with the lowest id is; None for positions.
         refusals: (n,) rows whose answer looks like a refusal; None not to drop them.
         unfinished: (n,) rows whose answer stops before its end; None not to drop them.
         duplicates: when rows say the same; None not to look for them.
+        format: how the rows are read; told from the names of their columns by default.
 
     Raises:
         ValueError: when the rows have no texts of a known kind, and duplicates are looked for.
     """
     dropped = {}
-    usable = np.asarray(status == Status.OK.value) & (score < limit)
+    usable = np.asarray(status == Status.OK.value) & usable
     if refusals is not None:
         dropped[REFUSAL] = refusals
         usable &= ~refusals
@@ -105,7 +108,7 @@ def dropped_rows(
         dropped[UNFINISHED] = usable & unfinished
         usable &= ~unfinished
     if duplicates is not None:
-        groups = duplicate_groups(row_texts(rows), duplicates.similarity)
+        groups = duplicate_groups(row_texts(rows, format), duplicates.similarity)
         dropped[DUPLICATE] = surplus(groups, _order(ids, groups, usable), usable, np.zeros(len(groups), dtype=bool))
     return dropped
 

@@ -14,6 +14,7 @@ import pandas as pd
 from datasets import Dataset
 
 from ..data.files import load_rows, with_columns
+from ..data.format_choice import recorded_format
 from ..errors import UserError
 from ..method.pairing_test import PairingTest
 from ..method.reasons import MISMATCHED
@@ -86,7 +87,7 @@ def _scorer_of(provenance: Provenance, origin: str, trust_remote_code: bool) -> 
     name, _, commit = known.rpartition("@")
     scorer = IFDScorer(
         provenance.model,
-        format=provenance.format,
+        format=recorded_format(provenance.format),
         definition=provenance.definition,
         max_length=provenance.max_length,
         min_answer_tokens=provenance.min_answer_tokens,

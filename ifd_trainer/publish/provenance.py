@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ from datasets import Dataset
 from .. import __version__
 from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
+from ..data.format_choice import recorded_format
+from ..data.formats import FORMATS, PromptFormat
 from ..data.readable_text import answers_of, text_sources
 from ..errors import FileAccessError, UserError
 from ..method.choices import RANKED_BY
@@ -47,7 +49,7 @@ class Provenance:
         definition: one of `data.definitions.KNOWN_DEFINITIONS`.
         model: hub name or path of the model that scored.
         weights: what tells its weights from others: a hub name with its commit, or a digest of a folder.
-        format: name of the prompt format.
+        format: of the prompts; its name, or what `format_record` says of one that is the user's own.
         max_length, min_answer_tokens, score_truncated, dtype: options of the scoring.
         source: the rows that were scored, a hub name or a file.
         program: name and version of the program that scored.
@@ -68,6 +70,12 @@ class Provenance:
     wrong_ifd: list[float] | None = None
     wrong_ifd_ppl: list[float] | None = None
     cut_eot_loss: list[float] | None = None
+
+    def rows_format(self, columns: Collection[str]) -> PromptFormat | None:
+        """The format in which rows with these columns were scored; None where that is not known, or cannot be."""
+        format = recorded_format(self.format)
+        format = FORMATS.get(format) if isinstance(format, str) else format
+        return format if format is not None and set(format.columns) <= set(columns) else None
 
 
 def provenance_of(settings: Mapping[str, Any], model: str, weights: str, source: str) -> Provenance:

@@ -18,10 +18,26 @@ import pyarrow as pa
 
 from ..data.row_ids import find_ids, ranks
 from ..data.table_reader import TableReader
+from ..errors import UserError
+from ..method.choices import RANKED_BY
 from ..method.number_words import many, rounded_below
-from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, DUPLICATE, KEPT, MISMATCHED, REFUSAL, UNFINISHED, Status
+from ..method.quotas import Quotas, ValueCounts, within_quotas
+from ..method.ranking import Ranking
+from ..method.reasons import (
+    ABOVE_LIMIT,
+    BELOW_CUT,
+    DUPLICATE,
+    KEPT,
+    MISMATCHED,
+    NO_VALUE,
+    OVER_QUOTA,
+    REFUSAL,
+    UNFINISHED,
+    Status,
+)
 from ..method.schedule import as_schedule
-from ..method.selection import Cherry, Selection, ShortfallError, coded, counted
+from ..method.selection import ROW_LIMIT, Cherry, Selection, ShortfallError, coded, counted
+from .provenance import Provenance
 
 # The options of `ifd-trainer select` that drop rows.
 _DROPPED_BY = {
@@ -38,15 +54,23 @@ class PoolSelection:
 
     Attributes:
         selection: what the policy decided; its reasons are categorical, not an object for each row.
-        policy: the score that was ranked by, and the limit.
-        keep: the budget as it was given, a fraction of the pool or a number of rows.
+        ranking: what was ranked by.
+        limit: scores of `limited` at or above it were dropped; infinity for no limit.
+        limited: the name of an IFD.
+        keep: the budget as it was given, a fraction of the pool or a number of rows; None for that of quotas.
         alpha: of a limit that was measured; see `CalibratedLimit`.
+        column: whose values have quotas or floors, if any do.
+        values: what became of the rows with each of its values.
     """
 
     selection: Selection
-    policy: Cherry
-    keep: float | int
+    ranking: Ranking
+    limit: float
+    limited: str
+    keep: float | int | None
     alpha: float | None = None
+    column: str | None = None
+    values: tuple[ValueCounts, ...] = ()
 
     @property
     def pool_rows(self) -> int:
@@ -89,54 +113,67 @@ class PoolSelection:
         """What became of the rows, in a line."""
         others = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items() if reason != KEPT) or "none"
         share = 100 * self.kept_rows / self.pool_rows
-        limit = f" and < {self.policy.max_ifd:.4f} (calibrated, alpha {self.alpha:g})" if self.alpha else ""
+        by_ifd = self.limited == self.ranking.label
+        of, below = ("", self.limit) if by_ifd else (f"{self.limited} ", None)
+        limit = f" and {of}< {self.limit:.4f} (calibrated, alpha {self.alpha:g})" if self.alpha else ""
         return (
             f"{many(self.kept_rows, 'row')} kept, {share:.2f} % of all {many(self.pool_rows, 'row')} in the pool "
-            f"({self.asked_rows:,} asked for), {self.policy.score} >= "
-            f"{rounded_below(self.selection.cut, self.policy.number, 4)}{limit}. Not kept: {others}."
+            f"({self.asked_rows:,} asked for), {self.ranking.label} >= "
+            f"{rounded_below(self.selection.cut, below, 4)}{limit}. Not kept: {others}."
         )
 
     @property
     def warning(self) -> str | None:
         """What to tell a user who asked for more rows than are eligible."""
+        short = ", ".join(f"{each.kept} of {each.least} {each.value}" for each in self.values if each.kept < each.least)
         if not self.selection.shortfall:
-            return None
-        dropped = [(reason, count) for reason, count in self.counts.items() if reason not in (KEPT, BELOW_CUT)]
+            fewer = f"Fewer rows than asked for are eligible by {self.column}: {short}. Lower the quotas or floors."
+            return fewer if short else None
+        passed = (KEPT, BELOW_CUT, OVER_QUOTA)
+        dropped = [(reason, count) for reason, count in self.counts.items() if reason not in passed]
         why = ", ".join(f"{count:,} {reason}" for reason, count in dropped) or "none is dropped"
         share = f"{100 * self.keep:g} % of all " if isinstance(self.keep, float) else "of "
+        of_values = f"; by {self.column}: {short}" if short else ""
         return (
             f"{many(self.asked_rows, 'row')} asked for ({share}{many(self.pool_rows, 'row')} in the pool), only "
-            f"{many(self.selection.eligible, 'is', 'are')} eligible ({why}). {_way_out(self)}"
+            f"{many(self.selection.eligible, 'is', 'are')} eligible ({why}{of_values}). {_way_out(self)}"
         )
 
 
 def choose(
     score: np.ndarray,
     status: np.ndarray | pd.Series,
-    keep: float | int,
+    keep: float | int | None,
     *,
-    name: str = "ifd",
+    ranking: Ranking | None = None,
     max_ifd: float = 1.0,
+    limited: tuple[str, np.ndarray] | None = None,
     ids: np.ndarray | pa.ChunkedArray | None = None,
     dropped: Mapping[str, np.ndarray] | None = None,
     alpha: float | None = None,
     strict: bool = False,
+    quotas: Quotas | None = None,
+    groups: np.ndarray | pd.Series | None = None,
 ) -> PoolSelection:
     """Keep the rows with the highest score under the limit.
 
     Args:
-        score: (n,) the score to rank by, NaN where there is none.
+        score: (n,) what to rank by, NaN where there is none.
         status: (n,) `ifd_status`.
-        keep: a fraction of the n rows, or a number of rows.
-        name: name of the score, "ifd" or "ifd_ppl".
-        max_ifd: rows with a score of this or more are dropped.
+        keep: a fraction of the n rows, or a number of rows; None for what the quotas of all values add up to.
+        ranking: what `score` is; the column `ifd` by default.
+        max_ifd: rows with an IFD of this or more are dropped.
+        limited: name and values (n,) of that IFD, where it is not what is ranked by.
         ids: (n,) row ids that break ties, lowest first, numbers or texts; positions by default.
         dropped: (n,) bool, rows to drop whatever their score and status, by reason; of several the first one counts.
         alpha: how `max_ifd` was measured, if it was: for the card.
         strict: a shortfall is an error.
+        quotas: how many rows of each value of a column are kept.
+        groups: (n,) the values of that column as texts.
 
     Raises:
         ShortfallError: when no row is eligible, or fewer than asked for with `strict`.
+        UserError: for quotas and floors that exceed `keep`.
 
     >>> chosen = choose(np.array([0.2, 0.9, 1.3, np.nan]), np.array(["ok", "ok", "ok", "too_short"]), 0.25)
     >>> chosen.counts
@@ -144,27 +181,64 @@ def choose(
     >>> choose(np.array([0.2, 0.9]), np.array(["ok", "ok"]), 1, dropped={"duplicate": np.array([False, True])}).counts
     {'kept': 1, 'duplicate': 1}
     """
+    ranking = ranking or Ranking({"ifd": 1.0})
+    name, values = limited or (ranking.label, score)
     policy = Cherry(max_ifd, name, "error")
-    score = np.asarray(score, dtype=np.float64)
+    score, values = np.asarray(score, dtype=np.float64), np.asarray(values, dtype=np.float64)
     names, codes = coded(status)
+    if ranking.plain is None or ranking.ifd is None:  # a score of this program that is none has its status
+        none = (names == Status.OK.value)[codes] & ~np.isfinite(score)
+        names, codes = np.append(names, NO_VALUE), np.where(none, len(names), codes)
     for reason, rows in reversed((dropped or {}).items()):
         names, codes = np.append(names, reason), np.where(rows, len(names), codes)
     status = _categorical(names, codes)
-    asked = as_schedule(keep).budget(0, len(score))
     ok = np.asarray(status == Status.OK.value)
-    eligible = ok & (score < policy.number)
+    eligible = ok & np.isfinite(score) & ~(values >= policy.number)
     count = int(eligible.sum())
-    if count == 0 or (strict and count < asked):
+    found = {"ranking": ranking, "limit": policy.number, "limited": name, "keep": keep, "alpha": alpha}
+    if quotas is not None:
+        group_names, of_rows = coded(groups)
+        quotas.check_values(group_names.tolist())
+        least, exact = quotas.budgets(group_names.tolist(), np.bincount(of_rows, minlength=len(group_names)))
+    asked = int(least.sum()) if keep is None else as_schedule(keep).budget(0, len(score))
+    if count == 0 or (strict and quotas is None and count < asked):
         reasons = np.where(ok & np.isfinite(score), ABOVE_LIMIT, names[codes])
         reasons[eligible] = BELOW_CUT
         none = Selection(np.arange(0), pd.Categorical(reasons), float("nan"), count, asked)
-        raise ShortfallError(PoolSelection(none, policy, keep, alpha).warning)
-    budget = min(asked, count)
+        raise ShortfallError(PoolSelection(none, **found).warning)
+    budget = min(asked, count) if quotas is None else count
     if ids is not None and not isinstance(ids, np.ndarray):
         ids = _ranks_in_ties(score, ids, eligible, budget)
-    selection = policy({name: score, "ifd_status": status}, budget, ids=ids)
+    # The limit of the IFD is one of single rows, since the policy's own is of what it ranks by.
+    columns = {name: score, "ifd_status": status, ROW_LIMIT: np.where(eligible, np.inf, -np.inf)}
+    selection = policy(columns, budget, ids=ids)
     reasons = _categorical(*coded(selection.reasons))
-    return PoolSelection(replace(selection, reasons=reasons, shortfall=asked - budget), policy, keep, alpha)
+    if quotas is None:
+        return PoolSelection(replace(selection, reasons=reasons, shortfall=asked - budget), **found)
+    order = selection.kept  # all eligible rows, the best first
+    taken = within_quotas(of_rows[order], least, exact, None if keep is None else asked)
+    names, codes = coded(reasons)
+    left = order[~taken]
+    codes[left] = np.where(exact[of_rows[left]], len(names), len(names) + 1)
+    reasons = _categorical(np.append(names, [OVER_QUOTA, BELOW_CUT]), codes)
+    kept = order[taken]
+    counts = [np.bincount(of_rows[rows], minlength=len(group_names)) for rows in (slice(None), order, kept)]
+    by_value = map(ValueCounts, group_names, counts[0], least, exact, counts[1], counts[2])
+    chosen = PoolSelection(
+        replace(
+            selection,
+            kept=kept,
+            reasons=reasons,
+            cut=float(score[kept].min()) if len(kept) else float("nan"),
+            shortfall=asked - len(kept),
+        ),
+        **found,
+        column=quotas.column,
+        values=tuple(sorted(by_value, key=lambda each: (-each.pool, each.value))),
+    )
+    if not len(kept) or (strict and chosen.warning):
+        raise ShortfallError(chosen.warning or f"No row is kept by the quotas of {quotas.column!r}.")
+    return chosen
 
 
 def _categorical(names: np.ndarray, codes: np.ndarray) -> pd.Categorical:
@@ -199,7 +273,7 @@ def tie_ids(rows: TableReader, column: str | None = None) -> tuple[str | None, n
 def _way_out(chosen: PoolSelection) -> str:
     """What gives a user more rows, or fewer to ask for: a limit that dropped none is not to be raised."""
     ways = ["lower --keep"] if chosen.selection.eligible else []
-    if ABOVE_LIMIT in chosen.counts and chosen.policy.max_ifd < float("inf"):
+    if ABOVE_LIMIT in chosen.counts and chosen.limit < float("inf"):
         calibrated = "raise --alpha, or give --max-ifd a number (inf: no limit)"
         ways.append(calibrated if chosen.alpha else "raise --max-ifd (inf: no limit)")
     if ways:
@@ -208,6 +282,46 @@ def _way_out(chosen: PoolSelection) -> str:
     if by := [option for reason, option in _DROPPED_BY.items() if chosen.counts.get(reason)]:
         return f"No row that may be kept has a score: leave out {' or '.join(by)}, or look at the data."
     return (
-        f"No row has a score ({chosen.policy.score}) to rank by, and ifd_status says why: mend that, and score the "
+        f"No row has a score ({chosen.ranking.label}) to rank by, and ifd_status says why: mend that, and score the "
         "rows again with `ifd-trainer score`."
     )
+
+
+def numbers_of(name: str, rows: TableReader, scores: pd.DataFrame) -> np.ndarray:
+    """A column to rank by, (n,) float64, NaN for null: of the scores, else of the rows.
+
+    Raises:
+        UserError: for a column that is not there, or holds no numbers.
+    """
+    if name in scores:
+        return scores[name].to_numpy(dtype=float, na_value=np.nan)
+    values = _values_of(name, rows, "--score")
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)):
+        raise UserError(f"--score {name}: the column holds no numbers, but {values.type}.")
+    return values.cast(pa.float64() if not pa.types.is_boolean(values.type) else pa.int8()).to_pandas().to_numpy(float)
+
+
+def texts_of(name: str, rows: TableReader) -> pd.Series:
+    """The values of a column as texts, (n,) categorical; "null" where there is none.
+
+    Raises:
+        UserError: for a column that is not there, or holds lists or mappings.
+    """
+    values = _values_of(name, rows, "--per")
+    if pa.types.is_nested(values.type) or isinstance(values.type, pa.ExtensionType):
+        raise UserError(f"--per {name}: the column holds {values.type}, and quotas are of texts or numbers.")
+    return pd.Series(values.cast(pa.string()).fill_null("null").dictionary_encode().to_pandas())
+
+
+def _values_of(name: str, rows: TableReader, option: str) -> pa.ChunkedArray:
+    if name not in rows.column_names:
+        raise UserError(f"{option} {name}: there is no such column; the columns are {sorted(rows.column_names)}.")
+    return rows.column(name)
+
+
+def no_scores(rows: int, source: str) -> tuple[pd.DataFrame, pd.DataFrame, Provenance]:
+    """What `find_scores` gives, of rows that are ranked by a column of their own and were not scored."""
+    missing = dict.fromkeys((*RANKED_BY, "answer_tokens"), np.full(rows, np.nan))
+    status = pd.Categorical.from_codes(np.zeros(rows, np.int8), [Status.OK.value])
+    scores = pd.DataFrame(missing | {"ifd_status": status}, copy=False)
+    return scores, pd.DataFrame(index=scores.index), Provenance(source=source)

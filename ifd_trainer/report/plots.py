@@ -68,7 +68,8 @@ def plot_ifd_histogram(rows: Rows, *, score: str = "ifd", max_ifd: float | None 
 
 def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float | None) -> Figure:
     """`plot_ifd_histogram` of rows that are normalised already; only the score, `kept` and `reason` are looked at."""
-    edges = _edges(pd.concat([frame[score] for frame in epochs.values()]).dropna())
+    values = pd.concat([frame[score] for frame in epochs.values()]).dropna()
+    edges = _edges(values) if score in SCORE_EQUATIONS else np.histogram_bin_edges(values, 40)
     figure, axes = _figure(1.1 + 1.5 * max(len(epochs), 1.4), rows=len(epochs), sharex=True)
     for ax, (epoch, frame) in zip(axes[:, 0], epochs.items(), strict=True):
         groups = _groups(frame, score)
@@ -86,7 +87,8 @@ def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float 
             _inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:g}", ha="right")
         if _say_if_empty(ax, frame[score]):
             ax.set_ylim(0, 1)
-    axes[-1, 0].set_xlabel(f"{SCORE_EQUATIONS[score]} (no unit)")
+    own = score.replace("$", r"\$")  # no formula
+    axes[-1, 0].set_xlabel(f"{SCORE_EQUATIONS[score]} (no unit)" if score in SCORE_EQUATIONS else own)
     axes[-1, 0].set_xlim(edges[0], edges[-1])
     _legend_of_groups(figure, epochs.values(), score)
     return figure

@@ -16,18 +16,17 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from tqdm.auto import tqdm
 
-from ..data.encoding import EncodedPair, token_count
+from ..data.encoding import EncodedPair
 from ..errors import RunError
 from .job_parts import Parts
+from .job_progress import JobProgress
 from .processes import Process
 
 if TYPE_CHECKING:
     from .transform import IFDScorer
 
 _POLL = 0.1
-_LAYOUT = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 def score_parts(
@@ -37,6 +36,7 @@ def score_parts(
     size: int,
     process: Process,
     *,
+    columns: Sequence[str] | None = None,
     stall: float = 1800.0,
     grace: float = 60.0,
     leave: float = 2.0,
@@ -49,6 +49,7 @@ def score_parts(
         parts: where they are saved.
         size: rows of a part.
         process: which of the job's processes this is.
+        columns: those with the texts, of which the job's tokens are estimated; None for all.
         stall: seconds without a finished part after which the main process gives up on the others.
         grace: seconds until a file of another machine is seen here.
         leave: seconds that an interrupted program waits for the thread; a part takes milliseconds to encode.
@@ -59,26 +60,24 @@ def score_parts(
     """
     sizes = sizes_of(len(rows), size)
     earlier = process.add_rows(0)  # counted in earlier lives; their parts are among those on disk
-    done = sum(size for part, size in enumerate(sizes) if parts.done(part, size))
+    done = [part for part, size in enumerate(sizes) if parts.done(part, size)]
     if process.main:
         parts.warn(parts.damaged(len(sizes)))
 
     def draw() -> int | None:
         return process.draw(len(sizes), lambda part: parts.done(part, sizes[part]))
 
-    def show(counted: int) -> None:
-        bar.update(done + counted - earlier - bar.n)
-
     ahead = _encoded(lambda part: scorer.encode(_rows_of(rows, part, size)), draw, leave)
     with closing(ahead):
         # The first one loads the model, which has a bar of its own and is no part of this one's rate.
         encoded = chain([*islice(ahead, 1)], ahead)
-        with tqdm(
-            total=len(rows), initial=done, desc="Scoring", unit="row", bar_format=_LAYOUT, disable=not process.main
-        ) as bar:
+        with JobProgress(rows, sizes, done, columns, process.world_size, shown=process.main) as progress:
+
+            def show(counted: int) -> None:
+                progress.update(sum(sizes[part] for part in done) + counted - earlier)
+
             for part, pairs in encoded:
-                rows_per_token = len(pairs) / max(token_count(pairs), 1)
-                scores = scorer.score(pairs, lambda tokens, rate=rows_per_token: bar.update(tokens * rate))
+                scores = scorer.score(pairs, progress.begin(part, pairs))
                 parts.save(part, scores.columns())
                 show(process.add_rows(len(pairs)))  # exact again, and the rows without a score
             process.end()

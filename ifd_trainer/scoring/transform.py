@@ -39,7 +39,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ..data.encoding import EncodedPair, Encoder, Segment, check_positive
-from ..data.formats import SUPERFILTERING, Example, MalformedRow, PromptFormat, resolve_format
+from ..data.format_choice import FormatOptions, format_record, resolve_format
+from ..data.formats import Example, MalformedRow, PromptFormat
 from ..data.paths import check_model, model_name
 from ..data.table_reader import arrow_type
 from ..errors import FileAccessError, UserError, one_line
@@ -63,7 +64,7 @@ logger = logging.getLogger(__name__)
 _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.string()), strict=True))
 _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
 _RENDERED = 1000  # rows at a time
-_LOADED = ("_model", "_config", "_encoder")  # attributes that are made on first use
+_LOADED = ("_model", "_config", "_encoder", "_told")  # attributes that are made on first use
 _PID = os.getpid()
 SCORES_VERSION = 4  # raised when the same weights and options would give other scores
 
@@ -114,7 +115,7 @@ class IFDScorer:
         model: str | os.PathLike | PreTrainedModel,
         tokenizer: Any = None,
         *,
-        format: str | PromptFormat | None = None,
+        format: str | PromptFormat | FormatOptions | None = None,
         definition: str = "paper",
         max_length: int | None = None,
         min_answer_tokens: int = 1,
@@ -151,6 +152,7 @@ class IFDScorer:
         self._model = None if named else model
         self._config: PretrainedConfig | None = None
         self._encoder: Encoder | None = None
+        self._told: tuple[tuple[str, ...], PromptFormat] | None = None
 
     def __call__(
         self, batch: Mapping[str, list] | pa.Table, rank: int | None = None, *more: Any
@@ -200,7 +202,8 @@ class IFDScorer:
         examples, error = _render(batch, format, self._encoder.tokenizer)
         pairs = self._encoder(examples)
         known = getattr(self._config.get_text_config(), "vocab_size", None)
-        most = max((max(pair.conditioned.ids) for pair in pairs if pair.conditioned), default=0)
+        segments = (segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct))
+        most = max((max(segment.ids) for segment in segments), default=0)
         if isinstance(known, int) and most >= known:
             raise UserError(
                 f"The tokenizer gives token {most}, and the model has {known} tokens: they do not belong together. Use "
@@ -229,11 +232,11 @@ class IFDScorer:
             raise UserError(problem)
 
     def settings(self, columns: Iterable[str]) -> dict[str, str | int | bool | None]:
-        """The options in force for rows with these columns, the format by its name; None for what loading decides."""
+        """The options in force for rows with these columns, the format as its record; None for what loading decides."""
         self._prepare()
         return self.options | {
             "max_length": self._encoder.max_length,
-            "format": self._format(columns).name,
+            "format": format_record(self._format(columns)),
             "device": None if self.device is None else device_type(self.device),
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "token_budget": self.token_budget,
@@ -246,8 +249,11 @@ class IFDScorer:
         return weights_digest(self._model) if self._model is not None else self._weights
 
     def _format(self, columns: Iterable[str]) -> PromptFormat:
-        bare = self.format is None and self.options["definition"] == "superfiltering"
-        return resolve_format(SUPERFILTERING if bare else self.format, columns)
+        columns = tuple(columns)
+        if self._told is None or self._told[0] != columns:  # once for all batches, with its warning
+            bare = self.options["definition"] == "superfiltering"
+            self._told = columns, resolve_format(self.format, columns, bare)
+        return self._told[1]
 
     def score(self, pairs: list[EncodedPair], progress: Callable[[int], Any] | None = None) -> Scores:
         """Scores of encoded rows; `progress` is called with the number of tokens done after each batch."""

@@ -10,14 +10,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl.scripts.utils import DatasetConfig
 
 from ..data.paths import check_checkpoint
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
@@ -35,6 +36,7 @@ class Recipe:
     script: ScriptArguments
     sft: SFTConfig
     model: ModelConfig
+    mixture: DatasetMixtureConfig
     selection: SelectionConfig
     folder: Path
 
@@ -48,7 +50,7 @@ class _Parser(TrlParser):
 
 def make_parser(plan: bool = False) -> TrlParser:
     """The parser of recipes; its options are the keys of TRL's `sft` and of `SelectionConfig`."""
-    classes = (ScriptArguments, PlanConfig if plan else SFTConfig, ModelConfig, SelectionConfig)
+    classes = (ScriptArguments, PlanConfig if plan else SFTConfig, ModelConfig, DatasetMixtureConfig, SelectionConfig)
     # Options that are cut short are not understood: a recipe's key that they override would go unnoticed.
     return _Parser(classes, prog="ifd-trainer train", allow_abbrev=False)
 
@@ -76,13 +78,17 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
     if not isinstance(environment, dict):
         raise UserError(f"{recipe}: env wants a mapping of variables, got {environment!r}.")
     os.environ.update({key: str(value) for key, value in environment.items()})
+    for entry in given.get("datasets") or () if isinstance(given.get("datasets"), list) else ():
+        if isinstance(entry, dict):
+            check_keys(entry, (key.name for key in fields(DatasetConfig)), f"{recipe}, datasets")
     given = typed(given, parser.dataclass_types, str(recipe))
     check_mappings(given | words_of(overrides), parser.dataclass_types)
     if not torch.cuda.is_available():
         parser.set_defaults_with_config(bf16=False)  # TRL's default is True, which a CPU refuses
     parser.set_defaults_with_config(**given)
     with translated("The settings do not go together"), _importable(Path(recipe).resolve().parent if recipe else None):
-        script, sft, model, selection, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        parsed = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        script, sft, model, mixture, selection, unknown = parsed
     if unknown:
         known = {option for action in parser._actions for option in action.option_strings}
         named = [word.partition("=")[0] for word in unknown]
@@ -106,7 +112,7 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
                 f"report_to: {missing[0]} is not installed. Install its package, or set report_to: none."
             )
         sft.resume_from_checkpoint = check_checkpoint(sft.resume_from_checkpoint, sft.output_dir)
-    return Recipe(script, sft, model, selection, Path(recipe).resolve().parent if recipe else Path.cwd())
+    return Recipe(script, sft, model, mixture, selection, Path(recipe).resolve().parent if recipe else Path.cwd())
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,66 @@ def read_recipe(path: str | None) -> dict[str, Any]:
     return content
 
 
+def recipes_folder() -> Path:
+    """Where the recipes of this package are: in it, or, of a checkout, beside it.
+
+    Raises:
+        NotFoundError: when they are in neither place.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if (folder / "demo.yaml").is_file():
+            return folder
+    raise NotFoundError(f"The recipes are neither in {package} nor beside it. Install the package again.")
+
+
+def recipe_titles() -> dict[str, str]:
+    """The recipes of this package by name, each with the first line of its header.
+
+    >>> recipe_titles()["alpaca_dynamic"][:29]
+    'Dynamic selection on Alpaca: '
+    """
+    titles = {}
+    for path in sorted(recipes_folder().glob("*.yaml")):
+        with path.open(encoding="utf-8") as file:
+            titles[path.stem] = file.readline().lstrip("# ").strip()
+    return titles
+
+
+def copy_recipe(name: str, target: str | None = None) -> list[Path]:
+    """Copy a recipe of this package, and the files of rows that it names, to a place of the user's.
+
+    Args:
+        name: of the recipe, with or without .yaml.
+        target: the file to write, or a folder that is there; by default the recipe's name in the working directory.
+
+    Returns:
+        The files that were written, the recipe first.
+
+    Raises:
+        UserError: for a recipe that there is not, and for a file that is there already.
+    """
+    name = name.removesuffix(".yaml")
+    if name not in recipe_titles():
+        near = difflib.get_close_matches(name, recipe_titles(), n=1)
+        meant = f"Did you mean {near[0]}?" if near else "`ifd-trainer recipes` lists them."
+        raise NotFoundError(f"There is no recipe {name!r}. {meant}")
+    folder = recipes_folder()
+    recipe = Path(f"{name}.yaml" if target is None else target)
+    recipe = recipe / f"{name}.yaml" if recipe.is_dir() else recipe
+    values = read_recipe(str(folder / f"{name}.yaml"))
+    rows = [value for value in values.values() if isinstance(value, str) and (folder / value).is_file()]
+    copies = {folder / f"{name}.yaml": recipe, **{folder / value: recipe.parent / value for value in rows}}
+    for source, place in copies.items():
+        if place.exists() and place.read_bytes() != source.read_bytes():
+            raise UserError(f"{place} is there already, and is another file. Name another place with --output.")
+    for source, place in copies.items():
+        check_folder(place.parent)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, place)
+    return list(copies.values())
+
+
 def overrides(words: Sequence[str]) -> dict[str, str]:
     """Values of `--key value` and `--key=value` by key, the last one of each; a key without value is "true".
 
@@ -76,7 +138,8 @@ def check_recipe(recipe: str | None, words: Sequence[str], plan: bool = False) -
     settings: Mapping[str, Any] = {**read_recipe(recipe), **overrides(words)}
     folder = Path(recipe).resolve().parent if recipe is not None else Path()
     model, rows = settings.get("model_name_or_path"), settings.get("dataset_name")
-    if model is None or rows is None:
+    rows = None if settings.get("datasets") else rows  # a mixture, each of which is read for itself
+    if model is None or (rows is None and not settings.get("datasets")):
         raise UserError("A run needs a model and a data set: --model NAME_OR_PATH --dataset FILE_OR_NAME.")
     # What is no text at all is told where types are.
     for source in (rows, settings.get("eval_dataset")):
@@ -86,7 +149,8 @@ def check_recipe(recipe: str | None, words: Sequence[str], plan: bool = False) -
         if isinstance(name, str):
             check_model(name)
     # What is asked for would be ignored without a word.
-    of_file = ("dataset_train_split", "dataset_config") if Path(beside(str(rows), folder)).is_file() else ()
+    file = rows is not None and Path(beside(str(rows), folder)).is_file()
+    of_file = ("dataset_train_split", "dataset_config") if file else ()
     for key in (*of_file, *(("model_revision",) if Path(str(model)).is_dir() else ())):
         if settings.get(key) not in (None, "", "train", "main"):
             what = "the data set is a file" if key in of_file else "the model is a folder"

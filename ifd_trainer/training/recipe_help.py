@@ -23,7 +23,8 @@ the highest IFD. RECIPE.yaml is TRL's flat YAML; every key can be given or overr
                            rows and the tokenizer, so a laptop can plan what a GPU is to train.
   --debug                  Show the trace of every error.
   --model NAME_OR_PATH     The model to fine-tune.
-  --dataset FILE_OR_NAME   Rows to select from (.json, .jsonl, .csv, .parquet, or a hub name).
+  --dataset FILE_OR_NAME   Rows to select from (.json, .jsonl, .csv, .parquet, or a hub name); in a recipe also several,
+                           as a mixture (datasets:, as for `trl sft`; test_split_size: holds some out).
 
 {keys}
 

@@ -142,6 +142,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (str, int, float))
     if isinstance(hint, type) and issubclass(hint, Enum):
         return isinstance(value, str)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, (dict, str))  # a text is its first field
     return isinstance(hint, type) and isinstance(value, hint)
 
 

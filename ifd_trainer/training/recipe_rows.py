@@ -16,13 +16,13 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from ..data.chat_template import reads_as_text
+from ..data.format_choice import FormatOptions, columns_read, resolve_format
 from ..data.formats import (
     ChatFormat,
     MalformedRow,
     PromptCompletionFormat,
     PromptFormat,
     answer_text,
-    resolve_format,
     to_training_row,
 )
 from ..data.json_feature import Json
@@ -38,14 +38,16 @@ _TRLS = {"input_ids", "labels", "attention_mask", "completion_mask", "assistant_
 _TRLS |= {"token_type_ids", "mm_token_type_ids", "text", "messages", "conversations", "tools", "chat_template_kwargs"}
 
 
-def prepare(rows: Dataset, format: str | None, tokenizer: Callable[[], Any] | None = None) -> Dataset:
+def prepare(
+    rows: Dataset, format: str | PromptFormat | FormatOptions | None, tokenizer: Callable[[], Any] | None = None
+) -> Dataset:
     """Rows as TRL's SFTTrainer reads them, with an id and all columns that neither the format nor TRL reads.
 
     Rows that cannot be rendered are left out, with one warning.
 
     Args:
         rows: rows in any known format.
-        format: its name; told from the columns by default.
+        format: a format, its name or what is said of it; told from the columns by default.
         tokenizer: gives the tokenizer whose chat template is to write the rows; asked for chats alone.
 
     Raises:
@@ -53,7 +55,8 @@ def prepare(rows: Dataset, format: str | None, tokenizer: Callable[[], Any] | No
     """
     resolved = resolve_format(format, rows.column_names)
     rows = _with_ids(rows)
-    consumed = {"instruction", "input", "output", *resolved.columns} & set(rows.column_names)
+    consumed = {"instruction", "input", "output"} & set(rows.column_names)
+    consumed |= set(columns_read(resolved, rows.column_names))
     aside = sorted((_TRLS - {"text", "tools", "chat_template_kwargs"} - consumed) & set(rows.column_names))
     if aside:
         logger.warning("Columns that TRL would take for its own are set aside: %s.", ", ".join(aside))

@@ -5,17 +5,29 @@ This is what `ifd-trainer train` runs, and, without the weights of the model, wh
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    SFTConfig,
+    SFTTrainer,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
 
 from ..data.files import load_rows
-from ..data.paths import check_model
+from ..data.format_choice import resolve_format
+from ..data.formats import PromptFormat
+from ..data.message_trees import as_chats
+from ..data.paths import check_model, check_rows, data_ending
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
 from ..method.columns import IFD_COLUMNS
 from ..method.number_words import many
@@ -29,6 +41,7 @@ from .recipe_machine import PlanConfig, installed, lacking_for, outline
 from .recipe_rows import prepare, without_refusals
 from .recipe_selection import SelectionConfig
 
+logger = logging.getLogger(__name__)
 _SCORED_AT_ONCE = 1000  # rows that `scorer` scores before they are put into the cache
 
 
@@ -46,19 +59,19 @@ class Run:
 
 def build_run(recipe: Recipe) -> Run:
     """The trainer of a recipe, with its selection callback added; without weights where it is only planned."""
-    script, sft, model, selection = recipe.script, recipe.sft, recipe.model, recipe.selection
+    sft, model, selection = recipe.sft, recipe.model, recipe.selection
     plan = isinstance(sft, PlanConfig)
     config = _model_config(model, sft)
-    source = beside(script.dataset_name, recipe.folder)
-    rows = load_rows(source, script.dataset_train_split, script.dataset_config)
+    source, rows, held_out = _rows(recipe)
     if not len(rows):
         raise UserError(f"{source} has no rows to train on.")
     count = len(rows)
-    scorer = _scorer(selection, sft) if selection.scorer else None
+    format = resolve_format(selection.rows_format(), rows.column_names)
+    scorer = _scorer(selection, sft, format) if selection.scorer else None
     with sft.main_process_first(desc="preparing the rows"):  # the others read what it put into the cache
         if scorer is not None and not plan:
             rows = rows.map(scorer, batched=True, batch_size=_SCORED_AT_ONCE, desc=f"Scoring with {selection.scorer}")
-        train = prepare(rows, selection.format, lambda: _tokenizer(recipe))
+        train = prepare(rows, format, lambda: _tokenizer(recipe))
         whole = len(train)
         if selection.drop_refusals:
             train = without_refusals(train)
@@ -70,11 +83,9 @@ def build_run(recipe: Recipe) -> Run:
     labels = {*train.column_names, *(IFD_COLUMNS if scorer is not None else ())}
     if selection.label and selection.label not in labels:
         raise UserError(f"label={selection.label!r} is not among the data set's columns {sorted(labels)}.")
-    held_out = None
-    if selection.eval_dataset:
-        held_out = beside(selection.eval_dataset, recipe.folder)
-        held_out = load_rows(held_out, script.dataset_test_split)
-        held_out = prepare(held_out, selection.format, lambda: _tokenizer(recipe))
+    if held_out is not None:
+        there = set(format.columns) <= set(held_out.column_names)
+        held_out = prepare(held_out, format if there else selection.rows_format(), lambda: _tokenizer(recipe))
     with translated("The trainer cannot be made"):
         trainer = _trainer(config, model, sft, train, held_out)
     if not len(trainer.train_dataset):
@@ -85,13 +96,58 @@ def build_run(recipe: Recipe) -> Run:
     lacking = (*sft.lacking, *lacking_for(model)) if plan else ()
     if plan and sft.parallel:
         trainer.is_deepspeed_enabled = True  # what cannot be done under it is refused here too
-    callback = _callback(trainer, selection, scorer)
+    callback = selection.callback(trainer, scorer)
     if plan and sft.parallel:
         trainer.is_deepspeed_enabled = False
     callback.in_command = True  # `ifd-trainer train` tells what the pool is, writes the report and says where
     trainer.add_callback(callback)
     callback.rows_before = RowsBefore(count, unread, refusals)
     return Run(trainer, lacking)
+
+
+def _rows(recipe: Recipe) -> tuple[str, Dataset, Dataset | None]:
+    """The rows to train on, where they come from, and the held-out ones, as `trl sft` reads them; None for none."""
+    script, mixture, selection = recipe.script, recipe.mixture, recipe.selection
+    if script.dataset_streaming or mixture.streaming:
+        key = "dataset_streaming" if script.dataset_streaming else "streaming"
+        raise UserError(f"{key} is true, and selection scores all rows of a data set: set {key}: false.")
+    evaluated = recipe.sft.eval_strategy != "no"
+    held_out = None
+    if mixture.datasets:
+        if script.dataset_name:
+            logger.warning("datasets is given, and dataset_name (%s) is not read.", script.dataset_name)
+        source = ", ".join(each.path for each in mixture.datasets)
+        with translated(f"The data sets {source} cannot be read as one"):
+            rows = get_dataset(replace(_of_files(recipe), test_split_size=None))["train"]
+            if mixture.test_split_size is not None:  # by a seed: a run that goes on has to have the same rows
+                parts = rows.train_test_split(mixture.test_split_size, seed=recipe.sft.seed)
+                rows, held_out = parts["train"], parts["test"]
+    else:
+        source = beside(script.dataset_name, recipe.folder)
+        rows = load_rows(source, script.dataset_train_split, script.dataset_config)
+        if evaluated and not selection.eval_dataset and not Path(source).is_file():
+            held_out = load_rows(source, script.dataset_test_split, script.dataset_config)
+    if selection.eval_dataset:
+        held_out = load_rows(beside(selection.eval_dataset, recipe.folder), script.dataset_test_split)
+    elif held_out is None and evaluated:
+        raise UserError(
+            f"eval_strategy is {recipe.sft.eval_strategy.value}, and there are no held-out rows: name some with "
+            "eval_dataset, or set eval_strategy: 'no'."
+        )
+    return source, as_chats(rows), None if held_out is None else as_chats(held_out)
+
+
+def _of_files(recipe: Recipe) -> DatasetMixtureConfig:
+    """The mixture with files by their readers, so that `path` may name a file, as `dataset_name` may."""
+    kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    configs = []
+    for config in recipe.mixture.datasets:
+        path = beside(config.path, recipe.folder)
+        if config.data_files is None and Path(path).is_file():
+            check_rows(path)
+            config = replace(config, path=kinds[data_ending(Path(path))], data_files=path)
+        configs.append(config)
+    return replace(recipe.mixture, datasets=configs)
 
 
 def _model_config(model: ModelConfig, sft: SFTConfig) -> PretrainedConfig:
@@ -153,32 +209,18 @@ def _tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def _scorer(selection: SelectionConfig, sft: SFTConfig) -> IFDScorer:
+def _scorer(selection: SelectionConfig, sft: SFTConfig, format: PromptFormat) -> IFDScorer:
     """The transform that scores the raw rows with another model than the one in training."""
+    bare = selection.definition == "superfiltering"  # without the template that is trained on
     return IFDScorer(
         selection.scorer,
-        format=selection.format if selection.definition != "superfiltering" else None,
+        format=replace(selection.rows_format(), format=None) if bare else format,
         definition=selection.definition,
         score_truncated=selection.definition == "paper",
         min_answer_tokens=selection.min_answer_tokens,
         token_budget=selection.token_budget,
         device=str(sft.device),
         trust_remote_code=sft.trust_remote_code,
-    )
-
-
-def _callback(trainer: SFTTrainer, selection: SelectionConfig, scorer: IFDScorer | None) -> IFDSelectionCallback:
-    """The callback that a recipe describes."""
-    return IFDSelectionCallback(
-        trainer,
-        schedule=selection.schedule(),
-        policy=selection.chosen_policy(),
-        timing=selection.timing(),
-        guard=selection.guard(),
-        scoring=selection.scoring(embedder=scorer),
-        scorer=None if scorer is None else "columns",
-        order=selection.order,
-        push_history=selection.push_history,
     )
 
 

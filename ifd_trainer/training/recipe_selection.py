@@ -10,10 +10,10 @@ import importlib
 import logging
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.encoding import check_positive
-from ..data.formats import FORMATS, resolve_format
+from ..data.format_choice import FormatOptions
 from ..errors import UserError, one_line
 from ..method import controls
 from ..method.brief_experience import Brief
@@ -27,15 +27,35 @@ from ..method.schedule import Anneal, Curriculum, Schedule, Timing, as_schedule,
 from ..method.scoring_health import Freeze
 from ..method.selection import Cherry, OwnScore, Policy
 from ..method.unfinished import Unfinished
+from .callback import IFDSelectionCallback
 from .options import Scoring, guard_of
 from .recipe_selection_keys import SelectionKeys
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from ..scoring.transform import IFDScorer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class SelectionConfig(SelectionKeys):
-    """The selection keys of a recipe with values that go together."""
+    """The selection keys of a recipe as a dataclass beside TRL's, for a script with a parser of its own.
+
+    `ifd-trainer train --help` says what each key means. Those of the group "Rows" are for that command: a script of
+    your own reads and prepares its rows itself.
+
+    Raises:
+        UserError: for values that are none of a key's, or contradict one another.
+
+    >>> parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, SelectionConfig))     # doctest: +SKIP
+    >>> script, sft, model, selection = parser.parse_args_and_config()                     # doctest: +SKIP
+    >>> rows = load_dataset(script.dataset_name, split=script.dataset_train_split)         # doctest: +SKIP
+    >>> trainer = SFTTrainer(model.model_name_or_path, args=sft, train_dataset=rows)       # doctest: +SKIP
+    >>> trainer.add_callback(selection.callback(trainer))                                  # doctest: +SKIP
+    >>> trainer.train()                                                                    # doctest: +SKIP
+    """
 
     def __post_init__(self) -> None:
         if isinstance(self.guards, str):  # in YAML one name, or several, need no brackets
@@ -66,14 +86,21 @@ class SelectionConfig(SelectionKeys):
             )
         if not 0 <= self.anneal_share <= 1:
             raise UserError(f"anneal_share must be in [0, 1], got {self.anneal_share}.")
-        if self.format is not None and self.format not in FORMATS:
-            resolve_format(self.format, ())  # says which there are
+        self.rows_format()
         check_positive(min_answer_tokens=self.min_answer_tokens, token_budget=self.token_budget, tiers=self.tiers)
         # What these refuse is told before a model is loaded.
         self.schedule(), self.chosen_policy(), self.timing(), self.scoring(), self.guard()
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
         self._warn_of_idle_keys()
+
+    def rows_format(self) -> FormatOptions:
+        """What is said of the rows' format.
+
+        Raises:
+            UserError: for an unknown name, and for keys that contradict each other.
+        """
+        return FormatOptions(**{key.name: getattr(self, key.name) for key in dataclasses.fields(FormatOptions)})
 
     def _warn_of_idle_keys(self) -> None:
         """Say which keys have no effect with the others as they are."""
@@ -211,6 +238,33 @@ class SelectionConfig(SelectionKeys):
         entries = self.keep if isinstance(self.keep, (list, tuple)) else [self.keep]
         numbers = [parse_keep(entry) for entry in entries]
         return numbers[0] if len(numbers) == 1 else numbers
+
+    def callback(self, trainer: Trainer, scorer: IFDScorer | None = None) -> IFDSelectionCallback:
+        """The callback that the keys describe, to be added to its trainer.
+
+        Args:
+            trainer: the trainer.
+            scorer: what has scored the trainer's rows already, by the key `scorer`; None where nothing has.
+
+        Raises:
+            UserError: for a definition that is computed from raw rows, which a trainer does not have any more.
+        """
+        if scorer is None and self.definition != "paper":
+            raise UserError(
+                f"definition={self.definition!r} is computed from raw rows: map them with IFDScorer({self.scorer!r}, "
+                f"definition={self.definition!r}) before they go to the trainer, and pass that as scorer=."
+            )
+        return IFDSelectionCallback(
+            trainer,
+            schedule=self.schedule(),
+            policy=self.chosen_policy(),
+            timing=self.timing(),
+            guard=self.guard(),
+            scoring=self.scoring(embedder=scorer),
+            scorer=self.scorer if scorer is None else "columns",
+            order=self.order,
+            push_history=self.push_history,
+        )
 
     def schedule(self) -> Schedule:
         """The schedule that `keep`, `curriculum` and `anneal_share` describe together."""

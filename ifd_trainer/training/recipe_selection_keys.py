@@ -47,6 +47,41 @@ class SelectionKeys:
             "metavar": "NAME",
         },
     )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of instructions or questions, where its name does not tell.", "metavar": "COLUMN"},
+    )
+    input_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of what an instruction is about: a context, a document.", "metavar": "COLUMN"},
+    )
+    answer_column: str | None = field(default=None, metadata={"help": "Column of answers.", "metavar": "COLUMN"})
+    system_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of system prompts: a system turn before a chat without one, {system} in a template.",
+            "metavar": "COLUMN",
+        },
+    )
+    messages_column: str | None = field(default=None, metadata={"help": "Column of chats.", "metavar": "COLUMN"})
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of a row, with {instruction} for the text of the prompt column, and perhaps {input} and "
+            "{system}; \\n is a line break.",
+            "metavar": "TEXT",
+        },
+    )
+    template_with_input: str | None = field(
+        default=None, metadata={"help": "Prompt of a row with an input; the template by default.", "metavar": "TEXT"}
+    )
+    response_header: str | None = field(
+        default=None,
+        metadata={
+            "help": "What stands before an answer that is scored alone; the template's last line by default.",
+            "metavar": "TEXT",
+        },
+    )
     eval_dataset: str | None = field(
         default=None,
         metadata={

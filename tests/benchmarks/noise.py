@@ -54,7 +54,8 @@ from rich.table import Table
 from ifd_trainer.data.duplicates import duplicate_groups
 from ifd_trainer.data.encoding import EncodedPair, Segment, with_ending
 from ifd_trainer.data.files import load_rows
-from ifd_trainer.data.formats import PromptFormat, resolve_format
+from ifd_trainer.data.format_choice import resolve_format
+from ifd_trainer.data.formats import PromptFormat
 from ifd_trainer.data.similar_prompts import SimilarPrompts
 from ifd_trainer.errors import UserError
 from ifd_trainer.method.calibrated_limit import CalibratedLimit

@@ -45,7 +45,8 @@ from trl import SFTConfig, SFTTrainer
 
 from ifd_trainer import IFDSelectionCallback
 from ifd_trainer.data.files import load_rows
-from ifd_trainer.data.formats import resolve_format, to_prompt_completion
+from ifd_trainer.data.format_choice import resolve_format
+from ifd_trainer.data.formats import to_prompt_completion
 from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.training.history import History
 

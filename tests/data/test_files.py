@@ -7,6 +7,7 @@ import csv
 import errno
 import gzip
 import json
+import lzma
 import os
 import re
 import tempfile
@@ -633,10 +634,10 @@ def test_a_folder_of_unlike_files_is_told_in_a_sentence(tmp_path):
 def compressed(data: bytes, ending: str) -> bytes:
     if ending == ".zst":
         return pa.compress(data, "zstd", asbytes=True)
-    return {".gz": gzip, ".bz2": bz2}[ending].compress(data)
+    return {".gz": gzip, ".bz2": bz2, ".xz": lzma}[ending].compress(data)
 
 
-@pytest.mark.parametrize("compression", [".gz", ".bz2", ".ZST"])
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".ZST", ".xz"])
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv"])
 @pytest.mark.parametrize("block", [100, 2**22])
 def test_a_compressed_file_is_read_as_what_is_in_it(tmp_path, ending, compression, block):
@@ -650,7 +651,7 @@ def test_a_compressed_file_is_read_as_what_is_in_it(tmp_path, ending, compressio
     assert read_records(path) == ROWS if ending != ".csv" else True
 
 
-@pytest.mark.parametrize("compression", [".gz", ".bz2", ".zst"])
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".zst", ".xz"])
 @pytest.mark.parametrize("ending", [".jsonl", ".csv"])
 @pytest.mark.parametrize("damage", ["cut off", "plain", "other"])
 def test_a_compressed_file_that_is_none_is_told(tmp_path, ending, compression, damage):
@@ -687,6 +688,53 @@ def test_errors_in_a_compressed_file_name_it_and_the_line(tmp_path):
         check_writable(tmp_path / "out.jsonl.gz")
     with pytest.raises(FileNotFoundError, match=r"No such file: 'missing\.jsonl\.gz'"):
         load_rows("missing.jsonl.gz")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", gzip.compress(b'{"a": 1}\n'), "is compressed: give it the ending .gz."),
+        ("a.csv", bz2.compress(b"a\n1\n"), "is compressed: give it the ending .bz2."),
+        ("a.json", lzma.compress(b"[1]"), "is compressed: give it the ending .xz."),
+        ("a.jsonl", pa.compress(b'{"a": 1}\n', "zstd", asbytes=True), "is compressed: give it the ending .zst."),
+        ("a.jsonl", b"PAR1\x15\x04", "is a Parquet file: give it the ending .parquet."),
+        (
+            "a.csv",
+            b"PK\x03\x04\x14\x00",
+            "is a ZIP archive, as Excel's files are too: unpack it, or save the table as CSV.",
+        ),
+        ("a.jsonl", POINTER, "is a pointer of Git LFS and not the file itself: get that with `git lfs pull`."),
+        ("a.csv", POINTER, "is a pointer of Git LFS and not the file itself: get that with `git lfs pull`."),
+        ("a.parquet", POINTER, "is a pointer of Git LFS and not the file itself: get that with `git lfs pull`."),
+        ("a.json", b"\n<!doctype html><html>", "is an HTML page, perhaps an error in the place of a download: get the"),
+        ("a.csv", b'[{"a": 1}, {"a": 2}]', "holds JSON: give it the ending .json or .jsonl."),
+        ("a.csv", b'\xef\xbb\xbf{"a": 1}\n', "holds JSON: give it the ending .json or .jsonl."),
+        ("a.csv", b"a;b\n1;2\n", "has one column, 'a;b': its values are separated by ';'. Write it with commas."),
+        ("a.csv", b"a\tb\n1\t2\n", "has one column, 'a\\tb': its values are separated by '\\t'. Write it with commas."),
+        ("a.csv", b'a,b\n1,"2\n3', "ends inside a value, line 3: the file is cut off, or a quote is not closed."),
+        ("a.jsonl", b'{"a": 1}\n{"a": 2\0\0\0', "line 2, has a NUL byte: the file is UTF-16 without its mark, or it"),
+        (
+            "a.json",
+            '{"a": 1}'.encode("utf-16-le"),
+            "line 1, has a NUL byte: the file is UTF-16 without its mark, or it",
+        ),
+    ],
+)
+def test_a_file_of_another_kind_than_its_ending_says_is_told(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        load_rows(str(path))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b'a,b\n5" pipe,x\n', b'a,b\n"x ""y"" z",w\n"u\nv",w\n5",w\n'])
+def test_a_quote_inside_a_value_is_no_end_of_the_file(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text)
+    assert load_rows(str(tmp_path / "a.csv")).column_names == ["a", "b"]
 
 
 def test_memory_does_not_grow_with_what_is_in_a_compressed_file(tmp_path):

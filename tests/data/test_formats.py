@@ -7,6 +7,7 @@ import json
 import pytest
 from conftest import CHAT_TEMPLATE, build_tokenizer
 
+from ifd_trainer.data.format_choice import FormatOptions, format_record, recorded_format, resolve_format
 from ifd_trainer.data.formats import (
     ALPACA,
     FORMATS,
@@ -19,8 +20,6 @@ from ifd_trainer.data.formats import (
     MalformedRow,
     PromptCompletionFormat,
     TemplateFormat,
-    detect_format,
-    resolve_format,
     text_of,
     to_prompt_completion,
 )
@@ -305,28 +304,42 @@ def test_a_template_that_raises_says_why():
         (["prompt", "completion", "instruction", "output"], "prompt-completion"),
         (["id", "instruction", "input", "output"], "alpaca"),
         (["instruction", "output"], "wizardlm"),
+        (["instruction", "output", "response"], "wizardlm"),  # the first pair stands
+        (["instruction", "context", "response", "category"], "alpaca"),
     ],
 )
-def test_detect_format(columns, name):
-    assert detect_format(columns).name == name
+def test_a_format_is_told_from_columns(columns, name):
+    assert resolve_format(None, iter(columns)).name == name
 
 
-def test_detect_format_names_the_columns_it_found_and_wants():
-    with pytest.raises(ValueError, match=r"\['question', 'reply'\]") as caught:
-        detect_format(["reply", "question"])
+def test_columns_that_tell_no_format_are_named_with_those_that_would():
+    with pytest.raises(ValueError, match=r"\['reply', 'text'\]") as caught:
+        resolve_format(None, ["reply", "text"])
     for wanted in ("messages", "conversations", "completion", "instruction", "rename_columns"):
         assert wanted in str(caught.value)
+    with pytest.raises(ValueError, match=r"\['reply', 'text'\]") as caught:
+        resolve_format(FormatOptions(), ["reply", "text"])
+    assert "--prompt-column and --answer-column, or with --messages-column" in str(caught.value)
+    assert "TemplateFormat" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (["question", "answer", "response"], "'question' and 'answer'; 'question' and 'response'"),
+        (["prompt", "question", "response"], "'prompt' and 'response'; 'question' and 'response'"),
+    ],
+)
+def test_columns_that_can_be_read_in_several_ways_are_not_guessed(columns, shown):
+    with pytest.raises(ValueError, match=f"can be read in several ways: {shown}"):
+        resolve_format(None, columns)
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_resolve_format_by_name(name):
     format = FORMATS[name]
-    assert resolve_format(name, format.columns) is format
+    assert resolve_format(name, format.columns) == format
     assert resolve_format(format, format.columns) is format
-
-
-def test_resolve_format_detects():
-    assert resolve_format(None, iter(["messages"])) is MESSAGES
 
 
 def test_resolve_format_refuses_an_unknown_name():
@@ -337,6 +350,250 @@ def test_resolve_format_refuses_an_unknown_name():
 def test_resolve_format_names_the_missing_column():
     with pytest.raises(ValueError, match=r"'alpaca' reads .*\['output'\] are not among .*\['answer', 'instruction'\]"):
         resolve_format("alpaca", ["instruction", "answer"])
+
+
+ALPACA_WITHOUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{}\n\n### Response:"
+)
+ALPACA_WITH = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"instruction": "Sum.", "context": "1 2", "response": "A."}, ALPACA_WITH.format("Sum.", "1 2")),
+        ({"instruction": "Sum.", "context": "", "response": "A."}, ALPACA_WITHOUT.format("Sum.")),
+        ({"instruction": "Sum.", "input": "1 2", "response": "A."}, ALPACA_WITH.format("Sum.", "1 2")),
+        ({"instruction": "Sum.", "response": "A."}, "Sum.\n\n### Response:"),
+        ({"prompt": "Sum.", "response": "A."}, "Sum.\n\n### Response:"),
+        ({"question": "Sum.", "answer": "A."}, "Sum.\n\n### Response:"),
+        ({"question": "Sum.", "response": "A."}, "Sum.\n\n### Response:"),
+        ({"query": "Sum.", "response": "A.", "type": "x"}, "Sum.\n\n### Response:"),
+        (
+            {"id": 1, "instruction": "Sum.", "instances": [{"input": "1 2", "output": "A."}]},
+            ALPACA_WITH.format("Sum.", "1 2"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("options", [None, FormatOptions()])
+def test_rows_of_public_data_sets_are_read_under_their_names(row, prompt, options, caplog):
+    example = resolve_format(options, row).render(row, None)
+    assert (example.prompt, example.answer, example.header) == (prompt, "A.", "### Response:")
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("instances", [[], [{"input": "", "output": "a"}] * 3, None, "a", ["a"]])
+def test_a_row_of_several_instances_or_none_is_malformed(instances):
+    row = {"instruction": "Sum.", "instances": instances}
+    with pytest.raises(MalformedRow, match=r"'instances' has to be a list of one object .* got (\d of them|None|'a'|)"):
+        resolve_format(None, row).render(row, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "row", "expected"),
+    [
+        (
+            {"prompt_column": "q", "answer_column": "a"},
+            {"q": "Why?", "a": "So."},
+            ("Why?\n\n### Response:", "So.", "### Response:"),
+        ),
+        (
+            {"prompt_column": "q", "answer_column": "a", "input_column": "c", "format": "superfiltering"},
+            {"q": "Why?", "a": "So.", "c": "sky"},
+            ("Why?\nsky\n", "So.", ""),
+        ),
+        (
+            {"input_column": "context"},
+            {"instruction": "Sum.", "context": "1 2", "output": "3"},
+            (ALPACA_WITH.format("Sum.", "1 2"), "3", "### Response:"),
+        ),
+        (  # TRL's names, of which a template is asked
+            {"input_column": "document"},
+            {"prompt": "Sum.", "document": "1 2", "completion": "3"},
+            (ALPACA_WITH.format("Sum.", "1 2"), "3", "### Response:"),
+        ),
+        (
+            {"answer_column": "reply"},
+            {"instruction": "Sum.", "output": "4", "reply": "3"},
+            ("Sum.\n\n### Response:", "3", "### Response:"),
+        ),
+        (  # a shell passes backslashes on
+            {"template": r"Q: {instruction}\nA: \\n", "template_with_input": r"Q: {instruction} ({input})\nA: \\n"},
+            {"question": "Why {input}?", "input": "{instruction}", "answer": "So."},
+            ("Q: Why {input}? ({instruction})\nA: \\n", "So.", "A: \\n"),
+        ),
+        (
+            {"template": "{system}\n\n{instruction}\n\nReply:\n", "response_header": "Reply:"},
+            {"system_prompt": "Be {instruction}.", "question": "Why?", "response": "So."},
+            ("Be {instruction}.\n\nWhy?\n\nReply:\n", "So.", "Reply:"),
+        ),
+        (
+            {"template": "{system}\n\n{instruction}\n\nReply:\n", "system_column": "rules"},
+            {"rules": None, "question": "Why?", "response": "So."},
+            ("Why?\n\nReply:\n", "So.", "Reply:\n"),
+        ),
+        (
+            {"format": "prompt-completion", "prompt_column": "q", "answer_column": "a"},
+            {"q": "Why?", "a": " So."},
+            ("Why?", " So.", ""),
+        ),
+    ],
+)
+def test_options_say_which_columns_and_which_template(options, row, expected, caplog):
+    example = resolve_format(FormatOptions(**options), row).render(row, None)
+    assert (example.prompt, example.answer, example.header) == expected
+    assert caplog.messages == []
+
+
+SYSTEM_TURN = "<|im_start|>system\nBe brief.<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"messages": [USER, ASSISTANT], "system": "Be brief."}, None),
+        ({"conversations": [USER, ASSISTANT], "system_prompt": "Be brief."}, FormatOptions()),
+        ({"chat": [USER, ASSISTANT], "rules": "Be brief."}, {"messages_column": "chat", "system_column": "rules"}),
+        ({"chat": [USER, ASSISTANT], "system": "Be brief."}, {"messages_column": "chat", "format": "sharegpt"}),
+        ({"prompt": [USER], "completion": [ASSISTANT], "system": "Be brief."}, None),
+    ],
+)
+def test_a_system_column_becomes_a_system_turn(tokenizer, row, options):
+    format = resolve_format(FormatOptions(**options) if isinstance(options, dict) else options, row)
+    example = format.render(row, tokenizer)
+    assert (example.prompt, example.answer) == (SYSTEM_TURN + CHAT_PROMPT, CHAT_ANSWER)
+
+
+@pytest.mark.parametrize("system", [None, " ", "Be long."])
+def test_a_chat_has_one_system_turn_at_most(tokenizer, system):
+    row = {"messages": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT], "system": system}
+    assert resolve_format(None, row).render(row, tokenizer).prompt == SYSTEM_TURN + CHAT_PROMPT
+    if system != "Be long.":
+        row["messages"] = row["messages"][1:]
+        assert resolve_format(None, row).render(row, tokenizer).prompt == CHAT_PROMPT
+
+
+@pytest.mark.parametrize(
+    ("options", "columns", "words"),
+    [
+        (None, "instruction context output", ["'context' looks like a part", 'TemplateFormat(..., input="context")']),
+        ({}, "instruction context output", ["'context' looks like a part of the prompt", "--input-column context"]),
+        ({}, "prompt completion document", ["'document' looks", "--input-column document"]),
+        ({}, "question answer passage context", ["--input-column passage", "--input-column context"]),
+        ({"format": "wizardlm"}, "instruction evidence output", ["--input-column evidence"]),
+        ({"template": "{instruction}"}, "instruction input output", ["'input' looks", "--template-with-input"]),
+        (
+            {},
+            "instruction output system",
+            ["'system' is not read", "'wizardlm' has no place", "--template with {system}"],
+        ),
+        (None, "question response system_prompt", ['TemplateFormat(..., system="system_prompt") has one']),
+        ({}, "prompt completion system", ["'system' is read where prompts are messages"]),
+    ],
+)
+def test_a_column_that_looks_like_a_part_of_the_prompt_and_is_not_read_is_one_warning(options, columns, words, caplog):
+    resolve_format(options if options is None else FormatOptions(**options), columns.split())
+    assert len(caplog.messages) == 1
+    assert all(word in caplog.messages[0] for word in words)
+
+
+@pytest.mark.parametrize(
+    "columns", ["messages context", "instruction input output category", "prompt completion source"]
+)
+def test_other_columns_are_none_of_the_warnings_business(columns, caplog):
+    resolve_format(FormatOptions(), columns.split())
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("options", "columns", "message"),
+    [
+        ({"format": "alpaka"}, "", "Unknown format 'alpaka'. Known formats: alpaca, "),
+        (
+            {"messages_column": "a", "prompt_column": "b"},
+            "",
+            "--prompt-column is of rows of texts, and --messages-column of",
+        ),
+        (
+            {"messages_column": "a", "format": "alpaca"},
+            "",
+            "--messages-column is of chats, and --format alpaca of texts",
+        ),
+        (
+            {"format": "messages", "template": "{instruction}"},
+            "",
+            "--template is of rows of texts, and --format messages",
+        ),
+        (
+            {"format": "prompt-completion", "input_column": "c"},
+            "",
+            "takes prompts as they are: leave it out, or --input",
+        ),
+        ({"template_with_input": "{instruction}{input}"}, "", "--template-with-input goes with --template"),
+        (
+            {"template": "Q: {q}", "prompt_column": "q"},
+            "",
+            "--template 'Q: {q}' lacks {instruction} and has {q}. Write",
+        ),
+        ({"template": "{instruction}", "system_column": "s"}, "", "--template has no {system}, where the text of"),
+        ({"template": "{system}{instruction}"}, "instruction output", "there is no column 'system' or 'system_prompt'"),
+        ({"system_column": "s"}, "instruction output s", "'wizardlm' has no place for it. Write one with --template"),
+        (
+            {"prompt_column": "q"},
+            "q a",
+            "--prompt-column q: which of the columns ['a', 'q'] goes with it cannot be told",
+        ),
+        ({"answer_column": "a"}, "q a", "Name it with --prompt-column."),
+        (
+            {"prompt_column": "q", "answer_column": "b"},
+            "q a",
+            "['b'] are not among the data set's columns ['a', 'q']. Name",
+        ),
+        ({"messages_column": "chat"}, "q a", "['chat'] are not among"),
+        ({"system_column": "rules"}, "messages", "['rules'] are not among"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told_as_options(options, columns, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is checked)
+        resolve_format(FormatOptions(**options), columns.split())
+    assert message in str(caught.value)
+    assert "=..." not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        ({}, "instruction context response"),
+        ({}, "instruction instances"),
+        ({}, "conversations system"),
+        ({"prompt_column": "q", "answer_column": "a"}, "q a"),
+        ({"template": "{system}\n{instruction}\nA:", "prompt_column": "q", "answer_column": "a"}, "q a system"),
+        ({"messages_column": "chat"}, "chat"),
+        ({"format": "prompt-completion", "prompt_column": "q", "answer_column": "a"}, "q a"),
+    ],
+)
+def test_what_is_recorded_of_a_format_is_the_format(options, columns):
+    format = resolve_format(FormatOptions(**options), columns.split())
+    assert format.name in format_record(format)
+    assert recorded_format(format_record(format)) == format
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_format_of_this_package_is_recorded_by_its_name(name):
+    assert format_record(FORMATS[name]) == name
+
+
+@pytest.mark.parametrize(
+    "record", ["{", "{}", '{"format": "mine"}', '{"format": "alpaca", "colour": 1}', '{"format": 1}']
+)
+def test_what_is_no_record_is_said(record):
+    with pytest.raises(ValueError, match="is no format's record"):
+        recorded_format(record)
 
 
 # ---- rows for TRL -----------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from ifd_trainer.data.formats import FORMATS, answer_of, detect_format
+from ifd_trainer.data.format_choice import resolve_format
+from ifd_trainer.data.formats import FORMATS, answer_of
 from ifd_trainer.data.readable_text import answers_of, text_columns
 from ifd_trainer.data.refused_answers import refused_rows
 from ifd_trainer.data.table_reader import TableReader
@@ -28,7 +29,7 @@ COLUMNS = {
 @pytest.mark.parametrize("without", range(len(COLUMNS)))
 def test_the_answer_is_the_one_of_the_format_that_is_scored(without):
     row = dict(list(COLUMNS.items())[without:]) | {"instruction": "Ask.", "output": "of output"}
-    assert answers_of(pd.DataFrame([row])) == [answer_of(row, detect_format(row))]
+    assert answers_of(pd.DataFrame([row])) == [answer_of(row, resolve_format(None, row))]
     assert answers_of(pd.DataFrame([row]))[0].startswith("of ")
 
 

@@ -312,6 +312,14 @@ def test_a_tokenizer_of_another_model_is_told(tokenizer):
             call(rows)
 
 
+def test_a_bos_that_the_model_does_not_have_is_told(tokenizer):
+    beyond = build_tokenizer()
+    beyond.add_special_tokens({"bos_token": "<begin>"})
+    scorer = IFDScorer(build_model(len(beyond) - 1), beyond)  # the BOS stands before the direct answer alone
+    with pytest.raises(ValueError, match=rf"gives token {len(beyond) - 1}, and the model has {len(beyond) - 1} tokens"):
+        scorer({"prompt": ["Name a cat."], "completion": [" It sat."]})
+
+
 def test_weights_are_read_once_for_a_cache_and_its_workers(on_disk, model, tokenizer, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

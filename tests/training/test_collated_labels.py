@@ -150,7 +150,8 @@ def test_masks_say_which_tokens_are_the_answer(tmp_path, masks, collator):
 def test_masks_that_do_not_apply_mask_nothing(tmp_path, masks, completion_only):
     trainer = masked_trainer(tmp_path, masked_rows(tmp_path, *masks), completion_only_loss=completion_only)
     pool = select(trainer, keep=4).pool
-    for row, (ids, labels) in zip(trainer.train_dataset, pool.tokens(), strict=True):
+    found = zip(pool.tokens(), pool.trained_labels(np.arange(len(pool))), strict=True)
+    for row, ((ids, _), labels) in zip(trainer.train_dataset, found, strict=True):
         assert ids == row["input_ids"]
         assert labels == [token if bit else -100 for token, bit in zip(ids, row["assistant_masks"], strict=True)]
 

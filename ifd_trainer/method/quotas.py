@@ -1,0 +1,121 @@
+"""How many rows of each value of a column are kept, such as each source of a mixture: quotas and floors.
+
+A quota is exact: the best rows of the value, so many of them. A floor is the least: the best rows of the value, so many
+of them, come before the best of all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+
+Amount = float | int  # a fraction of a value's rows, or a number of them
+REST = None  # the key of all values that are not named
+
+
+class ValueCounts(NamedTuple):
+    """What became of the rows with one value.
+
+    Attributes:
+        value: the value as a text.
+        pool: rows with it.
+        least: so many were asked for, 0 for none.
+        exact: whether that is all that may be kept.
+        eligible: rows that might be kept.
+        kept: rows that are.
+    """
+
+    value: str
+    pool: int
+    least: int
+    exact: bool
+    eligible: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """Quotas and floors of the values of a column.
+
+    Args:
+        column: its name.
+        quotas, floors: by value; `REST` (None) for all values that are not named. A value with a quota has no floor.
+
+    >>> quotas = Quotas("source", quotas={"web": 1}, floors={REST: 0.5})
+    >>> quotas.budgets(["books", "web"], [4, 9])
+    (array([2, 1]), array([False,  True]))
+    """
+
+    column: str
+    quotas: Mapping[str | None, Amount] = field(default_factory=dict)
+    floors: Mapping[str | None, Amount] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, amount in [*self.quotas.items(), *self.floors.items()]:
+            whole = isinstance(amount, int) and amount >= 0
+            if not whole and not (isinstance(amount, float) and 0 <= amount <= 1):
+                of = "" if name is None else f" of {name!r}"
+                raise UserError(f"A quota or floor{of} is a number of rows or a fraction up to 1.0, got {amount!r}.")
+
+    def check_values(self, values: Sequence[str]) -> None:
+        """Raise UserError for a value that the column does not hold."""
+        unknown = [name for name in (*self.quotas, *self.floors) if name is not REST and name not in values]
+        if unknown:
+            shown = ", ".join(sorted(values)[:20]) + (", ..." if len(values) > 20 else "")
+            raise UserError(f"The column {self.column!r} has no value {unknown[0]!r}; it has {shown}.")
+
+    def budgets(self, values: Sequence[str], rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The least number of rows of each of k values, (k,), and whether it is all that may be kept, (k,) bool.
+
+        Args:
+            values: the k values.
+            rows: how many rows of the pool have each of them.
+        """
+        amounts, exact = [], []
+        for value in values:
+            quota = self.quotas.get(value)
+            if quota is None and value not in self.floors:
+                quota = self.quotas.get(REST)
+            exact.append(quota is not None)
+            amounts.append(quota if quota is not None else self.floors.get(value, self.floors.get(REST, 0)))
+        least = [
+            amount if isinstance(amount, int) else round(amount * n) for amount, n in zip(amounts, rows, strict=True)
+        ]
+        return np.array(least, dtype=np.int64), np.array(exact, dtype=bool)
+
+
+def within_quotas(groups: np.ndarray, least: np.ndarray, exact: np.ndarray, budget: int | None) -> np.ndarray:
+    """Which of n eligible rows are kept, (n,) bool.
+
+    Args:
+        groups: (n,) the number of each row's value, the best row first.
+        least, exact: see `Quotas.budgets`.
+        budget: how many rows are kept in all, of which the best rows of values without a quota fill what is left; None
+            for the quotas and floors alone.
+
+    Raises:
+        UserError: for a budget that quotas and floors exceed.
+
+    >>> within_quotas(np.array([0, 0, 1, 0, 1]), np.array([0, 1]), np.array([False, False]), budget=2).tolist()
+    [True, False, True, False, False]
+    """
+    first = np.argsort(groups, kind="stable")
+    ordered = groups[first]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.zeros(0, np.int64)
+    within = np.empty(len(groups), dtype=np.int64)  # each row's place among those of its value
+    within[first] = np.arange(len(groups)) - np.repeat(starts, np.diff(np.r_[starts, len(groups)]))
+    kept = within < least[groups]
+    if budget is None:
+        return kept
+    if kept.sum() > budget:
+        raise UserError(
+            f"Quotas and floors ask for {kept.sum()} rows, and --keep for {budget} in all: raise --keep, or lower them."
+        )
+    rest = np.flatnonzero(~kept & ~exact[groups])[: budget - kept.sum()]
+    kept[rest] = True
+    return kept

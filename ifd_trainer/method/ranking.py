@@ -1,0 +1,64 @@
+"""What rows are ranked by: a column, or the weighted ranks of several.
+
+Scores of several columns have no common unit, so that their ranks are added: r = sum_c w_c rank_c / sum_c |w_c|, where
+rank_c is the share of the rows that have no higher value in c, in (0, 1], equal values at the mean of their ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ..errors import UserError
+from .choices import RANKED_BY
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The columns that rows are ranked by, highest first, each with its weight; a negative one ranks lowest first.
+
+    >>> Ranking({"ifd": 0.7, "reward": 0.3}).label
+    '0.7 ifd + 0.3 reward'
+    """
+
+    weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        for name, weight in self.weights.items():
+            if not np.isfinite(weight) or weight == 0:
+                raise UserError(f"The weight of {name!r} has to be a number other than 0, got {weight:g}.")
+
+    @property
+    def plain(self) -> str | None:
+        """The column, if it is one, and as it is."""
+        return next(iter(self.weights)) if list(self.weights.values()) == [1.0] else None
+
+    @property
+    def label(self) -> str:
+        """What is ranked by, for a reader."""
+        return self.plain or " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
+
+    @property
+    def ifd(self) -> str | None:
+        """The first of the columns that is an IFD."""
+        return next((name for name in self.weights if name in RANKED_BY), None)
+
+    def values(self, columns: Mapping[str, np.ndarray], among: np.ndarray) -> np.ndarray:
+        """(n,) what rows are ranked by, NaN where a column has no number.
+
+        Args:
+            columns: (n,) float64 each, by name.
+            among: (n,) bool, the rows to rank when there are several columns.
+        """
+        if self.plain is not None:
+            return columns[self.plain]
+        whole = among & np.logical_and.reduce([np.isfinite(columns[name]) for name in self.weights])
+        total, most = np.full(len(among), np.nan), sum(map(abs, self.weights.values()))
+        total[whole] = sum(
+            weight / most * pd.Series(columns[name][whole]).rank(pct=True).to_numpy()
+            for name, weight in self.weights.items()
+        )
+        return total

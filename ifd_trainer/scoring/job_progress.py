@@ -1,0 +1,152 @@
+"""How far a scoring job is, and how long it will take: counted in tokens, of which all take about as long.
+
+Rows do not: a part of long ones takes several times as long as one of short ones, and what is left, told from rows,
+jumps with each part. Of parts that were begun the tokens are known; of the others they are estimated from the bytes of
+their texts, as a + b * bytes for a row, by least squares over the rows of the parts that were begun.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from ..data.encoding import EncodedPair, token_count
+from ..data.text_bytes import text_bytes
+
+_LAYOUT = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}, {rate_fmt}]"
+
+
+class JobProgress:
+    """A bar of the tokens of a job, with what it says before the first batch and after it.
+
+    Args:
+        rows: of the whole job.
+        sizes: the numbers of rows of its parts.
+        done: the parts that were scored before.
+        columns: those with the texts; None for all.
+        processes: how many share the job.
+        shown: whether this process shows it.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        sizes: Sequence[int],
+        done: Collection[int],
+        columns: Sequence[str] | None = None,
+        processes: int = 1,
+        shown: bool = True,
+    ) -> None:
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._rows, self._shown, self._processes = rows, shown, processes
+        self._columns, self._bytes = columns, np.zeros(len(sizes))
+        if shown:
+            starts = np.cumsum(self._sizes) - self._sizes
+            self._bytes = np.add.reduceat(text_bytes(rows, columns).astype(np.float64), starts)
+        self._open = np.ones(len(sizes), dtype=bool)  # parts neither done before nor begun by this process
+        self._open[list(done)] = False
+        self._before = int(self._sizes[~self._open].sum())  # rows
+        self._seen = np.zeros((0, 2))  # bytes and tokens of the rows of parts that were begun
+        self._own_rows = self._own_tokens = self._read = (
+            0  # of parts that were begun; the tokens of these that are done
+        )
+        self._others = 0  # rows that other processes have done
+        self._bar, self._said = None, False
+
+    def __enter__(self) -> JobProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self, part: int, pairs: list[EncodedPair]) -> Callable[[int], Any]:
+        """A part is begun; what takes the number of tokens done after each of its batches."""
+        if not self._shown:
+            return lambda tokens: None
+        tokens, rows_before, read_before = token_count(pairs), self._own_rows, self._own_tokens
+        start = int(self._sizes[:part].sum())
+        sizes = text_bytes(self._rows.select(range(start, start + len(pairs))), self._columns)
+        self._seen = np.concatenate([self._seen, np.stack([sizes, [token_count([pair]) for pair in pairs]], axis=1)])
+        self._own_rows, self._own_tokens = self._own_rows + len(pairs), self._own_tokens + tokens
+        self._open[part] = False
+        if self._bar is None:
+            self._start()
+        since = time.monotonic()
+
+        def progress(batch: int) -> None:
+            self._read += batch
+            if not self._said:
+                self._said = True
+                self._say_rate(batch / max(time.monotonic() - since, 1e-9))
+            share = (self._read - read_before) / max(tokens, 1)
+            self._show(self._before + rows_before + self._others + share * len(pairs))
+
+        return progress
+
+    def update(self, done: int) -> None:
+        """So many rows are done by now, by all processes."""
+        if self._bar is not None:
+            self._read = self._own_tokens
+            self._others = max(done - self._before - self._own_rows, 0)
+            self._show(done)
+
+    def _estimate(self, rows: float, size: float) -> float:
+        """Tokens of rows with texts of so many bytes in all."""
+        sizes, tokens = self._seen.T
+        varies = len(sizes) > 1 and sizes.std() > 0
+        slope = float(np.polyfit(sizes, tokens, 1)[0]) if varies else 0.0
+        each = float(tokens.mean() - slope * sizes.mean())
+        if slope <= 0:
+            return rows * float(tokens.mean())
+        return rows * each + size * slope if each >= 0 else size * float(tokens.sum() / sizes.sum())
+
+    def _left(self) -> float:
+        """Tokens that are still to be read, by all processes."""
+        rows = self._sizes[self._open].sum()
+        others = min(self._others / rows, 1) if rows else 0
+        return self._estimate(rows, self._bytes[self._open].sum()) * (1 - others) + self._own_tokens - self._read
+
+    def _start(self) -> None:
+        count = int(self._sizes.sum())
+        old = f", of which {self._before:,} are scored already" if self._before else ""
+        self._say(f"Scoring {count:,} rows{old}: about {self._left():,.0f} tokens.")
+        # The mean rate since the start (no smoothing), and each batch is shown, since they differ.
+        self._bar = tqdm(
+            total=self._left(), desc="Scoring", unit="tok", unit_scale=True, smoothing=0, miniters=1, bar_format=_LAYOUT
+        )
+
+    def _show(self, rows: float) -> None:
+        open_rows = self._sizes[self._open].sum()
+        others = self._estimate(open_rows, self._bytes[self._open].sum()) * min(self._others / max(open_rows, 1), 1)
+        done = self._read + others
+        self._bar.total = max(done + self._left(), 1)
+        self._bar.desc = f"Scoring {rows:,.0f}/{self._sizes.sum():,} rows"
+        self._bar.update(done - self._bar.n)
+
+    def _say_rate(self, rate: float) -> None:
+        each = f" on each of {self._processes} processes" if self._processes > 1 else ""
+        expected = duration(self._left() / (rate * self._processes))
+        self._say(f"The first batch ran at {rate:,.0f} tokens/s{each}: the rest takes about {expected}.")
+
+    def _say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it.
+
+    >>> duration(40), duration(500), duration(110_000)
+    ('40 s', '8 min', '31 h')
+    """
+    for unit, size, until in (("s", 1, 90), ("min", 60, 90 * 60)):
+        if seconds < until:
+            return f"{seconds / size:.0f} {unit}"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
