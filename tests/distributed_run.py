@@ -25,6 +25,7 @@ from conftest import build_model
 from packaging.version import Version
 from tiny_runs import (
     DEVICE,
+    FIVE,
     INF,
     TOKENIZER,
     raw_rows,
@@ -80,7 +81,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 # Cases that run with sharded weights too; in the last one the processes have unequal numbers of batches.
 SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated", "guarded")
-FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+FSDP = {
+    "fsdp": True if FIVE else "full_shard auto_wrap",
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
 ZERO3 = {
     "deepspeed": {
         # Every weight is split, however small.
@@ -270,6 +274,7 @@ def fsdp(folder: Path) -> None:
     """The sharded cases under FSDP."""
     if DEVICE == "cpu":
         fsdp_on_cpu()
+    os.environ["FSDP_VERSION"] = "2"  # of transformers 4.57, which leaves it to `accelerate launch`
     main(folder, [*SHARDED, "bf16", "cherry"], FSDP)
 
 
