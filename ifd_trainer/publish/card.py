@@ -8,6 +8,7 @@ engine does for Markdown.
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -108,7 +109,7 @@ def write_card(
         "score": _code(score),
         "scored": f"{len(frame):,}",
         "kept": f"{chosen.kept_rows:,}",
-        "quantiles": _quantiles(frame, score, chosen.policy.max_ifd),
+        "quantiles": _quantiles(frame, score, chosen.limit if chosen.limited == chosen.ranking.label else math.inf),
         "columns": {name: meaning for name, meaning in COLUMN_MEANINGS.items() if name in columns},
         "limits": _limits(frame, score) if chosen.ranking.ifd else _OTHER_SCORE,
         "program": f"ifd_trainer {__version__}",
