@@ -630,7 +630,10 @@ def _ranking(options: argparse.Namespace) -> Ranking | None:
         if name in weights:
             raise UserError(f"--score names {name!r} twice.")
         weights[name] = weight
-    return Ranking(weights) if weights else None
+    try:
+        return Ranking(weights) if weights else None
+    except UserError as error:
+        raise UserError(f"--score: {error}") from error
 
 
 def _quotas(options: argparse.Namespace) -> Quotas | None:

@@ -691,6 +691,13 @@ def test_a_wrong_path_is_told_before_anything_slow_is_imported(place: Path) -> N
 WRONG = {
     "--output": ["", "file"],
     "--format": ["", "missing", "nan"],
+    "--prompt-column": ["", "missing"],
+    "--input-column": [""],
+    "--answer-column": ["", "missing"],
+    "--system-column": ["", "missing", "input"],
+    "--messages-column": ["", "missing"],
+    "--template": ["", "text", "{output}"],
+    "--template-with-input": ["", "{instruction}{input}"],
     "--definition": ["", "missing"],
     "--limit": ["-1", "0", "nan", "1.5", "text", ""],
     "--device": ["", "gpu", "0", "cuda:99"],
@@ -706,7 +713,10 @@ WRONG_OF_SELECT = {
     "--split": ["", "test"],
     "--keep": ["", "-1", "0", "nan", "text", "1.5", "100"],
     "--max-ifd": ["", "-1", "0", "nan", "text"],
-    "--score": ["", "cas"],
+    "--score": ["", "missing", "output", "ifd:0"],
+    "--per": ["", "missing"],
+    "--quota": ["", "1", "text"],
+    "--floor": ["", "1"],
     "--id-column": ["", "missing"],
     "--push-to-hub": ["", "name", "a/b/c", "a b/c"],
     "--private": [None],
@@ -715,6 +725,12 @@ WRONG_OF_SELECT = {
 WRONG_OF_REPORT = {"--output": ["", "file"], "--label": ["", "missing"], "--rows": ["", "0", "-1", "1.5", "nan"]}
 WRONG_OF_TRAIN = {
     "--format": ["missing"],
+    "--answer_column": ["missing"],
+    "--system_column": ["input"],
+    "--messages_column": ["missing"],
+    "--template": ["text"],
+    "--datasets": ["missing/rows.jsonl"],
+    "--dataset_streaming": ["true"],
     "--keep": ["", "-1", "0", "nan", "text", "1.5", "100"],
     "--every": ["", "0", "-1", "1.5", "nan", "text"],
     "--warmup_epochs": ["-1", "1.5", "text"],
@@ -783,7 +799,7 @@ def test_a_wrong_value_of_every_option_is_told_in_one_line(
 ) -> None:
     line = told(place, monkeypatch, capsys, *command)
     option = next(word for word in reversed(command) if word.startswith("--"))
-    named = {option, option.removeprefix("--"), option.removeprefix("--").replace("-", "_")}
+    named = {option, option.removeprefix("--"), option.removeprefix("--").replace("-", "_"), option.replace("_", "-")}
     said = {
         "--output": "rite to",  # Cannot write to, Write to
         "--scorer": "odel",

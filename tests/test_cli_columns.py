@@ -139,7 +139,7 @@ def test_parts_of_another_template_are_not_taken_over(tmp_path, model_path, monk
         ([], "Name the columns with --prompt-column and --answer-column, or with --messages-column."),
         (["--prompt-column", "q"], "Name it with --answer-column."),
         (["--template", "Q: {q}", "--prompt-column", "q"], "--template 'Q: {q}' lacks {instruction} and has {q}."),
-        (["--format", "alpaca"], "Name those that are there (--prompt-column, --answer-column, ...)"),
+        (["--format", "alpaca"], "Name the columns (--prompt-column, --answer-column, ...), or choose"),
     ],
 )
 def test_advice_of_the_command_line_is_of_its_options(tmp_path, model_path, options, words, capsys):

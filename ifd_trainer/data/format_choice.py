@@ -46,6 +46,7 @@ _LIKE_INPUT = (
     *("background", "evidence"),
 )
 _TEXT_COLUMNS = ("prompt_column", "input_column", "answer_column")
+_COLUMNS = (*_TEXT_COLUMNS, "system_column", "messages_column")
 _TEMPLATES = ("template", "template_with_input", "response_header")
 _MESSAGE_TABLE = {"message_id", "parent_id", "role", "text"}  # OpenAssistant's, of messages and of trees of them
 _MESSAGE_TREES = {"message_tree_id", "prompt"}
@@ -153,11 +154,11 @@ def resolve_format(
     if format is None or isinstance(format, (str, FormatOptions)):
         options = format if isinstance(format, FormatOptions) else FormatOptions(format)
         found = _Choice(options, columns, bare, options is format).format()
-        _check_there(found, columns, options is format)
+        _check_there(found, columns, options if options is format else None)
         if warn:
             _warn_of_unread(found, columns, options is format)
         return found
-    _check_there(format, columns, False)
+    _check_there(format, columns)
     return format
 
 
@@ -302,15 +303,18 @@ def last_line(*templates: str) -> str:
     return tail[len(tail.rstrip()[: tail.rstrip().rfind("\n") + 1]) :].lstrip()
 
 
-def _check_there(format: PromptFormat, columns: Collection[str], command_line: bool) -> None:
+def _check_there(format: PromptFormat, columns: Collection[str], options: FormatOptions | None = None) -> None:
     missing = [column for column in format.columns if column not in columns]
-    if missing:
-        ways = "name those that are there (--prompt-column, --answer-column, ...)" if command_line else "rename columns"
-        raise UserError(
-            f"Format {format.name!r} reads the columns {list(format.columns)}, but {missing} are not among the data "
-            f"set's columns {sorted(columns)}. {ways[0].upper()}{ways[1:]}, or choose another format of "
-            f"{sorted(FORMATS)}."
-        )
+    if not missing:
+        return
+    named = [_option(name) for name in _COLUMNS if getattr(options, name, None) == missing[0]]
+    if named:
+        raise UserError(f"{named[0]} {missing[0]}: there is no such column; the columns are {sorted(columns)}.")
+    rename = "Rename columns" if options is None else "Name the columns (--prompt-column, --answer-column, ...)"
+    raise UserError(
+        f"Format {format.name!r} reads the columns {list(format.columns)}, but {missing} are not among the data set's "
+        f"columns {sorted(columns)}. {rename}, or choose another format of {sorted(FORMATS)}."
+    )
 
 
 def columns_read(format: PromptFormat, columns: Iterable[str]) -> list[str]:

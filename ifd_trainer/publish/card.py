@@ -104,7 +104,7 @@ def write_card(
         "statuses": ", ".join(
             f"{count:,} {_code(str(status), cell=False)}" for status, count in rows["ifd_status"].value_counts().items()
         ),
-        "caption": f"Histogram of {score} over the pool, kept rows apart",
+        "caption": f"Histogram of {_plain(score)} over the pool, kept rows apart",
         "image": quote(os.fsencode(image.name)),
         "score": _code(score),
         "scored": f"{len(frame):,}",

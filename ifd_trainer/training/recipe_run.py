@@ -117,7 +117,7 @@ def _rows(recipe: Recipe) -> tuple[str, Dataset, Dataset | None]:
         if script.dataset_name:
             logger.warning("datasets is given, and dataset_name (%s) is not read.", script.dataset_name)
         source = ", ".join(each.path for each in mixture.datasets)
-        with translated(f"The data sets {source} cannot be read as one"):
+        with translated(f"datasets: {source} cannot be read as one data set"):
             rows = get_dataset(replace(_of_files(recipe), test_split_size=None))["train"]
             if mixture.test_split_size is not None:  # by a seed: a run that goes on has to have the same rows
                 parts = rows.train_test_split(mixture.test_split_size, seed=recipe.sft.seed)

@@ -552,10 +552,10 @@ def test_other_columns_are_none_of_the_warnings_business(columns, caplog):
         (
             {"prompt_column": "q", "answer_column": "b"},
             "q a",
-            "['b'] are not among the data set's columns ['a', 'q']. Name",
+            "--answer-column b: there is no such column; the columns are ['a', 'q'].",
         ),
-        ({"messages_column": "chat"}, "q a", "['chat'] are not among"),
-        ({"system_column": "rules"}, "messages", "['rules'] are not among"),
+        ({"messages_column": "chat"}, "q a", "--messages-column chat: there is no such column"),
+        ({"system_column": "rules"}, "messages", "--system-column rules: there is no such column"),
     ],
 )
 def test_options_that_do_not_go_together_are_told_as_options(options, columns, message):

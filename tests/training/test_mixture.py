@@ -125,7 +125,10 @@ def test_the_test_split_of_a_folder_is_held_out(tmp_path, model, given):
             {"datasets": [{"path": "rows.jsonl", "fraction": 0.5}, {"path": "rows.jsonl"}]},
             "`fraction` must be set for either all",
         ),
-        ({"datasets": [{"path": "json", "data_files": "none.jsonl"}]}, "The data sets json cannot be read as one: "),
+        (
+            {"datasets": [{"path": "json", "data_files": "none.jsonl"}]},
+            "datasets: json cannot be read as one data set: ",
+        ),
         (
             {"dataset_name": "rows.jsonl", "eval_strategy": "epoch"},
             "there are no held-out rows: name some with eval_dataset",
