@@ -17,7 +17,7 @@ epoch. `attach` gives a trainer small overrides with which each epoch may train 
 - `push_to_hub` and `_push_from_checkpoint` leave the training texts at home.
 
 What trainer and callback share is one object, a `SelectionRun`; what is refused is in `trainer_checks`, and whether the
-installed transformers has these hooks is found out in `trainer_version`.
+installed transformers has these hooks is found out in `trainer_version`. `one_loop` has those of transformers 4.57.
 """
 
 from __future__ import annotations
@@ -439,13 +439,13 @@ def _announce_lm_head(model: nn.Module) -> None:
 
 
 def _pool_of(trainer: Trainer) -> Pool:
-    # The first process writes what is made of the rows to the cache of `datasets`, the others read it there.
-    with trainer.args.main_process_first(desc="reading the training set"):
-        tokens = trained_tokens(trainer)
-        if getattr(trainer.args, "packing", False):
+    tokens = trained_tokens(trainer)
+    if getattr(trainer.args, "packing", False):
+        # The first process writes the unpacked examples to the cache of `datasets`, the others read them there.
+        with trainer.args.main_process_first(desc="unpacking the training set"):
             pool = PackedPool(trainer.train_dataset, trainer.args.max_length, tokens)
-        else:
-            pool = Pool(trainer.train_dataset, tokens)
+    else:
+        pool = Pool(trainer.train_dataset, tokens)
     check_collated(trainer, pool)
     return pool
 
