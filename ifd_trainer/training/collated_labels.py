@@ -48,7 +48,8 @@ def trained_tokens(trainer: Trainer) -> Any:
     at_end = getattr(collator, "truncation_mode", None) == "keep_end"
     stored = dataset.select_columns(["input_ids", *kept, *masks]).with_format("arrow")
     collate = partial(label, masks=masks, max_length=cut, keep_end=at_end)
-    return stored.map(collate, batched=True, remove_columns=masks, desc="Labelling train dataset").with_format(None)
+    with trainer.args.main_process_first(desc="labelling the training set"):  # the others read it in the cache
+        return stored.map(collate, batched=True, remove_columns=masks, desc="Labelling train dataset").with_format(None)
 
 
 def label(table: pa.Table, masks: list[str], max_length: int | None = None, keep_end: bool = False) -> pa.Table:
@@ -111,8 +112,8 @@ def check_collated(trainer: Trainer, pool: Any) -> None:
 
 
 def _reads_no_chats(dataset: Any) -> bool:
-    names = dataset.column_names
-    masked = {"prompt", "completion_mask"} <= set(names) and Version(version("trl")) < Version(_CHATS)
+    names = set(getattr(dataset, "column_names", None) or [])
+    masked = {"prompt", "completion_mask"} <= names and Version(version("trl")) < Version(_CHATS)
     return masked and not ONE_LOOP and not isinstance(dataset[0]["prompt"], str)
 
 

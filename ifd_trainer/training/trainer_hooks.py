@@ -18,7 +18,7 @@ epoch. `attach` gives a trainer small overrides with which each epoch may train 
 - `push_to_hub` and `_push_from_checkpoint` leave the training texts at home.
 
 What trainer and callback share is one object, a `SelectionRun`; what is refused is in `trainer_checks`, and whether the
-installed transformers has these hooks is found out in `trainer_version`.
+installed transformers has these hooks is found out in `trainer_version`. `one_loop` has those of transformers 4.57.
 """
 
 from __future__ import annotations
@@ -485,19 +485,16 @@ def _announce_lm_head(model: nn.Module) -> None:
 
 
 def _pool_of(trainer: Trainer) -> Pool:
-    tokenizer, args = tokenizer_of(trainer), trainer.args
-    template = getattr(trainer, "chat_template", None)
+    tokenizer, args, dataset = tokenizer_of(trainer), trainer.args, trainer.train_dataset
+    template, tokens = getattr(trainer, "chat_template", None), trained_tokens(trainer)
     answers = partial(answer_finder, tokenizer, template=template, header=trainer._header)
-    # The first process writes what is made of the rows to the cache of `datasets`, the others read it there.
-    with args.main_process_first(desc="reading the training set"):
-        tokens = trained_tokens(trainer)
-        if getattr(args, "packing", False):
-            pool = PackedPool(trainer.train_dataset, args.max_length, answers, tokens)
-        else:
-            token = tokenizer.pad_token_id
-            cut_at_start = getattr(args, "truncation_mode", None) == "keep_end"
-            padding = Padding(token, token == tokenizer.bos_token_id, cut_at_start)
-            pool = Pool(trainer.train_dataset, answers, padding, tokens)
+    if getattr(args, "packing", False):
+        # The first process writes the unpacked examples to the cache of `datasets`, the others read them there.
+        with args.main_process_first(desc="unpacking the training set"):
+            pool = PackedPool(dataset, args.max_length, answers, tokens)
+    else:
+        token, cut_at_start = tokenizer.pad_token_id, getattr(args, "truncation_mode", None) == "keep_end"
+        pool = Pool(dataset, answers, Padding(token, token == tokenizer.bos_token_id, cut_at_start), tokens)
     check_collated(trainer, pool)
     return pool
 
