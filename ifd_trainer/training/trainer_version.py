@@ -1,7 +1,8 @@
 """The hooks of a Trainer that selection stands on, asked of the transformers that is installed.
 
-They are the same in transformers 5.5 to 5.24, and partly others in 4.57. A later release is tried: where a hook is missing, takes something else
-or gives something else, attaching a callback is an error; where all are as they were, a warning.
+They are the same in transformers 5.5 to 5.24, and partly others in 4.57. A later release is tried: where a hook is
+missing, takes something else or gives something else, attaching a callback is an error; where all are as they were, a
+warning.
 """
 
 from __future__ import annotations
