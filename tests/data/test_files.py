@@ -676,10 +676,10 @@ def test_errors_in_a_compressed_file_name_it_and_the_line(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(text))
         with pytest.raises(ValueError, match=re.escape(words)):
             load_rows(str(tmp_path / name))
-    (tmp_path / "e.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    (tmp_path / "e.parquet.gz").write_bytes(gzip.compress(b"PAR1", mtime=0))
     with pytest.raises(ValueError, match=r"e\.parquet\.gz cannot be read in passing\. Decompress it"):
         load_rows(str(tmp_path / "e.parquet.gz"))
-    (tmp_path / "f.txt.gz").write_bytes(gzip.compress(b"x"))
+    (tmp_path / "f.txt.gz").write_bytes(gzip.compress(b"x", mtime=0))
     with pytest.raises(
         ValueError, match=r"format of .*f\.txt\.gz .*\.csv, \.parquet \(all but \.parquet also with \.gz"
     ):
@@ -696,7 +696,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", gzip.compress(b'{"a": 1}\n'), "is compressed: give it the ending .gz."),
+        ("a.jsonl", gzip.compress(b'{"a": 1}\n', mtime=0), "is compressed: give it the ending .gz."),
         ("a.csv", bz2.compress(b"a\n1\n"), "is compressed: give it the ending .bz2."),
         ("a.json", lzma.compress(b"[1]"), "is compressed: give it the ending .xz."),
         ("a.jsonl", pa.compress(b'{"a": 1}\n', "zstd", asbytes=True), "is compressed: give it the ending .zst."),
