@@ -35,7 +35,7 @@ class TurnTexts:
         openers: texts that begin another turn; there need not be any.
 
     >>> TurnTexts(("### Response:",), ("### Instruction:",)).answer(b"### Instruction: Add 1 and 2. ### Response: 3")
-    (42, 44)
+    (43, 45)
     """
 
     headers: tuple[str, ...]
