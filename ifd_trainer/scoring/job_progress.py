@@ -129,7 +129,7 @@ class JobProgress:
         self._bar.update(done - self._bar.n)
 
     def _time_batch(self, tokens: int) -> None:
-        """Take times from the end of the first batch on, in which a model is made ready, and say what the second took."""
+        """Take times from the end of the first batch on, in which a model is made ready; say what the second took."""
         self._batches, now = self._batches + 1, time.monotonic()
         if self._batches == 1:
             self._since, self._bar.initial = now, self._read
