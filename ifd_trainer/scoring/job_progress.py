@@ -23,7 +23,7 @@ _LAYOUT = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}, {rate_fmt}]
 
 
 class JobProgress:
-    """A bar of the tokens of a job, with what it says before the first batch and after it.
+    """A bar of the tokens of a job, with what it says before the first batch and after the second.
 
     Args:
         rows: of the whole job.
@@ -57,7 +57,8 @@ class JobProgress:
             0  # of parts that were begun; the tokens of these that are done
         )
         self._others = 0  # rows that other processes have done
-        self._bar, self._said = None, False
+        self._bar: tqdm | None = None
+        self._batches, self._since = 0, 0.0
 
     def __enter__(self) -> JobProgress:
         return self
@@ -78,13 +79,10 @@ class JobProgress:
         self._open[part] = False
         if self._bar is None:
             self._start()
-        since = time.monotonic()
 
         def progress(batch: int) -> None:
             self._read += batch
-            if not self._said:
-                self._said = True
-                self._say_rate(batch / max(time.monotonic() - since, 1e-9))
+            self._time_batch(batch)
             share = (self._read - read_before) / max(tokens, 1)
             self._show(self._before + rows_before + self._others + share * len(pairs))
 
@@ -130,10 +128,18 @@ class JobProgress:
         self._bar.desc = f"Scoring {rows:,.0f}/{self._sizes.sum():,} rows"
         self._bar.update(done - self._bar.n)
 
-    def _say_rate(self, rate: float) -> None:
-        each = f" on each of {self._processes} processes" if self._processes > 1 else ""
-        expected = duration(self._left() / (rate * self._processes))
-        self._say(f"The first batch ran at {rate:,.0f} tokens/s{each}: the rest takes about {expected}.")
+    def _time_batch(self, tokens: int) -> None:
+        """Take times from the end of the first batch on, in which a model is made ready; say what the second took."""
+        self._batches, now = self._batches + 1, time.monotonic()
+        if self._batches == 1:
+            self._since, self._bar.initial = now, self._read
+            self._bar.reset()
+            self._bar.update(self._read)
+        elif self._batches == 2:
+            rate = tokens / max(now - self._since, 1e-9)
+            each = f" on each of {self._processes} processes" if self._processes > 1 else ""
+            expected = duration(self._left() / (rate * self._processes))
+            self._say(f"Scoring runs at {rate:,.0f} tokens/s{each}: what is left takes about {expected}.")
 
     def _say(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
