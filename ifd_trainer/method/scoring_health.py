@@ -34,7 +34,8 @@ def rank_correlation(x: np.ndarray | pd.Series, y: np.ndarray | pd.Series) -> fl
     # Not scipy's: over ten million rows it takes 3.5 s and 950 MiB, this 3.3 s and 600 MiB, without an import of 0.4 s.
     x, y = pd.Series(np.asarray(x, dtype=float)), pd.Series(np.asarray(y, dtype=float))
     known = x.notna() & y.notna()
-    rho = x[known].rank().corr(y[known].rank(), min_periods=3)
+    with np.errstate(invalid="ignore"):  # of equal values, in pandas 2
+        rho = x[known].rank().corr(y[known].rank(), min_periods=3)
     return None if np.isnan(rho) else float(rho)
 
 
