@@ -9,11 +9,13 @@ import pytest
 import yaml
 from conftest import build_model
 from datasets import Dataset
-from tiny_runs import TOKENIZER, raw_rows
+from tiny_runs import RECIPES, TOKENIZER, raw_rows
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_dataset
 
 from ifd_trainer import SelectionConfig
 from ifd_trainer.cli import main
+
+pytestmark = RECIPES
 
 
 @pytest.fixture(scope="module")
