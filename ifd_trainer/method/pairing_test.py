@@ -75,12 +75,12 @@ class PairingTest:
             rows: (m,) positions, in the order of their ids.
             pool: positions that anchors are drawn from, in the order of their ids.
             nearest: of near prompts, gives the positions (m, k) of the k rows with the prompts most like those of m
-                rows, nearest first, of those at some positions.
+                rows, nearest first, of those at some positions, which ascend.
         """
         tried, rng = 2 * self.anchors, np.random.default_rng(seed)
         if self.prompts == "near":
             among = rng.permutation(len(pool))[: max(len(rows), _AMONG)]
-            return nearest(rows, tried, pool[np.sort(among)])
+            return nearest(rows, tried, np.sort(pool[among]))
         tried = min(tried, len(pool))  # one that is tried twice would be no more evidence
         groups = [rng.choice(pool, tried, replace=False) for _ in range(0, len(rows), _SHARING)]
         return np.repeat(np.array(groups).reshape(-1, tried), _SHARING, axis=0)[: len(rows)]

@@ -189,7 +189,7 @@ def p_values(
     tested, pool = (np.flatnonzero(some)[np.argsort(ids[some], kind="stable")] for some in (tested & scored, scored))
     _check_scored_so(reader, tested[:_CHECKED], tokens)
     similar = SimilarPrompts(prompts()) if test.prompts == "near" and len(tested) else None
-    anchors = test.draw(tested, pool, seed, lambda of, k, among: similar.nearest(of, k, np.sort(among)))
+    anchors = test.draw(tested, pool, seed, similar.nearest if similar else None)
     found = np.full(len(rows), np.nan)
     for start in range(0, len(tested), CHUNK):
         part = slice(start, start + CHUNK)

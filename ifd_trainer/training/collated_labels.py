@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from packaging.version import Version
 from transformers import Trainer
 
 from ..data.encoding import IGNORE
 from ..errors import NotInstalledError, UserError
+from .row_tokens import flat
 from .trainer_version import ONE_LOOP, TRL
 
 _CHATS = "0.27"  # the first TRL that reads what transformers 5 makes of a chat
@@ -59,10 +59,10 @@ def label(table: pa.Table, masks: list[str], max_length: int | None = None, keep
     >>> label(rows, ["completion_mask"], max_length=2).to_pydict()
     {'input_ids': [[5, 6], [8]], 'labels': [[-100, 6], [8]]}
     """
-    sizes, ids = _flat(table["input_ids"])
+    ids, sizes = flat(table["input_ids"])
     labels = ids
     for name in (*(["labels"] if "labels" in table.column_names else []), *masks):
-        others, values = _flat(table[name])
+        values, others = flat(table[name])
         if not np.array_equal(sizes, others):
             row = np.flatnonzero(sizes != others)[0]
             raise UserError(
@@ -119,9 +119,3 @@ def _reads_no_chats(dataset: Any) -> bool:
 
 def _of_trl(collator: Any) -> bool:
     return type(collator).__module__.startswith("trl.") and hasattr(collator, "padding_free")
-
-
-def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes of the lists of a column, and their values one after the other."""
-    sizes, values = pc.list_value_length(column), pc.list_flatten(column)
-    return sizes.to_numpy().astype(np.int64), values.to_numpy().astype(np.int64)

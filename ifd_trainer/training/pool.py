@@ -74,8 +74,9 @@ class Pool:
     def tokens(self, positions: np.ndarray | None = None) -> Iterator[tuple[list[int], list[int]]]:
         """(input_ids, labels) of the examples at `positions`, of all by default; read a thousand at a time."""
         positions = np.arange(len(self)) if positions is None else positions
+        rows = self._rows
         for start in range(0, len(positions), 1000):
-            ids, labels, sizes = self._rows(positions[start : start + 1000])
+            ids, labels, sizes = rows(positions[start : start + 1000])
             yield from zip(lists_of(ids, sizes), lists_of(labels, sizes), strict=True)
 
     @property

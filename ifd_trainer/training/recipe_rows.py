@@ -30,12 +30,13 @@ from ..data.refused_answers import looks_like_refusal
 from ..data.row_ids import find_ids
 from ..errors import UserError
 from ..method.number_words import many
+from .row_tokens import TOKEN_COLUMNS
 
 logger = logging.getLogger(__name__)
 
 # Columns that TRL reads as its own work, whatever they hold: tokens, masks, texts of other forms.
-_TRLS = {"input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "position_ids", "seq_lengths"}
-_TRLS |= {"token_type_ids", "mm_token_type_ids", "text", "messages", "conversations", "tools", "chat_template_kwargs"}
+_TRLS = {*TOKEN_COLUMNS, "position_ids", "token_type_ids", "mm_token_type_ids"}
+_TRLS |= {"text", "messages", "conversations", "tools", "chat_template_kwargs"}
 
 
 def prepare(

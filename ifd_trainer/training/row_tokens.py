@@ -102,7 +102,7 @@ class RowTokens:
     def _columns(self, rows: slice | np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By column, all values, and the size of each row."""
         if self._plain:
-            return {name: _flat(column) for name, column in _arrow(self._stored[rows]).items()}
+            return {name: flat(column) for name, column in _arrow(self._stored[rows]).items()}
         if self._stored is not None:
             part = self._stored[rows]
             lists = {name: [np.asarray(row).tolist() for row in values] for name, values in part.items()}
@@ -111,7 +111,7 @@ class RowTokens:
             part = [self._dataset[position] for position in positions]
             names = [name for name in _READ if part and name in part[0]]
             lists = {name: [np.asarray(row[name]).tolist() for row in part] for name in names or _READ[:1]}
-        return {name: _flat(pa.array(values, pa.list_(pa.int64()))) for name, values in lists.items()}
+        return {name: flat(pa.array(values, pa.list_(pa.int64()))) for name, values in lists.items()}
 
     def _of_tokens(
         self, name: str, columns: dict[str, tuple[np.ndarray, np.ndarray]], sizes: np.ndarray, rows: slice | np.ndarray
@@ -153,7 +153,7 @@ def _arrow(table: Any) -> dict[str, Any]:
     return {name: table[name] for name in table.column_names}
 
 
-def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
+def flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
     """The values of a column of lists, and how many each row has."""
     values = pc.list_flatten(column)
     if pa.types.is_boolean(values.type):

@@ -224,7 +224,7 @@ class RunGuards:
         new = new[np.argsort(np.asarray(ids)[new], kind="stable")]
         scored = np.flatnonzero(np.isfinite(scores.cas))
         scored = scored[np.argsort(np.asarray(ids)[scored], kind="stable")]
-        anchors = rule.draw(new, scored, seed, lambda rows, k, among: self._nearest(rows, k, np.sort(among)))
+        anchors = rule.draw(new, scored, seed, self._nearest)
         losses = self.pool_scorer.paired_losses(new, anchors, rule.anchors, rule.tokens, prefix)
         self.p_values[new] = rule.p_values(*losses)
         passes = rule.passes(self.p_values[new])
