@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .report.page import write_report
     from .scoring.transform import IFDScorer
     from .training.callback import IFDSelectionCallback
+    from .training.later import SelectLater
     from .training.options import Scoring
     from .training.recipe_selection import SelectionConfig
 
@@ -48,6 +49,7 @@ _HOME = {
         "report.page": ("write_report",),
         "scoring.transform": ("IFDScorer",),
         "training.callback": ("IFDSelectionCallback",),
+        "training.later": ("SelectLater",),
         "training.options": ("Scoring",),
         "training.recipe_selection": ("SelectionConfig",),
     }.items()

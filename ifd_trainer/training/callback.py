@@ -47,7 +47,7 @@ from .held_out_loss import evaluates_later, losses_before, losses_of
 from .history import FOLDER, History, epoch_record, epoch_rows
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
-from .options import Scoring, check_options, groups_of, guard_of, needs_answers, of_whole_rows
+from .options import Scoring, check_options, check_order, groups_of, guard_of, needs_answers, of_whole_rows
 from .pool import Pool, TrainingRow
 from .pool_line import RowsBefore, pool_line
 from .pool_scorer import PoolScorer
@@ -148,12 +148,13 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         push_history: bool = False,
         **more: Any,
     ) -> None:
-        check_options(scorer, seed, order, sampling_strategy(getattr(trainer, "args", None)))
+        check_options(scorer, seed, order)
         self.policy, self.timing, self.scoring = groups_of(policy, timing, scoring, max_ifd, more)
         self.schedule = as_schedule(keep if schedule is None else schedule)
         self.restart = self.timing.restart
         self.guard = guard_of(guard, self.policy, self.timing, scorer, max_ifd is not None)
         attach(trainer, self.scoring.header, not needs_answers(self.policy, self.timing, guard, scorer))
+        check_order(order, sampling_strategy(trainer))
         if trainer.selection_pool.whole:
             self.guard = of_whole_rows(self.guard)
         self.run = SelectionRun()
@@ -505,7 +506,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             **vars(self.timing),
             "scorer": self.pool_scorer.name,
             "order": self.order,
-            "train_sampling_strategy": sampling_strategy(self.trainer.args),
+            "train_sampling_strategy": self.run.strategy,
             "seed": self.seed,
             "id_column": self.id_column,
             "min_answer_tokens": self.pool_scorer.encoder.min_answer_tokens,

@@ -109,6 +109,16 @@ def guard_of(
     return Guard(limit=limit, unfinished=measures, freeze=measures)
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raise a TypeError for a name that is neither short for a part of the policy nor a field of a group."""
+    known = ["score", "on_shortfall", "diverse", *_names(Timing), *_names(Scoring)]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, "keep", "max_ifd", "schedule", "scorer", "order", "seed"])
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"IFDSelectionCallback got an unexpected keyword argument {name!r}{hint}")
+
+
 def groups_of(
     policy: Policy | None,
     timing: Timing | None,
@@ -124,12 +134,7 @@ def groups_of(
     """
     limits = {name: fields[name] for name in ("score", "on_shortfall") if name in fields}
     share = fields.get("diverse")
-    known = ["score", "on_shortfall", "diverse", *_names(Timing), *_names(Scoring)]
-    for name in fields:
-        if name not in known:
-            close = difflib.get_close_matches(name, [*known, "keep", "max_ifd", "schedule", "scorer", "order", "seed"])
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"IFDSelectionCallback got an unexpected keyword argument {name!r}{hint}")
+    check_names(fields)
     if policy is None:
         max_ifd = 1.0 if max_ifd is None else max_ifd
         policy = Cherry(max_ifd, **limits) if share is None else Diverse(share, max_ifd, **limits)
@@ -161,15 +166,19 @@ def _twice(group: str, names: Iterable[str]) -> UserError:
     return UserError(f"{', '.join(names)} is a part of `{group}`, which was given too: say it there, or leave it out.")
 
 
-def check_options(scorer: Any, seed: Any, order: Any, strategy: str | None) -> None:
-    """Raise for options of a type that would be told by something far inside, or not at all."""
-    if order not in ORDERS:
-        raise UserError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
+def check_order(order: str, strategy: str) -> None:
+    """Raise where rows would be ordered by their scores and by their lengths."""
     if order != "shuffle" and strategy == "group_by_length":
         raise UserError(
             f"order={order!r} orders rows by score, train_sampling_strategy='group_by_length' by length. Set one "
             "of them: order='shuffle', or train_sampling_strategy='random'."
         )
+
+
+def check_options(scorer: Any, seed: Any, order: Any) -> None:
+    """Raise for options of a type that would be told by something far inside, or not at all."""
+    if order not in ORDERS:
+        raise UserError(f"order must be 'shuffle', 'descending' or 'ascending', got {order!r}.")
     model = isinstance(scorer, torch.nn.Module) and hasattr(scorer, "config")
     if not (scorer is None or isinstance(scorer, str) or model):
         raise UserError(f"scorer must be a model's name or path, a loaded model, 'columns' or None, got {scorer!r}.")

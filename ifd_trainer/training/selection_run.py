@@ -30,6 +30,7 @@ class SelectionRun:
         folder: where the run's output goes: `output_dir`, or in a hyperparameter search the trial's folder in it.
         plan: the steps of all epochs.
         order: the training rows of the epoch that runs, in the order in which they are trained on.
+        strategy: how the trainer orders rows by itself, see `trainer_checks.sampling_strategy`.
         sampler: the one whose rows the epoch that runs is trained on; of several, that of the loop's own loader.
         epoch: the epoch that runs.
         first_step: the number of updates before its first one.
@@ -44,6 +45,7 @@ class SelectionRun:
     folder: Path = Path()
     plan: TrainingPlan | None = None
     order: list[TrainingRow] = field(default_factory=list, repr=False)
+    strategy: str = "random"
     sampler: SelectionSampler | None = None
     epoch: int = 0
     first_step: int = 0

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import IterableDataset
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..errors import UserError
 from ..method.schedule import Timing
@@ -31,11 +34,23 @@ _TRAINED_ON = {
 }
 
 
-def check_kind(trainer: Trainer, ours: type) -> None:
-    """Raise for trainers that do not train on the answers of their rows, and for those with an order of their own.
+# Columns of what is no text, and their content.
+_NOT_TEXT = {
+    **dict.fromkeys(("image", "images", "pixel_values"), "images"),
+    **dict.fromkeys(("video", "videos"), "videos"),
+    **dict.fromkeys(("audio", "audios"), "sounds"),
+}
 
-    Args:
-        ours: the class whose overrides selection mixes in.
+# Samplers of torch and transformers, and what `train_sampling_strategy` calls their orders.
+_STRATEGIES = {
+    RandomSampler: "random",
+    SequentialSampler: "sequential",
+    LengthGroupedSampler: "group_by_length",
+}
+
+
+def check_kind(trainer: Trainer) -> None:
+    """Raise for trainers that do not train on the answers of their rows, and for those whose methods hide the hooks.
 
     Raises:
         UserError: with a sentence about that kind.
@@ -48,25 +63,29 @@ def check_kind(trainer: Trainer, ours: type) -> None:
                 "IFD scores the one answer that a row has. Use the callback with an SFTTrainer or a Trainer, or select "
                 "rows beforehand with `ifd-trainer score` and `ifd-trainer select`."
             )
-        if "_get_train_sampler" in vars(cls) and cls not in (ours, Trainer):
-            raise UserError(
-                f"{cls.__name__} has a _get_train_sampler of its own, whose order of rows the selection's would "
-                "replace. Remove it: `order` and `schedule` of the callback say in which order rows are trained on."
-            )
-    assigned = sorted({*HOOKS, "train"} & vars(trainer).keys())
+    assigned = sorted(HOOKS.keys() & vars(trainer).keys())
     if assigned:
         raise UserError(
             f"The trainer has {' and '.join(assigned)} assigned on the instance, which stands before what selection "
             "does there. Define it in a subclass, or leave it out."
         )
     check_causal_lm(trainer.model)
-    columns = getattr(trainer.train_dataset, "column_names", None) or []
-    images = sorted({"image", "images", "pixel_values"} & set(columns))
-    if images:
-        raise UserError(
-            f"The training set has images (column {images[0]!r}), which are not scored yet: answers would be scored "
-            "without what they are about. Train without the callback, or on rows of text alone."
-        )
+    for name in getattr(trainer.train_dataset, "column_names", None) or []:
+        if name in _NOT_TEXT and not _is_empty(trainer.train_dataset, name):
+            raise UserError(
+                f"The training set has {_NOT_TEXT[name]} (column {name!r}), which are not scored yet: answers would be "
+                "scored without what they are about. Train without the callback, or on rows of text alone."
+            )
+
+
+def _is_empty(dataset: Any, name: str) -> bool:
+    """Whether no row has anything in a column: frameworks write such columns for every set."""
+    for batch in dataset.select_columns([name]).with_format("arrow").iter(1000):
+        values = batch.column(name).drop_null()
+        listed = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+        if len(values) and not (listed and not pc.any(pc.greater(pc.list_value_length(values), 0)).as_py()):
+            return False
+    return True
 
 
 def check_supported(trainer: Trainer) -> None:
@@ -87,10 +106,6 @@ def check_supported(trainer: Trainer) -> None:
         )
     if getattr(args, "packing", False):
         _check_packing(args.packing_strategy, dataset, makes_labels(trainer.data_collator))
-    if sampling_strategy(args) == "batch_rebalance":
-        raise UserError(
-            "train_sampling_strategy='batch_rebalance' orders rows by itself. Use 'random' or 'group_by_length'."
-        )
     if args.accelerator_config.dispatch_batches:
         raise UserError(
             "dispatch_batches=True sends batches from one process, which fails on rows of unequal length. Set "
@@ -118,10 +133,37 @@ def check_supported(trainer: Trainer) -> None:
         raise UserError("FSDP through XLA is not supported. Set fsdp_config={'xla': False}, or use DDP.")
 
 
-def sampling_strategy(args: Any) -> str:
-    """`train_sampling_strategy`; in transformers 4.57 what `group_by_length` says of it."""
+def sampling_strategy(trainer: Trainer) -> str:
+    """How a trainer orders its rows without selection: "random", "sequential" or "group_by_length".
+
+    `train_sampling_strategy` of its arguments says so (`group_by_length` in transformers 4.57), unless its class has a
+    `_get_train_sampler` of its own: then what that returns.
+
+    Raises:
+        UserError: for any other order, which the selection's would replace.
+    """
+    args = trainer.args
     grouped = "group_by_length" if getattr(args, "group_by_length", False) else "random"
-    return getattr(args, "train_sampling_strategy", grouped)
+    strategy = getattr(args, "train_sampling_strategy", grouped)
+    owner = next(cls for cls in type(trainer).__mro__ if "_get_train_sampler" in vars(cls) and not _is_ours(cls))
+    if owner is not Trainer:
+        sampler = owner._get_train_sampler(trainer, trainer.train_dataset)
+        strategy = _STRATEGIES.get(type(sampler), "")
+        if not strategy or getattr(sampler, "replacement", False) or len(sampler) != len(trainer.train_dataset):
+            raise UserError(
+                f"{owner.__name__} has a _get_train_sampler of its own, which orders rows by a "
+                f"{type(sampler).__name__}; the selection's order would replace it. Let it return what the Trainer's "
+                "returns: `order` and `schedule` of the callback say in which order rows are trained on."
+            )
+    if strategy == "batch_rebalance":
+        raise UserError(
+            "train_sampling_strategy='batch_rebalance' orders rows by itself. Use 'random' or 'group_by_length'."
+        )
+    return strategy
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith(f"{__package__}.")
 
 
 def check_timing(trainer: Trainer, timing: Timing) -> None:

@@ -123,6 +123,11 @@ class SelectiveTrainer:
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as before; a checkpoint that was cut off while it was written is refused by name."""
+        self.check_before_training(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_before_training(self, resume_from_checkpoint: Any = None) -> None:
+        """Refuse a checkpoint that was cut off while it was written, and a callback that was never added."""
         selector = self._selector
         if selector is None and self._attached:
             raise UserError(
@@ -140,7 +145,6 @@ class SelectiveTrainer:
                 check_complete(Path(checkpoint))
         if selector is not None:
             selector.run.called, selector.run.order, self._held_logs = True, [], {}
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
     def selection_pool(self) -> Pool:
@@ -175,6 +179,7 @@ class SelectiveTrainer:
         if selector is None:
             return super()._get_train_sampler(train_dataset)
         check_supported(self)  # again: arguments may have changed since `attach`
+        selector.run.strategy = sampling_strategy(self)
         selector.run.order = selector.run.order or list(range(selector.budget(0)))
         return selector.run.new_sampler(self.selection_pool)
 
@@ -390,7 +395,7 @@ def attach(trainer: Trainer, header: str | None = None, whole_rows: bool = False
         raise TypeError(
             f"The callback needs the trainer it selects for: IFDSelectionCallback(trainer, ...), got {trainer!r}."
         )
-    check_kind(trainer, SelectiveTrainer)
+    check_kind(trainer)
     check_supported(trainer)
     check_hooks(trainer)
     if not isinstance(trainer, SelectiveTrainer):
@@ -398,9 +403,26 @@ def attach(trainer: Trainer, header: str | None = None, whole_rows: bool = False
         ours = (OneLoop, SelectiveTrainer) if ONE_LOOP else (SelectiveTrainer,)
         trainer.__class__ = type(cls.__name__, (*ours, cls), {"__module__": cls.__module__})
         _notice_removal(trainer)
+        _follow_assigned_train(trainer)
         if ONE_LOOP:
             follow_events(trainer)
     trainer._header, trainer._whole_rows, trainer._selection_pool = header, whole_rows, None
+
+
+def _follow_assigned_train(trainer: Trainer) -> None:
+    """Let a `train` that was assigned on the instance, as Unsloth does, be checked as the class's own is.
+
+    It goes on with the `train` that the class had before.
+    """
+    if (assigned := vars(trainer).get("train")) is None:
+        return
+
+    @wraps(assigned)
+    def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        trainer.check_before_training(resume_from_checkpoint)
+        return assigned(resume_from_checkpoint, *args, **kwargs)
+
+    trainer.train = train
 
 
 def _notice_removal(trainer: Trainer) -> None:
@@ -511,9 +533,8 @@ def batch_order(
             score.
         seed: of the shuffle and of the grouping by length; another one for each epoch.
     """
-    args = trainer.args
+    args, strategy = trainer.args, trainer._selector.run.strategy
     generator = torch.Generator().manual_seed(seed)
-    strategy = sampling_strategy(args)
     if strategy == "sequential" and order == "shuffle":
         return sorted(rows)
     if strategy == "group_by_length" and not trainer.selection_pool.packed:

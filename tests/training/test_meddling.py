@@ -284,22 +284,8 @@ def test_max_steps_that_end_in_the_warm_up_are_an_error(tmp_path):
         trainer.train()
 
 
-class Sorted(SFTTrainer):
-    """A trainer with an order of its own."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        return list(range(len(self.train_dataset)))
-
-
-def test_a_trainer_with_a_sampler_of_its_own_is_refused(tmp_path):
-    trainer = sft_trainer(tmp_path, 8)
-    trainer.__class__ = Sorted
-    with pytest.raises(UserError, match="Sorted has a _get_train_sampler of its own, whose order of rows"):
-        IFDSelectionCallback(trainer)
-
-
 @pytest.mark.parametrize(
-    "name", ["_get_train_sampler", "_run_epoch" if FIVE else "_inner_training_loop", "train", "create_scheduler"]
+    "name", ["_get_train_sampler", "_run_epoch" if FIVE else "_inner_training_loop", "create_scheduler"]
 )
 def test_a_method_assigned_to_the_trainer_that_would_hide_ours_is_refused(tmp_path, name):
     trainer = sft_trainer(tmp_path, 8)

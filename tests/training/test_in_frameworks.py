@@ -1,0 +1,235 @@
+"""What frameworks do to a Trainer: a sampler or a `train` of their own, callbacks that come before trainers."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+from tiny_runs import (
+    INF,
+    TOKENIZER,
+    plain_trainer,
+    select,
+    sft_trainer,
+    tokenised,
+    train,
+    weights_of,
+)
+from torch.utils.data import RandomSampler, SequentialSampler, WeightedRandomSampler
+from transformers import DataCollatorForSeq2Seq, Trainer
+from trl import SFTTrainer
+
+from ifd_trainer import IFDSelectionCallback, SelectLater
+from ifd_trainer.errors import RunError, UserError
+
+
+class Delegating(SFTTrainer):
+    """As LLaMA-Factory's trainer: a sampler of its own only where shuffling is turned off."""
+
+    shuffles = True
+
+    def _get_train_sampler(self, *args):
+        return super()._get_train_sampler(*args) if self.shuffles else SequentialSampler(self.train_dataset)
+
+
+def delegating(folder, shuffles=True, **config):
+    trainer = sft_trainer(folder, 12, num_train_epochs=2, **config)
+    trainer.__class__ = Delegating
+    trainer.shuffles = shuffles
+    return trainer
+
+
+# ---- samplers of their own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_sampler_that_is_the_trainers_own_changes_nothing(tmp_path, strategy):
+    orders = []
+    for trainer in (
+        delegating(tmp_path / "a", train_sampling_strategy=strategy),
+        sft_trainer(tmp_path / "b", 12, num_train_epochs=2, train_sampling_strategy=strategy),
+    ):
+        callback = select(trainer, keep=6, max_ifd=INF)
+        orders.append(train(trainer).epochs())
+        assert callback.history.settings["train_sampling_strategy"] == strategy
+    assert orders[0] == orders[1]
+
+
+def test_a_sampler_that_does_not_shuffle_is_heard(tmp_path):
+    trainer = delegating(tmp_path, shuffles=False)
+    select(trainer, keep=6, max_ifd=INF)
+    epochs = train(trainer).epochs()
+    assert epochs == [sorted(rows) for rows in epochs]
+    assert [len(rows) for rows in epochs] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name"),
+    [
+        (lambda rows: WeightedRandomSampler([1.0] * len(rows), len(rows)), "WeightedRandomSampler"),
+        (lambda rows: RandomSampler(rows, replacement=True), "RandomSampler"),
+        (lambda rows: RandomSampler(rows, num_samples=3), "RandomSampler"),
+        (lambda rows: list(range(len(rows))), "list"),
+    ],
+)
+def test_a_sampler_with_another_order_is_refused_by_name(tmp_path, sampler, name):
+    class Sorted(SFTTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return sampler(self.train_dataset)
+
+    trainer = sft_trainer(tmp_path, 8)
+    trainer.__class__ = Sorted
+    with pytest.raises(UserError, match=f"Sorted has a _get_train_sampler of its own, which orders rows by a {name};"):
+        IFDSelectionCallback(trainer)
+
+
+def test_shuffling_that_was_turned_off_in_between_is_another_run(tmp_path):
+    trainer = delegating(tmp_path, save_strategy="steps", save_steps=2)
+    select(trainer, keep=6, max_ifd=INF)
+    train(trainer)
+    resumed = delegating(tmp_path, shuffles=False)
+    select(resumed, keep=6, max_ifd=INF)
+    with pytest.raises(UserError, match="train_sampling_strategy: 'random' in the checkpoint, 'sequential' now"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+# ---- a train of their own ---------------------------------------------------------------------------------------
+
+
+def test_a_train_assigned_on_the_instance_is_called_and_selects(tmp_path):
+    """As Unsloth does: it wraps the method that the class had, before the callback is made."""
+    trainer = sft_trainer(tmp_path, 12, num_train_epochs=2, save_strategy="steps", save_steps=3)
+    inner, calls = trainer.train, []
+
+    def around(*args, **kwargs):
+        calls.append((args, kwargs))
+        return inner(*args, **kwargs)
+
+    trainer.train = around
+    select(trainer, keep=6, max_ifd=INF)
+    assert [len(rows) for rows in train(trainer).epochs()] == [6, 6]
+    assert len(calls) == 1
+
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{")
+    with pytest.raises(UserError, match="has a damaged"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert len(calls) == 1
+
+
+def test_an_assigned_train_does_not_forget_a_callback_that_was_never_added(tmp_path):
+    trainer = sft_trainer(tmp_path, 8)
+    trainer.train = trainer.train
+    IFDSelectionCallback(trainer)
+    with pytest.raises(UserError, match="is not among its callbacks"):
+        trainer.train()
+
+
+# ---- columns that are empty -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [[None, None], [[], None], [[], []]])
+def test_columns_for_images_without_any_are_text(tmp_path, values):
+    rows = tokenised(sft_trainer(tmp_path, 8))
+    for name in ("images", "videos", "audios"):
+        rows = rows.add_column(name, values * 4)
+    trainer = plain_trainer(tmp_path, rows, num_train_epochs=1)
+    select(trainer, keep=4, max_ifd=INF)
+    assert len(train(trainer).order()) == 4
+
+
+@pytest.mark.parametrize(("column", "what"), [("images", "images"), ("videos", "videos"), ("audio", "sounds")])
+def test_one_row_with_an_image_is_refused(tmp_path, column, what):
+    rows = Dataset.from_list(
+        [{"input_ids": [5, 6], "labels": [-100, 6], column: [] if i < 3 else ["a.png"]} for i in range(4)]
+    )
+    with pytest.raises(UserError, match=rf"The training set has {what} \(column '{column}'\)"):
+        IFDSelectionCallback(plain_trainer(tmp_path, rows))
+
+
+# ---- callbacks before trainers ----------------------------------------------------------------------------------
+
+
+def framework(folder, callbacks, cls=Trainer):
+    """A trainer as a framework makes it: callbacks are handed to the constructor."""
+    plain = plain_trainer(folder, tokenised(sft_trainer(folder, 12)), num_train_epochs=2)
+    return cls(
+        model=plain.model,
+        args=plain.args,
+        train_dataset=plain.train_dataset,
+        data_collator=DataCollatorForSeq2Seq(TOKENIZER),
+        processing_class=TOKENIZER,
+        callbacks=callbacks,
+    )
+
+
+def test_selecting_later_trains_as_the_callback_does(tmp_path):
+    known = framework(tmp_path / "known", [])
+    select(known, keep=6, max_ifd=INF)
+    epochs = train(known).epochs()
+
+    later = SelectLater(keep=6, max_ifd=INF, guard=None)
+    trainer = framework(tmp_path / "later", [later])
+    assert train(trainer).epochs() == epochs
+    assert isinstance(later.made, IFDSelectionCallback)
+    assert later not in trainer.callback_handler.callbacks
+    assert all((weights_of(trainer.model)[k] == v).all() for k, v in weights_of(known.model).items())
+    assert train(trainer).epochs()  # a second call selects too
+
+
+def test_selecting_later_waits_for_what_a_class_sets_up_behind_its_trainer(tmp_path):
+    class Late(Trainer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.shuffles = False
+            inner = self.train
+            self.train = lambda *args, **kwargs: inner(*args, **kwargs)
+
+        def _get_train_sampler(self, *args):
+            return super()._get_train_sampler(*args) if self.shuffles else SequentialSampler(self.train_dataset)
+
+    later = SelectLater(keep=6, max_ifd=INF, guard=None)
+    epochs = train(framework(tmp_path, [later], Late)).epochs()
+    assert epochs == [sorted(rows) for rows in epochs]
+    assert [len(rows) for rows in epochs] == [6, 6]
+
+
+def test_one_later_selection_serves_trainers_in_turn(tmp_path):
+    later = SelectLater(keep=6, max_ifd=INF, guard=None)
+    made = []
+    for name in "ab":
+        assert [len(rows) for rows in train(framework(tmp_path / name, [later])).epochs()] == [6, 6]
+        made.append(later.made)
+    assert made[0] is not made[1]
+
+
+def test_selecting_later_by_the_papers_method(tmp_path):
+    later = SelectLater(IFDSelectionCallback.cherry, keep=4, max_ifd=INF, brief=None)
+    trainer = framework(tmp_path, [later])
+    epochs = train(trainer).epochs()
+    assert len(epochs) == 2
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert len(epochs[0]) == 4
+
+
+def test_what_the_callback_refuses_is_refused_before_the_first_step(tmp_path):
+    trainer = framework(tmp_path, [SelectLater(keep=1.5)])
+    with pytest.raises(ValueError, match="keep"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_an_unknown_option_is_refused_at_once():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kep'; did you mean 'keep'"):
+        SelectLater(kep=0.1)
+
+
+def test_selecting_later_in_a_trainer_that_is_there_already_is_refused(tmp_path):
+    trainer = sft_trainer(tmp_path, 8)
+    trainer.add_callback(SelectLater(keep=0.5))
+    with pytest.raises(RunError, match=r"was handed to a trainer that was made before\. Make the callback with the"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_selecting_later_without_any_trainer_is_refused():
+    with pytest.raises(RunError, match="found no Trainer"):
+        SelectLater(keep=0.5).on_init_end(None, None, None)
