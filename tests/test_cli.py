@@ -1070,3 +1070,13 @@ def test_rows_and_scores_of_two_files_are_tested_too(tmp_path: Path, many: Path,
     assert main(["select", str(many), "--scores", str(output), *command, "--output", str(tmp_path / "a.jsonl")]) == 0
     assert main(["select", str(output), *command, "--output", str(tmp_path / "b.jsonl")]) == 0
     assert read(tmp_path / "a.jsonl")["id"].tolist() == read(tmp_path / "b.jsonl")["id"].tolist()
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault_of_the_program():
+    program = "import sys; from ifd_trainer import cli; cli.train_help = lambda: 'x\\n' * 10**6; sys.exit(cli.main())"
+    started = [sys.executable, "-c", program, "train", "--help"]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert done.stdout.readline() == "x\n"
+        done.stdout.close()
+        assert done.stderr.read() == ""
+    assert done.returncode == 141
