@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,17 @@ class Run:
 
     Attributes:
         lacking: what training needs and this machine has not, in words; of a plan.
+        format: in which the rows were read.
+        held_out: the held-out rows as they were read.
+        seconds_scoring: of the processor, that scoring beforehand with `scorer` took; rows whose scores were in the
+            cache took next to none.
     """
 
     trainer: SFTTrainer
     lacking: tuple[str, ...] = ()
+    format: PromptFormat | None = None
+    held_out: Dataset | None = None
+    seconds_scoring: float = 0.0
 
 
 def build_run(recipe: Recipe) -> Run:
@@ -63,6 +71,8 @@ def build_run(recipe: Recipe) -> Run:
     plan = isinstance(sft, PlanConfig)
     config = _model_config(model, sft)
     source, rows, held_out = _rows(recipe)
+    read, seconds = held_out, 0.0
+    clock = time.process_time if sft.device.type == "cpu" else time.perf_counter
     if not len(rows):
         raise UserError(f"{source} has no rows to train on.")
     count = len(rows)
@@ -70,7 +80,9 @@ def build_run(recipe: Recipe) -> Run:
     scorer = _scorer(selection, sft, format) if selection.scorer else None
     with sft.main_process_first(desc="preparing the rows"):  # the others read what it put into the cache
         if scorer is not None and not plan:
+            began = clock()
             rows = rows.map(scorer, batched=True, batch_size=_SCORED_AT_ONCE, desc=f"Scoring with {selection.scorer}")
+            seconds = clock() - began
         train, unread = prepare(rows, format, lambda: _tokenizer(recipe))
         readable = train
         if selection.drop_refusals:
@@ -103,7 +115,7 @@ def build_run(recipe: Recipe) -> Run:
     name = callback.pool.id_name(callback.id_column)
     cut = [] if callback.pool.packed else ids_lost(column_of(train), trainer.train_dataset, name)
     callback.rows_before = RowsBefore(count, unread, ids_lost(column_of(readable), train, name), cut)
-    return Run(trainer, lacking)
+    return Run(trainer, lacking, format, read, seconds)
 
 
 def _rows(recipe: Recipe) -> tuple[str, Dataset, Dataset | None]:
