@@ -11,6 +11,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -57,59 +58,77 @@ def write_chats(path: Path, count: int) -> None:
             file.write(json.dumps({"messages": chat}) + "\n")
 
 
+@dataclass
+class Watched:
+    """What a run trained on: the rows of all batches in their order, without padding, and the trainer that did."""
+
+    rows: list[Tokens] = field(default_factory=list)
+    trainer: Trainer | None = None
+
+    @property
+    def pool(self) -> list[Tokens]:
+        """The training set."""
+        return [tuple(ids) for ids in self.trainer.train_dataset["input_ids"]]
+
+
 @contextmanager
-def watched() -> Iterator[list[Tokens]]:
-    """A list that fills with the rows of all batches that are trained on, in their order, without padding."""
-    seen: list[Tokens] = []
-    step = Trainer.training_step
+def watched() -> Iterator[Watched]:
+    """Watch the batches that a Trainer trains on."""
+    seen, step = Watched(), Trainer.training_step
 
     def watching(self: Trainer, model: object, inputs: dict, *args: object, **kwargs: object) -> torch.Tensor:
+        seen.trainer = self
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            seen.append(tuple(ids[mask.bool()].tolist()))
+            seen.rows.append(tuple(ids[mask.bool()].tolist()))
         return step(self, model, inputs, *args, **kwargs)
 
     with mock.patch.object(Trainer, "training_step", watching):
         yield seen
 
 
-def check_epochs(seen: Sequence[Tokens], pool: Sequence[Tokens], output: Path, rows: Sequence[int]) -> None:
+def check_epochs(seen: Watched, output: Path, rows: Sequence[int]) -> None:
     """Assert that each epoch trained on the rows that the history says were selected, and on so many.
 
     Args:
         seen: what was trained on.
-        pool: the training set.
         output: folder of the run.
         rows: how many rows each epoch is to train on.
     """
-    history, place = History.load(output), {row: number for number, row in enumerate(pool)}
-    assert len(place) == len(pool) and len(seen) == sum(rows), (len(seen), rows)
+    history, place = History.load(output), {row: number for number, row in enumerate(seen.pool)}
+    assert len(place) == len(seen.pool) and len(seen.rows) == sum(rows), (len(seen.rows), rows)
     assert [record["trained"] for record in history.epochs] == list(rows), history.epochs
     done = 0
     for epoch, count in enumerate(rows):
-        trained = sorted(place[row] for row in seen[done : done + count])
+        trained = sorted(place[row] for row in seen.rows[done : done + count])
         chosen = history.rows(epoch)
         assert trained == sorted(chosen["row_id"].repeat(chosen["times"])), (epoch, trained)
+        if not epoch:  # without guard and limit
+            assert trained == sorted(chosen.sort_values("ifd", ascending=False)["row_id"][:count])
         done += count
-    if len(set(rows)) == 1:
-        highest = history.rows(0).sort_values("ifd", ascending=False)["row_id"][: rows[0]]
-        assert sorted(highest) == sorted(place[row] for row in seen[: rows[0]])  # no guard, no limit
 
 
-def check_scores(model: Path, pool: Sequence[Tokens], labels: Sequence[Sequence[int]], output: Path) -> float:
-    """The largest relative difference of the first epoch's scores from two plain forward passes of each row."""
+def check_scores(seen: Watched, model: Path, output: Path) -> None:
+    """Assert that the first epoch's scores are those of two plain forward passes of each row."""
     history, network = History.load(output), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     header = tokenizer(history.settings["direct_prefix"], add_special_tokens=False).input_ids
-    scores, ends = history.rows(0).set_index("row_id"), set(tokenizer.all_special_ids)
+    scores, ends = history.rows(0).set_index("row_id"), {*tokenizer.all_special_ids, tokenizer("\n").input_ids[0]}
     worst = 0.0
-    for number, (row, kept) in enumerate(zip(pool, labels, strict=True)):
-        start = next(place for place, label in enumerate(kept) if label != -100)
+    for number, (row, labels) in enumerate(zip(seen.pool, seen.trainer.train_dataset["labels"], strict=True)):
+        start = next(place for place, label in enumerate(labels) if label != -100)
         answer = [token for token in row[start:] if token not in ends]
         found = [_nats(network, context, answer) for context in (row[:start], header)]
         wanted = [scores.loc[number, name] for name in ("cas", "das")]
         worst = max(worst, *(abs(a / b - 1) for a, b in zip(found, wanted, strict=True)))
-    assert worst < 1e-4, worst
-    return worst
+    assert worst < 1e-5, worst
+    print(f"scores differ by {worst:.1e} at most", file=sys.stderr)
+
+
+def check_resumed(again: Watched, seen: Watched, rows: int) -> None:
+    """Assert that a resumed run went on after so many rows, and ended with the same rows and weights."""
+    assert again.rows == seen.rows[rows:], (len(again.rows), len(seen.rows))
+    weights = seen.trainer.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in again.trainer.model.state_dict().items())
 
 
 @torch.no_grad()
