@@ -16,7 +16,7 @@ from tiny_runs import FIVE, INF, TOKENIZER, plain_trainer, sft_trainer, tokenise
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, Trainer
 
-from ifd_trainer import IFDSelectionCallback
+from ifd_trainer import Guard, IFDSelectionCallback
 from ifd_trainer.errors import UserError
 
 ROWS = 12
@@ -101,6 +101,12 @@ def test_without_options_the_plugin_keeps_a_tenth(tmp_path, axolotl):
     assert callback.schedule.keep == 0.10
 
 
+def test_a_guard_may_be_said_in_yaml(tmp_path, axolotl):
+    guard = {"on_misaligned": "warn", "unfinished": False}
+    (callback,) = selecting(axolotl, of_axolotl(tmp_path), ifd_selection={"guard": guard})
+    assert callback.guard == Guard(on_misaligned="warn", unfinished=None)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [
@@ -114,15 +120,17 @@ def test_options_that_are_none_are_refused_before_rows_are_prepared(axolotl, opt
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("cfg", "sentence"),
     [
-        ("sample_packing", "sample_packing: true packs whole batches of rows anew .* Set sample_packing: false"),
-        ("use_pose", "use_pose: true trains on positions that skip parts .* Set use_pose: false"),
+        ({"sample_packing": True}, "sample_packing: true packs whole batches .* Set sample_packing: false"),
+        ({"use_pose": True}, "use_pose: true trains on positions that skip parts .* Set use_pose: false"),
+        ({"expert_parallel_size": 2}, "expert_parallel_size: 2 lets processes wait .* Set expert_parallel_size: 1"),
     ],
 )
-def test_what_axolotl_does_and_selection_cannot_is_refused(tmp_path, axolotl, name, sentence):
+def test_what_axolotl_does_and_selection_cannot_is_refused(tmp_path, axolotl, cfg, sentence):
+    selecting(axolotl, of_axolotl(tmp_path / "as it is"), sample_packing=False, expert_parallel_size=1)
     with pytest.raises(UserError, match=sentence):
-        selecting(axolotl, of_axolotl(tmp_path), **{name: True})
+        selecting(axolotl, of_axolotl(tmp_path), **cfg)
 
 
 # ---- ms-swift ---------------------------------------------------------------------------------------------------
@@ -275,6 +283,12 @@ def test_what_swift_does_and_selection_cannot_is_refused(tmp_path, swift, given,
     with pytest.raises(UserError, match=sentence):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_an_evaluation_of_texts_is_refused(tmp_path, swift):
+    trainer = of_swift(tmp_path, swift.selection(keep=6), predict_with_generate=True)
+    with pytest.raises(UserError, match="--predict_with_generate true evaluates texts that the model makes"):
+        trainer.train()
 
 
 def test_a_task_without_answers_is_refused(tmp_path, swift):

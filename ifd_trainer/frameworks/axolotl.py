@@ -18,7 +18,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 from transformers import Trainer, TrainerCallback
 
-# What selection cannot be exact with: options of axolotl, why, and what to write instead.
+# What selection cannot be exact with, by axolotl's option: why, and what to write instead.
 _REFUSED = {
     "sample_packing": (
         "packs whole batches of rows anew in each epoch, so a number of rows is no number of steps",
@@ -27,6 +27,10 @@ _REFUSED = {
     "use_pose": (
         "trains on positions that skip parts of the context, which scores know nothing of",
         "use_pose: false",
+    ),
+    "expert_parallel_size": (
+        "lets processes wait for one another in each forward, but they score different numbers of batches",
+        "expert_parallel_size: 1",
     ),
 }
 _WARMUP = 0.03  # axolotl's own, of all steps
@@ -45,6 +49,7 @@ class IFDSelectionArgs(BaseModel):
 class IFDSelectionPlugin(BasePlugin):
     """Adds an `IFDSelectionCallback` to the trainer that axolotl makes.
 
+    The options are words and numbers; `guard` may be a mapping of a `Guard`'s fields, such as {on_misaligned: warn}.
     Without `ifd_selection` in the configuration, the callback has its defaults: 10 % of the rows in each epoch.
     `num_epochs` are trained; `max_steps` ends a run where it is set. A warm-up that is a share (`warmup_ratio`, by
     default 0.03) is one of the planned steps.
@@ -59,7 +64,7 @@ class IFDSelectionPlugin(BasePlugin):
         """Refuse unknown options before rows are prepared."""
         from ..training.later import SelectLater
 
-        SelectLater(**_options(cfg))
+        SelectLater(**_options(cfg))  # knows the names
 
     def get_input_args(self) -> str:
         """Where axolotl finds the keys."""
@@ -76,21 +81,27 @@ class IFDSelectionPlugin(BasePlugin):
 
 def _options(cfg: Any) -> dict[str, Any]:
     from ..errors import UserError
+    from ..method.guard import Guard
 
     options = cfg.get("ifd_selection")
     if not (options is None or isinstance(options, dict)):
         raise UserError(
             f"ifd_selection holds options of the callback, as in `ifd_selection: {{keep: 0.1}}`, got {options!r}."
         )
-    return dict(options or {})
+    options = dict(options or {})
+    if isinstance(options.get("guard"), dict):
+        options["guard"] = Guard(**options["guard"])
+    return options
 
 
 def _check(cfg: Any) -> None:
     from ..errors import UserError
 
     for name, (why, instead) in _REFUSED.items():
-        if cfg.get(name):
-            raise UserError(f"{name}: true {why}. Set {instead}, or train without the IFDSelectionPlugin.")
+        value = cfg.get(name)
+        if value is True or (value or 0) > 1:
+            shown = str(value).lower()
+            raise UserError(f"{name}: {shown} {why}. Set {instead}, or train without the IFDSelectionPlugin.")
 
 
 def _count_planned_steps(cfg: Any, args: Any) -> None:

