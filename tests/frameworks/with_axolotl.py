@@ -3,12 +3,13 @@
     python3.11 -m venv ax-env && ax-env/bin/pip install torch==2.13.0 axolotl==0.19.0 -e .
     ax-env/bin/python tests/frameworks/with_axolotl.py
 
-On a CPU some of axolotl's dependencies for GPUs can be left out (`pip install --no-deps axolotl==0.19.0`, and what it
-imports). Tried with axolotl 0.19.0, transformers 5.16.1, torch 2.13.0, Python 3.11.
+On a CPU, `pip install --no-deps axolotl==0.19.0` beside its other dependencies does without xformers, fla, modal,
+lm_eval and the cloud file systems; triton and bitsandbytes are imported, but not used. Tried with axolotl 0.19.0,
+transformers 5.16.1, torch 2.13.0, Python 3.11.
 
 Asserted: the number of steps, and that each epoch trained on the rows that were selected and no others, alone and with
-LoRA, grouping by length, curriculum sampling, evaluation, train_on_inputs and chats; scores against
-two plain forward passes; a resume inside an epoch that ends with the same rows and weights; what is refused, and how.
+LoRA, grouping by length, curriculum sampling, evaluation, train_on_inputs and chats; scores against two plain forward
+passes; a resume inside an epoch that ends with the same rows and weights; what is refused, and how.
 """
 
 from __future__ import annotations
