@@ -15,7 +15,9 @@ import datasets
 import evaluate
 import numpy as np
 
-from ifd_trainer import IFDScorer, TemplateFormat  # by its name: `evaluate` imports a copy of this file
+# By their names: `evaluate` imports a copy of this file.
+from ifd_trainer.data.formats import TemplateFormat
+from ifd_trainer.scoring.transform import IFDScorer
 
 _CITATION = "Li et al., From Quantity to Quality, arXiv 2308.12032, NAACL 2024"
 _DESCRIPTION = (
