@@ -108,7 +108,7 @@ class Pool:
         return self._answers(rows)
 
     def read(self) -> tuple[Prompts, str]:
-        """All tokens in one pass: the distinct prompts, and a digest of all token ids and labels in their order.
+        """All tokens in one pass: the distinct prompts of answers, and a digest of all ids and labels in their order.
 
         Lengths and answers' places are kept, for `lengths` and `spans`. Called when a run starts: what was found
         before, of a data set that may have changed since, is forgotten.
@@ -131,7 +131,10 @@ class Pool:
             firsts[part], last[part] = first_tokens(ids, starts, ends), tails(ids, starts, ends, WINDOW)
         digest.update(self._packed_into())
         self._lengths, self._spans, self._ids = lengths, spans, {}
-        distinct = np.sort(np.unique(keys, return_index=True)[1])  # in an order that no process's hashes change
+        # A row without an answer was cut before it, or has no header: its end is no prompt's. Unless none has one.
+        asked = np.flatnonzero(spans[:, 0] < spans[:, 1]) if (spans[:, 0] < spans[:, 1]).any() else np.arange(rows)
+        # In an order that no process's hashes change.
+        distinct = asked[np.sort(np.unique(keys[asked], return_index=True)[1])]
         if len(distinct) == rows:
             distinct = slice(None)  # no copy
         wider = lambda width: self._tails(width)[distinct]  # noqa: E731

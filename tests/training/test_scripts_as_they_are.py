@@ -188,6 +188,22 @@ def test_rows_without_a_header_are_told_from_rows_that_were_cut_before_it(tmp_pa
     assert callback.history.epochs[0]["reasons"]["no_header"] == 1
 
 
+def test_rows_that_were_cut_before_their_header_do_not_hide_it_from_the_others(tmp_path):
+    """A third of them: what stands before a direct answer is the header of those that have one."""
+    texts = [(f"Add {i} to it. " * 40 if i % 3 == 0 else "") + formatted(row) for i, row in enumerate(RAW)]
+    rows = Dataset.from_list([{"text": text, "row_id": i} for i, text in enumerate(texts)])
+    trainer = sft_trainer(tmp_path, rows, max_length=96, num_train_epochs=1)
+    callback = select(trainer, keep=4, max_ifd=INF)
+    trainer.train()
+    assert callback.history.settings["direct_prefix"] == "### Response:"
+    found, model = callback.history.rows(0).set_index("row_id"), build_model(len(TOKENIZER))
+    assert (found["ifd_status"] == "prompt_too_long").sum() == 8
+    header = TOKENIZER("### Response:", add_special_tokens=False)["input_ids"]
+    for i in (1, 2, 4):  # none of their answers begins with a quote
+        answer = TOKENIZER(RAW[i]["output"], add_special_tokens=False)["input_ids"]
+        assert found["das"][i] == pytest.approx(reference_nll(model, header + answer, len(header)), rel=ROUNDING)
+
+
 def test_a_header_of_the_users_own_tells_answers(tmp_path):
     rows = [{"text": f"{row['instruction']} => {row['output']}", "row_id": row["row_id"]} for row in RAW]
     trainer = sft_trainer(tmp_path, Dataset.from_list(rows))
