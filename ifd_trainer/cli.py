@@ -671,7 +671,10 @@ def _amounts(entries: Sequence[str] | None, option: str) -> dict[str | None, flo
             amount = int(number) if number.strip().isdecimal() else _number(number)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{option} {entry}: wants a number or VALUE=NUMBER, got {number!r}.") from error
-        amounts[value if equals else REST] = amount
+        value = value if equals else REST
+        if value in amounts:
+            raise UserError(f"{option} is given twice for {'all values' if value is REST else repr(value)}.")
+        amounts[value] = amount
     return amounts
 
 

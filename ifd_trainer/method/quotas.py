@@ -44,7 +44,7 @@ class Quotas:
 
     Args:
         column: its name.
-        quotas, floors: by value; `REST` (None) for all values that are not named. A value with a quota has no floor.
+        quotas, floors: by value; `REST` (None) for all values that are not named. A value has one of them at most.
 
     >>> quotas = Quotas("source", quotas={"web": 1}, floors={REST: 0.5})
     >>> quotas.budgets(["books", "web"], [4, 9])
@@ -61,6 +61,9 @@ class Quotas:
             if not whole and not (isinstance(amount, float) and 0 <= amount <= 1):
                 of = "" if name is None else f" of {name!r}"
                 raise UserError(f"A quota or floor{of} is a number of rows or a fraction up to 1.0, got {amount!r}.")
+        for name in self.quotas.keys() & self.floors.keys():
+            who = "A value that is not named" if name is REST else repr(name)
+            raise UserError(f"{who} has a quota, which is exact, and a floor, too: leave one of them out.")
 
     def check_values(self, values: Sequence[str]) -> None:
         """Raise UserError for a value that the column does not hold."""

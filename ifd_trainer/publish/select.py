@@ -281,6 +281,8 @@ def _way_out(chosen: PoolSelection) -> str:
         return f"{text[0].upper()}{text[1:]}."
     if by := [option for reason, option in _DROPPED_BY.items() if chosen.counts.get(reason)]:
         return f"No row that may be kept has a score: leave out {' or '.join(by)}, or look at the data."
+    if chosen.counts.get(NO_VALUE):
+        return f"No row with a score has a number to rank by ({chosen.ranking.label}): name other columns with --score."
     return (
         f"No row has a score ({chosen.ranking.label}) to rank by, and ifd_status says why: mend that, and score the "
         "rows again with `ifd-trainer score`."
@@ -293,23 +295,27 @@ def numbers_of(name: str, rows: TableReader, scores: pd.DataFrame) -> np.ndarray
     Raises:
         UserError: for a column that is not there, or holds no numbers.
     """
-    if name in scores:
+    if name in scores and name != "ifd_status":
         return scores[name].to_numpy(dtype=float, na_value=np.nan)
     values = _values_of(name, rows, "--score")
-    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)):
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int8())
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_decimal(values.type)):
         raise UserError(f"--score {name}: the column holds no numbers, but {values.type}.")
-    return values.cast(pa.float64() if not pa.types.is_boolean(values.type) else pa.int8()).to_pandas().to_numpy(float)
+    return values.cast(pa.float64(), safe=False).to_pandas().to_numpy(float)  # integers beyond 2**53 are rounded
 
 
 def texts_of(name: str, rows: TableReader) -> pd.Series:
     """The values of a column as texts, (n,) categorical; "null" where there is none.
 
     Raises:
-        UserError: for a column that is not there, or holds lists or mappings.
+        UserError: for a column that is not there, or holds lists, mappings or bytes.
     """
     values = _values_of(name, rows, "--per")
-    if pa.types.is_nested(values.type) or isinstance(values.type, pa.ExtensionType):
-        raise UserError(f"--per {name}: the column holds {values.type}, and quotas are of texts or numbers.")
+    kind = values.type
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    if pa.types.is_nested(kind) or binary or isinstance(kind, pa.ExtensionType):
+        raise UserError(f"--per {name}: the column holds {kind}, and quotas are of texts or numbers.")
     return pd.Series(values.cast(pa.string()).fill_null("null").dictionary_encode().to_pandas())
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from hypothesis import given
@@ -112,6 +115,26 @@ def test_rows_without_scores_are_ranked_by_their_own_column(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_numbers_of_any_width_rank_rows(tmp_path):
+    """Decimals, and integers that no float holds exactly."""
+    columns = {"ns": pa.array([2**53 + 1, 2**62, 5]), "big": pa.array([2**64 - 1, 0, 3], pa.uint64())}
+    columns["price"] = pa.array([Decimal("1.25"), Decimal("0.5"), None])
+    texts = {"instruction": ["a", "b", "c"], "output": ["d", "e", "f"]}
+    pq.write_table(pa.table(texts | columns), tmp_path / "rows.parquet")
+    for name, expected in (("ns", "21-"), ("big", "1-2"), ("price", "12N")):
+        assert reasons(str(tmp_path / "rows.parquet"), tmp_path, "--score", name, "--keep", 2) == expected
+
+
+def test_a_column_of_bytes_has_no_quotas_and_one_without_numbers_ranks_nothing(tmp_path, capsys):
+    texts = {"instruction": ["a", "b"], "output": ["d", "e"], "raw": [b"\xff", b"\xfe"], "empty": [math.nan] * 2}
+    pq.write_table(pa.table(texts), tmp_path / "rows.parquet")
+    command = ["select", str(tmp_path / "rows.parquet"), "--output", str(tmp_path / "x.parquet"), "--keep", "1"]
+    assert main([*command, "--score", "empty"]) == 2
+    assert "No row with a score has a number to rank by (empty): name other columns" in capsys.readouterr().err
+    assert main([*command, "--score", "empty", "--per", "raw", "--floor", "1"]) == 2
+    assert "--per raw: the column holds binary, and quotas are of texts or numbers." in capsys.readouterr().err
+
+
 # ---- quotas and floors ------------------------------------------------------------------------------------------
 
 
@@ -180,6 +203,11 @@ def test_values_with_too_few_rows_are_said(scored, tmp_path, capsys):
         (["--score", "output"], "--score output: the column holds no numbers, but"),
         (["--score", "ifd:0", "--score", "reward"], "The weight of 'ifd' has to be a number other than 0"),
         (["--score", "ifd:0.5", "--score", "ifd"], "--score names 'ifd' twice."),
+        (["--score", "ifd_status"], "--score ifd_status: the column holds no numbers, but"),
+        (["--per", "source", "--quota", "web=1", "--quota", "web=2"], "--quota is given twice for 'web'."),
+        (["--per", "source", "--floor", "1", "--floor", "0.5"], "--floor is given twice for all values."),
+        (["--per", "source", "--quota", "web=1", "--floor", "web=2"], "'web' has a quota, which is exact, and a floor"),
+        (["--per", "source", "--quota", "1", "--floor", "2"], "A value that is not named has a quota"),
     ],
 )
 def test_what_does_not_go_together_is_told(scored, tmp_path, capsys, options, words):
