@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import decoders
 
+from .chat_template import common_prefix_length
+
 
 class Decoder:
     """Texts as `tokenizer.decode` gives them, special tokens included.
@@ -96,14 +98,25 @@ class _Decoded:
 
     def __init__(self, tokenizer: Any, ids: Sequence[int]) -> None:
         self._tokenizer, self._ids = tokenizer, list(ids)
-        self.text = self._start(len(self._ids))
+        self._whole = self._start(len(self._ids))
+        self.text = self._whole.encode(errors="replace")
 
     def token_at(self, place: int) -> int:
-        return bisect_right(range(1, len(self._ids) + 1), place, key=lambda count: len(self._start(count)))
+        return bisect_right(range(1, len(self._ids) + 1), place, key=self._end)
 
-    def _start(self, count: int) -> bytes:
-        text = self._tokenizer.decode(self._ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text.encode(errors="replace")
+    def _end(self, count: int) -> int:
+        """Where the first tokens end in the text.
+
+        Bytes that are no whole characters yet (SentencePiece's byte fallback) read as a U+FFFD each.
+        """
+        start = self._start(count)
+        known = len(start.rstrip("\ufffd"))
+        known = known if self._whole.startswith(start[:known]) else 0
+        known += common_prefix_length(start[known:], self._whole[known:])
+        return len(start[:known].encode(errors="replace")) + len(start) - known
+
+    def _start(self, count: int) -> str:
+        return self._tokenizer.decode(self._ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _pieces(vocabulary: dict[str, int]) -> pa.Array:

@@ -54,6 +54,22 @@ def test_a_tokenizer_that_is_not_byte_level_decodes_by_itself():
     assert Decoder(tokenizer)(*joined(rows)).to_pylist() == ["the cats", "cat", ""]
 
 
+def test_characters_in_bytes_of_their_own_are_told_token_by_token():
+    """Byte fallback, as in Llama 2 and Gemma: a part of a character reads as U+FFFD, which has three bytes each."""
+    text = "a😀: b日本 cé"
+    vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    vocabulary |= {character: 257 + i for i, character in enumerate("▁abc:")}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    ids = tokenizer(text.replace(" ", "▁"))["input_ids"]
+    row = Decoder(tokenizer).row(ids)
+    assert row.text == text.encode()
+    assert len(ids) == len(row.text)  # a token for each byte
+    starts = [len(text[:i].encode()) for i in range(len(text) + 1)]
+    assert [row.token_at(place) for place in starts] == starts
+
+
 class Slow:
     """A tokenizer in Python."""
 
