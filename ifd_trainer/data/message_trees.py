@@ -39,13 +39,10 @@ def as_chats(rows: Dataset, say: bool = True) -> Dataset:
     >>> [[message["content"] for message in chat] for chat in as_chats(rows)["messages"]]
     [['2 + 2?', '4'], ['2 + 2?', '5']]
     """
-    if not holds_message_trees(rows.column_names):
+    table = "parent_id" in rows.column_names
+    if not holds_message_trees(rows.column_names) or not (table or _is_message(rows.features["prompt"])):
         return rows
-    messages = (
-        list(rows)
-        if "parent_id" in rows.column_names
-        else [message for row in rows for message in _in_tree(row["prompt"], None, row)]
-    )
+    messages = list(rows) if table else [message for row in rows for message in _in_tree(row["prompt"], None, row)]
     known = {message["message_id"]: message for message in messages}
     chats, lost = [], 0
     for message in messages:
@@ -68,6 +65,11 @@ def as_chats(rows: Dataset, say: bool = True) -> Dataset:
         f"; {lost:,} answers to messages that are not there are left out" if lost else "",
     )
     return Dataset.from_list(chats)
+
+
+def _is_message(feature: Any) -> bool:
+    """Whether a column holds messages of trees; what others call a prompt is a text."""
+    return isinstance(feature, dict) and {"message_id", "role", "text"} <= set(feature)
 
 
 def _path(message: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]] | None:

@@ -55,10 +55,12 @@ def unfinished_rows(eot_loss: np.ndarray | None, provenance: Provenance, data: s
     if cut is None or eot_loss is None:
         raise UserError(f"--drop-unfinished: {_not_measured(provenance, data, eot_loss is None)}, or leave it out.")
     if not np.isfinite(eot_loss).any():
-        by = f"definition {provenance.definition}" if provenance.definition else "their definition"
+        made = f"definition {provenance.definition}" if provenance.definition else "their definition"
+        why, way = f"scores by {made}", "Score them by the definition paper, or leave it out."
+        if provenance.definition == "paper":
+            why, way = "each answer is cut off, or no token ends its turn", "Leave it out."
         raise UserError(
-            f"--drop-unfinished reads the loss of the end of turn, which none of the rows in {data} has (scores by "
-            f"{by}). Score them by the definition paper, or leave it out."
+            f"--drop-unfinished reads the loss of the end of turn, which none of the rows in {data} has ({why}). {way}"
         )
     cut = np.array(cut, dtype=np.float64)
     threshold = Unfinished().threshold(eot_loss, cut)

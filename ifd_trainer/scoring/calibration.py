@@ -224,7 +224,7 @@ def _check_scored_so(reader: Reader, rows: np.ndarray, tokens: np.ndarray) -> No
         if found != tokens[row]:
             raise UserError(
                 f"Row {row} was scored on {tokens[row]} answer tokens, and this scorer reads {found} there: the scores "
-                "are those of another tokenizer, format or max_length. Calibrate with the scorer that gave them."
+                "are of another tokenizer, format or max_length, or of other texts. Use the scorer that gave them."
             )
 
 

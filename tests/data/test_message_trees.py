@@ -95,3 +95,9 @@ def test_other_rows_are_left_alone(caplog):
 def test_the_transform_says_what_makes_chats_of_messages():
     with pytest.raises(ValueError, match=r"messages of trees.*message_trees\.as_chats\(dataset\)"):
         resolve_format(None, list(table()[0]))
+
+
+def test_a_prompt_that_is_a_text_is_no_tree():
+    """Answers to the first messages of trees, as others publish them."""
+    rows = Dataset.from_list([{"message_tree_id": "q3", "prompt": "2 + 2?", "response": "4."}])
+    assert as_chats(rows) is rows

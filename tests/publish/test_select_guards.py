@@ -231,6 +231,10 @@ def test_rows_without_ends_are_told_from_rows_that_were_not_measured(tmp_path, c
     assert (
         "(scores by definition cherry). Score them by the definition paper, or leave it out." in capsys.readouterr().err
     )
+    made = Provenance("paper", program="ifd_trainer 0", wrong_ifd=WRONG, cut_eot_loss=[])
+    cut = saved(tmp_path / "cut.parquet", pool(eot_loss=np.full(10, np.nan)), made)
+    assert main(["select", cut, *command]) == 2
+    assert "(each answer is cut off, or no token ends its turn). Leave it out." in capsys.readouterr().err
 
 
 # ---- provenance -------------------------------------------------------------------------------------------------
