@@ -187,10 +187,12 @@ def p_values(
     tested = np.zeros(len(rows), dtype=bool)
     tested[slice(None) if which is None else which] = True
     tested, pool = (np.flatnonzero(some)[np.argsort(ids[some], kind="stable")] for some in (tested & scored, scored))
-    _check_scored_so(reader, tested[:_CHECKED], tokens)
-    similar = SimilarPrompts(prompts()) if test.prompts == "near" and len(tested) else None
-    anchors = test.draw(tested, pool, seed, similar.nearest if similar else None)
     found = np.full(len(rows), np.nan)
+    if not len(tested):
+        return found
+    _check_scored_so(reader, tested[:_CHECKED], tokens)
+    similar = SimilarPrompts(prompts()) if test.prompts == "near" else None
+    anchors = test.draw(tested, pool, seed, similar.nearest if similar else None)
     for start in range(0, len(tested), CHUNK):
         part = slice(start, start + CHUNK)
 
@@ -224,7 +226,7 @@ def _check_scored_so(reader: Reader, rows: np.ndarray, tokens: np.ndarray) -> No
         if found != tokens[row]:
             raise UserError(
                 f"Row {row} was scored on {tokens[row]} answer tokens, and this scorer reads {found} there: the scores "
-                "are of another tokenizer, format or max_length, or of other texts. Use the scorer that gave them."
+                "are those of another tokenizer, format, max_length or text. Use the scorer that gave them."
             )
 
 

@@ -314,14 +314,20 @@ class IFDScorer:
             seed: of the draw of anchors.
 
         Raises:
-            UserError: for rows without scores, or with those of a scorer that reads them otherwise.
+            UserError: for rows without scores, or with those of a scorer that reads them otherwise; for a mask.
 
         >>> ds = ds.map(scorer, batched=True)                                                    # doctest: +SKIP
         >>> belongs = PairingTest().passes(scorer.pairing_p_values(ds))                          # doctest: +SKIP
         >>> ds = ds.select(np.flatnonzero(belongs))                                              # doctest: +SKIP
         """
         reading = self._reading(rows, "pairing_p_values")
-        which = None if which is None else np.asarray(which, dtype=np.int64)
+        which = None if which is None else np.asarray(which)
+        if which is not None and which.size and which.dtype.kind not in "iu":
+            raise UserError(
+                f"which are positions of rows, whole numbers, got values of type {which.dtype}. Of a mask, they are "
+                "np.flatnonzero(mask)."
+            )
+        which = None if which is None else which.astype(np.int64)
         return p_values(**reading, which=which, test=test or PairingTest(), seed=seed)
 
     def _reading(self, rows: Dataset, caller: str) -> dict[str, Any]:

@@ -217,6 +217,14 @@ def test_rows_that_are_not_asked_for_or_have_no_score_are_not_tested(scorer):
     found = scorer.pairing_p_values(rows, [3, 5, 8], TEST, SEED)
     assert np.flatnonzero(np.isfinite(found)).tolist() == [3, 8]
     assert np.isnan(scorer.pairing_p_values(rows, [], TEST)).all()
+    none = scored(scorer, [row | {"output": ""} for row in raw])
+    assert np.isnan(scorer.pairing_p_values(none, test=TEST)).all()
+
+
+def test_a_mask_is_not_taken_for_positions(scorer):
+    rows = scored(scorer, raw_rows(4))
+    with pytest.raises(UserError, match=r"got values of type bool. Of a mask, they are np.flatnonzero\(mask\)"):
+        scorer.pairing_p_values(rows, np.array([False, False, True, True]), TEST)
 
 
 def test_a_large_set_is_tested_in_parts_as_in_one(scorer, monkeypatch):
