@@ -37,6 +37,7 @@ MARKER = "<!-- Written by ifd-trainer select. -->"
 UNKNOWN = "not recorded"
 # Characters that may begin markup; an underscore inside a word does not, nor does `#` but at the start of a line.
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|^[#+-]")
+_OWN = ("kept", "reason")  # names of columns that a card needs itself
 _MOST_VALUES = 100  # of a column with quotas, in the table
 _OTHER_SCORE = (
     "What the rows are ranked by is not a score of this method: what it says of them is for its source to tell. "
@@ -80,8 +81,10 @@ def write_card(
         columns: names of all columns of the data file.
         everything: whether the data file holds the rows that were not kept too.
     """
-    score, frame = chosen.ranking.label, _scored(rows, chosen)
-    figure = histogram_of({None: frame}, score, chosen.limit if chosen.limited == score else float("inf"))
+    score = chosen.ranking.label
+    column = f"{score} (ranked by)" if score in _OWN else score
+    frame = _scored(rows, chosen, column)
+    figure = histogram_of({None: frame}, column, chosen.limit if chosen.limited == score else float("inf"))
     write_atomically(image, lambda temporary: figure.savefig(temporary, format="png"))
     name = public_name(source)
     written = chosen.pool_rows if everything else chosen.kept_rows
@@ -109,7 +112,7 @@ def write_card(
         "score": _code(score),
         "scored": f"{len(frame):,}",
         "kept": f"{chosen.kept_rows:,}",
-        "quantiles": _quantiles(frame, score, chosen.limit if chosen.limited == chosen.ranking.label else math.inf),
+        "quantiles": _quantiles(frame, column, chosen.limit if chosen.limited == score else math.inf),
         "columns": {name: meaning for name, meaning in COLUMN_MEANINGS.items() if name in columns},
         "limits": _limits(frame, score) if chosen.ranking.ifd else _OTHER_SCORE,
         "program": f"ifd_trainer {__version__}",
@@ -273,12 +276,15 @@ def _code(text: str, cell: bool = True) -> str:
     return fence + (text.replace("|", "\\|") if cell else text) + fence
 
 
-def _scored(rows: pd.DataFrame, chosen: PoolSelection) -> pd.DataFrame:
-    """The rows with a score, and what the card shows of them, no more: ten million rows have to fit."""
+def _scored(rows: pd.DataFrame, chosen: PoolSelection, column: str) -> pd.DataFrame:
+    """The rows with a score, and what the card shows of them, no more: ten million rows have to fit.
+
+    What is ranked by is in `column`.
+    """
     name = chosen.ranking.label
-    score, tokens = (rows[column].to_numpy(dtype=float, na_value=np.nan) for column in (name, "answer_tokens"))
+    score, tokens = (rows[each].to_numpy(dtype=float, na_value=np.nan) for each in (name, "answer_tokens"))
     scored = (rows["ifd_status"] == Status.OK.value).to_numpy() & np.isfinite(score)
-    columns = {name: score, "answer_tokens": tokens, "kept": chosen.is_kept, "reason": chosen.selection.reasons}
+    columns = {column: score, "answer_tokens": tokens, "kept": chosen.is_kept, "reason": chosen.selection.reasons}
     return pd.DataFrame({name: values[scored] for name, values in columns.items()}, copy=False)
 
 

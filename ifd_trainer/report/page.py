@@ -29,6 +29,7 @@ from ..method.reasons import (
     MEANINGS,
     MISMATCHED,
     OTHER_TIER,
+    OVER_QUOTA,
     REDUNDANT,
     REFUSAL,
     RELAXED,
@@ -53,6 +54,7 @@ from .score_frames import (
     cut_of,
     epoch_name,
     held_out_losses,
+    how_kept,
     merged,
     number_text,
     percent_text,
@@ -187,8 +189,7 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
         ("Score", SCORE_NAMES[data.score]),
     ]
     if "kept" in rows:
-        cut = number_text(cut_of(rows, data.score), below=1.0)
-        facts.append(("Kept", f"{rows_text(int(rows['kept'].sum()))}, cut at {cut}"))
+        facts.append(("Kept", f"{rows_text(int(rows['kept'].sum()))}{how_kept(rows, data.score)}"))
     values = rows[data.score]
     if values.notna().any():
         facts.append(("Median and mean score", f"{number_text(values.median())} and {number_text(values.mean())}"))
@@ -485,6 +486,7 @@ _DROPPED = {  # for reasons other than their score
     REDUNDANT: "Dropped, for other rows stand for them",
     OTHER_TIER: "In other tiers, highest scores",
     REFUSAL: "Dropped, answers that look like refusals",
+    OVER_QUOTA: "Dropped, the quota of their value is filled",
 }
 
 
@@ -505,10 +507,11 @@ def _parts(rows: pd.DataFrame, score: str, most: int) -> list[tuple[str, pd.Data
         kept, above = ranked[ranked["kept"]], ranked[~ranked["kept"] & (ranked["reason"] == ABOVE_LIMIT)]
         special = [name for name in _DROPPED if (ranked["reason"] == name).any()]
         below = ranked[~ranked["kept"] & ~ranked["reason"].isin([ABOVE_LIMIT, *special])]
+        best = "highest scores" if cut_of(rows, score) is None else "just below the cut"
         parts = [
             ("Kept, highest scores", kept, kept.head(most)),
             ("Kept, lowest scores", kept, kept.iloc[most:].tail(most)[::-1]),
-            ("Dropped, just below the cut", below, below.head(most)),
+            (f"Dropped, {best}", below, below.head(most)),
             ("Dropped, at or above the limit", above, above.head(most)),
         ]
         others = [(_DROPPED[name], ranked[~ranked["kept"] & (ranked["reason"] == name)]) for name in special]

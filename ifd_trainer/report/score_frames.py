@@ -18,12 +18,27 @@ from ..method.choices import RANKED_BY
 from ..method.columns import SCORES
 from ..method.equations import FROM_LOSSES
 from ..method.number_words import many, rounded_below
-from ..method.reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, NOT_IN_SAMPLE, OTHER_TIER, REDUNDANT, RELAXED, Status
+from ..method.reasons import (
+    ABOVE_LIMIT,
+    BELOW_CUT,
+    HIGHER_SCORE,
+    KEPT,
+    NOT_DRAWN,
+    NOT_IN_SAMPLE,
+    OTHER_TIER,
+    OUTSIDE_BAND,
+    REDUNDANT,
+    RELAXED,
+    SHORTER_ANSWER,
+    Status,
+)
 from ..training.history import History
 
 MISSING = "-"
 WITHOUT_GUARDS = ", without guards"  # behind the name of an epoch: what its scores would have kept
 _OF_GUARDS = ("kept_without_guards", "p_value", "duplicate_of")
+_BESIDE = (*_OF_GUARDS, "ifd_rank")  # columns that are taken over as they are
+_PASSED_OVER = (BELOW_CUT, HIGHER_SCORE, NOT_DRAWN, OUTSIDE_BAND, SHORTER_ANSWER)  # others were taken in their place
 _CHOICES = (KEPT, RELAXED, BELOW_CUT, REDUNDANT, OTHER_TIER, NOT_IN_SAMPLE, ABOVE_LIMIT)
 
 
@@ -64,9 +79,10 @@ def _with_choice(rows: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
         if name in frame and frame[name].isin(_CHOICES).any():
             rows["reason"] = _words(frame[name], "(none)")
             kept = frame[name].isin([KEPT, RELAXED]).to_numpy()
-            rows["times"] = np.nan_to_num(_floats(frame["times"])).astype(int) if "times" in frame else kept.astype(int)
+            counted = name == "reason" and "times" in frame  # beside `ifd_reason`, it is a column of the data set's own
+            rows["times"] = np.nan_to_num(_floats(frame["times"])).astype(int) if counted else kept.astype(int)
             rows["kept"] = rows["times"] > 0
-            rows = rows.assign(**{column: frame[column].to_numpy() for column in _OF_GUARDS if column in frame})
+            rows = rows.assign(**{column: frame[column].to_numpy() for column in _BESIDE if column in frame})
             break
     return rows
 
@@ -155,9 +171,30 @@ def epoch_name(epoch: Any, alone: str = "") -> str:
 
 
 def cut_of(rows: pd.DataFrame, score: str) -> float | None:
-    """Lowest score kept."""
-    lowest = rows.loc[rows["kept"], score].min() if "kept" in rows else np.nan
-    return float(lowest) if pd.notna(lowest) else None
+    """Lowest score kept; None where nothing is, or where this score is not what rows were chosen by.
+
+    Then rows with a higher one were passed over, or the kept ones rank otherwise.
+    """
+    if "kept" not in rows or not rows["kept"].any():
+        return None
+    kept, passed = rows[rows["kept"]], rows.loc[rows["reason"].isin(_PASSED_OVER), score]
+    lowest = kept[score].min()
+    if "ifd_rank" in rows and not kept.sort_values("ifd_rank")[score].is_monotonic_decreasing:
+        return None
+    return float(lowest) if pd.notna(lowest) and not passed.max() > lowest else None
+
+
+def how_kept(rows: pd.DataFrame, score: str) -> str:
+    """Where the score cuts, if it does, as the end of a sentence about rows that were kept.
+
+    >>> rows = pd.DataFrame({"ifd": [0.5, 0.7], "kept": [True, False], "reason": ["kept", "below_cut"]})
+    >>> how_kept(rows, "ifd"), how_kept(rows[:1], "ifd")
+    (', not chosen by IFD alone', ', cut at 0.500')
+    """
+    cut = cut_of(rows, score)
+    if cut is None:
+        return f", not chosen by {SCORE_NAMES[score]} alone" if rows["kept"].any() else ""
+    return f", cut at {number_text(cut, below=1.0)}"
 
 
 def number_text(value: Any, digits: int = 3, below: float | None = None) -> str:

@@ -18,8 +18,8 @@ from ..training.history import FOLDER
 from .report_data import ReportData
 from .score_frames import (
     SCORE_NAMES,
-    cut_of,
     held_out_losses,
+    how_kept,
     number_text,
     percent_text,
     rows_text,
@@ -77,7 +77,7 @@ def _worries(data: ReportData, by_score: list[dict[str, Any]], rose: bool) -> li
     found = []
     if frozen := frozen_since(data.history.epochs):
         found.append(f"from epoch {frozen[0][0]} on the scores carried no information")
-    elif by_score and (by_score[-1].get("separation") or 1) < Freeze().separation:
+    elif by_score and (separation := by_score[-1].get("separation")) is not None and separation < Freeze().separation:
         found.append("at the end the scores hardly tell a row from a mismatched one")
     last = data.last[data.score].dropna() if data.last is not None else pd.Series(dtype=float)
     if len(last) and (last >= 1).mean() > 0.5:
@@ -213,8 +213,8 @@ def _of_scores(data: ReportData) -> Summary:
     worries += ["most rows have no score"] if len(values) < len(rows) / 2 else []
     verdict = f"{len(values):,} of {rows_text(len(rows))} {_have(len(values))} a score"
     if "kept" in rows:
-        kept, cut = int(rows["kept"].sum()), number_text(cut_of(rows, score), below=1.0)
-        verdict = f"{kept:,} of {rows_text(len(rows))} {_are(kept)} kept, cut at {cut}"
+        kept, how = int(rows["kept"].sum()), how_kept(rows, score)
+        verdict = f"{kept:,} of {rows_text(len(rows))} {_are(kept)} kept{how}"
     verdict += f", but {listed(worries)}." if worries else "."
     share = percent_text(over / len(values))
     middle = f"The median {name} is {number_text(values.median())}."

@@ -125,6 +125,14 @@ def test_numbers_of_any_width_rank_rows(tmp_path):
         assert reasons(str(tmp_path / "rows.parquet"), tmp_path, "--score", name, "--keep", 2) == expected
 
 
+@pytest.mark.parametrize("name", ["kept", "reason"])
+def test_a_column_to_rank_by_may_have_a_name_that_a_card_uses_itself(tmp_path, name):
+    rows = pool().assign(**{name: REWARD})
+    write_rows(Dataset.from_pandas(rows), tmp_path / "rows.parquet")
+    assert reasons(str(tmp_path / "rows.parquet"), tmp_path, "--score", name, "--keep", 2) == "-----2N---E1"
+    assert "| 100 % (highest) | 11.0000 | 11.0000 |" in card(tmp_path)
+
+
 def test_a_column_of_bytes_has_no_quotas_and_one_without_numbers_ranks_nothing(tmp_path, capsys):
     texts = {"instruction": ["a", "b"], "output": ["d", "e"], "raw": [b"\xff", b"\xfe"], "empty": [math.nan] * 2}
     pq.write_table(pa.table(texts), tmp_path / "rows.parquet")

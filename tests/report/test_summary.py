@@ -236,6 +236,44 @@ def test_a_score_just_below_one_does_not_look_like_one(tmp_path):
     assert "cut 0.99999" in texts_in(plot_ifd_histogram(kept))
 
 
+def chosen_by_reward(columns: dict) -> pd.DataFrame:
+    """Four rows, of which the two with the highest reward are kept: neither is at the head of the IFD."""
+    frame = pd.DataFrame({"row_id": range(4), "cas": [0.2, 0.9, 0.4, 0.7], "das": 1.0, "answer_tokens": 5})
+    return frame.assign(ifd_status="ok", **columns)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        chosen_by_reward({"reason": ["kept", "below_cut", "kept", "below_cut"], "times": [1, 0, 1, 0]}),
+        chosen_by_reward({"ifd_reason": "kept", "ifd_rank": [1, 3, 2, 4]}),
+    ],
+    ids=["passed over", "ranks"],
+)
+def test_rows_that_another_column_chose_have_no_cut_in_the_ifd(frame):
+    kept, page = int((frame.get("times", pd.Series([1] * 4)) > 0).sum()), visible(page_without_plots(frame))
+    assert f"{kept} of 4 rows are kept, not chosen by IFD alone." in page
+    assert "cut at" not in page
+    assert "just below the cut" not in page
+    assert not [text for text in texts_in(plot_ifd_histogram(frame)) if text.startswith("cut")]
+
+
+def test_a_column_times_of_the_data_set_is_not_how_often_a_row_is_trained_on():
+    frame = chosen_by_reward({"ifd_reason": ["below_cut", "kept", "below_cut", "kept"], "times": [3, 0, 4, 0]})
+    assert "2 of 4 rows are kept, cut at 0.700." in visible(page_without_plots(frame))
+
+
+def test_rows_over_a_quota_are_not_told_to_be_below_the_cut():
+    frame = chosen_by_reward({"ifd_reason": ["kept", "kept", "over_quota", "over_quota"]})
+    page = page_without_plots(frame)
+    assert "<h3>Dropped, the quota of their value is filled</h3>" in page
+    assert page.count("over_quota") == 0
+
+
+def test_scores_that_tell_nothing_at_all_are_a_worry(tmp_path):
+    assert "the scores hardly tell a row from a mismatched one" in summary(guarded(tmp_path, separation=0.0)).verdict
+
+
 def test_too_few_rows_below_one_are_told_where_a_share_would_cut():
     frame = pd.DataFrame({"cas": [0.5] + [1.5] * 39, "das": 1.0, "answer_tokens": 3, "ifd_status": "ok"})
     lines = cut_lines(page_without_plots(frame))
