@@ -49,6 +49,7 @@ from .plots import (
 )
 from .report_data import Origin, ReportData, read_report_data
 from .score_frames import (
+    MISSING,
     SCORE_NAMES,
     count_text,
     cut_of,
@@ -544,7 +545,7 @@ def _row_table(
     lines = []
     for row in shown.to_dict("records"):
         words = MEANINGS.get(row["ifd_status"], row["ifd_status"]).removeprefix("no score: ")
-        cells = [str(row["row_id"])]
+        cells = [plain(row["row_id"]) or MISSING]
         cells += [*([words] if reason else []), *(number_text(row[name]) for name in values)]
         cells += [_shown(row[of_guard])] if of_guard else []
         cells += [number_text(row["answer_tokens"], 0)] if scored else []

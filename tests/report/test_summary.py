@@ -270,6 +270,11 @@ def test_rows_over_a_quota_are_not_told_to_be_below_the_cut():
     assert page.count("over_quota") == 0
 
 
+def test_a_row_without_an_id_is_not_called_nan():
+    page = page_without_plots(chosen_by_reward({"id": ["a", None, "b", "c"]}).drop(columns="row_id"))
+    assert re.findall(r'<th scope="row">(.*?)</th><td data-name="IFD"', page)[:4] == ["-", "c", "b", "a"]
+
+
 def test_scores_that_tell_nothing_at_all_are_a_worry(tmp_path):
     assert "the scores hardly tell a row from a mismatched one" in summary(guarded(tmp_path, separation=0.0)).verdict
 
