@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from datasets.exceptions import DatasetsError
@@ -79,9 +80,8 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
     if not isinstance(environment, dict):
         raise UserError(f"{recipe}: env wants a mapping of variables, got {environment!r}.")
     os.environ.update({key: str(value) for key, value in environment.items()})
-    for entry in given.get("datasets") or () if isinstance(given.get("datasets"), list) else ():
-        if isinstance(entry, dict):
-            check_keys(entry, (key.name for key in fields(DatasetConfig)), f"{recipe}, datasets")
+    if isinstance(given.get("datasets"), list):
+        _check_mixture(given["datasets"], f"{recipe}, datasets")
     given = typed(given, parser.dataclass_types, str(recipe))
     check_mappings(given | words_of(overrides), parser.dataclass_types)
     if not torch.cuda.is_available():
@@ -114,6 +114,20 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
             )
         sft.resume_from_checkpoint = check_checkpoint(sft.resume_from_checkpoint, sft.output_dir)
     return Recipe(script, sft, model, mixture, selection, Path(recipe).resolve().parent if recipe else Path.cwd())
+
+
+def _check_mixture(entries: list[Any], where: str) -> None:
+    """Raise for data sets of a mixture that TRL would stumble over, or read otherwise than they look."""
+    for entry in entries:
+        if isinstance(entry, dict):
+            check_keys(entry, (key.name for key in fields(DatasetConfig)), where)
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise UserError(f"{where}: each one is named by its path (`- path: rows.jsonl`), got {entry!r}.")
+        fraction = entry.get("fraction")
+        if fraction is not None and not (isinstance(fraction, Real) and fraction > 0):
+            raise UserError(f"{where}: the fraction of {entry['path']} must be a number above 0, got {fraction!r}.")
+        if isinstance(entry.get("columns"), str):
+            raise UserError(f"{where}: columns of {entry['path']} wants a list, got {entry['columns']!r}.")
 
 
 @contextmanager

@@ -114,6 +114,9 @@ class _Convert:
             prepared = to_training_row(row, self.format, self.tokenizer)
         except MalformedRow as error:
             problem = str(error) or "malformed"
+        columns = self.format.columns
+        if all(row.get(name) is None for name in columns):  # in a mixture, a row of a data set with other columns
+            problem = f"{' and '.join(columns)} are null"
         tools = prepared.get("tools", "null") != "null"
         return {"problem": problem, "tools": tools, "chat_template_kwargs": bool(prepared.get("chat_template_kwargs"))}
 

@@ -86,6 +86,16 @@ def test_a_mixture_is_trained_on_as_trl_reads_it(tmp_path, model, given, beside,
     assert given["held_out"] is None
 
 
+def test_rows_of_a_mixture_whose_columns_are_others_are_left_out_and_counted(tmp_path, model, given, caplog):
+    a = written(tmp_path / "a.jsonl", "A", 6)
+    (tmp_path / "b.jsonl").write_text('{"question": "Who?", "answer": "Me."}\n' * 4)
+    recipe = recipe_of(tmp_path, model, datasets=[{"path": str(tmp_path / "b.jsonl")}, {"path": a}])
+    assert main(["train", recipe, "--plan"]) == 0
+    assert len(given["train"]) == 6
+    assert "4 of 10 rows cannot be trained on as 'wizardlm'" in caplog.text
+    assert "row 0: instruction and output are null." in caplog.text
+
+
 def test_a_part_of_a_mixture_is_held_out_and_the_same_part_each_time(tmp_path, model, given):
     data = written(tmp_path / "a.jsonl", "A", 20)
     recipe = recipe_of(tmp_path, model, datasets=[{"path": data}], test_split_size=0.25, eval_strategy="epoch")
@@ -123,6 +133,19 @@ def test_the_test_split_of_a_folder_is_held_out(tmp_path, model, given):
         ({"datasets": [{"path": "rows.jsonl"}], "streaming": True}, "streaming is true, and selection scores all rows"),
         ({"dataset_name": "rows.jsonl", "dataset_streaming": True}, "set dataset_streaming: false."),
         ({"datasets": [{"pth": "rows.jsonl"}]}, "recipe.yaml, datasets: there is no key 'pth'. Did you mean path?"),
+        (
+            {"datasets": ["rows.jsonl"]},
+            "datasets: each one is named by its path (`- path: rows.jsonl`), got 'rows.jsonl'.",
+        ),
+        (
+            {"datasets": [{"path": 5}]},
+            "datasets: each one is named by its path (`- path: rows.jsonl`), got {'path': 5}.",
+        ),
+        (
+            {"datasets": [{"path": "rows.jsonl", "fraction": 0}]},
+            "fraction of rows.jsonl must be a number above 0, got 0.",
+        ),
+        ({"datasets": [{"path": "rows.jsonl", "columns": "id"}]}, "columns of rows.jsonl wants a list, got 'id'."),
         (
             {"datasets": [{"path": "rows.jsonl", "fraction": 0.5}, {"path": "rows.jsonl"}]},
             "`fraction` must be set for either all",
