@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..data.definitions import KNOWN_DEFINITIONS
+from ..data.definitions import DEFINITIONS, KNOWN_DEFINITIONS
 from ..method.guard import GUARD_REASONS
 from ..method.number_words import listed, many
 from ..method.reasons import MEANINGS, counted_noise
@@ -272,9 +272,9 @@ def _steps_of_scores(data: ReportData) -> list[tuple[str, str]]:
 def _score_again(data: ReportData, file: str) -> str:
     model = data.origin.model or "MODEL"
     source = data.origin.source or "ROWS"
-    return (
-        f"ifd-trainer score {shlex.quote(source)} --model {shlex.quote(model)} --output {shlex.quote(file)} --calibrate"
-    )
+    known = data.origin.definition if data.origin.definition in DEFINITIONS else "paper"
+    options = f"--model {shlex.quote(model)}" + ("" if known == "paper" else f" --definition {known}")
+    return f"ifd-trainer score {shlex.quote(source)} {options} --output {shlex.quote(file)} --calibrate"
 
 
 def select_command(data: ReportData, share: float, guarded: bool = False) -> str:
@@ -282,7 +282,8 @@ def select_command(data: ReportData, share: float, guarded: bool = False) -> str
     file = shlex.quote(data.origin.file or "SCORED.parquet")
     known = KNOWN_DEFINITIONS.get(data.origin.definition)
     score = "" if data.score == (known.ranked_by if known else "ifd") else f" --score {data.score}"
-    noise = " --max-ifd calibrated --drop-unfinished --drop-duplicates" if guarded else ""
+    ends = " --drop-unfinished" if data.origin.definition in (None, "paper") else ""  # others have no end of turn
+    noise = f" --max-ifd calibrated{ends} --drop-duplicates" if guarded else ""
     return f"ifd-trainer select {file} --keep {share:g}{score}{noise} --output cherry.jsonl"
 
 

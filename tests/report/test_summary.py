@@ -219,6 +219,13 @@ def test_scores_of_a_definition_are_reported_by_the_score_that_it_ranks_by():
     data = read_report_data(scores(), None, None, origin)
     assert data.score == "ifd_ppl"
     assert summary_of(data).steps[-1][1] == "ifd-trainer select scored.jsonl --keep 0.05 --output cherry.jsonl"
+    assert summary_of(data).steps[1][1] == (
+        "ifd-trainer score ROWS --model MODEL --definition superfiltering --output scored.jsonl --calibrate"
+    )
+    ends = summary(scores(), origin=Origin("scored.jsonl", definition="superfiltering", measured=True))
+    assert ends.steps[-1][1] == (
+        "ifd-trainer select scored.jsonl --keep 0.05 --max-ifd calibrated --drop-duplicates --output cherry.jsonl"
+    )
     measured = summary(scores(), origin=Origin("scored.jsonl", measured=True))
     assert measured.steps[-1][1] == (
         "ifd-trainer select scored.jsonl --keep 0.05 --max-ifd calibrated --drop-unfinished --drop-duplicates --output "
