@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
@@ -17,6 +18,7 @@ from ..errors import UserError
 from ..method.schedule import Timing
 from ..scoring.engine import check_causal_lm
 from .collated_labels import makes_labels
+from .row_tokens import flat
 from .trainer_version import HOOKS
 
 # What trainers of TRL other than the SFTTrainer train on, by a part of their names; the first that fits.
@@ -76,6 +78,12 @@ def check_kind(trainer: Trainer) -> None:
                 f"The training set has {_NOT_TEXT[name]} (column {name!r}), which are not scored yet: answers would be "
                 "scored without what they are about. Train without the callback, or on rows of text alone."
             )
+    row = None if getattr(trainer.args, "packing", False) else _row_of_several(trainer.train_dataset)
+    if row is not None:
+        raise UserError(
+            f"Row {row} of the training set holds several examples: its position_ids begin anew inside it. Only the "
+            "last one would be scored. Prepare the rows without packing (LLaMA-Factory: packing and neat_packing)."
+        )
 
 
 def _is_empty(dataset: Any, name: str) -> bool:
@@ -86,6 +94,23 @@ def _is_empty(dataset: Any, name: str) -> bool:
         if len(values) and not (listed and not pc.any(pc.greater(pc.list_value_length(values), 0)).as_py()):
             return False
     return True
+
+
+def _row_of_several(dataset: Any) -> int | None:
+    """The first row into which a framework packed examples by itself, None if no row tells of any.
+
+    The second token of an example has position 1; a 0 may be padding.
+    """
+    if "position_ids" not in (getattr(dataset, "column_names", None) or []):
+        return None
+    done = 0
+    for batch in dataset.select_columns(["position_ids"]).with_format("arrow").iter(1000):
+        positions, sizes = flat(batch["position_ids"])
+        begun = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[positions == 1], minlength=len(sizes))
+        if (begun > 1).any():
+            return done + int(np.argmax(begun > 1))
+        done += len(sizes)
+    return None
 
 
 def check_supported(trainer: Trainer) -> None:

@@ -145,6 +145,29 @@ def test_one_row_with_an_image_is_refused(tmp_path, column, what):
         IFDSelectionCallback(plain_trainer(tmp_path, rows))
 
 
+# ---- rows that a framework packed -------------------------------------------------------------------------------
+
+
+def test_rows_of_several_examples_are_refused(tmp_path):
+    """As LLaMA-Factory packs: its own arguments say so, and no column but the positions."""
+    alone = {"input_ids": [5, 6, 7, 0], "labels": [-100, 6, 7, -100], "position_ids": [0, 1, 2, 0]}
+    several = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "position_ids": [0, 1, 0, 1]}
+    with pytest.raises(UserError, match="Row 1200 of the training set holds several examples: its position_ids begin"):
+        IFDSelectionCallback(plain_trainer(tmp_path, Dataset.from_list([alone] * 1200 + [several])))
+
+
+def test_positions_that_begin_once_are_no_packing(tmp_path):
+    """Padding has position 0 again."""
+    rows = tokenised(sft_trainer(tmp_path, 8))
+    positions = [[*range(len(ids) - 2), 0, 0] for ids in rows["input_ids"]]
+    trainer = plain_trainer(tmp_path, rows.add_column("position_ids", positions), num_train_epochs=1)
+    trainer.data_collator = lambda batch: DataCollatorForSeq2Seq(TOKENIZER)(
+        [{name: row[name] for name in ("input_ids", "labels")} for row in batch]
+    )
+    select(trainer, keep=4, max_ifd=INF)
+    assert len(train(trainer).order()) == 4
+
+
 # ---- callbacks before trainers ----------------------------------------------------------------------------------
 
 
