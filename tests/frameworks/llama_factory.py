@@ -13,11 +13,13 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
 from llamafactory.train.tuner import run_exp
 from tiny import Witness, changed, check_rows, check_scores, kept, rows, save_model
 from transformers import AutoTokenizer
 
-from ifd_trainer import SelectLater
+from ifd_trainer import IFDSelectionCallback, SelectLater
+from ifd_trainer.method.brief_experience import Brief
 from ifd_trainer.training.history import History
 
 KEEP, ROWS, EPOCHS, BATCH = 0.5, 24, 3, 2
@@ -50,10 +52,10 @@ def settings(name: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def train(name: str, stop_at: int | None = None, **more: Any) -> Witness:
+def train(name: str, stop_at: int | None = None, later: SelectLater | None = None, **more: Any) -> Witness:
     """One run with the selection and a witness; without guards, for which the model knows too little."""
     witness = Witness(stop_at)
-    run_exp(settings(name, **more), callbacks=[SelectLater(keep=KEEP, guard=None), witness])
+    run_exp(settings(name, **more), callbacks=[later or SelectLater(keep=KEEP, guard=None), witness])
     return witness
 
 
@@ -111,8 +113,10 @@ def ordered() -> None:
 
 def turns() -> None:
     """Chats: the last answer is scored, whatever else is trained on."""
-    check("chats", dataset="chats", template="chatml")
-    check("last_turn", dataset="chats", template="chatml", mask_history=True)
+    for name, more in (("chats", {}), ("last_turn", {"mask_history": True})):
+        check(name, dataset="chats", template="chatml", **more)
+        header = History.load(FOLDER / name).settings["direct_prefix"]
+        assert header == "<|im_start|>assistant\n", header  # as the tokenizer's own template has it
 
 
 def whole_rows() -> None:
@@ -120,6 +124,19 @@ def whole_rows() -> None:
     witness = train("prompts", train_on_prompt=True)
     history = check_rows(witness, FOLDER / "prompts", KEEP)
     assert "### Response:" in history.settings["direct_prefix"], history.settings["direct_prefix"]
+
+
+def papers_method() -> None:
+    """A brief experience, then the epochs anew from the original weights, each with a whole schedule."""
+    brief = Brief("random", clusters=3, per_cluster=2, max_share=0.25)
+    later = SelectLater(IFDSelectionCallback.cherry, keep=KEEP, brief=brief)
+    witness = train("cherry", later=later, lr_scheduler_type="warmup_stable_decay")
+    assert list(witness.steps.values()) == [3] + [6] * EPOCHS, witness.steps
+    before, after = witness.begun[0], witness.begun[1]
+    assert all(torch.equal(before[name], after[name]) for name in before), "training did not begin anew"
+    rates = [rate / 1e-2 for rate in witness.rates]
+    assert rates[:1] == [1.0] and 0 < rates[2] < 1, rates[:3]
+    assert rates[3:9] == [1.0] * 6 and 0 < rates[-1] < 0.1, rates[3:]  # a third of the 18 steps stays
 
 
 def resumed() -> None:
@@ -152,7 +169,7 @@ def refusals() -> None:
         assert sentence in said, said
 
 
-CHECKS: list[Callable[[], None]] = [without_selection, selected, ordered, turns, whole_rows, resumed, refusals]
+CHECKS: list[Callable[[], None]] = [without_selection, selected, ordered, turns, whole_rows, papers_method, resumed, refusals]
 
 
 def prepare() -> None:

@@ -79,7 +79,9 @@ class Witness(TrainerCallback):
     Attributes:
         epochs: the rows (token ids without padding) of each epoch in the order of training.
         steps: optimizer steps of each epoch.
-        models: copies of the model as it was when an epoch began.
+        rates: the learning rate of each step.
+        models: copies of the model as it was when an epoch began, before rows were scored.
+        begun: the weights that the first batch of an epoch was trained with.
         planned: the number of steps that the trainer planned.
         learning_rate: what it ended at.
         data: the training set as the train loader has it.
@@ -89,7 +91,9 @@ class Witness(TrainerCallback):
         self.stop_at = stop_at
         self.epochs: dict[int, list[tuple[int, ...]]] = {}
         self.steps: dict[int, int] = {}
+        self.rates: list[float] = []
         self.models: dict[int, Any] = {}
+        self.begun: dict[int, dict[str, torch.Tensor]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.planned, self.pad = state.max_steps, kwargs["processing_class"].pad_token_id
@@ -112,13 +116,16 @@ class Witness(TrainerCallback):
 
     def _seen(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if model.training:
+            if self._epoch not in self.begun:
+                self.begun[self._epoch] = {name: value.clone() for name, value in model.state_dict().items()}
             batch = zip(kwargs["input_ids"].tolist(), kwargs["attention_mask"].tolist(), strict=True)
             self.epochs[self._epoch] += [
                 tuple(token for token, read in zip(ids, mask, strict=True) if read) for ids, mask in batch
             ]
 
-    def _stepped(self, *_: Any) -> None:
+    def _stepped(self, optimizer: Any, *_: Any) -> None:
         self.steps[self._epoch] += 1
+        self.rates.append(optimizer.param_groups[0]["lr"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step == self.stop_at

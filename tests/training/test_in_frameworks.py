@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from datasets import Dataset
 from tiny_runs import (
     INF,
+    PEAK,
     TOKENIZER,
     plain_trainer,
     select,
@@ -20,6 +23,7 @@ from trl import SFTTrainer
 
 from ifd_trainer import IFDSelectionCallback, SelectLater
 from ifd_trainer.errors import RunError, UserError
+from ifd_trainer.method.brief_experience import Brief
 
 
 class Delegating(SFTTrainer):
@@ -166,6 +170,31 @@ def test_positions_that_begin_once_are_no_packing(tmp_path):
     )
     select(trainer, keep=4, max_ifd=INF)
     assert len(train(trainer).order()) == 4
+
+
+# ---- a schedule whose parts a framework fills in ----------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps")
+def test_a_schedule_that_is_filled_in_begins_anew_with_the_steps_of_its_part(tmp_path):
+    """As LLaMA-Factory does for warmup_stable_decay: a third of the steps stays, the rest decays."""
+
+    class Filling(SFTTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            stable = num_training_steps // 3
+            filled = {"num_stable_steps": stable, "num_decay_steps": num_training_steps - stable}
+            self.args.lr_scheduler_kwargs = {**filled, **(self.args.lr_scheduler_kwargs or {})}
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    trainer = sft_trainer(tmp_path, 24, num_train_epochs=3, lr_scheduler_type="warmup_stable_decay")
+    trainer.__class__ = Filling
+    brief = Brief("random", clusters=3, per_cluster=2, max_share=0.25)
+    trainer.add_callback(IFDSelectionCallback.cherry(trainer, keep=8, max_ifd=INF, brief=brief))
+    rates = [rate / PEAK for rate in train(trainer).learning_rates()]
+    assert len(rates) == 3 + 3 * 4
+    for part, stable in ((rates[:3], 1), (rates[3:], 4)):
+        decay = [(1 + math.cos(math.pi * i / (len(part) - stable))) / 2 for i in range(len(part) - stable)]
+        assert part == pytest.approx([1.0] * stable + decay)
 
 
 # ---- callbacks before trainers ----------------------------------------------------------------------------------
