@@ -108,20 +108,17 @@ class Witness(TrainerCallback):
         self._epoch = int(state.epoch + 1e-6)
         self.epochs[self._epoch], self.steps[self._epoch] = [], 0
         self.data = kwargs["train_dataloader"].dataset
-        hooks, model = kwargs["model"]._forward_pre_hooks, kwargs["model"]
-        kept = dict(hooks)
-        hooks.clear()
-        self.models[self._epoch] = copy.deepcopy(model).eval()
-        hooks.update(kept)
+        self._hooks[0].remove()  # no copy of this witness
+        self.models[self._epoch] = model = copy.deepcopy(kwargs["model"]).eval()
+        for module in model.modules():  # Unsloth's forward of the copy would be that of the model in training
+            vars(module).pop("forward", None)
+        self._hooks[0] = kwargs["model"].register_forward_pre_hook(self._seen, with_kwargs=True)
 
     def _seen(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if model.training:
             if self._epoch not in self.begun:
                 self.begun[self._epoch] = {name: value.clone() for name, value in model.state_dict().items()}
-            batch = zip(kwargs["input_ids"].tolist(), kwargs["attention_mask"].tolist(), strict=True)
-            self.epochs[self._epoch] += [
-                tuple(token for token, read in zip(ids, mask, strict=True) if read) for ids, mask in batch
-            ]
+            self.epochs[self._epoch] += _rows_of(kwargs)
 
     def _stepped(self, optimizer: Any, *_: Any) -> None:
         self.steps[self._epoch] += 1
@@ -140,6 +137,19 @@ class Witness(TrainerCallback):
         self.learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
         for hook in self._hooks:
             hook.remove()
+
+
+def _rows_of(batch: dict[str, Any]) -> list[tuple[int, ...]]:
+    """The rows of a batch without padding; a padding-free batch is cut where positions begin anew."""
+    ids = batch["input_ids"].tolist()
+    if batch.get("attention_mask") is not None:
+        masks = batch["attention_mask"].tolist()
+        return [
+            tuple(token for token, read in zip(row, mask, strict=True) if read)
+            for row, mask in zip(ids, masks, strict=True)
+        ]
+    starts = [i for i, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
+    return [tuple(ids[0][start:end]) for start, end in zip(starts, [*starts[1:], len(ids[0])], strict=True)]
 
 
 def check_rows(witness: Witness, output: Path, keep: float) -> History:
@@ -167,18 +177,27 @@ def check_scores(witness: Witness, history: History, header: list[int], ends: se
         table, model = history.rows(epoch).set_index("row_id"), witness.models[epoch]
         for position in range(0, len(witness.data), 5):
             row = witness.data[position]
-            ids, labels = list(row["input_ids"]), list(row["labels"])
-            start = len(labels) - 1
-            while labels[start] == -100:
-                start -= 1
-            while start and labels[start - 1] != -100:
-                start -= 1
+            ids = list(row["input_ids"])
+            start = _answer_start(ids, row.get("labels"), header)
             end = next(i for i in range(start, len(ids)) if ids[i] in ends)
             conditioned = _loss(model, ids[:end], start)
             direct = _loss(model, header + ids[start:end], len(header))
             found = table.loc[position]
             for name, wanted in (("cas", conditioned), ("das", direct), ("ifd", conditioned / direct)):
                 assert abs(found[name] - wanted) < atol, (epoch, position, name, found[name], wanted)
+
+
+def _answer_start(ids: list[int], labels: list[int] | None, header: list[int]) -> int:
+    """The first token of the last answer: by labels, or behind its header where all tokens are trained on."""
+    if labels is None or labels[0] != -100:
+        size = len(header)
+        return next(i for i in range(len(ids), size - 1, -1) if ids[i - size : i] == header)
+    start = len(labels) - 1
+    while labels[start] == -100:
+        start -= 1
+    while labels[start - 1] != -100:
+        start -= 1
+    return start
 
 
 def changed(history: History) -> int:
