@@ -11,8 +11,10 @@ from tiny_runs import (
     PEAK,
     TOKENIZER,
     plain_trainer,
+    raw_rows,
     select,
     sft_trainer,
+    text_rows,
     tokenised,
     train,
     weights_of,
@@ -170,6 +172,19 @@ def test_positions_that_begin_once_are_no_packing(tmp_path):
     )
     select(trainer, keep=4, max_ifd=INF)
     assert len(train(trainer).order()) == 4
+
+
+# ---- Alpaca's prompt with a line break --------------------------------------------------------------------------
+
+
+def test_the_alpaca_header_with_a_line_break_precedes_direct_answers(tmp_path):
+    """All prompts end with ".\\n\\n### Response:\\n": of what they share, the header alone is meant."""
+    rows = text_rows(raw_rows(8)).map(lambda row: {"prompt": row["prompt"] + "\n"})
+    assert all(prompt.endswith(".\n\n### Response:\n") for prompt in rows["prompt"])
+    trainer = sft_trainer(tmp_path, rows, num_train_epochs=1)
+    callback = select(trainer, keep=4, max_ifd=INF)
+    train(trainer)
+    assert callback.history.settings["direct_prefix"] == "### Response:\n"
 
 
 # ---- a schedule whose parts a framework fills in ----------------------------------------------------------------
