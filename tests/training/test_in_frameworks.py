@@ -212,6 +212,25 @@ def test_a_schedule_that_is_filled_in_begins_anew_with_the_steps_of_its_part(tmp
         assert part == pytest.approx([1.0] * stable + decay)
 
 
+# ---- a model that cuts rows -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole_logits", [False, True])
+def test_a_model_that_cuts_rows_by_itself_is_refused(tmp_path, whole_logits):
+    """As Unsloth's do beyond max_seq_length: nothing but the number of hidden states tells of it."""
+    trainer = sft_trainer(tmp_path, 8)
+    longest = max(len(ids) for ids in tokenised(trainer)["input_ids"])
+    backbone, inner = trainer.model.model, trainer.model.model.forward
+    backbone.forward = lambda input_ids=None, **more: inner(input_ids=input_ids[:, : longest - 3], **more)
+    if whole_logits:
+        trainer.model.get_output_embeddings = lambda: None
+    select(trainer, keep=4, max_ifd=INF)
+    cut = rf"The model cut rows of {longest} tokens to {longest - 3}, so their answers cannot be scored\. Unsloth does"
+    with pytest.raises(UserError, match=cut):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 # ---- callbacks before trainers ----------------------------------------------------------------------------------
 
 
