@@ -1,5 +1,6 @@
 """The selection inside Unsloth, by hand and on a CPU: what its SFTTrainer trained on, row by row."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import math
@@ -142,9 +143,7 @@ def resumed() -> None:
     for step in (4, 3):
         name = f"from_{step}"
         train(trainer_for(name, **saves), stop_at=step)
-        witness = train(
-            trainer_for(name, **saves), resume_from_checkpoint=str(FOLDER / name / f"checkpoint-{step}")
-        )
+        witness = train(trainer_for(name, **saves), resume_from_checkpoint=str(FOLDER / name / f"checkpoint-{step}"))
         assert [row for epoch in witness.epochs.values() for row in epoch] == order[step * BATCH :]
         again = History.load(FOLDER / name)
         assert all(one.equals(other) for one, other in zip(kept(history), kept(again), strict=True))
