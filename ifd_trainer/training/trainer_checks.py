@@ -58,10 +58,11 @@ def check_kind(trainer: Trainer) -> None:
         UserError: with a sentence about that kind.
     """
     for cls in type(trainer).__mro__:
-        named = not cls.__name__.startswith("_") and cls.__name__ not in ("BaseTrainer", "SFTTrainer")
-        if cls.__module__.startswith("trl.") and issubclass(cls, Trainer) and named:
+        name = cls.__name__.removeprefix("Unsloth")
+        of_trl = cls.__module__.startswith(("trl.", "Unsloth"))  # Unsloth writes TRL's trainers anew
+        if of_trl and issubclass(cls, Trainer) and name[0] != "_" and name not in ("BaseTrainer", "SFTTrainer"):
             raise UserError(
-                f"{cls.__name__} trains on {next(what for key, what in _TRAINED_ON.items() if key in cls.__name__)}; "
+                f"{cls.__name__} trains on {next(what for key, what in _TRAINED_ON.items() if key in name)}; "
                 "IFD scores the one answer that a row has. Use the callback with an SFTTrainer or a Trainer, or select "
                 "rows beforehand with `ifd-trainer score` and `ifd-trainer select`."
             )

@@ -1,4 +1,20 @@
-"""The selection inside LLaMA-Factory, by hand and on a CPU: what `run_exp` trained on, row by row."""
+"""The selection inside LLaMA-Factory, by hand and on a CPU: what `run_exp` trained on, row by row.
+
+    python3.11 -m venv lf && lf/bin/pip install llamafactory -e . jieba nltk rouge_chinese
+    lf/bin/python tests/frameworks/llama_factory.py [FOLDER [CHECK ...]]
+
+FOLDER has to be new; the checks are the functions in `CHECKS`. Half a minute. Tried with llamafactory 0.9.5: Python
+3.11, torch 2.13, transformers 5.6.0, trl 0.24.0, accelerate 1.11.0, datasets 4.0.0, peft 0.18.1. Where an index has
+torchvision and torchaudio for CUDA alone, they fail beside a torch for CPUs: take torchvision out, and delete the folder
+`lib` of torchaudio, which then does without its compiled part; text needs neither.
+
+Asserted of a random two-layer model: the optimizer's steps, and that they are as many as were planned; that each epoch
+trained on the rows that the history names, each once, by the tokens that the model was given; that no row was left out
+that scores above a kept one; scores, against two forward passes for each row with the weights of that epoch; that the
+last epoch has other rows than the first; that a resumed run trains on the rows of one that was not stopped, in their
+order; and what is refused, with its sentence. With full fine-tuning, LoRA, gradient accumulation, disable_shuffling,
+predict_with_generate, rows grouped by length, chats (with mask_history too), train_on_prompt, and the paper's method.
+"""
 
 from __future__ import annotations
 

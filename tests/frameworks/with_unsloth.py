@@ -1,4 +1,21 @@
-"""The selection inside Unsloth, by hand and on a CPU: what its SFTTrainer trained on, row by row."""
+"""The selection inside Unsloth, by hand and on a CPU: what its SFTTrainer trained on, row by row.
+
+    python3.11 -m venv us && us/bin/pip install unsloth -e .
+    us/bin/python tests/frameworks/with_unsloth.py [FOLDER [CHECK ...]]
+    UNSLOTH_ALLOW_CPU=1 us/bin/python tests/frameworks/with_unsloth.py [FOLDER [CHECK ...]]
+
+FOLDER has to be new; the checks are the functions in `CHECKS`. A minute for both. Tried with unsloth and unsloth_zoo
+2026.10.9: Python 3.11, torch 2.13, transformers 5.17.0, trl 1.15.0, accelerate 1.15.0, datasets 4.8.5, peft 0.21.2; a
+torchvision for CUDA has to be taken out beside a torch for CPUs.
+
+Without a GPU, Unsloth trains with a part of its own for CPUs: its loader, chunked losses, and a class derived from TRL's
+SFTTrainer. With UNSLOTH_ALLOW_CPU=1 the trainer is the one that it writes for GPUs (`UnslothSFTTrainer`, padding-free,
+`train` assigned on the instance, its own preparation of texts), on a model of transformers: Unsloth's own models run on
+GPUs alone, and were not tried.
+
+Asserted is what `llama_factory.py` asserts, with texts of which every token is trained on, with
+`train_on_responses_only`, gradient accumulation and, in the part for CPUs, LoRA.
+"""
 
 # ruff: noqa: E402
 from __future__ import annotations
@@ -27,10 +44,11 @@ import torch
 from datasets import Dataset
 from tiny import Witness, changed, check_rows, check_scores, kept, rows, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from unsloth_zoo.dataset_utils import train_on_responses_only
 
 from ifd_trainer import IFDSelectionCallback
+from ifd_trainer.errors import UserError
 from ifd_trainer.training.history import History
 
 KEEP, ROWS, EPOCHS, BATCH = 0.25, 24, 3, 2
@@ -149,7 +167,23 @@ def resumed() -> None:
         assert all(one.equals(other) for one, other in zip(kept(history), kept(again), strict=True))
 
 
-CHECKS: list[Callable[[], None]] = [without_selection, selected, resumed]
+def refusals() -> None:
+    """What cannot be exact is refused with a sentence."""
+    model, tokenizer = model_and_tokenizer(lora=False)
+    pairs = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": "no"} for row in rows(8)]
+    args = DPOConfig(
+        output_dir=str(FOLDER / "pairs"), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False
+    )
+    trainer = DPOTrainer(model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(pairs), args=args)
+    said = ""
+    try:
+        IFDSelectionCallback(trainer)
+    except UserError as error:
+        said = str(error)
+    assert "DPOTrainer trains on pairs of a chosen and a rejected answer" in said, said
+
+
+CHECKS: list[Callable[[], None]] = [without_selection, selected, resumed, refusals]
 
 
 if __name__ == "__main__":

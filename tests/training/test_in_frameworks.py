@@ -151,6 +151,28 @@ def test_one_row_with_an_image_is_refused(tmp_path, column, what):
         IFDSelectionCallback(plain_trainer(tmp_path, rows))
 
 
+# ---- trainers of TRL that a framework writes anew ---------------------------------------------------------------
+
+
+def rewritten(name):
+    """A class as Unsloth makes it of TRL's: in a module of its own name."""
+    return type(name, (SFTTrainer,), {"__module__": name})
+
+
+def test_trainers_on_preferences_are_refused_as_unsloth_writes_them_too(tmp_path):
+    trainer = sft_trainer(tmp_path, 8)
+    trainer.__class__ = rewritten("UnslothDPOTrainer")
+    with pytest.raises(UserError, match="UnslothDPOTrainer trains on pairs of a chosen and a rejected answer;"):
+        IFDSelectionCallback(trainer)
+
+
+def test_the_sft_trainer_that_unsloth_writes_selects(tmp_path):
+    trainer = sft_trainer(tmp_path, 8, num_train_epochs=1)
+    trainer.__class__ = rewritten("UnslothSFTTrainer")
+    select(trainer, keep=4, max_ifd=INF)
+    assert len(train(trainer).order()) == 4
+
+
 # ---- rows that a framework packed -------------------------------------------------------------------------------
 
 
