@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:  # its options are TRL's dataclasses, parsed by TRL's parser
             return _train(arguments[1:])
+        if arguments[:1] == ["compare"]:
+            from .compare.command import compare
+
+            return compare(arguments[1:])
         options = _parser().parse_args([_hyphened(word) for word in arguments])
         _check_words(options)
         return options.run(options)
@@ -172,11 +176,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ifd_trainer {__version__}")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="score | select | train | report | recipes"
+        title="commands", required=True, metavar="score | select | train | compare | report | recipes"
     )
     _add_score(commands)
     _add_select(commands)
     commands.add_parser("train", help="fine-tune with selection inside the loop (see: ifd-trainer train --help)")
+    commands.add_parser("compare", help="train several ways to choose rows, and say what their differences are worth")
     _add_report(commands)
     _add_recipes(commands)
     return parser

@@ -33,7 +33,6 @@ os.fsync = lambda file: None
 settings.register_profile("ifd_trainer", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("ifd_trainer")
 
-collect_ignore = ["frameworks"]  # run by hand, each in the environment of its framework
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 # Largest relative difference of losses that are computed in float32 in two ways (other batches, engines, processes,

@@ -514,6 +514,30 @@ def test_a_run_is_as_it_was_planned_and_says_which_rows_it_lost(
     assert plan_of(capsys.readouterr().out) == plan
 
 
+def test_rows_that_a_run_leaves_out_are_named_with_the_reason(
+    tmp_path: Path, recipe: Path, data: Path, model_path: str, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [dict(row, row_id=f"r{i}") for i, row in enumerate(ROWS)]
+    rows[2]["output"], rows[5]["output"] = ["a", "list"], "I'm sorry, but I cannot help with that."
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["--model", model_path, "--keep", "2", "--drop_refusals", "true", "--max_length", "58"]
+    assert main(["train", str(recipe), *options, "--plan"]) == 0
+    assert not (tmp_path / "run").exists()
+    assert main(["train", str(recipe), *options]) == 0
+    names = (tmp_path / "run" / "ifd_history" / "left_out.jsonl").read_text(encoding="utf-8")
+    left = [json.loads(line) for line in names.splitlines()]
+    planned, line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pool: 5 of")]
+    assert planned == line
+    assert line.startswith("pool: 5 of 11 rows, 1 that cannot be rendered, 1 left out as refusals, 4 lost to max_len")
+    assert line.endswith("named in ifd_history/left_out.jsonl")
+    assert [row["row_id"] for row in left[:2]] == ["r2", "r5"]
+    assert left[0]["reason"]
+    assert left[1]["reason"] == "its answer looks like a refusal"
+    assert [row["reason"] for row in left[2:]] == ["no token of its answer is within max_length=58"] * 4
+    kept = History.load(tmp_path / "run").pool()["row_id"].tolist()
+    assert sorted(kept + [row["row_id"] for row in left]) == sorted(row["row_id"] for row in rows)
+
+
 COMMANDS = """
 import contextlib, json, os, sys
 from ifd_trainer.cli import main

@@ -99,6 +99,16 @@ def test_select_asks_the_model_about_rows_of_a_template_as_they_were_scored(tmp_
     assert len(failed) > 1
 
 
+def test_a_report_shows_the_texts_of_columns_that_were_named(tmp_path, model_path):
+    output = tmp_path / "scored.parquet"
+    assert score(written(tmp_path / "rows.jsonl", ROWS), output, model_path, *OPTIONS) == 0
+    assert main(["report", str(output), "--output", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    shown = [row for row in ROWS if row["q"] in page and row["a"] in page]
+    assert len(shown) == len(ROWS)
+    assert "of the columns q, a" in page
+
+
 def test_the_recorded_format_is_on_the_card(tmp_path, model_path):
     output, kept = tmp_path / "scored.parquet", tmp_path / "kept.jsonl"
     assert (

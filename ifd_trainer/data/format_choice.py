@@ -373,6 +373,17 @@ def format_record(format: PromptFormat) -> str:
     return json.dumps({"format": format.name} | changed, ensure_ascii=False)
 
 
+def format_of_rows(record: str | None, columns: Collection[str]) -> PromptFormat | None:
+    """The format that `format_record` wrote down of rows with these columns; None where it is not known, or not theirs.
+
+    >>> format_of_rows("alpaca", ["instruction", "output", "id"]).name, format_of_rows("alpaca", ["messages"])
+    ('alpaca', None)
+    """
+    format = recorded_format(record)
+    format = FORMATS.get(format) if isinstance(format, str) else format
+    return format if format is not None and set(format.columns) <= set(columns) else None
+
+
 def recorded_format(record: str | None) -> PromptFormat | str | None:
     """The format that `format_record` wrote down; a name that it does not know as it is.
 

@@ -25,8 +25,8 @@ from datasets import Dataset
 from .. import __version__
 from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
-from ..data.format_choice import recorded_format
-from ..data.formats import FORMATS, PromptFormat
+from ..data.format_choice import format_of_rows
+from ..data.formats import PromptFormat
 from ..data.readable_text import answers_of, text_sources
 from ..errors import FileAccessError, UserError
 from ..method.choices import RANKED_BY
@@ -73,9 +73,7 @@ class Provenance:
 
     def rows_format(self, columns: Collection[str]) -> PromptFormat | None:
         """The format in which rows with these columns were scored; None where that is not known, or cannot be."""
-        format = recorded_format(self.format)
-        format = FORMATS.get(format) if isinstance(format, str) else format
-        return format if format is not None and set(format.columns) <= set(columns) else None
+        return format_of_rows(self.format, columns)
 
 
 def provenance_of(settings: Mapping[str, Any], model: str, weights: str, source: str) -> Provenance:

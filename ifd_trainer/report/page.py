@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
+from ..data.format_choice import recorded_format
 from ..data.paths import check_folder
 from ..data.readable_text import plain, shortened
 from ..errors import UserError
@@ -170,11 +171,14 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
         return settings_in_words(data.history.settings, data.history.epochs)
     rows, origin = data.last, data.origin
     known = KNOWN_DEFINITIONS.get(origin.definition)
+    format = recorded_format(origin.format)
+    if format is not None and not isinstance(format, str):
+        format = f"{format.name}, of the columns {', '.join(format.columns)}"
     facts = [
         ("File", origin.file),
         ("Scored with", origin.model),
         ("Definition", f"{known.meaning} ({origin.definition})" if known else origin.definition),
-        ("Prompt format", origin.format),
+        ("Prompt format", format),
         ("Program", origin.program),
     ]
     facts = [(name, text) for name, text in facts if text]

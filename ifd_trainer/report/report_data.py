@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 
 from ..data.definitions import KNOWN_DEFINITIONS
+from ..data.format_choice import format_of_rows
+from ..data.formats import PromptFormat
 from ..data.readable_text import text_columns
 from ..data.row_ids import named_ids
 from ..errors import FileAccessError, NotFoundError, UserError, one_line
@@ -186,7 +188,7 @@ def _of_rows(source: Any, texts: pd.DataFrame | None, folder: Path, origin: Orig
     frame = _frame(source).reset_index(drop=True)
     rows = normalised(frame)
     rows["key"] = rows.index.map(str)  # ids of a data set need not be unique
-    details = _details(frame, rows["key"])
+    details = _details(frame, rows["key"], format_of_rows(origin.format, frame.columns))
     if texts is not None:
         by_id = named_ids(frame.columns) is not None
         if not by_id and len(texts) != len(frame):
@@ -239,9 +241,9 @@ def _ids(texts: pd.DataFrame) -> pd.Series:
     return texts[name]
 
 
-def _details(frame: pd.DataFrame, keys: pd.Series) -> pd.DataFrame:
-    """The frame's columns by key, its texts as `instruction`, `input` and `answer`."""
-    texts = text_columns(frame)
+def _details(frame: pd.DataFrame, keys: pd.Series, format: PromptFormat | None = None) -> pd.DataFrame:
+    """The frame's columns by key, its texts as `instruction`, `input` and `answer`, which the format tells."""
+    texts = text_columns(frame, format)
     rest = frame.drop(columns=[name for name in ("instruction", "input", "answer") if name in frame])
     parts = [rest.reset_index(drop=True), *([texts] if texts is not None else [])]
     return pd.concat(parts, axis=1).set_axis(pd.Index(keys.to_numpy(), dtype=object), axis=0)

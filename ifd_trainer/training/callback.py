@@ -49,7 +49,7 @@ from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
 from .options import Scoring, check_options, check_order, groups_of, guard_of, needs_answers, of_whole_rows
 from .pool import Pool, TrainingRow
-from .pool_line import RowsBefore, pool_line
+from .pool_line import RowsBefore, pool_line, rows_before, save_left_out
 from .pool_scorer import PoolScorer
 from .row_chooser import RowChooser
 from .selection_run import SelectionRun
@@ -308,10 +308,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.run.called:  # auto_find_batch_size begins a run again, with weights that were trained
             self._before = None
         self.run.called = False
+        before = self.rows_before or rows_before(self.trainer, self.pool, self.id_column)
         if not self.in_command:
-            say(self.trainer, pool_line(self.trainer, self.pool, self.rows_before))
+            say(self.trainer, pool_line(self.trainer, self.pool, before))
         if state.is_world_process_zero:
             self.history.save()
+            save_left_out(self.history.folder, before, getattr(args, "max_length", None))
             self.history.discard_other_epochs()
             self._save_pool()
 

@@ -53,7 +53,7 @@ class Pool:
         self._answers, self._padding, self._tokens = answers, padding or Padding(), tokens
         self._lengths: np.ndarray | None = None
         self._spans: np.ndarray | None = None
-        self._ids: dict[str | None, np.ndarray] = {}
+        self._ids: dict[str | None, tuple[str | None, np.ndarray]] = {}
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -190,14 +190,21 @@ class Pool:
         Raises:
             ValueError: when there is no such column, or its values are null, not plain or not unique.
         """
+        return self._named_ids(column)[1]
+
+    def id_name(self, column: str | None) -> str | None:
+        """The column that `ids` reads; None for positions."""
+        return self._named_ids(column)[0]
+
+    def _named_ids(self, column: str | None) -> tuple[str | None, np.ndarray]:
         if column not in self._ids:
             self._ids[column] = self._find_ids(column)
         return self._ids[column]
 
-    def _find_ids(self, column: str | None) -> np.ndarray:
+    def _find_ids(self, column: str | None) -> tuple[str | None, np.ndarray]:
         names = getattr(self.examples, "column_names", None) or []
         name, ids = find_ids(names, self._column, column)
-        return np.arange(len(self)) if name is None else as_array(ids)
+        return name, np.arange(len(self)) if name is None else as_array(ids)
 
     @property
     def column_names(self) -> list[str]:
@@ -296,13 +303,13 @@ class PackedPool(Pool):
     def dataset(self) -> PackedRows:
         return PackedRows(self.examples, self.training_rows)
 
-    def _find_ids(self, column: str | None) -> np.ndarray:
+    def _find_ids(self, column: str | None) -> tuple[None, np.ndarray]:
         if column is not None:
             raise UserError(
                 f"id_column={column!r} cannot be used with packing=True, which drops all columns but the tokens. "
                 "Leave it out: rows are then known by their position in the unpacked training set."
             )
-        return np.arange(len(self))
+        return None, np.arange(len(self))
 
     def _packed_into(self) -> bytes:
         return f"packed into {self.capacity}".encode()

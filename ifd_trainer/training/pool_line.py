@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 from transformers import Trainer
 
+from ..data.atomic import write_atomically
 from ..method.number_words import many
+from .history import FOLDER
 from .pool import Pool
+
+LEFT_OUT = "left_out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -17,16 +26,18 @@ class RowsBefore:
 
     Attributes:
         rows: how many rows it had.
-        unread: those of them that could not be rendered.
-        refusals: those that were left out as refusals.
+        unread: what is wrong with those of them that could not be rendered, by their ids.
+        refusals: the ids of those that were left out as refusals.
+        cut: the ids of those of which max_length has left no token to train on; empty where rows have no ids.
     """
 
     rows: int
-    unread: int = 0
-    refusals: int = 0
+    unread: Mapping[Any, str] = field(default_factory=dict)
+    refusals: Sequence[Any] = ()
+    cut: Sequence[Any] = ()
 
 
-def rows_before(trainer: Trainer) -> RowsBefore:
+def rows_before(trainer: Trainer, pool: Pool, id_column: str | None) -> RowsBefore:
     """The rows that a trainer was given, as far as its prepared set tells.
 
     TRL leaves out rows of which max_length has left nothing to train on, by an index of those that stay: the table
@@ -34,26 +45,55 @@ def rows_before(trainer: Trainer) -> RowsBefore:
     """
     dataset, args = trainer.train_dataset, trainer.args
     cuts = getattr(args, "max_length", None) is not None and hasattr(args, "completion_only_loss")
-    prepared = cuts and not getattr(args, "packing", False) and isinstance(dataset, Dataset)
     skips = (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset", False)
-    return RowsBefore(dataset.data.num_rows if prepared and not skips else len(dataset))
+    if pool.packed or not cuts or skips or not isinstance(dataset, Dataset) or dataset.data.num_rows == len(dataset):
+        return RowsBefore(len(pool))
+    lost = ids_lost(dataset.data.column, dataset, pool.id_name(id_column))
+    return RowsBefore(dataset.data.num_rows, cut=lost)
 
 
-def pool_line(trainer: Trainer, pool: Pool, before: RowsBefore | None = None) -> str:
-    """How many rows are selected from, and what became of the others.
+def ids_lost(before: Callable[[str], pa.ChunkedArray], after: Dataset, name: str | None) -> list[Any]:
+    """The ids of the rows that a data set has lost.
 
     Args:
-        before: the rows before they were prepared, where more is known than the trainer tells.
+        before: reads a column of the set as it was.
+        after: the rows that are left.
+        name: of the column of ids; without one, no row can be named.
     """
-    if before is None:
-        before = RowsBefore(len(pool)) if pool.packed else rows_before(trainer)
+    if name is None:
+        return []
+    left = set(column_of(after)(name).to_pylist())
+    return [each for each in before(name).to_pylist() if each not in left]
+
+
+def column_of(rows: Dataset) -> Callable[[str], pa.ChunkedArray]:
+    """What reads a column of a data set."""
+    return lambda name: rows.select_columns([name]).with_format("arrow")[:][name]
+
+
+def save_left_out(folder: Path, before: RowsBefore, max_length: int | None) -> None:
+    """Name the rows that were left out, with the reason, in a file of the history; an older one goes."""
+    reasons = [*before.unread.items(), *((each, "its answer looks like a refusal") for each in before.refusals)]
+    reasons += [(each, f"no token of its answer is within max_length={max_length}") for each in before.cut]
+    path = folder / LEFT_OUT
+    if not reasons:
+        path.unlink(missing_ok=True)
+        return
+    lines = [json.dumps({"row_id": each, "reason": why}, ensure_ascii=False, default=str) for each, why in reasons]
+    write_atomically(path, lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+
+
+def pool_line(trainer: Trainer, pool: Pool, before: RowsBefore) -> str:
+    """How many rows are selected from, and what became of the others."""
     text = f"{len(pool):,} of {many(before.rows, 'row')}"
     if before.unread:
-        text += f", {before.unread:,} that cannot be rendered"
+        text += f", {len(before.unread):,} that cannot be rendered"
     if before.refusals:
-        text += f", {before.refusals:,} left out as refusals"
-    if lost := before.rows - before.unread - before.refusals - len(pool):
+        text += f", {len(before.refusals):,} left out as refusals"
+    if lost := before.rows - len(before.unread) - len(before.refusals) - len(pool):
         text += f", {lost:,} lost to max_length={trainer.args.max_length} (no token of their answers is left)"
+    if before.unread or before.refusals or before.cut:
+        text += f", named in {FOLDER}/{LEFT_OUT}"
     if pool.packed:
         text += f", in {many(pool.training_rows, 'packed row')}"
     if without := int((~pool.has_answer()).sum()):

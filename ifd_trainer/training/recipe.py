@@ -22,7 +22,7 @@ from trl.scripts.utils import DatasetConfig
 
 from ..data.paths import check_checkpoint
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
-from .recipe_file import ALIASES, check_recipe, read_recipe
+from .recipe_file import ALIASES, COMPARED, check_recipe, read_recipe
 from .recipe_file import overrides as words_of
 from .recipe_keys import check_keys, check_mappings, check_ranges, typed
 from .recipe_machine import PlanConfig, missing_trackers
@@ -71,7 +71,8 @@ def parse_recipe(recipe: str | None, overrides: Sequence[str], plan: bool = Fals
         key, equals, value = word.partition("=")
         alias = ALIASES.get(key.removeprefix("--")) if key.startswith("--") else None
         arguments.append((f"--{alias}" if alias else key) + equals + value)
-    parser, given = make_parser(plan), read_recipe(recipe)
+    parser = make_parser(plan)
+    given = {key: value for key, value in read_recipe(recipe).items() if key not in COMPARED}
     known = {action.dest for action in parser._actions} - {"help"}
     check_keys(given, known | {"env"}, str(recipe))
     environment = given.pop("env", {})  # TRL's way to set variables

@@ -41,7 +41,7 @@ _TRLS |= {"text", "messages", "conversations", "tools", "chat_template_kwargs"}
 
 def prepare(
     rows: Dataset, format: str | PromptFormat | FormatOptions | None, tokenizer: Callable[[], Any] | None = None
-) -> Dataset:
+) -> tuple[Dataset, dict[Any, str]]:
     """Rows as TRL's SFTTrainer reads them, with an id and all columns that neither the format nor TRL reads.
 
     Rows that cannot be rendered are left out, with one warning.
@@ -51,11 +51,14 @@ def prepare(
         format: a format, its name or what is said of it; told from the columns by default.
         tokenizer: gives the tokenizer whose chat template is to write the rows; asked for chats alone.
 
+    Returns:
+        The rows, and what is wrong with each that was left out, by its id.
+
     Raises:
         ValueError: when no row can be rendered.
     """
     resolved = resolve_format(format, rows.column_names)
-    rows = _with_ids(rows)
+    rows, ids = _with_ids(rows)
     consumed = {"instruction", "input", "output"} & set(rows.column_names)
     consumed |= set(columns_read(resolved, rows.column_names))
     aside = sorted((_TRLS - {"text", "tools", "chat_template_kwargs"} - consumed) & set(rows.column_names))
@@ -65,15 +68,17 @@ def prepare(
     convert = _Convert(resolved, tokenizer() if chats and tokenizer is not None else None)
     read = [name for name in rows.column_names if name in {*consumed, "tools", "chat_template_kwargs"}]
     checked = rows.select_columns(read).map(convert.check, remove_columns=read, desc="Checking rows")
-    bad = np.flatnonzero([problem != "" for problem in checked["problem"]])
-    if len(bad):
-        first = f"row {bad[0]}: {checked[int(bad[0])]['problem']}"
+    problems = {i: problem for i, problem in enumerate(checked["problem"]) if problem}
+    bad, left_out = list(problems), {}
+    if bad:
+        first = f"row {bad[0]}: {problems[bad[0]]}"
         if len(bad) == len(rows):
             raise UserError(
                 f"None of {many(len(rows), 'row')} can be trained on as {resolved.name!r}; the first one, {first}."
             )
-        left_out = "%s of %s cannot be trained on as %r: left out of the pool; the first one, %s."
-        logger.warning(left_out, f"{len(bad):,}", many(len(rows), "row"), resolved.name, first)
+        said = "%s of %s cannot be trained on as %r: left out of the pool; the first one, %s."
+        logger.warning(said, f"{len(bad):,}", many(len(rows), "row"), resolved.name, first)
+        left_out = dict(zip(rows.select(bad)[ids], problems.values(), strict=True))
         rows = rows.select(np.setdiff1d(np.arange(len(rows)), bad))
     removed = sorted((consumed | _TRLS) & set(rows.column_names) - {"prompt", "completion"})
     features = {name: kind for name, kind in rows.features.items() if name not in removed}
@@ -82,12 +87,13 @@ def prepare(
     features |= {"prompt": kind, "completion": kind}
     extra = {"tools": lambda: Value("string"), "chat_template_kwargs": Json}
     features |= {name: kind() for name, kind in extra.items() if any(checked[name])}
-    return rows.map(
+    prepared = rows.map(
         partial(convert, names=sorted(features)),
         remove_columns=removed,
         features=Features(features),
         desc="Formatting rows",
     )
+    return prepared, left_out
 
 
 @dataclass(frozen=True)
@@ -112,17 +118,18 @@ class _Convert:
         return {"problem": problem, "tools": tools, "chat_template_kwargs": bool(prepared.get("chat_template_kwargs"))}
 
 
-def _with_ids(rows: Dataset) -> Dataset:
-    """Rows with a column that tells them apart: their own, or `row_id` with their positions."""
+def _with_ids(rows: Dataset) -> tuple[Dataset, str]:
+    """Rows with a column that tells them apart, and its name: their own, or `row_id` with their positions."""
 
     def read(name: str) -> Any:
         return rows.select_columns([name]).with_format("arrow")[:][name]
 
-    if find_ids(rows.column_names, read)[0] is not None:
-        return rows
+    name, _ = find_ids(rows.column_names, read)
+    if name is not None:
+        return rows, name
     if "row_id" in rows.column_names:
         rows = rows.remove_columns("row_id")
-    return rows.add_column("row_id", list(range(len(rows))))
+    return rows.add_column("row_id", list(range(len(rows)))), "row_id"
 
 
 def _holds_messages(rows: Dataset, format: PromptFormat) -> bool:

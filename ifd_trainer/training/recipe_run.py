@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ..method.number_words import many
 from ..scoring.engine import check_causal_config
 from ..scoring.transform import IFDScorer
 from .callback import IFDSelectionCallback
-from .pool_line import RowsBefore
+from .pool_line import RowsBefore, column_of, ids_lost
 from .recipe import Recipe, translated
 from .recipe_file import beside
 from .recipe_machine import PlanConfig, installed, lacking_for, outline
@@ -51,10 +52,17 @@ class Run:
 
     Attributes:
         lacking: what training needs and this machine has not, in words; of a plan.
+        format: in which the rows were read.
+        held_out: the held-out rows as they were read.
+        seconds_scoring: of the processor, that scoring beforehand with `scorer` took; rows whose scores were in the
+            cache took next to none.
     """
 
     trainer: SFTTrainer
     lacking: tuple[str, ...] = ()
+    format: PromptFormat | None = None
+    held_out: Dataset | None = None
+    seconds_scoring: float = 0.0
 
 
 def build_run(recipe: Recipe) -> Run:
@@ -63,6 +71,8 @@ def build_run(recipe: Recipe) -> Run:
     plan = isinstance(sft, PlanConfig)
     config = _model_config(model, sft)
     source, rows, held_out = _rows(recipe)
+    read, seconds = held_out, 0.0
+    clock = time.process_time if sft.device.type == "cpu" else time.perf_counter
     if not len(rows):
         raise UserError(f"{source} has no rows to train on.")
     count = len(rows)
@@ -70,12 +80,13 @@ def build_run(recipe: Recipe) -> Run:
     scorer = _scorer(selection, sft, format) if selection.scorer else None
     with sft.main_process_first(desc="preparing the rows"):  # the others read what it put into the cache
         if scorer is not None and not plan:
+            began = clock()
             rows = rows.map(scorer, batched=True, batch_size=_SCORED_AT_ONCE, desc=f"Scoring with {selection.scorer}")
-        train = prepare(rows, format, lambda: _tokenizer(recipe))
-        whole = len(train)
+            seconds = clock() - began
+        train, unread = prepare(rows, format, lambda: _tokenizer(recipe))
+        readable = train
         if selection.drop_refusals:
             train = without_refusals(train)
-    refusals, unread = whole - len(train), count - whole
     if not len(train):
         raise UserError(
             f"No row of {source} is left of {many(count, 'row')}. Set drop_refusals: false, or look at the rows."
@@ -85,7 +96,7 @@ def build_run(recipe: Recipe) -> Run:
         raise UserError(f"label={selection.label!r} is not among the data set's columns {sorted(labels)}.")
     if held_out is not None:
         there = set(format.columns) <= set(held_out.column_names)
-        held_out = prepare(held_out, format if there else selection.rows_format(), lambda: _tokenizer(recipe))
+        held_out, _ = prepare(held_out, format if there else selection.rows_format(), lambda: _tokenizer(recipe))
     with translated("The trainer cannot be made"):
         trainer = _trainer(config, model, sft, train, held_out)
     if not len(trainer.train_dataset):
@@ -101,8 +112,10 @@ def build_run(recipe: Recipe) -> Run:
         trainer.is_deepspeed_enabled = False
     callback.in_command = True  # `ifd-trainer train` tells what the pool is, writes the report and says where
     trainer.add_callback(callback)
-    callback.rows_before = RowsBefore(count, unread, refusals)
-    return Run(trainer, lacking)
+    name = callback.pool.id_name(callback.id_column)
+    cut = [] if callback.pool.packed else ids_lost(column_of(train), trainer.train_dataset, name)
+    callback.rows_before = RowsBefore(count, unread, ids_lost(column_of(readable), train, name), cut)
+    return Run(trainer, lacking, format, read, seconds)
 
 
 def _rows(recipe: Recipe) -> tuple[str, Dataset, Dataset | None]:

@@ -574,15 +574,16 @@ def _without(upload: Callable[..., Any], patterns: Sequence[str]) -> Callable[..
 
 @contextlib.contextmanager
 def metrics_set_aside(trainer: Trainer) -> Iterator[None]:
-    """Let `trainer.log` be called without it averaging and clearing the metrics that TRL has gathered so far."""
-    metrics = getattr(trainer, "_metrics", None)
-    if not isinstance(metrics, dict):
-        yield
-        return
-    trainer._metrics = {mode: copy.copy(values) for mode, values in metrics.items()}
-    for values in trainer._metrics.values():
-        values.clear()
+    """Let `trainer.log` be called without it averaging and clearing the metrics that TRL or ms-swift has gathered."""
+    gathered = {name: getattr(trainer, name, None) for name in ("_metrics", "custom_metrics")}
+    gathered = {name: metrics for name, metrics in gathered.items() if isinstance(metrics, dict)}
+    for name, metrics in gathered.items():
+        empty = {mode: copy.copy(values) for mode, values in metrics.items()}
+        for values in empty.values():
+            values.clear()
+        setattr(trainer, name, empty)
     try:
         yield
     finally:
-        trainer._metrics = metrics
+        for name, metrics in gathered.items():
+            setattr(trainer, name, metrics)

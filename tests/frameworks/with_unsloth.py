@@ -8,12 +8,12 @@ FOLDER has to be new; the checks are the functions in `CHECKS`. A minute for bot
 2026.10.9: Python 3.11, torch 2.13, transformers 5.17.0, trl 1.15.0, accelerate 1.15.0, datasets 4.8.5, peft 0.21.2; a
 torchvision for CUDA has to be taken out beside a torch for CPUs.
 
-Without a GPU, Unsloth trains with a part of its own for CPUs: its loader, chunked losses, and a class derived from TRL's
-SFTTrainer. With UNSLOTH_ALLOW_CPU=1 the trainer is the one that it writes for GPUs (`UnslothSFTTrainer`, padding-free,
-`train` assigned on the instance, its own preparation of texts), on a model of transformers: Unsloth's own models run on
-GPUs alone, and were not tried.
+Without a GPU, Unsloth trains with a part of its own for CPUs: its loader, chunked losses, and a class derived from
+TRL's SFTTrainer. With UNSLOTH_ALLOW_CPU=1 the trainer is the one that it writes for GPUs (`UnslothSFTTrainer`, padding-
+free, `train` assigned on the instance, its own preparation of texts), on a model of transformers: Unsloth's own models
+run on GPUs alone, and were not tried.
 
-Asserted is what `llama_factory.py` asserts, with texts of which every token is trained on, with
+Asserted is what `with_llama_factory.py` asserts, with texts of which every token is trained on, with
 `train_on_responses_only`, gradient accumulation and, in the part for CPUs, LoRA.
 """
 
@@ -42,7 +42,7 @@ if AS_ON_GPU:  # what Unsloth leaves out on a CPU: it writes TRL's trainers anew
 
 import torch
 from datasets import Dataset
-from tiny import Witness, changed, check_rows, check_scores, kept, rows, save_model
+from witness import Witness, changed, check_rows, check_scores, kept, rows, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from unsloth_zoo.dataset_utils import train_on_responses_only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import pytest
 from datasets import Dataset
@@ -341,3 +342,29 @@ def test_selecting_later_in_a_trainer_that_is_there_already_is_refused(tmp_path)
 def test_selecting_later_without_any_trainer_is_refused():
     with pytest.raises(RunError, match="found no Trainer"):
         SelectLater(keep=0.5).on_init_end(None, None, None)
+
+
+# ---- metrics of their own ---------------------------------------------------------------------------------------
+
+
+def test_metrics_that_a_trainer_gathers_between_two_logs_are_not_cut_by_the_selections(tmp_path):
+    """As ms-swift's trainers do: what was gathered since the last log is averaged and cleared by the next."""
+
+    class Gathering(Trainer):
+        def training_step(self, *args, **kwargs):
+            self.custom_metrics["train"]["steps"].append(1)
+            return super().training_step(*args, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            for name, values in self.custom_metrics["train"].items():
+                logs[name] = len(values)
+                values.clear()
+            super().log(logs, *args, **kwargs)
+
+    trainer = plain_trainer(tmp_path, tokenised(sft_trainer(tmp_path, 12)), num_train_epochs=2, logging_steps=2)
+    trainer.__class__ = Gathering
+    trainer.custom_metrics = {"train": defaultdict(list)}
+    select(trainer, keep=6, max_ifd=INF)
+    train(trainer)
+    logs = [log for log in trainer.state.log_history if "loss" in log or "ifd/kept" in log]
+    assert [log.get("steps") for log in logs] == [2, None, 2, 2]

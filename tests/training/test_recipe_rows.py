@@ -41,7 +41,7 @@ def conversation(*turns: tuple) -> dict:
 
 
 def prepared(rows: list[dict], **options) -> Dataset:
-    return prepare(Dataset.from_list(rows), None, **options)
+    return prepare(Dataset.from_list(rows), None, **options)[0]
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_the_loop_scores_as_the_transform_does(tmp_path, template, assistant_onl
     rows += [chat("Name it.", ""), chat(" ", "Red, it is."), chat("Name it.", "Red.", reasoning_content="Hm, hm.")]
     rows = [dict(row, row_id=i) for i, row in enumerate(rows)]
     expected = IFDScorer(model, tokenizer)({name: [row[name] for row in rows] for name in rows[0]})
-    data = Dataset.from_list(rows) if assistant_only else prepare(Dataset.from_list(rows), None)
+    data = Dataset.from_list(rows) if assistant_only else prepare(Dataset.from_list(rows), None)[0]
     trainer = sft_trainer(
         tmp_path, data, model=model, tokenizer=tokenizer, num_train_epochs=1, assistant_only_loss=assistant_only
     )
@@ -81,7 +81,7 @@ def test_the_loop_scores_as_the_transform_does(tmp_path, template, assistant_onl
 @pytest.mark.parametrize("given", [None, "Said:"])
 def test_a_header_that_a_user_chose_stays(tmp_path, given, monkeypatch):
     tokenizer = thinker(THINK)
-    rows = prepare(Dataset.from_list([chat(f"Name number {i}.", f"It is {i}.") for i in range(6)]), None)
+    rows = prepare(Dataset.from_list([chat(f"Name number {i}.", f"It is {i}.") for i in range(6)]), None)[0]
     trainer = sft_trainer(tmp_path, rows, tokenizer=tokenizer, num_train_epochs=1)
     select(trainer, keep=2, max_ifd=INF, header=given)
     seen, pair = [], TokenRows.pair
@@ -161,7 +161,7 @@ def test_a_field_that_only_later_rows_have_does_not_end_the_run():
 def test_columns_that_trl_would_take_for_its_own_are_set_aside(caplog):
     row = {"instruction": "a", "output": "b", "labels": "good", "input_ids": [1], "attention_mask": 1, "messages": "x"}
     with caplog.at_level(logging.WARNING):
-        rows = prepare(Dataset.from_list([row | {"text": "t", "kind": "k"}]), "wizardlm")
+        rows = prepare(Dataset.from_list([row | {"text": "t", "kind": "k"}]), "wizardlm")[0]
     assert sorted(rows.column_names) == ["completion", "kind", "prompt", "row_id"]
     assert [record.getMessage() for record in caplog.records] == [
         "Columns that TRL would take for its own are set aside: attention_mask, input_ids, labels, messages."
@@ -179,7 +179,7 @@ def test_columns_that_trl_would_take_for_its_own_are_set_aside(caplog):
     ],
 )
 def test_rows_have_one_column_that_tells_them_apart(columns, name, expected):
-    rows = prepare(Dataset.from_dict({"instruction": ["a", "b"], "output": ["c", "d"], **columns}), None)
+    rows = prepare(Dataset.from_dict({"instruction": ["a", "b"], "output": ["c", "d"], **columns}), None)[0]
     assert rows[name][:] == expected
     assert ("row_id" in rows.column_names) == (name == "row_id")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -367,13 +368,15 @@ EMPTY = [{**row, "output": ""} if i == 7 else row for i, row in enumerate(LONG)]
         pytest.param(
             lambda: text_rows(LONG),
             {"max_length": 64, "shuffle_dataset": True},
-            "pool: 21 of 24 rows, 3 lost to max_length=64 (no token of their answers is left)",
+            "pool: 21 of 24 rows, 3 lost to max_length=64 (no token of their answers is left), named in "
+            "ifd_history/left_out.jsonl",
             marks=DROPS,
         ),
         pytest.param(
             lambda: text_rows(EMPTY).select(range(2, 24)),
             {"max_length": 64},
-            "pool: 19 of 22 rows, 3 lost to max_length=64 (no token of their answers is left)",
+            "pool: 19 of 22 rows, 3 lost to max_length=64 (no token of their answers is left), named in "
+            "ifd_history/left_out.jsonl",
             marks=DROPS,
         ),
         (
@@ -405,6 +408,24 @@ def test_a_run_says_what_it_selects_from(tmp_path, capsys, rows, config, expecte
         assert line == f"{expected}{callback.pool.training_rows} packed rows"
     else:
         assert line == expected
+
+
+@DROPS
+def test_rows_lost_to_max_length_are_named_in_a_file_where_they_have_ids(tmp_path, capsys):
+    names, why = tmp_path / "ifd_history" / "left_out.jsonl", "no token of its answer is within max_length=64"
+    lost = [{"row_id": LONG[i]["row_id"], "reason": why} for i in (3, 4, 9)]
+    for rows, config, expected in (
+        (text_rows(LONG), {"max_length": 64}, lost),
+        (text_rows(LONG).remove_columns("row_id"), {"max_length": 64}, []),
+        (text_rows(LONG), {"max_length": 64}, lost),
+        (text_rows(LONG), {}, []),
+    ):
+        trainer = sft_trainer(tmp_path, rows, num_train_epochs=1, **config)
+        select(trainer, keep=2, max_ifd=INF)
+        trainer.train()
+        found = [json.loads(line) for line in names.read_text().splitlines()] if names.exists() else []
+        assert found == expected
+        assert ("named in" in capsys.readouterr().out) == bool(expected)
 
 
 def test_a_run_on_whole_texts_says_so(tmp_path, capsys):

@@ -1,12 +1,13 @@
 """The selection inside LLaMA-Factory, by hand and on a CPU: what `run_exp` trained on, row by row.
 
     python3.11 -m venv lf && lf/bin/pip install llamafactory -e . jieba nltk rouge_chinese
-    lf/bin/python tests/frameworks/llama_factory.py [FOLDER [CHECK ...]]
+    lf/bin/python tests/frameworks/with_llama_factory.py [FOLDER [CHECK ...]]
 
-FOLDER has to be new; the checks are the functions in `CHECKS`. Half a minute. Tried with llamafactory 0.9.5: Python
-3.11, torch 2.13, transformers 5.6.0, trl 0.24.0, accelerate 1.11.0, datasets 4.0.0, peft 0.18.1. Where an index has
-torchvision and torchaudio for CUDA alone, they fail beside a torch for CPUs: take torchvision out, and delete the folder
-`lib` of torchaudio, which then does without its compiled part; text needs neither.
+FOLDER has to be new; the checks are the functions in `CHECKS`. Half a minute. Tried with llamafactory 0.9.5, and with
+its sources of August 2026: Python 3.11, torch 2.13, transformers 5.6.0, trl 0.24.0, accelerate 1.11.0, datasets 4.0.0,
+peft 0.18.1. Where an index has torchvision and torchaudio for CUDA alone, they fail beside a torch for CPUs: take
+torchvision out, and delete the folder `lib` of torchaudio, which then does without its compiled part; text needs
+neither.
 
 Asserted of a random two-layer model: the optimizer's steps, and that they are as many as were planned; that each epoch
 trained on the rows that the history names, each once, by the tokens that the model was given; that no row was left out
@@ -31,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from llamafactory.train.tuner import run_exp
-from tiny import Witness, changed, check_rows, check_scores, kept, rows, save_model
+from witness import Witness, changed, check_rows, check_scores, kept, rows, save_model
 from transformers import AutoTokenizer
 
 from ifd_trainer import IFDSelectionCallback, SelectLater

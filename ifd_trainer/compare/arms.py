@@ -1,0 +1,116 @@
+"""The arms of a comparison: what a recipe says, with the keys that one way to choose rows takes in their place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserError
+
+BASELINE = "random"
+_PLAIN = {"method": "dynamic", "guards": "none", "policy": "cherry"}  # what an arm's own keys stand on
+
+# By name: what it is in words, and its keys. Keys of an arm that scores once with the model as it is name that model.
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("all rows in each epoch, without selection", {"keep": "1.0", "policy": "random"}),
+    "random": ("other random rows in each epoch", {"policy": "random"}),
+    "balanced": ("as many random rows of each value of a column", {"policy": "balanced"}),
+    "longest": ("the rows with the longest answers", {"policy": "longest"}),
+    "lowest": ("the rows with the lowest IFD, scored before training", {"policy": "lowest", "scorer": None}),
+    "static": ("the rows with the highest IFD below 1, scored before training", {"scorer": None}),
+    "superfiltering": (
+        "the rows with the highest ratio of perplexities below 1, by the model that `superfilter` names",
+        {"scorer": None, "definition": "superfiltering", "score": "ifd_ppl"},
+    ),
+    "cherry": (
+        "the paper's method: a brief experience, one scoring, then from the original weights",
+        {"method": "cherry"},
+    ),
+    "dynamic": ("the rows with the highest IFD below 1, scored anew before each epoch", {}),
+    "guarded": ("the same, with guards against noise", {"guards": "auto"}),
+}
+DEFAULT = ("random", "longest", "static", "dynamic", "guarded")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to choose rows.
+
+    Attributes:
+        name: as tables have it.
+        words: what it does.
+        keys: keys of a recipe, over those that all arms share.
+        selects: whether it selects at all; an arm that does not trains on all rows.
+    """
+
+    name: str
+    words: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    selects: bool = True
+
+    def arguments(self) -> list[str]:
+        """The keys as words of a command line."""
+        words = []
+        for key, value in self.keys.items():
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{key}", *(str(each) for each in values)]
+        return words
+
+
+def read_arms(
+    chosen: Sequence[str] | Mapping[str, Mapping[str, Any] | None] | None,
+    model: str,
+    balance_by: str | None = None,
+    superfilter: str | None = None,
+) -> list[Arm]:
+    """The arms that were asked for, random rows first, since the others are held against them.
+
+    Args:
+        chosen: names of known arms, or a mapping from names to keys: of a known arm they come on top of its own, of any
+            other name they are all it has. By default those in `DEFAULT`.
+        model: the model that is trained, which scores for arms that score once.
+        balance_by: the column whose values "balanced" draws evenly.
+        superfilter: the model that scores for "superfiltering".
+
+    Raises:
+        UserError: for a name that is not known and has no keys, for an arm whose column or model is not named, and for
+            fewer than two arms.
+
+    >>> [arm.name for arm in read_arms(["static", "random"], model="m")]
+    ['random', 'static']
+    >>> read_arms({"hardest": {"policy": "mine.Hardest"}}, model="m")[1].arguments()
+    ['--method', 'dynamic', '--guards', 'none', '--policy', 'mine.Hardest']
+    """
+    given = dict.fromkeys(DEFAULT if chosen is None else chosen) if not isinstance(chosen, Mapping) else chosen
+    given = {BASELINE: None, **given}
+    if len(given) < 2:
+        raise UserError(
+            f"A comparison holds arms against {BASELINE} rows: name at least one other, of {_names(KNOWN)}."
+        )
+    arms = []
+    for name, own in given.items():
+        if not (own is None or isinstance(own, Mapping)):
+            raise UserError(f"arms: {name} wants a mapping of recipe keys, got {own!r}.")
+        own = dict(own or {})
+        if name not in KNOWN and not own:
+            near = difflib.get_close_matches(str(name), KNOWN, n=1)
+            meant = f"Did you mean {near[0]}?" if near else f"Known are {_names(KNOWN)}."
+            raise UserError(f"arms: {name!r} is no known arm, and has no keys that say what it is. {meant}")
+        words, keys = KNOWN.get(name, ("of your own: " + ", ".join(f"{k} {v}" for k, v in own.items()), {}))
+        keys = {**_PLAIN, **keys}
+        if name == "balanced":
+            keys["balance_by"] = own.get("balance_by") or balance_by
+            if not keys["balance_by"]:
+                raise UserError("arms: balanced draws as many rows of each value of a column: name it with balance_by.")
+        if "scorer" in keys:
+            keys["scorer"] = own.get("scorer") or (superfilter if name == "superfiltering" else model)
+            if not keys["scorer"]:
+                raise UserError("arms: superfiltering scores with a small model: name it with superfilter: gpt2.")
+        arms.append(Arm(str(name), words, {**keys, **own}, selects=name != "full"))
+    return arms
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,113 @@
+"""`ifd-trainer compare RECIPE.yaml`: train the arms of a recipe, and say what their differences are worth."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import NotFoundError, UserError
+from ..training.recipe_file import overrides, read_recipe
+from .arms import DEFAULT, KNOWN, read_arms
+
+_DESCRIPTION = """Train the same model on the same rows, chosen in several ways (arms), each with several seeds, and say
+which of them end with another loss on held-out rows than random rows do, and how well that is known."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's own options; all others are keys of the recipe."""
+    known = "".join(f"\n  {name:<15}{words}" for name, (words, _) in KNOWN.items())
+    made = argparse.ArgumentParser(
+        prog="ifd-trainer compare",
+        usage="ifd-trainer compare RECIPE.yaml [--plan] [options] [--KEY VALUE ...]",
+        description=_DESCRIPTION,
+        epilog=f"Arms:{known}\nOthers are written in the recipe, each with the keys that it takes:\n\n"
+        "  arms:\n    guarded:\n    near: {guards: auto pairing, wrong_prompts: near}\n"
+        "    mine: {policy: module.Mine}\n\n"
+        "A comparison that was interrupted goes on with the same command; what has ended is not done again.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("recipe", help="a recipe, with held-out rows (eval_dataset)")
+    add("--arms", nargs="+", help=f"arms beside random rows (default: the recipe's, else {' '.join(DEFAULT[1:])})")
+    add("--seeds", nargs="+", type=int, help="how many, or which ones (default: the recipe's, else 3)")
+    add("--superfilter", help="the model that scores for the arm superfiltering")
+    add("--workers", type=int, default=1, help="runs at a time (default 1)")
+    add("--devices", nargs="+", help="CUDA devices that the runs take in turn (default: as they are)")
+    add("--plan", action="store_true", help="print arms, steps, tokens and about how long it takes, and stop")
+    return made
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    options, words = parser().parse_known_args(arguments)
+    if not Path(options.recipe).is_file():
+        raise NotFoundError(f"No such recipe: {options.recipe}. `ifd-trainer recipes` lists those of this package.")
+    given = read_recipe(options.recipe)
+    settings: dict[str, Any] = {**given, **overrides(words)}
+    model, output = settings.get("model_name_or_path", settings.get("model")), settings.get("output_dir")
+    if model is None:
+        raise UserError("A comparison needs a model: --model NAME_OR_PATH.")
+    if not settings.get("eval_dataset") and not settings.get("test_split_size"):
+        raise UserError(
+            "A comparison needs held-out rows: eval_dataset: FILE_OR_NAME in the recipe, or --eval_dataset."
+        )
+    superfilter = options.superfilter or given.get("superfilter")
+    arms = read_arms(_chosen(options.arms, given.get("arms")), str(model), settings.get("balance_by"), superfilter)
+    seeds = _seeds(options.seeds if options.seeds is not None else given.get("seeds", 3))
+
+    from rich.console import Console
+
+    from .comparison import Comparison
+    from .plan import operations_per_second, planned_arm
+    from .results import read_results
+    from .wording import cost_table, headline, plan_text, result_table
+
+    planned = [planned_arm(options.recipe, words, arm) for arm in arms]
+    print(plan_text(planned, seeds, operations_per_second()), flush=True)
+    if options.plan:
+        return 0
+    folder = Path(str(output or "runs/compare"))
+    comparison = Comparison(folder, options.recipe, list(words), arms, seeds, planned[0].epochs)
+    comparison.save()
+    comparison.run(options.workers, options.devices or (), _say)
+    results = read_results(comparison)
+    results.save(folder / "results.json")
+    console = Console()
+    for view in ("steps", "tokens", "compute"):
+        console.print(result_table(results, view))
+    console.print(cost_table(results))
+    print(headline(results))
+    print(f"Numbers: {folder / 'results.json'}")
+    return 0
+
+
+def _chosen(named: Sequence[str] | None, of_recipe: Any) -> Any:
+    """The arms of the command line, with the keys that the recipe has for them; else those of the recipe."""
+    if isinstance(of_recipe, str):
+        of_recipe = of_recipe.replace(",", " ").split()
+    if not (of_recipe is None or isinstance(of_recipe, (list, dict))):
+        raise UserError(f"arms wants names, or a mapping from names to recipe keys, got {of_recipe!r}.")
+    if named is None:
+        return of_recipe
+    keys = of_recipe if isinstance(of_recipe, dict) else {}
+    return {name: keys.get(name) for word in named for name in word.split(",") if name}
+
+
+def _seeds(given: Any) -> list[int]:
+    """Seeds by their number, or themselves.
+
+    >>> _seeds(3), _seeds([7, 8])
+    ([0, 1, 2], [7, 8])
+    """
+    listed = given if isinstance(given, list) else [given]
+    seeds = list(range(listed[0])) if len(listed) == 1 and isinstance(listed[0], int) else listed
+    if len(set(seeds)) < max(len(seeds), 2) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise UserError(f"seeds wants how many there are, at least 2, or two or more different ones, got {given!r}.")
+    return seeds
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

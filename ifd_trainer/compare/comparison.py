@@ -1,0 +1,211 @@
+"""A comparison on disk: its arms and seeds, what is done of it, and what is left.
+
+    <output_dir>/comparison.json       what is compared: recipe, arms, seeds, versions
+    <output_dir>/<arm>/seed-<n>/       a run, see `arm_run`: `result.json` is there once it has ended
+
+Each run is a process of its own, so a comparison that was killed has lost what came after the last checkpoints of the
+runs that were going, and nothing else. What runs share is computed once, in the cache of `datasets`: the tokens, and
+the scores of arms that score with the same model beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .. import __version__
+from ..data.atomic import write_atomically
+from ..errors import RunError, UserError
+from ..training.recipe_file import overrides
+from .arm_run import RESULT, ArmRun, write_run
+from .arms import Arm
+from .measuring import Point, read_points, rows_path
+
+FILE = "comparison.json"
+_VERSIONS = ("torch", "transformers", "trl", "datasets")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One arm with one seed.
+
+    Attributes:
+        folder: where it runs.
+        done: whether it has ended.
+    """
+
+    arm: Arm
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """As a progress display has it."""
+        return f"{self.arm.name}, seed {self.seed}"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / RESULT).exists()
+
+    def result(self) -> dict[str, Any]:
+        """What the run has written at its end."""
+        return json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+
+    def points(self) -> list[Point]:
+        """Where its held-out rows were scored."""
+        return read_points(self.folder)
+
+    def held_out(self, point: Point) -> pd.DataFrame:
+        """The scores of the held-out rows at a point."""
+        return pd.read_parquet(rows_path(self.folder, point))
+
+
+@dataclass
+class Comparison:
+    """Arms and seeds of a recipe.
+
+    Attributes:
+        folder: where everything is.
+        recipe: the recipe's file.
+        words: of the command line, over the recipe's keys.
+        arms: random rows first.
+        seeds: each arm runs with each of them.
+        steps: after which the held-out rows of all arms are scored, the ends of the first arm's epochs.
+    """
+
+    folder: Path
+    recipe: str
+    words: list[str]
+    arms: list[Arm]
+    seeds: list[int]
+    steps: list[int] = field(default_factory=list)
+
+    def tasks(self) -> list[Task]:
+        """All runs, seed by seed, so that a comparison that is cut short has whole seeds."""
+        return [
+            Task(arm, seed, self.folder / arm.name.replace("/", "_").replace(" ", "_") / f"seed-{seed}")
+            for seed in self.seeds
+            for arm in self.arms
+        ]
+
+    def save(self) -> None:
+        """Write what is compared; a comparison that is there has to be the same one.
+
+        Raises:
+            UserError: for a folder with another comparison.
+        """
+        content = self._content()
+        path = self.folder / FILE
+        if path.exists():
+            there = json.loads(path.read_text(encoding="utf-8"))
+            other = [key for key in ("recipe", "steps") if there[key] != content[key]]
+            keys = {**there["keys"], **content["keys"]}
+            other += [key for key in keys if there["keys"].get(key) != content["keys"].get(key)]
+            other += [f"arm {name}" for name, keys in there["arms"].items() if content["arms"].get(name, keys) != keys]
+            if other:
+                raise UserError(
+                    f"{self.folder} holds another comparison: {', '.join(other)} {'is' if len(other) == 1 else 'are'} "
+                    "not the same. Name another output_dir, or delete it."
+                )
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_atomically(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "recipe": Path(self.recipe).read_text(encoding="utf-8"),
+            "keys": {key: value for key, value in overrides(self.words).items() if key != "output_dir"},
+            "arms": {arm.name: dict(arm.keys) for arm in self.arms},
+            "seeds": self.seeds,
+            "steps": self.steps,
+            "versions": {"ifd_trainer": __version__, **{name: version(name) for name in _VERSIONS}},
+            "machine": f"{platform.machine()}, {os.cpu_count()} processors, {platform.platform()}",
+        }
+
+    def run(
+        self,
+        workers: int = 1,
+        devices: Sequence[str] = (),
+        say: Callable[[str], None] = print,
+        launch: Callable[[Path, str | None], None] | None = None,
+    ) -> None:
+        """Train all that is left, `workers` runs at a time.
+
+        Args:
+            devices: of CUDA, which runs take in turn; none to leave them as they are.
+            say: tells what has begun and ended, and what is left.
+            launch: trains what a folder's `run.json` says, on a device; by default in a process of its own.
+
+        Raises:
+            RunError: for a run that failed; the others that were going end first.
+        """
+        every = self.tasks()
+        left = [task for task in every if not task.done]
+        began, done, launch = time.perf_counter(), 0, launch or in_a_process
+        going: dict[Future[None], Task] = {}
+        waiting = iter(enumerate(left))
+        with ThreadPoolExecutor(workers) as pool:
+            while True:
+                while len(going) < workers and (following := next(waiting, None)) is not None:
+                    number, task = following
+                    say(f"{task.name}: begins ({len(every) - len(left) + number + 1} of {len(every)})")
+                    self._write(task, at_start=number == 0)
+                    device = devices[number % len(devices)] if devices else None
+                    going[pool.submit(launch, task.folder, device)] = task
+                if not going:
+                    return
+                for ended in wait(going, return_when=FIRST_COMPLETED).done:
+                    task = going.pop(ended)
+                    ended.result()
+                    done += 1
+                    each = (time.perf_counter() - began) / done
+                    rest = f", about {minutes(each * (len(left) - done))} left" if done < len(left) else ""
+                    say(f"{task.name}: done{rest}")
+
+    def _write(self, task: Task, at_start: bool) -> None:
+        """Say in the folder of a run what it is to do."""
+        words = [*self.words, *task.arm.arguments(), "--seed", str(task.seed), "--output_dir", str(task.folder)]
+        words += ["--eval_strategy", "no", "--save_strategy", "epoch", "--save_total_limit", "1"]
+        words += ["--report_to", "none"]
+        steps = self.steps if not task.arm.selects else []
+        write_run(task.folder, ArmRun(self.recipe, words, task.arm.selects, steps, at_start))
+
+
+def in_a_process(folder: Path, device: str | None) -> None:
+    """Train what a folder says, in a process that ends when this one does, however that ends.
+
+    Raises:
+        RunError: with the last line of its log, where it failed.
+    """
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})
+    command, log = [sys.executable, "-m", f"{__package__}.arm_run", str(folder)], folder / "log.txt"
+    with log.open("a", encoding="utf-8") as out:
+        # The pipe closes when this process ends.
+        run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        code = run.wait()
+        run.stdin.close()
+    if code:
+        last = "".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:])
+        raise RunError(f"The run in {folder} ended with code {code}: {last} (all of it: {log}).")
+
+
+def minutes(seconds: float) -> str:
+    """A time as one would say it.
+
+    >>> minutes(40), minutes(600), minutes(9000)
+    ('40 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,85 @@
+"""What a comparison will do, and how long that takes about, before anything runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..training.recipe import parse_recipe
+from ..training.recipe_run import Run, build_run, selection_of
+from .arms import Arm
+
+_FORWARD, _TRAINED = 2, 6  # operations for each parameter and token: a forward pass, and one with its backward pass
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """One arm with one seed, as far as it is known before it runs.
+
+    Attributes:
+        steps: updates, those of a brief experience among them.
+        epochs: the steps at which its epochs end, without a brief experience.
+        tokens: trained on, if rows are as long as the pool's are on average.
+        scored: tokens of forward passes for scoring, those before training among them.
+        operations: of training and scoring, by the arithmetic of 2 and 6 for each parameter and token.
+    """
+
+    arm: Arm
+    steps: int
+    epochs: list[int]
+    tokens: int
+    scored: int
+    operations: float
+
+
+def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
+    """What an arm will do; loads the rows and the tokenizer, and no weights."""
+    run = build_run(parse_recipe(recipe, [*words, *arm.arguments(), "--eval_strategy", "no"], plan=True))
+    trainer, callback = run.trainer, selection_of(run.trainer)
+    trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    plan = callback.plan
+    brief = plan.phases[0] if len(plan.phases) > 1 else 0
+    ends = np.cumsum([epoch.updates for epoch in plan.epochs])
+    length = _mean_length(run)
+    tokens = int(plan.rows * length)
+    passes = _scorings(arm, len(plan.epochs), callback.timing.every)
+    scored = int(2 * passes * len(callback.pool) * length)  # with the prompt, and without it
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    return PlannedArm(
+        arm,
+        plan.max_steps,
+        [int(end - brief) for end in ends if end > brief and end <= plan.max_steps],
+        tokens,
+        scored,
+        float(parameters) * (_TRAINED * tokens + _FORWARD * scored),
+    )
+
+
+def _scorings(arm: Arm, epochs: int, every: int) -> int:
+    """How often the whole pool is scored."""
+    if arm.keys.get("scorer"):
+        return 1
+    if arm.keys.get("policy") in ("random", "longest", "balanced"):
+        return 0
+    return 1 if arm.keys.get("method") == "cherry" else -(-epochs // every)
+
+
+def _mean_length(run: Run) -> float:
+    lengths = selection_of(run.trainer).pool.lengths(np.arange(len(selection_of(run.trainer).pool)))
+    return float(np.mean(lengths))
+
+
+def operations_per_second(size: int = 1024, seconds: float = 0.5) -> float:
+    """Operations of float32 matrix products on this machine's first accelerator, or its processor, in each second."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    one = torch.ones(size, size, device=device)
+    one @ one
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        (one @ one).sum().item()
+        done += 1
+    return done * 2.0 * size**3 / (time.perf_counter() - began)

@@ -1,0 +1,248 @@
+"""Comparisons on a tiny model: what arms train on, what is measured of them, and what happens when they are killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROUNDING, reference_nll
+from tiny_runs import RECIPES, TOKENIZER, build_model, raw_rows
+from transformers import AutoModelForCausalLM
+
+from ifd_trainer.cli import main
+from ifd_trainer.compare.arm_run import main as arm_run
+from ifd_trainer.compare.comparison import Comparison, Task
+from ifd_trainer.compare.measuring import HeldOutRows
+from ifd_trainer.compare.results import read_results
+from ifd_trainer.data.formats import ALPACA
+from ifd_trainer.errors import UserError
+from ifd_trainer.training.history import History
+
+pytestmark = RECIPES
+ARMS = "arms:\n  longest:\n  static:\n  full:\n  mine: {policy: lowest, score: ifd_ppl}\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model, rows, held-out rows and a recipe."""
+    place = tmp_path_factory.mktemp("comparison")
+    build_model(len(TOKENIZER)).save_pretrained(place / "model")
+    TOKENIZER.save_pretrained(place / "model")
+    for name, rows in (("rows", raw_rows(20)), ("held_out", raw_rows(6, seed=9))):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / f"{name}.jsonl").write_text(text)
+    (place / "recipe.yaml").write_text(
+        "# a comparison\ndataset_name: rows.jsonl\neval_dataset: held_out.jsonl\nformat: alpaca\nkeep: 6\n"
+        "max_ifd: .inf\nnum_train_epochs: 2\nper_device_train_batch_size: 2\nlearning_rate: 0.01\nmax_length: 256\n"
+        "use_cpu: true\ngradient_checkpointing: false\nbf16: false\ndisable_tqdm: true\n"
+        f"output_dir: {place / 'out'}\nseeds: 2\n{ARMS}"
+    )
+    return place
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    return ["compare", str(folder / "recipe.yaml"), "--model", str(folder / "model"), *words]
+
+
+@pytest.fixture(scope="module")
+def compared(folder) -> Comparison:
+    """All arms and seeds, trained one after the other in this process."""
+    comparison = prepared(folder, "out")
+    comparison.run(say=lambda text: None, launch=lambda place, device: arm_run(place))
+    return comparison
+
+
+def prepared(folder: Path, name: str, *words: str) -> Comparison:
+    """A comparison of which nothing has run: what the command makes of a recipe."""
+    made = []
+
+    class Noted(Exception):
+        pass
+
+    def run(self, *args, **kwargs):
+        made.append(self)
+        raise Noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Comparison, "run", run)
+        assert main(command(folder, "--output_dir", str(folder / name), *words)) == 1  # by Noted
+    return made[0]
+
+
+def task_of(comparison: Comparison, arm: str, seed: int) -> Task:
+    return next(task for task in comparison.tasks() if (task.arm.name, task.seed) == (arm, seed))
+
+
+def test_arms_train_on_what_they_say(compared):
+    answers = {row["row_id"]: len(TOKENIZER(row["output"]).input_ids) for row in raw_rows(20)}
+    for seed in (0, 1):
+        chosen = {
+            arm: [
+                set(History.load(task_of(compared, arm, seed).folder).rows(e).query("times > 0")["row_id"])
+                for e in (0, 1)
+            ]
+            for arm in ("random", "longest", "static", "mine")
+        }
+        assert all(len(rows) == 6 for epochs in chosen.values() for rows in epochs)
+        assert chosen["random"][0] != chosen["random"][1]
+        assert chosen["static"][0] == chosen["static"][1]
+        shortest = min(answers[row] for row in chosen["longest"][0])
+        assert sum(count > shortest for count in answers.values()) < 6
+        assert not chosen["static"][0] & chosen["mine"][0]
+    assert task_of(compared, "random", 0).result()["rows"] == 20
+    assert not (task_of(compared, "full", 0).folder / "ifd_history").exists()
+
+
+def test_held_out_rows_are_scored_where_epochs_end_and_of_all_rows_at_the_same_steps(compared):
+    assert compared.steps == [3, 6]
+    for task in compared.tasks():
+        first = [0] if task == compared.tasks()[0] else []
+        steps = [3, 6, 10, 20] if task.arm.name == "full" else [3, 6]
+        points = task.points()
+        assert [point.step for point in points] == first + steps
+        assert points == sorted(points, key=lambda point: (point.tokens, point.seconds))
+        assert not list(task.folder.glob("checkpoint-*"))
+
+
+def test_losses_are_those_of_the_trained_model(folder, compared, tmp_path):
+    """The same run by `ifd-trainer train`, whose model is scored one token at a time."""
+    task = task_of(compared, "longest", 1)
+    words = json.loads((task.folder / "run.json").read_text())["words"]
+    words = ["train", str(folder / "recipe.yaml"), *words, "--output_dir", str(tmp_path), "--save_strategy", "no"]
+    assert main(words) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = task.held_out(task.points()[-1])
+    for row, cas in zip(raw_rows(6, seed=9), found["cas"], strict=True):
+        prompt = ALPACA.render(row, None).prompt
+        ids = TOKENIZER(prompt + row["output"]).input_ids
+        start = len(TOKENIZER(prompt).input_ids)
+        assert cas == pytest.approx(reference_nll(model, ids, start), rel=ROUNDING)
+
+
+def test_results_are_means_over_tokens_and_seeds(compared):
+    results = read_results(compared)
+    frames = {arm: [task_of(compared, arm, s) for s in (0, 1)] for arm in ("random", "longest", "full")}
+
+    def loss(task: Task, step: int) -> float:
+        point = next(point for point in task.points() if point.step == step)
+        frame = task.held_out(point)
+        return float(np.average(frame["cas"], weights=frame["answer_tokens"]))
+
+    by_arm = {outcome.arm: outcome for outcome in results.of("steps")}
+    for arm, tasks in frames.items():
+        assert by_arm[arm].by_seed == pytest.approx([loss(task, 6) for task in tasks])
+        assert by_arm[arm].loss == pytest.approx(np.mean(by_arm[arm].by_seed))
+    assert by_arm["random"].against is None
+    assert by_arm["longest"].against.mean == pytest.approx(by_arm["longest"].loss - by_arm["random"].loss)
+    assert results.before == pytest.approx(loss(task_of(compared, "random", 0), 0))
+    tokens = min(task.points()[-1].tokens for task in compared.tasks())
+    assert {outcome.at for outcome in results.of("tokens")} == {tokens}
+    costs = {cost.arm: cost for cost in results.costs}
+    assert costs["static"].beforehand > costs["random"].beforehand == 0
+    assert costs["full"].steps == 20
+
+
+def test_losses_between_two_points_are_in_proportion(compared):
+    results = read_results(compared)
+    outcome = next(o for o in results.of("tokens") if o.arm == "longest")
+    task = task_of(compared, "longest", 0)
+    before, first, last = task_of(compared, "random", 0).points()[0], *task.points()
+    left, right = (first, last) if outcome.at > first.tokens else (before, first)
+    losses = []
+    for point, owner in ((left, task if left is first else task_of(compared, "random", 0)), (right, task)):
+        frame = owner.held_out(point)
+        losses.append(float(np.average(frame["cas"], weights=frame["answer_tokens"])))
+    share = (outcome.at - left.tokens) / (right.tokens - left.tokens)
+    assert outcome.by_seed[0] == pytest.approx(losses[0] + share * (losses[1] - losses[0]))
+
+
+def test_what_has_ended_is_not_done_again(folder, compared, capsys):
+    compared.run(launch=lambda place, device: pytest.fail("trained again"))
+    assert main(command(folder)) == 0
+    out = capsys.readouterr().out
+    assert "begins" not in out
+    assert "Held-out loss with as many optimizer steps (6)" in out
+    assert json.loads((folder / "out" / "results.json").read_text())["seeds"] == [0, 1]
+
+
+def test_a_comparison_that_stopped_goes_on_where_it_was(folder, compared):
+    """One run fails in its second epoch: those before it have ended, and it goes on from its checkpoint."""
+    comparison = prepared(folder, "stopped")
+    trained = []
+
+    def launch(place, device):
+        trained.append(place.parent.name)
+        arm_run(place)
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 3 and "longest" in str(self.folder):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeldOutRows, "on_epoch_begin", stop, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            comparison.run(say=lambda text: None, launch=launch)
+    assert trained == ["random", "longest"]
+    half = task_of(comparison, "longest", 0)
+    assert [point.step for point in half.points()] == [3]
+    seconds = half.points()[0].seconds
+
+    comparison.seeds = [0]
+    comparison.run(say=lambda text: None, launch=launch)
+    assert trained == ["random", "longest", "longest", "static", "full", "mine"]
+    whole = task_of(compared, "longest", 0)
+    assert [point.step for point in half.points()] == [3, 6]
+    assert half.points()[1].seconds > seconds == half.points()[0].seconds
+    pd.testing.assert_frame_equal(half.held_out(half.points()[1]), whole.held_out(whole.points()[-1]), rtol=ROUNDING)
+    with pytest.raises(UserError, match="1 of 1 seeds have ended with all arms, and a difference wants at least 2"):
+        read_results(comparison)
+
+
+def test_a_folder_with_another_comparison_is_refused(folder, compared, capsys):
+    assert main(command(folder, "--learning_rate", "0.02")) == 2
+    assert f"{folder / 'out'} holds another comparison: learning_rate is not the same" in capsys.readouterr().err
+
+
+def test_the_plan_says_what_will_be_done(folder, capsys):
+    assert main(command(folder, "--output_dir", str(folder / "planned"), "--plan", "--seeds", "7", "9")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    named = [line for line in lines if "updates, about" in line]
+    assert [line.split()[0] for line in named] == ["random", "longest", "static", "full", "mine"]
+    assert [" 6 updates" in line for line in named] == [True, True, True, False, True]
+    assert "5 arms with 2 seeds each (7, 9): about" in lines[-1]
+    assert not (folder / "planned").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--arms", "longst"],
+            "arms: 'longst' is no known arm, and has no keys that say what it is. Did you mean longest?",
+        ),
+        (["--arms", "balanced"], "name it with balance_by"),
+        (["--arms", "superfiltering"], "name it with superfilter: gpt2"),
+        (["--seeds", "1"], "at least 2"),
+        (["--seeds", "3", "3"], "two or more different ones"),
+        (["--eval_dataset", ""], "needs held-out rows"),
+        (["--nonsense", "1"], "--nonsense"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(folder, capsys, words, message):
+    assert main(command(folder, "--output_dir", str(folder / "refused"), *words)) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "refused").exists()
+
+
+def test_a_run_that_fails_names_its_log(folder, capsys):
+    """In a process of its own, whose model is not there any more."""
+    comparison = prepared(folder, "fails", "--arms", "longest")
+    (folder / "model" / "config.json").rename(folder / "model" / "away.json")
+    try:
+        with pytest.raises(RuntimeError, match=r"ended with code 1: error: .*log\.txt\)"):
+            comparison.run(say=lambda text: None)
+    finally:
+        (folder / "model" / "away.json").rename(folder / "model" / "config.json")
