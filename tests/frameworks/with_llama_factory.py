@@ -32,8 +32,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from llamafactory.train.tuner import run_exp
-from witness import Witness, changed, check_rows, check_scores, kept, rows, save_model
 from transformers import AutoTokenizer
+from witness import Witness, changed, check_rows, check_scores, kept, rows, save_model
 
 from ifd_trainer import IFDSelectionCallback, SelectLater
 from ifd_trainer.method.brief_experience import Brief

@@ -42,10 +42,10 @@ if AS_ON_GPU:  # what Unsloth leaves out on a CPU: it writes TRL's trainers anew
 
 import torch
 from datasets import Dataset
-from witness import Witness, changed, check_rows, check_scores, kept, rows, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from unsloth_zoo.dataset_utils import train_on_responses_only
+from witness import Witness, changed, check_rows, check_scores, kept, rows, save_model
 
 from ifd_trainer import IFDSelectionCallback
 from ifd_trainer.errors import UserError
