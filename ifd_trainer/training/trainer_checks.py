@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ..errors import UserError
 from ..method.schedule import Timing
 from ..scoring.engine import check_causal_lm
-from .collated_labels import makes_labels
+from .collated_labels import fills_labels
 from .row_tokens import flat
 from .trainer_version import HOOKS
 
@@ -131,7 +131,7 @@ def check_supported(trainer: Trainer) -> None:
             "select it beforehand with `ifd-trainer score` and `ifd-trainer select`."
         )
     if getattr(args, "packing", False):
-        _check_packing(args.packing_strategy, dataset, makes_labels(trainer.data_collator))
+        _check_packing(args.packing_strategy, dataset, fills_labels(trainer.data_collator))
     if args.accelerator_config.dispatch_batches:
         raise UserError(
             "dispatch_batches=True sends batches from one process, which fails on rows of unequal length. Set "

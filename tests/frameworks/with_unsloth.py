@@ -14,7 +14,7 @@ free, `train` assigned on the instance, its own preparation of texts), on a mode
 run on GPUs alone, and were not tried.
 
 Asserted is what `with_llama_factory.py` asserts, with texts of which every token is trained on, with
-`train_on_responses_only`, gradient accumulation and, in the part for CPUs, LoRA.
+`train_on_responses_only`, gradient accumulation, packing and, in the part for CPUs, LoRA.
 """
 
 # ruff: noqa: E402
@@ -152,6 +152,18 @@ def selected() -> None:
         check("lora", lora=True, responses=True)
 
 
+def packed() -> None:
+    """Examples stay whole in packed rows, which Unsloth prepares without labels; on a CPU it turns packing off."""
+    trainer = trainer_for("packed", packing=True, max_length=128)
+    assert trainer.args.packing == AS_ON_GPU
+    witness, history = train(trainer), History.load(FOLDER / "packed")
+    witness.data = trainer.selection_pool.examples
+    for epoch in witness.epochs:
+        table = history.rows(epoch)
+        assert sorted(witness.positions(epoch)) == sorted(table["row_id"][table["times"] > 0]), epoch
+        assert 0 < len(witness.positions(epoch)) < ROWS
+
+
 def resumed() -> None:
     """Runs that are stopped inside the second epoch, or at the end of the first, go on with the same rows."""
     saves = {"save_strategy": "steps", "save_steps": 1, "responses": True}
@@ -183,7 +195,7 @@ def refusals() -> None:
     assert "DPOTrainer trains on pairs of a chosen and a rejected answer" in said, said
 
 
-CHECKS: list[Callable[[], None]] = [without_selection, selected, resumed, refusals]
+CHECKS: list[Callable[[], None]] = [without_selection, selected, packed, resumed, refusals]
 
 
 if __name__ == "__main__":

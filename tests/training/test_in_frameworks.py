@@ -15,6 +15,7 @@ from tiny_runs import (
     raw_rows,
     select,
     sft_trainer,
+    since_trl,
     text_rows,
     tokenised,
     train,
@@ -27,6 +28,8 @@ from trl import SFTTrainer
 from ifd_trainer import IFDSelectionCallback, SelectLater
 from ifd_trainer.errors import RunError, UserError
 from ifd_trainer.method.brief_experience import Brief
+
+UNLABELLED = since_trl("1.7", "rows are packed with labels")
 
 
 class Delegating(SFTTrainer):
@@ -172,6 +175,28 @@ def test_the_sft_trainer_that_unsloth_writes_selects(tmp_path):
     trainer.__class__ = rewritten("UnslothSFTTrainer")
     select(trainer, keep=4, max_ifd=INF)
     assert len(train(trainer).order()) == 4
+
+
+# ---- packed rows without labels ---------------------------------------------------------------------------------
+
+
+@UNLABELLED
+def test_packed_rows_without_labels_are_read_as_they_are_trained_on(tmp_path):
+    """As Unsloth prepares texts: of all tokens."""
+    texts = text_rows(raw_rows(16)).map(
+        lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=["prompt", "completion", "row_id"]
+    )
+    tables = []
+    for without in ((), ("labels",)):
+        trainer = sft_trainer(tmp_path, texts, num_train_epochs=2, packing=True, max_length=128)
+        assert "labels" in trainer.train_dataset.column_names
+        trainer.train_dataset = trainer.train_dataset.remove_columns(list(without))
+        callback = select(trainer, keep=2, max_ifd=INF)
+        trainer.train()
+        tables.append([callback.history.rows(epoch) for epoch in (0, 1)])
+    for labelled, unlabelled in zip(*tables, strict=True):
+        assert labelled.equals(unlabelled)
+        assert 0 < (labelled["times"] > 0).sum() < len(labelled)
 
 
 # ---- rows that a framework packed -------------------------------------------------------------------------------
