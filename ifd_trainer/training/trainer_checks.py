@@ -106,7 +106,10 @@ def _row_of_several(dataset: Any) -> int | None:
         return None
     done = 0
     for batch in dataset.select_columns(["position_ids"]).with_format("arrow").iter(1000):
-        positions, sizes = flat(batch["position_ids"])
+        column = batch["position_ids"]
+        if column.null_count or not pa.types.is_integer(getattr(column.type, "value_type", None) or pa.null()):
+            return None  # positions of another kind
+        positions, sizes = flat(column)
         begun = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[positions == 1], minlength=len(sizes))
         if (begun > 1).any():
             return done + int(np.argmax(begun > 1))

@@ -210,6 +210,12 @@ def test_rows_of_several_examples_are_refused(tmp_path):
         IFDSelectionCallback(plain_trainer(tmp_path, Dataset.from_list([alone] * 1200 + [several])))
 
 
+@pytest.mark.parametrize("positions", [None, 1, [[0, 1], [0, 1]]])
+def test_positions_of_another_kind_tell_nothing(tmp_path, positions):
+    row = {"input_ids": [5, 6], "labels": [-100, 6], "position_ids": positions}
+    IFDSelectionCallback(plain_trainer(tmp_path, Dataset.from_list([row] * 4)), guard=None)
+
+
 def test_positions_that_begin_once_are_no_packing(tmp_path):
     """Padding has position 0 again."""
     rows = tokenised(sft_trainer(tmp_path, 8))
