@@ -381,6 +381,8 @@ def _split(render: Render, prompt: list[dict], answer: list[dict], eos: str) -> 
         marked = {**prompt[-1], "content": _like(prompt[-1], _MARK)}
         around = _around_mark(render, [*prompt[:-1], marked, _probes(answer[0])[0]])
         between = around[2] if around is not None else ""
+        if after.strip():  # a turn of the user ends as the assistant's does: <|im_end|>
+            between = between.removeprefix(after)
         before = between if whole[:begin].endswith(between) else before
     return whole[:begin], whole[begin:], Frame(before, after)
 

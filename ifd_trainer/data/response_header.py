@@ -40,7 +40,8 @@ def response_prefix(tokenizer: Any, prompts: Prompts, header: str | None = None,
     if header is not None:
         return GivenHeader(direct_prefix(tokenizer, header, special=False))
     # The response headers that the transform uses.
-    headers = [*filter(None, [found]), *(frame.before for frame in template_frames(tokenizer)), ALPACA.header]
+    headers = [*filter(None, [found]), *(frame.before for frame in template_frames(tokenizer))]
+    headers += [ALPACA.header, f"{ALPACA.header}\n"]  # the second one in LLaMA-Factory and Unsloth
     known = (tokenizer(header, add_special_tokens=False, verbose=False)["input_ids"] for header in headers)
     suffix = next((ids for ids in known if _share_opened(prompts, ids) >= _SHARE), None)
     suffix = suffix or prompts.shared_suffix(_SHARE)

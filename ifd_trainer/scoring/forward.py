@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..data.encoding import Segment
+from ..errors import UserError
 from .chunked_lm_head import ChunkedHead, Targets, whole_losses
 from .model_parts import lm_head
 from .onednn import OneDNN
@@ -210,7 +211,8 @@ def _losses_at(
         return hidden[:1]
 
     # Other hooks run on each chunk, so they are not to run before; but for one that gathers the head's weights.
-    with _at_head(model, _from_end(inputs, predicting), reduce, observe, first=not chunked_head.gathered):
+    indices, length = _from_end(inputs, predicting), inputs["input_ids"].shape[1]
+    with _at_head(model, indices, length, reduce, observe, first=not chunked_head.gathered):
         model(**inputs, use_cache=False)
     return losses[0]
 
@@ -220,10 +222,12 @@ def logits_at(
 ) -> torch.Tensor:
     """Logits at U flat indices of the inputs, (U, V); the LM head runs on those alone where it is a module."""
     rows, columns = indices = _from_end(inputs, predicting)
-    with _at_head(model, indices, lambda module, hidden: hidden, observe):
+    length = inputs["input_ids"].shape[1]
+    with _at_head(model, indices, length, lambda module, hidden: hidden, observe):
         logits = model(**inputs, use_cache=False).logits
     if lm_head(model) is not None and logits.shape[:2] == (1, len(predicting)):
         return logits[0]
+    _check_whole(logits, length)
     return logits[rows.to(logits.device), columns.to(logits.device)]  # a model that does not call its head as a module
 
 
@@ -236,9 +240,20 @@ def _from_end(inputs: dict[str, torch.Tensor], flat_indices: np.ndarray) -> tupl
     return on_device(flat_indices // length, device), on_device(flat_indices % length - length, device)
 
 
+def _check_whole(states: torch.Tensor, length: int) -> None:
+    """Raise where a model has read fewer tokens than it was given: what it makes is then of other ones."""
+    if states.shape[1] < length:
+        raise UserError(
+            f"The model cut rows of {length} tokens to {states.shape[1]}, so their answers cannot be scored. Unsloth "
+            "does so beyond max_seq_length: load the model with one as large as the longest row, or cut rows with "
+            "max_length."
+        )
+
+
 def _at_head(
     model: nn.Module,
     indices: tuple[torch.Tensor, torch.Tensor],
+    length: int,
     reduce: Callable[[nn.Module, torch.Tensor], torch.Tensor],
     observe: Observe | None,
     first: bool = False,
@@ -257,6 +272,7 @@ def _at_head(
             return None  # a call by `reduce`
         picking = True
         hidden = args[0]  # (B, T, H)
+        _check_whole(hidden, length)
         if observe is not None:
             observe(hidden)
         picked = hidden[rows.to(hidden.device), columns.to(hidden.device)]  # (U, H)

@@ -36,13 +36,14 @@ def trained_tokens(trainer: Trainer) -> Any:
     """
     dataset, collator = trainer.train_dataset, trainer.data_collator
     names = getattr(dataset, "column_names", None) or []
-    if not _of_trl(collator) or "input_ids" not in names:
+    if not fills_labels(collator) or "input_ids" not in names:
         return None
     reads_masks = makes_labels(collator)
     applied = {"completion_mask": reads_masks and collator.completion_only_loss, "assistant_masks": reads_masks}
     masks = [name for name, applies in applied.items() if applies and name in names]
     cut = None if collator.padding_free else getattr(collator, "max_length", None)
-    if cut is None and not masks and ("labels" in names or not reads_masks):
+    unlabelled = "labels" not in names and (reads_masks or getattr(trainer.args, "packing", False))
+    if cut is None and not masks and not unlabelled:
         return None
     kept = [name for name in ("labels", "seq_lengths", *sorted(set(applied) - set(masks))) if name in names]
     at_end = getattr(collator, "truncation_mode", None) == "keep_end"
@@ -83,7 +84,7 @@ def label(table: pa.Table, masks: list[str], max_length: int | None = None, keep
 
 def makes_labels(collator: Any) -> bool:
     """Whether it is a collator of TRL before 1.7, which makes labels itself."""
-    return _of_trl(collator) and hasattr(collator, "completion_only_loss")
+    return fills_labels(collator) and hasattr(collator, "completion_only_loss")
 
 
 def check_collated(trainer: Trainer, pool: Any) -> None:
@@ -91,7 +92,7 @@ def check_collated(trainer: Trainer, pool: Any) -> None:
 
     A few rows are collated as they would be for training. The first token of a row does not count: nothing predicts it.
     """
-    if not _of_trl(trainer.data_collator):
+    if not fills_labels(trainer.data_collator):
         return
     if _reads_no_chats(trainer.train_dataset):
         raise UserError(
@@ -117,5 +118,6 @@ def _reads_no_chats(dataset: Any) -> bool:
     return masked and not ONE_LOOP and not isinstance(dataset[0]["prompt"], str)
 
 
-def _of_trl(collator: Any) -> bool:
+def fills_labels(collator: Any) -> bool:
+    """Whether it is a collator of TRL, which takes all tokens for labels where rows have none."""
     return type(collator).__module__.startswith("trl.") and hasattr(collator, "padding_free")

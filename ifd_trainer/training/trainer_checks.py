@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
@@ -16,7 +17,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ..errors import UserError
 from ..method.schedule import Timing
 from ..scoring.engine import check_causal_lm
-from .collated_labels import makes_labels
+from .collated_labels import fills_labels
+from .row_tokens import flat
 from .trainer_version import HOOKS
 
 # What trainers of TRL other than the SFTTrainer train on, by a part of their names; the first that fits.
@@ -56,10 +58,11 @@ def check_kind(trainer: Trainer) -> None:
         UserError: with a sentence about that kind.
     """
     for cls in type(trainer).__mro__:
-        named = not cls.__name__.startswith("_") and cls.__name__ not in ("BaseTrainer", "SFTTrainer")
-        if cls.__module__.startswith("trl.") and issubclass(cls, Trainer) and named:
+        name = cls.__name__.removeprefix("Unsloth")
+        of_trl = cls.__module__.startswith(("trl.", "Unsloth"))  # Unsloth writes TRL's trainers anew
+        if of_trl and issubclass(cls, Trainer) and name[0] != "_" and name not in ("BaseTrainer", "SFTTrainer"):
             raise UserError(
-                f"{cls.__name__} trains on {next(what for key, what in _TRAINED_ON.items() if key in cls.__name__)}; "
+                f"{cls.__name__} trains on {next(what for key, what in _TRAINED_ON.items() if key in name)}; "
                 "IFD scores the one answer that a row has. Use the callback with an SFTTrainer or a Trainer, or select "
                 "rows beforehand with `ifd-trainer score` and `ifd-trainer select`."
             )
@@ -76,6 +79,12 @@ def check_kind(trainer: Trainer) -> None:
                 f"The training set has {_NOT_TEXT[name]} (column {name!r}), which are not scored yet: answers would be "
                 "scored without what they are about. Train without the callback, or on rows of text alone."
             )
+    row = None if getattr(trainer.args, "packing", False) else _row_of_several(trainer.train_dataset)
+    if row is not None:
+        raise UserError(
+            f"Row {row} of the training set holds several examples: its position_ids begin anew inside it. Only the "
+            "last one would be scored. Prepare the rows without packing (LLaMA-Factory: packing and neat_packing)."
+        )
 
 
 def _is_empty(dataset: Any, name: str) -> bool:
@@ -86,6 +95,26 @@ def _is_empty(dataset: Any, name: str) -> bool:
         if len(values) and not (listed and not pc.any(pc.greater(pc.list_value_length(values), 0)).as_py()):
             return False
     return True
+
+
+def _row_of_several(dataset: Any) -> int | None:
+    """The first row into which a framework packed examples by itself, None if no row tells of any.
+
+    The second token of an example has position 1; a 0 may be padding.
+    """
+    if "position_ids" not in (getattr(dataset, "column_names", None) or []):
+        return None
+    done = 0
+    for batch in dataset.select_columns(["position_ids"]).with_format("arrow").iter(1000):
+        column = batch["position_ids"]
+        if column.null_count or not pa.types.is_integer(getattr(column.type, "value_type", None) or pa.null()):
+            return None  # positions of another kind
+        positions, sizes = flat(column)
+        begun = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[positions == 1], minlength=len(sizes))
+        if (begun > 1).any():
+            return done + int(np.argmax(begun > 1))
+        done += len(sizes)
+    return None
 
 
 def check_supported(trainer: Trainer) -> None:
@@ -105,7 +134,7 @@ def check_supported(trainer: Trainer) -> None:
             "select it beforehand with `ifd-trainer score` and `ifd-trainer select`."
         )
     if getattr(args, "packing", False):
-        _check_packing(args.packing_strategy, dataset, makes_labels(trainer.data_collator))
+        _check_packing(args.packing_strategy, dataset, fills_labels(trainer.data_collator))
     if args.accelerator_config.dispatch_batches:
         raise UserError(
             "dispatch_batches=True sends batches from one process, which fails on rows of unequal length. Set "

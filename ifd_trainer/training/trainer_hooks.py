@@ -241,9 +241,10 @@ class SelectiveTrainer:
             self._check_polynomial(selector.plan.phases)
         if selector is None or selector.restart is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        phases, parts = selector.plan.phases, []
+        phases, parts, given = selector.plan.phases, [], self.args.lr_scheduler_kwargs
         for steps in phases:
             self.lr_scheduler = None
+            self.args.lr_scheduler_kwargs = copy.deepcopy(given)  # LLaMA-Factory fills in those of the steps
             parts.append(getattr(super().create_scheduler(steps, optimizer), "lr_lambdas", None))
         if None in parts:
             raise UserError(

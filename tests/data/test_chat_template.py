@@ -174,6 +174,19 @@ def test_the_header_at_the_end_of_a_users_turn_is_one():
     assert template_frames(tokenizer)[0] == Frame(" [/INST]", "")
 
 
+def test_the_header_at_the_end_of_a_users_turn_begins_behind_what_ends_that_turn():
+    """As LLaMA-Factory writes a tokenizer's template anew."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+        "<|im_start|>assistant\n{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_for(template, special=False)
+    example = MESSAGES.render({"messages": [user("a"), said("b.")]}, tokenizer)
+    assert (example.header, example.answer) == ("<|im_start|>assistant\n", "b.<|im_end|>\n")
+    assert example.prompt == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert template_frames(tokenizer)[0] == Frame("<|im_start|>assistant\n", "<|im_end|>\n")
+
+
 def test_a_direct_answer_has_bos_where_the_template_writes_it():
     tokenizer = tokenizer_for("{{ bos_token }}" + CHAT_TEMPLATE, special=False)
     (pair,) = Encoder(tokenizer)([MESSAGES.render({"messages": [user("a"), said("b.")]}, tokenizer)])

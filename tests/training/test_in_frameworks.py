@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import pytest
 from datasets import Dataset
 from tiny_runs import (
     INF,
+    PEAK,
     TOKENIZER,
     plain_trainer,
+    raw_rows,
     select,
     sft_trainer,
+    since_trl,
+    text_rows,
     tokenised,
     train,
     weights_of,
@@ -22,6 +27,9 @@ from trl import SFTTrainer
 
 from ifd_trainer import IFDSelectionCallback, SelectLater
 from ifd_trainer.errors import RunError, UserError
+from ifd_trainer.method.brief_experience import Brief
+
+UNLABELLED = since_trl("1.7", "rows are packed with labels")
 
 
 class Delegating(SFTTrainer):
@@ -145,6 +153,136 @@ def test_one_row_with_an_image_is_refused(tmp_path, column, what):
     )
     with pytest.raises(UserError, match=rf"The training set has {what} \(column '{column}'\)"):
         IFDSelectionCallback(plain_trainer(tmp_path, rows))
+
+
+# ---- trainers of TRL that a framework writes anew ---------------------------------------------------------------
+
+
+def rewritten(name):
+    """A class as Unsloth makes it of TRL's: in a module of its own name."""
+    return type(name, (SFTTrainer,), {"__module__": name})
+
+
+def test_trainers_on_preferences_are_refused_as_unsloth_writes_them_too(tmp_path):
+    trainer = sft_trainer(tmp_path, 8)
+    trainer.__class__ = rewritten("UnslothDPOTrainer")
+    with pytest.raises(UserError, match="UnslothDPOTrainer trains on pairs of a chosen and a rejected answer;"):
+        IFDSelectionCallback(trainer)
+
+
+def test_the_sft_trainer_that_unsloth_writes_selects(tmp_path):
+    trainer = sft_trainer(tmp_path, 8, num_train_epochs=1)
+    trainer.__class__ = rewritten("UnslothSFTTrainer")
+    select(trainer, keep=4, max_ifd=INF)
+    assert len(train(trainer).order()) == 4
+
+
+# ---- packed rows without labels ---------------------------------------------------------------------------------
+
+
+@UNLABELLED
+def test_packed_rows_without_labels_are_read_as_they_are_trained_on(tmp_path):
+    """As Unsloth prepares texts: of all tokens."""
+    texts = text_rows(raw_rows(16)).map(
+        lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=["prompt", "completion", "row_id"]
+    )
+    tables = []
+    for without in ((), ("labels",)):
+        trainer = sft_trainer(tmp_path, texts, num_train_epochs=2, packing=True, max_length=128)
+        assert "labels" in trainer.train_dataset.column_names
+        trainer.train_dataset = trainer.train_dataset.remove_columns(list(without))
+        callback = select(trainer, keep=2, max_ifd=INF)
+        trainer.train()
+        tables.append([callback.history.rows(epoch) for epoch in (0, 1)])
+    for labelled, unlabelled in zip(*tables, strict=True):
+        assert labelled.equals(unlabelled)
+        assert 0 < (labelled["times"] > 0).sum() < len(labelled)
+
+
+# ---- rows that a framework packed -------------------------------------------------------------------------------
+
+
+def test_rows_of_several_examples_are_refused(tmp_path):
+    """As LLaMA-Factory packs: its own arguments say so, and no column but the positions."""
+    alone = {"input_ids": [5, 6, 7, 0], "labels": [-100, 6, 7, -100], "position_ids": [0, 1, 2, 0]}
+    several = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "position_ids": [0, 1, 0, 1]}
+    with pytest.raises(UserError, match="Row 1200 of the training set holds several examples: its position_ids begin"):
+        IFDSelectionCallback(plain_trainer(tmp_path, Dataset.from_list([alone] * 1200 + [several])))
+
+
+@pytest.mark.parametrize("positions", [None, 1, [[0, 1], [0, 1]]])
+def test_positions_of_another_kind_tell_nothing(tmp_path, positions):
+    row = {"input_ids": [5, 6], "labels": [-100, 6], "position_ids": positions}
+    IFDSelectionCallback(plain_trainer(tmp_path, Dataset.from_list([row] * 4)), guard=None)
+
+
+def test_positions_that_begin_once_are_no_packing(tmp_path):
+    """Padding has position 0 again."""
+    rows = tokenised(sft_trainer(tmp_path, 8))
+    positions = [[*range(len(ids) - 2), 0, 0] for ids in rows["input_ids"]]
+    trainer = plain_trainer(tmp_path, rows.add_column("position_ids", positions), num_train_epochs=1)
+    trainer.data_collator = lambda batch: DataCollatorForSeq2Seq(TOKENIZER)(
+        [{name: row[name] for name in ("input_ids", "labels")} for row in batch]
+    )
+    select(trainer, keep=4, max_ifd=INF)
+    assert len(train(trainer).order()) == 4
+
+
+# ---- Alpaca's prompt with a line break --------------------------------------------------------------------------
+
+
+def test_the_alpaca_header_with_a_line_break_precedes_direct_answers(tmp_path):
+    """All prompts end with ".\\n\\n### Response:\\n": of what they share, the header alone is meant."""
+    rows = text_rows(raw_rows(8)).map(lambda row: {"prompt": row["prompt"] + "\n"})
+    assert all(prompt.endswith(".\n\n### Response:\n") for prompt in rows["prompt"])
+    trainer = sft_trainer(tmp_path, rows, num_train_epochs=1)
+    callback = select(trainer, keep=4, max_ifd=INF)
+    train(trainer)
+    assert callback.history.settings["direct_prefix"] == "### Response:\n"
+
+
+# ---- a schedule whose parts a framework fills in ----------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps")
+def test_a_schedule_that_is_filled_in_begins_anew_with_the_steps_of_its_part(tmp_path):
+    """As LLaMA-Factory does for warmup_stable_decay: a third of the steps stays, the rest decays."""
+
+    class Filling(SFTTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            stable = num_training_steps // 3
+            filled = {"num_stable_steps": stable, "num_decay_steps": num_training_steps - stable}
+            self.args.lr_scheduler_kwargs = {**filled, **(self.args.lr_scheduler_kwargs or {})}
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    trainer = sft_trainer(tmp_path, 24, num_train_epochs=3, lr_scheduler_type="warmup_stable_decay")
+    trainer.__class__ = Filling
+    brief = Brief("random", clusters=3, per_cluster=2, max_share=0.25)
+    trainer.add_callback(IFDSelectionCallback.cherry(trainer, keep=8, max_ifd=INF, brief=brief))
+    rates = [rate / PEAK for rate in train(trainer).learning_rates()]
+    assert len(rates) == 3 + 3 * 4
+    for part, stable in ((rates[:3], 1), (rates[3:], 4)):
+        decay = [(1 + math.cos(math.pi * i / (len(part) - stable))) / 2 for i in range(len(part) - stable)]
+        assert part == pytest.approx([1.0] * stable + decay)
+
+
+# ---- a model that cuts rows -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole_logits", [False, True])
+def test_a_model_that_cuts_rows_by_itself_is_refused(tmp_path, whole_logits):
+    """As Unsloth's do beyond max_seq_length: nothing but the number of hidden states tells of it."""
+    trainer = sft_trainer(tmp_path, 8)
+    longest = max(len(ids) for ids in tokenised(trainer)["input_ids"])
+    backbone, inner = trainer.model.model, trainer.model.model.forward
+    backbone.forward = lambda input_ids=None, **more: inner(input_ids=input_ids[:, : longest - 3], **more)
+    if whole_logits:
+        trainer.model.get_output_embeddings = lambda: None
+    select(trainer, keep=4, max_ifd=INF)
+    cut = rf"The model cut rows of {longest} tokens to {longest - 3}, so their answers cannot be scored\. Unsloth does"
+    with pytest.raises(UserError, match=cut):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 # ---- callbacks before trainers ----------------------------------------------------------------------------------
