@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
+    from .data.format_choice import FormatOptions
     from .data.formats import ALPACA, WIZARDLM, TemplateFormat
     from .method.brief_experience import Brief
     from .method.calibrated_limit import CalibratedLimit
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
 _HOME = {
     name: module
     for module, names in {
+        "data.format_choice": ("FormatOptions",),
         "data.formats": ("ALPACA", "WIZARDLM", "TemplateFormat"),
         "method.brief_experience": ("Brief",),
         "method.calibrated_limit": ("CalibratedLimit",),

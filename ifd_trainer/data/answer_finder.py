@@ -18,62 +18,12 @@ from typing import Any
 
 from ..errors import UserError
 from .chat_template import turn_texts
-from .formats import ALPACA
 from .token_decoding import Decoder
+from .turn_headers import PLAIN, TurnTexts
 
 FOUND = 0.5  # share of the rows that a header has to stand in, for it to be taken for theirs; others may be cut
 _ALIKE = 0.9  # share of the headers that a line break has to stand behind, for it to be part of them
 _BREAKS = ("\n\n", "\n")  # what may stand behind a header in all rows: a part of it
-
-
-@dataclass(frozen=True)
-class TurnTexts:
-    """What stands between the turns of a format.
-
-    Attributes:
-        headers: texts that begin an answer.
-        openers: texts that begin another turn; there need not be any.
-
-    >>> TurnTexts(("### Response:",), ("### Instruction:",)).answer(b"### Instruction: Add 1 and 2. ### Response: 3")
-    (43, 45)
-    """
-
-    headers: tuple[str, ...]
-    openers: tuple[str, ...] = ()
-
-    def answer(self, text: bytes) -> tuple[int, int] | None:
-        """Where the answer begins and ends in a text, in bytes of UTF-8; None where there is no header."""
-        opened = sorted({place for opener in self.openers for place in _places(text, opener.encode())})
-        end = len(text)
-        for begin in [*reversed(opened), 0]:
-            found = [(text.find(header.encode(), begin, end), header) for header in self.headers]
-            found = [(place, -len(header.encode())) for place, header in found if place >= 0]
-            if found:
-                place, size = min(found)  # of several at one place, the longest
-                return place - size, end
-            end = begin
-        return None
-
-
-# Formats that public data sets write as plain text; of those that stand in as many rows, the first one is meant.
-PLAIN = (
-    TurnTexts((ALPACA.header,), ("### Instruction:",)),
-    TurnTexts(("### Assistant:",), ("### Human:", "### User:")),
-    TurnTexts(("### Answer:",), ("### Question:",)),
-    TurnTexts(("### Output:",), ("### Instruction:", "### Input:")),
-    TurnTexts(("### Completion:",)),
-    TurnTexts(("<|im_start|>assistant",), ("<|im_start|>user",)),
-    TurnTexts(("<|assistant|>",), ("<|user|>",)),
-    TurnTexts(("<start_of_turn>model",), ("<start_of_turn>user",)),
-    TurnTexts(("<|start_header_id|>assistant<|end_header_id|>",), ("<|start_header_id|>user<|end_header_id|>",)),
-    TurnTexts(("[/INST]",), ("[INST]",)),
-    TurnTexts(("ASSISTANT:",), ("USER:", "HUMAN:")),
-    TurnTexts(("\nAssistant:",), ("Human:", "User:")),
-    TurnTexts(("\nResponse:",), ("Instruction:",)),
-    TurnTexts(("\nAnswer:",), ("Question:",)),
-    TurnTexts(("\nOutput:",)),
-    TurnTexts(("\nA:",), ("Q:",)),
-)
 
 
 @dataclass(frozen=True)
@@ -144,13 +94,6 @@ _LOOK = (
     "that needs no prompt takes such rows as they are: policy=RandomRows(), LongestAnswers() or LowestScores('das'), "
     "which is the loss of the whole text."
 )
-
-
-def _places(text: bytes, part: bytes) -> Iterable[int]:
-    place = text.find(part)
-    while place >= 0:
-        yield place
-        place = text.find(part, place + 1)
 
 
 def _share(texts: TurnTexts, rows: Sequence[bytes]) -> float:

@@ -97,7 +97,7 @@ class FormatOptions:
             raise UserError(
                 f"{_option(texts[0])} is of rows of texts, and --format {self.format} of chats: leave it out."
             )
-        text_only = [name for name in texts if name not in ("prompt_column", "answer_column")]
+        text_only = [name for name in texts if name not in ("prompt_column", "answer_column", "response_header")]
         if isinstance(named, PromptCompletionFormat) and text_only:
             raise UserError(
                 f"--format {self.format} takes prompts as they are: leave it out, or {_option(text_only[0])}."
@@ -206,16 +206,18 @@ class _Choice:
             return replace(named, messages=options.messages_column or named.messages, system=self._system())
         if isinstance(named, PromptCompletionFormat):
             prompt, completion = options.prompt_column or named.prompt, options.answer_column or named.completion
-            return replace(named, prompt=prompt, completion=completion, system=self._system())
+            header = options.response_header if options.response_header is not None else named.header
+            return replace(named, prompt=prompt, completion=completion, system=self._system(), header=header)
         return self._template(named)
 
     def _told(self) -> ChatFormat | PromptCompletionFormat | None:
         options = self.options
         if options.messages_column is not None:
             return MESSAGES
-        if any(getattr(options, name) is not None for name in (*_TEXT_COLUMNS, *_TEMPLATES)):
+        given = [name for name in (*_TEXT_COLUMNS, *_TEMPLATES) if getattr(options, name) is not None]
+        if given not in ([], ["response_header"]):
             return None
-        told = (MESSAGES, SHAREGPT, PROMPT_COMPLETION)
+        told = (MESSAGES, SHAREGPT, PROMPT_COMPLETION) if not given else (PROMPT_COMPLETION,)
         return next((format for format in told if set(format.columns) <= set(self.columns)), None)
 
     def _system(self) -> str | None:

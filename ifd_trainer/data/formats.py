@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from ..errors import UserError, shown_value
 from .chat_template import MalformedRow, chat_messages, check_chat, reads_as_text, split_chat, template_options, text_of
+from .turn_headers import RESPONSE, told_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class TemplateFormat:
     name: str
     prompt: str
     prompt_with_input: str
-    header: str = "### Response:"
+    header: str = RESPONSE
     instruction: str = "instruction"
     input: str = "input"
     output: str = "output"
@@ -185,12 +186,15 @@ class PromptCompletionFormat:
         name: what errors and data cards call the format.
         prompt, completion: names of the columns.
         system: name of a column whose text becomes the system turn of messages without one; texts have no place for it.
+        header: the text before an answer that is scored alone, where prompts are texts; by default the one that a
+            prompt ends with, if it is known (`### Response:` and others), as the callback finds it.
     """
 
     name: str = "prompt-completion"
     prompt: str = "prompt"
     completion: str = "completion"
     system: str | None = None
+    header: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -200,7 +204,8 @@ class PromptCompletionFormat:
         prompt, completion = self.parts(row)
         if isinstance(prompt, list):
             return _render_chat(prompt, completion, row, tokenizer)
-        return Example(prompt, completion, asked=prompt.strip() != "")
+        header = told_header(prompt) if self.header is None else self.header
+        return Example(prompt, completion, header, asked=prompt.strip() != "")
 
     def parts(self, row: Mapping[str, Any]) -> tuple[str, str] | tuple[list[dict], list[dict]]:
         """Prompt and completion, two texts or two lists of messages.

@@ -9,6 +9,7 @@ from .chat_template import template_frames
 from .distinct_prompts import Prompts
 from .encoding import direct_prefix
 from .formats import ALPACA
+from .turn_headers import told_header
 
 _SHARE = 0.9  # of the prompts that have to end with a header; see `Prompts.shared_suffix`
 
@@ -44,12 +45,19 @@ def response_prefix(tokenizer: Any, prompts: Prompts, header: str | None = None,
     headers += [ALPACA.header, f"{ALPACA.header}\n"]  # the second one in LLaMA-Factory and Unsloth
     known = (tokenizer(header, add_special_tokens=False, verbose=False)["input_ids"] for header in headers)
     suffix = next((ids for ids in known if _share_opened(prompts, ids) >= _SHARE), None)
-    suffix = suffix or prompts.shared_suffix(_SHARE)
+    suffix = suffix or _as_told(tokenizer, prompts, prompts.shared_suffix(_SHARE))
     if not suffix:
         return direct_prefix(tokenizer, "", special=False)
     bos = tokenizer.bos_token_id
     needs_bos = bos is not None and suffix[0] != bos and prompts.all_begin_with(bos)
     return [bos, *suffix] if needs_bos else suffix
+
+
+def _as_told(tokenizer: Any, prompts: Prompts, suffix: list[int]) -> list[int]:
+    """What prompts share at their ends, or the known header that it ends with."""
+    text = tokenizer.decode(suffix, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    header = tokenizer(told_header(text), add_special_tokens=False, verbose=False)["input_ids"]
+    return header if header and _share_opened(prompts, header) >= _SHARE else suffix
 
 
 def _share_opened(prompts: Prompts, header: list[int]) -> float:

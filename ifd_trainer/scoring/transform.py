@@ -66,7 +66,7 @@ _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used f
 _RENDERED = 1000  # rows at a time
 _LOADED = ("_model", "_config", "_encoder", "_told")  # attributes that are made on first use
 _PID = os.getpid()
-SCORES_VERSION = 4  # raised when the same weights and options would give other scores
+SCORES_VERSION = 5  # raised when the same weights and options would give other scores
 
 
 class IFDScorer:

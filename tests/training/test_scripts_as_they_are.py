@@ -13,6 +13,7 @@ from conftest import ROUNDING, reference_nll
 from datasets import Dataset
 from tiny_runs import (
     INF,
+    MERGES_TRAINED,
     TOKENIZER,
     build_model,
     chat_rows,
@@ -31,7 +32,9 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 from ifd_trainer import (
     CalibratedLimit,
     Cherry,
+    FormatOptions,
     Guard,
+    IFDScorer,
     IFDSelectionCallback,
     LongestAnswers,
     LowestScores,
@@ -363,6 +366,38 @@ def test_what_is_read_of_a_pool_does_not_depend_on_hashes(tmp_path):
         )
         found.append(run.stdout.splitlines()[-1])
     assert found[0] == found[1]
+
+
+# ---- prompts that are texts ---------------------------------------------------------------------------------------
+
+
+@MERGES_TRAINED
+@pytest.mark.parametrize(
+    ("ending", "header"),
+    [
+        ("### Response:", None),
+        ("### Response:\n", None),
+        ("### Response: ", None),
+        ("Answer:", None),
+        ("A: ", None),
+        ("### Assistant:\n\n", None),
+        ("[/INST]", None),
+        ("Reply:", "Reply:"),  # not known: it is named
+    ],
+)
+def test_callback_and_transform_put_the_same_header_before_direct_answers(tmp_path, ending, header):
+    rows = [
+        {"row_id": i, "prompt": f"{row['instruction']}\n\n{ending}", "completion": row["output"]}
+        for i, row in enumerate(raw_rows(12, quotes=True))
+    ]
+    data = Dataset.from_list(rows)
+    trainer = sft_trainer(tmp_path, data, num_train_epochs=1)
+    scored = data.map(IFDScorer(trainer.model, TOKENIZER, format=FormatOptions(response_header=header)), batched=True)
+    callback = select(trainer, keep=2, max_ifd=INF, header=header)
+    trainer.train()
+    found = callback.history.rows(0)
+    for name in ("cas", "das", "ifd"):
+        assert found[name].tolist() == pytest.approx(scored[name][:], rel=ROUNDING)
 
 
 # ---- what the pool is ---------------------------------------------------------------------------------------------
