@@ -61,8 +61,8 @@ PLAIN = (
 def told_header(prompt: str) -> str:
     """The header with which a prompt ends, and the line breaks behind it; "" for none that is known.
 
-    A header that begins a line is one there alone, and the line break before it is not part of it. Nor is a space behind
-    it, which most tokenizers make a part of the answer's first token.
+    A header that begins a line is one there alone, and the line break before it is not part of it. Nor is a space
+    behind it, which most tokenizers make a part of the answer's first token.
 
     >>> told_header("### Instruction: Add 1 and 2.\\n\\n### Response:\\n"), told_header("What is the answer:")
     ('### Response:\\n', '')
