@@ -12,14 +12,14 @@ row's end. Those of a chat template are found by rendering, those of plain forma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
 from .chat_template import turn_texts
 from .token_decoding import Decoder
-from .turn_headers import PLAIN, TurnTexts
+from .turn_headers import PLAIN, TurnTexts, places
 
 FOUND = 0.5  # share of the rows that a header has to stand in, for it to be taken for theirs; others may be cut
 _ALIKE = 0.9  # share of the headers that a line break has to stand behind, for it to be part of them
@@ -40,7 +40,7 @@ class AnswerFinder:
     texts: TurnTexts
     known: bool = False
 
-    def __call__(self, ids: Sequence[int]) -> tuple[int, int] | None:
+    def __call__(self, ids: Sequence[int], position: int | None = None) -> tuple[int, int] | None:
         """The answer's first token and the one behind its last; None where there is no header.
 
         A token that holds the header's end and the answer's beginning is the answer's.
@@ -54,21 +54,57 @@ class AnswerFinder:
         """The text before a direct answer, where it is one for all rows."""
         return None if self.known else self.texts.headers[0]
 
+    @property
+    def words(self) -> str:
+        """What an answer is, in words."""
+        behind = "its chat template's header" if self.known else repr(self.texts.headers[0])
+        return f"what stands behind {behind}"
+
+
+@dataclass(frozen=True)
+class SaidAnswers:
+    """Finds the answers of chats whose messages stand beside their tokens.
+
+    Args:
+        decoder: of the tokenizer that made the rows.
+        said: what the last turn of the row at a position says.
+    """
+
+    decoder: Decoder
+    said: Callable[[int], str]
+    header: str | None = None
+    words: str = "what its last message says"
+
+    def __call__(self, ids: Sequence[int], position: int) -> tuple[int, int] | None:
+        """As `AnswerFinder`; None where the text of a row does not hold, or end with a part of, what was said."""
+        row, answer = self.decoder.row(ids), self.said(position).strip().encode()
+        place = row.text.rfind(answer) if answer else -1
+        if place < 0:  # max_length may have cut it
+            place = next((at for at in places(row.text, answer[:1]) if answer.startswith(row.text[at:])), -1)
+        return None if place < 0 else (row.token_at(place), row.token_at(min(place + len(answer), len(row.text))))
+
 
 def answer_finder(
-    tokenizer: Any, rows: Iterable[Sequence[int]], template: str | None = None, header: str | None = None
-) -> AnswerFinder:
+    tokenizer: Any,
+    rows: Iterable[Sequence[int]],
+    template: str | None = None,
+    header: str | None = None,
+    said: Callable[[int], str] | None = None,
+    positions: Sequence[int] = (),
+) -> AnswerFinder | SaidAnswers:
     """What finds the answers of rows like these.
 
     Args:
         rows: token ids of some of them.
         template: the chat template that wrote them, if it is not the tokenizer's own.
         header: the text that begins an answer, where a user knows it.
+        said: of chats whose messages are known, what the last turn of the row at a position says.
+        positions: of these rows.
 
     Raises:
         UserError: where too few rows have a known header, or none has the given one.
     """
-    decoder = Decoder(tokenizer)
+    decoder, rows = Decoder(tokenizer), list(rows)
     texts = [decoder.row(ids).text for ids in rows]
     if header is not None:
         given = TurnTexts((header,), next((plain.openers for plain in PLAIN if header.strip() in plain.headers), ()))
@@ -79,6 +115,10 @@ def answer_finder(
         of_template = TurnTexts(*turn_texts(tokenizer, template))
         if _share(of_template, texts) >= FOUND:
             return AnswerFinder(decoder, of_template, known=True)
+    if said is not None:  # a template that writes nothing between turns
+        own = SaidAnswers(decoder, said)
+        if sum(own(*each) is not None for each in zip(rows, positions, strict=True)) >= FOUND * len(rows):
+            return own
     best, plain = max(((_share(plain, texts), plain) for plain in PLAIN), key=lambda found: found[0])
     if best >= FOUND:
         return AnswerFinder(decoder, _with_break(plain, texts))
@@ -90,7 +130,7 @@ def answer_finder(
 
 
 _LOOK = (
-    "Say what begins an answer (header='### Answer:'), or use a prompt-completion data set, or `messages`. A policy "
+    "Say what begins an answer (header='### Answer:'), or use a prompt-completion data set. A policy "
     "that needs no prompt takes such rows as they are: policy=RandomRows(), LongestAnswers() or LowestScores('das'), "
     "which is the loss of the whole text."
 )

@@ -51,6 +51,17 @@ class MalformedRow(UserError):
     """A row that its format cannot render, for example a chat without messages."""
 
 
+def last_answer(messages: Any) -> str:
+    """What the last turn of the assistant says; "" where there is none, or it is no text.
+
+    >>> last_answer([{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}])
+    '4'
+    """
+    turns = messages if isinstance(messages, (list, tuple)) else []
+    said = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant"]
+    return said[-1] if said and isinstance(said[-1], str) else ""
+
+
 def text_of(value: Any) -> str:
     """The text of one cell: "" for None and NaN, `str(value)` for numbers.
 

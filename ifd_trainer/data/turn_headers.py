@@ -25,7 +25,7 @@ class TurnTexts:
 
     def answer(self, text: bytes) -> tuple[int, int] | None:
         """Where the answer begins and ends in a text, in bytes of UTF-8; None where there is no header."""
-        opened = sorted({place for opener in self.openers for place in _places(text, opener.encode())})
+        opened = sorted({place for opener in self.openers for place in places(text, opener.encode())})
         end = len(text)
         for begin in [*reversed(opened), 0]:
             found = [(text.find(header.encode(), begin, end), header) for header in self.headers]
@@ -77,7 +77,12 @@ def told_header(prompt: str) -> str:
     return ""
 
 
-def _places(text: bytes, part: bytes) -> Iterable[int]:
+def places(text: bytes, part: bytes) -> Iterable[int]:
+    """Where a part begins in a text.
+
+    >>> list(places(b"abab", b"ab"))
+    [0, 2]
+    """
     place = text.find(part)
     while place >= 0:
         yield place

@@ -7,7 +7,7 @@ is given in: an example each, or with packing a bin of examples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.answer_finder import AnswerFinder
+from ..data.answer_finder import AnswerFinder, SaidAnswers
 from ..data.distinct_prompts import WINDOW, Prompts, first_tokens, tails
 from ..data.encoding import IGNORE, answer_span
 from ..data.row_ids import as_array, find_ids
@@ -26,7 +26,7 @@ from .row_tokens import TOKEN_COLUMNS, Padding, RowTokens, lists_of
 
 _LOOKED_AT, _AT_FIRST = 1000, 20  # rows by which it is told how answers are found, so many at a time
 TrainingRow = int | tuple[int, ...]
-FindAnswers = Callable[[Iterable[list[int]]], AnswerFinder]
+FindAnswers = Callable[..., AnswerFinder | SaidAnswers]
 
 
 class Pool:
@@ -89,7 +89,7 @@ class Pool:
         return lists_of(labels, sizes)
 
     @cached_property
-    def finder(self) -> AnswerFinder | None:
+    def finder(self) -> AnswerFinder | SaidAnswers | None:
         """What finds the answers of rows of which every token is trained on; None where labels tell them.
 
         Raises:
@@ -98,14 +98,17 @@ class Pool:
         if self._answers is None or self.whole or not len(self):
             return None
         rows: list[list[int]] = []
+        positions: list[int] = []
         looked_at = np.unique(np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(np.int64))
         for first in range(0, len(looked_at), _AT_FIRST):
-            for ids, labels in self.tokens(looked_at[first : first + _AT_FIRST]):
+            some = looked_at[first : first + _AT_FIRST]
+            for ids, labels in self.tokens(some):
                 start, end = answer_span(labels)
                 if 0 < start < end:
                     return None
                 rows.append(ids)
-        return self._answers(rows)
+            positions += some.tolist()
+        return self._answers(rows, positions=positions)
 
     def read(self) -> tuple[Prompts, str]:
         """All tokens in one pass: the distinct prompts of answers, and a digest of all ids and labels in their order.
@@ -124,7 +127,7 @@ class Pool:
             digest.update(_rows_in_turn(ids, labels, sizes))
             lengths[part], spans[part] = sizes, _answer_spans(labels, sizes)
             if self.finder is not None:
-                spans[part] = _found_spans(self.finder, ids, sizes, spans[part])
+                spans[part] = _found_spans(self.finder, ids, sizes, spans[part], part.start)
             starts = np.cumsum(sizes) - sizes
             ends = starts + spans[part, 0]
             keys[part] = _keys(ids, starts, ends)
@@ -385,12 +388,14 @@ class PackedPool(Pool):
         return len(best_fit_decreasing(self._lengths[kept], self.capacity))
 
 
-def _found_spans(finder: AnswerFinder, ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray) -> np.ndarray:
+def _found_spans(
+    finder: AnswerFinder | SaidAnswers, ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, first: int
+) -> np.ndarray:
     """Spans (n, 2) of answers, found in the rows that are trained on from their first token; (size, size) for none."""
     found = spans.copy()
     for number, row in enumerate(lists_of(ids, sizes)):
         if spans[number, 0] == 0:
-            found[number] = finder(row) or (len(row), len(row))
+            found[number] = finder(row, first + number) or (len(row), len(row))
     return found
 
 

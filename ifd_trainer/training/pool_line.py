@@ -106,5 +106,4 @@ def _how_read(pool: Pool) -> str:
         return "; all of a row is taken for its answer"
     if pool.finder is None:
         return ""
-    behind = "its chat template's header" if pool.finder.known else repr(pool.finder.texts.headers[0])
-    return f"; every token is trained on, and a row's answer is what stands behind {behind}"
+    return f"; every token is trained on, and a row's answer is {pool.finder.words}"

@@ -272,12 +272,15 @@ class PoolScorer:
     def _own_pairs(self, rows: np.ndarray, prefix: Sequence[int]) -> list[EncodedPair]:
         spans = self.pool.spans(rows).tolist()
         tokens = zip(self.pool.tokens(rows), spans, strict=True)
-        return [self._own_pair(ids, start, end, prefix) for (ids, _), (start, end) in tokens]
+        return [
+            self._own_pair(row, ids, start, end, prefix)
+            for row, ((ids, _), (start, end)) in zip(rows.tolist(), tokens, strict=True)
+        ]
 
-    def _own_pair(self, ids: list[int], start: int, end: int, prefix: Sequence[int]) -> EncodedPair:
+    def _own_pair(self, row: int, ids: list[int], start: int, end: int, prefix: Sequence[int]) -> EncodedPair:
         if self.pool.whole:
             return self._read.whole(ids, self._fills(ids))
-        if self.pool.finder is not None and start == len(ids) and self.pool.finder(ids) is None:
+        if self.pool.finder is not None and start == len(ids) and self.pool.finder(ids, row) is None:
             return EncodedPair.unscorable(Status.PROMPT_TOO_LONG if self._fills(ids) else Status.NO_HEADER)
         return self._read.pair(ids, start, end, prefix, self._fills(ids))
 

@@ -41,6 +41,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, get_last_checkpoint
 
 from ..data.answer_finder import answer_finder
+from ..data.chat_template import last_answer
 from ..data.paths import check_checkpoint
 from ..errors import RunError, UserError
 from ..method.number_words import many
@@ -510,7 +511,9 @@ def _announce_lm_head(model: nn.Module) -> None:
 def _pool_of(trainer: Trainer) -> Pool:
     tokenizer, args, dataset = tokenizer_of(trainer), trainer.args, trainer.train_dataset
     template, tokens = getattr(trainer, "chat_template", None), trained_tokens(trainer)
-    answers = partial(answer_finder, tokenizer, template=template, header=trainer._header)
+    chats = "messages" in (getattr(dataset, "column_names", None) or [])
+    said = (lambda row: last_answer(dataset[row]["messages"])) if chats else None
+    answers = partial(answer_finder, tokenizer, template=template, header=trainer._header, said=said)
     if getattr(args, "packing", False):
         # The first process writes the unpacked examples to the cache of `datasets`, the others read them there.
         with args.main_process_first(desc="unpacking the training set"):

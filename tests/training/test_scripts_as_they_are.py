@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -366,6 +367,37 @@ def test_what_is_read_of_a_pool_does_not_depend_on_hashes(tmp_path):
         )
         found.append(run.stdout.splitlines()[-1])
     assert found[0] == found[1]
+
+
+BARE = "{% for message in messages %}{{ message['content'] | trim }}\n{% endfor %}"
+
+
+def test_answers_of_chats_that_a_template_runs_together_are_what_the_messages_say(tmp_path, capsys):
+    """Nothing stands between turns: the data set's own messages tell."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = BARE
+    raw = raw_rows(12)
+    long = "Add the numbers. " * 12
+    raw[3]["output"] += f" {long}"  # cut inside its answer
+    raw[5]["instruction"] = long * 2  # cut before it
+    raw[7]["output"] = ""
+    raw[9]["instruction"] = f"{raw[9]['output']} {raw[9]['instruction']}"  # the prompt says it, too
+    trainer = sft_trainer(tmp_path, as_messages(raw), tokenizer=tokenizer, max_length=48, num_train_epochs=1)
+    expected = {}
+    for row, ids in zip(raw, trainer.train_dataset["input_ids"], strict=True):
+        prompt = tokenizer(f"{row['instruction']}\n").input_ids
+        answer = tokenizer(row["output"]).input_ids[: len(ids) - len(prompt)] if len(ids) > len(prompt) else []
+        assert ids[: len(prompt) + len(answer)] == (prompt + answer)[: len(ids)]
+        if answer:
+            loss = reference_nll(trainer.model, prompt + answer, len(prompt))
+            expected[row["row_id"]] = (pytest.approx(loss, rel=ROUNDING), len(answer))
+    assert len(expected) == 10
+    callback = select(trainer, keep=2, max_ifd=INF)
+    trainer.train()
+    assert "a row's answer is what its last message says" in capsys.readouterr().out
+    found = callback.history.rows(0).set_index("row_id")
+    scored = found[found["ifd_status"] == "ok"]
+    assert dict(zip(scored.index, zip(scored["cas"], scored["answer_tokens"], strict=True), strict=True)) == expected
 
 
 # ---- prompts that are texts ---------------------------------------------------------------------------------------
