@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 # Where the demo's model is unpacked once; the tests look for it there too.
 SMOLLM := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ifd_trainer/smollm2-135m
 
-.PHONY: help model demo test gpu style quality bench versions clean
+.PHONY: help model demo compare test gpu style quality bench versions clean
 
 # transformers, trl and datasets that the loop's tests run with beside the newest ones of recipes/constraints.txt.
 VERSIONS := 5.24-1.16-5.2 5.14-1.8-5.2 5.5-1.3-5.2 5.5-0.24-4.0 4.57-0.24-4.0
@@ -36,6 +36,9 @@ model: $(DEMO)  ## unpack the 135M model of demo, tests and benchmarks, unless i
 
 demo: $(if $(MODEL),$(DEMO),model)  ## fine-tune a 135M model with selection inside the loop; MODEL=name or path for another
 	$(BIN)/ifd-trainer train recipes/demo.yaml --model "$(or $(MODEL),$(SMOLLM))" $(ARGS)
+
+compare: $(if $(MODEL),$(DEMO),model)  ## hold selection against random rows and longest answers on the demo's rows, three seeds each
+	$(BIN)/ifd-trainer compare recipes/compare_demo.yaml --model "$(or $(MODEL),$(SMOLLM))" $(ARGS)
 
 test: $(TEST) model quality  ## style checks and the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)

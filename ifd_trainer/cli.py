@@ -33,7 +33,7 @@ from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_l
 from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
 from .method.number_words import many
-from .training.recipe_file import check_recipe, copy_recipe, recipe_titles
+from .training.recipe_file import COMPARED, check_recipe, copy_recipe, read_recipe, recipe_titles
 from .training.recipe_help import train_help
 
 if TYPE_CHECKING:
@@ -775,7 +775,8 @@ def _recipes(options: argparse.Namespace) -> int:
             print(f"{name:{width}}  {title}")
         return 0
     recipe, *others = copy_recipe(options.name, options.output)
-    print(f"Copied to {recipe}{''.join(f', {path}' for path in others)}. Run it with: ifd-trainer train {recipe}")
+    command = "train" if read_recipe(str(recipe)).keys().isdisjoint(COMPARED) else "compare"
+    print(f"Copied to {recipe}{''.join(f', {path}' for path in others)}. Run it with: ifd-trainer {command} {recipe}")
     return 0
 
 

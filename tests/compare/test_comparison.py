@@ -246,3 +246,22 @@ def test_a_run_that_fails_names_its_log(folder, capsys):
             comparison.run(say=lambda text: None)
     finally:
         (folder / "model" / "away.json").rename(folder / "model" / "config.json")
+
+
+@pytest.mark.parametrize("name", ["compare_demo", "compare_alpaca"])
+def test_the_recipes_of_comparisons_say_what_they_are_and_can_be_planned(folder, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", name]) == 0
+    assert f"Run it with: ifd-trainer compare {name}.yaml" in capsys.readouterr().out
+    text = Path(f"{name}.yaml").read_text(encoding="utf-8")
+    for word in ("Reproduces", "Hardware", "Time"):
+        assert sum(line.startswith(f"# {word}: ") for line in text.splitlines()) == 1
+    text = text.replace("tatsu-lab/alpaca", str(folder / "rows.jsonl")).replace("gpt2", str(folder / "model"))
+    Path("here.yaml").write_text(text.replace("bf16: true", "bf16: false"), encoding="utf-8")
+    assert main(["compare", "here.yaml", "--model", str(folder / "model"), "--use_cpu", "true", "--plan"]) == 0
+    named = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "about" in line and "update" in line]
+    assert named == (
+        ["random", "longest", "static", "guarded"]
+        if name == "compare_demo"
+        else ["random", "full", "longest", "static", "superfiltering", "cherry", "dynamic", "guarded"]
+    )

@@ -25,7 +25,7 @@ from ifd_trainer.training.recipe_machine import PlanConfig
 pytestmark = RECIPES
 
 FOLDER = ROOT / "recipes"
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("accelerate"))
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith(("accelerate", "compare")))
 CHERRY = ["alpaca_cherry_5pct", "alpaca_cherry_10pct", "alpaca_cherry_fsdp", "wizardlm_cherry_10pct"]
 CHERRY_LORA = "alpaca_cherry_lora_24gb"
 ROWS = 40
