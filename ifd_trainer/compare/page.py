@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
@@ -24,7 +23,16 @@ from .exports import write_numbers
 from .plots import plot_intervals, plot_losses
 from .results import EQUAL, VIEWS, Curves, Outcome, Results, read_curves, results_of
 from .trained_rows import TrainedRows, read_trained_rows
-from .wording import COST_CAPTION, caption_of, cost_cells, difference_cells, summary_of, title_of, verdict
+from .wording import (
+    COST_CAPTION,
+    caption_of,
+    cost_cells,
+    difference_cells,
+    interval_text,
+    summary_of,
+    title_of,
+    verdict,
+)
 
 PAGE = "compare.html"
 _LABELS = 30  # the most frequent ones
@@ -79,7 +87,7 @@ def write_page(
     if trained.unknown:
         notes.append(f"Which rows were trained on is not known of {listed(trained.unknown)}: no history is left.")
     content = {
-        "title": f"Do arms differ from {BASELINE} rows? {Path(comparison.folder).resolve().name}",
+        "title": f"Comparison {Path(comparison.folder).resolve().name}: which arms differ from {BASELINE} rows?",
         "summary": summary_of(results),
         "notes": notes,
         "glance": _glance(results),
@@ -144,7 +152,7 @@ def _in_short(outcome: Outcome) -> str:
     found = outcome.against
     if found is None:
         return ""
-    return f"{found.mean:+.4f}, {'lower' if found.mean < 0 else 'higher'}" if found.shown else "no difference shown"
+    return f"{found.mean:+.4f}, {'lower' if found.mean < 0 else 'higher'}" if found.shown else "none shown"
 
 
 def _view_cells(results: Results, view: str) -> tuple[list[str], list[list[str]]]:
@@ -153,10 +161,10 @@ def _view_cells(results: Results, view: str) -> tuple[list[str], list[list[str]]
     for outcome in results.of(view):
         found = outcome.against
         difference, interval, could = difference_cells(outcome)
-        drawn = "" if found is None else "-"
-        if found is not None and math.isfinite(found.boot_low + found.boot_high):
-            drawn = f"{found.boot_low:+.4f} to {found.boot_high:+.4f}"
-        lines.append([outcome.arm, f"{outcome.loss:.4f}", difference, interval, drawn, could, verdict(outcome)])
+        drawn = interval_text(found.boot_low, found.boot_high) if found is not None else ""
+        of_line = verdict(outcome) if found is not None else ""
+        interval, drawn = (text.replace(" ", "\N{NO-BREAK SPACE}") for text in (interval, drawn))
+        lines.append([outcome.arm, f"{outcome.loss:.4f}", difference, interval, drawn, could, of_line])
     return headers, lines
 
 
@@ -168,7 +176,7 @@ def _overlap_cells(trained: TrainedRows) -> tuple[list[str], list[list[str]]] | 
     if not trained.times:
         return None
     table = trained.overlap()
-    return ["", *table.columns], [
+    return ["arm", *table.columns], [
         [name, *map(percent_text, row)] for name, row in zip(table.index, table.to_numpy(), strict=True)
     ]
 

@@ -22,7 +22,7 @@ _STYLES = [
     ("sky", "P", "-"), ("grey", "X", "-"), ("blue", "<", ":"), ("orange", ">", ":"), ("green", "*", ":"),
 ]  # fmt: skip
 _FAR = 4.0  # times what another arm used, from where on the axis is logarithmic
-_ABOVE = 3.0  # times what the arms span, from where on the loss before training is left out of the picture
+_ABOVE = 1.0  # times what the arms span, from where on the loss before training is left out of the picture
 
 
 def plot_intervals(results: Results) -> Figure:

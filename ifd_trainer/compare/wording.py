@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -100,7 +101,16 @@ def difference_cells(outcome: Outcome) -> tuple[str, str, str]:
     found = outcome.against
     if found is None:
         return "", "", ""
-    return f"{found.mean:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}", f"{found.smallest:.4f}"
+    return f"{found.mean:+.4f}", interval_text(found.low, found.high), f"{found.smallest:.4f}"
+
+
+def interval_text(low: float, high: float) -> str:
+    """Both ends, "-" where one is not known.
+
+    >>> interval_text(-0.25, 0.5)
+    '-0.2500 to +0.5000'
+    """
+    return f"{low:+.4f} to {high:+.4f}" if math.isfinite(low + high) else "-"
 
 
 def result_table(results: Results, view: str) -> Table:
