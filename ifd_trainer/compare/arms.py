@@ -29,7 +29,7 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         {"method": "cherry"},
     ),
     "dynamic": ("the rows with the highest IFD below 1, scored anew before each epoch", {}),
-    "guarded": ("the same, with guards against noise", {"guards": "auto"}),
+    "guarded": ("as dynamic, with guards against noise", {"guards": "auto"}),
 }
 DEFAULT = ("random", "longest", "static", "dynamic", "guarded")
 

@@ -12,7 +12,8 @@ from ..training.recipe_file import overrides, read_recipe
 from .arms import DEFAULT, KNOWN, read_arms
 
 _DESCRIPTION = """Train the same model on the same rows, chosen in several ways (arms), each with several seeds, and say
-which of them end with another loss on held-out rows than random rows do, and how well that is known."""
+which of them end with another loss on held-out rows than random rows do, and how well that is known: here, and on a
+page, compare.html, in output_dir."""
 
 
 def parser() -> argparse.ArgumentParser:

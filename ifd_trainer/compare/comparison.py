@@ -2,6 +2,7 @@
 
     <output_dir>/comparison.json       what is compared: recipe, arms, seeds, versions
     <output_dir>/<arm>/seed-<n>/       a run, see `arm_run`: `result.json` is there once it has ended
+    <output_dir>/compare.html          what was found, a page; its numbers are in results.json, .csv and .tex
 
 Each run is a process of its own, so a comparison that was killed has lost what came after the last checkpoints of the
 runs that were going, and nothing else. What runs share is computed once, in the cache of `datasets`: the tokens, and

@@ -17,7 +17,7 @@ from ..report.page_parts import Plot, RowTable, rendered, texts_of
 from ..report.score_frames import count_text, percent_text
 from ..report.tables import label_cells, labels_of
 from ..training.recipe_file import ALIASES
-from .arms import BASELINE
+from .arms import BASELINE, KNOWN, Arm
 from .comparison import Comparison, read_record
 from .exports import write_numbers
 from .plots import plot_intervals, plot_losses
@@ -96,7 +96,7 @@ def write_page(
         "caption": caption_of(results),
         "costs": cost_cells(results),
         "cost_caption": COST_CAPTION,
-        "arms": [(arm.name, _arm_words(arm.words, arm.keys)) for arm in comparison.arms],
+        "arms": [(arm.name, _arm_words(arm)) for arm in comparison.arms],
         "overlap": _overlap_cells(trained),
         "label": str(labels.name) if labels is not None else None,
         "labels": _label_cells(trained, labels) if labels is not None else None,
@@ -127,7 +127,7 @@ _INTERVALS = (
     "its interval, over other seeds and other held-out rows. A filled dot in colour is a difference that is shown: its "
     "interval leaves zero out, and so does that of a bootstrap. A hollow one is no difference shown, which is not the "
     "same as none. The grey bar reaches as far as a difference would have had to be to be shown with a probability of "
-    "80 % (“could show”). Each panel has its own scale."
+    "80 % (“could show”). Each panel has its own scale; an arrow is a difference beyond it."
 )
 _LOSSES = (
     "A thick line is the mean of the seeds, through the points where the held-out rows were scored; thin lines are the "
@@ -152,7 +152,9 @@ def _in_short(outcome: Outcome) -> str:
     found = outcome.against
     if found is None:
         return ""
-    return f"{found.mean:+.4f}, {'lower' if found.mean < 0 else 'higher'}" if found.shown else "none shown"
+    if not found.shown:
+        return "none shown"
+    return f"{found.mean:+.4f},\N{NO-BREAK SPACE}{'lower' if found.mean < 0 else 'higher'}"
 
 
 def _view_cells(results: Results, view: str) -> tuple[list[str], list[list[str]]]:
@@ -168,8 +170,9 @@ def _view_cells(results: Results, view: str) -> tuple[list[str], list[list[str]]
     return headers, lines
 
 
-def _arm_words(words: str, keys: Any) -> str:
-    return f"{words} ({', '.join(f'{key}: {value}' for key, value in keys.items())})"
+def _arm_words(arm: Arm) -> str:
+    keys = ", ".join(f"{key}: {value}" for key, value in arm.keys.items())
+    return f"{arm.words} ({keys})" if arm.name in KNOWN and keys else arm.words
 
 
 def _overlap_cells(trained: TrainedRows) -> tuple[list[str], list[list[str]]] | None:

@@ -14,6 +14,7 @@ from ..data.readable_text import shortened
 from ..report.plots import COLOURS, inside, new_figure
 from .arms import BASELINE
 from .results import EQUAL, Curves, Results
+from .statistics import Difference
 
 _AXES = {"tokens": "tokens trained on", "compute": "seconds for training and scoring"}
 # An arm's colour, marker and line; random rows have the first.
@@ -21,7 +22,8 @@ _STYLES = [
     ("ink", "o", "--"), ("blue", "s", "-"), ("orange", "D", "-"), ("green", "^", "-"), ("pink", "v", "-"),
     ("sky", "P", "-"), ("grey", "X", "-"), ("blue", "<", ":"), ("orange", ">", ":"), ("green", "*", ":"),
 ]  # fmt: skip
-_FAR = 4.0  # times what another arm used, from where on the axis is logarithmic
+_ON_PAPER = {"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1.5}  # of texts over lines
+_FAR = 4.0  # times what others used, or differ by, from where on an arm would press them together
 _ABOVE = 1.0  # times what the arms span, from where on the loss before training is left out of the picture
 
 
@@ -36,20 +38,27 @@ def plot_intervals(results: Results) -> Figure:
     for ax, (view, title) in zip(axes[0], EQUAL.items(), strict=True):
         found = {outcome.arm: outcome.against for outcome in results.of(view)}
         found = [found[name] for name in names]
-        could = [each.smallest for each in found]
-        ax.barh(at, 2 * np.array(could), left=-np.array(could), height=0.62, color=COLOURS["grey"], alpha=0.4)
+        could, reach = np.array([each.smallest for each in found]), _reach(found)
+        ax.barh(at, 2 * could, left=-could, height=0.62, color=COLOURS["grey"], alpha=0.4)
         ax.axvline(0, color=COLOURS["ink"], linewidth=1)
         for y, each in zip(at, found, strict=True):
             colour = COLOURS["ink"] if not each.shown else COLOURS["green" if each.mean < 0 else "orange"]
             face = colour if each.shown else COLOURS["paper"]
             ax.plot([each.low, each.high], [y, y], color=colour, linewidth=1.6)
-            ax.plot([each.mean], [y], "o", color=colour, markerfacecolor=face, markersize=6)
+            beyond = abs(each.mean) > reach
+            x, marker = (math.copysign(0.97 * reach, each.mean), "<>"[each.mean > 0]) if beyond else (each.mean, "o")
+            ax.plot([x], [y], marker, color=colour, markerfacecolor=face, markersize=6)
+            if beyond:
+                side = {"ha": "right" if each.mean > 0 else "left", "va": "center", "transform": ax.transData}
+                side["bbox"] = _ON_PAPER
+                inside(ax, 0.9 * x, y, f"{each.mean:+.{_digits(abs(each.mean))}f}", **side)
             place = {"transform": ax.get_yaxis_transform(), "va": "center"}
             inside(ax, 1.02, y, f"{each.smallest:.{_digits(each.smallest)}f}", **place)
         ax.set_title(title, fontsize=9, color=COLOURS["ink"])
         inside(ax, 1.02, 1.01, "could\nshow", fontsize=7)
         ax.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.6g}" if value else "0"))
+        ax.set_xlim(-reach, reach)
         ax.set_xlabel("lower  <  0  <  higher")
         ax.tick_params(axis="y", length=0)
     axes[0, 0].set_yticks(at, [shortened(name, 24) for name in names], parse_math=False)
@@ -58,13 +67,19 @@ def plot_intervals(results: Results) -> Figure:
     return figure
 
 
+def _reach(found: list[Difference]) -> float:
+    """How far a panel reaches on both sides: to all intervals, but those of arms far from most others."""
+    reached = [max(abs(each.low), abs(each.high), each.smallest) for each in found]
+    return 1.05 * min(max(reached), _FAR * float(np.median(reached))) or 1.0
+
+
 def plot_losses(curves: Curves) -> Figure:
     """The held-out loss against tokens and against seconds: each arm's mean of seeds, and each seed as a thin line."""
     figure, axes = new_figure(4.0, columns=len(_AXES), sharey=True)
     handles = []
     for number, (name, each) in enumerate(curves.by_arm.items()):
         colour, marker, line = _STYLES[number % len(_STYLES)]
-        style = {"color": COLOURS[colour], "linestyle": line}
+        style = {"color": COLOURS[colour], "linestyle": line, "zorder": 3 if name == BASELINE else 2}
         losses = np.array(_of_equal_length([curves.mean(curve.losses) for curve in each]))  # (seeds, points)
         for ax, view in zip(axes[0], _AXES, strict=True):
             used = np.array(_of_equal_length([curve.used[view] for curve in each]))
@@ -100,21 +115,22 @@ def _digits(value: float) -> int:
 def _amounts(ax: Axes, used: list[list[float]]) -> None:
     """The axis of what was used: linear, and where arms used far more than others, logarithmic but for its start."""
     ends, firsts = [each[-1] for each in used], [min(x for x in each if x > 0) for each in used if max(each) > 0]
-    ax.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 or not value else f"{value:g}")
-    )
     if max(ends) <= _FAR * min(ends):
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(5))
-        return
-    start = min(firsts)
+    else:
+        _mostly_logarithmic(ax, min(firsts), max(ends))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
+
+
+def _mostly_logarithmic(ax: Axes, start: float, end: float) -> None:
     ax.set_xscale("symlog", linthresh=start, linscale=0.5)
-    powers = range(math.floor(math.log10(start)), math.ceil(math.log10(max(ends))) + 1)
+    powers = range(math.floor(math.log10(start)), math.ceil(math.log10(end)) + 1)
     step = (1, 3) if len(powers) < 4 else (1,)
-    ticks = [n * 10.0**power for power in powers for n in step if start <= n * 10.0**power <= 1.1 * max(ends)]
+    ticks = [n * 10.0**power for power in powers for n in step if start <= n * 10.0**power <= 1.1 * end]
     ax.xaxis.set_major_locator(FixedLocator([0.0, *ticks]))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlim(0, 1.15 * max(ends))
+    ax.set_xlim(0, 1.15 * end)
 
 
 def _losses(axes: np.ndarray, curves: Curves) -> None:
@@ -128,7 +144,7 @@ def _losses(axes: np.ndarray, curves: Curves) -> None:
     if before - high > _ABOVE * (high - low) > 0:
         axes[0].set_ylim(low - 0.1 * (high - low), high + 0.35 * (high - low))
         for ax in axes:
-            inside(ax, 0.99, 0.99, f"before training {before:.3f}, above", va="top", ha="right")
+            inside(ax, 0.99, 0.99, f"before training {before:.3f}, above", va="top", ha="right", bbox=_ON_PAPER)
     else:
         for ax in axes:
             ax.axhline(before, linestyle=":", linewidth=0.8, color=COLOURS["ink"])

@@ -18,7 +18,8 @@ from ifd_trainer.compare.comparison import FILE, Comparison
 from ifd_trainer.compare.exports import latex_table, results_frame
 from ifd_trainer.compare.measuring import Point, rows_path
 from ifd_trainer.compare.page import PAGE, write_comparison_report
-from ifd_trainer.compare.results import read_results
+from ifd_trainer.compare.plots import plot_intervals, plot_losses
+from ifd_trainer.compare.results import read_curves, read_results, results_of
 from ifd_trainer.compare.trained_rows import read_trained_rows
 from ifd_trainer.compare.wording import headline
 from ifd_trainer.errors import UserError
@@ -75,9 +76,9 @@ def made_up(
     return folder
 
 
-def history(place: Path, chosen: set[int], labels: list | None) -> None:
+def history(place: Path, chosen: set[int], labels: list | None, settings: dict | None = None) -> None:
     """Two epochs, of which the second trains on the rows with even numbers alone, twice."""
-    kept = History(place / FOLDER)
+    kept = History(place / FOLDER, settings or {})
     for epoch in (0, 1):
         times = [(row in chosen) * (epoch == 0 or 2 * (row % 2 == 0)) for row in range(POOL)]
         kept.add({"epoch": epoch}, pd.DataFrame({"row_id": [f"r{row}" for row in range(POOL)], "times": times}))
@@ -182,6 +183,45 @@ def test_rows_that_one_arm_trains_on_with_every_seed_and_another_never(folder, p
     trained = read_trained_rows(Comparison.load(folder), [0, 1])
     assert trained.disagreed("better", "alike") == ["r8", "r1"]
     assert trained.times["better"].loc["r8"].tolist() == [3, 3]
+
+
+def test_what_was_trained_on_before_training_began_anew_does_not_count(tmp_path):
+    made_up(tmp_path, {name: ARMS[name] for name in ("random", "better")})
+    for seed in (0, 1):
+        settings = {"warmup_epochs": 1, "warmup": {"type": "Brief"}, "start_anew": True}
+        history(tmp_path / "better" / f"seed-{seed}", {1, 8}, LABELS, settings)
+    trained = read_trained_rows(Comparison.load(tmp_path), [0, 1])
+    assert trained.times["better"].sum(axis=1).loc[["r1", "r8"]].tolist() == [0, 4]
+
+
+def test_lines_go_through_the_mean_of_the_seeds_from_a_shared_start(folder):
+    """Of `better`: it has scored rows for 1.5 seconds before its first step."""
+    curves = read_curves(Comparison.load(folder))
+    results = results_of(curves)
+    tokens, seconds = plot_losses(curves).axes
+    loss = next(outcome.loss for outcome in results.of("steps") if outcome.arm == "better")
+    for axes, used in ((tokens, [0, 300]), (seconds, [1.5, 22.0])):
+        thick = [line for line in axes.lines if line.get_marker() == "s"]
+        assert len(thick) == 1
+        assert thick[0].get_xdata() == pytest.approx(used)
+        assert thick[0].get_ydata() == pytest.approx([results.before, loss])
+        thin = [line for line in axes.lines if line.get_color() == thick[0].get_color() and line not in thick]
+        assert len(thin) == 2
+
+
+def test_intervals_of_shown_differences_have_filled_dots(folder):
+    results = read_results(Comparison.load(folder))
+    steps = plot_intervals(results).axes[0]
+    dots = [line for line in steps.lines if line.get_marker() == "o"]
+    assert [line.get_markerfacecolor() == line.get_color() for line in dots] == [True, False, True]
+    found = [outcome.against for outcome in results.of("steps") if outcome.against is not None]
+    assert [line.get_xdata()[0] for line in dots] == [each.mean for each in found]
+    # An arm that is far beyond the others is an arrow at the edge, with its difference in numbers.
+    tokens = plot_intervals(results).axes[1]
+    assert [line.get_marker() for line in tokens.lines if line.get_marker() in "<>"] == [">"]
+    far = next(outcome.against.mean for outcome in results.of("tokens") if outcome.arm == "full")
+    assert far > tokens.get_xlim()[1]
+    assert f"{far:+.3f}" in [text.get_text() for text in tokens.texts]
 
 
 def test_what_is_html_in_names_and_texts_is_text_on_the_page(tmp_path, page):
