@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pandas as pd
@@ -71,10 +70,9 @@ def _number(value: float) -> str:
     return f"{value:.4f}"
 
 
-def _signed(value: tuple[float] | None) -> str:
-    return f"${value[0]:+.4f}$" if value is not None else ""
+def _signed(value: tuple[float]) -> str:
+    return f"${value[0]:+.4f}$"
 
 
-def _interval(value: tuple[float, float] | None) -> str:
-    low, high = value or (math.nan, math.nan)
-    return f"$[{low:+.4f}, {high:+.4f}]$" if value is not None else ""
+def _interval(ends: tuple[float, float]) -> str:
+    return f"$[{ends[0]:+.4f}, {ends[1]:+.4f}]$"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from .comparison import Comparison, read_record
 from .exports import write_numbers
 from .plots import plot_intervals, plot_losses
 from .results import EQUAL, VIEWS, Curves, Outcome, Results, read_curves, results_of
+from .statistics import POWER
 from .trained_rows import TrainedRows, read_trained_rows
 from .wording import (
     COST_CAPTION,
@@ -127,7 +127,7 @@ _INTERVALS = (
     "its interval, over other seeds and other held-out rows. A filled dot in colour is a difference that is shown: its "
     "interval leaves zero out, and so does that of a bootstrap. A hollow one is no difference shown, which is not the "
     "same as none. The grey bar reaches as far as a difference would have had to be to be shown with a probability of "
-    "80 % (“could show”). Each panel has its own scale; an arrow is a difference beyond it."
+    f"{POWER:.0%} (“could show”). Each panel has its own scale; an arrow is a difference beyond it."
 )
 _LOSSES = (
     "A thick line is the mean of the seeds, through the points where the held-out rows were scored; thin lines are the "
@@ -240,10 +240,6 @@ def _facts(
         ("Keys over the recipe's", over),
         ("Versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
         ("Machine", record["machine"]),
-        ("Trained on", listed(_different(run["device"] for run in ended))),
+        ("Trained on", listed(dict.fromkeys(run["device"] for run in ended))),
     ]
     return [(name, str(text)) for name, text in facts if text]
-
-
-def _different(values: Any) -> Sequence[str]:
-    return list(dict.fromkeys(values))
