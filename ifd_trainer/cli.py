@@ -361,18 +361,18 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         "report",
         help="an HTML page about a run or a scored data set",
         description="Write report.html and its plots for a training run (its output folder), for scored rows, or for "
-        "the folder that `ifd-trainer select` wrote.",
+        "the folder that `ifd-trainer select` wrote; compare.html for the folder of a comparison.",
         epilog="Example: ifd-trainer report scored.parquet --output report/",
     )
     add = parser.add_argument
     add(
         "source",
-        help="output folder of a run, folder of selected rows (with train.parquet), or a scored .json, .jsonl, .csv or "
-        ".parquet file",
+        help="output folder of a run or of a comparison, folder of selected rows (with train.parquet), or a scored "
+        ".json, .jsonl, .csv or .parquet file",
     )
     add("--output", help="folder to write to (default: beside the source)")
     add("--label", help="column of labels to show")
-    add("--rows", type=_positive, default=10, help="rows in each table (default 10)")
+    add("--rows", type=_positive, help="rows in each table (default 10; of a comparison 3)")
     parser.set_defaults(run=_report)
 
 
@@ -805,6 +805,11 @@ def _report(options: argparse.Namespace) -> int:
     check_rows(options.source)
     folder = options.output or (source if source.is_dir() else source.parent)
     check_folder(folder)
+    if (source / "comparison.json").exists():
+        from .compare.page import write_comparison_report
+
+        print(f"Page: {write_comparison_report(source, Path(folder), options.label, options.rows)}")
+        return 0
 
     from .data.files import load_rows
     from .report.page import write_report
@@ -813,7 +818,7 @@ def _report(options: argparse.Namespace) -> int:
     if not source.is_dir():
         data = load_rows(options.source).to_pandas()
         origin = _origin(options.source, data)
-    print(f"Report: {write_report(data, folder, label=options.label, rows=options.rows, origin=origin)}")
+    print(f"Report: {write_report(data, folder, label=options.label, rows=options.rows or 10, origin=origin)}")
     return 0
 
 

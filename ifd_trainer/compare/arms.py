@@ -29,7 +29,7 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         {"method": "cherry"},
     ),
     "dynamic": ("the rows with the highest IFD below 1, scored anew before each epoch", {}),
-    "guarded": ("the same, with guards against noise", {"guards": "auto"}),
+    "guarded": ("as dynamic, with guards against noise", {"guards": "auto"}),
 }
 DEFAULT = ("random", "longest", "static", "dynamic", "guarded")
 
@@ -98,8 +98,7 @@ def read_arms(
             near = difflib.get_close_matches(str(name), KNOWN, n=1)
             meant = f"Did you mean {near[0]}?" if near else f"Known are {_names(KNOWN)}."
             raise UserError(f"arms: {name!r} is no known arm, and has no keys that say what it is. {meant}")
-        words, keys = KNOWN.get(name, ("of your own: " + ", ".join(f"{k} {v}" for k, v in own.items()), {}))
-        keys = {**_PLAIN, **keys}
+        keys = {**_PLAIN, **(KNOWN[name][1] if name in KNOWN else {})}
         if name == "balanced":
             keys["balance_by"] = own.get("balance_by") or balance_by
             if not keys["balance_by"]:
@@ -108,8 +107,19 @@ def read_arms(
             keys["scorer"] = own.get("scorer") or (superfilter if name == "superfiltering" else model)
             if not keys["scorer"]:
                 raise UserError("arms: superfiltering scores with a small model: name it with superfilter: gpt2.")
-        arms.append(Arm(str(name), words, {**keys, **own}, selects=name != "full"))
+        arms.append(arm_of(str(name), {**keys, **own}))
     return arms
+
+
+def arm_of(name: str, keys: Mapping[str, Any]) -> Arm:
+    """The arm that has these keys.
+
+    >>> arm_of("hardest", {"method": "dynamic", "policy": "mine.Hardest"}).words
+    'of your own: policy mine.Hardest'
+    """
+    own = ", ".join(f"{key} {value}" for key, value in keys.items() if _PLAIN.get(key) != value)
+    words = KNOWN[name][0] if name in KNOWN else f"of your own: {own or 'as dynamic'}"
+    return Arm(name, words, keys, selects=name != "full")
 
 
 def _names(names: Iterable[str]) -> str:

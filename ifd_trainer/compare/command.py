@@ -12,7 +12,8 @@ from ..training.recipe_file import overrides, read_recipe
 from .arms import DEFAULT, KNOWN, read_arms
 
 _DESCRIPTION = """Train the same model on the same rows, chosen in several ways (arms), each with several seeds, and say
-which of them end with another loss on held-out rows than random rows do, and how well that is known."""
+which of them end with another loss on held-out rows than random rows do, and how well that is known: here, and on a
+page, compare.html, in output_dir."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,8 +62,10 @@ def compare(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from .comparison import Comparison
+    from .exports import write_numbers
+    from .page import write_page
     from .plan import operations_per_second, planned_arm
-    from .results import read_results
+    from .results import read_curves, results_of
     from .wording import cost_table, headline, plan_text, result_table
 
     planned = [planned_arm(options.recipe, words, arm) for arm in arms]
@@ -73,14 +76,16 @@ def compare(arguments: Sequence[str]) -> int:
     comparison = Comparison(folder, options.recipe, list(words), arms, seeds, planned[0].epochs)
     comparison.save()
     comparison.run(options.workers, options.devices or (), _say)
-    results = read_results(comparison)
-    results.save(folder / "results.json")
+    curves = read_curves(comparison)
+    results = results_of(curves)
+    write_numbers(results, folder)
     console = Console()
     for view in ("steps", "tokens", "compute"):
         console.print(result_table(results, view))
     console.print(cost_table(results))
     print(headline(results))
-    print(f"Numbers: {folder / 'results.json'}")
+    print(f"Numbers: {folder / 'results.json'} (.csv, .tex)")
+    print(f"Page: {write_page(comparison, curves, results)}")
     return 0
 
 

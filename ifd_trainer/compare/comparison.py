@@ -2,6 +2,7 @@
 
     <output_dir>/comparison.json       what is compared: recipe, arms, seeds, versions
     <output_dir>/<arm>/seed-<n>/       a run, see `arm_run`: `result.json` is there once it has ended
+    <output_dir>/compare.html          what was found, a page; its numbers are in results.json, .csv and .tex
 
 Each run is a process of its own, so a comparison that was killed has lost what came after the last checkpoints of the
 runs that were going, and nothing else. What runs share is computed once, in the cache of `datasets`: the tokens, and
@@ -27,10 +28,10 @@ import pandas as pd
 
 from .. import __version__
 from ..data.atomic import write_atomically
-from ..errors import RunError, UserError
+from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_line
 from ..training.recipe_file import overrides
 from .arm_run import RESULT, ArmRun, write_run
-from .arms import Arm
+from .arms import Arm, arm_of
 from .measuring import Point, read_points, rows_path
 
 FILE = "comparison.json"
@@ -91,6 +92,17 @@ class Comparison:
     arms: list[Arm]
     seeds: list[int]
     steps: list[int] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: Path) -> Comparison:
+        """What a folder holds, to be read: the recipe's file is not in it, so that it cannot go on.
+
+        Raises:
+            UserError: as `read_record` does.
+        """
+        record = read_record(folder)
+        arms = [arm_of(name, keys) for name, keys in record["arms"].items()]
+        return cls(folder, "", [], arms, record["seeds"], record["steps"])
 
     def tasks(self) -> list[Task]:
         """All runs, seed by seed, so that a comparison that is cut short has whole seeds."""
@@ -180,6 +192,29 @@ class Comparison:
         words += ["--report_to", "none"]
         steps = self.steps if not task.arm.selects else []
         write_run(task.folder, ArmRun(self.recipe, words, task.arm.selects, steps, at_start))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `comparison.json` says: recipe, keys over it, arms, seeds, steps, versions and machine.
+
+    Raises:
+        UserError: when there is none, or one that is damaged or of another version.
+    """
+    path = folder / FILE
+    if not path.exists():
+        raise NotFoundError(f"No comparison in {folder}: `ifd-trainer compare` writes {FILE} there.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = [
+            key for key in ("recipe", "keys", "arms", "seeds", "steps", "versions", "machine") if key not in record
+        ]
+        if missing:
+            raise ValueError(f"it does not say {', '.join(missing)}")
+    except (OSError, ValueError, TypeError) as error:
+        raise FileAccessError(
+            f"{path} cannot be read ({one_line(error)}): it is damaged, or of another version. Run the comparison anew."
+        ) from error
+    return record
 
 
 def in_a_process(folder: Path, device: str | None) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from ..data.atomic import write_atomically
 from ..errors import UserError
-from .arms import Arm
 from .comparison import Comparison, Task
 from .measuring import Point
 from .statistics import Difference, difference
@@ -22,6 +21,7 @@ VIEWS = {  # what arms have as much of, in words
     "tokens": "as many tokens trained on",
     "compute": "as many seconds for training and scoring",
 }
+EQUAL = {"steps": "equal steps", "tokens": "equal tokens", "compute": "equal seconds"}  # in short
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,71 @@ class Results:
         write_atomically(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
 
 
-def read_results(comparison: Comparison) -> Results:
+class Curve:
+    """The losses of the held-out rows of one run, along what it has used.
+
+    Attributes:
+        used: by view, how much of it each point had used; the first one is the start, where that is known.
+        losses: (points, n) of the held-out rows.
+        tokens: (n,) of their answers.
+    """
+
+    def __init__(self, task: Task, beforehand: float, start: np.ndarray | None) -> None:
+        points = task.points()
+        frames = [task.held_out(point) for point in points]
+        self.tokens = frames[-1]["answer_tokens"].to_numpy()
+        losses = [frame["cas"].to_numpy(dtype=float) for frame in frames]
+        self.used = {view: [amount(point) for point in points] for view, amount in _AMOUNTS.items()}
+        self.used["compute"] = [seconds + beforehand for seconds in self.used["compute"]]
+        if start is not None and points[0].updates > 0:  # the model before training is the same in all runs
+            losses.insert(0, start)
+            for view, amounts in self.used.items():
+                amounts.insert(0, beforehand if view == "compute" else 0.0)
+        self.losses = np.stack(losses)
+
+    def last(self, view: str) -> float:
+        """How much the whole run used."""
+        return self.used[view][-1]
+
+    def at(self, view: str, amount: float) -> np.ndarray:
+        """(n,) losses when so much was used: those of the nearest points, in proportion."""
+        used = np.asarray(self.used[view])
+        right = int(np.clip(np.searchsorted(used, amount), 1, len(used) - 1)) if len(used) > 1 else 0
+        left = max(right - 1, 0)
+        span = used[right] - used[left]
+        share = float(np.clip((amount - used[left]) / span, 0, 1)) if span > 0 else 1.0
+        return (1 - share) * self.losses[left] + share * self.losses[right]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The curves of all arms, over the same rows and seeds.
+
+    Attributes:
+        by_arm: those of each seed.
+        seeds: with which all arms have ended.
+        beforehand: seconds of each arm for scoring before training.
+        start: (n,) losses before training, where they are known.
+        able: (n,) whether each run has a loss of a row at each of its points.
+    """
+
+    by_arm: dict[str, list[Curve]]
+    seeds: list[int]
+    beforehand: dict[str, float]
+    start: np.ndarray | None
+    able: np.ndarray
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Answer tokens of the rows that have a loss in all runs."""
+        return next(iter(self.by_arm.values()))[0].tokens[self.able].astype(float)
+
+    def mean(self, losses: np.ndarray) -> np.ndarray:
+        """(...) mean losses, over answer tokens, of (..., n) losses of all rows."""
+        return losses[..., self.able] @ self.weights / self.weights.sum()
+
+
+def read_curves(comparison: Comparison) -> Curves:
     """What there is of a comparison; of seeds, those with which all arms have ended.
 
     Raises:
@@ -97,33 +161,43 @@ def read_results(comparison: Comparison) -> Results:
         )
     runs = {name: [tasks[seed] for seed in seeds] for name, tasks in by_arm.items()}
     beforehand = {name: max(_beforehand(task) for task in tasks) for name, tasks in runs.items()}
-    start = next((_Curve.start(task) for task in comparison.tasks() if task.done and _Curve.start(task)), None)
-    curves = {name: [_Curve(task, beforehand[name], start) for task in tasks] for name, tasks in runs.items()}
-    able = np.logical_and.reduce([curve.able for each in curves.values() for curve in each])
-    weights = next(iter(curves.values()))[0].tokens[able].astype(float)
+    starts = (_start(task) for task in comparison.tasks() if task.done)
+    start = next((losses for losses in starts if losses is not None), None)
+    curves = {name: [Curve(task, beforehand[name], start) for task in tasks] for name, tasks in runs.items()}
+    able = np.logical_and.reduce([np.isfinite(c.losses).all(axis=0) for each in curves.values() for c in each])
+    return Curves(curves, seeds, beforehand, start, able)
+
+
+def read_results(comparison: Comparison) -> Results:
+    """The results of what there is of a comparison; errors as of `read_curves`."""
+    return results_of(read_curves(comparison))
+
+
+def results_of(curves: Curves) -> Results:
+    """What the curves of the arms say, random rows first."""
     outcomes = []
     for view in VIEWS:
-        at = min(curve.last(view) for each in curves.values() for curve in each)
-        losses = {name: np.stack([curve.at(view, at)[able] for curve in each]) for name, each in curves.items()}
-        outcomes += _outcomes(comparison.arms, view, at, losses, weights)
-    costs = [_costs(name, each, beforehand[name]) for name, each in curves.items()]
-    before = None if start is None else float(start[0][able] @ weights / weights.sum())
-    return Results(outcomes, costs, seeds, int(able.sum()), before)
+        at = min(curve.last(view) for each in curves.by_arm.values() for curve in each)
+        losses = {
+            name: np.stack([curve.at(view, at)[curves.able] for curve in each]) for name, each in curves.by_arm.items()
+        }
+        outcomes += _outcomes(view, at, losses, curves.weights)
+    costs = [_costs(name, each, curves.beforehand[name]) for name, each in curves.by_arm.items()]
+    before = None if curves.start is None else float(curves.mean(curves.start))
+    return Results(outcomes, costs, curves.seeds, int(curves.able.sum()), before)
 
 
-def _outcomes(
-    arms: Sequence[Arm], view: str, at: float, losses: dict[str, np.ndarray], weights: np.ndarray
-) -> list[Outcome]:
-    base, found = losses[arms[0].name], []
-    for arm in arms:
-        by_seed = losses[arm.name] @ weights / weights.sum()
-        same = arm == arms[0]
-        against = None if same else difference(losses[arm.name], base, weights, arms=len(arms) - 1)
-        found.append(Outcome(arm.name, view, float(at), float(by_seed.mean()), by_seed.tolist(), against))
+def _outcomes(view: str, at: float, losses: dict[str, np.ndarray], weights: np.ndarray) -> list[Outcome]:
+    base, *others = losses
+    found = []
+    for name in losses:
+        by_seed = losses[name] @ weights / weights.sum()
+        against = None if name == base else difference(losses[name], losses[base], weights, arms=len(others))
+        found.append(Outcome(name, view, float(at), float(by_seed.mean()), by_seed.tolist(), against))
     return found
 
 
-def _costs(name: str, curves: Sequence[_Curve], beforehand: float) -> Costs:
+def _costs(name: str, curves: Sequence[Curve], beforehand: float) -> Costs:
     def mean(view: str) -> float:
         return float(np.mean([curve.last(view) for curve in curves]))
 
@@ -134,44 +208,10 @@ def _beforehand(task: Task) -> float:
     return float(task.result()["seconds_scoring_beforehand"])
 
 
-class _Curve:
-    """The losses of the held-out rows of one run, along what it has used."""
-
-    def __init__(self, task: Task, beforehand: float, start: tuple[np.ndarray, np.ndarray] | None) -> None:
-        points = task.points()
-        frames = [task.held_out(point) for point in points]
-        self.tokens = frames[-1]["answer_tokens"].to_numpy()
-        losses = [frame["cas"].to_numpy(dtype=float) for frame in frames]
-        self.used = {view: [amount(point) for point in points] for view, amount in _AMOUNTS.items()}
-        self.used["compute"] = [seconds + beforehand for seconds in self.used["compute"]]
-        if start is not None and points[0].updates > 0:  # the model before training is the same in all runs
-            losses.insert(0, start[0])
-            for view, amounts in self.used.items():
-                amounts.insert(0, beforehand if view == "compute" else 0.0)
-        self.losses = np.stack(losses)
-        self.able = np.isfinite(self.losses).all(axis=0)
-
-    @staticmethod
-    def start(task: Task) -> tuple[np.ndarray, np.ndarray] | None:
-        """Losses and tokens of the rows before the first step, where this run has scored them."""
-        first = next((point for point in task.points() if point.updates == 0), None)
-        if first is None:
-            return None
-        frame = task.held_out(first)
-        return frame["cas"].to_numpy(dtype=float), frame["answer_tokens"].to_numpy()
-
-    def last(self, view: str) -> float:
-        """How much the whole run used."""
-        return self.used[view][-1]
-
-    def at(self, view: str, amount: float) -> np.ndarray:
-        """(n,) losses when so much was used: those of the nearest points, in proportion."""
-        used = np.asarray(self.used[view])
-        right = int(np.clip(np.searchsorted(used, amount), 1, len(used) - 1)) if len(used) > 1 else 0
-        left = max(right - 1, 0)
-        span = used[right] - used[left]
-        share = float(np.clip((amount - used[left]) / span, 0, 1)) if span > 0 else 1.0
-        return (1 - share) * self.losses[left] + share * self.losses[right]
+def _start(task: Task) -> np.ndarray | None:
+    """Losses of the rows before the first step, where this run has scored them."""
+    first = next((point for point in task.points() if point.updates == 0), None)
+    return None if first is None else task.held_out(first)["cas"].to_numpy(dtype=float)
 
 
 _AMOUNTS: dict[str, Callable[[Point], Any]] = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
 from ..data.format_choice import recorded_format
 from ..data.paths import check_folder
-from ..data.readable_text import plain, shortened
 from ..errors import UserError
 from ..method.number_words import many
 from ..method.reasons import (
@@ -38,7 +32,7 @@ from ..method.reasons import (
 )
 from ..method.scoring_health import rank_correlation
 from ..training.history import History
-from .figure_files import inline_svg, png
+from .page_parts import Plot, RowTable, rendered, texts_of
 from .plots import (
     plot_cas_das,
     plot_held_out_loss,
@@ -117,11 +111,9 @@ def write_report(
 
 def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
     """The page with these plots in it, at most `rows` rows in each table of rows."""
-    history, script = data.history, _beside("report.js").strip()
+    history = data.history
     content = {
         "title": data.title,
-        "script": Markup(script),
-        "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "summary": summary_of(data),
         "picture": next((name for name in _PLOTS if name in {plot.name for plot in plots}), None),
         "facts": _facts(data),
@@ -144,13 +136,7 @@ def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
         "labels": _label_lines(data),
         "sections": _sections(data, rows),
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_beside("report.html.jinja")).render(content)
-
-
-def _beside(name: str) -> str:
-    """The text of a file beside this one."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return rendered(Path(__file__).with_name("report.html.jinja"), content)
 
 
 def _epoch_grid(history: History) -> tuple[list[str], list[list[str]], dict[int, str]]:
@@ -318,17 +304,6 @@ def _quantile_cells(data: ReportData) -> tuple[list[str], list[list[str]]] | Non
 _PLOTS = ("kept_flow", "ifd_histogram", "held_out_loss", "cas_das", "ifd_length", "kept_by_label")
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A plot as the page shows it, with a caption that says how to read it."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
-    svg: Markup  # in the page: its colours follow the page's
-
-
 def drawn_plots(data: ReportData) -> list[Plot]:
     """The plots that these rows allow."""
     epochs, score, limit, kinds = data.scored, data.score, data.max_ifd, data.kinds
@@ -341,25 +316,25 @@ def drawn_plots(data: ReportData) -> list[Plot]:
         sample = [epoch for epoch in data.epochs if kinds.is_brief(epoch)]
         figure = plot_kept_flow(data.epochs, sample=sample, restart=kinds.restart)
         caption = _FLOW_CAPTION + (" Nothing is compared with the brief experience." if sample else "")
-        plots.append(_plot("kept_flow", "What stays and what changes", caption, figure))
+        plots.append(Plot.of("kept_flow", "What stays and what changes", caption, figure))
     if data.history is not None and not held_out_losses(data.history).empty:
         figure = plot_held_out_loss(data.history)
-        plots.append(_plot("held_out_loss", "What training changed", _LOSS_CAPTION, figure))
+        plots.append(Plot.of("held_out_loss", "What training changed", _LOSS_CAPTION, figure))
     if len(epochs) > 5:
         colors += f" Five of {len(epochs)} are shown."
     ends = " The first and the last are shown." if len(epochs) > 2 else ""
     figure = plot_ifd_histogram(epochs, score=score, max_ifd=limit)
-    plots.append(_plot("ifd_histogram", "Distribution", "How many rows have which score." + colors, figure))
+    plots.append(Plot.of("ifd_histogram", "Distribution", "How many rows have which score." + colors, figure))
     if any((rows["cas"].notna() & rows["das"].notna()).any() for rows in epochs.values()):
         figure = plot_cas_das(epochs, score=score, max_ifd=limit)
-        plots.append(_plot("cas_das", "With and without the prompt", _CAS_DAS_CAPTION + ends, figure))
+        plots.append(Plot.of("cas_das", "With and without the prompt", _CAS_DAS_CAPTION + ends, figure))
     if any((rows["answer_tokens"] > 0).any() for rows in epochs.values()):
         figure = plot_ifd_length(epochs, score=score)
-        plots.append(_plot("ifd_length", "Score and answer length", _length_caption(epochs, score) + ends, figure))
+        plots.append(Plot.of("ifd_length", "Score and answer length", _length_caption(epochs, score) + ends, figure))
     if data.labels is not None and chosen and len(data.labels):
         shares = _named_shares(data)
         figure = plot_kept_by_label(shares)
-        plots.append(_plot("kept_by_label", f"Kept, by {shares.index.name}", _LABEL_CAPTION, figure))
+        plots.append(Plot.of("kept_by_label", f"Kept, by {shares.index.name}", _LABEL_CAPTION, figure))
     return plots
 
 
@@ -412,10 +387,6 @@ def _length_caption(epochs: Mapping[Any, pd.DataFrame], score: str) -> str:
     )
 
 
-def _plot(name: str, title: str, caption: str, figure: Figure) -> Plot:
-    return Plot(name, title, caption, png(figure), Markup(inline_svg(figure, name)))
-
-
 # ---- rows -------------------------------------------------------------------------------------------------------
 
 
@@ -428,22 +399,9 @@ _ROW_COLUMNS = {
 
 
 @dataclass(frozen=True)
-class _RowTable:
-    title: str
-    total: int
-    headers: list[str]
-    rows: list[dict[str, Any]]  # cells, and the texts where they are known
-
-    @property
-    def words(self) -> str:
-        """What columns mean that only some tables have."""
-        return " ".join(_ROW_COLUMNS[header] for header in self.headers if header in _ROW_COLUMNS)
-
-
-@dataclass(frozen=True)
 class _Section:
     title: str
-    tables: list[_RowTable]
+    tables: list[RowTable]
 
 
 def _sections(data: ReportData, most: int) -> list[_Section]:
@@ -527,7 +485,7 @@ def _row_table(
     shown: pd.DataFrame,
     reason: bool = False,
     scored: bool = True,
-) -> _RowTable:
+) -> RowTable:
     """A table of the rows `shown` of all those in `part`.
 
     Args:
@@ -551,8 +509,9 @@ def _row_table(
         cells += [number_text(row["answer_tokens"], 0)] if scored else []
         cells += [str(row["times"])] if repeated else []
         cells += [str(data.labels.get(row["key"], "(none)"))] if data.labels is not None else []
-        lines.append({"cells": cells, "texts": _texts_of(data.details, row["key"])})
-    return _RowTable(title, len(part), headers, lines)
+        lines.append({"cells": cells, "texts": texts_of(data.details, row["key"])})
+    words = " ".join(_ROW_COLUMNS[header] for header in headers if header in _ROW_COLUMNS)
+    return RowTable(title, len(part), headers, lines, words)
 
 
 _OF_REASON = {MISMATCHED: "p_value", UNFINISHED: "eot_loss", DUPLICATE: "duplicate_of"}  # what a guard went by
@@ -560,20 +519,3 @@ _OF_REASON = {MISMATCHED: "p_value", UNFINISHED: "eot_loss", DUPLICATE: "duplica
 
 def _shown(value: Any) -> str:
     return number_text(value, 2) if isinstance(value, float) else str(value)
-
-
-_LONGEST = 20_000  # characters of a text in a page
-
-
-def _texts_of(details: pd.DataFrame | None, key: str) -> dict[str, str] | None:
-    if details is None or "answer" not in details or key not in details.index:
-        return None
-    row = details.loc[key]
-    texts = {}
-    for name, most, lines in (("instruction", 400, 8), ("input", 240, 5), ("answer", 500, 8)):
-        whole = plain(row[name])
-        texts[name] = shortened(whole, most, lines)
-        # What is left out stands in the page too, up to a length at which a page of such rows still opens.
-        longer = shortened(whole, _LONGEST, _LONGEST)
-        texts[f"whole_{name}"] = longer if longer != texts[name] else ""
-    return texts

@@ -70,7 +70,7 @@ def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float 
     """`plot_ifd_histogram` of rows that are normalised already; only the score, `kept` and `reason` are looked at."""
     values = pd.concat([frame[score] for frame in epochs.values()]).dropna()
     edges = _edges(values) if score in SCORE_EQUATIONS else np.histogram_bin_edges(values, 40)
-    figure, axes = _figure(1.1 + 1.5 * max(len(epochs), 1.4), rows=len(epochs), sharex=True)
+    figure, axes = new_figure(1.1 + 1.5 * max(len(epochs), 1.4), rows=len(epochs), sharex=True)
     for ax, (epoch, frame) in zip(axes[:, 0], epochs.items(), strict=True):
         groups = _groups(frame, score)
         ax.hist(
@@ -84,7 +84,7 @@ def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float 
         _score_lines(ax, edges, cut_of(frame, score), frame.attrs.get(LIMIT) or max_ifd)
         beyond = int((frame[score] > edges[-1]).sum())
         if beyond:
-            _inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:g}", ha="right")
+            inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:g}", ha="right")
         if _say_if_empty(ax, frame[score]):
             ax.set_ylim(0, 1)
     own = score.replace("$", r"\$")  # no formula
@@ -102,7 +102,7 @@ def plot_cas_das(rows: Rows, *, score: str = "ifd", max_ifd: float | None = None
     epochs = by_epoch(rows, most=2)
     points = pd.concat([frame[["cas", "das"]] for frame in epochs.values()]).dropna()
     right, top = 1.05 * _reach(points["das"]), 1.05 * _reach(points["cas"])
-    figure, axes = _figure(4.3, columns=len(epochs), sharex=True, sharey=True)
+    figure, axes = new_figure(4.3, columns=len(epochs), sharex=True, sharey=True)
     for ax, (epoch, frame) in zip(axes[0], epochs.items(), strict=True):
         drawn = _scatter(ax, frame, "das", "cas", score)
         cut = cut_of(frame, score)
@@ -120,7 +120,7 @@ def plot_cas_das(rows: Rows, *, score: str = "ifd", max_ifd: float | None = None
         ax.set_title(_panel_title(epoch, drawn, frame[score]), fontsize=9, loc="left", color=_INK)
         beyond = int(((frame["das"] > right) | (frame["cas"] > top)).sum())
         if beyond:
-            _inside(ax, 0.99, 0.02, f"{rows_text(beyond)} beyond the axes", ha="right")
+            inside(ax, 0.99, 0.02, f"{rows_text(beyond)} beyond the axes", ha="right")
         _say_if_empty(ax, frame["cas"])
     axes[0, 0].set_ylabel("conditioned answer score, cas\n(nats per token)")
     _legend_of_groups(figure, epochs.values(), score)
@@ -135,7 +135,7 @@ def plot_ifd_length(rows: Rows, *, score: str = "ifd") -> Figure:
     """
     epochs = by_epoch(rows, most=2)
     edges = _edges(pd.concat([frame[score] for frame in epochs.values()]).dropna())
-    figure, axes = _figure(3.8, columns=len(epochs), sharex=True, sharey=True)
+    figure, axes = new_figure(3.8, columns=len(epochs), sharex=True, sharey=True)
     for ax, (epoch, frame) in zip(axes[0], epochs.items(), strict=True):
         frame = frame.assign(answer_tokens=frame["answer_tokens"].where(frame["answer_tokens"] > 0))
         drawn = _scatter(ax, frame, "answer_tokens", score, score)
@@ -145,7 +145,7 @@ def plot_ifd_length(rows: Rows, *, score: str = "ifd") -> Figure:
         cut, beyond = cut_of(frame, score), int((frame[score] > edges[-1]).sum())
         if cut is not None and cut <= edges[-1]:
             ax.axhline(cut, linestyle="--", color=_INK, linewidth=1)
-            _inside(
+            inside(
                 ax,
                 1.01,
                 cut,
@@ -154,7 +154,7 @@ def plot_ifd_length(rows: Rows, *, score: str = "ifd") -> Figure:
                 transform=ax.get_yaxis_transform(),
             )
         if beyond:
-            _inside(ax, 0.01, 0.96, f"{rows_text(beyond)} beyond {edges[-1]:g}", va="top")
+            inside(ax, 0.01, 0.96, f"{rows_text(beyond)} beyond {edges[-1]:g}", va="top")
         _say_if_empty(ax, frame[score])
         ax.set(ylim=(edges[0], edges[-1]), xlabel="answer length (tokens, logarithmic)")
         _log_ticks(ax, frame.loc[frame[score].notna(), "answer_tokens"])
@@ -179,7 +179,7 @@ def plot_kept_flow(
         ValueError: when the rows do not say what was kept.
     """
     flow = _flow(by_epoch(epochs), sample)
-    figure, axes = _figure(3.4)
+    figure, axes = new_figure(3.4)
     ax, at = axes[0, 0], np.arange(len(flow))
     base = np.zeros(len(flow))
     tallest = max(flow.drop(columns="gone").sum(axis=1).max(), flow["gone"].max(), 1) if len(flow) else 1
@@ -205,7 +205,7 @@ def plot_kept_flow(
     if anew:
         ax.axvline(anew - 0.5, linestyle="--", color=_INK, linewidth=1)
         where = {"transform": ax.get_xaxis_transform(), "va": "bottom"}
-        _inside(ax, anew - 0.5, 1.01, "training starts anew", ha="center", **where)
+        inside(ax, anew - 0.5, 1.01, "training starts anew", ha="center", **where)
     ax.set_xlim(-0.6, max(len(flow), 1) - 0.4)
     step = -(-len(flow) // 20)
     ax.set_xticks(at[::step], [str(epoch) for epoch in flow.index[::step]])
@@ -246,7 +246,7 @@ def plot_held_out_loss(history: History) -> Figure:
     losses = held_out_losses(history)
     if losses.empty:
         raise UserError("The history holds no held-out loss: the trainer had no eval_dataset, or never evaluated.")
-    figure, axes = _figure(2.8)
+    figure, axes = new_figure(2.8)
     ax, at = axes[0, 0], np.arange(len(losses))
     for name, color, marker in zip(losses, (_BLUE, _ORANGE, _GREEN, _PINK, _SKY, _GREY), "oDs^vX", strict=False):
         known = losses[name].notna().to_numpy()
@@ -276,7 +276,7 @@ def plot_kept_by_label(shares: pd.DataFrame) -> Figure:
     epochs = [epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, 5).round().astype(int))] if epochs else []
     shown = shares.iloc[:15]
     thickness = 0.8 / max(len(epochs), 1)
-    figure, axes = _figure(1.2 + max(len(shown), 2) * max(0.3, 0.17 * len(epochs)))
+    figure, axes = new_figure(1.2 + max(len(shown), 2) * max(0.3, 0.17 * len(epochs)))
     ax, at = axes[0, 0], np.arange(len(shown))
     shades = np.linspace(0.35, 1.0, len(epochs)) if len(epochs) > 1 else [1.0]
     for i, (epoch, shade) in enumerate(zip(epochs, shades, strict=False)):
@@ -335,7 +335,8 @@ def _groups(rows: pd.DataFrame, score: str) -> list[_Group]:
     ]
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure as wide as a page, `height` inches high, and its (rows, columns) axes; options as for `subplots`."""
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained", facecolor=_PAPER)
     axes = figure.subplots(max(rows, 1), max(columns, 1), squeeze=False, **options)
     for ax in axes.flat:
@@ -425,12 +426,13 @@ def _panel_title(epoch: Any, drawn: int, values: pd.Series) -> str:
     return f"{epoch_name(epoch)}: {count}   " if epoch is not None else f"{count}   "
 
 
-def _inside(ax: Axes, x: float, y: float, text: str, **where: Any) -> None:
+def inside(ax: Axes, x: float, y: float, text: str, **where: Any) -> None:
+    """Write a note in a panel, at shares of its width and height if `where` names no other `transform`."""
     ax.text(x, y, text, **{"transform": ax.transAxes, "va": "bottom", "fontsize": 8, "color": _INK} | where)
 
 
 def _say_if_empty(ax: Axes, values: pd.Series) -> bool:
     empty = not values.notna().any()
     if empty:
-        _inside(ax, 0.5, 0.5, "No row has a score.", ha="center", va="center")
+        inside(ax, 0.5, 0.5, "No row has a score.", ha="center", va="center")
     return empty

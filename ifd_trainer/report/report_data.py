@@ -162,13 +162,13 @@ def _of_history(history: History, texts: pd.DataFrame | None) -> ReportData:
     except (OSError, ValueError):
         pool, lost = None, "cannot be read"
     if pool is not None:
-        details = _details(pool, pool["row_id"].map(str))
+        details = details_of(pool, pool["row_id"].map(str))
     else:
         details = None
         if texts is None:
             notes.append(f"pool.parquet {lost}: rows are listed without their texts and labels.")
     if texts is not None:
-        given = _details(texts, _ids(texts).map(str))
+        given = details_of(texts, _ids(texts).map(str))
         details = given if details is None else _replaced(details, given)
     settings = history.settings
     return ReportData(
@@ -188,14 +188,14 @@ def _of_rows(source: Any, texts: pd.DataFrame | None, folder: Path, origin: Orig
     frame = _frame(source).reset_index(drop=True)
     rows = normalised(frame)
     rows["key"] = rows.index.map(str)  # ids of a data set need not be unique
-    details = _details(frame, rows["key"], format_of_rows(origin.format, frame.columns))
+    details = details_of(frame, rows["key"], format_of_rows(origin.format, frame.columns))
     if texts is not None:
         by_id = named_ids(frame.columns) is not None
         if not by_id and len(texts) != len(frame):
             raise UserError(
                 f"{many(len(frame), 'row')} and {many(len(texts), 'text')}, without a column `row_id` or `id` to match."
             )
-        given = _details(texts, _ids(texts).map(str) if by_id else rows["key"])
+        given = details_of(texts, _ids(texts).map(str) if by_id else rows["key"])
         given = given.reindex(rows["row_id"].map(str)).set_axis(details.index) if by_id else given
         details = _replaced(details, given)
     if origin.definition is None and "ifd_definition" in frame and frame["ifd_definition"].nunique() == 1:
@@ -241,7 +241,7 @@ def _ids(texts: pd.DataFrame) -> pd.Series:
     return texts[name]
 
 
-def _details(frame: pd.DataFrame, keys: pd.Series, format: PromptFormat | None = None) -> pd.DataFrame:
+def details_of(frame: pd.DataFrame, keys: pd.Series, format: PromptFormat | None = None) -> pd.DataFrame:
     """The frame's columns by key, its texts as `instruction`, `input` and `answer`, which the format tells."""
     texts = text_columns(frame, format)
     rest = frame.drop(columns=[name for name in ("instruction", "input", "answer") if name in frame])

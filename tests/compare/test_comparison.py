@@ -166,6 +166,12 @@ def test_what_has_ended_is_not_done_again(folder, compared, capsys):
     assert "begins" not in out
     assert "Held-out loss with as many optimizer steps (6)" in out
     assert json.loads((folder / "out" / "results.json").read_text())["seeds"] == [0, 1]
+    page = folder / "out" / "compare.html"
+    assert f"Page: {page}" in out
+    written = page.read_text()
+    assert "Rows in common" in written
+    assert main(["report", str(folder / "out")]) == 0
+    assert page.read_text() == written
 
 
 def test_a_comparison_that_stopped_goes_on_where_it_was(folder, compared):
