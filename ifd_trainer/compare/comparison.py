@@ -29,9 +29,9 @@ import pandas as pd
 from .. import __version__
 from ..data.atomic import write_atomically
 from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_line
-from ..training.recipe_file import overrides
+from ..training.recipe_file import overrides, read_recipe
 from .arm_run import RESULT, ArmRun, write_run
-from .arms import Arm, arm_of
+from .arms import Arm, arm_of, folder_of
 from .measuring import Point, read_points, rows_path
 
 FILE = "comparison.json"
@@ -107,7 +107,7 @@ class Comparison:
     def tasks(self) -> list[Task]:
         """All runs, seed by seed, so that a comparison that is cut short has whole seeds."""
         return [
-            Task(arm, seed, self.folder / arm.name.replace("/", "_").replace(" ", "_") / f"seed-{seed}")
+            Task(arm, seed, self.folder / folder_of(arm.name) / f"seed-{seed}")
             for seed in self.seeds
             for arm in self.arms
         ]
@@ -121,7 +121,7 @@ class Comparison:
         content = self._content()
         path = self.folder / FILE
         if path.exists():
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = read_record(self.folder)
             other = [key for key in ("recipe", "steps") if there[key] != content[key]]
             keys = {**there["keys"], **content["keys"]}
             other += [key for key in keys if there["keys"].get(key) != content["keys"].get(key)]
@@ -190,6 +190,8 @@ class Comparison:
         words = [*self.words, *task.arm.arguments(), "--seed", str(task.seed), "--output_dir", str(task.folder)]
         words += ["--eval_strategy", "no", "--save_strategy", "epoch", "--save_total_limit", "1"]
         words += ["--report_to", "none"]
+        if "split_seed" not in {**read_recipe(self.recipe), **overrides(self.words)}:
+            words += ["--split_seed", "0"]  # the same held-out rows with all seeds
         steps = self.steps if not task.arm.selects else []
         write_run(task.folder, ArmRun(self.recipe, words, task.arm.selects, steps, at_start))
 

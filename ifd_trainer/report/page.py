@@ -15,6 +15,7 @@ from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
 from ..data.format_choice import recorded_format
 from ..data.paths import check_folder
+from ..data.readable_text import plain
 from ..errors import UserError
 from ..method.number_words import many
 from ..method.reasons import (

@@ -133,7 +133,8 @@ def _rows(recipe: Recipe) -> tuple[str, Dataset, Dataset | None]:
         with translated(f"datasets: {source} cannot be read as one data set"):
             rows = get_dataset(replace(_of_files(recipe), test_split_size=None))["train"]
             if mixture.test_split_size is not None:  # by a seed: a run that goes on has to have the same rows
-                parts = rows.train_test_split(mixture.test_split_size, seed=recipe.sft.seed)
+                seed = recipe.sft.seed if selection.split_seed is None else selection.split_seed
+                parts = rows.train_test_split(mixture.test_split_size, seed=seed)
                 rows, held_out = parts["train"], parts["test"]
     else:
         source = beside(script.dataset_name, recipe.folder)

@@ -90,6 +90,13 @@ class SelectionKeys:
             "metavar": "FILE_OR_NAME",
         },
     )
+    split_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of the rows that test_split_size holds out of a mixture; the run's seed by default.",
+            "metavar": "N",
+        },
+    )
     drop_refusals: bool = field(
         default=False,
         metadata={

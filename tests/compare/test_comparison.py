@@ -20,6 +20,8 @@ from ifd_trainer.compare.results import read_results
 from ifd_trainer.data.formats import ALPACA
 from ifd_trainer.errors import UserError
 from ifd_trainer.training.history import History
+from ifd_trainer.training.recipe import parse_recipe
+from ifd_trainer.training.recipe_run import build_run
 
 pytestmark = RECIPES
 ARMS = "arms:\n  longest:\n  static:\n  full:\n  mine: {policy: lowest, score: ifd_ppl}\n"
@@ -271,3 +273,40 @@ def test_the_recipes_of_comparisons_say_what_they_are_and_can_be_planned(folder,
         if name == "compare_demo"
         else ["random", "full", "longest", "static", "superfiltering", "cherry", "dynamic", "guarded"]
     )
+
+
+def test_rows_held_out_of_a_mixture_are_the_same_with_all_seeds(folder, tmp_path):
+    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    text = text.replace("dataset_name: rows.jsonl\neval_dataset: held_out.jsonl\n", "")
+    mixture = f"datasets: [{{path: {folder / 'rows.jsonl'}}}]\ntest_split_size: 5\n"
+    (folder / "mixture.yaml").write_text(text + mixture, encoding="utf-8")
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Comparison, "run", lambda self, *args, **kwargs: made.append(self))
+        words = ["compare", str(folder / "mixture.yaml"), "--model", str(folder / "model"), "--arms", "longest"]
+        assert main([*words, "--output_dir", str(tmp_path / "out")]) == 2  # nothing has run
+    comparison = made[0]
+    comparison.seeds = [0, 1]
+    written = []
+    comparison.run(say=lambda text: None, launch=lambda place, device: written.append(held_out_of(place)))
+    assert len(written) == 4
+    assert len(written[0]) == 5
+    assert all(rows == written[0] for rows in written)
+
+
+def held_out_of(place: Path) -> list[str]:
+    """The held-out rows of the run that a folder describes, which is then as if it had ended."""
+    todo = json.loads((place / "run.json").read_text(encoding="utf-8"))
+    run = build_run(parse_recipe(todo["recipe"], todo["words"]))
+    (place / "result.json").write_text("{}")
+    assert len(run.trainer.train_dataset) == 15
+    return run.held_out["instruction"][:]
+
+
+def test_arms_that_would_share_a_folder_are_refused(folder, capsys):
+    text = (
+        (folder / "recipe.yaml").read_text(encoding="utf-8").replace(ARMS, "arms: {a b: {keep: 3}, a/b: {keep: 4}}\n")
+    )
+    (folder / "alike.yaml").write_text(text, encoding="utf-8")
+    assert main(["compare", str(folder / "alike.yaml"), "--model", str(folder / "model")]) == 2
+    assert "several of them would be in the folder 'a_b'" in capsys.readouterr().err
