@@ -66,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["train"]:  # its options are TRL's dataclasses, parsed by TRL's parser
             return _train(arguments[1:])
         if arguments[:1] == ["compare"]:
-            from .compare.command import compare
-
-            return compare(arguments[1:])
+            return _compare(arguments[1:])
         options = _parser().parse_args([_hyphened(word) for word in arguments])
         _check_words(options)
         return options.run(options)
@@ -763,6 +761,14 @@ def _train(arguments: list[str]) -> int:
         print(f"Report: {path}")
     trainer.accelerator.wait_for_everyone()  # for the report: the launcher ends when the first process does
     return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from .compare.command import compare
+
+    if {"-h", "--help"}.isdisjoint(arguments):
+        _check_trl()
+    return compare(arguments or ["--help"])
 
 
 def _recipes(options: argparse.Namespace) -> int:

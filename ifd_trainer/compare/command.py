@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import NotFoundError, UserError
 from ..training.recipe_file import overrides, read_recipe
@@ -16,10 +16,15 @@ which of them end with another loss on held-out rows than random rows do, and ho
 page, compare.html, in output_dir."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See {self.prog} --help.")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's own options; all others are keys of the recipe."""
     known = "".join(f"\n  {name:<15}{words}" for name, (words, _) in KNOWN.items())
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="ifd-trainer compare",
         usage="ifd-trainer compare RECIPE.yaml [--plan] [options] [--KEY VALUE ...]",
         description=_DESCRIPTION,
@@ -35,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", help=f"arms beside random rows (default: the recipe's, else {' '.join(DEFAULT[1:])})")
     add("--seeds", nargs="+", type=int, help="how many, or which ones (default: the recipe's, else 3)")
     add("--superfilter", help="the model that scores for the arm superfiltering")
-    add("--workers", type=int, default=1, help="runs at a time (default 1)")
+    add("--workers", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     add("--devices", nargs="+", help="CUDA devices that the runs take in turn (default: as they are)")
     add("--plan", action="store_true", help="print arms, steps, tokens and about how long it takes, and stop")
     return made
@@ -44,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
 def compare(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     options, words = parser().parse_known_args(arguments)
+    if options.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {options.workers}.")
     if not Path(options.recipe).is_file():
         raise NotFoundError(f"No such recipe: {options.recipe}. `ifd-trainer recipes` lists those of this package.")
     given = read_recipe(options.recipe)

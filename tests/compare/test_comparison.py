@@ -236,6 +236,8 @@ def test_the_plan_says_what_will_be_done(folder, capsys):
         (["--seeds", "1"], "at least 2"),
         (["--seeds", "3", "3"], "two or more different ones"),
         (["--eval_dataset", ""], "needs held-out rows"),
+        (["--workers", "0"], "--workers must be at least 1, got 0."),
+        (["--seeds", "two"], "invalid int value: 'two'. See ifd-trainer compare --help."),
         (["--nonsense", "1"], "--nonsense"),
     ],
 )
