@@ -69,7 +69,7 @@ def test_the_bootstrap_agrees_with_one_written_out():
 )
 @pytest.mark.parametrize("arms", [1, 4])
 def test_like_arms_differ_in_at_most_the_stated_share(of_seeds, of_rows, of_both, arms):
-    rng, trials = np.random.default_rng(7), 120
+    rng, trials = np.random.default_rng(7), 60
     shown = [difference(*drawn(rng, 3, 40, of_seeds, of_rows, of_both), arms=arms).shown for _ in range(trials)]
     assert sum(shown) <= stats.binom.ppf(0.999, trials, ALPHA / arms)
 

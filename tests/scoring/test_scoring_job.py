@@ -128,20 +128,16 @@ def run(
 
 
 @pytest.mark.timeout(3 * LIMIT + 100)
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(
-    tmp_path: Path, command: list[str], launcher: list[str]
-) -> None:
+def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(tmp_path: Path, command: list[str]) -> None:
     alone, shared = tmp_path / "alone.parquet", tmp_path / "shared.parquet"
     command = [*command, "--calibrate"]  # by the main process, when the others have ended
-    code, text = run(command, [], alone)
-    assert code == 0, text
-    code, text = run(command, launcher, shared, dies=1)
+    assert main([*command[1:], "--output", str(alone)]) == 0
+    code, text = run(command, TORCHRUN, shared, dies=1)
     assert code != 0, text
     assert "rank      : 1 " in text  # there was a second process, and it died
     assert not shared.exists()
     assert any(Path(f"{shared}.parts").glob("ifd-part-*.arrow"))
-    code, text = run(command, launcher, shared)
+    code, text = run(command, TORCHRUN, shared)
     assert code == 0, text
     assert text.count("Written to") == 1
     assert shared.read_bytes() == alone.read_bytes()
@@ -154,7 +150,7 @@ def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(
 
 @pytest.mark.timeout(LIMIT + 100)
 @pytest.mark.parametrize(
-    ("launcher", "dies"), [(TORCHRUN, 0), (TORCHRUN, 1), (ACCELERATE, 1)], ids=["main", "other", "accelerate"]
+    ("launcher", "dies"), [(TORCHRUN, 0), (ACCELERATE, 1)], ids=["torchrun, main", "accelerate, other"]
 )
 def test_a_launcher_that_starts_the_processes_again_gets_each_part(
     tmp_path: Path, command: list[str], launcher: list[str], dies: int
