@@ -48,6 +48,7 @@ def main(folder: Path) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     from ..training.recipe import parse_recipe
+    from ..training.recipe_plan import training_plan
     from ..training.recipe_run import build_run, selection_of
     from .measuring import HeldOutRows
 
@@ -59,8 +60,7 @@ def main(folder: Path) -> None:
     trainer, callback = run.trainer, selection_of(run.trainer)
     if run.held_out is None:
         raise UserError("A comparison needs held-out rows: name them with eval_dataset.")
-    trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    brief = callback.plan.phases[0] if len(callback.plan.phases) > 1 else 0
+    brief = training_plan(trainer).brief
     if not todo.selects:
         trainer.remove_callback(callback)
     watch = HeldOutRows(trainer, run.held_out, run.format, folder, todo.steps, brief, todo.at_start)

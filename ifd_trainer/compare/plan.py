@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ..training.recipe import parse_recipe
-from ..training.recipe_run import Run, build_run, selection_of
+from ..training.recipe_plan import training_plan
+from ..training.recipe_run import build_run, selection_of
 from .arms import Arm
 
 _FORWARD, _TRAINED = 2, 6  # operations for each parameter and token: a forward pass, and one with its backward pass
@@ -40,19 +41,17 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
     """What an arm will do; loads the rows and the tokenizer, and no weights."""
     run = build_run(parse_recipe(recipe, [*words, *arm.arguments(), "--eval_strategy", "no"], plan=True))
     trainer, callback = run.trainer, selection_of(run.trainer)
-    trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    plan = callback.plan
-    brief = plan.phases[0] if len(plan.phases) > 1 else 0
+    plan, pool = training_plan(trainer), callback.pool
     ends = np.cumsum([epoch.updates for epoch in plan.epochs])
-    length = _mean_length(run)
+    length = float(np.mean(pool.lengths(np.arange(len(pool)))))
     tokens = int(plan.rows * length)
     passes = _scorings(arm, len(plan.epochs), callback.timing.every)
-    scored = int(2 * passes * len(callback.pool) * length)  # with the prompt, and without it
+    scored = int(2 * passes * len(pool) * length)  # with the prompt, and without it
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return PlannedArm(
         arm,
         plan.max_steps,
-        [int(end - brief) for end in ends if end > brief and end <= plan.max_steps],
+        [int(end - plan.brief) for end in ends if plan.brief < end <= plan.max_steps],
         tokens,
         scored,
         float(parameters) * (_TRAINED * tokens + _FORWARD * scored),
@@ -66,11 +65,6 @@ def _scorings(arm: Arm, epochs: int, every: int) -> int:
     if arm.keys.get("policy") in ("random", "longest", "balanced"):
         return 0
     return 1 if arm.keys.get("method") == "cherry" else -(-epochs // every)
-
-
-def _mean_length(run: Run) -> float:
-    lengths = selection_of(run.trainer).pool.lengths(np.arange(len(selection_of(run.trainer).pool)))
-    return float(np.mean(lengths))
 
 
 def operations_per_second(size: int = 1024, seconds: float = 0.5) -> float:

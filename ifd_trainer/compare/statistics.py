@@ -102,16 +102,17 @@ def difference(
     if not np.isfinite(delta).all():
         raise UserError("A difference is made of finite losses; leave rows out that an arm has no loss of.")
     weights = np.ones(rows) if weights is None else np.asarray(weights, dtype=float)
+    of = np.arange(rows) if groups is None else np.unique(np.asarray(groups).astype(str), return_inverse=True)[1]
     share = weights / weights.sum()
     by_seed, by_row = delta @ share, delta.mean(axis=0)
     mean = float(by_seed.mean())
     of_seeds = float(by_seed.var(ddof=1) / seeds)
-    of_rows, clusters = _of_rows(share * (by_row - mean), groups)
+    of_rows, clusters = _of_rows(np.bincount(of, weights=share * (by_row - mean)))
     level = ALPHA / arms
     width, freedom = _width(of_seeds, of_rows, seeds, clusters, 1 - level / 2)
     error = np.sqrt(of_seeds + of_rows)
     p = 2 * stats.t.sf(abs(mean) / error, freedom) if error > 0 else float(mean == 0)
-    boot = _bootstrapped(delta, weights, groups, 1 - level, seed)
+    boot = _bootstrapped(delta * weights, weights, of, 1 - level, seed)
     needed = [_needed(abs(mean), of_seeds, of_rows, seeds, clusters, level, more_seeds) for more_seeds in (True, False)]
     rows_needed = None if needed[1] is None else int(np.ceil(needed[1] * rows / clusters))
     return Difference(
@@ -130,11 +131,8 @@ def difference(
     )
 
 
-def _of_rows(residuals: np.ndarray, groups: np.ndarray | None) -> tuple[float, int]:
-    """The variance that rows add, of weighted residuals whose sum is 0, and how many of them are independent."""
-    if groups is not None:
-        _, of = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-        residuals = np.bincount(of, weights=residuals)
+def _of_rows(residuals: np.ndarray) -> tuple[float, int]:
+    """The variance that rows add, of the weighted residuals of groups (their sum is 0), and the number of groups."""
     count = len(residuals)
     if count < 2:
         raise UserError("All rows belong to one group: nothing tells how much other rows would differ.")
@@ -172,15 +170,11 @@ def _needed(
 
 
 def _bootstrapped(
-    delta: np.ndarray, weights: np.ndarray, groups: np.ndarray | None, level: float, seed: int
+    weighted: np.ndarray, weights: np.ndarray, of: np.ndarray, level: float, seed: int
 ) -> tuple[float, float]:
-    """The BCa interval of theta with seeds and rows (or their groups) drawn anew."""
-    if groups is not None:
-        _, of = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-        marked = np.equal.outer(np.arange(of.max() + 1), of).astype(float)
-        weighted, weights = (delta * weights) @ marked.T, marked @ weights
-    else:
-        weighted = delta * weights
+    """The BCa interval of theta with seeds and groups of rows drawn anew, of weighted differences (S, n)."""
+    weighted = np.stack([np.bincount(of, weights=line) for line in weighted])
+    weights = np.bincount(of, weights=weights)
     if np.ptp(weighted / weights) == 0:  # nothing varies, which BCa divides by
         value = float(weighted[0, 0] / weights[0])
         return value, value
@@ -194,7 +188,7 @@ def _bootstrapped(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a degenerate distribution: then the interval is nan
         found = stats.bootstrap(
-            (np.arange(delta.shape[0]), np.arange(len(weights))),
+            (np.arange(len(weighted)), np.arange(len(weights))),
             theta,
             n_resamples=_RESAMPLES,
             batch=100,

@@ -342,6 +342,11 @@ class TrainingPlan:
         return (before, self.max_steps - before) if self.max_steps > before else (self.max_steps,)
 
     @property
+    def brief(self) -> int:
+        """Updates before training starts anew; 0 where it does not."""
+        return sum(self.phases[:-1])
+
+    @property
     def rows(self) -> int:
         """Rows that the planned epochs train on, repeats counted."""
         return sum(epoch.budget for epoch in self.epochs)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from trl import SFTTrainer
 
+from ..method.schedule import TrainingPlan
 from .initial_weights import Snapshot
 from .pool_line import pool_line
 from .recipe_run import Run, selection_of
 
 
+def training_plan(trainer: SFTTrainer) -> TrainingPlan:
+    """The steps of all epochs, which are otherwise known once training begins."""
+    trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return selection_of(trainer).plan
+
+
 def planned(run: Run) -> str:
     """What will be trained on: budgets and steps, the rows that are there, and the disk that it needs."""
     trainer, callback = run.trainer, selection_of(run.trainer)
-    trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    lines = [str(callback.plan), pool_line(trainer, callback.pool, callback.rows_before), _batch_line(trainer)]
+    lines = [str(training_plan(trainer)), pool_line(trainer, callback.pool, callback.rows_before), _batch_line(trainer)]
     lines.append(f"guards: {', '.join(callback.guard.names) if callback.guard else 'none'}")
     if callback.restart is not None:
         size = f"{Snapshot.size(trainer.model) / 1e9:.2f} GB"
