@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class ArmRun:
         selects: whether the arm selects; else it trains on all rows.
         steps: after which the held-out rows are scored, beside each epoch's end.
         at_start: whether they are scored before the first step.
+        measures: what is measured, as the keys of `Measures`.
     """
 
     recipe: str
@@ -40,6 +41,7 @@ class ArmRun:
     selects: bool
     steps: list[int]
     at_start: bool
+    measures: dict[str, Any] = field(default_factory=dict)
 
 
 def main(folder: Path) -> None:
@@ -50,6 +52,8 @@ def main(folder: Path) -> None:
     from ..training.recipe import parse_recipe
     from ..training.recipe_plan import training_plan
     from ..training.recipe_run import build_run, selection_of
+    from .held_out_sets import read_sets
+    from .measures import Measures
     from .measuring import HeldOutRows
 
     todo = ArmRun(**json.loads((folder / RUN).read_text(encoding="utf-8")))
@@ -63,7 +67,9 @@ def main(folder: Path) -> None:
     brief = training_plan(trainer).brief
     if not todo.selects:
         trainer.remove_callback(callback)
-    watch = HeldOutRows(trainer, run.held_out, run.format, folder, todo.steps, brief, todo.at_start)
+    measures = Measures(**todo.measures)
+    sets = read_sets(run.held_out, run.format, measures, recipe.folder, recipe.selection.rows_format())
+    watch = HeldOutRows(trainer, sets, measures, folder, todo.steps, brief, todo.at_start)
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     result: dict[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from ..errors import NotFoundError, UserError
 from ..training.recipe_file import overrides, read_recipe
 from .arms import DEFAULT, KNOWN, read_arms
+from .measures import read_measures
 
 _DESCRIPTION = """Train the same model on the same rows, chosen in several ways (arms), each with several seeds, and say
 which of them end with another loss on held-out rows than random rows do, and how well that is known: here, and on a
@@ -40,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", help=f"arms beside random rows (default: the recipe's, else {' '.join(DEFAULT[1:])})")
     add("--seeds", nargs="+", type=int, help="how many, or which ones (default: the recipe's, else 3)")
     add("--superfilter", help="the model that scores for the arm superfiltering")
+    add("--category_column", help="a column of held-out rows; losses are compared for each of its values, too")
+    add("--group_column", help="a column of held-out rows; those of one value count as alike")
     add("--workers", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     add("--devices", nargs="+", help="CUDA devices that the runs take in turn (default: as they are)")
     add("--plan", action="store_true", help="print arms, steps, tokens and about how long it takes, and stop")
@@ -65,6 +68,7 @@ def compare(arguments: Sequence[str]) -> int:
     superfilter = options.superfilter or given.get("superfilter")
     arms = read_arms(_chosen(options.arms, given.get("arms")), str(model), settings.get("balance_by"), superfilter)
     seeds = _seeds(options.seeds if options.seeds is not None else given.get("seeds", 3))
+    measures = read_measures({**given, **{key: value for key, value in vars(options).items() if value is not None}})
 
     from rich.console import Console
 
@@ -73,14 +77,14 @@ def compare(arguments: Sequence[str]) -> int:
     from .page import write_page
     from .plan import operations_per_second, planned_arm
     from .results import read_curves, results_of
-    from .wording import cost_table, headline, plan_text, result_table
+    from .wording import cost_table, further_tables, headline, plan_text, result_table
 
-    planned = [planned_arm(options.recipe, words, arm) for arm in arms]
+    planned = [planned_arm(options.recipe, words, arm, measures) for arm in arms]
     print(plan_text(planned, seeds, operations_per_second()), flush=True)
     if options.plan:
         return 0
     folder = Path(str(output or "runs/compare"))
-    comparison = Comparison(folder, options.recipe, list(words), arms, seeds, planned[0].epochs)
+    comparison = Comparison(folder, options.recipe, list(words), arms, seeds, planned[0].epochs, measures)
     comparison.save()
     comparison.run(options.workers, options.devices or (), _say)
     curves = read_curves(comparison)
@@ -89,7 +93,8 @@ def compare(arguments: Sequence[str]) -> int:
     console = Console()
     for view in ("steps", "tokens", "compute"):
         console.print(result_table(results, view))
-    console.print(cost_table(results))
+    for table in (*further_tables(results), cost_table(results)):
+        console.print(table)
     print(headline(results))
     print(f"Numbers: {folder / 'results.json'} (.csv, .tex)")
     print(f"Page: {write_page(comparison, curves, results)}")

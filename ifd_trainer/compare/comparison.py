@@ -19,7 +19,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_li
 from ..training.recipe_file import overrides, read_recipe
 from .arm_run import RESULT, ArmRun, write_run
 from .arms import Arm, arm_of, folder_of
+from .measures import Measures
 from .measuring import Point, read_points, rows_path
 
 FILE = "comparison.json"
@@ -84,6 +86,7 @@ class Comparison:
         arms: random rows first.
         seeds: each arm runs with each of them.
         steps: after which the held-out rows of all arms are scored, the ends of the first arm's epochs.
+        measures: what is measured beside the losses of the recipe's held-out rows.
     """
 
     folder: Path
@@ -92,6 +95,7 @@ class Comparison:
     arms: list[Arm]
     seeds: list[int]
     steps: list[int] = field(default_factory=list)
+    measures: Measures = Measures()
 
     @classmethod
     def load(cls, folder: Path) -> Comparison:
@@ -102,7 +106,7 @@ class Comparison:
         """
         record = read_record(folder)
         arms = [arm_of(name, keys) for name, keys in record["arms"].items()]
-        return cls(folder, "", [], arms, record["seeds"], record["steps"])
+        return cls(folder, "", [], arms, record["seeds"], record["steps"], Measures(**record.get("measures", {})))
 
     def tasks(self) -> list[Task]:
         """All runs, seed by seed, so that a comparison that is cut short has whole seeds."""
@@ -122,7 +126,7 @@ class Comparison:
         path = self.folder / FILE
         if path.exists():
             there = read_record(self.folder)
-            other = [key for key in ("recipe", "steps") if there[key] != content[key]]
+            other = [key for key in ("recipe", "steps", "measures") if there.get(key, {}) != content[key]]
             keys = {**there["keys"], **content["keys"]}
             other += [key for key in keys if there["keys"].get(key) != content["keys"].get(key)]
             other += [f"arm {name}" for name, keys in there["arms"].items() if content["arms"].get(name, keys) != keys]
@@ -141,6 +145,7 @@ class Comparison:
             "arms": {arm.name: dict(arm.keys) for arm in self.arms},
             "seeds": self.seeds,
             "steps": self.steps,
+            "measures": asdict(self.measures),
             "versions": {"ifd_trainer": __version__, **{name: version(name) for name in _VERSIONS}},
             "machine": f"{platform.machine()}, {os.cpu_count()} processors, {platform.platform()}",
         }
@@ -164,7 +169,7 @@ class Comparison:
         """
         every = self.tasks()
         left = [task for task in every if not task.done]
-        began, done, launch = time.perf_counter(), 0, launch or in_a_process
+        began, done, launch = time.perf_counter(), 0, launch or partial(in_a_process, workers=workers)
         going: dict[Future[None], Task] = {}
         waiting = iter(enumerate(left))
         with ThreadPoolExecutor(workers) as pool:
@@ -193,7 +198,7 @@ class Comparison:
         if "split_seed" not in {**read_recipe(self.recipe), **overrides(self.words)}:
             words += ["--split_seed", "0"]  # the same held-out rows with all seeds
         steps = self.steps if not task.arm.selects else []
-        write_run(task.folder, ArmRun(self.recipe, words, task.arm.selects, steps, at_start))
+        write_run(task.folder, ArmRun(self.recipe, words, task.arm.selects, steps, at_start, asdict(self.measures)))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -219,13 +224,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def in_a_process(folder: Path, device: str | None) -> None:
+def in_a_process(folder: Path, device: str | None, workers: int = 1) -> None:
     """Train what a folder says, in a process that ends when this one does, however that ends.
+
+    Args:
+        workers: how many such processes there are at a time. They share the processor: threads of several that wait for
+            one another by spinning take its cores from each other.
 
     Raises:
         RunError: with the last line of its log, where it failed.
     """
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})
+    if workers > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(processors() // workers, 1)))
     command, log = [sys.executable, "-m", f"{__package__}.arm_run", str(folder)], folder / "log.txt"
     with log.open("a", encoding="utf-8") as out:
         # The pipe closes when this process ends.
@@ -235,6 +246,11 @@ def in_a_process(folder: Path, device: str | None) -> None:
     if code:
         last = "".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:])
         raise RunError(f"The run in {folder} ended with code {code}: {last} (all of it: {log}).")
+
+
+def processors() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def minutes(seconds: float) -> str:

@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from ..data.atomic import write_atomically
 from .arms import BASELINE
-from .results import EQUAL, Results
+from .measures import MAIN
+from .results import EQUAL, Part, Results
+from .statistics import Difference
 from .wording import caption_of
 
 _OF_DIFFERENCE = ("low", "high", "boot_low", "boot_high", "p", "smallest", "seeds_needed", "rows_needed")
+_TYPES = dict.fromkeys(("seeds_needed", "rows_needed"), "Int64") | {"shown": "boolean"}
 
 
 def results_frame(results: Results) -> pd.DataFrame:
-    """A line for each arm and view, all numbers as they are in `results.json`; empty where there is none.
+    """A line for each set of held-out rows or category, arm and view; numbers are those of `results.json`.
 
     `difference` is the loss less that with random rows; steps, tokens and seconds are what the arm took to its end.
     """
     costs, lines = {cost.arm: cost for cost in results.costs}, []
-    for outcome in results.outcomes:
-        found, cost = outcome.against, costs[outcome.arm]
-        line = {"arm": outcome.arm, "view": outcome.view, "at": outcome.at, "loss": outcome.loss}
-        line |= {f"loss_seed_{seed}": loss for seed, loss in zip(results.seeds, outcome.by_seed, strict=True)}
-        line |= {"difference": found and found.mean, "shown": found and found.shown}
-        line |= {name: found and getattr(found, name) for name in _OF_DIFFERENCE}
-        line |= {"steps": cost.steps, "tokens": cost.tokens, "seconds": cost.seconds, "beforehand": cost.beforehand}
-        lines.append(line | {"rows": results.rows})
-    frame = pd.DataFrame(lines)
-    return frame.astype(dict.fromkeys(("seeds_needed", "rows_needed"), "Int64") | {"shown": "boolean"})
+    own = Part(MAIN, None, results.rows, results.outcomes, results.before)
+    for part in (own, *results.parts):
+        for outcome in part.outcomes:
+            cost = costs[outcome.arm]
+            line = {"set": part.of, "category": part.category, "arm": outcome.arm, "view": outcome.view}
+            line |= {"at": outcome.at, "loss": outcome.loss} | _of_seeds("loss", results.seeds, outcome.by_seed)
+            line |= _of_difference(outcome.against)
+            line |= {"steps": cost.steps, "tokens": cost.tokens, "seconds": cost.seconds, "beforehand": cost.beforehand}
+            lines.append(line | {"rows": part.rows})
+    return pd.DataFrame(lines).astype(_TYPES)
+
+
+def measured_frame(results: Results) -> pd.DataFrame:
+    """A line for each measure and arm; `higher` says whether a higher value is better, empty where neither is."""
+    lines = []
+    for each in results.measured:
+        for arm in each.arms:
+            line = {"set": each.of, "measure": each.measure, "higher": each.higher, "arm": arm.arm, "value": arm.value}
+            line |= _of_seeds("value", results.seeds, arm.by_seed) | _of_difference(arm.against)
+            lines.append(line | {"documents": each.documents, "lacking": each.lacking})
+    return pd.DataFrame(lines).astype(_TYPES | {"higher": "boolean"}) if lines else pd.DataFrame()
+
+
+def _of_seeds(what: str, seeds: list[int], values: list[float]) -> dict[str, float]:
+    return {f"{what}_seed_{seed}": value for seed, value in zip(seeds, values, strict=True)}
+
+
+def _of_difference(found: Difference | None) -> dict[str, Any]:
+    return {
+        "difference": found and found.mean,
+        "shown": found and found.shown,
+        **{name: found and getattr(found, name) for name in _OF_DIFFERENCE},
+    }
 
 
 def latex_table(results: Results) -> str:
@@ -58,10 +85,12 @@ def latex_table(results: Results) -> str:
 
 
 def write_numbers(results: Results, folder: Path) -> None:
-    """Write `results.json`, `results.csv` and `results.tex`."""
+    """Write `results.json`, `results.csv` and `results.tex`, and `measured.csv` of what else was measured."""
     results.save(folder / "results.json")
     frame = results_frame(results)
     write_atomically(folder / "results.csv", lambda path: frame.to_csv(path, index=False))
+    measured = measured_frame(results)
+    write_atomically(folder / "measured.csv", lambda path: measured.to_csv(path, index=False))
     text = latex_table(results)
     write_atomically(folder / "results.tex", lambda path: path.write_text(text, encoding="utf-8"))
 

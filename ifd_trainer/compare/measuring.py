@@ -11,13 +11,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from ..data.atomic import write_atomically
-from ..data.formats import PromptFormat
 from ..scoring.eval_guard import eval_mode
 from ..scoring.transform import IFDScorer
+from .held_out_sets import HeldOutSet, rows_frame
+from .measures import Measures
 
 _COLUMNS = ("cas", "das", "ifd", "answer_tokens", "ifd_status")
 
@@ -45,8 +45,8 @@ class HeldOutRows(TrainerCallback):
 
     Args:
         trainer: the trainer.
-        rows: the held-out rows, as the recipe's format reads them.
-        format: that format.
+        sets: the sets of held-out rows, the recipe's own first.
+        measures: which of their columns are categories and groups.
         folder: where the files go; points that a run before a resume has measured are there.
         steps: further steps after which to score.
         brief: updates of the brief experience, after which steps count anew.
@@ -56,17 +56,18 @@ class HeldOutRows(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        rows: Dataset,
-        format: PromptFormat,
+        sets: Sequence[HeldOutSet],
+        measures: Measures,
         folder: Path,
         steps: Sequence[int] = (),
         brief: int = 0,
         at_start: bool = False,
     ) -> None:
-        self.trainer, self.rows, self.folder, self.steps = trainer, rows, folder, frozenset(steps)
+        self.trainer, self.sets, self.folder, self.steps = trainer, sets, folder, frozenset(steps)
         self.brief, self.at_start = brief, at_start
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        self._scorer = IFDScorer(trainer.model, tokenizer, format=format)
+        self._scorers = [IFDScorer(trainer.model, tokenizer, format=each.format) for each in sets]
+        self._rows = rows_frame(sets, measures)
         self._clock = time.process_time if trainer.args.device.type == "cpu" else _device_clock
         self._began = 0.0
 
@@ -93,8 +94,9 @@ class HeldOutRows(TrainerCallback):
         step = max(state.global_step - self.brief, 0)
         point = Point(step, state.global_step, int(state.num_input_tokens_seen), seconds)
         with eval_mode(self.trainer.model, self.trainer.args.device):
-            scored = self._scorer(self.rows[:])
-        frame = pd.DataFrame({name: list(scored[name]) for name in _COLUMNS})
+            scored = [scorer(each.rows[:]) for scorer, each in zip(self._scorers, self.sets, strict=True)]
+        columns = {name: [value for each in scored for value in each[name]] for name in _COLUMNS}
+        frame = pd.concat([self._rows, pd.DataFrame(columns)], axis=1)
         write_atomically(rows_path(self.folder, point), lambda path: frame.to_parquet(path, index=False))
         self._keep([*points, point])
         self._began += self._clock() - began

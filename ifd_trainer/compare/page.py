@@ -25,10 +25,13 @@ from .statistics import POWER
 from .trained_rows import TrainedRows, read_trained_rows
 from .wording import (
     COST_CAPTION,
+    SHORT_CAPTION,
     caption_of,
     cost_cells,
     difference_cells,
     interval_text,
+    measured_cells,
+    parts_cells,
     summary_of,
     title_of,
     verdict,
@@ -84,6 +87,8 @@ def write_page(
     left = [seed for seed in comparison.seeds if seed not in curves.seeds]
     if left:
         notes.append(f"Of {many(len(left), 'seed')} not all arms have ended: {listed(map(str, left))} left out.")
+    if results.left_out:
+        notes.append(f"Too few rows to compare losses of: {listed(results.left_out)}.")
     if trained.unknown:
         notes.append(f"Which rows were trained on is not known of {listed(trained.unknown)}: no history is left.")
     content = {
@@ -94,6 +99,9 @@ def write_page(
         "plots": {plot.name: plot for plot in _plots(curves, results)},
         "views": [(title_of(results, view), *_view_cells(results, view)) for view in VIEWS],
         "caption": caption_of(results),
+        "parts": parts_cells(results),
+        "measured": measured_cells(results),
+        "short_caption": SHORT_CAPTION,
         "costs": cost_cells(results),
         "cost_caption": COST_CAPTION,
         "arms": [(arm.name, _arm_words(arm)) for arm in comparison.arms],

@@ -13,6 +13,8 @@ from ..training.recipe import parse_recipe
 from ..training.recipe_plan import training_plan
 from ..training.recipe_run import build_run, selection_of
 from .arms import Arm
+from .held_out_sets import read_sets
+from .measures import Measures
 
 _FORWARD, _TRAINED = 2, 6  # operations for each parameter and token: a forward pass, and one with its backward pass
 
@@ -27,6 +29,7 @@ class PlannedArm:
         tokens: trained on, if rows are as long as the pool's are on average.
         scored: tokens of forward passes for scoring, those before training among them.
         operations: of training and scoring, by the arithmetic of 2 and 6 for each parameter and token.
+        held_out: how many rows each set of held-out rows has, by its name.
     """
 
     arm: Arm
@@ -35,11 +38,18 @@ class PlannedArm:
     tokens: int
     scored: int
     operations: float
+    held_out: dict[str, int]
 
 
-def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
-    """What an arm will do; loads the rows and the tokenizer, and no weights."""
-    run = build_run(parse_recipe(recipe, [*words, *arm.arguments(), "--eval_strategy", "no"], plan=True))
+def planned_arm(recipe: str, words: Sequence[str], arm: Arm, measures: Measures) -> PlannedArm:
+    """What an arm will do; loads the rows and the tokenizer, and no weights.
+
+    Raises:
+        UserError: for a recipe that cannot be run, and for held-out rows that cannot be read.
+    """
+    read = parse_recipe(recipe, [*words, *arm.arguments(), "--eval_strategy", "no"], plan=True)
+    run = build_run(read)
+    sets = read_sets(run.held_out, run.format, measures, read.folder, read.selection.rows_format())
     trainer, callback = run.trainer, selection_of(run.trainer)
     plan, pool = training_plan(trainer), callback.pool
     ends = np.cumsum([epoch.updates for epoch in plan.epochs])
@@ -55,6 +65,7 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
         tokens,
         scored,
         float(parameters) * (_TRAINED * tokens + _FORWARD * scored),
+        {each.name: len(each.rows) for each in sets},
     )
 
 

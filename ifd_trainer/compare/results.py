@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..data.atomic import write_atomically
 from ..errors import UserError
+from ..method.number_words import many
 from .comparison import Comparison, Task
+from .held_out_sets import clusters_of
+from .measured import Measured, ifd_documents, measured_of, read_documents
+from .measures import MAIN
 from .measuring import Point
 from .statistics import Difference, difference
 
@@ -21,6 +26,7 @@ VIEWS = {  # what arms have as much of, in words
     "tokens": "as many tokens trained on",
     "compute": "as many seconds for training and scoring",
 }
+_LEAST = 5  # rows, or groups of them, of which losses are compared
 EQUAL = {"steps": "equal steps", "tokens": "equal tokens", "compute": "equal seconds"}  # in short
 
 
@@ -63,14 +69,51 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The losses of some held-out rows: of a further set, or of a category.
+
+    Attributes:
+        of: the set that the rows are in.
+        category: which of its rows; None for all.
+        rows: how many.
+        outcomes: of all arms in all views.
+        before: mean loss before training, where it is known.
+    """
+
+    of: str
+    category: str | None
+    rows: int
+    outcomes: list[Outcome]
+    before: float | None
+
+    def in_view(self, view: str) -> list[Outcome]:
+        """The arms in one view."""
+        return [outcome for outcome in self.outcomes if outcome.view == view]
+
+
+@dataclass(frozen=True)
 class Results:
-    """All of it."""
+    """All of it.
+
+    Attributes:
+        outcomes: of the recipe's own held-out rows, which the verdict is about.
+        costs: what each arm took.
+        seeds: with which all arms have ended.
+        rows: of the recipe's held-out rows, those with a loss in all runs.
+        before: their mean loss before training, where it is known.
+        parts: further sets and categories.
+        measured: what else was measured of the models at the end.
+        left_out: sets and categories of which too few rows have a loss, in words.
+    """
 
     outcomes: list[Outcome]
     costs: list[Costs]
     seeds: list[int]
     rows: int
     before: float | None
+    parts: list[Part] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def of(self, view: str) -> list[Outcome]:
         """The arms in one view."""
@@ -127,14 +170,48 @@ class Curves:
         seeds: with which all arms have ended.
         beforehand: seconds of each arm for scoring before training.
         start: (n,) losses before training, where they are known.
-        able: (n,) whether each run has a loss of a row at each of its points.
+        scored: (n,) whether each run has a loss of a row at each of its points.
+        rows: a line for each row: its `set`, `category` and `group`.
+        part: (n,) the rows that are looked at; of `read_curves`, the recipe's own.
+        documents: what else was measured of the models at the end, see `measured`, of each seed.
     """
 
     by_arm: dict[str, list[Curve]]
     seeds: list[int]
     beforehand: dict[str, float]
     start: np.ndarray | None
-    able: np.ndarray
+    scored: np.ndarray
+    rows: pd.DataFrame
+    part: np.ndarray
+    documents: dict[str, list[pd.DataFrame]]
+
+    @property
+    def able(self) -> np.ndarray:
+        """(n,) the rows that are looked at and have a loss in all runs."""
+        return self.scored & self.part
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """What the rows of `able` belong to, if they come in groups."""
+        return clusters_of(self.rows.loc[self.able, "group"])
+
+    @property
+    def before(self) -> float | None:
+        """Mean loss before training, where it is known."""
+        return None if self.start is None else float(self.mean(self.start))
+
+    def of(self, name: str, category: str | None = None) -> Curves:
+        """The same runs, of the rows of one set, or of a category in it."""
+        part = (self.rows["set"] == name).to_numpy()
+        return replace(self, part=part if category is None else part & (self.rows["category"] == category).to_numpy())
+
+    def parts(self) -> Iterator[tuple[str, str | None]]:
+        """Further sets, each followed by its categories; those of the recipe's own rows come first."""
+        for name, rows in self.rows.groupby("set", sort=False):
+            if name != MAIN:
+                yield name, None
+            counts = rows["category"].value_counts()
+            yield from ((name, category) for category in sorted(counts.index, key=lambda text: (-counts[text], text)))
 
     @property
     def weights(self) -> np.ndarray:
@@ -164,8 +241,11 @@ def read_curves(comparison: Comparison) -> Curves:
     starts = (_start(task) for task in comparison.tasks() if task.done)
     start = next((losses for losses in starts if losses is not None), None)
     curves = {name: [Curve(task, beforehand[name], start) for task in tasks] for name, tasks in runs.items()}
-    able = np.logical_and.reduce([np.isfinite(c.losses).all(axis=0) for each in curves.values() for c in each])
-    return Curves(curves, seeds, beforehand, start, able)
+    scored = np.logical_and.reduce([np.isfinite(c.losses).all(axis=0) for each in curves.values() for c in each])
+    documents = {name: [_documents(task) for task in tasks] for name, tasks in runs.items()}
+    first = next(iter(runs.values()))[0]
+    rows = first.held_out(first.points()[-1])[["set", "category", "group"]]
+    return Curves(curves, seeds, beforehand, start, scored, rows, (rows["set"] == MAIN).to_numpy(), documents)
 
 
 def read_results(comparison: Comparison) -> Results:
@@ -175,25 +255,34 @@ def read_results(comparison: Comparison) -> Results:
 
 def results_of(curves: Curves) -> Results:
     """What the curves of the arms say, random rows first."""
-    outcomes = []
+    costs = [_costs(name, each, curves.beforehand[name]) for name, each in curves.by_arm.items()]
+    parts, left_out = [], []
+    for name, category in curves.parts():
+        part, label = curves.of(name, category), name if category is None else f"{category} of {name}"
+        rows, groups = int(part.able.sum()), part.groups
+        if (rows if groups is None else len(np.unique(groups))) < _LEAST:
+            left_out.append(f"{label} ({many(rows, 'row')} with a loss)")
+        else:
+            parts.append(Part(name, category, rows, _outcomes(part), part.before))
+    own, measured = _outcomes(curves), measured_of(curves.documents)
+    return Results(own, costs, curves.seeds, int(curves.able.sum()), curves.before, parts, measured, left_out)
+
+
+def _outcomes(curves: Curves) -> list[Outcome]:
+    """All arms in all views, of the rows that are looked at."""
+    base, *others = curves.by_arm
+    weights, groups, found = curves.weights, curves.groups, []
     for view in VIEWS:
         at = min(curve.last(view) for each in curves.by_arm.values() for curve in each)
         losses = {
             name: np.stack([curve.at(view, at)[curves.able] for curve in each]) for name, each in curves.by_arm.items()
         }
-        outcomes += _outcomes(view, at, losses, curves.weights)
-    costs = [_costs(name, each, curves.beforehand[name]) for name, each in curves.by_arm.items()]
-    before = None if curves.start is None else float(curves.mean(curves.start))
-    return Results(outcomes, costs, curves.seeds, int(curves.able.sum()), before)
-
-
-def _outcomes(view: str, at: float, losses: dict[str, np.ndarray], weights: np.ndarray) -> list[Outcome]:
-    base, *others = losses
-    found = []
-    for name in losses:
-        by_seed = losses[name] @ weights / weights.sum()
-        against = None if name == base else difference(losses[name], losses[base], weights, arms=len(others))
-        found.append(Outcome(name, view, float(at), float(by_seed.mean()), by_seed.tolist(), against))
+        for name in losses:
+            by_seed = losses[name] @ weights / weights.sum()
+            against = (
+                None if name == base else difference(losses[name], losses[base], weights, groups, arms=len(others))
+            )
+            found.append(Outcome(name, view, float(at), float(by_seed.mean()), by_seed.tolist(), against))
     return found
 
 
@@ -202,6 +291,12 @@ def _costs(name: str, curves: Sequence[Curve], beforehand: float) -> Costs:
         return float(np.mean([curve.last(view) for curve in curves]))
 
     return Costs(name, mean("steps"), mean("tokens"), mean("compute"), beforehand)
+
+
+def _documents(task: Task) -> pd.DataFrame:
+    """All that was measured of a run at its end, the IFD of its held-out rows first."""
+    frames = [ifd_documents(task.held_out(task.points()[-1])), *read_documents(task.folder)]
+    return pd.concat(frames, ignore_index=True)
 
 
 def _beforehand(task: Task) -> float:

@@ -12,13 +12,21 @@ from ..method.number_words import many
 from ..report.summary import Summary
 from .arms import BASELINE
 from .comparison import minutes
+from .measures import MAIN
 from .plan import PlannedArm
 from .results import VIEWS, Outcome, Results
-from .statistics import ALPHA, POWER
+from .statistics import ALPHA, POWER, Difference
 
 COST_CAPTION = (
     "Seconds of the processor (all threads), or of the clock on an accelerator, for training and scoring; before: for "
     "scoring before training, counted for each arm as if it had been alone."
+)
+
+
+SHORT_CAPTION = (
+    f"A difference from {BASELINE} rows with half of its interval, over seeds and documents, whose level holds for all "
+    "arms of a line together; of several lines some show a difference by chance. Where nothing is said behind it, no "
+    "difference is shown."
 )
 
 
@@ -96,6 +104,69 @@ def title_of(results: Results, view: str) -> str:
     return f"Held-out loss with {VIEWS[view]} ({results.of(view)[0].at:,.0f})"
 
 
+def parts_cells(results: Results, view: str = "steps") -> tuple[list[str], list[list[str]]]:
+    """Headers and lines: of each further set and category, the loss with random rows, and each arm's difference."""
+    others = [cost.arm for cost in results.costs[1:]]
+    lines = []
+    for part in results.parts:
+        base, *found = part.in_view(view)
+        name = part.of if part.category is None else f"{part.category} ({part.of})"
+        before = "" if part.before is None else f"{part.before:.4f}"
+        lines.append([name, f"{part.rows:,}", before, f"{base.loss:.4f}", *(in_short(each.against) for each in found)])
+    return ["rows of", "rows", "before", BASELINE, *others], lines
+
+
+def measured_cells(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines: of each measure, its mean with random rows, and each arm's difference."""
+    others = [cost.arm for cost in results.costs[1:]]
+    lines = []
+    for each in results.measured:
+        base, *found = each.arms
+        documents = f"{each.documents:,}" + (f" (of {each.documents + each.lacking:,})" if each.lacking else "")
+        cells = (in_short(arm.against, each.higher) for arm in found)
+        lines.append([each.measure, each.of, documents, f"{base.value:.4f}", *cells])
+    return ["measure", "of", "documents", BASELINE, *others], lines
+
+
+def in_short(found: Difference, higher_is_better: bool | None = None) -> str:
+    """A difference with half of its interval and, where one is shown, which way it goes.
+
+    >>> some = Difference(0.5, 0.25, 0.75, 0.3, 0.7, 0.01, 0.4, 3, 99, None, None, 0.1, 0.1)
+    >>> in_short(some), in_short(some, higher_is_better=True)
+    ('+0.5000 ± 0.2500, higher', '+0.5000 ± 0.2500, better')
+    """
+    if found.low == found.high == 0:
+        return "the same"
+    text = f"{found.mean:+.4f} ± {(found.high - found.low) / 2:.4f}"
+    if not found.shown:
+        return text
+    if higher_is_better is None:
+        return f"{text}, {'higher' if found.mean > 0 else 'lower'}"
+    return f"{text}, {'better' if (found.mean > 0) == higher_is_better else 'worse'}"
+
+
+def grid_table(title: str, headers: Sequence[str], lines: Sequence[Sequence[str]], caption: str, texts: int) -> Table:
+    """A table for the terminal whose first so many columns are texts."""
+    table = Table(box=SIMPLE_HEAD, title=title, caption=caption)
+    for number, header in enumerate(headers):
+        table.add_column(header, justify="left" if number < texts else "right")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def further_tables(results: Results) -> list[Table]:
+    """The tables of further sets and categories, and of what else was measured, as far as there is any."""
+    tables = []
+    if results.parts:
+        tables.append(
+            grid_table(f"Losses of other rows, with {VIEWS['steps']}", *parts_cells(results), SHORT_CAPTION, 1)
+        )
+    if results.measured:
+        tables.append(grid_table("Measured at the end of each run", *measured_cells(results), SHORT_CAPTION, 2))
+    return tables
+
+
 def difference_cells(outcome: Outcome) -> tuple[str, str, str]:
     """The difference from random rows, its interval, and what could have been shown."""
     found = outcome.against
@@ -138,13 +209,7 @@ def caption_of(results: Results) -> str:
 
 def cost_table(results: Results) -> Table:
     """What each arm took to its end."""
-    table = Table(box=SIMPLE_HEAD, title="What the arms took", caption=COST_CAPTION)
-    headers, lines = cost_cells(results)
-    for header in headers:
-        table.add_column(header, justify="left" if header == "arm" else "right")
-    for line in lines:
-        table.add_row(*line)
-    return table
+    return grid_table("What the arms took", *cost_cells(results), COST_CAPTION, 1)
 
 
 def cost_cells(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -165,12 +230,16 @@ def cost_cells(results: Results) -> tuple[list[str], list[list[str]]]:
 def plan_text(arms: Sequence[PlannedArm], seeds: Sequence[int], rate: float) -> str:
     """What will be run, one arm a line, and how long it takes about."""
     width = max(len(planned.arm.name) for planned in arms)
-    lines = []
+    lines, held_out = [], arms[0].held_out
     for planned in arms:
         lines.append(
             f"{planned.arm.name:{width}}  {many(planned.steps, 'update')}, about {planned.tokens:,} tokens trained on "
             f"and {planned.scored:,} scored: {planned.arm.words}"
         )
+    sets = ", ".join(
+        f"{count:,} {name}" if name == MAIN else f"{count:,} of {name}" for name, count in held_out.items()
+    )
+    lines.append(f"each is measured by the losses of {sets}")
     seconds = len(seeds) * sum(planned.operations for planned in arms) / rate
     lines.append(
         f"{many(len(arms), 'arm')} with {many(len(seeds), 'seed')} each ({', '.join(map(str, seeds))}): about "

@@ -12,7 +12,8 @@ from ..data.paths import check_checkpoint, check_folder, check_model, check_read
 from ..errors import FileAccessError, NotFoundError, UserError
 
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
-COMPARED = ("arms", "seeds", "superfilter")  # keys that `ifd-trainer compare` reads, and no run
+# Keys that `ifd-trainer compare` reads, and no run.
+COMPARED = ("arms", "seeds", "superfilter", "held_out_sets", "category_column", "group_column")
 # Keys that TRL and transformers read a file for, if it ends like this.
 FILES = {
     "deepspeed": (".json",),

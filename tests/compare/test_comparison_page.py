@@ -16,6 +16,7 @@ from ifd_trainer.cli import main
 from ifd_trainer.compare.arm_run import RESULT
 from ifd_trainer.compare.comparison import FILE, Comparison
 from ifd_trainer.compare.exports import latex_table, results_frame
+from ifd_trainer.compare.measures import MAIN
 from ifd_trainer.compare.measuring import Point, rows_path
 from ifd_trainer.compare.page import PAGE, write_comparison_report
 from ifd_trainer.compare.plots import plot_intervals, plot_losses
@@ -67,7 +68,8 @@ def made_up(
                 # Of "alike", rows and seeds differ from random rows in no direction.
                 noise = draws.normal(0, 0.2 if name == "alike" else 0.01, HELD_OUT)
                 losses = base + 3 if point.step == 0 else base + shift + noise
-                frame = pd.DataFrame({"cas": losses, "answer_tokens": tokens, "ifd_status": "ok"})
+                frame = pd.DataFrame({"cas": losses, "answer_tokens": tokens, "ifd_status": "ok", "ifd": losses / 3})
+                frame = frame.assign(set=MAIN, category=None, group=None)
                 frame.to_parquet(rows_path(place, point))
             result = {"rows": POOL, "seconds_scoring_beforehand": 1.5 if name == "better" else 0.0, "device": "cpu"}
             (place / RESULT).write_text(json.dumps(result))
