@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import NotFoundError, UserError
-from ..training.recipe_file import overrides, read_recipe
+from ..training.recipe_file import check_recipe, overrides, read_recipe
 from .arms import DEFAULT, KNOWN, read_arms
 from .measures import read_measures
 
@@ -58,13 +58,12 @@ def compare(arguments: Sequence[str]) -> int:
         raise NotFoundError(f"No such recipe: {options.recipe}. `ifd-trainer recipes` lists those of this package.")
     given = read_recipe(options.recipe)
     settings: dict[str, Any] = {**given, **overrides(words)}
-    model, output = settings.get("model_name_or_path", settings.get("model")), settings.get("output_dir")
-    if model is None:
-        raise UserError("A comparison needs a model: --model NAME_OR_PATH.")
     if not settings.get("eval_dataset") and not settings.get("test_split_size"):
         raise UserError(
             "A comparison needs held-out rows: eval_dataset: FILE_OR_NAME in the recipe, or --eval_dataset."
         )
+    check_recipe(options.recipe, words, plan=True)
+    model, output = settings["model_name_or_path"], settings.get("output_dir")
     superfilter = options.superfilter or given.get("superfilter")
     arms = read_arms(_chosen(options.arms, given.get("arms")), str(model), settings.get("balance_by"), superfilter)
     seeds = _seeds(options.seeds if options.seeds is not None else given.get("seeds", 3))

@@ -137,7 +137,11 @@ def check_recipe(recipe: str | None, words: Sequence[str], plan: bool = False) -
     Args:
         plan: whether nothing is to be written, scored or resumed, so that these paths do not matter.
     """
-    settings: Mapping[str, Any] = {**read_recipe(recipe), **overrides(words)}
+    given = read_recipe(recipe)
+    for short, key in ALIASES.items():
+        if short in given and key not in given:
+            raise UserError(f"{recipe}: there is no key {short!r}. Did you mean {key}?")
+    settings: Mapping[str, Any] = {**given, **overrides(words)}
     folder = Path(recipe).resolve().parent if recipe is not None else Path()
     model, rows = settings.get("model_name_or_path"), settings.get("dataset_name")
     rows = None if settings.get("datasets") else rows  # a mixture, each of which is read for itself

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ifd_trainer.cli import main
 from ifd_trainer.compare.arm_run import main as arm_run
-from ifd_trainer.compare.comparison import Comparison, Task
+from ifd_trainer.compare.comparison import Comparison, Task, in_a_process
 from ifd_trainer.compare.measuring import HeldOutRows
 from ifd_trainer.compare.results import read_results
 from ifd_trainer.data.formats import ALPACA
@@ -312,3 +313,25 @@ def test_arms_that_would_share_a_folder_are_refused(folder, capsys):
     (folder / "alike.yaml").write_text(text, encoding="utf-8")
     assert main(["compare", str(folder / "alike.yaml"), "--model", str(folder / "model")]) == 2
     assert "several of them would be in the folder 'a_b'" in capsys.readouterr().err
+
+
+def test_processes_that_run_side_by_side_share_the_cores(folder, monkeypatch):
+    started = []
+
+    class Ended:
+        stdin = open(os.devnull)  # noqa: SIM115
+
+        def __init__(self, command, env, **kwargs):
+            started.append(env.get("OMP_NUM_THREADS"))
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr("subprocess.Popen", Ended)
+    monkeypatch.setattr("ifd_trainer.compare.comparison.processors", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for workers in (1, 3, 9):
+        in_a_process(folder, None, workers)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # a user's own
+    in_a_process(folder, None, 3)
+    assert started == [None, "2", "1", "5"]

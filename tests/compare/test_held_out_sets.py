@@ -1,0 +1,200 @@
+"""Further sets of held-out rows, categories and groups: what is read, what is scored, and what is made of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset
+from tiny_runs import RECIPES, TOKENIZER, build_model, raw_rows
+
+from ifd_trainer.cli import main
+from ifd_trainer.compare.arm_run import main as arm_run
+from ifd_trainer.compare.comparison import Comparison
+from ifd_trainer.compare.exports import measured_frame, results_frame
+from ifd_trainer.compare.held_out_sets import read_sets, rows_frame
+from ifd_trainer.compare.measured import measured_of, read_documents, write_documents
+from ifd_trainer.compare.measures import MAIN, Measures
+from ifd_trainer.compare.results import read_results
+from ifd_trainer.compare.statistics import difference
+from ifd_trainer.data.format_choice import FormatOptions
+from ifd_trainer.data.formats import ALPACA, MESSAGES
+from ifd_trainer.errors import UserError
+
+
+def lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_set_is_read_in_the_format_that_it_has(tmp_path):
+    own = Dataset.from_list(raw_rows(3))
+    lines(tmp_path / "alike.jsonl", raw_rows(2, seed=4))
+    lines(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "?"}]}])
+    lines(tmp_path / "named.jsonl", [{"ask": "1 + 1?", "reply": "2", "topic": "sums"}])
+    measures = Measures(
+        {
+            "alike": "alike.jsonl",
+            "chats": {"path": "chats.jsonl"},
+            "named": {
+                "path": "named.jsonl",
+                "prompt_column": "ask",
+                "answer_column": "reply",
+                "template": "Q: {instruction}",
+            },
+        },
+        category_column="topic",
+    )
+    sets = read_sets(own, ALPACA, measures, tmp_path, FormatOptions())
+    assert [each.name for each in sets] == [MAIN, "alike", "chats", "named"]
+    assert [each.format for each in sets[:3]] == [ALPACA, ALPACA, MESSAGES]
+    assert sets[3].format.render(sets[3].rows[0]).prompt == "Q: 1 + 1?"
+    frame = rows_frame(sets, measures)
+    assert frame["set"].tolist() == [MAIN] * 3 + ["alike"] * 2 + ["chats", "named"]
+    assert frame["category"].tolist() == [None] * 6 + ["sums"]
+    assert frame["group"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"code": "nowhere.jsonl"}, r"held_out_sets: code: .*nowhere\.jsonl"),
+        ({"code": 3}, "held_out_sets: code wants a file or a name, or a mapping with its path, got 3"),
+        ({"code": {"path": "rows.jsonl", "fromat": "alpaca"}}, "there is no key 'fromat'. Known are path, split"),
+        ({MAIN: "rows.jsonl"}, "are the rows of eval_dataset. Give this set another name"),
+        (["rows.jsonl"], "held_out_sets wants a mapping from names to files"),
+        ({"code": "empty.jsonl"}, r"held_out_sets: code: .*empty\.jsonl"),
+    ],
+)
+def test_a_set_that_cannot_be_read_is_named(tmp_path, sets, message):
+    lines(tmp_path / "empty.jsonl", [])
+    with pytest.raises(UserError, match=message):
+        read_sets(Dataset.from_list(raw_rows(3)), ALPACA, Measures(sets), tmp_path, FormatOptions())
+
+
+def test_a_column_that_no_set_has_is_refused(tmp_path):
+    with pytest.raises(UserError, match="category_column: no set of held-out rows has a column 'topic'; they have"):
+        read_sets(Dataset.from_list(raw_rows(3)), ALPACA, Measures(category_column="topic"), tmp_path, FormatOptions())
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Comparison:
+    """Two arms with two seeds, trained in this process, on two sets with categories and groups."""
+    place = tmp_path_factory.mktemp("sets")
+    build_model(len(TOKENIZER)).save_pretrained(place / "model")
+    TOKENIZER.save_pretrained(place / "model")
+    lines(place / "rows.jsonl", raw_rows(12))
+    own = [{**row, "topic": "ab"[n % 2], "document": f"d{n // 2}"} for n, row in enumerate(raw_rows(12, seed=9))]
+    lines(place / "held_out.jsonl", own)
+    lines(place / "other.jsonl", [{**row, "topic": "rare" if n else None} for n, row in enumerate(raw_rows(5, seed=8))])
+    (place / "recipe.yaml").write_text(
+        f"model_name_or_path: {place / 'model'}\ndataset_name: rows.jsonl\neval_dataset: held_out.jsonl\n"
+        "format: alpaca\nkeep: 4\nnum_train_epochs: 1\nper_device_train_batch_size: 2\nlearning_rate: 0.01\nmax_length: 256\nuse_cpu: true\n"
+        "gradient_checkpointing: false\nbf16: false\ndisable_tqdm: true\nseeds: 2\narms: longest\n"
+        f"output_dir: {place / 'out'}\nheld_out_sets: {{other: other.jsonl}}\ncategory_column: topic\n"
+    )
+    made = []
+
+    def run(self, *args, **kwargs):
+        made.append(self)
+        original(self, say=lambda text: None, launch=lambda folder, device: arm_run(folder))
+
+    original = Comparison.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Comparison, "run", run)
+        assert main(["compare", str(place / "recipe.yaml"), "--group_column", "document"]) == 0
+    return made[0]
+
+
+@RECIPES
+def test_each_set_and_category_has_the_losses_of_its_own_rows(compared):
+    results = read_results(compared)
+    assert results.rows == 12
+    assert [(part.of, part.category, part.rows) for part in results.parts] == [
+        (MAIN, "a", 6),
+        (MAIN, "b", 6),
+        ("other", None, 5),
+    ]
+    assert results.left_out == ["rare of other (4 rows with a loss)", "(none) of other (1 row with a loss)"]
+    tasks = {(task.arm.name, task.seed): task for task in compared.tasks()}
+    frames = {key: task.held_out(task.points()[-1]) for key, task in tasks.items()}
+    for part in results.parts:
+        for outcome in part.in_view("steps"):
+            for seed, loss in enumerate(outcome.by_seed):
+                frame = frames[outcome.arm, seed].query("set == @part.of")
+                frame = frame if part.category is None else frame[frame["category"] == part.category]
+                assert loss == pytest.approx(np.average(frame["cas"], weights=frame["answer_tokens"]))
+
+
+@RECIPES
+def test_intervals_are_clustered_by_the_groups_of_rows(compared):
+    results = read_results(compared)
+    tasks = {(task.arm.name, task.seed): task for task in compared.tasks()}
+    frames = {key: task.held_out(task.points()[-1]).query("set == @MAIN") for key, task in tasks.items()}
+    losses = {arm: np.stack([frames[arm, seed]["cas"] for seed in (0, 1)]) for arm in ("random", "longest")}
+    weights = frames["random", 0]["answer_tokens"].to_numpy()
+    groups = [f"d{n // 2}" for n in range(12)]
+    found = next(o.against for o in results.of("steps") if o.arm == "longest")
+    clustered = difference(losses["longest"], losses["random"], weights, groups)
+    assert found.of_rows == pytest.approx(clustered.of_rows)
+    assert found.of_rows != pytest.approx(difference(losses["longest"], losses["random"], weights).of_rows)
+
+
+@RECIPES
+def test_the_ifd_of_held_out_rows_is_measured(compared):
+    results = read_results(compared)
+    assert [(each.measure, each.of, each.documents) for each in results.measured] == [
+        ("IFD", MAIN, 12),
+        ("IFD", "other", 5),
+    ]
+    task = next(task for task in compared.tasks() if (task.arm.name, task.seed) == ("longest", 1))
+    scores = task.held_out(task.points()[-1]).query("set == 'other'")
+    arm = next(arm for arm in results.measured[1].arms if arm.arm == "longest")
+    assert arm.by_seed[1] == pytest.approx((scores["cas"] / scores["das"]).mean())
+    assert results.measured[0].higher is None
+
+
+@RECIPES
+def test_tables_and_files_have_all_sets(compared, capsys):
+    results = read_results(compared)
+    frame = results_frame(results)
+    assert set(zip(frame["set"], frame["category"].fillna(""), strict=True)) == {
+        (MAIN, ""), (MAIN, "a"), (MAIN, "b"), ("other", ""),
+    }  # fmt: skip
+    assert len(frame) == 4 * 2 * 3
+    assert measured_frame(results)["documents"].tolist() == [12, 12, 5, 5]
+    assert main(["report", str(compared.folder)]) == 0
+    page = (compared.folder / "compare.html").read_text(encoding="utf-8")
+    assert "Losses of other rows" in page
+    assert "a (held-out rows)" in page
+    assert "Too few rows to compare losses of: rare of other (4 rows with a loss) and (none) of other" in page
+
+
+def frame_of(values: dict[str, float], measure: str = "exact match", higher: bool | None = True) -> pd.DataFrame:
+    made = pd.DataFrame(
+        {"set": "answers", "measure": measure, "document": list(values), "value": list(values.values())}
+    )
+    return made.assign(higher=higher, group=None).astype(object)
+
+
+def test_documents_are_paired_by_their_keys_and_left_out_where_a_run_has_none(tmp_path):
+    one = frame_of({"a": 1.0, "b": 0.0, "c": 1.0, "d": np.nan})
+    other = frame_of({"c": 1.0, "b": 1.0, "a": 1.0, "e": 0.0})
+    (found,) = measured_of({"random": [one, other], "longest": [other, other]})
+    assert (found.measure, found.of, found.higher) == ("exact match", "answers", True)
+    assert (found.documents, found.lacking) == (3, 2)
+    base, arm = found.arms
+    assert base.by_seed == pytest.approx([2 / 3, 1.0])
+    assert arm.by_seed == [1.0, 1.0]
+    assert base.against is None
+    assert arm.against.mean == pytest.approx(1 / 6)
+    write_documents(tmp_path, "answers", one.drop(columns="group"))
+    (read,) = read_documents(tmp_path)
+    assert read["document"].tolist() == ["a", "b", "c", "d"]
+
+
+def test_a_measure_of_one_document_says_nothing(tmp_path):
+    assert measured_of({"random": [frame_of({"a": 1.0})] * 2, "longest": [frame_of({"a": 0.0})] * 2}) == []
