@@ -92,9 +92,9 @@ def compared(tmp_path_factory) -> Comparison:
     lines(place / "other.jsonl", [{**row, "topic": "rare" if n else None} for n, row in enumerate(raw_rows(5, seed=8))])
     (place / "recipe.yaml").write_text(
         f"model_name_or_path: {place / 'model'}\ndataset_name: rows.jsonl\neval_dataset: held_out.jsonl\n"
-        "format: alpaca\nkeep: 4\nnum_train_epochs: 1\nper_device_train_batch_size: 2\nlearning_rate: 0.01\nmax_length: 256\n"
-        "use_cpu: true\ngradient_checkpointing: false\nbf16: false\ndisable_tqdm: true\nseeds: 2\narms: longest\n"
-        f"output_dir: {place / 'out'}\nheld_out_sets: {{other: other.jsonl}}\ncategory_column: topic\n"
+        "format: alpaca\nkeep: 4\nnum_train_epochs: 1\nper_device_train_batch_size: 2\nlearning_rate: 0.01\n"
+        "max_length: 256\nuse_cpu: true\ngradient_checkpointing: false\nbf16: false\ndisable_tqdm: true\nseeds: 2\n"
+        f"arms: longest\noutput_dir: {place / 'out'}\nheld_out_sets: {{other: other.jsonl}}\ncategory_column: topic\n"
     )
     made = []
 
