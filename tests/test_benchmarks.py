@@ -463,3 +463,11 @@ def test_the_benchmark_of_selection_tells_wrong_rows(tmp_path):
         pq.write_table(pa.table({"id": order, "ifd_rank": range(1, 21)}), output)
         with nullcontext() if order is ids else pytest.raises(AssertionError, match="other rows"):
             bench.check(pool, output, 400, "keep")
+
+
+def test_a_comparison_says_what_is_known_of_a_pool_with_half_of_its_answers_shuffled(tmp_path):
+    """Guards leave them out and beat random rows; the highest IFDs without guards are just these rows."""
+    bench = loaded(ROOT / "tests" / "benchmarks" / "comparisons.py")
+    found = bench.main(["--case", "shuffled", "--rows", "96", "--output", str(tmp_path)])["shuffled"][0]
+    assert found["guarded"]["shown"]
+    assert found["guarded"]["difference"] < -0.1 < 0.1 < found["dynamic"]["difference"]
