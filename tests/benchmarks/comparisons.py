@@ -37,13 +37,13 @@ _OTHER = '''"""Random rows by another seed."""
 from dataclasses import dataclass
 
 import numpy as np
-from ifd_trainer import Random
+from ifd_trainer import RandomRows
 
 
 @dataclass(frozen=True)
 class Other:
     def __call__(self, columns, budget, ids, rng):
-        return Random()(columns, budget, ids, np.random.default_rng(rng.integers(2**63)))
+        return RandomRows()(columns, budget, ids=ids, rng=np.random.default_rng(rng.integers(2**63)))
 '''
 
 
