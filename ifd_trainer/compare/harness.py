@@ -60,11 +60,13 @@ class PlannedTask:
         name: as it was asked for.
         subtasks: of a group, those that it is made of; else itself.
         documents: how many are asked.
+        measures: what `TaskScores.values` will have of it.
     """
 
     name: str
     subtasks: tuple[str, ...]
     documents: int
+    measures: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def check_tasks(
     window: int | None = None,
     confirm_run_unsafe_code: bool = False,
 ) -> list[PlannedTask]:
-    """Find tasks and load their data: what goes wrong with them is known before anything is trained.
+    """Find tasks, load their data, and try out one document of each: what goes wrong is known before training.
 
     Args:
         tasks: names of tasks, groups or tags of lm_eval, or paths of YAML files that define one.
@@ -105,16 +107,17 @@ def check_tasks(
     Raises:
         NotInstalledError: without lm_eval, or a package that a task needs.
         UserError: for a name that is not known, a task that two names stand for, one that runs programs without
-            confirmation, and one that asks for more tokens than the window has.
+            confirmation, one that asks for more tokens than the window has, and one that does not work.
         NotFoundError: for a folder or a file that is not there, and for words that IFEval needs.
         HubError: for data that cannot be loaded.
 
     >>> check_tasks(["arc_challenge"], limit=100)                                                   # doctest: +SKIP
-    [PlannedTask(name='arc_challenge', subtasks=('arc_challenge',), documents=100)]
+    [PlannedTask(name='arc_challenge', subtasks=('arc_challenge',), documents=100, measures=('acc', 'acc_norm'))]
     """
     _check_limit(limit)
     with _global_states():
-        asked = _load(tasks, _manager(include_path), confirm_run_unsafe_code)
+        manager = _manager(include_path)
+        asked = _load(tasks, manager, confirm_run_unsafe_code)
         for each in asked:
             for task in each.subtasks:
                 _check_length(each.name, task, window)
@@ -123,6 +126,7 @@ def check_tasks(
                 each.name,
                 tuple(task.task_name for task in each.subtasks),
                 sum(_documents(task, limit) for task in each.subtasks),
+                _tried(each, manager),
             )
             for each in asked
         ]
@@ -264,10 +268,7 @@ def _loaded(name: str, manager: Any) -> _Asked:
     try:
         found = manager.load([_CODE_TASK if name == CODE and name not in manager.task_index else name])
     except ImportError as error:
-        raise NotInstalledError(
-            f"The task {name} needs a package that cannot be imported ({one_line(error)}). Install it, or leave the "
-            "task out."
-        ) from error
+        raise _not_installed(name, error) from error
     except OSError as error:
         raise HubError(
             f"The data of the task {name} cannot be loaded ({with_kind(error)}). What was loaded once with a network "
@@ -316,6 +317,29 @@ def _check_length(name: str, task: Any, window: int | None) -> None:
             f"The task {name} wants answers of up to {new:,} tokens, and the model's window is {window:,} tokens: none "
             "are left for the question. Leave the task out."
         )
+
+
+def _tried(asked: _Asked, manager: Any) -> tuple[str, ...]:
+    """The measures of a task, of one document of each subtask and a model that answers at random."""
+    from lm_eval.models.dummy import DummyLM
+
+    try:
+        # Whether a task may run programs is known by now.
+        results = _run(DummyLM(), tasks=asked.items, task_manager=manager, limit=1, confirm_run_unsafe_code=True)
+    except ImportError as error:
+        raise _not_installed(asked.name, error) from error
+    except Exception as error:
+        raise UserError(
+            f"The task {asked.name} does not work: {with_kind(error)}. Mend it, or leave it out."
+        ) from error
+    return tuple(_scores([asked], results).values["measure"].unique())
+
+
+def _not_installed(name: str, error: ImportError) -> NotInstalledError:
+    return NotInstalledError(
+        f"The task {name} needs a package that cannot be imported ({one_line(error)}). Install it, or leave the task "
+        "out."
+    )
 
 
 def _documents(task: Any, limit: float | None) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import build_tokenizer
 from datasets import Dataset
+from tiny_runs import TOKENIZER, model_with, random_states, raw_rows, sft_trainer, text_rows, weights_of
 
 from ifd_trainer.compare.answers import answers_to
 from ifd_trainer.data.encoding import Encoder
@@ -163,3 +164,19 @@ def test_a_prompt_may_fill_what_the_answer_leaves_of_the_window(model, tokenizer
 def test_no_token_left_for_a_prompt_is_an_error(model, tokenizer):
     with pytest.raises(UserError, match="max_new_tokens=512 leaves no token of the model's window of 512"):
         answers_to(model, tokenizer, Dataset.from_list(ALPACA_ROWS), "alpaca", max_new_tokens=512)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trainer_has_trained_the_model_that_answers(tmp_path, checkpointing):
+    """The trainer's own model answers as one does that was given its weights, and the trainer goes on as it would."""
+    raw = raw_rows(6)
+    trainer = sft_trainer(
+        tmp_path, text_rows(raw), num_train_epochs=1, gradient_checkpointing=checkpointing, packing=False
+    )
+    trainer.train()
+    rows = Dataset.from_list(raw)
+    before = [module.training for module in trainer.model.modules()], random_states()
+    found = answers_to(trainer.model, trainer.processing_class, rows, "wizardlm", max_new_tokens=8)
+    fresh = answers_to(model_with(weights_of(trainer.model)), TOKENIZER, rows, "wizardlm", max_new_tokens=8)
+    assert found.to_dict("list") == fresh.to_dict("list")
+    assert ([module.training for module in trainer.model.modules()], random_states()) == before

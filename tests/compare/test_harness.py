@@ -103,6 +103,14 @@ def folder(tmp_path_factory, tokenizer, trained) -> Path:
     unsafe = texts | {"task": "tiny_program", "unsafe_code": True}
     write(folder, "unsafe.yaml", unsafe)
     write(folder, "away.yaml", choices | {"task": "tiny_away", "dataset_path": "nobody/nothing", "dataset_kwargs": {}})
+    results = "!function broken.results"
+    broken = yaml.safe_dump(texts | {"task": "tiny_broken", "process_results": results}).replace(
+        f"'{results}'", results
+    )
+    (folder / "broken.yaml").write_text(broken, encoding="utf-8")
+    (folder / "broken.py").write_text("def results(doc, said):\n    return {'exact_match': doc['points']}\n")
+    words = {"dataset_path": "google/IFEval", "dataset_kwargs": {}}
+    write(folder, "words.yaml", texts | {"task": "tiny_words"} | words)
     write(folder, "wrong.yaml", choices | {"task": "tiny_wrong", "output_type": "guessing"})
     return folder
 
@@ -268,6 +276,10 @@ def test_a_plan_says_how_many_documents_are_asked(lm_eval, folder, limit, docume
     planned = check_tasks(["tiny_group", "tiny_texts"], folder, limit)
     assert [task.documents for task in planned] == documents
     assert [task.subtasks for task in planned] == [("tiny_choices", "tiny_others"), ("tiny_texts",)]
+    assert [task.measures for task in planned] == [
+        ("acc", "acc_norm"),
+        ("exact_match (whole)", "exact_match (letter)"),
+    ]
 
 
 def test_a_file_is_a_task_too(lm_eval, folder, tokenizer, trained):
@@ -283,6 +295,7 @@ def test_a_file_is_a_task_too(lm_eval, folder, tokenizer, trained):
         (["tiny_group", "tiny_others"], {}, UserError, "tiny_others is in tiny_group and in tiny_others"),
         (["tiny_program"], {}, UserError, "tiny_program runs programs that a model has written"),
         (["tiny_away"], {}, HubError, "The data of the task tiny_away cannot be loaded"),
+        (["tiny_broken"], {}, UserError, "The task tiny_broken does not work: KeyError: 'points'"),
         (["tiny_wrong"], {}, UserError, "The task tiny_wrong cannot be set up: .*guessing"),
         (
             ["tiny_texts"],
@@ -297,12 +310,25 @@ def test_what_cannot_be_run_is_known_beforehand(lm_eval, folder, tasks, options,
         check_tasks(tasks, folder, **options)
 
 
+def test_the_words_of_ifeval_have_to_be_there(lm_eval, folder, monkeypatch):
+    import datasets
+    import nltk
+
+    def nowhere(name):
+        raise LookupError(name)
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda **options: DatasetDict({"test": Dataset.from_list(CHOICES)}))
+    monkeypatch.setattr(nltk.data, "find", nowhere)
+    with pytest.raises(NotFoundError, match=r"tiny_words needs nltk's punkt_tab.*python -m nltk\.downloader punkt_tab"):
+        check_tasks(["tiny_words"], folder)
+
+
 def test_programs_are_run_where_that_is_confirmed(lm_eval, folder):
     planned = check_tasks(["tiny_program", "tiny_choices"], folder, confirm_run_unsafe_code=True)
     assert [task.documents for task in planned] == [4, 5]
 
 
-def test_code_is_measured_by_how_well_it_is_predicted(lm_eval, monkeypatch, tokenizer, trained):
+def test_code_is_measured_by_how_well_it_is_predicted(lm_eval, folder, monkeypatch, tokenizer, trained):
     import datasets
 
     asked = []
@@ -312,7 +338,7 @@ def test_code_is_measured_by_how_well_it_is_predicted(lm_eval, monkeypatch, toke
         return DatasetDict({"test": Dataset.from_list(SOLUTIONS)})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    found = run_tasks(trained, tokenizer, [CODE])
+    found = run_tasks(trained, tokenizer, [CODE], folder)
     expected = []
     for row in SOLUTIONS:  # the line break at the prompt's end is the solution's: tokens may hold it and what follows
         before = tokenizer(row["prompt"].rstrip()).input_ids
