@@ -27,6 +27,10 @@ class HubError(UserError, ConnectionError):
     """A hub that cannot be reached, or refuses."""
 
 
+class JudgeError(UserError, ConnectionError):
+    """A judge's server that cannot be reached, or refuses."""
+
+
 class RunError(UserError, RuntimeError):
     """A run that cannot go on through no fault of this program: processes that stall, a loader changed by others."""
 
