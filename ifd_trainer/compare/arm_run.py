@@ -52,7 +52,8 @@ def main(folder: Path) -> None:
     from ..training.recipe import parse_recipe
     from ..training.recipe_plan import training_plan
     from ..training.recipe_run import build_run, selection_of
-    from .held_out_sets import read_sets
+    from .at_end import measure_at_end
+    from .held_out_sets import read_prompts, read_sets
     from .measures import Measures
     from .measuring import HeldOutRows
 
@@ -69,9 +70,12 @@ def main(folder: Path) -> None:
         trainer.remove_callback(callback)
     measures = Measures(**todo.measures)
     sets = read_sets(run.held_out, run.format, measures, recipe.folder, recipe.selection.rows_format())
-    watch = HeldOutRows(trainer, sets, measures, folder, todo.steps, brief, todo.at_start)
+    watch = HeldOutRows(trainer, sets, folder, todo.steps, brief, todo.at_start)
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    prompts = read_prompts(sets[0], measures, recipe.folder)
+    measure_at_end(trainer.model, tokenizer, sets, prompts, measures, folder)
     result: dict[str, Any] = {
         "rows": len(trainer.train_dataset),
         "brief": brief,

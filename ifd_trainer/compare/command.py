@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import NotFoundError, UserError
+from ..method.number_words import many
 from ..training.recipe_file import check_recipe, overrides, read_recipe
 from .arms import DEFAULT, KNOWN, read_arms
-from .measures import read_measures
+from .measures import Measures, read_measures
+
+if TYPE_CHECKING:
+    from .comparison import Comparison
+    from .judge import Judge
+    from .judging import Judging
 
 _DESCRIPTION = """Train the same model on the same rows, chosen in several ways (arms), each with several seeds, and say
 which of them end with another loss on held-out rows than random rows do, and how well that is known: here, and on a
@@ -43,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
     add("--superfilter", help="the model that scores for the arm superfiltering")
     add("--category_column", help="a column of held-out rows; losses are compared for each of its values, too")
     add("--group_column", help="a column of held-out rows; those of one value count as alike")
+    add("--answers", type=int, help="rows of each held-out set that the trained models answer (default: none)")
+    add("--tasks", nargs="+", help="of lm-evaluation-harness, that the trained models are asked")
+    add("--judge", metavar="MODEL", help="of an OpenAI-compatible server, which judges the answers")
+    add("--judge_url", metavar="URL", help="of that server (default: OPENAI_BASE_URL, or OpenAI's)")
+    add("--judge_again", action="store_true", help="ask the judge again where it said nothing that can be read")
     add("--workers", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     add("--devices", nargs="+", help="CUDA devices that the runs take in turn (default: as they are)")
     add("--plan", action="store_true", help="print arms, steps, tokens and about how long it takes, and stop")
@@ -68,18 +80,23 @@ def compare(arguments: Sequence[str]) -> int:
     arms = read_arms(_chosen(options.arms, given.get("arms")), str(model), settings.get("balance_by"), superfilter)
     seeds = _seeds(options.seeds if options.seeds is not None else given.get("seeds", 3))
     measures = read_measures({**given, **{key: value for key, value in vars(options).items() if value is not None}})
+    judge = _judge(options, given.get("judge"), measures)
 
     from rich.console import Console
 
+    from .at_end import checked_tasks
     from .comparison import Comparison
     from .exports import write_numbers
     from .page import write_page
     from .plan import operations_per_second, planned_arm
     from .results import read_curves, results_of
-    from .wording import cost_table, further_tables, headline, plan_text, result_table
+    from .wording import cost_table, further_tables, headline, plan_of_measures, plan_text, result_table, unasked
 
     planned = [planned_arm(options.recipe, words, arm, measures) for arm in arms]
-    print(plan_text(planned, seeds, operations_per_second()), flush=True)
+    tasks = checked_tasks(measures)
+    runs = len(seeds) * (len(arms) - 1)
+    at_end = plan_of_measures(planned[0], measures, tasks, runs, judge and judge.name)
+    print(plan_text(planned, seeds, operations_per_second(), at_end), flush=True)
     if options.plan:
         return 0
     folder = Path(str(output or "runs/compare"))
@@ -88,6 +105,8 @@ def compare(arguments: Sequence[str]) -> int:
     comparison.run(options.workers, options.devices or (), _say)
     curves = read_curves(comparison)
     results = results_of(curves)
+    if judge is not None:
+        results = replace(results, judging=_judged(comparison, curves.seeds, judge, options.judge_again))
     write_numbers(results, folder)
     console = Console()
     for view in ("steps", "tokens", "compute"):
@@ -95,6 +114,8 @@ def compare(arguments: Sequence[str]) -> int:
     for table in (*further_tables(results), cost_table(results)):
         console.print(table)
     print(headline(results))
+    if missing := unasked(results):
+        print(missing)
     print(f"Numbers: {folder / 'results.json'} (.csv, .tex)")
     print(f"Page: {write_page(comparison, curves, results)}")
     return 0
@@ -123,6 +144,37 @@ def _seeds(given: Any) -> list[int]:
     if len(set(seeds)) < max(len(seeds), 2) or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         raise UserError(f"seeds wants how many there are, at least 2, or two or more different ones, got {given!r}.")
     return seeds
+
+
+def _judge(options: argparse.Namespace, of_recipe: Any, measures: Measures) -> Judge | None:
+    """The judge of the command line, or of the recipe; None for none."""
+    given = of_recipe
+    if options.judge is not None:
+        given = {**(of_recipe if isinstance(of_recipe, dict) else {}), "model": options.judge}
+        given.pop("reward_model", None)
+    if options.judge_url is not None:
+        given = {**(given or {}), "base_url": options.judge_url}
+    if not given:
+        return None
+    from .judging import judged_sets, read_judge
+
+    judge = read_judge(given)
+    judged_sets(measures)
+    return judge
+
+
+def _judged(comparison: Comparison, seeds: list[int], judge: Judge, again: bool) -> Judging:
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .judging import judged, questions
+
+    count = questions(comparison, seeds, judge)
+    _say(f"{judge.name} judges: {many(count.asked, 'question')} to ask, {count.known:,} answered before")
+    with Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        bar = progress.add_task("questions to the judge", total=count.asked)
+        found = judged(comparison, seeds, judge, lambda done, total: progress.update(bar, advance=1), again)
+    found.save(comparison.folder)
+    return found
 
 
 def _say(text: str) -> None:

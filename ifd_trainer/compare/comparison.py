@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from .. import __version__
 from ..data.atomic import write_atomically
 from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_line
-from ..training.recipe_file import overrides, read_recipe
+from ..training.recipe_file import COMPARED, overrides, read_recipe
 from .arm_run import RESULT, ArmRun, write_run
 from .arms import Arm, arm_of, folder_of
 from .measures import Measures
@@ -126,7 +127,9 @@ class Comparison:
         path = self.folder / FILE
         if path.exists():
             there = read_record(self.folder)
-            other = [key for key in ("recipe", "steps", "measures") if there.get(key, {}) != content[key]]
+            other = [] if there["steps"] == self.steps else ["steps"]
+            other += [] if Measures(**there.get("measures", {})) == self.measures else ["measures"]
+            other += [] if _trained_by(there["recipe"]) == _trained_by(content["recipe"]) else ["recipe"]
             keys = {**there["keys"], **content["keys"]}
             other += [key for key in keys if there["keys"].get(key) != content["keys"].get(key)]
             other += [f"arm {name}" for name, keys in there["arms"].items() if content["arms"].get(name, keys) != keys]
@@ -199,6 +202,11 @@ class Comparison:
             words += ["--split_seed", "0"]  # the same held-out rows with all seeds
         steps = self.steps if not task.arm.selects else []
         write_run(task.folder, ArmRun(self.recipe, words, task.arm.selects, steps, at_start, asdict(self.measures)))
+
+
+def _trained_by(recipe: str) -> dict[str, Any]:
+    """The keys of a recipe that its runs read; those that only a comparison reads are compared for themselves."""
+    return {key: value for key, value in (yaml.safe_load(recipe) or {}).items() if key not in COMPARED}
 
 
 def read_record(folder: Path) -> dict[str, Any]:

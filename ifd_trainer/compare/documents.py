@@ -19,7 +19,7 @@ def long_form(
     measure: str,
     documents: Sequence[str],
     values: Sequence[float],
-    higher: bool = True,
+    higher: bool | None = True,
     groups: Sequence[str | None] | None = None,
 ) -> pd.DataFrame:
     """One measure of n documents, with the columns `COLUMNS`.
@@ -29,7 +29,7 @@ def long_form(
         measure: what was measured of them.
         documents: n keys, no two alike.
         values: n numbers.
-        higher: whether a higher value is the better one.
+        higher: whether a higher value is the better one; None where neither is.
         groups: of each document, what it belongs to, None for nothing.
 
     >>> long_form("arc", "acc", ["arc/0", "arc/1"], [True, False]).value.tolist()

@@ -39,11 +39,10 @@ from ..scoring.eval_guard import eval_mode
 from ..scoring.model_parts import unwrapped
 from .documents import joined, long_form
 from .greedy import plain_generation
+from .measures import CODE, DEFAULT_TASKS
 
 logger = logging.getLogger(__name__)
 
-CODE = "humaneval_bpb"
-DEFAULT_TASKS = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "gsm8k", "ifeval", CODE)
 STANDS_FOR = {"mmlu": "knowledge", "gsm8k": "maths", CODE: "code"}
 # The measure that is usually reported of a task; of others the first of `_USUAL` that it has.
 _MAIN = {"gsm8k": "exact_match (strict-match)", "truthfulqa_mc2": "acc", "mmlu": "acc"}

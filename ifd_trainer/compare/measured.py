@@ -1,15 +1,7 @@
 """What is measured of the trained models document by document, beside losses, and held against random rows.
 
-Every measure is a frame of documents, such as an answer or a question of a benchmark, with the columns
-
-    set       which documents they are
-    measure   what was measured of them
-    document  the key of each, the same in all runs
-    value     the number
-    higher    whether a higher one is better; None where neither is
-    group     what documents that are alike belong to, if any
-
-A run writes one for each thing that it measures, `measured-<name>.parquet` in its folder.
+A run writes a frame of `documents` for each thing that it measures, `measured-<name>.parquet` in its folder. Their keys
+are the same in all runs.
 """
 
 from __future__ import annotations
@@ -22,10 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ..data.atomic import write_atomically
+from .documents import COLUMNS
 from .held_out_sets import clusters_of
 from .statistics import Difference, difference
-
-COLUMNS = ["set", "measure", "document", "value", "higher", "group"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ def documents_path(folder: Path, name: str) -> Path:
 
 def write_documents(folder: Path, name: str, documents: pd.DataFrame) -> None:
     """Keep the documents of a measure."""
-    whole = documents.assign(**{column: None for column in COLUMNS if column not in documents})[COLUMNS]
+    whole = documents[list(COLUMNS)]
     write_atomically(documents_path(folder, name), lambda path: whole.to_parquet(path, index=False))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,10 @@ from ..data.format_choice import FormatOptions
 from ..errors import UserError
 
 MAIN = "held-out rows"  # the recipe's own set, whose losses the verdict is about
+# Of lm-evaluation-harness, "default" in a recipe.
+CODE = "humaneval_bpb"  # defined by `harness`
+DEFAULT_TASKS = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "gsm8k", "ifeval", CODE)
+_OF_PROMPTS = ("path", "split", "config", "column", "category_column")
 _OF_SET = ("path", "split", "config", *(option.name for option in dataclasses.fields(FormatOptions)))
 
 
@@ -23,6 +27,14 @@ class Measures:
             split, configuration and format.
         category_column: of held-out rows, whose values get a table of losses each.
         group_column: of held-out rows; rows of one group are taken to be alike, and intervals are clustered by them.
+        answers: how many rows of each set the trained models answer greedily; exact match and ROUGE-L against the rows'
+            own answers are compared.
+        max_new_tokens: of an answer.
+        prompts: sets of prompts without answers, for a judge, by name: where each is, and the `column` of its texts.
+        tasks: of lm-evaluation-harness, that the trained models are asked; "default" stands for `DEFAULT_TASKS`.
+        task_limit: most documents of each of their tasks, or a share of them.
+        task_folder: with definitions of further ones.
+        confirm_run_unsafe_code: whether tasks may run the programs that a model writes.
 
     Raises:
         UserError: for values of other types, and for a set without a path or with a key that there is not.
@@ -34,6 +46,13 @@ class Measures:
     held_out_sets: Mapping[str, Any] = field(default_factory=dict)
     category_column: str | None = None
     group_column: str | None = None
+    answers: int = 0
+    max_new_tokens: int = 256
+    prompts: Mapping[str, Any] = field(default_factory=dict)
+    tasks: Sequence[str] = ()
+    task_limit: float | None = None
+    task_folder: str | None = None
+    confirm_run_unsafe_code: bool = False
 
     def __post_init__(self) -> None:
         sets = self.held_out_sets or {}
@@ -44,15 +63,22 @@ class Measures:
         object.__setattr__(
             self, "held_out_sets", {str(name): _source(str(name), given) for name, given in sets.items()}
         )
-        for name in ("category_column", "group_column"):
+        object.__setattr__(self, "prompts", _prompts(self.prompts or {}))
+        names = _names("tasks", self.tasks)
+        names = [each for name in names for each in (DEFAULT_TASKS if name == "default" else [name])]
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(names)))
+        for name, least in (("answers", 0), ("max_new_tokens", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name} wants a whole number of at least {least}, got {value!r}.")
+        for name in ("category_column", "group_column", "task_folder"):
             if not (getattr(self, name) is None or isinstance(getattr(self, name), str)):
-                raise UserError(f"{name} wants the name of a column, got {getattr(self, name)!r}.")
+                raise UserError(f"{name} wants a name, got {getattr(self, name)!r}.")
 
 
 def read_measures(settings: Mapping[str, Any]) -> Measures:
     """What the keys of a recipe ask for; keys that are not of measures are passed over."""
-    names = {value.name for value in dataclasses.fields(Measures)}
-    return Measures(**{key: value for key, value in settings.items() if key in names and value is not None})
+    return Measures(**{key: settings[key] for key in KEYS if settings.get(key) is not None})
 
 
 def _source(name: str, given: Any) -> dict[str, Any]:
@@ -65,3 +91,29 @@ def _source(name: str, given: Any) -> dict[str, Any]:
     if unknown := [key for key in source if key not in _OF_SET]:
         raise UserError(f"held_out_sets: {name}: there is no key {unknown[0]!r}. Known are {', '.join(_OF_SET)}.")
     return dict(source)
+
+
+def _prompts(given: Any) -> dict[str, Any]:
+    """Where sets of prompts are, by name."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"prompts wants a mapping from names to files, such as vicuna: vicuna.jsonl, got {given!r}.")
+    sets = {}
+    for name, source in given.items():
+        source = {"path": source} if isinstance(source, str) else source
+        if not isinstance(source, Mapping) or not isinstance(source.get("path"), str):
+            raise UserError(f"prompts: {name} wants a file or a name, or a mapping with its path, got {source!r}.")
+        if unknown := [key for key in source if key not in _OF_PROMPTS]:
+            raise UserError(f"prompts: {name}: there is no key {unknown[0]!r}. Known are {', '.join(_OF_PROMPTS)}.")
+        sets[str(name)] = dict(source)
+    return sets
+
+
+def _names(key: str, given: Any) -> list[str]:
+    """Names in a list, or in a text with blanks or commas between them."""
+    names = given.replace(",", " ").split() if isinstance(given, str) else given
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{key} wants a list of names, got {given!r}.")
+    return list(names)
+
+
+KEYS = tuple(value.name for value in dataclasses.fields(Measures))

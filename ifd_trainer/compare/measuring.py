@@ -17,7 +17,6 @@ from ..data.atomic import write_atomically
 from ..scoring.eval_guard import eval_mode
 from ..scoring.transform import IFDScorer
 from .held_out_sets import HeldOutSet, rows_frame
-from .measures import Measures
 
 _COLUMNS = ("cas", "das", "ifd", "answer_tokens", "ifd_status")
 
@@ -46,7 +45,6 @@ class HeldOutRows(TrainerCallback):
     Args:
         trainer: the trainer.
         sets: the sets of held-out rows, the recipe's own first.
-        measures: which of their columns are categories and groups.
         folder: where the files go; points that a run before a resume has measured are there.
         steps: further steps after which to score.
         brief: updates of the brief experience, after which steps count anew.
@@ -57,7 +55,6 @@ class HeldOutRows(TrainerCallback):
         self,
         trainer: Trainer,
         sets: Sequence[HeldOutSet],
-        measures: Measures,
         folder: Path,
         steps: Sequence[int] = (),
         brief: int = 0,
@@ -67,7 +64,7 @@ class HeldOutRows(TrainerCallback):
         self.brief, self.at_start = brief, at_start
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self._scorers = [IFDScorer(trainer.model, tokenizer, format=each.format) for each in sets]
-        self._rows = rows_frame(sets, measures)
+        self._rows = rows_frame(sets)
         self._clock = time.process_time if trainer.args.device.type == "cpu" else _device_clock
         self._began = 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..training.recipe_file import ALIASES
 from .arms import BASELINE, KNOWN, Arm
 from .comparison import Comparison, read_record
 from .exports import write_numbers
+from .judging import Judging
 from .plots import plot_intervals, plot_losses
 from .results import EQUAL, VIEWS, Curves, Outcome, Results, read_curves, results_of
 from .statistics import POWER
@@ -30,10 +32,12 @@ from .wording import (
     cost_cells,
     difference_cells,
     interval_text,
+    judged_cells,
     measured_cells,
     parts_cells,
     summary_of,
     title_of,
+    unasked,
     verdict,
 )
 
@@ -51,7 +55,7 @@ def write_comparison_report(
     """
     comparison = Comparison.load(folder)
     curves = read_curves(comparison)
-    results = results_of(curves)
+    results = replace(results_of(curves), judging=Judging.load(folder, curves.seeds))
     path = write_page(comparison, curves, results, output, label, rows)
     write_numbers(results, path.parent)
     return path
@@ -87,6 +91,8 @@ def write_page(
     left = [seed for seed in comparison.seeds if seed not in curves.seeds]
     if left:
         notes.append(f"Of {many(len(left), 'seed')} not all arms have ended: {listed(map(str, left))} left out.")
+    if missing := unasked(results):
+        notes.append(missing)
     if results.left_out:
         notes.append(f"Too few rows to compare losses of: {listed(results.left_out)}.")
     if trained.unknown:
@@ -101,6 +107,9 @@ def write_page(
         "caption": caption_of(results),
         "parts": parts_cells(results),
         "measured": measured_cells(results),
+        "judged": judged_cells(results),
+        "judge": results.judging,
+        "baseline": BASELINE,
         "short_caption": SHORT_CAPTION,
         "costs": cost_cells(results),
         "cost_caption": COST_CAPTION,

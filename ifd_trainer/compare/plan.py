@@ -13,7 +13,7 @@ from ..training.recipe import parse_recipe
 from ..training.recipe_plan import training_plan
 from ..training.recipe_run import build_run, selection_of
 from .arms import Arm
-from .held_out_sets import read_sets
+from .held_out_sets import read_prompts, read_sets
 from .measures import Measures
 
 _FORWARD, _TRAINED = 2, 6  # operations for each parameter and token: a forward pass, and one with its backward pass
@@ -30,6 +30,7 @@ class PlannedArm:
         scored: tokens of forward passes for scoring, those before training among them.
         operations: of training and scoring, by the arithmetic of 2 and 6 for each parameter and token.
         held_out: how many rows each set of held-out rows has, by its name.
+        prompts: how many each set of prompts has.
     """
 
     arm: Arm
@@ -39,6 +40,7 @@ class PlannedArm:
     scored: int
     operations: float
     held_out: dict[str, int]
+    prompts: dict[str, int]
 
 
 def planned_arm(recipe: str, words: Sequence[str], arm: Arm, measures: Measures) -> PlannedArm:
@@ -66,6 +68,7 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm, measures: Measures)
         scored,
         float(parameters) * (_TRAINED * tokens + _FORWARD * scored),
         {each.name: len(each.rows) for each in sets},
+        {each.name: len(each.rows) for each in read_prompts(sets[0], measures, read.folder)},
     )
 
 

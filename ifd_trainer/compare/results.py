@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..method.number_words import many
 from .comparison import Comparison, Task
 from .held_out_sets import clusters_of
+from .judging import Judging
 from .measured import Measured, ifd_documents, measured_of, read_documents
 from .measures import MAIN
 from .measuring import Point
@@ -104,6 +105,7 @@ class Results:
         parts: further sets and categories.
         measured: what else was measured of the models at the end.
         left_out: sets and categories of which too few rows have a loss, in words.
+        judging: what a judge says of the answers, if one was asked.
     """
 
     outcomes: list[Outcome]
@@ -114,6 +116,7 @@ class Results:
     parts: list[Part] = field(default_factory=list)
     measured: list[Measured] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    judging: Judging | None = None
 
     def of(self, view: str) -> list[Outcome]:
         """The arms in one view."""

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..method.number_words import many
+from ..method.number_words import listed, many
 from ..report.summary import Summary
 from .arms import BASELINE
 from .comparison import minutes
-from .measures import MAIN
+from .harness import STANDS_FOR, PlannedTask
+from .measures import MAIN, Measures
 from .plan import PlannedArm
 from .results import VIEWS, Outcome, Results
 from .statistics import ALPHA, POWER, Difference
@@ -128,6 +129,34 @@ def measured_cells(results: Results) -> tuple[list[str], list[list[str]]]:
     return ["measure", "of", "documents", BASELINE, *others], lines
 
 
+def unasked(results: Results) -> str:
+    """What of knowledge, maths and code no task was asked for, as a sentence; "" for none."""
+    asked = {each.of for each in results.measured}
+    left = [f"{what} ({task})" for task, what in STANDS_FOR.items() if task not in asked]
+    if not left:
+        return ""
+    return f"Not measured: {listed(left)}, where selection may cost most; tasks: default in the recipe measures them."
+
+
+def judged_cells(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines: of each arm and set, verdicts, the winning score, and that of equally long answers."""
+    headers = ["arm", "answers to", "prompts", "wins", "ties", "losses"]
+    headers += ["winning score", "interval", "length-controlled", "interval", "verdict"]
+    lines = []
+    for arm in results.judging.arms if results.judging is not None else ():
+        counts = (f"{count:,}" for count in (arm.documents, arm.wins, arm.ties, arm.losses))
+        cells = [cell for found in (arm.score, arm.length_controlled) for cell in _score_cells(found)]
+        shown = "no difference shown"
+        if arm.score.shown:
+            shown = "preferred" if arm.score.mean > 0 else f"{BASELINE} preferred"
+        lines.append([arm.arm, arm.of, *counts, *cells, shown])
+    return headers, lines
+
+
+def _score_cells(found: Difference) -> tuple[str, str]:
+    return f"{1 + found.mean:.3f}", f"{1 + found.low:.3f} to {1 + found.high:.3f}"
+
+
 def in_short(found: Difference, higher_is_better: bool | None = None) -> str:
     """A difference with half of its interval and, where one is shown, which way it goes.
 
@@ -162,6 +191,9 @@ def further_tables(results: Results) -> list[Table]:
         tables.append(
             grid_table(f"Losses of other rows, with {VIEWS['steps']}", *parts_cells(results), SHORT_CAPTION, 1)
         )
+    if results.judging is not None:
+        notes = " ".join(results.judging.notes)
+        tables.append(grid_table(f"What {results.judging.judge} prefers", *judged_cells(results), notes, 2))
     if results.measured:
         tables.append(grid_table("Measured at the end of each run", *measured_cells(results), SHORT_CAPTION, 2))
     return tables
@@ -227,8 +259,27 @@ def cost_cells(results: Results) -> tuple[list[str], list[list[str]]]:
     return ["arm", "steps", "tokens", "seconds", "of them before"], lines
 
 
-def plan_text(arms: Sequence[PlannedArm], seeds: Sequence[int], rate: float) -> str:
-    """What will be run, one arm a line, and how long it takes about."""
+def plan_of_measures(
+    planned: PlannedArm, measures: Measures, tasks: Sequence[PlannedTask], runs: int, judge: str | None
+) -> list[str]:
+    """What is measured at the end of each run, a line for each thing; how long that takes is not known."""
+    answered = {name: min(measures.answers, count) for name, count in planned.held_out.items() if measures.answers}
+    answered |= planned.prompts
+    lines = []
+    if answered:
+        sets = listed(f"{count:,} of {name}" for name, count in answered.items())
+        lines.append(f"at its end, it answers {sets}, in at most {measures.max_new_tokens:,} tokens each")
+    if tasks:
+        asked = listed(f"{task.name} ({task.documents:,})" for task in tasks)
+        lines.append(f"at its end, it is asked the tasks {asked}")
+    if judge is not None:
+        pairs = sum((planned.prompts or answered).values()) * runs
+        lines.append(f"{judge} judges at most {pairs:,} pairs of answers; what it has said before is not asked again")
+    return lines
+
+
+def plan_text(arms: Sequence[PlannedArm], seeds: Sequence[int], rate: float, at_end: Sequence[str] = ()) -> str:
+    """What will be run, one arm a line, and how long it takes about; `at_end` are lines of `plan_of_measures`."""
     width = max(len(planned.arm.name) for planned in arms)
     lines, held_out = [], arms[0].held_out
     for planned in arms:
@@ -240,6 +291,7 @@ def plan_text(arms: Sequence[PlannedArm], seeds: Sequence[int], rate: float) -> 
         f"{count:,} {name}" if name == MAIN else f"{count:,} of {name}" for name, count in held_out.items()
     )
     lines.append(f"each is measured by the losses of {sets}")
+    lines += at_end
     seconds = len(seeds) * sum(planned.operations for planned in arms) / rate
     lines.append(
         f"{many(len(arms), 'arm')} with {many(len(seeds), 'seed')} each ({', '.join(map(str, seeds))}): about "

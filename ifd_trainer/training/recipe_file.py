@@ -13,7 +13,10 @@ from ..errors import FileAccessError, NotFoundError, UserError
 
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
 # Keys that `ifd-trainer compare` reads, and no run.
-COMPARED = ("arms", "seeds", "superfilter", "held_out_sets", "category_column", "group_column")
+COMPARED = (
+    *("arms", "seeds", "superfilter", "judge", "held_out_sets", "category_column", "group_column", "answers"),
+    *("max_new_tokens", "prompts", "tasks", "task_limit", "task_folder", "confirm_run_unsafe_code"),
+)
 # Keys that TRL and transformers read a file for, if it ends like this.
 FILES = {
     "deepspeed": (".json",),

@@ -12,17 +12,22 @@ from datasets import Dataset
 from tiny_runs import RECIPES, TOKENIZER, build_model, raw_rows
 
 from ifd_trainer.cli import main
+from ifd_trainer.compare.agreement import agreement
 from ifd_trainer.compare.arm_run import main as arm_run
+from ifd_trainer.compare.at_end import answers_path, asked_rows, measure_at_end
 from ifd_trainer.compare.comparison import Comparison
+from ifd_trainer.compare.documents import long_form
 from ifd_trainer.compare.exports import measured_frame, results_frame
+from ifd_trainer.compare.harness import TaskScores
 from ifd_trainer.compare.held_out_sets import read_sets, rows_frame
 from ifd_trainer.compare.measured import measured_of, read_documents, write_documents
-from ifd_trainer.compare.measures import MAIN, Measures
+from ifd_trainer.compare.measures import KEYS, MAIN, Measures
 from ifd_trainer.compare.results import read_results
 from ifd_trainer.compare.statistics import difference
 from ifd_trainer.data.format_choice import FormatOptions
 from ifd_trainer.data.formats import ALPACA, MESSAGES
 from ifd_trainer.errors import UserError
+from ifd_trainer.training.recipe_file import COMPARED
 
 
 def lines(path: Path, rows: list[dict]) -> Path:
@@ -52,7 +57,7 @@ def test_a_set_is_read_in_the_format_that_it_has(tmp_path):
     assert [each.name for each in sets] == [MAIN, "alike", "chats", "named"]
     assert [each.format for each in sets[:3]] == [ALPACA, ALPACA, MESSAGES]
     assert sets[3].format.render(sets[3].rows[0]).prompt == "Q: 1 + 1?"
-    frame = rows_frame(sets, measures)
+    frame = rows_frame(sets)
     assert frame["set"].tolist() == [MAIN] * 3 + ["alike"] * 2 + ["chats", "named"]
     assert frame["category"].tolist() == [None] * 6 + ["sums"]
     assert frame["group"].isna().all()
@@ -90,11 +95,13 @@ def compared(tmp_path_factory) -> Comparison:
     own = [{**row, "topic": "ab"[n % 2], "document": f"d{n // 2}"} for n, row in enumerate(raw_rows(12, seed=9))]
     lines(place / "held_out.jsonl", own)
     lines(place / "other.jsonl", [{**row, "topic": "rare" if n else None} for n, row in enumerate(raw_rows(5, seed=8))])
+    lines(place / "asked.jsonl", [{"text": "What ran?"}, {"text": "A cat or a dog?"}])
     (place / "recipe.yaml").write_text(
         f"model_name_or_path: {place / 'model'}\ndataset_name: rows.jsonl\neval_dataset: held_out.jsonl\n"
         "format: alpaca\nkeep: 4\nnum_train_epochs: 1\nper_device_train_batch_size: 2\nlearning_rate: 0.01\n"
         "max_length: 256\nuse_cpu: true\ngradient_checkpointing: false\nbf16: false\ndisable_tqdm: true\nseeds: 2\n"
         f"arms: longest\noutput_dir: {place / 'out'}\nheld_out_sets: {{other: other.jsonl}}\ncategory_column: topic\n"
+        "answers: 4\nmax_new_tokens: 8\nprompts: {asked: asked.jsonl}\n"
     )
     made = []
 
@@ -146,7 +153,7 @@ def test_intervals_are_clustered_by_the_groups_of_rows(compared):
 @RECIPES
 def test_the_ifd_of_held_out_rows_is_measured(compared):
     results = read_results(compared)
-    assert [(each.measure, each.of, each.documents) for each in results.measured] == [
+    assert [(each.measure, each.of, each.documents) for each in results.measured[:2]] == [
         ("IFD", MAIN, 12),
         ("IFD", "other", 5),
     ]
@@ -165,12 +172,49 @@ def test_tables_and_files_have_all_sets(compared, capsys):
         (MAIN, ""), (MAIN, "a"), (MAIN, "b"), ("other", ""),
     }  # fmt: skip
     assert len(frame) == 4 * 2 * 3
-    assert measured_frame(results)["documents"].tolist() == [12, 12, 5, 5]
+    assert measured_frame(results)["documents"].tolist() == [12, 12, 5, 5] + [4] * 8
     assert main(["report", str(compared.folder)]) == 0
     page = (compared.folder / "compare.html").read_text(encoding="utf-8")
     assert "Losses of other rows" in page
     assert "a (held-out rows)" in page
     assert "Too few rows to compare losses of: rare of other (4 rows with a loss) and (none) of other" in page
+
+
+@RECIPES
+def test_trained_models_answer_the_same_rows_and_prompts(compared):
+    chosen = [str(place) for place in asked_rows(12, most=4)]
+    assert len(set(chosen)) == 4
+    for task in compared.tasks():
+        answers = pd.read_parquet(answers_path(task.folder, MAIN))
+        assert answers["document"].tolist() == chosen
+        assert answers["group"].tolist() == [f"d{int(place) // 2}" for place in chosen]
+        rows = raw_rows(12, seed=9)
+        assert answers["reference"].tolist() == [rows[int(place)]["output"] for place in chosen]
+        assert (answers["answer_tokens"] <= 8).all()
+        prompts = pd.read_parquet(answers_path(task.folder, "asked"))["prompt"]
+        assert [text.count("What ran?") for text in prompts] == [1, 0]
+    measured = {(each.measure, each.of): each for each in read_results(compared).measured}
+    found = measured["ROUGE-L", MAIN]
+    assert (found.documents, found.higher) == (4, True)
+    task = next(task for task in compared.tasks() if (task.arm.name, task.seed) == ("longest", 1))
+    answers = pd.read_parquet(answers_path(task.folder, MAIN))
+    values = agreement(answers).query("measure == 'ROUGE-L'")["value"]
+    assert next(arm for arm in found.arms if arm.arm == "longest").by_seed[1] == pytest.approx(values.mean())
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
+    asked = []
+
+    def run_tasks(model, tokenizer, tasks, **settings):
+        asked.append((tasks, settings["limit"]))
+        return TaskScores(long_form("arc", "acc", ["arc/0", "arc/1"], [1, 0]), pd.DataFrame({"value": [0.5]}), {})
+
+    monkeypatch.setattr("ifd_trainer.compare.at_end.run_tasks", run_tasks)
+    for _ in range(2):
+        measure_at_end(None, None, [], [], Measures(tasks="arc", task_limit=2), tmp_path)
+    assert asked == [(("arc",), 2)]
+    (read,) = read_documents(tmp_path)
+    assert read["value"].tolist() == [1.0, 0.0]
 
 
 def frame_of(values: dict[str, float], measure: str = "exact match", higher: bool | None = True) -> pd.DataFrame:
@@ -191,10 +235,14 @@ def test_documents_are_paired_by_their_keys_and_left_out_where_a_run_has_none(tm
     assert arm.by_seed == [1.0, 1.0]
     assert base.against is None
     assert arm.against.mean == pytest.approx(1 / 6)
-    write_documents(tmp_path, "answers", one.drop(columns="group"))
+    write_documents(tmp_path, "answers", one)
     (read,) = read_documents(tmp_path)
     assert read["document"].tolist() == ["a", "b", "c", "d"]
 
 
 def test_a_measure_of_one_document_says_nothing(tmp_path):
     assert measured_of({"random": [frame_of({"a": 1.0})] * 2, "longest": [frame_of({"a": 0.0})] * 2}) == []
+
+
+def test_a_run_does_not_read_the_keys_of_measures():
+    assert set(KEYS) <= set(COMPARED)

@@ -1,0 +1,107 @@
+"""What is measured of a model once its run has ended: its answers to prompts, and tasks of lm-evaluation-harness.
+
+Each thing is measured once: what is in the run's folder already is not measured again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from ..data.atomic import write_atomically
+from .agreement import agreement
+from .answers import answers_to
+from .arms import folder_of
+from .harness import PlannedTask, check_tasks, main_measures, run_tasks
+from .held_out_sets import HeldOutSet, rows_frame
+from .measured import documents_path, write_documents
+from .measures import Measures
+
+
+def measure_at_end(
+    model: nn.Module,
+    tokenizer: Any,
+    sets: Sequence[HeldOutSet],
+    prompts: Sequence[HeldOutSet],
+    measures: Measures,
+    folder: Path,
+) -> None:
+    """Measure what `measures` asks for, into the folder of the run.
+
+    Args:
+        sets: of held-out rows, whose own answers the model's are held against.
+        prompts: without answers of their own, for a judge.
+    """
+    if measures.answers:
+        for each in sets:
+            chosen = asked_rows(len(each.rows), measures.answers)
+            answers = _answers(model, tokenizer, each, chosen, measures, folder)
+            name = f"agreement-{folder_of(each.name)}"
+            if not documents_path(folder, name).exists():
+                write_documents(folder, name, agreement(answers, each.name, list(answers["group"])))
+    for each in prompts:
+        _answers(model, tokenizer, each, range(len(each.rows)), measures, folder)
+    if measures.tasks and not documents_path(folder, "tasks").exists():
+        found = run_tasks(
+            model,
+            tokenizer,
+            measures.tasks,
+            limit=measures.task_limit,
+            include_path=measures.task_folder,
+            confirm_run_unsafe_code=measures.confirm_run_unsafe_code,
+        )
+        # All measures of the tasks are kept; the usual one of each is compared.
+        write_atomically(folder / "tasks.csv", lambda path: found.aggregates.to_csv(path, index=False))
+        write_atomically(folder / "tasks.parquet", lambda path: found.values.to_parquet(path, index=False))
+        write_documents(folder, "tasks", main_measures(found.values))
+
+
+def checked_tasks(measures: Measures) -> list[PlannedTask]:
+    """The tasks that will be asked, once what answers and tasks need is known to be there.
+
+    Raises:
+        UserError: for a package that is not installed, and tasks that are not known or whose data cannot be read.
+    """
+    if measures.answers:
+        agreement(pd.DataFrame(columns=["document", "reference", "answer", "status"]))
+    if not measures.tasks:
+        return []
+    return check_tasks(
+        measures.tasks,
+        measures.task_folder,
+        limit=measures.task_limit,
+        confirm_run_unsafe_code=measures.confirm_run_unsafe_code,
+    )
+
+
+def asked_rows(rows: int, most: int) -> list[int]:
+    """Which of a set's rows are answered: the same in all runs, from all over the set.
+
+    >>> asked_rows(3, most=5)
+    [0, 1, 2]
+    """
+    return sorted(np.random.default_rng(0).permutation(rows)[:most].tolist())
+
+
+def answers_path(folder: Path, name: str) -> Path:
+    """Where a run keeps its answers to the prompts of a set."""
+    return folder / f"answers-{folder_of(name)}.parquet"
+
+
+def _answers(
+    model: nn.Module, tokenizer: Any, each: HeldOutSet, chosen: Sequence[int], measures: Measures, folder: Path
+) -> pd.DataFrame:
+    """The answers to some rows of a set, with `category` and `group`; `document` is a row's position in the set."""
+    path = answers_path(folder, each.name)
+    if path.exists():
+        return pd.read_parquet(path)
+    answers = answers_to(model, tokenizer, each.rows.select(chosen), each.format, measures.max_new_tokens)
+    rows = rows_frame([each]).iloc[list(chosen)].reset_index(drop=True)
+    answers = answers.assign(document=[str(place) for place in chosen], category=rows["category"], group=rows["group"])
+    write_atomically(path, lambda part: answers.to_parquet(part, index=False))
+    return answers

@@ -1,0 +1,217 @@
+"""The judge of a comparison: what a recipe says of it, and what it says of the arms' answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..data.atomic import write_atomically
+from ..errors import NotFoundError, UserError
+from ..method.number_words import many
+from .arms import BASELINE
+from .at_end import answers_path
+from .comparison import Comparison
+from .judge import Count, Judge, count_questions, judge_pairs, paired_answers
+from .judge_client import OpenAIJudge
+from .judge_scores import judged_documents
+from .measures import MAIN, Measures
+from .reward_model import RewardModel
+from .statistics import Difference
+
+# Of an API key neither is read from a recipe, which is published with the results.
+_OPENAI = [field.name for field in dataclasses.fields(OpenAIJudge) if field.name != "api_key"]
+FILE = "judging.json"
+_REWARD = ["margin", "max_length", "batch_size", "device"]
+
+
+@dataclass(frozen=True)
+class JudgedArm:
+    """What a judge says of the answers of one arm to the prompts of one set, beside those of random rows.
+
+    Attributes:
+        documents: prompts with a verdict for each seed.
+        left_out: prompts that lack one.
+        wins, ties, losses: over documents and seeds.
+        score: the winning score less 1, (wins - losses) / (documents x seeds).
+        length_controlled: the same where answers are equally long.
+    """
+
+    of: str
+    arm: str
+    documents: int
+    left_out: int
+    wins: int
+    ties: int
+    losses: int
+    score: Difference
+    length_controlled: Difference
+
+
+@dataclass(frozen=True)
+class Judging:
+    """All that a judge has said.
+
+    Attributes:
+        judge: its name.
+        seeds: of the runs.
+        arms: one after the other, set by set.
+        notes: what there is to know of its verdicts, in sentences.
+    """
+
+    judge: str
+    seeds: list[int]
+    arms: list[JudgedArm]
+    notes: list[str]
+
+    def save(self, folder: Path) -> None:
+        """Keep it in the folder of a comparison."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        write_atomically(folder / FILE, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+    @classmethod
+    def load(cls, folder: Path, seeds: list[int]) -> Judging | None:
+        """What was kept, if it is of these seeds."""
+        path = folder / FILE
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if kept.get("seeds") != seeds:
+            return None
+        known = ("score", "length_controlled")
+        arms = [JudgedArm(**{**arm, **{key: Difference(**arm[key]) for key in known}}) for arm in kept["arms"]]
+        return cls(kept["judge"], seeds, arms, kept["notes"])
+
+
+def read_judge(given: Any) -> Judge | None:
+    """The judge that a recipe describes: `model` and what else `OpenAIJudge` takes, or `reward_model`.
+
+    Raises:
+        UserError: for a key that there is not, and for values that cannot be.
+
+    >>> read_judge({"model": "local", "base_url": "http://localhost:8000/v1"}).name
+    'local'
+    """
+    if not given:
+        return None
+    if not isinstance(given, Mapping) or ("model" in given) == ("reward_model" in given):
+        raise UserError(f"judge wants a mapping with model, of a server, or with reward_model, got {given!r}.")
+    keys = ["reward_model", *_REWARD] if "reward_model" in given else _OPENAI
+    if "api_key" in given:
+        raise UserError("judge: an api_key does not belong in a recipe: set OPENAI_API_KEY in the environment.")
+    if unknown := [key for key in given if key not in keys]:
+        raise UserError(f"judge: there is no key {unknown[0]!r}. Known are {', '.join(keys)}.")
+    if "reward_model" in given:
+        return RewardModel(given["reward_model"], **{key: value for key, value in given.items() if key in _REWARD})
+    return OpenAIJudge(**given)
+
+
+def judged_sets(measures: Measures) -> list[str]:
+    """Of which sets the answers are judged: those of prompts, or else of held-out rows.
+
+    Raises:
+        UserError: where models are to answer nothing.
+    """
+    if measures.prompts:
+        return list(measures.prompts)
+    if not measures.answers:
+        raise UserError(
+            "A judge wants answers: name prompts in the recipe, or say how many held-out rows are answered with "
+            "answers: 100."
+        )
+    return [MAIN, *measures.held_out_sets]
+
+
+def questions(comparison: Comparison, seeds: Sequence[int], judge: Judge) -> Count:
+    """What the judge is still to be asked, once all runs have ended."""
+    counts = [
+        count_questions(_pairs(comparison, seeds, name), judge, comparison.folder)
+        for name in judged_sets(comparison.measures)
+    ]
+    return Count(*(sum(getattr(count, field.name) for count in counts) for field in dataclasses.fields(Count)))
+
+
+def judged(
+    comparison: Comparison,
+    seeds: Sequence[int],
+    judge: Judge,
+    progress: Callable[[int, int], Any] | None = None,
+    again: bool = False,
+) -> Judging:
+    """What a judge says of all arms: asked for what it was not asked before.
+
+    Args:
+        seeds: with which all arms have ended.
+        progress: is called with how many questions of a set were asked, and how many there are.
+        again: whether what it said badly before is asked again.
+
+    Raises:
+        UserError: what the judge raises, and where a run has no answers.
+    """
+    arms, notes, others = [], [], len(comparison.arms) - 1
+    for name in judged_sets(comparison.measures):
+        pairs = _pairs(comparison, seeds, name)
+        found = judge_pairs(pairs, judge, comparison.folder, name, progress, again)
+        for arm, lines in found.frame.groupby("arm", sort=False):
+            documents = judged_documents(lines)
+            values = documents.values
+            if values.shape[1] < 2:
+                notes.append(f"Of {arm}'s answers to {name} fewer than 2 have a verdict with each seed.")
+                continue
+            arms.append(
+                JudgedArm(
+                    name,
+                    str(arm),
+                    values.shape[1],
+                    documents.left_out,
+                    documents.wins,
+                    int((values == 0).sum()),
+                    documents.losses,
+                    documents.difference(others),
+                    documents.length_controlled(others),
+                )
+            )
+        notes += _notes(name, found)
+    return Judging(judge.name, list(seeds), arms, notes)
+
+
+def _notes(name: str, found: Any) -> list[str]:
+    notes = []
+    if found.reasons:
+        bad = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.items())
+        notes.append(f"{name}: {many(sum(found.reasons.values()), 'answer')} of the judge no verdict ({bad}).")
+    frame = found.frame
+    if frame["contradicts"].any():
+        share = frame["contradicts"].sum() / max(frame["value"].notna().sum(), 1)
+        notes.append(f"{name}: of {share:.0%} of the pairs the judge preferred another answer in the other order.")
+    if found.count.same:
+        notes.append(
+            f"{name}: {many(found.count.same, 'pair')} of answers {_are(found.count.same)} the same text, ties."
+        )
+    if found.cut:
+        notes.append(f"{name}: {many(found.cut, 'answer')} {_are(found.cut)} longer than the reward model reads.")
+    if len(found.by) > 1:
+        notes.append(f"{name}: verdicts are of {', '.join(f'{by} ({count:,})' for by, count in found.by.items())}.")
+    return notes
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _pairs(comparison: Comparison, seeds: Sequence[int], name: str) -> pd.DataFrame:
+    answers = {}
+    for task in comparison.tasks():
+        if task.seed not in seeds:
+            continue
+        path = answers_path(Path(task.folder), name)
+        if not path.exists():
+            raise NotFoundError(f"{task.name} has no answers to {name}: {path} is not there.")
+        frame = pd.read_parquet(path)
+        answers[task.arm.name, task.seed] = frame[frame["answer"].notna()]
+    if not any(arm == BASELINE for arm, _ in answers):
+        raise NotFoundError(f"No run of {BASELINE} rows has ended, against which the others are judged.")
+    return paired_answers(answers)
