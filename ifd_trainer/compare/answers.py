@@ -103,7 +103,9 @@ def _reference(example: Example) -> str:
 def _prompt_ids(example: Example, tokenizer: Any) -> list[int]:
     # A space at a prompt's end is part of an answer's first token, in most tokenizers and where the row is scored.
     text = example.prompt.rstrip(" ")
-    return tokenizer(text, add_special_tokens=example.special_tokens, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=example.special_tokens, verbose=False)["input_ids"]
+    ended = example.special_tokens and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ended else ids  # some tokenizers end every text
 
 
 def _turn_ends(examples: Sequence[Example], tokenizer: Any) -> set[int]:

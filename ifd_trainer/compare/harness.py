@@ -323,8 +323,9 @@ def _tried(asked: _Asked, manager: Any) -> tuple[str, ...]:
     from lm_eval.models.dummy import DummyLM
 
     try:
-        # Whether a task may run programs is known by now.
-        results = _run(DummyLM(), tasks=asked.items, task_manager=manager, limit=1, confirm_run_unsafe_code=True)
+        # Whether a task may run programs is known by now; torch, with the states of all devices, is left alone.
+        options = {"task_manager": manager, "limit": 1, "confirm_run_unsafe_code": True, "torch_random_seed": None}
+        results = _run(DummyLM(), tasks=asked.items, **options)
     except ImportError as error:
         raise _not_installed(asked.name, error) from error
     except Exception as error:

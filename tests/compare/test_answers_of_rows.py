@@ -7,6 +7,7 @@ import torch
 from conftest import build_tokenizer
 from datasets import Dataset
 from tiny_runs import TOKENIZER, model_with, random_states, raw_rows, sft_trainer, text_rows, weights_of
+from tokenizers.processors import TemplateProcessing
 
 from ifd_trainer.compare.answers import answers_to
 from ifd_trainer.data.encoding import Encoder
@@ -58,12 +59,22 @@ def saying(model, monkeypatch):
     return say
 
 
+def with_specials(bos: bool, eos: bool):
+    """A tokenizer that begins or ends every text with a special token."""
+    tokenizer = build_tokenizer()
+    template = f"{'<s> ' if bos else ''}$A{' <|im_end|>' if eos else ''}"
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
 @pytest.mark.parametrize("add_bos", [False, True])
 @pytest.mark.parametrize(
     ("rows", "format"), [(ALPACA_ROWS, ALPACA), (CHATS, MESSAGES), (PAIRS, PROMPT_COMPLETION)], ids=lambda value: ""
 )
-def test_a_prompt_has_the_tokens_that_an_answer_is_scored_behind(model, asked, rows, format, add_bos):
-    tokenizer = build_tokenizer(add_bos=add_bos)
+def test_a_prompt_has_the_tokens_that_an_answer_is_scored_behind(model, asked, rows, format, add_bos, add_eos):
+    tokenizer = with_specials(add_bos, add_eos)
     answers_to(model, tokenizer, Dataset.from_list(rows), format, max_new_tokens=2)
     pairs = Encoder(tokenizer)([format.render(row, tokenizer) for row in rows])
     scored = [pair.conditioned.ids[: pair.conditioned.start] for pair in pairs]

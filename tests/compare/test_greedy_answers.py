@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import random
 
-import numpy as np
 import pytest
 import torch
 from conftest import build_model, build_tokenizer
+from tiny_runs import random_states
 from transformers import GenerationConfig
 
 from ifd_trainer.compare.greedy import Answer, greedy_answers, plain_generation, stop_tokens
@@ -138,13 +137,11 @@ def test_all_is_given_back(tokenizer, prompts, expected):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "right"
     modes = [module.training for module in model.modules()]
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    states = random_states()
     found = greedy_answers(model, tokenizer, prompts, NEW, stop=())
     assert [answer.text for answer in found] == texts(tokenizer, expected)
     assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
-    assert random.getstate() == states[2]
+    assert random_states() == states
     assert (model.config.use_cache, tokenizer.padding_side) == (False, "right")
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.is_gradient_checkpointing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 import yaml
 from conftest import ROUNDING, build_model, build_tokenizer, reference_nll
 from datasets import Dataset, DatasetDict
+from tiny_runs import random_states
 from transformers import GenerationConfig
 
 from ifd_trainer.compare import harness
@@ -253,15 +253,14 @@ def test_the_model_is_given_back_as_it_was(lm_eval, folder, scores):
         do_sample=True, temperature=9.0, repetition_penalty=9.0, eos_token_id=2, pad_token_id=0
     )
     modes = [module.training for module in model.modules()]
-    states = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
+    states = random_states()
     weights = copy.deepcopy(model.state_dict())
     found = run_tasks(model, tokenizer, ["tiny_choices", "tiny_texts"], folder, batch_size=3)
     assert of(found, "tiny_texts", "exact_match (whole)").value.tolist() == [0.0, 1.0, 0.0, 1.0]
     assert of(found, "tiny_choices", "acc").value.tolist() == of(scores, "tiny_group", "acc").value.tolist()[:5]
     assert of(found, "tiny_choices", "acc").group.isna().all()
     assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert (str(np.random.get_state()), random.getstate()) == states[1:]  # noqa: NPY002
+    assert random_states() == states
     assert (model.config.use_cache, model.generation_config, tokenizer.pad_token) == (False, own, None)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
@@ -269,6 +268,23 @@ def test_the_model_is_given_back_as_it_was(lm_eval, folder, scores):
 def test_a_limit_takes_the_first_documents(lm_eval, folder, tokenizer, trained, scores):
     found = run_tasks(trained, tokenizer, ["tiny_choices"], folder, limit=3)
     assert of(found, "tiny_choices", "acc").value.tolist() == of(scores, "tiny_group", "acc").value.tolist()[:3]
+
+
+def test_an_adapter_is_asked_with_its_weights(lm_eval, folder, tokenizer, scores):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=8, lora_alpha=64, init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = peft.get_peft_model(build_model(len(tokenizer), seed=3), config).eval()
+    found = run_tasks(model, tokenizer, ["tiny_choices", "tiny_texts"], folder)
+    assert of(found, "tiny_choices", "acc").value.tolist() == right(model, tokenizer, CHOICES)
+    assert not of(found, "tiny_texts", "exact_match (whole)").value.any()
+
+
+def test_a_plan_draws_no_random_numbers(lm_eval, folder):
+    before = random_states()
+    check_tasks(["tiny_choices"], folder)
+    assert random_states() == before
 
 
 @pytest.mark.parametrize(("limit", "documents"), [(None, [7, 4]), (3, [5, 3]), (0.5, [4, 2])])
