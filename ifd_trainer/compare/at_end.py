@@ -18,7 +18,7 @@ from .agreement import agreement
 from .answers import answers_to
 from .arms import folder_of
 from .harness import PlannedTask, check_tasks, main_measures, run_tasks
-from .held_out_sets import HeldOutSet, rows_frame
+from .held_out_sets import HeldOutSet, question_of, rows_frame
 from .measured import documents_path, write_documents
 from .measures import Measures
 
@@ -96,12 +96,13 @@ def answers_path(folder: Path, name: str) -> Path:
 def _answers(
     model: nn.Module, tokenizer: Any, each: HeldOutSet, chosen: Sequence[int], measures: Measures, folder: Path
 ) -> pd.DataFrame:
-    """The answers to some rows of a set, with `category` and `group`; `document` is a row's position in the set."""
+    """The answers to some rows of a set, with `category`, `group` and `question`; `document` is the row's position."""
     path = answers_path(folder, each.name)
     if path.exists():
         return pd.read_parquet(path)
     answers = answers_to(model, tokenizer, each.rows.select(chosen), each.format, measures.max_new_tokens)
     rows = rows_frame([each]).iloc[list(chosen)].reset_index(drop=True)
     answers = answers.assign(document=[str(place) for place in chosen], category=rows["category"], group=rows["group"])
+    answers["question"] = [question_of(each.rows[place], each.format) for place in chosen]
     write_atomically(path, lambda part: answers.to_parquet(part, index=False))
     return answers

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from ..data.chat_template import reads_as_text
+from ..data.chat_template import MalformedRow, reads_as_text, text_of
 from ..data.files import load_rows
 from ..data.format_choice import FormatOptions, resolve_format
 from ..data.formats import ChatFormat, PromptCompletionFormat, PromptFormat, TemplateFormat
@@ -128,6 +128,28 @@ def asking(text: str, own: HeldOutSet) -> dict[str, Any]:
     if isinstance(format, TemplateFormat) and format.instances is None:
         return {format.instruction: text, format.output: _ANY} | ({format.system: ""} if format.system else {})
     raise UserError(f"prompts cannot be written in the format {format.name!r}. Leave prompts out.")
+
+
+def question_of(row: Mapping[str, Any], format: PromptFormat) -> str:
+    """What a row asks, without the words that its format puts around it: for a reader, not for the model.
+
+    >>> from ifd_trainer.data.formats import ALPACA, MESSAGES
+    >>> question_of({"instruction": "Add.", "input": "1, 2", "output": "3"}, ALPACA)
+    'Add.\\n\\n1, 2'
+    >>> question_of({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"}]}, MESSAGES)
+    'Hi'
+    """
+    try:
+        if isinstance(format, TemplateFormat):
+            return "\n\n".join(filter(None, format.texts(row)[:2]))
+        prompt = format.parts(row)[0]
+    except MalformedRow:
+        return ""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return text_of(prompt[0].get("content"))
+    return "\n\n".join(f"{message['role']}: {text_of(message.get('content'))}" for message in prompt)
 
 
 def _prompt_column(rows: Dataset, named: str | None) -> str:

@@ -94,7 +94,7 @@ def paired_answers(answers: Mapping[tuple[str, int], pd.DataFrame]) -> pd.DataFr
     """Each arm's answers beside those of random rows with the same seed.
 
     Args:
-        answers: by arm and seed, with the columns document, prompt and answer (None where there is none), and category
+        answers: by arm and seed, with the columns document, prompt and answer (None where there is none), and group
             if there are such.
 
     Returns:
@@ -103,7 +103,7 @@ def paired_answers(answers: Mapping[tuple[str, int], pd.DataFrame]) -> pd.DataFr
     Raises:
         UserError: for a run whose random rows are not there, or have other documents.
 
-    >>> frame = pd.DataFrame({"document": ["1"], "prompt": ["Hi"], "answer": ["Yes."], "category": [None]})
+    >>> frame = pd.DataFrame({"document": ["1"], "prompt": ["Hi"], "answer": ["Yes."], "group": [None]})
     >>> pairs = paired_answers({("random", 0): frame, ("static", 0): frame.assign(answer="No.")})
     >>> pairs[["own", "other"]].values.tolist()
     [['No.', 'Yes.']]
@@ -118,7 +118,7 @@ def paired_answers(answers: Mapping[tuple[str, int], pd.DataFrame]) -> pd.DataFr
         both = own.merge(other[["document", "prompt", "answer"]], on=["document", "prompt"], validate="one_to_one")
         if not len(both) == len(own) == len(other):
             raise UserError(f"{arm} and {BASELINE}, seed {seed}, have answered other documents: make the answers anew.")
-        columns = {"own": both["answer_x"], "other": both["answer_y"], "group": both.get("category")}
+        columns = {"own": both["answer_x"], "other": both["answer_y"], "group": both.get("group")}
         lines.append(both[["document", "prompt"]].assign(arm=arm, seed=seed, **columns))
     columns = ["arm", "seed", "document", "prompt", "own", "other", "group"]
     return pd.concat(lines, ignore_index=True)[columns] if lines else pd.DataFrame(columns=columns)

@@ -19,7 +19,7 @@ from .at_end import answers_path
 from .comparison import Comparison
 from .judge import Count, Judge, count_questions, judge_pairs, paired_answers
 from .judge_client import OpenAIJudge
-from .judge_scores import judged_documents
+from .judge_scores import judged_documents, winning_score
 from .measures import MAIN, Measures
 from .reward_model import RewardModel
 from .statistics import Difference
@@ -40,6 +40,7 @@ class JudgedArm:
         wins, ties, losses: over documents and seeds.
         score: the winning score less 1, (wins - losses) / (documents x seeds).
         length_controlled: the same where answers are equally long.
+        by_category: winning scores of the prompts of each category, if they have any.
     """
 
     of: str
@@ -51,6 +52,7 @@ class JudgedArm:
     losses: int
     score: Difference
     length_controlled: Difference
+    by_category: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def judged(
     """
     arms, notes, others = [], [], len(comparison.arms) - 1
     for name in judged_sets(comparison.measures):
-        pairs = _pairs(comparison, seeds, name)
+        pairs, categories = _pairs(comparison, seeds, name), _categories(comparison, name)
         found = judge_pairs(pairs, judge, comparison.folder, name, progress, again)
         for arm, lines in found.frame.groupby("arm", sort=False):
             documents = judged_documents(lines)
@@ -172,10 +174,22 @@ def judged(
                     documents.losses,
                     documents.difference(others),
                     documents.length_controlled(others),
+                    _by_category(lines, categories),
                 )
             )
         notes += _notes(name, found)
     return Judging(judge.name, list(seeds), arms, notes)
+
+
+def _by_category(lines: pd.DataFrame, categories: pd.Series) -> dict[str, float]:
+    values = lines.dropna(subset="value").assign(category=lambda frame: frame["document"].map(categories))
+    return {str(category): winning_score(each["value"]) for category, each in values.groupby("category")}
+
+
+def _categories(comparison: Comparison, name: str) -> pd.Series:
+    """Of each document, its category."""
+    answers = pd.read_parquet(answers_path(comparison.tasks()[0].folder, name))
+    return answers.set_index("document")["category"]
 
 
 def _notes(name: str, found: Any) -> list[str]:
@@ -211,7 +225,8 @@ def _pairs(comparison: Comparison, seeds: Sequence[int], name: str) -> pd.DataFr
         if not path.exists():
             raise NotFoundError(f"{task.name} has no answers to {name}: {path} is not there.")
         frame = pd.read_parquet(path)
-        answers[task.arm.name, task.seed] = frame[frame["answer"].notna()]
+        # The judge reads what is asked, without the words that a format puts around it.
+        answers[task.arm.name, task.seed] = frame[frame["answer"].notna()].assign(prompt=frame["question"])
     if not any(arm == BASELINE for arm, _ in answers):
         raise NotFoundError(f"No run of {BASELINE} rows has ended, against which the others are judged.")
     return paired_answers(answers)

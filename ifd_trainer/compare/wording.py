@@ -153,6 +153,18 @@ def judged_cells(results: Results) -> tuple[list[str], list[list[str]]]:
     return headers, lines
 
 
+def category_cells(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headers and lines: of each category of prompts, the winning score of each arm."""
+    judged = [arm for arm in (results.judging.arms if results.judging is not None else ()) if arm.by_category]
+    names = list(dict.fromkeys(arm.arm for arm in judged))
+    scores = {(arm.of, category, arm.arm): score for arm in judged for category, score in arm.by_category.items()}
+    lines = []
+    for of, category in dict.fromkeys((of, category) for of, category, _ in scores):
+        cells = (scores.get((of, category, name)) for name in names)
+        lines.append([category, of, *("" if score is None else f"{score:.3f}" for score in cells)])
+    return ["category", "of", *names], lines
+
+
 def _score_cells(found: Difference) -> tuple[str, str]:
     return f"{1 + found.mean:.3f}", f"{1 + found.low:.3f} to {1 + found.high:.3f}"
 

@@ -191,8 +191,9 @@ def test_trained_models_answer_the_same_rows_and_prompts(compared):
         rows = raw_rows(12, seed=9)
         assert answers["reference"].tolist() == [rows[int(place)]["output"] for place in chosen]
         assert (answers["answer_tokens"] <= 8).all()
-        prompts = pd.read_parquet(answers_path(task.folder, "asked"))["prompt"]
-        assert [text.count("What ran?") for text in prompts] == [1, 0]
+        asked = pd.read_parquet(answers_path(task.folder, "asked"))
+        assert [text.count("### Instruction:\nWhat ran?\n") for text in asked["prompt"]] == [1, 0]
+        assert asked["question"].tolist() == ["What ran?", "A cat or a dog?"]
     measured = {(each.measure, each.of): each for each in read_results(compared).measured}
     found = measured["ROUGE-L", MAIN]
     assert (found.documents, found.higher) == (4, True)

@@ -56,7 +56,7 @@ def answers_of(own, other, seeds=1):
         texts = [f"answer {number}" for number in numbers]
         questions = [f"question {document}" for document in documents]
         columns = {"document": documents, "prompt": questions, "answer": texts, "cut": False}
-        return pd.DataFrame(columns | {"category": [f"kind {int(document) % 2}" for document in documents]})
+        return pd.DataFrame(columns | {"group": [f"kind {int(document) % 2}" for document in documents]})
 
     return {(arm, seed): frame(n) for arm, n in (("random", other), ("static", own)) for seed in range(seeds)}
 
@@ -109,7 +109,7 @@ def test_verdicts_become_a_frame(tmp_path):
 
 def test_documents_without_an_answer_have_no_verdict(tmp_path):
     answers = answers_of([1, 2, 3], [3, 2, 5])
-    answers["static", 0] = answers["static", 0].drop(columns="category").assign(answer=["answer 1", None, None])
+    answers["static", 0] = answers["static", 0].drop(columns="group").assign(answer=["answer 1", None, None])
     answers["random", 0] = answers["random", 0].assign(answer=["answer 3", "answer 2", None])
     with ChatServer(by_number) as server:
         judged = judge_pairs(paired_answers(answers), judge_of(server), tmp_path)
@@ -215,7 +215,7 @@ def test_a_whole_test_set(tmp_path, shared):
                 "document": [str(row["question_id"]) for row in rows],
                 "prompt": [row["text"] for row in rows],
                 "answer": ["word " * (20 + longer(row["question_id"])) for row in rows],
-                "category": [row["category"] for row in rows],
+                "group": [row["category"] for row in rows],
             }
         )
 

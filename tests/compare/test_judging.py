@@ -64,7 +64,16 @@ def comparison(tmp_path) -> Comparison:
     for task in made.tasks():
         answers = [f"{'long answer' if task.arm.name == 'better' and n < 9 else 'short'}" for n in range(PROMPTS)]
         answers[0] = "ab" if task.arm.name == "alike" else answers[0]
-        frame = pd.DataFrame({"document": map(str, range(PROMPTS)), "prompt": "?", "answer": answers, "category": None})
+        frame = pd.DataFrame(
+            {
+                "document": map(str, range(PROMPTS)),
+                "question": "?",
+                "prompt": "Q: ? A:",
+                "answer": answers,
+                "group": None,
+            }
+        )
+        frame["category"] = ["odd" if n % 2 else "even" for n in range(PROMPTS)]
         frame.to_parquet(answers_path(task.folder, "asked"))
     return made
 
@@ -80,6 +89,7 @@ def test_verdicts_are_counted_by_arm_and_asked_for_once(comparison):
     better, alike = by_arm["better"], by_arm["alike"]
     assert (better.documents, better.wins, better.ties, better.losses) == (PROMPTS, 18, 6, 0)
     assert better.score.mean == pytest.approx(18 / 24)
+    assert better.by_category == {"even": 1 + 5 / 6, "odd": 1 + 4 / 6}
     assert (alike.wins, alike.ties, alike.losses) == (0, 22, 2)
     assert "28 pairs of answers are the same text" in " ".join(found.notes)
     assert judged(comparison, [0, 1], judge) == found
@@ -95,6 +105,10 @@ def test_the_page_shows_what_the_judge_prefers(comparison):
     page = (comparison.folder / "compare.html").read_text(encoding="utf-8")
     table = table_of(page, "What a judge prefers")
     assert table[1][:7] == ["better", "asked", "12", "18", "6", "0", "1.750"]
+    assert table_of(page, "Winning scores by category")[1:] == [
+        ["even", "asked", "1.833", "0.833"],
+        ["odd", "asked", "1.667", "1.000"],
+    ]
     assert "the longer one was asked for two answers to each prompt" in page
 
 
