@@ -11,7 +11,7 @@ from transformers import Trainer
 
 PACKAGE = ROOT / "ifd_trainer"
 # A room imports from itself and from the rooms before it; `errors` is everybody's, the top may import all.
-ROOMS = ["method", "data", "scoring", "training", "frameworks", "report", "publish", "compare"]
+ROOMS = ["method", "data", "scoring", "training", "frameworks", "report", "publish", "evaluation", "judge", "compare"]
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
 
 

@@ -49,13 +49,13 @@ def main(folder: Path) -> None:
     import torch
     from transformers.trainer_utils import get_last_checkpoint
 
+    from ..evaluation.at_end import measure_at_end
+    from ..evaluation.held_out_losses import HeldOutRows
+    from ..evaluation.held_out_sets import read_prompts, read_sets
+    from ..evaluation.measures import Measures
     from ..training.recipe import parse_recipe
     from ..training.recipe_plan import training_plan
     from ..training.recipe_run import build_run, selection_of
-    from .at_end import measure_at_end
-    from .held_out_sets import read_prompts, read_sets
-    from .measures import Measures
-    from .measuring import HeldOutRows
 
     todo = ArmRun(**json.loads((folder / RUN).read_text(encoding="utf-8")))
     began = time.perf_counter()

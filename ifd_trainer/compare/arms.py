@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.paths import folder_name
 from ..errors import UserError
+from ..evaluation.measured import BASELINE
 
-BASELINE = "random"
 _PLAIN = {"method": "dynamic", "guards": "none", "policy": "cherry"}  # what an arm's own keys stand on
 
 # By name: what it is in words, and its keys. Keys of an arm that scores once with the model as it is name that model.
@@ -108,7 +109,7 @@ def read_arms(
             if not keys["scorer"]:
                 raise UserError("arms: superfiltering scores with a small model: name it with superfilter: gpt2.")
         arms.append(arm_of(str(name), {**keys, **own}))
-    folders = [folder_of(arm.name) for arm in arms]
+    folders = [folder_name(arm.name) for arm in arms]
     if twice := sorted({folder for folder in folders if folders.count(folder) > 1}):
         raise UserError(f"arms: several of them would be in the folder {twice[0]!r}. Give them other names.")
     return arms
@@ -123,15 +124,6 @@ def arm_of(name: str, keys: Mapping[str, Any]) -> Arm:
     own = ", ".join(f"{key} {value}" for key, value in keys.items() if _PLAIN.get(key) != value)
     words = KNOWN[name][0] if name in KNOWN else f"of your own: {own or 'as dynamic'}"
     return Arm(name, words, keys, selects=name != "full")
-
-
-def folder_of(name: str) -> str:
-    """The name of an arm's folder.
-
-    >>> folder_of("guarded, near/far")
-    'guarded,_near_far'
-    """
-    return name.replace("/", "_").replace(" ", "_")
 
 
 def _names(names: Iterable[str]) -> str:

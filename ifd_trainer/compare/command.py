@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import NotFoundError, UserError
+from ..evaluation.measures import Measures, read_measures
 from ..method.number_words import many
 from ..training.recipe_file import check_recipe, overrides, read_recipe
 from .arms import DEFAULT, KNOWN, read_arms
-from .measures import Measures, read_measures
 
 if TYPE_CHECKING:
+    from ..judge.pairs import Judge
     from .comparison import Comparison
-    from .judge import Judge
     from .judging import Judging
 
 _DESCRIPTION = """Train the same model on the same rows, chosen in several ways (arms), each with several seeds, and say
@@ -84,7 +84,7 @@ def compare(arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from .at_end import checked_tasks
+    from ..evaluation.at_end import checked_tasks
     from .comparison import Comparison
     from .exports import write_numbers
     from .page import write_page

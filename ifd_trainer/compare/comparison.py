@@ -30,12 +30,13 @@ import yaml
 
 from .. import __version__
 from ..data.atomic import write_atomically
+from ..data.paths import folder_name
 from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_line
+from ..evaluation.held_out_losses import Point, read_points, rows_path
+from ..evaluation.measures import Measures
 from ..training.recipe_file import COMPARED, overrides, read_recipe
 from .arm_run import RESULT, ArmRun, write_run
-from .arms import Arm, arm_of, folder_of
-from .measures import Measures
-from .measuring import Point, read_points, rows_path
+from .arms import Arm, arm_of
 
 FILE = "comparison.json"
 _VERSIONS = ("torch", "transformers", "trl", "datasets")
@@ -112,7 +113,7 @@ class Comparison:
     def tasks(self) -> list[Task]:
         """All runs, seed by seed, so that a comparison that is cut short has whole seeds."""
         return [
-            Task(arm, seed, self.folder / folder_of(arm.name) / f"seed-{seed}")
+            Task(arm, seed, self.folder / folder_name(arm.name) / f"seed-{seed}")
             for seed in self.seeds
             for arm in self.arms
         ]

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from ..data.atomic import write_atomically
-from .arms import BASELINE
-from .measures import MAIN
+from ..evaluation.measured import BASELINE
+from ..evaluation.measures import MAIN
+from ..evaluation.statistics import Difference
 from .results import EQUAL, Part, Results
-from .statistics import Difference
 from .wording import caption_of
 
 _OF_DIFFERENCE = ("low", "high", "boot_low", "boot_high", "p", "smallest", "seeds_needed", "rows_needed")

@@ -13,16 +13,16 @@ import pandas as pd
 
 from ..data.atomic import write_atomically
 from ..errors import NotFoundError, UserError
+from ..evaluation.at_end import answers_path
+from ..evaluation.measured import BASELINE
+from ..evaluation.measures import MAIN, Measures
+from ..evaluation.statistics import Difference
+from ..judge.client import OpenAIJudge
+from ..judge.pairs import Count, Judge, count_questions, judge_pairs, paired_answers
+from ..judge.reward_model import RewardModel
+from ..judge.scores import judged_documents, winning_score
 from ..method.number_words import many
-from .arms import BASELINE
-from .at_end import answers_path
 from .comparison import Comparison
-from .judge import Count, Judge, count_questions, judge_pairs, paired_answers
-from .judge_client import OpenAIJudge
-from .judge_scores import judged_documents, winning_score
-from .measures import MAIN, Measures
-from .reward_model import RewardModel
-from .statistics import Difference
 
 # Of an API key neither is read from a recipe, which is published with the results.
 _OPENAI = [field.name for field in dataclasses.fields(OpenAIJudge) if field.name != "api_key"]

@@ -12,18 +12,19 @@ import yaml
 
 from ..data.atomic import write_atomically
 from ..errors import UserError
+from ..evaluation.measured import BASELINE
+from ..evaluation.statistics import POWER
 from ..method.number_words import listed, many
 from ..report.page_parts import Plot, RowTable, rendered, texts_of
 from ..report.score_frames import count_text, percent_text
 from ..report.tables import label_cells, labels_of
 from ..training.recipe_file import ALIASES
-from .arms import BASELINE, KNOWN, Arm
+from .arms import KNOWN, Arm
 from .comparison import Comparison, read_record
 from .exports import write_numbers
 from .judging import Judging
 from .plots import plot_intervals, plot_losses
 from .results import EQUAL, VIEWS, Curves, Outcome, Results, read_curves, results_of
-from .statistics import POWER
 from .trained_rows import TrainedRows, read_trained_rows
 from .wording import (
     COST_CAPTION,

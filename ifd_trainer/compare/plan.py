@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..evaluation.held_out_sets import read_prompts, read_sets
+from ..evaluation.measures import Measures
 from ..training.recipe import parse_recipe
 from ..training.recipe_plan import training_plan
 from ..training.recipe_run import build_run, selection_of
 from .arms import Arm
-from .held_out_sets import read_prompts, read_sets
-from .measures import Measures
 
 _FORWARD, _TRAINED = 2, 6  # operations for each parameter and token: a forward pass, and one with its backward pass
 

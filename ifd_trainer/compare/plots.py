@@ -11,10 +11,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ..data.readable_text import shortened
+from ..evaluation.measured import BASELINE
+from ..evaluation.statistics import Difference
 from ..report.plots import COLOURS, inside, new_figure
-from .arms import BASELINE
 from .results import EQUAL, Curves, Results
-from .statistics import Difference
 
 _AXES = {"tokens": "tokens trained on", "compute": "seconds for training and scoring"}
 # An arm's colour, marker and line; random rows have the first.

@@ -13,14 +13,14 @@ import pandas as pd
 
 from ..data.atomic import write_atomically
 from ..errors import UserError
+from ..evaluation.held_out_losses import Point
+from ..evaluation.held_out_sets import clusters_of
+from ..evaluation.measured import Measured, ifd_documents, measured_of, read_documents
+from ..evaluation.measures import MAIN
+from ..evaluation.statistics import Difference, difference
 from ..method.number_words import many
 from .comparison import Comparison, Task
-from .held_out_sets import clusters_of
 from .judging import Judging
-from .measured import Measured, ifd_documents, measured_of, read_documents
-from .measures import MAIN
-from .measuring import Point
-from .statistics import Difference, difference
 
 VIEWS = {  # what arms have as much of, in words
     "steps": "as many optimizer steps",

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..evaluation.harness import STANDS_FOR, PlannedTask
+from ..evaluation.measured import BASELINE
+from ..evaluation.measures import MAIN, Measures
+from ..evaluation.statistics import ALPHA, POWER, Difference
 from ..method.number_words import listed, many
 from ..report.summary import Summary
-from .arms import BASELINE
 from .comparison import minutes
-from .harness import STANDS_FOR, PlannedTask
-from .measures import MAIN, Measures
 from .plan import PlannedArm
 from .results import VIEWS, Outcome, Results
-from .statistics import ALPHA, POWER, Difference
 
 COST_CAPTION = (
     "Seconds of the processor (all threads), or of the clock on an accelerator, for training and scoring; before: for "

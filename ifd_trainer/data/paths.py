@@ -188,3 +188,12 @@ def _checkpoints(output: str) -> list[Path]:
     folders = [path for path in Path(output).glob("checkpoint-*") if path.is_dir()]
     numbers = ((path.name.removeprefix("checkpoint-"), path) for path in folders)
     return [path for _, path in sorted((int(number), path) for number, path in numbers if number.isdecimal())]
+
+
+def folder_name(name: str) -> str:
+    """A name of anything as one of a folder or a file.
+
+    >>> folder_name("guarded, near/far")
+    'guarded,_near_far'
+    """
+    return name.replace("/", "_").replace(" ", "_")

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from ifd_trainer.cli import main
 from ifd_trainer.compare.arm_run import main as arm_run
 from ifd_trainer.compare.comparison import Comparison, Task, in_a_process
-from ifd_trainer.compare.measuring import HeldOutRows
 from ifd_trainer.compare.results import read_results
 from ifd_trainer.data.formats import ALPACA
 from ifd_trainer.errors import UserError
+from ifd_trainer.evaluation.held_out_losses import HeldOutRows
 from ifd_trainer.training.history import History
 from ifd_trainer.training.recipe import parse_recipe
 from ifd_trainer.training.recipe_run import build_run

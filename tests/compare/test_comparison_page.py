@@ -16,14 +16,14 @@ from ifd_trainer.cli import main
 from ifd_trainer.compare.arm_run import RESULT
 from ifd_trainer.compare.comparison import FILE, Comparison
 from ifd_trainer.compare.exports import latex_table, results_frame
-from ifd_trainer.compare.measures import MAIN
-from ifd_trainer.compare.measuring import Point, rows_path
 from ifd_trainer.compare.page import PAGE, write_comparison_report
 from ifd_trainer.compare.plots import plot_intervals, plot_losses
 from ifd_trainer.compare.results import read_curves, read_results, results_of
 from ifd_trainer.compare.trained_rows import read_trained_rows
 from ifd_trainer.compare.wording import headline
 from ifd_trainer.errors import UserError
+from ifd_trainer.evaluation.held_out_losses import Point, rows_path
+from ifd_trainer.evaluation.measures import MAIN
 from ifd_trainer.training.history import FOLDER, History
 
 POOL, HELD_OUT = 10, 30

@@ -11,15 +11,15 @@ from datasets import Dataset
 from test_comparison_page import made_up, table_of
 
 from ifd_trainer.cli import main
-from ifd_trainer.compare.at_end import answers_path
 from ifd_trainer.compare.comparison import FILE, Comparison
-from ifd_trainer.compare.held_out_sets import HeldOutSet, asking, read_prompts
-from ifd_trainer.compare.judge_scores import paired
-from ifd_trainer.compare.judge_verdicts import Verdict, read_verdict
 from ifd_trainer.compare.judging import Judging, judged, judged_sets, questions, read_judge
-from ifd_trainer.compare.measures import MAIN, Measures
 from ifd_trainer.data.formats import ALPACA, MESSAGES, PROMPT_COMPLETION
 from ifd_trainer.errors import UserError
+from ifd_trainer.evaluation.at_end import answers_path
+from ifd_trainer.evaluation.held_out_sets import HeldOutSet, asking, read_prompts
+from ifd_trainer.evaluation.measures import MAIN, Measures
+from ifd_trainer.judge.scores import paired
+from ifd_trainer.judge.verdicts import Verdict, read_verdict
 
 PROMPTS = 12
 

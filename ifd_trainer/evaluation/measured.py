@@ -18,6 +18,8 @@ from .documents import COLUMNS
 from .held_out_sets import clusters_of
 from .statistics import Difference, difference
 
+BASELINE = "random"  # the arm that others are held against
+
 
 @dataclass(frozen=True)
 class MeasuredArm:

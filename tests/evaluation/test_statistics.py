@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ifd_trainer.compare.statistics import ALPHA, difference
 from ifd_trainer.errors import UserError
+from ifd_trainer.evaluation.statistics import ALPHA, difference
 
 
 def drawn(rng, seeds, rows, of_seeds, of_rows, of_both, effect=0.0):

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifd_trainer.compare.judge_cache import Cache, content_key
-from ifd_trainer.compare.judge_verdicts import KEPT_TEXT, Reason, Verdict, read_verdict
 from ifd_trainer.errors import FileAccessError
+from ifd_trainer.judge.cache import Cache, content_key
+from ifd_trainer.judge.verdicts import KEPT_TEXT, Reason, Verdict, read_verdict
 
 
 @pytest.mark.parametrize(

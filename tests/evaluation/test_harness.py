@@ -16,10 +16,10 @@ from datasets import Dataset, DatasetDict
 from tiny_runs import random_states
 from transformers import GenerationConfig
 
-from ifd_trainer.compare import harness
-from ifd_trainer.compare.documents import joined, long_form
-from ifd_trainer.compare.harness import CODE, DEFAULT_TASKS, check_tasks, main_measure, main_measures, run_tasks
 from ifd_trainer.errors import HubError, NotFoundError, NotInstalledError, UserError
+from ifd_trainer.evaluation import harness
+from ifd_trainer.evaluation.documents import joined, long_form
+from ifd_trainer.evaluation.harness import CODE, DEFAULT_TASKS, check_tasks, main_measure, main_measures, run_tasks
 
 CHOICES = [
     {"question": "Name a colour.", "choices": ["red", "the ball", "42"], "answer": 0},

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from ifd_trainer.compare.judge_scores import (
+from ifd_trainer.errors import UserError
+from ifd_trainer.evaluation.statistics import difference
+from ifd_trainer.judge.scores import (
     SLOPE_DEVIATION,
     judged_documents,
     length_controlled,
     paired,
     winning_score,
 )
-from ifd_trainer.compare.statistics import difference
-from ifd_trainer.errors import UserError
 
 SCORES = st.integers(1, 10)
 

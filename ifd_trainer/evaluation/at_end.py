@@ -14,9 +14,9 @@ import pandas as pd
 from torch import nn
 
 from ..data.atomic import write_atomically
+from ..data.paths import folder_name
 from .agreement import agreement
 from .answers import answers_to
-from .arms import folder_of
 from .harness import PlannedTask, check_tasks, main_measures, run_tasks
 from .held_out_sets import HeldOutSet, question_of, rows_frame
 from .measured import documents_path, write_documents
@@ -41,7 +41,7 @@ def measure_at_end(
         for each in sets:
             chosen = asked_rows(len(each.rows), measures.answers)
             answers = _answers(model, tokenizer, each, chosen, measures, folder)
-            name = f"agreement-{folder_of(each.name)}"
+            name = f"agreement-{folder_name(each.name)}"
             if not documents_path(folder, name).exists():
                 write_documents(folder, name, agreement(answers, each.name, list(answers["group"])))
     for each in prompts:
@@ -90,7 +90,7 @@ def asked_rows(rows: int, most: int) -> list[int]:
 
 def answers_path(folder: Path, name: str) -> Path:
     """Where a run keeps its answers to the prompts of a set."""
-    return folder / f"answers-{folder_of(name)}.parquet"
+    return folder / f"answers-{folder_name(name)}.parquet"
 
 
 def _answers(

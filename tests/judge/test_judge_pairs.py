@@ -15,7 +15,9 @@ import pytest
 from chat_server import ChatServer, completion, failure
 from conftest import ROOT
 
-from ifd_trainer.compare.judge import (
+from ifd_trainer.errors import UserError
+from ifd_trainer.judge.client import OpenAIJudge
+from ifd_trainer.judge.pairs import (
     FILE,
     MEASURE,
     NO_ANSWER,
@@ -25,9 +27,7 @@ from ifd_trainer.compare.judge import (
     most_questions,
     paired_answers,
 )
-from ifd_trainer.compare.judge_client import OpenAIJudge
-from ifd_trainer.compare.judge_scores import judged_documents, length_controlled, winning_score
-from ifd_trainer.errors import UserError
+from ifd_trainer.judge.scores import judged_documents, length_controlled, winning_score
 
 PLAIN = "{question}|{first}|{second}"
 
@@ -186,8 +186,8 @@ def test_a_kill_in_the_middle_costs_what_was_on_its_way(tmp_path):
     script = f"""
 import os, signal, pandas as pd
 from pathlib import Path
-from ifd_trainer.compare.judge import judge_pairs
-from ifd_trainer.compare.judge_client import OpenAIJudge
+from ifd_trainer.judge.pairs import judge_pairs
+from ifd_trainer.judge.client import OpenAIJudge
 pairs = pd.read_json({str(tmp_path / "pairs.json")!r}, orient="records", dtype={{"document": str}})
 judge = OpenAIJudge("tiny", os.environ["SERVER"], api_key="k", prompt={PLAIN!r}, workers=2)
 kill = lambda done, left: done == 5 and os.kill(os.getpid(), signal.SIGKILL)

@@ -15,9 +15,9 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from ifd_trainer.compare.judge import judge_pairs, paired_answers
-from ifd_trainer.compare.reward_model import NOT_FINITE, TOO_LONG, RewardModel
 from ifd_trainer.errors import FileAccessError, UserError
+from ifd_trainer.judge.pairs import judge_pairs, paired_answers
+from ifd_trainer.judge.reward_model import NOT_FINITE, TOO_LONG, RewardModel
 
 ANSWERED = [
     ("Name three colours.", "Red, green and blue."),

@@ -10,8 +10,8 @@ from conftest import build_model, build_tokenizer
 from tiny_runs import random_states
 from transformers import GenerationConfig
 
-from ifd_trainer.compare.greedy import Answer, greedy_answers, plain_generation, stop_tokens
 from ifd_trainer.errors import UserError
+from ifd_trainer.evaluation.greedy import Answer, greedy_answers, plain_generation, stop_tokens
 
 TEXTS = [
     "### Instruction:\nName three colours.\n\n### Response:",

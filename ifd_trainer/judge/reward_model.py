@@ -22,8 +22,8 @@ from ..errors import FileAccessError, UserError, one_line
 from ..scoring.devices import check_device, default_device, default_dtype, named_dtype
 from ..scoring.eval_guard import eval_mode
 from ..scoring.weights_digest import checkpoint_digest, weights_digest
-from .judge_cache import content_key
-from .judge_scores import Judgement
+from .cache import content_key
+from .scores import Judgement
 
 Answered = tuple[str, str]  # prompt, answer
 TOO_LONG, NOT_FINITE = "too long a prompt for the reward model", "a reward that is not finite"

@@ -12,21 +12,21 @@ from datasets import Dataset
 from tiny_runs import RECIPES, TOKENIZER, build_model, raw_rows
 
 from ifd_trainer.cli import main
-from ifd_trainer.compare.agreement import agreement
 from ifd_trainer.compare.arm_run import main as arm_run
-from ifd_trainer.compare.at_end import answers_path, asked_rows, measure_at_end
 from ifd_trainer.compare.comparison import Comparison
-from ifd_trainer.compare.documents import long_form
 from ifd_trainer.compare.exports import measured_frame, results_frame
-from ifd_trainer.compare.harness import TaskScores
-from ifd_trainer.compare.held_out_sets import read_sets, rows_frame
-from ifd_trainer.compare.measured import measured_of, read_documents, write_documents
-from ifd_trainer.compare.measures import KEYS, MAIN, Measures
 from ifd_trainer.compare.results import read_results
-from ifd_trainer.compare.statistics import difference
 from ifd_trainer.data.format_choice import FormatOptions
 from ifd_trainer.data.formats import ALPACA, MESSAGES
 from ifd_trainer.errors import UserError
+from ifd_trainer.evaluation.agreement import agreement
+from ifd_trainer.evaluation.at_end import answers_path, asked_rows, measure_at_end
+from ifd_trainer.evaluation.documents import long_form
+from ifd_trainer.evaluation.harness import TaskScores
+from ifd_trainer.evaluation.held_out_sets import read_sets, rows_frame
+from ifd_trainer.evaluation.measured import measured_of, read_documents, write_documents
+from ifd_trainer.evaluation.measures import KEYS, MAIN, Measures
+from ifd_trainer.evaluation.statistics import difference
 from ifd_trainer.training.recipe_file import COMPARED
 
 
@@ -210,7 +210,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
         asked.append((tasks, settings["limit"]))
         return TaskScores(long_form("arc", "acc", ["arc/0", "arc/1"], [1, 0]), pd.DataFrame({"value": [0.5]}), {})
 
-    monkeypatch.setattr("ifd_trainer.compare.at_end.run_tasks", run_tasks)
+    monkeypatch.setattr("ifd_trainer.evaluation.at_end.run_tasks", run_tasks)
     for _ in range(2):
         measure_at_end(None, None, [], [], Measures(tasks="arc", task_limit=2), tmp_path)
     assert asked == [(("arc",), 2)]

@@ -13,9 +13,9 @@ from dataclasses import asdict, replace
 import pytest
 from chat_server import SOON, ChatServer, Reply, completion, failure
 
-from ifd_trainer.compare.judge_client import GIVE_UP, PROMPT, OpenAIJudge, Secret
-from ifd_trainer.compare.judge_verdicts import Reason
 from ifd_trainer.errors import JudgeError, NotInstalledError, UserError
+from ifd_trainer.judge.client import GIVE_UP, PROMPT, OpenAIJudge, Secret
+from ifd_trainer.judge.verdicts import Reason
 
 KEY = "sk-secret-1234567890"
 

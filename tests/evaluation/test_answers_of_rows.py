@@ -9,10 +9,10 @@ from datasets import Dataset
 from tiny_runs import TOKENIZER, model_with, random_states, raw_rows, sft_trainer, text_rows, weights_of
 from tokenizers.processors import TemplateProcessing
 
-from ifd_trainer.compare.answers import answers_to
 from ifd_trainer.data.encoding import Encoder
 from ifd_trainer.data.formats import ALPACA, MESSAGES, PROMPT_COMPLETION
 from ifd_trainer.errors import UserError
+from ifd_trainer.evaluation.answers import answers_to
 
 ALPACA_ROWS = [
     {"instruction": "Name three colours.", "input": "", "output": "Red, green and blue."},

@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import JudgeError, NotInstalledError, UserError, one_line, shown_value
-from .judge_cache import content_key
-from .judge_scores import Judgement, paired
-from .judge_verdicts import Reason, Verdict, read_verdict
+from .cache import content_key
+from .scores import Judgement, paired
+from .verdicts import Reason, Verdict, read_verdict
 
 # In our words; what is asked for is the paper's: helpfulness, relevance, accuracy and level of detail, from 1 to 10,
 # the two scores alone on the first line, whatever the order.

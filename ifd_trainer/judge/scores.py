@@ -31,7 +31,7 @@ from scipy import stats
 from sklearn import config_context
 from sklearn.linear_model import LogisticRegression
 
-from .statistics import ALPHA, Difference, difference
+from ..evaluation.statistics import ALPHA, Difference, difference
 
 SLOPE_DEVIATION = 5.0  # logits; at one deviation the longest of even answers wins with odds of 148 to 1
 
@@ -122,7 +122,7 @@ class JudgedDocuments:
 
 
 def judged_documents(frame: pd.DataFrame) -> JudgedDocuments:
-    """One arm's lines of a frame of `judge.judge_pairs`, as matrices of the documents with a verdict for each seed.
+    """One arm's lines of a frame of `pairs.judge_pairs`, as matrices of the documents with a verdict for each seed.
 
     Args:
         frame: with the columns set, seed, document, group, value, own_length and other_length; each document once with

@@ -1,6 +1,6 @@
 """Answers of arms held against those of random rows by a judge, document by document, with the same seed.
 
-What a judge has said is kept in a file (`judge_cache`), so that the same command again asks nothing that was answered
+What a judge has said is kept in a file (`cache`), so that the same command again asks nothing that was answered
 before. What it said badly is kept too: to ask again costs again, and is done where the caller says so. What never came
 (time-outs, errors of the server) is asked again by the next run. Answers that are the same text are a tie, and are not
 asked about; nor is a document that an arm has no answer to, which has no verdict.
@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import pandas as pd
 
 from ..errors import UserError
-from .arms import BASELINE
-from .judge_cache import Cache
-from .judge_scores import Judgement
+from ..evaluation.measured import BASELINE
+from .cache import Cache
+from .scores import Judgement
 
 MEASURE = f"judged against {BASELINE}"
 FILE = "judge.jsonl"  # in the folder of a comparison
@@ -27,7 +27,7 @@ NO_ANSWER = "no answer to judge"
 
 
 class Judge(Protocol):
-    """What tells answers apart: `judge_client.OpenAIJudge`, `reward_model.RewardModel`, or one of your own.
+    """What tells answers apart: `client.OpenAIJudge`, `reward_model.RewardModel`, or one of your own.
 
     What it is asked (two answers in an order, or one answer) and what it says are its own. A thing said has a
     `record()` for the cache (None where nothing was said), a `reason` where it is no verdict, and `by`, who said it.
