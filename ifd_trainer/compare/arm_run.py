@@ -75,7 +75,7 @@ def main(folder: Path) -> None:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     prompts = read_prompts(sets[0], measures, recipe.folder)
-    measure_at_end(trainer.model, tokenizer, sets, prompts, measures, folder)
+    measure_at_end(trainer.model, tokenizer, sets, prompts, measures, folder, recipe.folder)
     result: dict[str, Any] = {
         "rows": len(trainer.train_dataset),
         "brief": brief,

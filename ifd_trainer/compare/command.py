@@ -93,7 +93,7 @@ def compare(arguments: Sequence[str]) -> int:
     from .wording import cost_table, further_tables, headline, plan_of_measures, plan_text, result_table, unasked
 
     planned = [planned_arm(options.recipe, words, arm, measures) for arm in arms]
-    tasks = checked_tasks(measures)
+    tasks = checked_tasks(measures, Path(options.recipe).parent)
     runs = len(seeds) * (len(arms) - 1)
     at_end = plan_of_measures(planned[0], measures, tasks, runs, judge and judge.name)
     print(plan_text(planned, seeds, operations_per_second(), at_end), flush=True)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data.atomic import write_atomically
 from ..data.paths import folder_name
+from ..training.recipe_file import beside
 from .agreement import agreement
 from .answers import answers_to
 from .harness import PlannedTask, check_tasks, main_measures, run_tasks
@@ -30,12 +31,14 @@ def measure_at_end(
     prompts: Sequence[HeldOutSet],
     measures: Measures,
     folder: Path,
+    recipes: Path = Path(),
 ) -> None:
     """Measure what `measures` asks for, into the folder of the run.
 
     Args:
         sets: of held-out rows, whose own answers the model's are held against.
         prompts: without answers of their own, for a judge.
+        recipes: the recipe's folder, beside which a folder of tasks may lie.
     """
     if measures.answers:
         for each in sets:
@@ -52,7 +55,7 @@ def measure_at_end(
             tokenizer,
             measures.tasks,
             limit=measures.task_limit,
-            include_path=measures.task_folder,
+            include_path=_task_folder(measures, recipes),
             confirm_run_unsafe_code=measures.confirm_run_unsafe_code,
         )
         # All measures of the tasks are kept; the usual one of each is compared.
@@ -61,8 +64,11 @@ def measure_at_end(
         write_documents(folder, "tasks", main_measures(found.values))
 
 
-def checked_tasks(measures: Measures) -> list[PlannedTask]:
+def checked_tasks(measures: Measures, recipes: Path = Path()) -> list[PlannedTask]:
     """The tasks that will be asked, once what answers and tasks need is known to be there.
+
+    Args:
+        recipes: as of `measure_at_end`.
 
     Raises:
         UserError: for a package that is not installed, and tasks that are not known or whose data cannot be read.
@@ -73,10 +79,14 @@ def checked_tasks(measures: Measures) -> list[PlannedTask]:
         return []
     return check_tasks(
         measures.tasks,
-        measures.task_folder,
+        _task_folder(measures, recipes),
         limit=measures.task_limit,
         confirm_run_unsafe_code=measures.confirm_run_unsafe_code,
     )
+
+
+def _task_folder(measures: Measures, recipes: Path) -> str | None:
+    return None if measures.task_folder is None else beside(measures.task_folder, recipes)
 
 
 def asked_rows(rows: int, most: int) -> list[int]:

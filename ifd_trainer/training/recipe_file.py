@@ -177,6 +177,6 @@ def check_recipe(recipe: str | None, words: Sequence[str], plan: bool = False) -
 
 
 def beside(source: str, folder: Path) -> str:
-    """A path as given, or relative to the recipe's folder; hub names pass unchanged."""
+    """The path of a file or folder as given, or relative to the recipe's folder; hub names pass unchanged."""
     there = folder / source
-    return str(there) if source and not Path(source).exists() and there.is_file() else source
+    return str(there) if source and not Path(source).exists() and there.exists() else source

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from chat_server import ChatServer, completion
 from datasets import Dataset
 from tiny_runs import RECIPES, TOKENIZER, build_model, raw_rows
 
@@ -201,6 +202,33 @@ def test_trained_models_answer_the_same_rows_and_prompts(compared):
     answers = pd.read_parquet(answers_path(task.folder, MAIN))
     values = agreement(answers).query("measure == 'ROUGE-L'")["value"]
     assert next(arm for arm in found.arms if arm.arm == "longest").by_seed[1] == pytest.approx(values.mean())
+
+
+@RECIPES
+def test_a_judge_is_asked_once_runs_have_ended(compared, capsys):
+    """By the command, beside whose runs all is there already; a server gives the arm's answers more."""
+    folder = compared.folder
+    text = compared.recipe
+    answers = {
+        (task.arm.name, task.seed): pd.read_parquet(answers_path(task.folder, "asked"))["answer"].tolist()
+        for task in compared.tasks()
+    }
+    pairs = [
+        (a, b) for seed in (0, 1) for a, b in zip(*(answers[arm, seed] for arm in ("longest", "random")), strict=True)
+    ]
+    unlike = {pair for pair in pairs if pair[0] != pair[1]}
+    command = ["compare", text, "--group_column", "document", "--judge", "tiny"]
+    with ChatServer(lambda body, number: completion("7 7")) as server:
+        assert main([*command, "--judge_url", server.url]) == 0
+        assert len(server.requests) == 2 * len(unlike)
+        assert main([*command, "--judge_url", server.url]) == 0
+        assert len(server.requests) == 2 * len(unlike)
+    out = capsys.readouterr().out
+    assert "at its end, it answers 4 of held-out rows, 4 of other and 2 of asked, in at most 8 tokens each" in out
+    assert "tiny judges at most 4 pairs of answers" in out
+    assert "What tiny prefers" in out
+    assert "What a judge prefers" in (folder / "compare.html").read_text(encoding="utf-8")
+    assert json.loads((folder / "results.json").read_text())["judging"]["arms"][0]["ties"] == 4
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
