@@ -92,15 +92,14 @@ def test_verdicts_are_counted_by_arm_and_asked_for_once(comparison):
     assert better.by_category == {"even": 1 + 5 / 6, "odd": 1 + 4 / 6}
     assert (alike.wins, alike.ties, alike.losses) == (0, 22, 2)
     assert "28 pairs of answers are the same text" in " ".join(found.notes)
-    assert judged(comparison, [0, 1], judge) == found
-    assert len(judge.asked) == 4
+    assert questions(comparison, [0, 1], judge).asked == 0
     found.save(comparison.folder)
     assert Judging.load(comparison.folder, [0, 1]) == found
     assert Judging.load(comparison.folder, [0]) is None
+    the_page_shows_it(comparison)
 
 
-def test_the_page_shows_what_the_judge_prefers(comparison):
-    judged(comparison, [0, 1], Longer()).save(comparison.folder)
+def the_page_shows_it(comparison):
     assert main(["report", str(comparison.folder)]) == 0
     page = (comparison.folder / "compare.html").read_text(encoding="utf-8")
     table = table_of(page, "What a judge prefers")
