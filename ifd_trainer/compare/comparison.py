@@ -39,6 +39,7 @@ from .arm_run import RESULT, ArmRun, write_run
 from .arms import Arm, arm_of
 
 FILE = "comparison.json"
+_RECORD = ("recipe", "keys", "arms", "seeds", "steps", "measures", "versions", "machine")
 _VERSIONS = ("torch", "transformers", "trl", "datasets")
 
 
@@ -108,7 +109,7 @@ class Comparison:
         """
         record = read_record(folder)
         arms = [arm_of(name, keys) for name, keys in record["arms"].items()]
-        return cls(folder, "", [], arms, record["seeds"], record["steps"], Measures(**record.get("measures", {})))
+        return cls(folder, "", [], arms, record["seeds"], record["steps"], Measures(**record["measures"]))
 
     def tasks(self) -> list[Task]:
         """All runs, seed by seed, so that a comparison that is cut short has whole seeds."""
@@ -129,7 +130,7 @@ class Comparison:
         if path.exists():
             there = read_record(self.folder)
             other = [] if there["steps"] == self.steps else ["steps"]
-            other += [] if Measures(**there.get("measures", {})) == self.measures else ["measures"]
+            other += [] if Measures(**there["measures"]) == self.measures else ["measures"]
             other += [] if _trained_by(there["recipe"]) == _trained_by(content["recipe"]) else ["recipe"]
             keys = {**there["keys"], **content["keys"]}
             other += [key for key in keys if there["keys"].get(key) != content["keys"].get(key)]
@@ -221,9 +222,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise NotFoundError(f"No comparison in {folder}: `ifd-trainer compare` writes {FILE} there.")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        missing = [
-            key for key in ("recipe", "keys", "arms", "seeds", "steps", "versions", "machine") if key not in record
-        ]
+        missing = [key for key in _RECORD if key not in record]
         if missing:
             raise ValueError(f"it does not say {', '.join(missing)}")
     except (OSError, ValueError, TypeError) as error:

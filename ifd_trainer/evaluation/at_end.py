@@ -18,10 +18,13 @@ from ..data.paths import folder_name
 from ..training.recipe_file import beside
 from .agreement import agreement
 from .answers import answers_to
+from .documents import joined, long_form
 from .harness import PlannedTask, check_tasks, main_measures, run_tasks
 from .held_out_sets import HeldOutSet, question_of, rows_frame
 from .measured import documents_path, write_documents
 from .measures import Measures
+
+_LENGTHS = {"answer tokens": "answer_tokens", "cut off": "cut_off"}
 
 
 def measure_at_end(
@@ -40,15 +43,12 @@ def measure_at_end(
         prompts: without answers of their own, for a judge.
         recipes: the recipe's folder, beside which a folder of tasks may lie.
     """
-    if measures.answers:
-        for each in sets:
-            chosen = asked_rows(len(each.rows), measures.answers)
-            answers = _answers(model, tokenizer, each, chosen, measures, folder)
-            name = f"agreement-{folder_name(each.name)}"
-            if not documents_path(folder, name).exists():
-                write_documents(folder, name, agreement(answers, each.name, list(answers["group"])))
-    for each in prompts:
-        _answers(model, tokenizer, each, range(len(each.rows)), measures, folder)
+    answered = [(each, asked_rows(len(each.rows), measures.answers), True) for each in sets if measures.answers]
+    answered += [(each, range(len(each.rows)), False) for each in prompts]
+    for number, (each, chosen, compared) in enumerate(answered):  # in the order that tables have
+        answers = _answers(model, tokenizer, each, chosen, measures, folder)
+        parts = [agreement(answers, each.name, list(answers["group"]))] if compared else []
+        write_documents(folder, f"answers-{number}", joined([*parts, lengths(answers, each.name)]))
     if measures.tasks and not documents_path(folder, "tasks").exists():
         found = run_tasks(
             model,
@@ -82,6 +82,20 @@ def checked_tasks(measures: Measures, recipes: Path = Path()) -> list[PlannedTas
         _task_folder(measures, recipes),
         limit=measures.task_limit,
         confirm_run_unsafe_code=measures.confirm_run_unsafe_code,
+    )
+
+
+def lengths(answers: pd.DataFrame, name: str) -> pd.DataFrame:
+    """How long answers are, in tokens, and which were cut off, as documents; neither is better or worse.
+
+    Args:
+        answers: of `answers_to`, with the `group` of each.
+        name: of the set that they answer.
+    """
+    said = answers[answers["answer"].notna()]
+    of = (list(said["document"]), {"groups": list(said["group"]), "higher": None})
+    return joined(
+        [long_form(name, measure, of[0], list(said[column]), **of[1]) for measure, column in _LENGTHS.items()]
     )
 
 

@@ -51,6 +51,7 @@ def made_up(
         "arms": keys,
         "seeds": [0, 1],
         "steps": [3],
+        "measures": {},
         "versions": {"ifd_trainer": "9.9"},
         "machine": "a machine",
     }
@@ -316,7 +317,7 @@ def test_a_folder_of_another_version_is_refused(tmp_path, capsys):
     (tmp_path / FILE).write_text('{"recipe": "", "words": []}')
     assert main(["report", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "it does not say keys, arms, seeds, steps, versions, machine" in error
+    assert "it does not say keys, arms, seeds, steps, measures, versions, machine" in error
     assert "Run the comparison anew" in error
 
 

@@ -173,7 +173,7 @@ def test_tables_and_files_have_all_sets(compared, capsys):
         (MAIN, ""), (MAIN, "a"), (MAIN, "b"), ("other", ""),
     }  # fmt: skip
     assert len(frame) == 4 * 2 * 3
-    assert measured_frame(results)["documents"].tolist() == [12, 12, 5, 5] + [4] * 8
+    assert measured_frame(results)["documents"].tolist() == [12, 12, 5, 5] + [4] * 16 + [2] * 4
     assert main(["report", str(compared.folder)]) == 0
     page = (compared.folder / "compare.html").read_text(encoding="utf-8")
     assert "Losses of other rows" in page
@@ -200,6 +200,12 @@ def test_trained_models_answer_the_same_rows_and_prompts(compared):
     assert (found.documents, found.higher) == (4, True)
     task = next(task for task in compared.tasks() if (task.arm.name, task.seed) == ("longest", 1))
     answers = pd.read_parquet(answers_path(task.folder, MAIN))
+    assert {measure: each.higher for (measure, of), each in measured.items() if of == "asked"} == {
+        "answer tokens": None,
+        "cut off": None,
+    }
+    lengths = measured["answer tokens", MAIN].arms
+    assert next(arm for arm in lengths if arm.arm == "longest").by_seed[1] == answers["answer_tokens"].mean()
     values = agreement(answers).query("measure == 'ROUGE-L'")["value"]
     assert next(arm for arm in found.arms if arm.arm == "longest").by_seed[1] == pytest.approx(values.mean())
 
