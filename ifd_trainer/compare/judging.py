@@ -64,12 +64,14 @@ class Judging:
         seeds: of the runs.
         arms: one after the other, set by set.
         notes: what there is to know of its verdicts, in sentences.
+        settings: of the judge, its prompt among them.
     """
 
     judge: str
     seeds: list[int]
     arms: list[JudgedArm]
     notes: list[str]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Keep it in the folder of a comparison."""
@@ -85,7 +87,7 @@ class Judging:
             return None
         known = ("score", "length_controlled")
         arms = [JudgedArm(**{**arm, **{key: Difference(**arm[key]) for key in known}}) for arm in kept["arms"]]
-        return cls(kept["judge"], seeds, arms, kept["notes"])
+        return cls(kept["judge"], seeds, arms, kept["notes"], kept["settings"])
 
 
 def read_judge(given: Any) -> Judge | None:
@@ -178,7 +180,8 @@ def judged(
                 )
             )
         notes += _notes(name, found)
-    return Judging(judge.name, list(seeds), arms, notes)
+    settings = judge.settings() if isinstance(judge, OpenAIJudge) else {}
+    return Judging(judge.name, list(seeds), arms, notes, settings)
 
 
 def _by_category(lines: pd.DataFrame, categories: pd.Series) -> dict[str, float]:

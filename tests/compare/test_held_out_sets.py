@@ -234,7 +234,9 @@ def test_a_judge_is_asked_once_runs_have_ended(compared, capsys):
     assert "tiny judges at most 4 pairs of answers" in out
     assert "What tiny prefers" in out
     assert "What a judge prefers" in (folder / "compare.html").read_text(encoding="utf-8")
-    assert json.loads((folder / "results.json").read_text())["judging"]["arms"][0]["ties"] == 4
+    judging = json.loads((folder / "results.json").read_text())["judging"]
+    assert judging["arms"][0]["ties"] == 4
+    assert judging["settings"]["model"] == "tiny"
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
