@@ -141,12 +141,12 @@ def unasked(results: Results) -> str:
 def judged_cells(results: Results) -> tuple[list[str], list[list[str]]]:
     """Headers and lines: of each arm and set, verdicts, the winning score, and that of equally long answers."""
     headers = ["arm", "answers to", "prompts", "wins", "ties", "losses"]
-    headers += ["winning score", "interval", "length-controlled", "interval", "verdict"]
+    headers += ["winning score", "length-controlled", "verdict"]
     lines = []
     for arm in results.judging.arms if results.judging is not None else ():
         counts = (f"{count:,}" for count in (arm.documents, arm.wins, arm.ties, arm.losses))
-        cells = [cell for found in (arm.score, arm.length_controlled) for cell in _score_cells(found)]
-        shown = "no difference shown"
+        cells = map(_score_cell, (arm.score, arm.length_controlled))
+        shown = "none shown"
         if arm.score.shown:
             shown = "preferred" if arm.score.mean > 0 else f"{BASELINE} preferred"
         lines.append([arm.arm, arm.of, *counts, *cells, shown])
@@ -165,8 +165,8 @@ def category_cells(results: Results) -> tuple[list[str], list[list[str]]]:
     return ["category", "of", *names], lines
 
 
-def _score_cells(found: Difference) -> tuple[str, str]:
-    return f"{1 + found.mean:.3f}", f"{1 + found.low:.3f} to {1 + found.high:.3f}"
+def _score_cell(found: Difference) -> str:
+    return f"{1 + found.mean:.3f} ± {(found.high - found.low) / 2:.3f}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def in_short(found: Difference, higher_is_better: bool | None = None) -> str:
