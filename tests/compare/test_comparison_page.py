@@ -239,7 +239,12 @@ def test_what_is_html_in_names_and_texts_is_text_on_the_page(tmp_path, page):
 
 
 def test_the_page_needs_no_other_file_and_runs_no_other_script(page):
-    assert re.findall(r'(?:src|href)="(?!#)([^"]*)"', page) == ["results.json", "results.csv", "results.tex"]
+    assert re.findall(r'(?:src|href)="(?!#)([^"]*)"', page) == [
+        "results.json",
+        "results.csv",
+        "measured.csv",
+        "results.tex",
+    ]
     assert "default-src 'none'" in page
     assert page.count("<svg") == 2
     assert page.count("<script>") == 1
