@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--category_column", help="a column of held-out rows; losses are compared for each of its values, too")
     add("--group_column", help="a column of held-out rows; those of one value count as alike")
     add("--answers", type=int, help="rows of each held-out set that the trained models answer (default: none)")
+    add("--max_new_tokens", type=int, help="most tokens of an answer (default 256)")
     add("--tasks", nargs="+", help="of lm-evaluation-harness, that the trained models are asked")
     add("--judge", metavar="MODEL", help="of an OpenAI-compatible server, which judges the answers")
     add("--judge_url", metavar="URL", help="of that server (default: OPENAI_BASE_URL, or OpenAI's)")
@@ -84,19 +85,18 @@ def compare(arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from ..evaluation.at_end import checked_tasks
     from .comparison import Comparison
     from .exports import write_numbers
     from .page import write_page
-    from .plan import operations_per_second, planned_arm
+    from .plan import operations_per_second, planned_arm, planned_measures
     from .results import read_curves, results_of
     from .wording import cost_table, further_tables, headline, plan_of_measures, plan_text, result_table, unasked
 
-    planned = [planned_arm(options.recipe, words, arm, measures) for arm in arms]
-    tasks = checked_tasks(measures, Path(options.recipe).parent)
+    planned = [planned_arm(options.recipe, words, arm) for arm in arms]
+    measured = planned_measures(options.recipe, words, measures)
     runs = len(seeds) * (len(arms) - 1)
-    at_end = plan_of_measures(planned[0], measures, tasks, runs, judge and judge.name)
-    print(plan_text(planned, seeds, operations_per_second(), at_end), flush=True)
+    of_measures = plan_of_measures(measured, measures, runs, judge and judge.name)
+    print(plan_text(planned, seeds, operations_per_second(), of_measures), flush=True)
     if options.plan:
         return 0
     folder = Path(str(output or "runs/compare"))
@@ -160,6 +160,7 @@ def _judge(options: argparse.Namespace, of_recipe: Any, measures: Measures) -> J
 
     judge = read_judge(given)
     judged_sets(measures)
+    judge.check()
     return judge
 
 

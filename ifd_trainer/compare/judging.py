@@ -90,7 +90,7 @@ class Judging:
         return cls(kept["judge"], seeds, arms, kept["notes"], kept["settings"])
 
 
-def read_judge(given: Any) -> Judge | None:
+def read_judge(given: Any) -> OpenAIJudge | RewardModel | None:
     """The judge that a recipe describes: `model` and what else `OpenAIJudge` takes, or `reward_model`.
 
     Raises:
@@ -180,7 +180,7 @@ def judged(
                 )
             )
         notes += _notes(name, found)
-    settings = judge.settings() if isinstance(judge, OpenAIJudge) else {}
+    settings = getattr(judge, "settings", dict)()
     return Judging(judge.name, list(seeds), arms, notes, settings)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..evaluation.at_end import checked
+from ..evaluation.harness import PlannedTask
 from ..evaluation.held_out_sets import read_prompts, read_sets
 from ..evaluation.measures import Measures
 from ..training.recipe import parse_recipe
@@ -17,6 +19,8 @@ from ..training.recipe_run import build_run, selection_of
 from .arms import Arm
 
 _FORWARD, _TRAINED = 2, 6  # operations for each parameter and token: a forward pass, and one with its backward pass
+
+_UNMEASURED = ("--eval_strategy", "no")  # the comparison scores held-out rows itself
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,6 @@ class PlannedArm:
         tokens: trained on, if rows are as long as the pool's are on average.
         scored: tokens of forward passes for scoring, those before training among them.
         operations: of training and scoring, by the arithmetic of 2 and 6 for each parameter and token.
-        held_out: how many rows each set of held-out rows has, by its name.
-        prompts: how many each set of prompts has.
     """
 
     arm: Arm
@@ -39,19 +41,45 @@ class PlannedArm:
     tokens: int
     scored: int
     operations: float
+
+
+@dataclass(frozen=True)
+class PlannedMeasures:
+    """What is measured of each run.
+
+    Attributes:
+        held_out: how many rows each set of held-out rows has, by its name.
+        prompts: how many each set of prompts has.
+        tasks: that the trained model will be asked.
+    """
+
     held_out: dict[str, int]
     prompts: dict[str, int]
+    tasks: list[PlannedTask]
 
 
-def planned_arm(recipe: str, words: Sequence[str], arm: Arm, measures: Measures) -> PlannedArm:
+def planned_measures(recipe: str, words: Sequence[str], measures: Measures) -> PlannedMeasures:
+    """What will be measured of each run; loads what it reads, and no weights.
+
+    Raises:
+        UserError: for what cannot be read, and what a run could not measure; see `evaluation.at_end.checked`.
+    """
+    read = parse_recipe(recipe, [*words, *_UNMEASURED], plan=True)
+    run = build_run(read)
+    sets = read_sets(run.held_out, run.format, measures, read.folder, read.selection.rows_format())
+    prompts = read_prompts(sets[0], measures, read.folder)
+    tokenizer = getattr(run.trainer.processing_class, "tokenizer", run.trainer.processing_class)
+    tasks = checked(run.trainer.model, tokenizer, sets, measures, read.folder)
+    return PlannedMeasures(*({each.name: len(each.rows) for each in of} for of in (sets, prompts)), tasks)
+
+
+def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
     """What an arm will do; loads the rows and the tokenizer, and no weights.
 
     Raises:
-        UserError: for a recipe that cannot be run, and for held-out rows that cannot be read.
+        UserError: for a recipe that cannot be run.
     """
-    read = parse_recipe(recipe, [*words, *arm.arguments(), "--eval_strategy", "no"], plan=True)
-    run = build_run(read)
-    sets = read_sets(run.held_out, run.format, measures, read.folder, read.selection.rows_format())
+    run = build_run(parse_recipe(recipe, [*words, *arm.arguments(), *_UNMEASURED], plan=True))
     trainer, callback = run.trainer, selection_of(run.trainer)
     plan, pool = training_plan(trainer), callback.pool
     ends = np.cumsum([epoch.updates for epoch in plan.epochs])
@@ -67,8 +95,6 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm, measures: Measures)
         tokens,
         scored,
         float(parameters) * (_TRAINED * tokens + _FORWARD * scored),
-        {each.name: len(each.rows) for each in sets},
-        {each.name: len(each.rows) for each in read_prompts(sets[0], measures, read.folder)},
     )
 
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..evaluation.harness import STANDS_FOR, PlannedTask
+from ..evaluation.harness import STANDS_FOR
 from ..evaluation.measured import BASELINE
 from ..evaluation.measures import MAIN, Measures
 from ..evaluation.statistics import ALPHA, POWER, Difference
 from ..method.number_words import listed, many
 from ..report.summary import Summary
 from .comparison import minutes
-from .plan import PlannedArm
+from .plan import PlannedArm, PlannedMeasures
 from .results import VIEWS, Outcome, Results
 
 COST_CAPTION = (
@@ -271,18 +271,22 @@ def cost_cells(results: Results) -> tuple[list[str], list[list[str]]]:
     return ["arm", "steps", "tokens", "seconds", "of them before"], lines
 
 
-def plan_of_measures(
-    planned: PlannedArm, measures: Measures, tasks: Sequence[PlannedTask], runs: int, judge: str | None
-) -> list[str]:
-    """What is measured at the end of each run, a line for each thing; how long that takes is not known."""
+def plan_of_measures(planned: PlannedMeasures, measures: Measures, runs: int, judge: str | None) -> list[str]:
+    """What is measured of each run, a line for each thing; how long that takes is not known.
+
+    Args:
+        runs: of all arms but random rows.
+        judge: its name, if there is one.
+    """
+    sets = (f"{count:,} {name}" if name == MAIN else f"{count:,} of {name}" for name, count in planned.held_out.items())
+    lines = [f"each is measured by the losses of {listed(sets)}"]
     answered = {name: min(measures.answers, count) for name, count in planned.held_out.items() if measures.answers}
     answered |= planned.prompts
-    lines = []
     if answered:
         sets = listed(f"{count:,} of {name}" for name, count in answered.items())
         lines.append(f"at its end, it answers {sets}, in at most {measures.max_new_tokens:,} tokens each")
-    if tasks:
-        asked = listed(f"{task.name} ({task.documents:,})" for task in tasks)
+    if planned.tasks:
+        asked = listed(f"{task.name} ({task.documents:,})" for task in planned.tasks)
         lines.append(f"at its end, it is asked the tasks {asked}")
     if judge is not None:
         pairs = sum((planned.prompts or answered).values()) * runs
@@ -290,20 +294,16 @@ def plan_of_measures(
     return lines
 
 
-def plan_text(arms: Sequence[PlannedArm], seeds: Sequence[int], rate: float, at_end: Sequence[str] = ()) -> str:
-    """What will be run, one arm a line, and how long it takes about; `at_end` are lines of `plan_of_measures`."""
+def plan_text(arms: Sequence[PlannedArm], seeds: Sequence[int], rate: float, measured: Sequence[str] = ()) -> str:
+    """What will be run, one arm a line, and how long it takes about; `measured` are lines of `plan_of_measures`."""
     width = max(len(planned.arm.name) for planned in arms)
-    lines, held_out = [], arms[0].held_out
+    lines = []
     for planned in arms:
         lines.append(
             f"{planned.arm.name:{width}}  {many(planned.steps, 'update')}, about {planned.tokens:,} tokens trained on "
             f"and {planned.scored:,} scored: {planned.arm.words}"
         )
-    sets = ", ".join(
-        f"{count:,} {name}" if name == MAIN else f"{count:,} of {name}" for name, count in held_out.items()
-    )
-    lines.append(f"each is measured by the losses of {sets}")
-    lines += at_end
+    lines += measured
     seconds = len(seeds) * sum(planned.operations for planned in arms) / rate
     lines.append(
         f"{many(len(arms), 'arm')} with {many(len(seeds), 'seed')} each ({', '.join(map(str, seeds))}): about "

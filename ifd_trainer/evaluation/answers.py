@@ -58,13 +58,8 @@ def answers_to(
     >>> answers_to(model, tokenizer, rows, "alpaca", max_new_tokens=64).answer.tolist()             # doctest: +SKIP
     ['The sum of 1 and 2 is 3.']
     """
-    check_positive(max_new_tokens=max_new_tokens)
+    most = window_for(model, max_new_tokens)
     rows, format = rows.with_format(None), resolve_format(format, rows.column_names)
-    most = window(text_config(model))
-    if most is not None and max_new_tokens >= most:
-        raise UserError(
-            f"max_new_tokens={max_new_tokens} leaves no token of the model's window of {most} for a prompt. Lower it."
-        )
     examples = [_rendered(row, format, tokenizer) for row in rows]
     asked = [_status(example) for example in examples]
     prompts = {i: _prompt_ids(examples[i], tokenizer) for i, status in enumerate(asked) if status is Status.OK}
@@ -79,6 +74,21 @@ def answers_to(
     answers = {i: _ended(answer, examples[i].end) for i, answer in zip(prompts, said, strict=True)}
     lines = [_line(i, *each, answers.get(i)) for i, each in enumerate(zip(examples, asked, strict=True))]
     return pd.DataFrame(lines, columns=list(_COLUMNS))
+
+
+def window_for(model: nn.Module, max_new_tokens: int) -> int | None:
+    """Most tokens of a prompt and its answer; None where the model does not tell. Weights are not needed.
+
+    Raises:
+        UserError: where answers would leave no token for a prompt.
+    """
+    check_positive(max_new_tokens=max_new_tokens)
+    most = window(text_config(model))
+    if most is not None and max_new_tokens >= most:
+        raise UserError(
+            f"max_new_tokens={max_new_tokens} leaves no token of the model's window of {most} for a prompt. Lower it."
+        )
+    return most
 
 
 def _rendered(row: dict[str, Any], format: PromptFormat, tokenizer: Any) -> Example | None:

@@ -5,6 +5,7 @@ Each thing is measured once: what is in the run's folder already is not measured
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pandas as pd
 from torch import nn
 
 from ..data.atomic import write_atomically
+from ..data.chat_template import MalformedRow
 from ..data.paths import folder_name
 from ..training.recipe_file import beside
 from .agreement import agreement
-from .answers import answers_to
+from .answers import answers_to, window_for
 from .documents import joined, long_form
 from .harness import PlannedTask, check_tasks, main_measures, run_tasks
 from .held_out_sets import HeldOutSet, question_of, rows_frame
@@ -64,15 +66,24 @@ def measure_at_end(
         write_documents(folder, "tasks", main_measures(found.values))
 
 
-def checked_tasks(measures: Measures, recipes: Path = Path()) -> list[PlannedTask]:
-    """The tasks that will be asked, once what answers and tasks need is known to be there.
+def checked(
+    model: nn.Module, tokenizer: Any, sets: Sequence[HeldOutSet], measures: Measures, recipes: Path = Path()
+) -> list[PlannedTask]:
+    """The tasks that will be asked, once all that a run will measure is known to be possible.
 
     Args:
+        model: may be without weights.
+        sets: of held-out rows.
         recipes: as of `measure_at_end`.
 
     Raises:
-        UserError: for a package that is not installed, and tasks that are not known or whose data cannot be read.
+        UserError: for a package that is not installed, rows that the tokenizer cannot write, answers as long as the
+            model's window, and tasks that are not known or whose data cannot be read.
     """
+    for each in sets:
+        with contextlib.suppress(MalformedRow):  # others may be well
+            each.format.render(each.rows[0], tokenizer)
+    most = window_for(model, measures.max_new_tokens) if measures.answers or measures.prompts else None
     if measures.answers:
         agreement(pd.DataFrame(columns=["document", "reference", "answer", "status"]))
     if not measures.tasks:
@@ -81,6 +92,7 @@ def checked_tasks(measures: Measures, recipes: Path = Path()) -> list[PlannedTas
         measures.tasks,
         _task_folder(measures, recipes),
         limit=measures.task_limit,
+        window=most or window_for(model, 1),
         confirm_run_unsafe_code=measures.confirm_run_unsafe_code,
     )
 

@@ -224,6 +224,10 @@ class OpenAIJudge:
                     raise
         return [verdicts[number] for number in range(len(asked))]
 
+    def check(self) -> None:
+        """Raise for what is known before anything is asked: the package or the key is not there. Asks nothing."""
+        self._client().close()
+
     def _client(self) -> Any:
         try:
             from openai import OpenAI

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from ..data.paths import check_model
 from ..errors import FileAccessError, UserError, one_line
 from ..scoring.devices import check_device, default_device, default_dtype, named_dtype
 from ..scoring.eval_guard import eval_mode
@@ -108,6 +109,11 @@ class RewardModel:
     def name(self) -> str:
         """As tables have it."""
         return self.model if isinstance(self.model, str) else type(self.model).__name__
+
+    def check(self) -> None:
+        """Raise for a folder that is not there, before anything is loaded."""
+        if isinstance(self.model, str):
+            check_model(self.model)
 
     def settings(self) -> dict[str, Any]:
         """What a record of a comparison may hold."""

@@ -240,9 +240,18 @@ def test_the_plan_says_what_will_be_done(folder, capsys):
         (["--workers", "0"], "--workers must be at least 1, got 0."),
         (["--seeds", "two"], "invalid int value: 'two'. See ifd-trainer compare --help."),
         (["--nonsense", "1"], "--nonsense"),
+        (["--category_column", "topic"], "category_column: no set of held-out rows has a column 'topic'"),
+        (
+            ["--answers", "3", "--max_new_tokens", "600"],
+            "max_new_tokens=600 leaves no token of the model's window of 512",
+        ),
+        (["--judge", "gpt-4"], "A judge wants answers: name prompts in the recipe"),
+        (["--judge", "gpt-4", "--answers", "3"], "The judge wants a key: set OPENAI_API_KEY"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_runs(folder, capsys, words, message):
+def test_what_cannot_be_compared_is_refused_before_anything_runs(folder, capsys, monkeypatch, words, message):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     assert main(command(folder, "--output_dir", str(folder / "refused"), *words)) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "refused").exists()
