@@ -198,8 +198,9 @@ def _categories(comparison: Comparison, name: str) -> pd.Series:
 def _notes(name: str, found: Any) -> list[str]:
     notes = []
     if found.reasons:
-        bad = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.items())
-        notes.append(f"{name}: {many(sum(found.reasons.values()), 'answer')} of the judge no verdict ({bad}).")
+        bad = ", ".join(f"{reason}: {count:,}" for reason, count in found.reasons.items())
+        count = sum(found.reasons.values())
+        notes.append(f"{name}: {count:,} of the judge's answers {_are(count)} no verdict ({bad}).")
     frame = found.frame
     if frame["contradicts"].any():
         share = frame["contradicts"].sum() / max(frame["value"].notna().sum(), 1)

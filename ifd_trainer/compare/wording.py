@@ -139,17 +139,14 @@ def unasked(results: Results) -> str:
 
 
 def judged_cells(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines: of each arm and set, verdicts, the winning score, and that of equally long answers."""
-    headers = ["arm", "answers to", "prompts", "wins", "ties", "losses"]
-    headers += ["winning score", "length-controlled", "verdict"]
+    """Headers and lines: of each arm and set, verdicts, the winning score, and that of equally long answers; what is
+    preferred, where that is shown."""
+    headers = ["arm", "answers to", "prompts", "won, tied, lost", "winning score", "length-controlled"]
     lines = []
     for arm in results.judging.arms if results.judging is not None else ():
-        counts = (f"{count:,}" for count in (arm.documents, arm.wins, arm.ties, arm.losses))
-        cells = map(_score_cell, (arm.score, arm.length_controlled))
-        shown = "none shown"
-        if arm.score.shown:
-            shown = "preferred" if arm.score.mean > 0 else f"{BASELINE} preferred"
-        lines.append([arm.arm, arm.of, *counts, *cells, shown])
+        counts = f"{arm.wins:,}, {arm.ties:,}, {arm.losses:,}"
+        cells = (f"{arm.documents:,}", counts, _score_cell(arm.score), _score_cell(arm.length_controlled))
+        lines.append([arm.arm, arm.of, *cells])
     return headers, lines
 
 
@@ -166,7 +163,8 @@ def category_cells(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def _score_cell(found: Difference) -> str:
-    return f"{1 + found.mean:.3f} ± {(found.high - found.low) / 2:.3f}".replace(" ", "\N{NO-BREAK SPACE}")
+    text = f"{1 + found.mean:.3f} ± {(found.high - found.low) / 2:.3f}".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{text}, {'preferred' if found.mean > 0 else f'{BASELINE} preferred'}" if found.shown else text
 
 
 def in_short(found: Difference, higher_is_better: bool | None = None) -> str:
