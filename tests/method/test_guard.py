@@ -197,6 +197,13 @@ def test_of_a_few_unseen_rows_nothing_is_said():
     [
         ({"separation": 0.95, "rank_correlation": 0.9, "spread": 0.2}, {"spread": 0.2}, None),
         ({"separation": 0.55}, {}, "in 55 % of cases"),
+        (
+            {"separation": 0.66},
+            {"separation": 0.83},
+            "66 % of cases, and the first ones did in 83 % (a coin does in 50 %",
+        ),
+        ({"separation": 0.67}, {"separation": 0.83}, None),  # 1/2 + 0.33 / 2 is 0.665
+        ({"separation": 0.61}, {"separation": None}, None),
         ({"separation": 0.9, "rank_correlation": 0.1}, {}, r"otherwise than those before \(correlation 0.10"),
         ({"spread": 0.01}, {"spread": 0.2}, "hardly differ any more"),
         ({"separation": None, "rank_correlation": None, "spread": None}, {"spread": None}, None),
@@ -205,6 +212,22 @@ def test_of_a_few_unseen_rows_nothing_is_said():
 def test_a_scoring_without_information_is_told_by_what_it_lacks(now, first, words):
     reason = Freeze().reason(now, first)
     assert reason is None if words is None else words.split("\\")[0] in reason
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("separation", "wanted are 60 %"),
+        ("retained", "the first ones did in 90 %"),
+        ("agreement", "rank rows otherwise"),
+        ("spread", "hardly differ"),
+    ],
+)
+def test_each_part_of_the_rule_stands_alone_and_0_switches_it_off(part, words):
+    forgetful, first = {"separation": 0.45, "rank_correlation": -0.2, "spread": 0.0}, {"separation": 0.9, "spread": 0.2}
+    off = dict.fromkeys(["separation", "retained", "agreement", "spread"], 0)
+    assert Freeze(**off).reason(forgetful, first) is None
+    assert words in Freeze(**{**off, part: getattr(Freeze(), part)}).reason(forgetful, first)
 
 
 def test_scores_of_a_scorer_that_forgets_prompts_freeze_and_earlier_ones_do_not():
