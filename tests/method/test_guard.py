@@ -138,6 +138,24 @@ def test_a_few_rows_share_their_anchors_and_others_have_others():
     assert test.draw(np.arange(2), np.arange(4), seed=0).shape == (2, 4)  # a pool of fewer rows than are tried
 
 
+def test_near_anchors_are_shared_by_the_rows_that_are_tested_and_the_nearest_of_each_is_among_them():
+    looked_among = []
+
+    def nearest(rows: np.ndarray, k: int, among: np.ndarray) -> np.ndarray:
+        looked_among.append(among)
+        apart = np.abs(rows[:, None] - among).astype(float)
+        apart[apart == 0] = np.inf
+        return among[np.argsort(apart, axis=1, kind="stable")[:, :k]]
+
+    rows, pool = np.arange(0, 1000, 25), np.arange(1000)
+    found = PairingTest(alpha=0.25, anchors=3, prompts="near").draw(rows, pool, 0, nearest)
+    sample, shared = looked_among
+    assert (found.shape, len(sample), len(shared)) == ((40, 6), 256, 40)
+    assert set(found.ravel()) <= set(shared) <= set(sample)
+    assert found[:, 0].tolist() == nearest(rows, 1, sample)[:, 0].tolist()
+    assert PairingTest(alpha=0.25, anchors=3, prompts="near").draw(rows[:1], pool, 0, nearest).shape == (1, 6)
+
+
 # ---- duplicates -------------------------------------------------------------------------------------------------
 
 
