@@ -89,7 +89,7 @@ class PairingTest:
             among = rng.permutation(len(pool))[: max(len(rows), _AMONG)]
             found = nearest(rows, tried, np.sort(pool[among]))  # (m, C)
             shared = pd.unique(found.T.ravel())[: max(len(rows), 2 * tried)]  # the nearest of each row first
-            return nearest(rows, tried, np.sort(shared))
+            return nearest(rows, tried, np.sort(shared)) if len(shared) else found
         tried = min(tried, len(pool))  # one that is tried twice would be no more evidence
         groups = [rng.choice(pool, tried, replace=False) for _ in range(0, len(rows), _SHARING)]
         return np.repeat(np.array(groups).reshape(-1, tried), _SHARING, axis=0)[: len(rows)]

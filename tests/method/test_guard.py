@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, spearmanr
 from sklearn.metrics import roc_auc_score
 
+from ifd_trainer.data.similar_prompts import SimilarPrompts
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.method.duplicates import Duplicates, representatives, surplus
 from ifd_trainer.method.guard import Guard
@@ -154,6 +155,13 @@ def test_near_anchors_are_shared_by_the_rows_that_are_tested_and_the_nearest_of_
     assert set(found.ravel()) <= set(shared) <= set(sample)
     assert found[:, 0].tolist() == nearest(rows, 1, sample)[:, 0].tolist()
     assert PairingTest(alpha=0.25, anchors=3, prompts="near").draw(rows[:1], pool, 0, nearest).shape == (1, 6)
+
+
+@pytest.mark.parametrize(("rows", "pool"), [([], range(9)), ([0], [0])])
+def test_without_rows_or_without_others_there_are_no_anchors(rows, pool):
+    similar = SimilarPrompts(f"prompt {i}" for i in range(9))
+    test = PairingTest(alpha=0.25, anchors=3, prompts="near")
+    assert test.draw(np.array(rows, dtype=np.int64), np.array(pool), 0, similar.nearest).size == 0
 
 
 # ---- duplicates -------------------------------------------------------------------------------------------------
