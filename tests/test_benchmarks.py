@@ -471,3 +471,24 @@ def test_a_comparison_says_what_is_known_of_a_pool_with_half_of_its_answers_shuf
     found = bench.main(["--case", "shuffled", "--rows", "96", "--output", str(tmp_path)])["shuffled"][0]
     assert found["guarded"]["shown"]
     assert found["guarded"]["difference"] < -0.1 < 0.1 < found["dynamic"]["difference"]
+
+
+# ---- a scorer that is trained too long --------------------------------------------------------------------------
+
+
+def test_a_dry_run_of_the_benchmark_of_a_scorer_that_is_trained_too_long(
+    beside_each_other, saved_model, tmp_path, capsys
+):
+    import overtrained
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in noise_rows(90)))
+    options = ["--rows", "80", "--trained", "12", "--epochs", "2", "--answer-tokens", "400", "--lr", "1e-2"]
+    overtrained.main(["--model", saved_model, "--data", str(path), *options, "--output", str(tmp_path)])
+    runs = json.loads((tmp_path / "overtrained.json").read_text())["lr"]["0.01"]
+    assert len(runs) == 2
+    assert (runs[0]["loss"], runs[0]["freeze"], runs[0]["with_first"]) == (None, None, pytest.approx(1.0))
+    assert runs[1]["loss"] > 0
+    for run in runs:
+        assert all(0 <= run[name] <= 1 for name in ("separation", "area", "noise_below_limit", "at_or_above_1"))
+    assert "learning rate 0.01" in capsys.readouterr().out

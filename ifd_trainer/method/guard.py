@@ -33,7 +33,7 @@ class Guard:
         on_misaligned: what to do where most prompts do not help: "error" before the first step, or "warn".
 
     >>> Guard(pairing=True, duplicates=None).pairing
-    PairingTest(alpha=0.1, anchors=9, tokens=32, prompts='random')
+    PairingTest(alpha=0.1, anchors=9, tokens=24, prompts='random')
     """
 
     limit: CalibratedLimit | None = CalibratedLimit()

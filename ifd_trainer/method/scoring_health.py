@@ -78,12 +78,17 @@ class Freeze:
     """Score no more from the first scoring on that carries no information; the one before stands.
 
     A scoring carries none where its separation, or its rank correlation with the scoring before, is below a least
-    value, or its spread below a share of that of the first one.
+    value, or its spread below a share of that of the first one. And where little is left of what the first one told,
+
+        separation - 1/2  <  retained * (that of the first scoring - 1/2),
+
+    since a scorer that forgets does so by and by: each scoring agrees with the one before, and less tells rows apart.
 
     Args:
         separation: the least one; 1/2 is that of a coin.
         agreement: the least rank correlation with the scoring before.
         spread: the least share of the first scoring's spread.
+        retained: the least share of what the first scoring's separation was above that of a coin.
 
     >>> Freeze().reason({"separation": 0.52, "spread": 0.3}, first={"spread": 0.4})
     'scores tell a row from one with a wrong prompt in 52 % of cases (a coin does in 50 %, wanted are 60 %)'
@@ -92,6 +97,7 @@ class Freeze:
     separation: float = 0.6
     agreement: float = 0.3
     spread: float = 0.1
+    retained: float = 0.5
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -101,12 +107,17 @@ class Freeze:
     def reason(self, now: Health, first: Health) -> str | None:
         """Why a scoring carries no information, in words; None where it does."""
         separated, agreed, spread = (now.get(name) for name in ("separation", "rank_correlation", "spread"))
+        tells = f"scores tell a row from one with a wrong prompt in {100 * (separated or 0):.0f} % of cases"
         if separated is not None and separated < self.separation:
-            return (
-                f"scores tell a row from one with a wrong prompt in {100 * separated:.0f} % of cases (a coin does in "
-                f"50 %, wanted are {100 * self.separation:.0f} %)"
-            )
-        if agreed is not None and agreed < self.agreement:
+            return f"{tells} (a coin does in 50 %, wanted are {100 * self.separation:.0f} %)"
+        if self.retained and separated is not None and first.get("separation") is not None:
+            wanted = 0.5 + self.retained * (first["separation"] - 0.5)
+            if separated < wanted:
+                return (
+                    f"{tells}, and the first ones did in {100 * first['separation']:.0f} % (a coin does in 50 %, "
+                    f"wanted are {100 * wanted:.0f} %)"
+                )
+        if self.agreement and agreed is not None and agreed < self.agreement:
             return f"scores rank rows otherwise than those before (correlation {agreed:.2f}, wanted {self.agreement})"
         if spread is not None and first.get("spread") and spread < self.spread * first["spread"]:
             return f"scores hardly differ any more (quartiles {spread:.3f} apart, at first {first['spread']:.3f})"

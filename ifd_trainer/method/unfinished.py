@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .error_rate import check_error_rate, least_measured
+from .number_words import many
 
 MOST_LOST = 0.1  # of the whole answers: a signal that costs more says too little
 _LEAST_LOSS = 1e-6  # of a model that is sure
@@ -86,3 +87,22 @@ class Unfinished:
         deviations = 0.674 * (np.log(cut[best]) - median) / max(median - quartile, _LEAST_LOSS)
         whole_lost = math.erfc(deviations / math.sqrt(2)) / 2
         return float(cut[best]) if whole_lost <= MOST_LOST else float("inf")
+
+
+def too_little(eot_loss: np.ndarray, cut: np.ndarray) -> str:
+    """Why no row is dropped as unfinished, for a user: what was measured where the threshold is infinite.
+
+    Args:
+        eot_loss: (n,) of the pool's rows, NaN for rows without one; not all of them are.
+        cut: (m,) of cut answers.
+
+    >>> print(too_little(np.array([19.0, 20.0, np.nan]), np.array([21.0])))  # doctest: +ELLIPSIS
+    the end-of-turn token tells ... (its loss is 19.5 nats behind the rows' answers, 21.0 behind 1 answer cut off ...
+    """
+    medians = f"{np.nanmedian(eot_loss):.1f} nats behind the rows' answers"
+    if len(cut):
+        medians += f", {np.median(cut):.1f} behind {many(len(cut), 'answer')} cut off at random, medians"
+    return (
+        f"the end-of-turn token tells too little about which answers are finished (its loss is {medians}). A base "
+        "model that has not learned this token is like that, and a pool of few rows."
+    )

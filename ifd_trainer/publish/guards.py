@@ -19,9 +19,8 @@ from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.columns import EOT_LOSS
 from ..method.duplicates import Duplicates, surplus
-from ..method.number_words import many
 from ..method.reasons import DUPLICATE, REFUSAL, UNFINISHED, Status
-from ..method.unfinished import Unfinished
+from ..method.unfinished import Unfinished, too_little
 from .provenance import Provenance
 
 _MEASURE = "score it with `ifd-trainer score --calibrate`"
@@ -66,14 +65,7 @@ def unfinished_rows(eot_loss: np.ndarray | None, provenance: Provenance, data: s
     threshold = Unfinished().threshold(eot_loss, cut)
     if np.isfinite(threshold):
         return eot_loss >= threshold, None
-    medians = f"{np.nanmedian(eot_loss):.1f} nats behind the rows' answers"
-    if len(cut):
-        medians += f", {np.median(cut):.1f} behind {many(len(cut), 'answer')} cut off at random, medians"
-    return np.zeros(len(eot_loss), dtype=bool), (
-        f"The end-of-turn token tells too little about which answers are finished (its loss is {medians}): "
-        "--drop-unfinished drops none. A base model that has not learned this token is like that, and a pool of few "
-        "rows."
-    )
+    return np.zeros(len(eot_loss), dtype=bool), f"--drop-unfinished drops none: {too_little(eot_loss, cut)}"
 
 
 def dropped_rows(

@@ -22,6 +22,7 @@ from ..method.error_rate import least_measured
 from ..method.guard import Guard
 from ..method.number_words import many
 from ..method.reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED, Status
+from ..method.unfinished import too_little
 from ..scoring.losses import Scores
 from .pool_scorer import PoolScorer
 
@@ -125,14 +126,7 @@ class RunGuards:
         if not known.any():
             logger.warning("Epoch %d: no end-of-turn token follows any answer: none are dropped as unfinished.", epoch)
         elif not np.isfinite(threshold):
-            logger.warning(
-                "Epoch %d: the end-of-turn token tells too little about which answers are finished (its loss is %.1f "
-                "nats behind the pool's answers, %.1f behind answers cut off at random, medians): none are dropped for "
-                "it. A base model that has not learned this token is like that.",
-                epoch,
-                np.nanmedian(scores.eot_loss),
-                np.median(cut) if len(cut) else np.nan,
-            )
+            logger.warning("Epoch %d: none are dropped as unfinished: %s", epoch, too_little(scores.eot_loss, cut))
         return threshold
 
     def judge(self, scores: Scores, measured: Measured, unseen: np.ndarray) -> None:

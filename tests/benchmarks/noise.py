@@ -18,7 +18,7 @@ noise already: its rows are taken as they are (`as labelled`), and seeds draw no
     guards      share of each kind that a guard drops. Of shuffled rows, what a limit or a test lets pass is to be at
                 most its alpha, if they are like its wrong pairs; what it drops of untouched rows is its price
     cost        seconds of CPU, and tokens, of each guard over those of scoring all rows: measured once for each file,
-                on the first pool
+                on the first pool, the pairing test with anchors drawn as in a run
 
 Figures are means over seeds, with the lowest and the highest. All rows are scored by the model as it is, so nothing is
 said about what training on them does. As in a run, the pairing test is of the rows that would be kept; as a signal, of
@@ -307,7 +307,12 @@ class Measured:
         def losses(segments: Sequence[Segment]) -> np.ndarray:
             return self.losses(segments, f"pairing test, {prompts}")[:, 0] if segments else np.empty(0)
 
+        if self.losses.timed:  # as a run does it: random anchors are shared by rows that are tested together
+            anchors = test.draw(new, np.flatnonzero(self.ok), self.seed, self.similar.nearest)
+            self.reader.paired_losses(new, anchors, test.anchors, test.tokens, losses)
+        timed, self.losses.timed = self.losses.timed, False
         table = self.reader.paired_losses(new, self._anchors[prompts][new], test.anchors, test.tokens, losses)
+        self.losses.timed = timed
         self.p[prompts][new] = test.p_values(table[:, 0], table[:, 1:])
         self._tested[prompts][new] = True
         return self.p[prompts][rows]
@@ -355,7 +360,7 @@ def kept_by(policy: Policy, found: Measured, held: np.ndarray | None = None, anc
 def kept_by_policies(found: Measured) -> dict[str, np.ndarray]:
     """The rows that each policy keeps."""
     held = found.held_back()
-    return {
+    kept = {
         "highest IFD below 1": kept_by(Cherry(), found),
         "middle band, 25 to 75": kept_by(MiddleBand(), found),
         "random": kept_by(RandomRows(), found),
@@ -366,8 +371,9 @@ def kept_by_policies(found: Measured) -> dict[str, np.ndarray]:
         DEFAULT: kept_by(Cherry(), found, held[DEFAULT]),
         "guard + test, random": kept_by(Cherry(), found, held[DEFAULT], "random"),
         "guard + test, near": kept_by(Cherry(), found, held[DEFAULT], "near"),
-        "near limit + near test": kept_by(Cherry(), found, held[NEAR], "near"),
     }
+    found.losses.timed = False  # what comes now tests other rows than those that these policies would keep
+    return kept | {"near limit + near test": kept_by(Cherry(), found, held[NEAR], "near")}
 
 
 # ---- what is reported -------------------------------------------------------------------------------------------
@@ -377,7 +383,6 @@ def run_of(found: Measured, tested: int, examples: bool) -> dict[str, Any]:
     """All numbers of a pool; what the pairing test says is of at most `tested` rows of a kind."""
     kinds = found.pool.kinds
     kept = kept_by_policies(found)
-    found.losses.timed = False  # what comes now, a test of other rows than those to be kept, is no part of a run
     sample, every = found.sample(tested), np.flatnonzero(found.ok)
     guards = {name: (every, drops[every]) for name, drops in found.held_back().items()}
     for name, test in found.tests.items():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, spearmanr
 from sklearn.metrics import roc_auc_score
 
+from ifd_trainer.data.similar_prompts import SimilarPrompts
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.method.duplicates import Duplicates, representatives, surplus
 from ifd_trainer.method.guard import Guard
@@ -138,6 +139,31 @@ def test_a_few_rows_share_their_anchors_and_others_have_others():
     assert test.draw(np.arange(2), np.arange(4), seed=0).shape == (2, 4)  # a pool of fewer rows than are tried
 
 
+def test_near_anchors_are_shared_by_the_rows_that_are_tested_and_the_nearest_of_each_is_among_them():
+    looked_among = []
+
+    def nearest(rows: np.ndarray, k: int, among: np.ndarray) -> np.ndarray:
+        looked_among.append(among)
+        apart = np.abs(rows[:, None] - among).astype(float)
+        apart[apart == 0] = np.inf
+        return among[np.argsort(apart, axis=1, kind="stable")[:, :k]]
+
+    rows, pool = np.arange(0, 1000, 25), np.arange(1000)
+    found = PairingTest(alpha=0.25, anchors=3, prompts="near").draw(rows, pool, 0, nearest)
+    sample, shared = looked_among
+    assert (found.shape, len(sample), len(shared)) == ((40, 6), 256, 40)
+    assert set(found.ravel()) <= set(shared) <= set(sample)
+    assert found[:, 0].tolist() == nearest(rows, 1, sample)[:, 0].tolist()
+    assert PairingTest(alpha=0.25, anchors=3, prompts="near").draw(rows[:1], pool, 0, nearest).shape == (1, 6)
+
+
+@pytest.mark.parametrize(("rows", "pool"), [([], range(9)), ([0], [0])])
+def test_without_rows_or_without_others_there_are_no_anchors(rows, pool):
+    similar = SimilarPrompts(f"prompt {i}" for i in range(9))
+    test = PairingTest(alpha=0.25, anchors=3, prompts="near")
+    assert test.draw(np.array(rows, dtype=np.int64), np.array(pool), 0, similar.nearest).size == 0
+
+
 # ---- duplicates -------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +223,13 @@ def test_of_a_few_unseen_rows_nothing_is_said():
     [
         ({"separation": 0.95, "rank_correlation": 0.9, "spread": 0.2}, {"spread": 0.2}, None),
         ({"separation": 0.55}, {}, "in 55 % of cases"),
+        (
+            {"separation": 0.66},
+            {"separation": 0.83},
+            "66 % of cases, and the first ones did in 83 % (a coin does in 50 %",
+        ),
+        ({"separation": 0.67}, {"separation": 0.83}, None),  # 1/2 + 0.33 / 2 is 0.665
+        ({"separation": 0.61}, {"separation": None}, None),
         ({"separation": 0.9, "rank_correlation": 0.1}, {}, r"otherwise than those before \(correlation 0.10"),
         ({"spread": 0.01}, {"spread": 0.2}, "hardly differ any more"),
         ({"separation": None, "rank_correlation": None, "spread": None}, {"spread": None}, None),
@@ -205,6 +238,22 @@ def test_of_a_few_unseen_rows_nothing_is_said():
 def test_a_scoring_without_information_is_told_by_what_it_lacks(now, first, words):
     reason = Freeze().reason(now, first)
     assert reason is None if words is None else words.split("\\")[0] in reason
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("separation", "wanted are 60 %"),
+        ("retained", "the first ones did in 90 %"),
+        ("agreement", "rank rows otherwise"),
+        ("spread", "hardly differ"),
+    ],
+)
+def test_each_part_of_the_rule_stands_alone_and_0_switches_it_off(part, words):
+    forgetful, first = {"separation": 0.45, "rank_correlation": -0.2, "spread": 0.0}, {"separation": 0.9, "spread": 0.2}
+    off = dict.fromkeys(["separation", "retained", "agreement", "spread"], 0)
+    assert Freeze(**off).reason(forgetful, first) is None
+    assert words in Freeze(**{**off, part: getattr(Freeze(), part)}).reason(forgetful, first)
 
 
 def test_scores_of_a_scorer_that_forgets_prompts_freeze_and_earlier_ones_do_not():

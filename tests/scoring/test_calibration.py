@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROUNDING, build_model, reference_nll
 from datasets import Dataset, DatasetDict
+from scipy.stats import chisquare
 from tiny_runs import TOKENIZER, raw_rows, select, sft_trainer, text_rows, train
 
 from ifd_trainer import CalibratedLimit, IFDScorer, PairingTest
@@ -208,6 +209,16 @@ def test_p_values_are_what_one_loss_at_a_time_says_whatever_the_order_of_the_row
     assert set(found) == {0.25, 0.5, 0.75, 1.0}  # of random weights, which know no prompt
     again = scorer.pairing_p_values(scored(scorer, raw[::-1]), test=TEST, seed=SEED)
     assert again.tolist() == found[::-1].tolist()
+
+
+@pytest.mark.parametrize("tokens", [2, PairingTest.tokens])
+def test_p_values_of_answers_that_belong_to_no_prompt_are_uniform_whatever_is_read_of_them(scorer, tokens):
+    raw = raw_rows(256)  # answers are drawn by themselves: each of four prompts is as likely as any to be the best
+    found = scorer.pairing_p_values(scored(scorer, raw), test=PairingTest(0.25, 3, tokens), seed=SEED)
+    counts = np.bincount(np.round(4 * found).astype(int), minlength=5)[1:]
+    assert counts.sum() == 256
+    assert chisquare(counts).pvalue > 1e-3
+    assert PairingTest(0.25, 3).passes(found).mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 256))
 
 
 def test_rows_that_are_not_asked_for_or_have_no_score_are_not_tested(scorer):
