@@ -57,6 +57,7 @@ from .trackers import log_histograms
 from .trainer_checks import check_timing, sampling_strategy
 from .trainer_hooks import (
     EpochSelector,
+    announce_lm_head,
     attach,
     batch_order,
     reshard,
@@ -303,6 +304,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 "This IFDSelectionCallback was made for another trainer. Make one for each: "
                 "trainer.add_callback(IFDSelectionCallback(trainer, ...))."
             )
+        announce_lm_head(self.trainer)
         if self.restart is not None and state.global_step == 0:
             self._keep_original()
         if self.run.called:  # auto_find_batch_size begins a run again, with weights that were trained

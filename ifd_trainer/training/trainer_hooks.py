@@ -485,25 +485,30 @@ def scoring_model(trainer: Trainer) -> tuple[nn.Module, bool]:
     Such a model gathers its weights in every forward of the wrapped module, so all processes have to run the same
     number of forwards. Otherwise it is the model itself: DDP's wrapper would only add its bookkeeping.
     """
-    zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     by_transformers = getattr(trainer, "is_distributed_loading_by_transformers", False)  # since transformers 5.22
-    sharded = bool(trainer.is_fsdp_enabled or zero3 or by_transformers)
-    if zero3 and any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__):
-        _announce_lm_head(trainer.model)
+    sharded = bool(trainer.is_fsdp_enabled or _by_zero3(trainer) or by_transformers)
     return (trainer.model_wrapped if sharded else trainer.model), sharded
 
 
-def _announce_lm_head(model: nn.Module) -> None:
-    """Tell ZeRO-3 that the model's own forward reads the weight of its LM head, as TRL's loss does in training.
+def _by_zero3(trainer: Trainer) -> bool:
+    return trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+def announce_lm_head(trainer: Trainer) -> None:
+    """Tell ZeRO-3 that TRL's loss reads the weight of the LM head in the model's own forward, before the first one.
 
     ZeRO-3 finds such a read by itself, unless the weight happens to be there at the first one. After scoring, which
     calls the head as a module, it is: ZeRO-3 fetches ahead by the order of the forward before. The weight would then
-    be missing in the backward pass (measured with deepspeed 0.19.8 and trl 1.16).
+    be missing in the backward pass (measured with deepspeed 0.19.8 and trl 1.16). Once a forward has set that order,
+    as that of a run which is resumed inside an epoch, it is too late: the next one would be an error where the loss
+    reads no weight (trl 0.24).
     """
+    if not (_by_zero3(trainer) and any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)):
+        return
     import deepspeed
 
-    head = lm_head(model)
-    parent = next((module for module in model.modules() if head in module.children()), None) if head else None
+    head, modules = lm_head(trainer.model), trainer.model.modules()
+    parent = next((module for module in modules if head in module.children()), None) if head else None
     if parent is not None:
         deepspeed.zero.register_external_parameter(parent, head.weight)
 

@@ -130,16 +130,17 @@ def as_trained_on(tokenizer, messages: list[dict], masked: bool) -> tuple[list[i
 
 
 @pytest.mark.parametrize(
-    ("name", "header", "answer"),
+    ("name", "key", "header", "answer"),
     [
-        ("qwen3", "<|im_start|>assistant\n<think>\n", "Hm.\n</think>\n\nRed."),
-        ("gptoss", "<|start|>assistant<|channel|>analysis<|message|>", "Hm.<|end|><|start|>assistant"),
-        ("glm4moe", "<|assistant|>\n<think>", "Hm.</think>\nRed."),
-        ("qwen2_5", "<|im_start|>assistant\n", "Red."),  # writes no thoughts
+        ("qwen3", "reasoning_content", "<|im_start|>assistant\n<think>\n", "Hm.\n</think>\n\nRed."),
+        ("gptoss", "thinking", "<|start|>assistant<|channel|>analysis<|message|>", "Hm.<|end|><|start|>assistant"),
+        ("glm4moe", "reasoning_content", "<|assistant|>\n<think>", "Hm.</think>\nRed."),
+        ("qwen2_5", "reasoning_content", "<|im_start|>assistant\n", "Red."),  # writes no thoughts
     ],
 )
-def test_thoughts_of_a_row_are_part_of_its_answer(name, header, answer):
-    row = {"messages": [user("Name it."), said("Red.", reasoning_content="Hm.")]}
+def test_thoughts_of_a_row_are_part_of_its_answer(name, key, header, answer):
+    # each by the name that its template reads: older transformers do not look for the others
+    row = {"messages": [user("Name it."), said("Red.", **{key: "Hm."})]}
     example = MESSAGES.render(row, tokenizer_for(TEMPLATES[name], special=False))
     assert example.header == header
     assert example.answer.startswith(answer)

@@ -1,45 +1,61 @@
-"""Train a tiny model in axolotl with the plugin, and assert what was trained on.
+"""The selection inside axolotl, by hand and on a CPU: what it trained on, row by row, with the plugin.
 
     python3.11 -m venv ax-env && ax-env/bin/pip install torch==2.13.0 axolotl==0.19.0 -e .
-    ax-env/bin/python tests/frameworks/with_axolotl.py
+    ax-env/bin/python tests/frameworks/with_axolotl.py [FOLDER [CHECK ...]]
 
 On a CPU, `pip install --no-deps axolotl==0.19.0` beside its other dependencies does without xformers, fla, modal,
-lm_eval and the cloud file systems; triton and bitsandbytes are imported, but not used. Tried with axolotl 0.19.0,
-transformers 5.16.1, torch 2.13.0, Python 3.11.
+gradio, trackio, lm_eval and the cloud file systems; triton and bitsandbytes are imported, but not used. Tried with
+axolotl 0.19.0, transformers 5.16.1, trl 1.9.0, torch 2.13.0, Python 3.11.
 
-Asserted: the number of steps, and that each epoch trained on the rows that were selected and no others, alone and with
-LoRA, grouping by length, curriculum sampling, evaluation, train_on_inputs and chats; scores against two plain forward
-passes; a resume inside an epoch that ends with the same rows and weights; what is refused, and how.
+Asserted, beside what `witness.py` says: runs with LoRA, grouping by length, curriculum sampling, evaluation,
+checkpoints, a warm-up, max_steps, train_on_inputs and chats; a resume inside an epoch that ends with the same rows and
+weights; what is refused, and how.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-import tiny
+import yaml
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
+from axolotl.train import train as train_in_axolotl
+from witness import (
+    Witness,
+    chats,
+    check_linear,
+    check_resumed,
+    check_run,
+    new_folder,
+    refused,
+    rows,
+    run_checks,
+    save_model,
+    save_rows,
+    watched,
+)
 
-ROWS, KEPT, EPOCHS, STEPS = 24, 12, 3, 9  # 12 rows in batches of 2, 2 of them an update
+ROWS, KEPT, EPOCHS, BATCH, ACCUMULATION, PEAK = 24, 12, 3, 2, 2, 1e-2
 SELECTION = {"keep": 0.5, "max_ifd": float("inf"), "guard": None}
+FOLDER = new_folder()
 
 
-def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
+def run(name: str, **changes: Any) -> None:
+    """What `axolotl train` does with such a file."""
     config = {
-        "base_model": str(folder / "model"),
-        "datasets": [{"path": str(folder / "rows.jsonl"), "ds_type": "json", "type": "alpaca"}],
-        "dataset_prepared_path": str(folder / "prepared"),
-        "output_dir": str(folder / "run"),
+        "base_model": str(FOLDER / "model"),
+        "datasets": [{"path": str(FOLDER / "rows.jsonl"), "ds_type": "json", "type": "alpaca"}],
+        "dataset_prepared_path": str(FOLDER / "prepared"),
+        "output_dir": str(FOLDER / name),
         "sequence_len": 256,
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 2,
+        "micro_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
         "num_epochs": EPOCHS,
-        "learning_rate": 0.001,
+        "learning_rate": PEAK,
         "optimizer": "adamw_torch",
         "lr_scheduler": "linear",
         "warmup_steps": 0,
@@ -51,67 +67,65 @@ def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
         "plugins": ["ifd_trainer.frameworks.axolotl.IFDSelectionPlugin"],
         "ifd_selection": SELECTION,
     }
-    return config | changes
-
-
-def run(config: dict[str, Any]) -> None:
-    """What `axolotl train` does with such a file."""
-    import yaml
-    from axolotl.cli.config import load_cfg
-    from axolotl.common.datasets import load_datasets
-    from axolotl.train import train
-
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
-        yaml.safe_dump(config, file)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=FOLDER, delete=False) as file:
+        yaml.safe_dump(config | changes, file)
     cfg = load_cfg(file.name)
-    train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
+    train_in_axolotl(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
 
 
-def selects(folder: Path, rows: list[int] | None = None, **changes: Any) -> tiny.Watched:
-    """Train anew, and assert which rows were trained on."""
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    with tiny.watched() as seen:
-        run(configuration(folder, **changes))
-    tiny.check_epochs(seen, folder / "run", rows or [KEPT] * EPOCHS)
-    print(f"{changes}: {seen.trainer.state.global_step} steps", file=sys.stderr)
-    return seen
+def check(name: str, counts: list[int] | None = None, **changes: Any) -> Witness:
+    """A run whose steps, rows and scores are what the selection says."""
+    with watched() as witness:
+        run(name, **changes)
+    check_run(witness, FOLDER / name, counts or [KEPT] * EPOCHS, batch=BATCH, accumulation=ACCUMULATION)
+    return witness
 
 
-def main() -> None:
-    folder = Path(tempfile.mkdtemp())
-    tiny.write_model(folder / "model")
-    tiny.write_rows(folder / "rows.jsonl", ROWS)
-    tiny.write_chats(folder / "chats.jsonl", ROWS)
+def selected() -> None:
+    """Half of the rows in each epoch, and a run that goes on inside its second one."""
+    whole = check("half", save_strategy="steps", save_steps=1, save_total_limit=99)
+    assert whole.state.epoch == EPOCHS
+    check_linear(whole, PEAK)
+    with watched() as again:
+        run("half", resume_from_checkpoint=str(FOLDER / "half" / "checkpoint-4"))
+    check_resumed(again, whole, 4)
 
-    # ---- a run, its scores, and a resume inside its second epoch
-    seen = selects(folder, save_strategy="steps", save_steps=1, save_total_limit=99)
-    state = seen.trainer.state
-    assert (state.global_step, state.max_steps, state.epoch) == (STEPS, STEPS, EPOCHS)
-    rates = [log["learning_rate"] for log in state.log_history if "learning_rate" in log]
-    assert len(rates) == STEPS
-    assert abs(rates[-1] - 0.001 / STEPS) < 1e-9, rates
-    tiny.check_scores(seen, folder / "model", folder / "run")
-    with tiny.watched() as again:
-        run(configuration(folder, resume_from_checkpoint=str(folder / "run" / "checkpoint-4")))
-    tiny.check_resumed(again, seen, rows=4 * 4)
 
-    # ---- what else a configuration may say
-    seen = selects(folder, save_first_step=True, warmup_steps=None, warmup_ratio=0.25)
-    assert (folder / "run" / "checkpoint-1" / "trainer_state.json").exists()
-    assert seen.trainer.args.get_warmup_steps(STEPS) == 3
-    seen = selects(folder, [KEPT, KEPT, 8], max_steps=8)  # the third epoch is not finished
-    assert seen.trainer.state.global_step == 8
-    selects(folder, group_by_length=True)
-    seen = selects(folder, curriculum_sampling=True)
-    assert seen.rows[:KEPT] == sorted(seen.rows[:KEPT], key=seen.pool.index)
-    seen = selects(folder, [10, 10, 10], val_set_size=4, evals_per_epoch=1, saves_per_epoch=1)
-    assert sum("eval_loss" in log for log in seen.trainer.state.log_history) >= EPOCHS
-    selects(folder, train_on_inputs=True)
-    selects(folder, [ROWS, KEPT, 6], ifd_selection={**SELECTION, "keep": [1.0, 0.5, 6]})
-    chats = {"path": str(folder / "chats.jsonl"), "ds_type": "json", "type": "chat_template"}
-    selects(folder, datasets=[chats], chat_template="chatml")
+def counted() -> None:
+    """Steps and warm-up are counted in the planned steps; a run that max_steps ends, ends inside an epoch."""
+    witness = check("warm", save_first_step=True, warmup_steps=None, warmup_ratio=0.25)
+    assert (FOLDER / "warm" / "checkpoint-1" / "trainer_state.json").exists()
+    assert witness.args.get_warmup_steps(witness.planned) == 3
+    check("steps", [KEPT, KEPT, 8], max_steps=8)
+    check("shrinks", [ROWS, KEPT, 6], ifd_selection={**SELECTION, "keep": [1.0, 0.5, 6]})
 
-    # ---- what is refused
+
+def ordered() -> None:
+    """Rows in the order of the training set, and grouped by their lengths."""
+    witness = check("in_order", curriculum_sampling=True)
+    assert all(witness.positions(epoch) == sorted(witness.positions(epoch)) for epoch in witness.epochs)
+    check("grouped", group_by_length=True)
+
+
+def evaluated() -> None:
+    """Rows that axolotl holds out are not in the pool."""
+    witness = check("evaluated", [10] * EPOCHS, val_set_size=4, evals_per_epoch=1, saves_per_epoch=1)
+    assert sum("eval_loss" in log for log in witness.state.log_history) >= EPOCHS
+
+
+def whole_rows() -> None:
+    """train_on_inputs: every token is trained on, and the answer is found by its header."""
+    check("inputs", train_on_inputs=True)
+
+
+def turns() -> None:
+    """Chats: the last answer is scored."""
+    of_chats = {"path": str(FOLDER / "chats.jsonl"), "ds_type": "json", "type": "chat_template"}
+    check("chats", datasets=[of_chats], chat_template="chatml")
+
+
+def refusals() -> None:
+    """What cannot be exact is refused with a sentence."""
     for changes, sentence in (
         ({"sample_packing": True}, "sample_packing: true packs whole batches of rows anew"),
         ({"use_pose": True, "pose_max_context_len": 512}, "use_pose: true trains on positions that skip"),
@@ -124,12 +138,17 @@ def main() -> None:
         ({"ifd_selection": {"keep": 1.5}}, "1.5"),
         ({"ifd_selection": {"order": "up"}}, "order must be 'shuffle', 'descending' or 'ascending', got 'up'."),
     ):
-        with tiny.refused(sentence):
-            run(configuration(folder, **changes))
-    # ---- last, since axolotl's kernels for LoRA stay in the classes of the models
-    selects(folder, adapter="lora", lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "v_proj"])
-    print("all as it should be")
+        with refused(sentence):
+            run("refused", **changes)
+
+
+def lora() -> None:
+    """Last, since axolotl's kernels for LoRA stay in the classes of the models."""
+    check("lora", adapter="lora", lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "v_proj"])
 
 
 if __name__ == "__main__":
-    main()
+    save_model(FOLDER / "model")
+    save_rows(FOLDER / "rows.jsonl", rows(ROWS))
+    save_rows(FOLDER / "chats.jsonl", chats(ROWS))
+    run_checks([selected, counted, ordered, evaluated, whole_rows, turns, refusals, lora])

@@ -3,44 +3,50 @@
     python3.11 -m venv lf && lf/bin/pip install llamafactory -e . jieba nltk rouge_chinese
     lf/bin/python tests/frameworks/with_llama_factory.py [FOLDER [CHECK ...]]
 
-FOLDER has to be new; the checks are the functions in `CHECKS`. Half a minute. Tried with llamafactory 0.9.5, and with
-its sources of August 2026: Python 3.11, torch 2.13, transformers 5.6.0, trl 0.24.0, accelerate 1.11.0, datasets 4.0.0,
-peft 0.18.1. Where an index has torchvision and torchaudio for CUDA alone, they fail beside a torch for CPUs: take
-torchvision out, and delete the folder `lib` of torchaudio, which then does without its compiled part; text needs
+Tried with llamafactory 0.9.5, transformers 5.6.0, trl 0.24.0, accelerate 1.11.0, datasets 4.0.0, peft 0.18.1, torch
+2.13.0, Python 3.11. Where an index has torchvision and torchaudio for CUDA alone, they fail beside a torch for CPUs:
+take torchvision out, and delete the folder `lib` of torchaudio, which then does without its compiled part; text needs
 neither.
 
-Asserted of a random two-layer model: the optimizer's steps, and that they are as many as were planned; that each epoch
-trained on the rows that the history names, each once, by the tokens that the model was given; that no row was left out
-that scores above a kept one; scores, against two forward passes for each row with the weights of that epoch; that the
-last epoch has other rows than the first; that a resumed run trains on the rows of one that was not stopped, in their
-order; and what is refused, with its sentence. With full fine-tuning, LoRA, gradient accumulation, disable_shuffling,
-predict_with_generate, rows grouped by length, chats (with mask_history too), train_on_prompt, and the paper's method.
+Asserted, beside what `witness.py` says: runs with LoRA, gradient accumulation, disable_shuffling,
+predict_with_generate, rows grouped by length, chats (with mask_history too), train_on_prompt, and the paper's method;
+that a resumed run trains on the rows of one that was not stopped, to the same weights; and what is refused, with its
+sentence.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from llamafactory.train.tuner import run_exp
-from transformers import AutoTokenizer
-from witness import Witness, changed, check_rows, check_scores, kept, rows, save_model
+from witness import (
+    Witness,
+    changed,
+    chats,
+    check_linear,
+    check_resumed,
+    check_run,
+    new_folder,
+    refused,
+    rows,
+    run_checks,
+    save_model,
+    save_rows,
+    times,
+    watched,
+)
 
 from ifd_trainer import IFDSelectionCallback, SelectLater
 from ifd_trainer.method.brief_experience import Brief
 from ifd_trainer.training.history import History
 
-KEEP, ROWS, EPOCHS, BATCH = 0.5, 24, 3, 2
-FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+KEEP, ROWS, EPOCHS, BATCH, PEAK = 0.5, 24, 3, 2, 1e-2
+FOLDER = new_folder()
 
 
 def settings(name: str, **more: Any) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def settings(name: str, **more: Any) -> dict[str, Any]:
         "output_dir": str(FOLDER / name),
         "per_device_train_batch_size": BATCH,
         "num_train_epochs": EPOCHS,
-        "learning_rate": 1e-2,
+        "learning_rate": PEAK,
         "lr_scheduler_type": "linear",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -71,43 +77,25 @@ def settings(name: str, **more: Any) -> dict[str, Any]:
 
 def train(name: str, stop_at: int | None = None, later: SelectLater | None = None, **more: Any) -> Witness:
     """One run with the selection and a witness; without guards, for which the model knows too little."""
-    witness = Witness(stop_at)
-    run_exp(settings(name, **more), callbacks=[later or SelectLater(keep=KEEP, guard=None), witness])
+    with watched(stop_at) as witness:
+        run_exp(settings(name, **more), callbacks=[later or SelectLater(keep=KEEP, guard=None)])
     return witness
 
 
 def check(name: str, rows: int = ROWS, accumulation: int = 1, **more: Any) -> Witness:
     """A run whose steps, rows, scores and learning rate are what the selection says."""
     witness = train(name, gradient_accumulation_steps=accumulation, **more)
-    steps = math.ceil(round(rows * KEEP) / BATCH / accumulation)
-    assert list(witness.steps.values()) == [steps] * EPOCHS, (witness.steps, steps)
-    assert witness.planned == steps * EPOCHS, witness.planned
-    assert abs(witness.learning_rate) < 1e-9, witness.learning_rate
-    history = check_rows(witness, FOLDER / name, KEEP)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
-    header = tokenizer.encode(history.settings["direct_prefix"], add_special_tokens=False)
-    check_scores(witness, history, header, {tokenizer.eos_token_id})
+    counts = [round(rows * KEEP)] * EPOCHS
+    history = check_run(witness, FOLDER / name, counts, batch=BATCH, accumulation=accumulation)
+    check_linear(witness, more.get("learning_rate", PEAK))
     assert changed(history), "each epoch selected the same rows"
-    print(f"{name}: {steps} steps an epoch, {changed(history)} rows exchanged, header {tokenizer.decode(header)!r}")
     return witness
-
-
-def refused(name: str, **more: Any) -> str:
-    """The sentence with which a run is refused before its first step."""
-    witness = Witness()
-    try:
-        run_exp(settings(name, **more), callbacks=[SelectLater(keep=KEEP, guard=None), witness])
-    except Exception as error:
-        assert not any(witness.epochs.values()), "it trained before it was refused"
-        print(f"{name}: {type(error).__name__}: {error}")
-        return str(error)
-    raise AssertionError(f"{name} was not refused")
 
 
 def without_selection() -> None:
     """All rows in each epoch: what the run is without the callback."""
-    witness = Witness()
-    run_exp(settings("all"), callbacks=[witness])
+    with watched() as witness:
+        run_exp(settings("all"))
     assert list(witness.steps.values()) == [ROWS // BATCH] * EPOCHS, witness.steps
     assert all(len(set(epoch)) == ROWS for epoch in witness.epochs.values())
 
@@ -139,7 +127,7 @@ def turns() -> None:
 def whole_rows() -> None:
     """train_on_prompt: every token is trained on, and the answer is found by its header."""
     witness = train("prompts", train_on_prompt=True)
-    history = check_rows(witness, FOLDER / "prompts", KEEP)
+    history = check_run(witness, FOLDER / "prompts", [round(ROWS * KEEP)] * EPOCHS, batch=BATCH, accumulation=1)
     assert "### Response:" in history.settings["direct_prefix"], history.settings["direct_prefix"]
 
 
@@ -151,7 +139,7 @@ def papers_method() -> None:
     assert list(witness.steps.values()) == [3] + [6] * EPOCHS, witness.steps
     before, after = witness.begun[0], witness.begun[1]
     assert all(torch.equal(before[name], after[name]) for name in before), "training did not begin anew"
-    rates = [rate / 1e-2 for rate in witness.rates]
+    rates = [rate / PEAK for rate in witness.rates]
     assert rates[0] == 1, rates[:3]  # of 3 steps one stays, of 18 six
     assert rates[3:9] == [1] * 6, rates[3:]
     assert 0 < rates[-1] < 0.1, rates[3:]
@@ -160,16 +148,13 @@ def papers_method() -> None:
 def resumed() -> None:
     """Runs that are stopped inside the second epoch, or at the end of the first, go on with the same rows."""
     saves = {"save_strategy": "steps", "save_steps": 2}
-    uninterrupted = train("whole", **saves)
-    history = check_rows(uninterrupted, FOLDER / "whole", KEEP)
-    order = [row for epoch in uninterrupted.epochs.values() for row in epoch]
+    whole, before = check("whole", **saves), times(History.load(FOLDER / "whole"))
     for step in (8, 6):
         name = f"from_{step}"
         train(name, stop_at=step, **saves)
-        witness = train(name, resume_from_checkpoint=str(FOLDER / name / f"checkpoint-{step}"), **saves)
-        assert [row for epoch in witness.epochs.values() for row in epoch] == order[step * BATCH :]
-        again = History.load(FOLDER / name)
-        assert all(one.equals(other) for one, other in zip(kept(history), kept(again), strict=True))
+        again = train(name, resume_from_checkpoint=str(FOLDER / name / f"checkpoint-{step}"), **saves)
+        check_resumed(again, whole, step)
+        assert times(History.load(FOLDER / name)) == before
 
 
 def refusals() -> None:
@@ -183,40 +168,18 @@ def refusals() -> None:
         ("rewards", {"stage": "rm", "dataset": "pairs"}, "prepared training set has ['chosen_input_ids', "),
         ("labelled", {"stage": "kto", "dataset": "judged"}, "trains on answers labelled as good or bad"),
     ):
-        said = refused(name, **fields)
-        assert sentence in said, said
-
-
-CHECKS: list[Callable[[], None]] = [
-    without_selection,
-    selected,
-    ordered,
-    turns,
-    whole_rows,
-    papers_method,
-    resumed,
-    refusals,
-]
+        with refused(sentence):
+            train(name, **fields)
 
 
 def prepare() -> None:
     """The model and the data sets, as LLaMA-Factory wants them."""
     save_model(FOLDER / "model")
     alpaca = rows(ROWS)
-    chats = [
-        {
-            "conversations": [
-                {"from": "human", "value": row["instruction"]},
-                {"from": "gpt", "value": alpaca[-i]["output"]},
-                {"from": "human", "value": row["input"] or "And then?"},
-                {"from": "gpt", "value": row["output"]},
-            ]
-        }
-        for i, row in enumerate(alpaca)
-    ]
+    roles = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
     sets = {
         "tiny": (alpaca, {}),
-        "chats": (chats, {"formatting": "sharegpt"}),
+        "chats": (chats(ROWS), {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": roles}),
         "pairs": (
             [{**row, "rejected": "no"} for row in alpaca],
             {"ranking": True, "columns": {"prompt": "instruction", "chosen": "output", "rejected": "rejected"}},
@@ -226,16 +189,12 @@ def prepare() -> None:
             {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "good"}},
         ),
     }
-    (FOLDER / "data").mkdir(exist_ok=True)
     for name, (content, _) in sets.items():
-        (FOLDER / "data" / f"{name}.json").write_text(json.dumps(content))
-    described = {name: {"file_name": f"{name}.json", **more} for name, (_, more) in sets.items()}
+        save_rows(FOLDER / "data" / f"{name}.jsonl", content)
+    described = {name: {"file_name": f"{name}.jsonl", **more} for name, (_, more) in sets.items()}
     (FOLDER / "data" / "dataset_info.json").write_text(json.dumps(described))
 
 
 if __name__ == "__main__":
     prepare()
-    for one in CHECKS:
-        if not sys.argv[2:] or one.__name__ in sys.argv[2:]:
-            one()
-            print(f"passed: {one.__name__}", flush=True)
+    run_checks([without_selection, selected, ordered, turns, whole_rows, papers_method, resumed, refusals])

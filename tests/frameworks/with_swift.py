@@ -1,40 +1,48 @@
-"""Train a tiny model in ms-swift with the plugin, and assert what was trained on.
+"""The selection inside ms-swift, by hand and on a CPU: what it trained on, row by row, with the plugin.
 
     python3.11 -m venv swift-env && swift-env/bin/pip install torch==2.13.0 ms-swift==4.6.0 transformers==5.16.1 -e .
-    swift-env/bin/python tests/frameworks/with_swift.py
+    swift-env/bin/python tests/frameworks/with_swift.py [FOLDER [CHECK ...]]
 
 Tried with ms-swift 4.6.0, transformers 5.16.1, trl 0.29.1, torch 2.13.0, Python 3.11.
 
-Asserted: the number of steps, and that each epoch trained on the rows that were selected and no others, alone and with
-LoRA, grouping by length, no shuffling, lazy tokenisation, evaluation, weighted losses and chats; scores against two
-plain forward passes; a resume inside an epoch that ends with the same rows and weights; swift's own metrics; what is
-refused, and how.
+Asserted, beside what `witness.py` says: runs with LoRA, grouping by length, no shuffling, lazy tokenisation,
+evaluation, weighted losses and chats; a resume inside an epoch that ends with the same rows and weights; swift's own
+metrics; what is refused, and how.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-import tempfile
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-import tiny
+from swift.pipelines import sft_main
+from witness import (
+    Witness,
+    chats,
+    check_linear,
+    check_resumed,
+    check_run,
+    new_folder,
+    refused,
+    rows,
+    run_checks,
+    save_model,
+    save_rows,
+    watched,
+)
 
-ROWS, KEPT, EPOCHS, STEPS = 24, 12, 3, 9  # 12 rows in batches of 2, 2 of them an update
+ROWS, KEPT, EPOCHS, BATCH, ACCUMULATION, PEAK = 24, 12, 3, 2, 2, 1e-2
 SELECTION = 'keep=0.5, max_ifd=float("inf"), guard=None'
+FOLDER = new_folder()
 NUMBER = count()
 
 
-def run(folder: Path, selected: str = SELECTION, **changes: Any) -> None:
+def run(name: str, selected: str = SELECTION, **changes: Any) -> None:
     """What `swift sft` does with such options."""
-    from swift.pipelines import sft_main
-
-    plugin = folder / f"plugin_{next(NUMBER)}.py"
+    plugin = FOLDER / f"plugin_{next(NUMBER)}.py"  # a module is imported once
     plugin.write_text(
         "from swift.callbacks import callbacks_map\n"
         "from ifd_trainer import IFDSelectionCallback\n"
@@ -42,11 +50,11 @@ def run(folder: Path, selected: str = SELECTION, **changes: Any) -> None:
         f'callbacks_map["ifd"] = selection({selected})\n'
     )
     options = {
-        "model": folder / "model",
+        "model": FOLDER / "model",
         "model_type": "llama",
         "template": "chatml",
-        "dataset": folder / "rows.jsonl",
-        "output_dir": folder / "run",
+        "dataset": FOLDER / "rows.jsonl",
+        "output_dir": FOLDER / name,
         "add_version": "false",
         "check_model": "false",
         "create_checkpoint_symlink": "false",
@@ -54,10 +62,10 @@ def run(folder: Path, selected: str = SELECTION, **changes: Any) -> None:
         "torch_dtype": "float32",
         "max_length": 256,
         "split_dataset_ratio": 0,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
         "num_train_epochs": EPOCHS,
-        "learning_rate": 0.001,
+        "learning_rate": PEAK,
         "lr_scheduler_type": "linear",
         "warmup_ratio": 0,
         "logging_steps": 1,
@@ -66,53 +74,53 @@ def run(folder: Path, selected: str = SELECTION, **changes: Any) -> None:
         "external_plugins": plugin,
         "callbacks": "ifd",
     }
-    sft_main([part for name, value in (options | changes).items() for part in (f"--{name}", str(value))])
+    sft_main([part for key, value in (options | changes).items() for part in (f"--{key}", str(value))])
 
 
-def selects(folder: Path, rows: list[int] | None = None, selected: str = SELECTION, **changes: Any) -> tiny.Watched:
-    """Train anew, and assert which rows were trained on."""
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    with tiny.watched() as seen:
-        run(folder, selected, **changes)
-    tiny.check_epochs(seen, folder / "run", rows or [KEPT] * EPOCHS)
-    print(f"{changes}: {seen.trainer.state.global_step} steps", file=sys.stderr)
-    return seen
+def check(name: str, counts: list[int] | None = None, selected: str = SELECTION, **changes: Any) -> Witness:
+    """A run whose steps, rows and scores are what the selection says."""
+    with watched() as witness:
+        run(name, selected, **changes)
+    check_run(witness, FOLDER / name, counts or [KEPT] * EPOCHS, batch=BATCH, accumulation=ACCUMULATION)
+    return witness
 
 
-def main() -> None:
-    folder = Path(tempfile.mkdtemp())
-    tiny.write_model(folder / "model")
-    tiny.write_rows(folder / "rows.jsonl", ROWS)
-    tiny.write_chats(folder / "chats.jsonl", ROWS)
+def selected() -> None:
+    """Half of the rows in each epoch, and a run that goes on inside its second one."""
+    whole = check("half", save_strategy="steps", save_steps=1)
+    assert whole.state.epoch == EPOCHS
+    check_linear(whole, PEAK)
+    with watched() as again:
+        run("half", resume_from_checkpoint=FOLDER / "half" / "checkpoint-4")
+    check_resumed(again, whole, 4)
+    check("shrinks", [ROWS, KEPT, 6], 'keep=[1.0, 0.5, 6], max_ifd=float("inf"), guard=None')
+    check("lora", tuner_type="lora", lora_rank=4, target_modules="all-linear")
+    check("lazy", lazy_tokenize="true")
 
-    # ---- a run, its scores, and a resume inside its second epoch
-    seen = selects(folder, save_strategy="steps", save_steps=1)
-    state = seen.trainer.state
-    assert (state.global_step, state.max_steps, state.epoch) == (STEPS, STEPS, EPOCHS)
-    rates = [log["learning_rate"] for log in state.log_history if "learning_rate" in log]
-    assert len(rates) == STEPS
-    assert rates[-1] == 0, rates  # swift logs the rate of the step to come
-    tiny.check_scores(seen, folder / "model", folder / "run")
-    with tiny.watched() as again:
-        run(folder, resume_from_checkpoint=folder / "run" / "checkpoint-4")
-    tiny.check_resumed(again, seen, rows=4 * 4)
 
-    # ---- what else may be said
-    seen = selects(folder, logging_steps=2)  # epochs end between two logs
-    logs = seen.trainer.state.log_history
+def ordered() -> None:
+    """Rows in the order of the training set, and grouped by their lengths."""
+    witness = check("in_order", train_dataloader_shuffle="false")
+    assert all(witness.positions(epoch) == sorted(witness.positions(epoch)) for epoch in witness.epochs)
+    check("grouped", group_by_length="true")
+
+
+def metrics() -> None:
+    """swift's numbers are there where it logs a loss, also where epochs end between two logs; so are evaluations."""
+    logs = check("logs", logging_steps=2).state.log_history
     assert all(("token_acc" in log) == ("loss" in log) for log in logs[:-1]), logs
-    seen = selects(folder, train_dataloader_shuffle="false")
-    assert seen.rows[:KEPT] == sorted(seen.rows[:KEPT], key=seen.pool.index)
-    selects(folder, group_by_length="true")
-    selects(folder, lazy_tokenize="true")
-    seen = selects(folder, [10, 10, 10], split_dataset_ratio=0.17, eval_strategy="epoch")
-    assert sum("eval_loss" in log for log in seen.trainer.state.log_history) >= EPOCHS
-    seen = selects(folder, dataset=folder / "chats.jsonl", loss_scale="last_round")
-    seen = selects(folder, dataset=folder / "chats.jsonl")
-    selects(folder, [ROWS, KEPT, 6], selected='keep=[1.0, 0.5, 6], max_ifd=float("inf"), guard=None')
-    selects(folder, tuner_type="lora", lora_rank=4, target_modules="all-linear")
+    witness = check("evaluated", [10] * EPOCHS, split_dataset_ratio=0.17, eval_strategy="epoch")
+    assert sum("eval_loss" in log for log in witness.state.log_history) >= EPOCHS
 
-    # ---- what is refused
+
+def turns() -> None:
+    """Chats: the last answer is scored, whatever else is trained on."""
+    check("chats", dataset=FOLDER / "chats.jsonl")
+    check("last_turn", dataset=FOLDER / "chats.jsonl", loss_scale="last_round")
+
+
+def refusals() -> None:
+    """What cannot be exact is refused with a sentence."""
     for selected, changes, sentence in (
         (SELECTION, {"streaming": "true", "max_steps": 4}, "needs a data set with a length, got a streaming one."),
         (SELECTION, {"task_type": "seq_cls", "num_labels": 2}, "--task_type seq_cls does not train on answers"),
@@ -120,11 +128,12 @@ def main() -> None:
         ("keep=1.5", {}, "1.5"),
         ('order="up"', {}, "order must be 'shuffle', 'descending' or 'ascending', got 'up'."),
     ):
-        shutil.rmtree(folder / "run", ignore_errors=True)
-        with tiny.refused(sentence):
-            run(folder, selected, **changes)
-    print("all as it should be")
+        with refused(sentence):
+            run("refused", selected, **changes)
 
 
 if __name__ == "__main__":
-    main()
+    save_model(FOLDER / "model")
+    save_rows(FOLDER / "rows.jsonl", rows(ROWS))
+    save_rows(FOLDER / "chats.jsonl", chats(ROWS))
+    run_checks([selected, ordered, metrics, turns, refusals])

@@ -4,28 +4,23 @@
     us/bin/python tests/frameworks/with_unsloth.py [FOLDER [CHECK ...]]
     UNSLOTH_ALLOW_CPU=1 us/bin/python tests/frameworks/with_unsloth.py [FOLDER [CHECK ...]]
 
-FOLDER has to be new; the checks are the functions in `CHECKS`. A minute for both. Tried with unsloth and unsloth_zoo
-2026.10.9: Python 3.11, torch 2.13, transformers 5.17.0, trl 1.15.0, accelerate 1.15.0, datasets 4.8.5, peft 0.21.2; a
-torchvision for CUDA has to be taken out beside a torch for CPUs.
+Tried with unsloth and unsloth_zoo 2026.10.9: Python 3.11, torch 2.13, transformers 5.17.0, trl 1.15.0, accelerate
+1.15.0, datasets 4.8.5, peft 0.21.2; a torchvision for CUDA has to be taken out beside a torch for CPUs.
 
 Without a GPU, Unsloth trains with a part of its own for CPUs: its loader, chunked losses, and a class derived from
 TRL's SFTTrainer. With UNSLOTH_ALLOW_CPU=1 the trainer is the one that it writes for GPUs (`UnslothSFTTrainer`, padding-
 free, `train` assigned on the instance, its own preparation of texts), on a model of transformers: Unsloth's own models
 run on GPUs alone, and were not tried.
 
-Asserted is what `with_llama_factory.py` asserts, with texts of which every token is trained on, with
-`train_on_responses_only`, gradient accumulation, packing and, in the part for CPUs, LoRA.
+Asserted, beside what `witness.py` says: runs with texts of which every token is trained on, with
+`train_on_responses_only`, gradient accumulation, packing and, in the part for CPUs, LoRA; that a resumed run trains on
+the rows of one that was not stopped, to the same weights; and what is refused, with its sentence.
 """
 
 # ruff: noqa: E402
 from __future__ import annotations
 
-import math
 import os
-import sys
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,15 +40,26 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from unsloth_zoo.dataset_utils import train_on_responses_only
-from witness import Witness, changed, check_rows, check_scores, kept, rows, save_model
+from witness import (
+    Witness,
+    changed,
+    check_linear,
+    check_resumed,
+    check_run,
+    new_folder,
+    refused,
+    rows,
+    run_checks,
+    save_model,
+    times,
+)
 
 from ifd_trainer import IFDSelectionCallback
-from ifd_trainer.errors import UserError
 from ifd_trainer.training.history import History
 
-KEEP, ROWS, EPOCHS, BATCH = 0.25, 24, 3, 2
+KEEP, ROWS, EPOCHS, BATCH, PEAK = 0.25, 24, 3, 2, 1e-2
 HEADER = "### Response:\n"
-FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+FOLDER = new_folder()
 
 
 def model_and_tokenizer(lora: bool) -> tuple[Any, Any]:
@@ -82,8 +88,9 @@ def trainer_for(name: str, *, responses: bool = False, lora: bool = False, **mor
         "per_device_train_batch_size": BATCH,
         "gradient_accumulation_steps": 1,
         "num_train_epochs": EPOCHS,
-        "learning_rate": 5e-2 if lora else 1e-2,
+        "learning_rate": 5 * PEAK if lora else PEAK,
         "lr_scheduler_type": "linear",
+        "warmup_steps": 0,  # Unsloth's own trainer begins with a tenth of the steps
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -116,21 +123,15 @@ def train(trainer: SFTTrainer, stop_at: int | None = None, **options: Any) -> Wi
     return witness
 
 
-def check(name: str, accumulation: int = 1, **more: Any) -> None:
+def check(name: str, accumulation: int = 1, **more: Any) -> Witness:
     """A run whose steps, rows, scores and learning rate are what the selection says."""
     trainer = trainer_for(name, gradient_accumulation_steps=accumulation, **more)
-    witness = train(trainer)
-    steps = math.ceil(ROWS * KEEP / BATCH / accumulation)
-    assert list(witness.steps.values()) == [steps] * EPOCHS, (witness.steps, steps)
-    assert witness.planned == steps * EPOCHS, witness.planned
-    assert abs(witness.learning_rate) < 1e-9, witness.learning_rate
-    history = check_rows(witness, FOLDER / name, KEEP)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
-    header = tokenizer.encode(history.settings["direct_prefix"], add_special_tokens=False)
-    assert tokenizer.decode(header).endswith(HEADER), header
-    check_scores(witness, history, header, {tokenizer.eos_token_id})
+    witness, counts = train(trainer), [round(ROWS * KEEP)] * EPOCHS
+    history = check_run(witness, FOLDER / name, counts, batch=BATCH, accumulation=accumulation)
+    check_linear(witness, trainer.args.learning_rate)
+    assert history.settings["direct_prefix"].endswith(HEADER), history.settings["direct_prefix"]
     assert changed(history), "each epoch selected the same rows"
-    print(f"{name}: {steps} steps an epoch, {changed(history)} rows exchanged, header {tokenizer.decode(header)!r}")
+    return witness
 
 
 def without_selection() -> None:
@@ -167,16 +168,13 @@ def packed() -> None:
 def resumed() -> None:
     """Runs that are stopped inside the second epoch, or at the end of the first, go on with the same rows."""
     saves = {"save_strategy": "steps", "save_steps": 1, "responses": True}
-    uninterrupted = train(trainer_for("whole", **saves))
-    history = check_rows(uninterrupted, FOLDER / "whole", KEEP)
-    order = [row for epoch in uninterrupted.epochs.values() for row in epoch]
+    whole, before = check("whole", **saves), times(History.load(FOLDER / "whole"))
     for step in (4, 3):
         name = f"from_{step}"
         train(trainer_for(name, **saves), stop_at=step)
-        witness = train(trainer_for(name, **saves), resume_from_checkpoint=str(FOLDER / name / f"checkpoint-{step}"))
-        assert [row for epoch in witness.epochs.values() for row in epoch] == order[step * BATCH :]
-        again = History.load(FOLDER / name)
-        assert all(one.equals(other) for one, other in zip(kept(history), kept(again), strict=True))
+        again = train(trainer_for(name, **saves), resume_from_checkpoint=str(FOLDER / name / f"checkpoint-{step}"))
+        check_resumed(again, whole, step)
+        assert times(History.load(FOLDER / name)) == before
 
 
 def refusals() -> None:
@@ -187,20 +185,10 @@ def refusals() -> None:
         output_dir=str(FOLDER / "pairs"), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False
     )
     trainer = DPOTrainer(model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(pairs), args=args)
-    said = ""
-    try:
+    with refused("DPOTrainer trains on pairs of a chosen and a rejected answer"):
         IFDSelectionCallback(trainer)
-    except UserError as error:
-        said = str(error)
-    assert "DPOTrainer trains on pairs of a chosen and a rejected answer" in said, said
-
-
-CHECKS: list[Callable[[], None]] = [without_selection, selected, packed, resumed, refusals]
 
 
 if __name__ == "__main__":
     save_model(FOLDER / "model")
-    for one in CHECKS:
-        if not sys.argv[2:] or one.__name__ in sys.argv[2:]:
-            one()
-            print(f"passed: {one.__name__}", flush=True)
+    run_checks([without_selection, selected, packed, resumed, refusals])

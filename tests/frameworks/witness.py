@@ -1,24 +1,43 @@
-"""A tiny model in a folder, rows, and a witness of what a framework's trainer trains on; for the scripts beside it."""
+"""What the scripts beside it share: a tiny model, rows, a witness of what was trained on, and what is asserted of it.
+
+They are run by hand, each in an environment of its own; pytest does not collect this folder. A script is called as
+`with_x.py [FOLDER [CHECK ...]]`: FOLDER has to be new, by default it is a temporary one; CHECK is a function that its
+last line names, by default all of them run.
+
+Asserted of every run (`check_run`): the optimizer's steps, and that they are as many as were planned;
+that each epoch trained on the rows that the history names, by the tokens that the model was given; that no row was left
+out that scores above a kept one; and the scores, against two forward passes for each row with that epoch's weights.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
+import math
 import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from ifd_trainer.training.history import History
 
+ROUNDING = 2e-5  # largest relative difference of losses that are computed in float32 in two ways
 _WORDS = ("cat", "dog", "ball", "park", "red", "blue", "sum", "answer", "maybe", "three", "numbers", "ran", "sat")
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+# ---- what is trained --------------------------------------------------------------------------------------------
 
 
 def rows(count: int) -> list[dict[str, str]]:
@@ -32,6 +51,29 @@ def rows(count: int) -> list[dict[str, str]]:
         }
         for i in range(count)
     ]
+
+
+def chats(count: int) -> list[dict[str, list[dict[str, str]]]]:
+    """Chats of two turns for each side, each unlike any other."""
+    alpaca = rows(count)
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": row["instruction"]},
+                {"role": "assistant", "content": alpaca[-i]["output"]},
+                {"role": "user", "content": row["input"] or "And then?"},
+                {"role": "assistant", "content": row["output"]},
+            ]
+        }
+        for i, row in enumerate(alpaca)
+    ]
+
+
+def save_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """A file of JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def save_model(folder: Path) -> Path:
@@ -73,18 +115,27 @@ def save_model(folder: Path) -> Path:
     return folder
 
 
+# ---- the witness ------------------------------------------------------------------------------------------------
+
+
 class Witness(TrainerCallback):
     """Reads the rows from the tokens that the model is given while it trains, and counts the optimizer's steps.
+
+    Args:
+        stop_at: the step whose checkpoint is the run's last, as if the machine went away.
 
     Attributes:
         epochs: the rows (token ids without padding) of each epoch in the order of training.
         steps: optimizer steps of each epoch.
         rates: the learning rate of each step.
-        models: copies of the model as it was when an epoch began, before rows were scored.
+        done: how many rows had been trained on at each step.
+        models: copies of the model as it was when an epoch began.
         begun: the weights that the first batch of an epoch was trained with.
+        weights: those at the end.
         planned: the number of steps that the trainer planned.
-        learning_rate: what it ended at.
         data: the training set as the train loader has it.
+        args: the trainer's arguments.
+        state: the trainer's state.
     """
 
     def __init__(self, stop_at: int | None = None) -> None:
@@ -92,11 +143,24 @@ class Witness(TrainerCallback):
         self.epochs: dict[int, list[tuple[int, ...]]] = {}
         self.steps: dict[int, int] = {}
         self.rates: list[float] = []
+        self.done: list[int] = []
         self.models: dict[int, Any] = {}
         self.begun: dict[int, dict[str, torch.Tensor]] = {}
 
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """The rows of all epochs in the order of training."""
+        return [row for epoch in self.epochs.values() for row in epoch]
+
+    def positions(self, epoch: int) -> list[int]:
+        """Of the rows of an epoch in the training set, in the order of training."""
+        of_tokens = {tuple(row): position for position, row in enumerate(self.data["input_ids"])}
+        assert len(of_tokens) == len(self.data), "rows are told apart by their tokens"
+        return [of_tokens[row] for row in self.epochs[epoch]]
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.planned, self.pad = state.max_steps, kwargs["processing_class"].pad_token_id
+        self.args, self.state, self.planned = args, state, state.max_steps
+        self.tokenizer = kwargs["processing_class"]
         optimizer = kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self._hooks = [
@@ -117,26 +181,39 @@ class Witness(TrainerCallback):
     def _seen(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if model.training:
             if self._epoch not in self.begun:
-                self.begun[self._epoch] = {name: value.clone() for name, value in model.state_dict().items()}
+                self.begun[self._epoch] = _weights(model)
             self.epochs[self._epoch] += _rows_of(kwargs)
 
     def _stepped(self, optimizer: Any, *_: Any) -> None:
         self.steps[self._epoch] += 1
         self.rates.append(optimizer.param_groups[0]["lr"])
+        self.done.append(len(self.rows))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step == self.stop_at
-
-    def positions(self, epoch: int) -> list[int]:
-        """Of the rows of an epoch, in the order of training."""
-        of_tokens = {tuple(row): position for position, row in enumerate(self.data["input_ids"])}
-        assert len(of_tokens) == len(self.data), "rows are told apart by their tokens"
-        return [of_tokens[row] for row in self.epochs[epoch]]
+        if state.global_step == self.stop_at:
+            control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
+        self.weights = _weights(kwargs["model"])
         for hook in self._hooks:
             hook.remove()
+
+
+@contextmanager
+def watched(stop_at: int | None = None) -> Iterator[Witness]:
+    """A witness of the run that is begun inside, for a framework that makes its trainer out of reach."""
+    witness, train = Witness(stop_at), Trainer.train
+
+    def watching(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        self.add_callback(witness)
+        return train(self, *args, **kwargs)
+
+    with mock.patch.object(Trainer, "train", watching):
+        yield witness
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def _rows_of(batch: dict[str, Any]) -> list[tuple[int, ...]]:
@@ -152,39 +229,54 @@ def _rows_of(batch: dict[str, Any]) -> list[tuple[int, ...]]:
     return [tuple(ids[0][start:end]) for start, end in zip(starts, [*starts[1:], len(ids[0])], strict=True)]
 
 
-def check_rows(witness: Witness, output: Path, keep: float) -> History:
-    """Assert that each epoch trained on the rows that its history names, each of them once, and on the highest."""
+# ---- what is asserted -------------------------------------------------------------------------------------------
+
+
+def check_run(witness: Witness, output: Path, counts: Sequence[int], *, batch: int, accumulation: int) -> History:
+    """Assert that each epoch trained on so many rows, on those that its history names, on the highest, by true scores.
+
+    Args:
+        output: folder of the run.
+        counts: how many rows each epoch is to train on.
+        batch: rows of a batch.
+        accumulation: batches of a step.
+    """
     history = History.load(output)
-    assert list(witness.epochs) == [record["epoch"] for record in history.epochs]
-    for epoch in witness.epochs:
-        table = history.rows(epoch)
-        chosen = table[table["times"] > 0]
-        assert sorted(witness.positions(epoch)) == sorted(chosen["row_id"]), epoch
-        assert len(chosen) == round(keep * len(witness.data)), len(chosen)
-        left = table[(table["times"] == 0) & (table["ifd"] < 1)]
-        assert left.empty or chosen["ifd"].min() >= left["ifd"].max(), "a row was kept below one that was left out"
+    steps = [math.ceil(count / batch / accumulation) for count in counts]
+    assert list(witness.steps.values()) == steps, (witness.steps, steps)
+    assert witness.planned == sum(steps), (witness.planned, steps)
+    assert [record["trained"] for record in history.epochs] == list(counts), history.epochs
+    limit = history.settings["max_ifd"] or math.inf
+    for epoch, count in enumerate(counts):
+        table, trained = history.rows(epoch), witness.positions(epoch)
+        assert sorted(trained) == sorted(table["row_id"].repeat(table["times"])), epoch
+        assert len(trained) == count, (epoch, len(trained), count)
+        kept = table["reason"] == "kept"  # more than were trained on, where the run's last step was inside the epoch
+        assert set(trained) <= set(table["row_id"][kept]), epoch
+        left = table["ifd"][~kept & (table["ifd"] < limit)]
+        assert left.empty or table["ifd"][kept].min() >= left.max(), "a row was kept below one that was left out"
+    _check_scores(witness, history)
+    header = history.settings["direct_prefix"]
+    print(f"{output.name}: {sum(steps)} steps, {changed(history)} rows exchanged, header {header!r}", flush=True)
     return history
 
 
-def check_scores(witness: Witness, history: History, header: list[int], ends: set[int], atol: float = 1e-4) -> None:
-    """Compare scores of the first and the last epoch with two forward passes for each row.
-
-    Args:
-        header: token ids before the direct answer.
-        ends: tokens that end a turn, which are no part of an answer; nor is what the template writes after them.
-    """
+def _check_scores(witness: Witness, history: History) -> None:
+    """Compare scores of the first and the last epoch with two forward passes for each row, by that epoch's weights."""
+    header = witness.tokenizer.encode(history.settings["direct_prefix"], add_special_tokens=False)
+    worst = 0.0
     for epoch in {history.epochs[0]["epoch"], history.epochs[-1]["epoch"]}:
         table, model = history.rows(epoch).set_index("row_id"), witness.models[epoch]
         for position in range(0, len(witness.data), 5):
             row = witness.data[position]
             ids = list(row["input_ids"])
             start = _answer_start(ids, row.get("labels"), header)
-            end = next(i for i in range(start, len(ids)) if ids[i] in ends)
-            conditioned = _loss(model, ids[:end], start)
-            direct = _loss(model, header + ids[start:end], len(header))
-            found = table.loc[position]
+            end = ids.index(witness.tokenizer.eos_token_id, start)  # it ends the turn, and is no part of the answer
+            conditioned = _nats(model, ids[:end], start)
+            direct = _nats(model, header + ids[start:end], len(header))
             for name, wanted in (("cas", conditioned), ("das", direct), ("ifd", conditioned / direct)):
-                assert abs(found[name] - wanted) < atol, (epoch, position, name, found[name], wanted)
+                worst = max(worst, abs(table.loc[position, name] / wanted - 1))
+    assert worst < ROUNDING, worst
 
 
 def _answer_start(ids: list[int], labels: list[int] | None, header: list[int]) -> int:
@@ -200,20 +292,65 @@ def _answer_start(ids: list[int], labels: list[int] | None, header: list[int]) -
     return start
 
 
+@torch.no_grad()
+def _nats(model: Any, ids: list[int], start: int) -> float:
+    """Mean loss of ids[start:]."""
+    logits = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long)).logits
+    return torch.nn.functional.cross_entropy(logits[0, start - 1 : -1].double(), torch.tensor(ids[start:])).item()
+
+
+def check_linear(witness: Witness, peak: float) -> None:
+    """Assert that the learning rate fell from its peak to what is left of it in the last of the planned steps."""
+    wanted = [peak * (1 - step / witness.planned) for step in range(witness.planned)]
+    assert all(math.isclose(*rates) for rates in zip(witness.rates, wanted, strict=True)), witness.rates
+
+
 def changed(history: History) -> int:
     """Rows that the last epoch trained on and the first did not."""
     first, last = (history.rows(history.epochs[i]["epoch"]) for i in (0, -1))
     return int(((last["times"] > 0) & (first["times"] == 0)).sum())
 
 
-def kept(history: History) -> list[pd.Series]:
-    """How often each row is trained on, epoch by epoch."""
-    return [history.rows(record["epoch"])["times"] for record in history.epochs]
+def times(history: History) -> list[list[int]]:
+    """How often each row was trained on, epoch by epoch."""
+    return [history.rows(record["epoch"])["times"].tolist() for record in history.epochs]
 
 
-def _loss(model: Any, ids: list[int], start: int) -> float:
-    """Mean loss of ids[start:], in nats."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long)).logits
-    losses = torch.nn.functional.cross_entropy(logits[0, start - 1 : -1].double(), torch.tensor(ids[start:]))
-    return losses.item()
+def check_resumed(again: Witness, whole: Witness, step: int) -> None:
+    """Assert that a run which went on after a step trained on the rest of the whole run's rows, to the same weights."""
+    assert again.rows == whole.rows[whole.done[step - 1] :], (len(again.rows), len(whole.rows))
+    assert again.weights.keys() == whole.weights.keys()
+    assert all(torch.equal(value, whole.weights[name]) for name, value in again.weights.items())
+
+
+@contextmanager
+def refused(sentence: str) -> Iterator[None]:
+    """Assert that what is done raises an error with a sentence in it, before the first batch is trained on."""
+    raised: Exception | None = None
+    with watched() as witness:
+        try:
+            yield
+        except Exception as error:
+            raised = error
+    print(f"refused: {type(raised).__name__}: {raised}", file=sys.stderr)
+    assert raised is not None, f"nothing was refused; wanted: {sentence}"
+    assert sentence in str(raised)
+    assert not witness.rows, "it trained before it was refused"
+
+
+# ---- the scripts ------------------------------------------------------------------------------------------------
+
+
+def new_folder() -> Path:
+    """The folder that a script was called with, or a temporary one."""
+    return Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+
+
+def run_checks(checks: Sequence[Callable[[], None]]) -> None:
+    """Run those that a script was called with, or all, in their order."""
+    wanted = set(sys.argv[2:]) or {check.__name__ for check in checks}
+    assert not (unknown := wanted - {check.__name__ for check in checks}), f"no such check: {unknown}"
+    for check in checks:
+        if check.__name__ in wanted:
+            check()
+            print(f"passed: {check.__name__}", flush=True)
