@@ -13,6 +13,7 @@ import torch
 from conftest import ROUNDING, reference_nll
 from datasets import Dataset
 from tiny_runs import (
+    CHATS_READ,
     INF,
     MERGES_TRAINED,
     TOKENIZER,
@@ -88,7 +89,9 @@ MASKED = {  # a script that masks prompts, and scripts with the same rows that d
 }
 
 
-@pytest.mark.parametrize("kind", MASKED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=CHATS_READ) if kind in ("messages", "chat, whole") else kind for kind in MASKED]
+)
 def test_rows_that_are_trained_on_whole_score_as_those_with_masked_prompts(tmp_path, kind):
     masked, whole = (make() for make in MASKED[kind])
     scores = []
