@@ -100,10 +100,10 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
 
 def _scorings(arm: Arm, epochs: int, every: int) -> int:
     """How often the whole pool is scored."""
+    if not arm.reads_scores:
+        return 0
     if arm.keys.get("scorer"):
         return 1
-    if arm.keys.get("policy") in ("random", "longest", "balanced"):
-        return 0
     return 1 if arm.keys.get("method") == "cherry" else -(-epochs // every)
 
 

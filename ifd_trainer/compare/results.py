@@ -240,7 +240,7 @@ def read_curves(comparison: Comparison) -> Curves:
             "2. Run the same command again to go on."
         )
     runs = {name: [tasks[seed] for seed in seeds] for name, tasks in by_arm.items()}
-    beforehand = {name: max(_beforehand(task) for task in tasks) for name, tasks in runs.items()}
+    beforehand = _beforehand(comparison, runs)
     starts = (_start(task) for task in comparison.tasks() if task.done)
     start = next((losses for losses in starts if losses is not None), None)
     curves = {name: [Curve(task, beforehand[name], start) for task in tasks] for name, tasks in runs.items()}
@@ -302,8 +302,16 @@ def _documents(task: Task) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _beforehand(task: Task) -> float:
-    return float(task.result()["seconds_scoring_beforehand"])
+def _beforehand(comparison: Comparison, runs: dict[str, list[Task]]) -> dict[str, float]:
+    """Seconds of each arm for scoring before training.
+
+    The first of all runs that want the same scores computes them, the others take them out of the cache.
+    """
+    took: dict[tuple[Any, ...], float] = {}
+    for task in (task for tasks in runs.values() for task in tasks):
+        seconds = float(task.result()["seconds_scoring_beforehand"])
+        took[task.arm.scoring] = max(took.get(task.arm.scoring, 0.0), seconds)
+    return {arm.name: took[arm.scoring] if arm.reads_scores else 0.0 for arm in comparison.arms}
 
 
 def _start(task: Task) -> np.ndarray | None:

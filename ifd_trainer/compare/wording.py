@@ -20,7 +20,7 @@ from .results import VIEWS, Outcome, Results
 
 COST_CAPTION = (
     "Seconds of the processor (all threads), or of the clock on an accelerator, for training and scoring; before: for "
-    "scoring before training, counted for each arm as if it had been alone."
+    "scoring before training, counted for each arm that reads scores as if it had been alone."
 )
 
 

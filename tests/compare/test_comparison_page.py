@@ -45,6 +45,7 @@ def made_up(
     base = draws.uniform(1, 2, HELD_OUT)
     tokens = draws.integers(5, 50, HELD_OUT)
     keys = {name: {} if name == "full" else {"policy": name} for name in arms}
+    keys |= {"better": {"policy": "better", "scorer": "m"}} if "better" in arms else {}
     content = {
         "recipe": f"model: tiny\ndataset_name: rows.jsonl\neval_dataset: held.jsonl\n{recipe}",
         "keys": {"keep": "3"},
