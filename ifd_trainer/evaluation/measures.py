@@ -55,15 +55,10 @@ class Measures:
     confirm_run_unsafe_code: bool = False
 
     def __post_init__(self) -> None:
-        sets = self.held_out_sets or {}
-        if not isinstance(sets, Mapping):
-            raise UserError(
-                f"held_out_sets wants a mapping from names to files, such as code: code.jsonl, got {sets!r}."
-            )
-        object.__setattr__(
-            self, "held_out_sets", {str(name): _source(str(name), given) for name, given in sets.items()}
-        )
-        object.__setattr__(self, "prompts", _prompts(self.prompts or {}))
+        object.__setattr__(self, "held_out_sets", _sources("held_out_sets", "code", self.held_out_sets, _OF_SET))
+        if MAIN in self.held_out_sets:
+            raise UserError(f"held_out_sets: {MAIN!r} are the rows of eval_dataset. Give this set another name.")
+        object.__setattr__(self, "prompts", _sources("prompts", "vicuna", self.prompts, _OF_PROMPTS))
         names = _names("tasks", self.tasks)
         names = [each for name in names for each in (DEFAULT_TASKS if name == "default" else [name])]
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(names)))
@@ -81,29 +76,20 @@ def read_measures(settings: Mapping[str, Any]) -> Measures:
     return Measures(**{key: settings[key] for key in KEYS if settings.get(key) is not None})
 
 
-def _source(name: str, given: Any) -> dict[str, Any]:
-    """Where a set is, as a mapping."""
-    source = {"path": given} if isinstance(given, str) else given
-    if name == MAIN:
-        raise UserError(f"held_out_sets: {MAIN!r} are the rows of eval_dataset. Give this set another name.")
-    if not isinstance(source, Mapping) or not isinstance(source.get("path"), str):
-        raise UserError(f"held_out_sets: {name} wants a file or a name, or a mapping with its path, got {given!r}.")
-    if unknown := [key for key in source if key not in _OF_SET]:
-        raise UserError(f"held_out_sets: {name}: there is no key {unknown[0]!r}. Known are {', '.join(_OF_SET)}.")
-    return dict(source)
-
-
-def _prompts(given: Any) -> dict[str, Any]:
-    """Where sets of prompts are, by name."""
+def _sources(key: str, example: str, given: Any, known: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Where sets of rows are, by name, each as a mapping with its path."""
+    given = given or {}
     if not isinstance(given, Mapping):
-        raise UserError(f"prompts wants a mapping from names to files, such as vicuna: vicuna.jsonl, got {given!r}.")
+        raise UserError(
+            f"{key} wants a mapping from names to files, such as {example}: {example}.jsonl, got {given!r}."
+        )
     sets = {}
     for name, source in given.items():
         source = {"path": source} if isinstance(source, str) else source
         if not isinstance(source, Mapping) or not isinstance(source.get("path"), str):
-            raise UserError(f"prompts: {name} wants a file or a name, or a mapping with its path, got {source!r}.")
-        if unknown := [key for key in source if key not in _OF_PROMPTS]:
-            raise UserError(f"prompts: {name}: there is no key {unknown[0]!r}. Known are {', '.join(_OF_PROMPTS)}.")
+            raise UserError(f"{key}: {name} wants a file or a name, or a mapping with its path, got {source!r}.")
+        if unknown := [each for each in source if each not in known]:
+            raise UserError(f"{key}: {name}: there is no key {unknown[0]!r}. Known are {', '.join(known)}.")
         sets[str(name)] = dict(source)
     return sets
 

@@ -21,7 +21,9 @@ both leave zero out.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -185,16 +187,36 @@ def _bootstrapped(
         sums = weighted[seeds[..., :, None], rows[..., None, :]].sum(axis=(-1, -2))
         return sums / (weights[rows].sum(axis=-1) * seeds.shape[-1])
 
+    return bca(theta, (len(weighted), len(weights)), _RESAMPLES, level, seed, vectorized=True, batch=100)
+
+
+def bca(
+    statistic: Callable[..., Any], counts: tuple[int, ...], resamples: int, level: float, seed: int, **options: Any
+) -> tuple[float, float]:
+    """The BCa interval of a statistic of indices, which are drawn anew from so many of each kind.
+
+    Args:
+        statistic: of an array of indices for each of `counts`.
+        level: of confidence.
+        options: of `scipy.stats.bootstrap`, such as `vectorized`.
+
+    Returns:
+        Its ends, nan where the distribution is degenerate.
+
+    >>> values = np.array([1.0, 2.0, 3.0, 4.0])
+    >>> low, high = bca(lambda rows: values[rows.astype(int)].mean(), (4,), 200, 0.9, seed=0, vectorized=False)
+    >>> bool(low < values.mean() < high)
+    True
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a degenerate distribution: then the interval is nan
+        warnings.simplefilter("ignore")  # of a degenerate distribution
         found = stats.bootstrap(
-            (np.arange(len(weighted)), np.arange(len(weights))),
-            theta,
-            n_resamples=_RESAMPLES,
-            batch=100,
-            vectorized=True,
+            tuple(map(np.arange, counts)),
+            statistic,
+            n_resamples=resamples,
             confidence_level=level,
             method="BCa",
             rng=np.random.default_rng(seed),
+            **options,
         ).confidence_interval
     return float(found.low), float(found.high)

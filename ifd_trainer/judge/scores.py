@@ -21,17 +21,15 @@ down to quality.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from sklearn import config_context
 from sklearn.linear_model import LogisticRegression
 
-from ..evaluation.statistics import ALPHA, Difference, difference
+from ..evaluation.statistics import ALPHA, Difference, bca, difference
 
 SLOPE_DEVIATION = 5.0  # logits; at one deviation the longest of even answers wins with odds of 148 to 1
 
@@ -239,15 +237,4 @@ def _bootstrapped(
         chosen = np.ix_(seeds.astype(int), np.concatenate([members[int(group)] for group in drawn]))
         return _score(_fitted(x[chosen].ravel(), y[chosen].ravel())[0]) - 1
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a degenerate distribution: then the interval is nan
-        found = stats.bootstrap(
-            (np.arange(len(x)), np.arange(len(members))),
-            score,
-            n_resamples=resamples,
-            vectorized=False,
-            confidence_level=level,
-            method="BCa",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-    return float(found.low), float(found.high)
+    return bca(score, (len(x), len(members)), resamples, level, seed, vectorized=False)
