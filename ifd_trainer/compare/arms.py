@@ -11,17 +11,15 @@ from ..data.paths import folder_name
 from ..errors import UserError
 from ..evaluation.measured import BASELINE
 
-_PLAIN = {"method": "dynamic", "guards": "none", "policy": "cherry"}  # what an arm's own keys stand on
+# What an arm's own keys stand on. The column of "balanced" is named for all arms, and of no use to the others.
+_PLAIN = {"method": "dynamic", "guards": "none", "policy": "cherry", "balance_by": ""}
 
-# Of these policies none reads a score: whether a row has one is all that they ask. Their arms read it from a scoring
-# before training, which all runs share and which is not counted for them; else they would be scored before each epoch.
-UNSCORED = ("random", "balanced", "longest")
 # By name: what it is in words, and its keys. Keys of an arm that scores once with the model as it is name that model.
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("all rows in each epoch, without selection", {"keep": "1.0", "policy": "random"}),
-    "random": ("other random rows in each epoch", {"policy": "random", "scorer": None}),
-    "balanced": ("as many random rows of each value of a column", {"policy": "balanced", "scorer": None}),
-    "longest": ("the rows with the longest answers", {"policy": "longest", "scorer": None}),
+    "random": ("other random rows in each epoch", {"policy": "random"}),
+    "balanced": ("as many random rows of each value of a column", {"policy": "balanced"}),
+    "longest": ("the rows with the longest answers", {"policy": "longest"}),
     "lowest": ("the rows with the lowest IFD, scored before training", {"policy": "lowest", "scorer": None}),
     "static": ("the rows with the highest IFD below 1, scored before training", {"scorer": None}),
     "superfiltering": (
@@ -47,14 +45,12 @@ class Arm:
         words: what it does.
         keys: keys of a recipe, over those that all arms share.
         selects: whether it selects at all; an arm that does not trains on all rows.
-        reads_scores: whether scores decide what it trains on, and what they cost counts for it.
     """
 
     name: str
     words: str
     keys: Mapping[str, Any] = field(default_factory=dict)
     selects: bool = True
-    reads_scores: bool = True
 
     @property
     def scoring(self) -> tuple[Any, ...]:
@@ -92,7 +88,7 @@ def read_arms(
     >>> [arm.name for arm in read_arms(["static", "random"], model="m")]
     ['random', 'static']
     >>> read_arms({"hardest": {"policy": "mine.Hardest"}}, model="m")[1].arguments()
-    ['--method', 'dynamic', '--guards', 'none', '--policy', 'mine.Hardest']
+    ['--method', 'dynamic', '--guards', 'none', '--policy', 'mine.Hardest', '--balance_by', '']
     """
     given = dict.fromkeys(DEFAULT if chosen is None else chosen) if not isinstance(chosen, Mapping) else chosen
     given = {BASELINE: None, **given}
@@ -133,8 +129,7 @@ def arm_of(name: str, keys: Mapping[str, Any]) -> Arm:
     """
     own = ", ".join(f"{key} {value}" for key, value in keys.items() if _PLAIN.get(key) != value)
     words = KNOWN[name][0] if name in KNOWN else f"of your own: {own or 'as dynamic'}"
-    unscored = keys.get("policy") in UNSCORED and keys.get("guards", "none") == "none"
-    return Arm(name, words, keys, selects=name != "full", reads_scores=not unscored)
+    return Arm(name, words, keys, selects=name != "full")
 
 
 def _names(names: Iterable[str]) -> str:

@@ -85,7 +85,7 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
     ends = np.cumsum([epoch.updates for epoch in plan.epochs])
     length = float(np.mean(pool.lengths(np.arange(len(pool)))))
     tokens = int(plan.rows * length)
-    passes = _scorings(arm, len(plan.epochs), callback.timing.every)
+    passes = _scorings(arm, len(plan.epochs), callback.timing.every) if callback.reads_scores else 0
     scored = int(2 * passes * len(pool) * length)  # with the prompt, and without it
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return PlannedArm(
@@ -100,8 +100,6 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
 
 def _scorings(arm: Arm, epochs: int, every: int) -> int:
     """How often the whole pool is scored."""
-    if not arm.reads_scores:
-        return 0
     if arm.keys.get("scorer"):
         return 1
     return 1 if arm.keys.get("method") == "cherry" else -(-epochs // every)

@@ -311,7 +311,7 @@ def _beforehand(comparison: Comparison, runs: dict[str, list[Task]]) -> dict[str
     for task in (task for tasks in runs.values() for task in tasks):
         seconds = float(task.result()["seconds_scoring_beforehand"])
         took[task.arm.scoring] = max(took.get(task.arm.scoring, 0.0), seconds)
-    return {arm.name: took[arm.scoring] if arm.reads_scores else 0.0 for arm in comparison.arms}
+    return {arm.name: took[arm.scoring] for arm in comparison.arms}
 
 
 def _start(task: Task) -> np.ndarray | None:

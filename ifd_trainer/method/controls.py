@@ -3,14 +3,16 @@
 Sources: random and balanced random, arXiv 2503.01807 and 2410.09335; longest answers, arXiv 2402.04833 and 2506.01317;
 a middle band, since neither the easiest nor the hardest rows are best for all budgets.
 
-Each chooses among the rows with a score (status `ok`), so that all of them have the same pool; with fewer than the
-budget, rows are repeated, each as often as any other give or take one.
+Each chooses among the rows that can be scored (status `ok`), so that all of them have the same pool; with fewer than
+the budget, rows are repeated, each as often as any other give or take one. Random rows and longest answers read no
+score: the callback does not score a pool for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,6 +34,8 @@ class RandomRows:
     ['kept', 'not_drawn', 'truncated']
     """
 
+    reads_scores: ClassVar[bool] = False
+
     def __call__(
         self, columns: Columns, budget: int, *, ids: np.ndarray | None = None, rng: np.random.Generator | None = None
     ) -> Selection:
@@ -51,6 +55,8 @@ class BalancedRandom:
     >>> sorted(columns["source"][kept].tolist())
     ['a', 'b']
     """
+
+    reads_scores: ClassVar[bool] = False
 
     column: str
 
@@ -75,6 +81,8 @@ class LongestAnswers:
     >>> LongestAnswers()(columns, 2).kept.tolist()
     [1, 2]
     """
+
+    reads_scores: ClassVar[bool] = False
 
     def __call__(
         self, columns: Columns, budget: int, *, ids: np.ndarray | None = None, rng: np.random.Generator | None = None

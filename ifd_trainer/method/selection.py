@@ -29,7 +29,8 @@ class Policy(Protocol):
     """Anything that maps score columns and a budget to a `Selection`: `Cherry`, `Diverse`, or one of your own.
 
     What it has of these attributes is used: `score`, the column that it ranks by ("ifd" without it), `max_ifd` (a
-    limit, or a `CalibratedLimit` to measure one), `on_shortfall` ("error": too few rows end the run).
+    limit, or a `CalibratedLimit` to measure one), `on_shortfall` ("error": too few rows end the run), `reads_scores`
+    (False: it needs statuses, answer lengths and columns of the data set alone, and the pool is not scored for it).
 
     >>> def hardest(columns, budget, *, ids=None, rng=None):
     ...     kept = np.argsort(-np.nan_to_num(columns["cas"], nan=-np.inf), kind="stable")[:budget]

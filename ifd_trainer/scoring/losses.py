@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..data.encoding import EncodedPair, Segment, token_count, with_ending
 from ..errors import UserError
+from ..method.columns import SCORES
 from ..method.equations import FROM_LOSSES
 from ..method.reasons import Status
 from .engine import Engine, EngineName, model_device
@@ -101,8 +102,13 @@ class Scores:
     @classmethod
     def unscored(cls, rows: int, status: str) -> Scores:
         """No scores at all, for one reason."""
-        blank = np.full(rows, np.nan)
-        return cls.from_nll(blank, blank, np.zeros(rows, dtype=np.int64), np.full(rows, status, dtype=object))
+        return cls.not_run(np.zeros(rows, dtype=np.int64), np.full(rows, status, dtype=object))
+
+    @classmethod
+    def not_run(cls, tokens: np.ndarray, status: np.ndarray) -> Scores:
+        """Rows that no model has read: what is known of them beside scores, which are NaN, also where they are `ok`."""
+        blank = {name: np.full(len(tokens), np.nan) for name in SCORES}
+        return cls(**blank, answer_tokens=tokens, ifd_status=status)
 
     @classmethod
     def of(cls, columns: Mapping[str, np.ndarray]) -> Scores:
@@ -145,12 +151,21 @@ def score_pairs(model: nn.Module, pairs: Sequence[EncodedPair], **options: Unpac
     """
     segments = [segment for pair in pairs if pair.conditioned for segment in (with_ending(pair), pair.direct)]
     nll, tail_nll = nll_with_tails(model, segments, **options)
-    status = np.array([pair.status.value for pair in pairs], dtype=object)
+    status = statuses(pairs)
     scored = status == Status.OK.value
     cas, das, eot_loss = (np.full(len(pairs), np.nan) for _ in range(3))
     cas[scored], das[scored], eot_loss[scored] = nll[0::2], nll[1::2], tail_nll[0::2]
-    tokens = np.array([pair.conditioned.scored if pair.conditioned else 0 for pair in pairs], dtype=np.int64)
-    return Scores.from_nll(cas, das, tokens, status, eot_loss)
+    return Scores.from_nll(cas, das, answer_tokens(pairs), status, eot_loss)
+
+
+def statuses(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """Status of each row, (n,), by its value."""
+    return np.array([pair.status.value for pair in pairs], dtype=object)
+
+
+def answer_tokens(pairs: Sequence[EncodedPair]) -> np.ndarray:
+    """Tokens of each row's answer that are scored, (n,); 0 of a row that is not."""
+    return np.array([pair.conditioned.scored if pair.conditioned else 0 for pair in pairs], dtype=np.int64)
 
 
 def answer_nll(model: nn.Module, segments: Sequence[Segment], **options: Unpack[Options]) -> np.ndarray:

@@ -47,7 +47,16 @@ from .held_out_loss import evaluates_later, losses_before, losses_of
 from .history import FOLDER, History, epoch_record, epoch_rows
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
-from .options import Scoring, check_options, check_order, groups_of, guard_of, needs_answers, of_whole_rows
+from .options import (
+    Scoring,
+    check_options,
+    check_order,
+    groups_of,
+    guard_of,
+    needs_answers,
+    of_whole_rows,
+    reads_scores,
+)
 from .pool import Pool, TrainingRow
 from .pool_line import RowsBefore, pool_line, rows_before, save_left_out
 from .pool_scorer import PoolScorer
@@ -158,6 +167,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         check_order(order, sampling_strategy(trainer))
         if trainer.selection_pool.whole:
             self.guard = of_whole_rows(self.guard)
+        self.reads_scores = reads_scores(self.policy, self.schedule, self.guard, scorer, order)
         self.run = SelectionRun()
         check_timing(trainer, self.timing)
         if isinstance(self.policy, Diverse) and trainer.selection_pool.packed:
@@ -405,7 +415,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         wanted, began, step = self._rows_of(epoch), time.perf_counter(), self.trainer.state.global_step
         ids = self.pool.ids(self.id_column)
         scored, noted = wanted.scored and self.chooser.frozen is None, {}
-        if scored:
+        if scored and not self.reads_scores:
+            self.chooser.take_unscored(self.pool_scorer.not_run(self._prefix), epoch)
+        elif scored:
             first = self._first_scoring(begun=step > 0) if self.chooser.last is None else None
             if first is not None:
                 first.try_out()

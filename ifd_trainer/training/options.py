@@ -22,7 +22,7 @@ from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import ORDERS
 from ..method.facility_location import Diverse
 from ..method.guard import Guard
-from ..method.schedule import Timing
+from ..method.schedule import Curriculum, Schedule, Timing
 from ..method.selection import Cherry, Policy
 from ..scoring.transform import IFDScorer
 
@@ -74,6 +74,15 @@ def needs_answers(policy: Policy, timing: Timing, guard: Guard | str | bool | No
     measured = {"limit", "pairing"}.intersection(asked.measuring if asked else ())
     other = scorer is not None and scorer != "columns"
     return of_prompts or bool(measured) or timing.warmup is not None or other
+
+
+def reads_scores(policy: Policy, schedule: Schedule, guard: Guard | None, scorer: Any, order: str) -> bool:
+    """Whether anything in a run reads the scores of its pool; else none are computed.
+
+    Another model, or columns, that the user names for scoring does score: its scores are asked for by name.
+    """
+    ranked = isinstance(schedule, Curriculum) or order != "shuffle"
+    return getattr(policy, "reads_scores", True) or bool(guard) or scorer is not None or ranked
 
 
 def of_whole_rows(guard: Guard | None) -> Guard | None:

@@ -26,7 +26,7 @@ from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
 from ..method.equations import FROM_LOSSES
 from ..method.reasons import Status
 from ..scoring.calibration import Reader, wrong_scores
-from ..scoring.losses import Scores, nll_with_tails, prompt_features, score_pairs
+from ..scoring.losses import Scores, answer_tokens, nll_with_tails, prompt_features, score_pairs, statuses
 from ..scoring.model_parts import text_config
 from ..scoring.processes import run_shares
 from ..scoring.rope_limits import window
@@ -95,6 +95,15 @@ class PoolScorer:
         if self.pool.whole:  # both losses are that of the whole text
             columns |= dict.fromkeys(("cas", *FROM_LOSSES), np.full(len(rows), np.nan))
         return Scores(**columns)
+
+    def not_run(self, prefix: Sequence[int]) -> Scores:
+        """Statuses and answer lengths of all rows, without a forward: all that a policy needs that reads no score."""
+
+        def read(part: np.ndarray) -> dict[str, np.ndarray]:
+            pairs = self._own_pairs(part, prefix)
+            return {"tokens": answer_tokens(pairs), "status": statuses(pairs)}
+
+        return Scores.not_run(**self._run_shares(self.pool.lengths(np.arange(len(self.pool))), read))
 
     def mismatched_scores(
         self,

@@ -21,6 +21,8 @@ def planned(run: Run) -> str:
     trainer, callback = run.trainer, selection_of(run.trainer)
     lines = [str(training_plan(trainer)), pool_line(trainer, callback.pool, callback.rows_before), _batch_line(trainer)]
     lines.append(f"guards: {', '.join(callback.guard.names) if callback.guard else 'none'}")
+    if not callback.reads_scores:
+        lines.append("scoring: none, since nothing reads a score")
     if callback.restart is not None:
         size = f"{Snapshot.size(trainer.model) / 1e9:.2f} GB"
         if any("peft" in what for what in run.lacking):

@@ -107,7 +107,7 @@ class SelectionConfig(SelectionKeys):
         idle = {"method: cherry": ("brief", "brief_clusters", "brief_per_cluster")} if self.method != "cherry" else {}
         idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
         idle |= self._idle_guards()
-        by_score = self.policy not in ("random", "longest", "balanced")
+        by_score = getattr(self.chosen_policy(), "reads_scores", True)
         limits = ("max_ifd", "on_shortfall", *(() if by_score else ("score",)))
         idle |= {"policy: balanced": ("balance_by",)} if self.policy != "balanced" else {}
         idle |= {"policy: cherry": limits} if self.policy != "cherry" else {}

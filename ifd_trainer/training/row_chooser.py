@@ -195,6 +195,10 @@ class RowChooser:
         self.guards.judge(scores, measured, unseen)
         self.last = Scored(scores, epoch, measured, found)
 
+    def take_unscored(self, rows: Scores, epoch: int) -> None:
+        """Take what is known of rows that are not scored, since nothing reads their scores."""
+        self.last = Scored(rows, epoch)
+
     @property
     def guard_reasons(self) -> list[str]:
         """The reasons for which guards drop rows in this run, whether or not one was."""

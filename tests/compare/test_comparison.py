@@ -144,13 +144,11 @@ def test_results_are_means_over_tokens_and_seeds(compared):
     tokens = min(task.points()[-1].tokens for task in compared.tasks())
     assert {outcome.at for outcome in results.of("tokens")} == {tokens}
     costs = {cost.arm: cost for cost in results.costs}
-    assert costs["random"].beforehand == costs["longest"].beforehand == 0
-    # Random rows came first, and their run has computed what all others read.
-    seconds = [task.result()["seconds_scoring_beforehand"] for task in compared.tasks()]
-    assert seconds[0] == max(seconds) == costs["static"].beforehand
-    for arm in ("random", "longest"):  # no scoring while they train
-        history = History.load(task_of(compared, arm, 0).folder)
-        assert history.rows(0)["ifd"].tolist() == history.rows(1)["ifd"].tolist()
+    beforehand = [task.result()["seconds_scoring_beforehand"] for task in compared.tasks()]
+    for arm in ("random", "longest"):
+        assert costs[arm].beforehand == 0
+        assert History.load(task_of(compared, arm, 0).folder).rows(0)["ifd"].isna().all()
+    assert max(beforehand) == costs["static"].beforehand > 0
     history = History.load(task_of(compared, "mine", 0).folder)
     assert history.rows(0)["ifd"].tolist() != history.rows(1)["ifd"].tolist()
     assert costs["full"].steps == 20

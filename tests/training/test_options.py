@@ -5,9 +5,19 @@ from __future__ import annotations
 import pytest
 from tiny_runs import sft_trainer
 
-from ifd_trainer import Anneal, Brief, CalibratedLimit, Cherry, Curriculum, Diverse, IFDSelectionCallback
+from ifd_trainer import (
+    Anneal,
+    Brief,
+    CalibratedLimit,
+    Cherry,
+    Curriculum,
+    Diverse,
+    Guard,
+    IFDSelectionCallback,
+    RandomRows,
+)
 from ifd_trainer.method.schedule import Constant, Timing
-from ifd_trainer.training.options import Scoring
+from ifd_trainer.training.options import Scoring, reads_scores
 from ifd_trainer.training.recipe_run import selection_of
 from ifd_trainer.training.recipe_selection import SelectionConfig
 
@@ -36,6 +46,24 @@ def said(callback):
 def test_fields_by_name_are_the_groups(tmp_path, by_name, in_groups):
     one, other = (IFDSelectionCallback(sft_trainer(tmp_path, 8), **options) for options in (by_name, in_groups))
     assert said(one) == said(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "read"),
+    [
+        ({}, False),
+        ({"policy": Cherry()}, True),
+        ({"policy": lambda columns, budget, **_: None}, True),
+        ({"schedule": Curriculum(4)}, True),
+        ({"guard": Guard()}, True),
+        ({"scorer": "gpt2"}, True),
+        ({"scorer": "columns"}, True),
+        ({"order": "ascending"}, True),
+    ],
+)
+def test_scores_are_computed_where_something_reads_them(change, read):
+    plain = {"policy": RandomRows(), "schedule": Constant(4), "guard": None, "scorer": None, "order": "shuffle"}
+    assert reads_scores(**{**plain, **change}) is read
 
 
 @pytest.mark.parametrize(

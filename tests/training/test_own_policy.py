@@ -8,12 +8,14 @@ from functools import partial
 
 import numpy as np
 import pytest
-from tiny_runs import RECIPES, raw_rows, select, sft_trainer, text_rows, tokenised, train
+from datasets import Dataset
+from tiny_runs import RECIPES, Stop, raw_rows, select, sft_trainer, text_rows, tokenised, train
 
 from ifd_trainer import (
     BalancedRandom,
     CalibratedLimit,
     Cherry,
+    Curriculum,
     Guard,
     LongestAnswers,
     LowestScores,
@@ -22,6 +24,7 @@ from ifd_trainer import (
     Selection,
     write_report,
 )
+from ifd_trainer.method.columns import SCORES
 from ifd_trainer.training.recipe import parse_recipe
 from ifd_trainer.training.recipe_selection import SelectionConfig
 
@@ -61,6 +64,78 @@ def test_what_it_keeps_is_trained_on_and_the_others_have_its_reason(tmp_path):
     page = write_report(callback.history).read_text(encoding="utf-8")
     assert "Longest(at_least=1)" in page
     assert "shorter" in page
+
+
+FREE = [RandomRows(), LongestAnswers(), BalancedRandom("source")]  # of scores
+KNOWN = ["row_id", "times", "reason", "answer_tokens"]
+
+
+def sourced_rows(count=24):
+    """Rows of two sources, one of them with an answer that cannot be scored."""
+    rows = [{**row, "source": "ab"[i % 2]} for i, row in enumerate(text_rows(raw_rows(count)).to_list())]
+    rows[3]["completion"] = ""
+    return Dataset.from_list(rows)
+
+
+def not_to_be_scored(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a forward, though nothing reads the scores")
+
+    for name in ("score_pairs", "nll_with_tails", "prompt_features"):
+        monkeypatch.setattr(f"ifd_trainer.training.pool_scorer.{name}", refuse)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("policy", FREE, ids=["random", "longest", "balanced"])
+def test_what_reads_no_score_is_not_scored_and_keeps_the_same_rows(tmp_path, monkeypatch, policy, packing):
+    if packing and isinstance(policy, BalancedRandom):
+        pytest.skip("packing drops the column that rows are balanced by")
+    options = {"packing": True, "max_length": 64} if packing else {}
+    histories = []
+    for each in (lambda *arguments, **options: policy(*arguments, **options), policy):  # a plain callable reads scores
+        trainer = sft_trainer(tmp_path / str(len(histories)), sourced_rows(), **options)
+        callback = select(trainer, keep=2 if packing else 4, policy=each)
+        trainer.train()
+        histories.append(callback.history)
+        not_to_be_scored(monkeypatch)
+    with_scores, without = histories
+    for epoch in range(3):
+        scored, blank = with_scores.rows(epoch), without.rows(epoch)
+        assert scored["ifd"].notna().sum() == (blank["reason"] != "empty_answer").sum() >= 23
+        assert blank[list(SCORES)].isna().all(axis=None)
+        assert blank[KNOWN].equals(scored[KNOWN])
+    assert [record["scored_at"] for record in without.epochs] == [None] * 3
+    assert type(policy).__name__ in write_report(without).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": 4, "order": "descending"},
+        {"keep": 4, "guard": Guard(limit=None, freeze=None, on_misaligned="warn")},
+        {"schedule": Curriculum(4, 2)},
+    ],
+    ids=["order", "guard", "curriculum"],
+)
+def test_scores_that_something_else_reads_are_computed(tmp_path, options):
+    trainer = sft_trainer(tmp_path, 24)
+    callback = select(trainer, policy=RandomRows(), **options)
+    trainer.train()
+    assert callback.history.rows(0)["ifd"].notna().any()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_a_run_that_is_not_scored_is_resumed_exactly(tmp_path, step):
+    def begun(name):
+        trainer = sft_trainer(tmp_path / name, sourced_rows(), save_strategy="steps", save_steps=1)
+        select(trainer, keep=4, policy=BalancedRandom("source"), every=2)
+        return trainer
+
+    through, cut = train(begun("whole")), begun("cut")
+    cut.add_callback(Stop(step))
+    before = train(cut)
+    after = train(begun("cut"), resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{step}"))
+    assert before.order() + after.order() == through.order()
 
 
 def test_its_generator_is_seeded_anew_in_each_epoch(tmp_path):
