@@ -29,7 +29,7 @@ class Status(str, Enum):
 
 
 FAILED = "failed"  # status of imported scores: the program that scored the row gave up on it and wrote zeros
-NOT_SCORED = "not_scored"  # status in an epoch that trains on all rows without scoring any
+NOT_SCORED = "not_scored"  # status in an epoch for which no row is scored, since nothing reads the scores
 
 KEPT = "kept"
 RELAXED = "kept_above_limit"  # kept although its score is at or above the limit: on_shortfall="relax"

@@ -23,6 +23,7 @@ from ..method.reasons import (
     DUPLICATE,
     MEANINGS,
     MISMATCHED,
+    NOT_SCORED,
     OTHER_TIER,
     OVER_QUOTA,
     REDUNDANT,
@@ -409,7 +410,7 @@ def _sections(data: ReportData, most: int) -> list[_Section]:
     """Tables of rows: of the last epoch with scores, then of the first. The brief experience has its own."""
     epochs = data.scored or {e: rows for e, rows in data.epochs.items() if not data.kinds.is_brief(e)}
     names = list(dict.fromkeys([*reversed(epochs)][:1] + [*epochs][:1]))
-    fewer = " with scores" if set(data.epochs) - set(data.with_scores) else ""
+    fewer = " with scores" if data.any_score and set(data.epochs) - set(data.with_scores) else ""
     sections = []
     for name in names:
         rows = epochs[name]
@@ -417,7 +418,7 @@ def _sections(data: ReportData, most: int) -> list[_Section]:
             continue
         which = f" (the {['last', 'first'][len(sections)]}{fewer})" if len(names) > 1 else ""
         tables = [
-            _row_table(data, title, part, shown, reason=title == _UNSCORABLE)
+            _row_table(data, title, part, shown, title == _UNSCORABLE, title not in (_CHOSEN, _LEFT))
             for title, part, shown in _parts(rows, data.score, most)
         ]
         sections.append(_Section(f"Rows of {epoch_name(name)}{which}" if name is not None else "Rows", tables))
@@ -439,6 +440,7 @@ def _brief_section(data: ReportData, most: int) -> dict[str, Any] | None:
 
 
 _UNSCORABLE = "Rows without a score"
+_CHOSEN, _LEFT = "Rows trained on", "Rows not trained on"  # of an epoch without scores
 _DROPPED = {  # for reasons other than their score
     MISMATCHED: "Dropped by a guard: the answer fits other prompts as well",
     UNFINISHED: "Dropped by a guard: the answer is unfinished",
@@ -453,8 +455,12 @@ _DROPPED = {  # for reasons other than their score
 def _parts(rows: pd.DataFrame, score: str, most: int) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
     """(title, all rows of that kind, those to show) for each table."""
     ranked = rows[rows[score].notna()].sort_values([score, "key"], ascending=[False, True])
-    unscored = rows[rows[score].isna()]
-    if ranked.empty:
+    asked = rows["ifd_status"] != NOT_SCORED
+    unscored = rows[rows[score].isna() & asked]
+    if not asked.all() and "kept" in rows:
+        kept, left = rows[rows["kept"]], rows[~rows["kept"] & ~asked]
+        parts = [(_CHOSEN, kept, kept.head(most)), (_LEFT, left, left.head(most))]
+    elif ranked.empty:
         parts = []
     elif "kept" not in rows:
         under = ranked[ranked[score] < 1]
@@ -491,15 +497,16 @@ def _row_table(
 
     Args:
         reason: with the reason why there is no score, in the place of scores.
-        scored: with scores and the number of answer tokens, which are not known without.
+        scored: with scores.
     """
+    counted = scored or (part["answer_tokens"] > 0).any()
     values = [data.score, "cas", "das"] if scored and not reason else []
     of_guard = _OF_REASON.get(part["reason"].iloc[0]) if "reason" in part and part["reason"].nunique() == 1 else None
     of_guard = of_guard if of_guard in part else None
     repeated = "times" in part and (part["times"] > 1).any()
     headers = ["row", *(["why"] if reason else []), *(SCORE_NAMES.get(name, name) for name in values)]
     headers += [*([of_guard.replace("_", " ")] if of_guard else [])]
-    headers += [*(["tokens"] if scored else []), *(["times"] if repeated else [])]
+    headers += [*(["tokens"] if counted else []), *(["times"] if repeated else [])]
     headers += [str(data.labels.name)] if data.labels is not None else []
     lines = []
     for row in shown.to_dict("records"):
@@ -507,7 +514,7 @@ def _row_table(
         cells = [plain(row["row_id"]) or MISSING]
         cells += [*([words] if reason else []), *(number_text(row[name]) for name in values)]
         cells += [_shown(row[of_guard])] if of_guard else []
-        cells += [number_text(row["answer_tokens"], 0)] if scored else []
+        cells += [number_text(row["answer_tokens"], 0)] if counted else []
         cells += [str(row["times"])] if repeated else []
         cells += [str(data.labels.get(row["key"], "(none)"))] if data.labels is not None else []
         lines.append({"cells": cells, "texts": texts_of(data.details, row["key"])})

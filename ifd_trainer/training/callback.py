@@ -11,7 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from ..method.columns import SCORES
 from ..method.facility_location import Diverse
 from ..method.guard import Guard
 from ..method.plain_data import to_data
-from ..method.reasons import NOT_SCORED
+from ..method.reasons import NOT_SCORED, Status
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule, unlike_epochs
 from ..method.scoring_health import WATCHED
 from ..method.selection import Policy, Selection
@@ -428,7 +428,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         selection = self.chooser.choose(wanted, ids, self.seed, step > 0, self._prefix)
         self.pool_scorer.release()
         seconds = time.perf_counter() - began if scored or wanted.source == "brief" else 0.0
-        scores = Scores.unscored(len(ids), NOT_SCORED) if wanted.source in ("all", "brief") else self.scores
+        scores = self._recorded(wanted.source)
         if epoch == self.restart:
             start_anew(self.trainer, self._original)
             self.chooser.trained[:] = False  # the weights know no row of the brief experience
@@ -466,6 +466,15 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 kept_out = np.setdiff1d(np.flatnonzero(added["kept_without_guards"]), selection.kept)
                 record["kept_only_without_guards"] = len(kept_out)
             self.history.add(record, epoch_rows(ids, scores.columns() | added, selection))
+
+    def _recorded(self, source: str) -> Scores:
+        """The scores that an epoch's rows were chosen by, as its history has them."""
+        if source in ("all", "brief"):
+            return Scores.unscored(len(self.pool), NOT_SCORED)
+        if self.reads_scores:
+            return self.scores
+        status = self.scores.ifd_status
+        return replace(self.scores, ifd_status=np.where(status == Status.OK.value, NOT_SCORED, status))
 
     def _response_prefix(self, prompts: Prompts) -> list[int]:
         found = self.pool.finder.header if self.pool.finder is not None else None

@@ -105,7 +105,10 @@ def test_what_reads_no_score_is_not_scored_and_keeps_the_same_rows(tmp_path, mon
         assert blank[list(SCORES)].isna().all(axis=None)
         assert blank[KNOWN].equals(scored[KNOWN])
     assert [record["scored_at"] for record in without.epochs] == [None] * 3
-    assert type(policy).__name__ in write_report(without).read_text(encoding="utf-8")
+    page = write_report(without).read_text(encoding="utf-8")
+    assert type(policy).__name__ in page
+    assert "Rows not trained on" in page
+    assert "not finite" not in page
 
 
 @pytest.mark.parametrize(
