@@ -37,6 +37,7 @@ from .eval_guard import eval_mode
 from .forward import Batch, LaunchedBatch, launch, logits_at, padded, scored_logits, streamed
 from .model_notes import noted
 from .model_parts import FORWARD_ERRORS, lm_head, text_config, unwrapped, vocabulary_size
+from .nested import Families
 from .prefix_stream import stream_batches
 from .private_names import can_set_attention
 from .rope_limits import kinds_of_lengths
@@ -72,12 +73,15 @@ class Engine:
         model: a causal language model, or what a trainer wrapped around one.
         device: where the token ids go.
         chunked_head: how the model makes logits, to take them in chunks; None to take them as a whole.
+        nests: whether a segment that is the beginning of another is run inside it (see `scoring.nested`); not for an
+            adapter that reads a row as a whole.
     """
 
     name: EngineName
     model: nn.Module
     device: torch.device
     chunked_head: ChunkedHead | None
+    nests: bool = True
 
     @classmethod
     def for_model(
@@ -96,7 +100,7 @@ class Engine:
             name = "stream" if streams(model, device) else "padded"
         elif not can_set_attention():
             name = "padded"  # as a stream, rows would see each other
-        return cls(name, model, device, chunked_head)
+        return cls(name, model, device, chunked_head, not _invoked(model))
 
     @property
     def setting(self) -> tuple[Hashable, ...]:
@@ -111,22 +115,24 @@ class Engine:
         return max(budget // vocabulary_size(self.model), 1)
 
     def batches(self, segments: Sequence[Segment], token_budget: int) -> list[np.ndarray]:
-        """Partition segments into batches: index arrays."""
+        """Partition segments into batches, families of them undivided: index arrays."""
         lengths, scored_budget = [len(segment.ids) for segment in segments], self.scored_budget(segments)
         batches: list[np.ndarray] = []
         for kind in kinds_of_lengths(lengths, text_config(self.model)):
-            ids, scored = [segments[i].ids for i in kind], [segments[i].predicted for i in kind]
+            families = Families.of([segments[i].ids for i in kind], self.nests)
+            ids = [segments[i].ids for i in kind[families.longest]]
+            scored = families.sums([segments[i].predicted for i in kind])
             if self.name == "padded":
-                of_kind = token_budget_batches([lengths[i] for i in kind], token_budget, scored, scored_budget)
+                of_kind = token_budget_batches([len(each) for each in ids], token_budget, scored, scored_budget)
             else:
                 seen_budget = None if self.device.type == "cpu" else _SEEN * token_budget
                 of_kind = stream_batches(ids, token_budget, scored, scored_budget, seen_budget)
-            batches += [kind[batch] for batch in of_kind]
+            batches += [kind[families.members(batch)] for batch in of_kind]
         return batches
 
     def lay_out(self, segments: Sequence[Segment]) -> Batch:
         """A batch, on the host."""
-        return _LAYOUTS[self.name](segments, self.device)
+        return _LAYOUTS[self.name](segments, self.device, self.nests)
 
     def launch(self, batch: Batch, pooled_tokens: Sequence[int] | None = None) -> LaunchedBatch:
         """Run a batch; see `scoring.forward.launch`."""

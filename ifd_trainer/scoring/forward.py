@@ -22,6 +22,7 @@ from ..data.encoding import Segment
 from ..errors import UserError
 from .chunked_lm_head import ChunkedHead, Targets, whole_losses
 from .model_parts import lm_head
+from .nested import Families
 from .onednn import OneDNN
 from .prefix_stream import build_stream
 from .span_attention import AttentionPlan, attending
@@ -71,22 +72,28 @@ class Batch:
         return cls(input_ids, token_indices, *counts.T, *places, **stream)
 
 
-def padded(segments: Sequence[Segment], device: torch.device) -> Batch:
-    """A row for each segment, padded on the right to the longest; the same for every device."""
-    longest = max(len(segment.ids) for segment in segments)
-    input_ids = np.zeros((len(segments), longest), dtype=np.int64)  # (B, T) = (n, longest)
-    for row, segment in enumerate(segments):
-        input_ids[row, : len(segment.ids)] = segment.ids
-    token_indices = [row * longest + np.arange(len(segment.ids)) for row, segment in enumerate(segments)]
+def padded(segments: Sequence[Segment], device: torch.device, nested: bool = True) -> Batch:
+    """A row for each family of segments, padded on the right to the longest; the same for every device."""
+    families = Families.of([segment.ids for segment in segments], nested)
+    rows = [segments[i].ids for i in families.longest]
+    longest = max(map(len, rows))
+    input_ids = np.zeros((len(rows), longest), dtype=np.int64)  # (B, T) = (f, longest)
+    for row, ids in enumerate(rows):
+        input_ids[row, : len(ids)] = ids
+    places = zip(families.family.tolist(), segments, strict=True)
+    token_indices = [row * longest + np.arange(len(segment.ids)) for row, segment in places]
     return Batch.from_segments(segments, input_ids, token_indices)
 
 
-def streamed(segments: Sequence[Segment], device: torch.device) -> Batch:
+def streamed(segments: Sequence[Segment], device: torch.device, nested: bool = True) -> Batch:
     """One row, without padding, in which beginnings that segments share stand once."""
-    stream = build_stream([segment.ids for segment in segments])
+    families = Families.of([segment.ids for segment in segments], nested)
+    stream = build_stream([segments[i].ids for i in families.longest])
     input_ids, position_ids = stream.input_ids[None], stream.position_ids[None]  # (1, T)
     plan = AttentionPlan(stream.spans, device)
-    return Batch.from_segments(segments, input_ids, stream.token_indices, position_ids=position_ids, plan=plan)
+    places = zip(families.family.tolist(), segments, strict=True)
+    token_indices = [stream.token_indices[family][: len(segment.ids)] for family, segment in places]
+    return Batch.from_segments(segments, input_ids, token_indices, position_ids=position_ids, plan=plan)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ SEGMENTS = [
     Segment([*HEAD, 6, 6, 7, 11, 12, 13, 14, 15, 16], 11),
     Segment([30, 31], 1),
 ]
-TOKENS = 10 + 2 + 3 + 9 + 2  # of the stream: the head once, what follows it in three ways, and the last segment
+TOKENS = 10 + 2 + 9 + 2  # of the stream: the head once, what follows it in two ways, and the last segment
 
 
 def test_scores_by_the_kernel_are_those_of_single_tokens(use):
