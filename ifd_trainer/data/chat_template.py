@@ -289,6 +289,56 @@ def split_chat(
         raise MalformedRow(f"the chat template cannot render the row: {first}") from first
 
 
+def spans_of_answers(
+    render: Render, messages: list[dict], places: Sequence[int]
+) -> tuple[str, list[tuple[int, int] | None]]:
+    """A conversation as the template writes it, and where in it the messages at some places are.
+
+    An answer begins and ends as in `split_chat`. It is None where no rendering tells: with another text in its place,
+    the template writes something else around it.
+
+    Raises:
+        MalformedRow: when the template cannot render the messages, neither with texts nor with parts as contents.
+    """
+    first = None
+    for given in (messages, _in_parts(messages)):
+        try:
+            text = render(given)
+            return text, [_span(render, given, place, text) for place in places]
+        except Exception as error:  # of the template, or of one that reads no texts as contents and writes none
+            first = first or error
+    raise MalformedRow(f"the chat template cannot render the row: {first}") from first
+
+
+def _span(render: Render, messages: list[dict], place: int, text: str) -> tuple[int, int] | None:
+    """First character of a message and the one behind its last, without what the template writes around it."""
+    tried = [
+        _around_mark(render, [*messages[:place], probe, *messages[place + 1 :]]) for probe in _probes(messages[place])
+    ]
+    around = [found for found in tried if found is not None]
+    begins = [len(before) for before, *_ in around if text.startswith(before)]
+    opened, closed = _rendered(render, messages[:place], opened=True), _rendered(render, messages[: place + 1])
+    begins += [len(opened)] if opened and text.startswith(opened) else []
+    if not begins:
+        return None
+    begin = max(begins)
+    ends = [len(text) - len(after) for _, after, _ in around[:1] if text.endswith(after)]
+    # A template may go on within the turn: with what a tool answered to the call in it. The turn by itself then is
+    # all there, but for what ends it.
+    alone = _around_mark(render, [*messages[:place], _probes(messages[place])[0]])
+    shared = common_prefix_length(closed, text)
+    ends += [shared] if alone and shared > begin and len(closed) - shared <= len(alone[1]) else []
+    return (begin, max(begin, min(ends))) if ends else None
+
+
+def _rendered(render: Render, messages: list[dict], opened: bool = False) -> str:
+    """Some messages of a conversation, by themselves; "" where that is no chat that the template knows."""
+    try:
+        return render(messages, add_generation_prompt=opened)
+    except Exception:
+        return ""
+
+
 def template_frames(tokenizer: Any, template: str | None = None) -> list[Frame]:
     """What a tokenizer's chat template writes around answers in chats of several kinds, the longest first.
 
@@ -305,13 +355,20 @@ def template_frames(tokenizer: Any, template: str | None = None) -> list[Frame]:
     frames = set()
     for prompt in ([user], [{"role": "system", "content": "s"}, user], [user, said, user], [user, *tool]):
         for answer in ([said], [said | dict.fromkeys(_REASONING, "w")]):
-            try:
-                frame = _split(render, prompt, answer, eos)[2]
-                opened = _behind(render(prompt), render(prompt, add_generation_prompt=True), eos)
-            except Exception:  # a kind of chat that this template does not know
-                continue
-            # An answer may begin as an open turn goes on; behind an empty one, a template may leave out white space.
-            frames |= {Frame(before, frame.after) for before in (frame.before, opened, frame.before.rstrip())}
+            for asked, given in ((prompt, answer), (_in_parts(prompt), _in_parts(answer))):
+                try:
+                    frame = _split(render, asked, given, eos)[2]
+                    opened = _behind(render(asked), render(asked, add_generation_prompt=True), eos)
+                except Exception:  # a kind of chat that this template does not know
+                    continue
+                # An answer may begin as an open turn goes on; behind an empty one, white space may be left out.
+                frames |= {Frame(before, frame.after) for before in (frame.before, opened, frame.before.rstrip())}
+                break
+    earlier = _between(render, [user | {"content": _MARK}, said | {"content": _MARK}, user, said])
+    befores = {frame.before for frame in frames if frame.before.strip()}
+    shared = (text[:size] for text in befores for size in range(len(text), 0, -1) if earlier.endswith(text[:size]))
+    if (before := max(shared, key=len, default="")).strip():  # a template may leave out what was thought earlier
+        frames |= {Frame(before, frame.after) for frame in frames}
     return sorted(
         (frame for frame in frames if frame.before), key=lambda frame: (-len(frame.before), frame.before, frame.after)
     )
@@ -327,16 +384,10 @@ def turn_texts(tokenizer: Any, template: str | None = None) -> tuple[tuple[str, 
     Args:
         template: a template in place of the tokenizer's own.
     """
-    befores = [frame.before for frame in template_frames(tokenizer, template) if frame.before.strip()]
+    headers = [frame.before for frame in template_frames(tokenizer, template) if frame.before.strip()]
     render = renderer(tokenizer, {} if template is None else {"chat_template": template})
     user, said = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
-    asked, answered = user | {"content": _MARK}, said | {"content": _MARK}
-    earlier = _between(render, [asked, answered, user, said])
-    shared = (
-        before[:size] for before in befores for size in range(len(before), 0, -1) if earlier.endswith(before[:size])
-    )
-    if (header := max(shared, key=len, default="")).strip():
-        befores.append(header)
+    answered = said | {"content": _MARK}
     openers = []
     for role in ("user", "system", "tool"):
         for turn in ({"role": role, "content": _MARK}, {"role": role, "content": [{"type": "text", "text": _MARK}]}):
@@ -346,7 +397,7 @@ def turn_texts(tokenizer: Any, template: str | None = None) -> tuple[tuple[str, 
             openers += [opener.partition(_TOOL)[0] for opener in found]
             if any(found):
                 break
-    return tuple(dict.fromkeys(befores)), tuple(dict.fromkeys(opener for opener in openers if opener.strip()))
+    return tuple(dict.fromkeys(headers)), tuple(dict.fromkeys(opener for opener in openers if opener.strip()))
 
 
 def _behind_calls(render: Render, user: dict, turn: dict, said: dict) -> str:

@@ -311,6 +311,24 @@ def answer_text(answer: str | Sequence[Mapping[str, Any]] | None) -> str:
     return text_of(answer)
 
 
+def conversation_parts(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any) -> tuple[list[dict], int] | None:
+    """The messages of a row, and the first of them that may be an answer; None for a row of texts.
+
+    Of prompt-completion rows, answers are in the completion.
+
+    Raises:
+        MalformedRow: when the format cannot read the row.
+        UserError: for messages without a chat template.
+    """
+    if not isinstance(format, (ChatFormat, PromptCompletionFormat)):
+        return None
+    prompt, completion = format.parts(row)
+    if not isinstance(prompt, list):
+        return None
+    _need_template(tokenizer)
+    return prompt + completion, len(prompt) if isinstance(format, PromptCompletionFormat) else 0
+
+
 def to_prompt_completion(row: Mapping[str, Any], format: PromptFormat) -> dict[str, Any]:
     """The row as TRL's SFTTrainer reads it: `prompt` and `completion`, as text or as messages.
 
@@ -364,12 +382,16 @@ def _cell(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _render_chat(prompt: list[dict], answer: list[dict], row: Mapping[str, Any], tokenizer: Any) -> Example:
+    _need_template(tokenizer)
+    before, rest, frame = split_chat(prompt, answer, template_options(row, tokenizer), tokenizer)
+    others = (str(message.get("content") or "") for message in prompt if message["role"] != "assistant")
+    asked = any(map(str.strip, others))
+    return Example(before, rest, frame.before, special_tokens=False, end=frame.after, asked=asked)
+
+
+def _need_template(tokenizer: Any) -> None:
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
             "The rows are chat messages, but the tokenizer has no chat template. Set `tokenizer.chat_template`, or "
             "use a text format such as 'prompt-completion'."
         )
-    before, rest, frame = split_chat(prompt, answer, template_options(row, tokenizer), tokenizer)
-    others = (str(message.get("content") or "") for message in prompt if message["role"] != "assistant")
-    asked = any(map(str.strip, others))
-    return Example(before, rest, frame.before, special_tokens=False, end=frame.after, asked=asked)

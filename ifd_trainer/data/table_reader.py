@@ -6,7 +6,8 @@ copy that a cache of Arrow files would make of it; all else is what `load_rows` 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,32 @@ def selected_tables(rows: TableReader, added: pd.DataFrame, kept: np.ndarray) ->
                 yield pa.table([*table.select(old).filter(wanted).columns, *new], schema=features.arrow_schema)
 
     return tables(), features
+
+
+@dataclass(frozen=True)
+class Lists:
+    """A column of lists.
+
+    Attributes:
+        values: numbers or texts of all rows, one row's behind another's.
+        counts: (n,) how many of them each row has.
+
+    >>> Lists(np.array([0.5, np.nan, 2.0]), [2, 1]).arrow().to_pylist()
+    [[0.5, None], [2.0]]
+    """
+
+    values: np.ndarray
+    counts: Sequence[int]
+
+    def arrow(self) -> pa.ListArray:
+        """As Arrow has it; NaN is null."""
+        offsets = np.concatenate([[0], np.cumsum(self.counts)])
+        return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), arrow_array(self.values))
+
+
+def arrow_array(values: np.ndarray | Lists) -> pa.Array:
+    """A column of scores, or lists of them, as Arrow has it; NaN is null."""
+    return values.arrow() if isinstance(values, Lists) else pa.array(values, arrow_type(values.dtype), from_pandas=True)
 
 
 def arrow_type(dtype: Any) -> pa.DataType:

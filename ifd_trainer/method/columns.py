@@ -16,13 +16,21 @@ _SCORED = {
     "answer_tokens": "number of scored tokens",
     "ifd_status": "`ok`, or why there is no score",
 }
+_OF_TURNS = {  # lists, an entry for each answer of a conversation
+    "turn_cas": "cas of each answer of a conversation, in nats per token; null without a score",
+    "turn_das": "das of each",
+    "turn_ifd": "ifd of each",
+    "turn_tokens": "answer_tokens of each",
+    "turn_status": "ifd_status of each",
+}
 _SELECTED = {
     "ifd_definition": "how the scores are defined; those of two definitions cannot be compared",
     "ifd_rank": "1 is the highest score kept",
     "ifd_reason": "`kept`, or why not",
 }
-COLUMN_MEANINGS = _SCORED | _SELECTED
+COLUMN_MEANINGS = _SCORED | _OF_TURNS | _SELECTED
 IFD_COLUMNS = tuple(_SCORED)  # of a scored data set
 SCORES = tuple(name for name in IFD_COLUMNS if name not in ("answer_tokens", "ifd_status"))  # null without a score
+TURN_COLUMNS = tuple(_OF_TURNS)  # with `turns=...` alone
 SELECTION_COLUMNS = tuple(_SELECTED)  # what `ifd-trainer select` adds
 OWN_COLUMNS = tuple(COLUMN_MEANINGS)

@@ -24,7 +24,7 @@ from datasets import Dataset
 
 from ..data.arrow_files import file_digest
 from ..data.atomic import is_temporary, write_atomically, writing
-from ..data.table_reader import arrow_type
+from ..data.table_reader import Lists, arrow_array
 from ..errors import FileAccessError, RunError, UserError
 
 try:
@@ -93,8 +93,8 @@ class Parts:
         """The parts, of so many, whose file is there and was not found whole by `done`."""
         return [part for part in range(count) if part not in self._done and self.path(part).exists()]
 
-    def save(self, part: int, columns: Mapping[str, np.ndarray]) -> None:
-        """Write the columns of a part, numbers or texts; NaN becomes null.
+    def save(self, part: int, columns: Mapping[str, np.ndarray | Lists]) -> None:
+        """Write the columns of a part, numbers, texts or lists of them; NaN becomes null.
 
         Raises:
             FileAccessError: when it cannot be written; the message says that the job can go on.
@@ -103,7 +103,7 @@ class Parts:
         with kept():
             self._save(part, columns)
 
-    def join(self, sizes: Sequence[int], again: Callable[[int], Mapping[str, np.ndarray]]) -> Dataset:
+    def join(self, sizes: Sequence[int], again: Callable[[int], Mapping[str, np.ndarray | Lists]]) -> Dataset:
         """The parts one after another, on disk: valid until `remove`.
 
         Args:
@@ -158,10 +158,8 @@ class Parts:
                 self._delete()
             self._leave()
 
-    def _save(self, part: int, columns: Mapping[str, np.ndarray]) -> None:
-        table = pa.table(
-            {name: pa.array(values, arrow_type(values.dtype), from_pandas=True) for name, values in columns.items()}
-        )
+    def _save(self, part: int, columns: Mapping[str, np.ndarray | Lists]) -> None:
+        table = pa.table({name: arrow_array(values) for name, values in columns.items()})
         self.check_there()
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -213,7 +211,7 @@ class Parts:
         table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
         return table if rows in (None, table.num_rows) else None
 
-    def _whole(self, part: int, rows: int, again: Callable[[int], Mapping[str, np.ndarray]]) -> pa.Table:
+    def _whole(self, part: int, rows: int, again: Callable[[int], Mapping[str, np.ndarray | Lists]]) -> pa.Table:
         table = self._table(part, rows)
         if table is None:
             self.warn([part])

@@ -16,7 +16,6 @@ import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..data.encoding import EncodedPair, token_count
 from ..data.text_bytes import text_bytes
 
 _LAYOUT = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}, {rate_fmt}]"
@@ -67,15 +66,16 @@ class JobProgress:
         if self._bar is not None:
             self._bar.close()
 
-    def begin(self, part: int, pairs: list[EncodedPair]) -> Callable[[int], Any]:
-        """A part is begun; what takes the number of tokens done after each of its batches."""
+    def begin(self, part: int, tokens_of_rows: Sequence[int]) -> Callable[[int], Any]:
+        """A part is begun, with so many tokens in each of its rows; what takes how many are done after each batch."""
         if not self._shown:
             return lambda tokens: None
-        tokens, rows_before, read_before = token_count(pairs), self._own_rows, self._own_tokens
+        tokens, rows = sum(tokens_of_rows), len(tokens_of_rows)
+        rows_before, read_before = self._own_rows, self._own_tokens
         start = int(self._sizes[:part].sum())
-        sizes = text_bytes(self._rows.select(range(start, start + len(pairs))), self._columns)
-        self._seen = np.concatenate([self._seen, np.stack([sizes, [token_count([pair]) for pair in pairs]], axis=1)])
-        self._own_rows, self._own_tokens = self._own_rows + len(pairs), self._own_tokens + tokens
+        sizes = text_bytes(self._rows.select(range(start, start + rows)), self._columns)
+        self._seen = np.concatenate([self._seen, np.stack([sizes, tokens_of_rows], axis=1)])
+        self._own_rows, self._own_tokens = self._own_rows + rows, self._own_tokens + tokens
         self._open[part] = False
         if self._bar is None:
             self._start()
@@ -84,7 +84,7 @@ class JobProgress:
             self._read += batch
             self._time_batch(batch)
             share = (self._read - read_before) / max(tokens, 1)
-            self._show(self._before + rows_before + self._others + share * len(pairs))
+            self._show(self._before + rows_before + self._others + share * rows)
 
         return progress
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from ..data.encoding import EncodedPair
 from ..errors import RunError
 from .job_parts import Parts
 from .job_progress import JobProgress
@@ -25,6 +24,7 @@ from .processes import Process
 
 if TYPE_CHECKING:
     from .transform import IFDScorer
+    from .turns import EncodedTurns
 
 _POLL = 0.1
 
@@ -67,7 +67,7 @@ def score_parts(
     def draw() -> int | None:
         return process.draw(len(sizes), lambda part: parts.done(part, sizes[part]))
 
-    ahead = _encoded(lambda part: scorer.encode(_rows_of(rows, part, size)), draw, leave)
+    ahead = _encoded(lambda part: scorer.encode_rows(_rows_of(rows, part, size)), draw, leave)
     with closing(ahead):
         # The first one loads the model, which has a bar of its own and is no part of this one's rate.
         encoded = chain([*islice(ahead, 1)], ahead)
@@ -76,10 +76,9 @@ def score_parts(
             def show(counted: int) -> None:
                 progress.update(sum(sizes[part] for part in done) + counted - earlier)
 
-            for part, pairs in encoded:
-                scores = scorer.score(pairs, progress.begin(part, pairs))
-                parts.save(part, scores.columns())
-                show(process.add_rows(len(pairs)))  # exact again, and the rows without a score
+            for part, read in encoded:
+                parts.save(part, scorer.score_rows(read, progress.begin(part, read.tokens)))
+                show(process.add_rows(len(read)))  # exact again, and the rows without a score
             process.end()
             if process.main:
                 _wait(parts, len(sizes), process, lambda: show(process.add_rows(0)), stall, grace)
@@ -88,7 +87,7 @@ def score_parts(
 def join_parts(rows: Dataset, scorer: IFDScorer, parts: Parts, size: int) -> Dataset:
     """The scores of all rows, on disk; a part whose file is damaged by now is scored again."""
     return parts.join(
-        sizes_of(len(rows), size), lambda part: scorer.score(scorer.encode(_rows_of(rows, part, size))).columns()
+        sizes_of(len(rows), size), lambda part: scorer.score_rows(scorer.encode_rows(_rows_of(rows, part, size)))
     )
 
 
@@ -106,21 +105,21 @@ def _rows_of(rows: Dataset, part: int, size: int) -> dict[str, list]:
 
 
 def _encoded(
-    encode: Callable[[int], list[EncodedPair]], draw: Callable[[], int | None], leave: float
-) -> Iterator[tuple[int, list[EncodedPair]]]:
+    encode: Callable[[int], EncodedTurns], draw: Callable[[], int | None], leave: float
+) -> Iterator[tuple[int, EncodedTurns]]:
     """Parts and their encoded rows; while the caller has one, a thread encodes the next one.
 
     One part ahead and no more: what is drawn here waits for this device, also when another one has nothing left to do.
     The first part is encoded in this thread, since that loads the model.
     """
     part, waiting = draw(), None
-    pairs = None if part is None else encode(part)
+    read = None if part is None else encode(part)
     try:
         while part is not None:
             ahead = draw()
             waiting = None if ahead is None else _Call(encode, ahead)
-            yield part, pairs
-            part, pairs = ahead, waiting and waiting.result()
+            yield part, read
+            part, read = ahead, waiting and waiting.result()
     finally:  # a thread that is in native code when the interpreter shuts down aborts the process
         if waiting is not None:
             waiting.join(leave)

@@ -42,25 +42,31 @@ from ..data.encoding import EncodedPair, Encoder, Segment, check_positive
 from ..data.format_choice import FormatOptions, format_record, resolve_format
 from ..data.formats import Example, MalformedRow, PromptFormat
 from ..data.paths import check_model, model_name
-from ..data.table_reader import arrow_type
+from ..data.table_reader import Lists, arrow_array
 from ..errors import FileAccessError, UserError, one_line
 from ..method.calibrated_limit import CalibratedLimit
-from ..method.choices import WrongPrompts
-from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS
+from ..method.choices import TurnRule, WrongPrompts
+from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS, TURN_COLUMNS
 from ..method.number_words import many
 from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
+from ..method.turns import check_turns
 from ..method.unfinished import Unfinished
 from .calibration import Calibration, Reader, measure, p_values
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .engine import check_causal_config, check_causal_lm
 from .losses import Scores, nll_with_tails, prompt_features, score_pairs, token_progress
 from .rope_limits import window
+from .turns import EncodedTurns, encode_turns
 from .weights_digest import checkpoint_digest, weights_digest
 
 logger = logging.getLogger(__name__)
 
 # Columns from scores that are no longer there once a row is scored again.
+_TURN_TYPES = {
+    name: pa.list_({"turn_tokens": pa.int64(), "turn_status": pa.string()}.get(name, pa.float64()))
+    for name in TURN_COLUMNS
+}
 _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.string()), strict=True))
 _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
 _RENDERED = 1000  # rows at a time
@@ -93,6 +99,10 @@ class IFDScorer:
             512, "superfiltering": 1024, where the window is not smaller).
         min_answer_tokens: rows with fewer answer tokens are `too_short`.
         score_truncated: score the part of a too long answer that fits, as the paper does, instead of `truncated`.
+        turns: None to score the last answer of a conversation alone; "tokens", "mean", "min", "max" or "last" to score
+            all of its answers, in one forward of the whole, each behind all that stands before it. Of them, `turn_cas`,
+            `turn_das`, `turn_ifd`, `turn_tokens` and `turn_status` are lists, and the row's own columns follow by that
+            rule; see `method.turns`. "tokens" is the loss that a run on all answers trains on.
         device: "cuda", "mps" or "cpu" by default, the first there is. With `map(with_rank=True, num_proc=N)` each
             process takes the device of its rank.
         dtype: by default the checkpoint's own on an accelerator (bfloat16 if it says float16 and the device can),
@@ -120,6 +130,7 @@ class IFDScorer:
         max_length: int | None = None,
         min_answer_tokens: int = 1,
         score_truncated: bool = False,
+        turns: TurnRule | None = None,
         device: str | None = None,
         dtype: torch.dtype | str | None = None,
         token_budget: int | None = None,
@@ -142,6 +153,13 @@ class IFDScorer:
             "score_truncated": score_truncated,
         }
         Encoder(None, **self.options)  # wrong options are errors here, not after the model has loaded
+        check_turns(turns)
+        if turns is not None and definition != "paper":
+            raise UserError(
+                f"turns={turns!r} scores every answer of a conversation, and definition={definition!r} is defined for "
+                "one answer: use definition='paper', or leave turns out."
+            )
+        self.turns = turns
         self.device, self.dtype, self.token_budget = device, named_dtype(dtype), token_budget
         if device is not None:
             device_type(device)
@@ -164,43 +182,77 @@ class IFDScorer:
         if isinstance(batch, pa.Table):
             return self._table(batch, rank)
         self._need_batch(batch, rank, *more)
-        pairs = self.encode(batch, rank)
+        rows = self.encode_rows(batch, rank)
         # `map` shows a batch once it is done, which on a CPU takes minutes; workers would write over each other.
         show = os.getpid() == _PID and not are_progress_bars_disabled()
-        with token_progress(pairs, "Scoring a batch", show) as bar:
-            scores = self.score(pairs, bar.update)
-        return {name: _Column(values) for name, values in scores.columns().items()} | self._not_selected(batch)
+        with token_progress(rows.pairs, "Scoring a batch", show) as bar:
+            columns = self.score_rows(rows, bar.update)
+        return {name: _Column(values) for name, values in columns.items()} | self._outdated(batch)
 
-    def _not_selected(self, batch: Mapping[str, list]) -> dict[str, list]:
-        """Columns of an older selection, for rows that are scored anew: `map` can replace a column, not drop it."""
+    def _outdated(self, batch: Mapping[str, list]) -> dict[str, list]:
+        """Columns of older scores, for rows that are scored anew: `map` can replace a column, not drop it."""
         rows = len(next(iter(batch.values()), []))
         values = {"ifd_definition": self.options["definition"]}
+        outdated = _SELECTION_TYPES | (_TURN_TYPES if self.turns is None else {})
         return {
             name: _Column(np.full(rows, values.get(name), dtype=object), kind)
-            for name, kind in _SELECTION_TYPES.items()
+            for name, kind in outdated.items()
             if name in batch
         }
 
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
-        pairs = self.encode(table.to_pydict(), rank) if table.num_rows else []  # Ray tells a schema by an empty block
-        scores = self.score(pairs) if pairs else Scores.unscored(0, Status.OK.value)
+        if table.num_rows:
+            columns = self.score_rows(self.encode_rows(table.to_pydict(), rank))
+        else:  # Ray tells a schema by an empty block
+            columns = self._columns(EncodedTurns([], [], []), Scores.unscored(0, Status.OK.value))
         table = table.drop_columns([name for name in OWN_COLUMNS if name in table.column_names])
-        for name, values in scores.columns().items():
-            table = table.append_column(name, pa.array(_Column(values)))
+        for name, values in columns.items():
+            table = table.append_column(name, arrow_array(values))
         return table
 
+    def encode_rows(self, batch: Mapping[str, list], rank: int | None = None) -> EncodedTurns:
+        """Render and tokenise a batch, with `turns` every answer of it; loads the model on first use."""
+        self._load(rank)
+        rows, problem = self._read(batch, self._format(batch))
+        if problem is not None:  # no error: the last rows of a long job may be like that
+            logger.warning(problem)
+        return rows
+
+    def score_rows(
+        self, rows: EncodedTurns, progress: Callable[[int], Any] | None = None
+    ) -> dict[str, np.ndarray | Lists]:
+        """Columns of encoded rows; `progress` is called with the number of tokens done after each batch."""
+        return self._columns(rows, self.score(rows.pairs, progress))
+
+    def _columns(self, rows: EncodedTurns, scores: Scores) -> dict[str, np.ndarray | Lists]:
+        return scores.columns() if self.turns is None else rows.columns(scores, self.turns)
+
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
-        """Render and tokenise a batch; loads the model on first use."""
+        """Render and tokenise the last answers of a batch; loads the model on first use."""
         self._load(rank)
         pairs, problem = self._encoded(batch, self._format(batch))
-        if problem is not None:  # no error: the last rows of a long job may be like that
+        if problem is not None:
             logger.warning(problem)
         return pairs
 
+    def _read(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[EncodedTurns, str | None]:
+        """Encoded rows, with `turns` every answer of them, and what is wrong if none of them could be rendered."""
+        if self.turns is None:
+            pairs, problem = self._encoded(batch, format)
+            return EncodedTurns.single(pairs), problem
+        rows, error = encode_turns(batch, format, self._encoder)
+        return rows, self._problem(rows.pairs, rows.empty, error, format)
+
     def _encoded(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[list[EncodedPair], str | None]:
-        """Encoded rows, and what is wrong if none of them could be rendered."""
+        """The last answers of rows, encoded, and what is wrong if none of them could be rendered."""
         examples, error = _render(batch, format, self._encoder.tokenizer)
         pairs = self._encoder(examples)
+        return pairs, self._problem(pairs, [pair.status.value for pair in pairs], error, format)
+
+    def _problem(
+        self, pairs: list[EncodedPair], statuses: Sequence[str], error: Exception | None, format: PromptFormat
+    ) -> str | None:
+        """What is wrong with rows of which none could be rendered; raises for tokens that the model does not have."""
         known = getattr(self._config.get_text_config(), "vocab_size", None)
         segments = (segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct))
         most = max((max(segment.ids) for segment in segments), default=0)
@@ -209,10 +261,10 @@ class IFDScorer:
                 f"The tokenizer gives token {most}, and the model has {known} tokens: they do not belong together. Use "
                 "the model's own tokenizer, or resize its embeddings."
             )
-        if error is None or any(examples):
-            return pairs, None
-        return pairs, (
-            f"None of {many(len(examples), 'row')} can be rendered as {format.name!r}; the first one: {error}. Check "
+        if error is None or any(status != Status.MALFORMED.value for status in statuses):
+            return None
+        return (
+            f"None of {many(len(statuses), 'row')} can be rendered as {format.name!r}; the first one: {error}. Check "
             "the columns, or pass another format."
         )
 
@@ -227,7 +279,7 @@ class IFDScorer:
             check_device(self.device)
         format = self._format(batch)
         self._prepare()
-        _, problem = self._encoded(batch, format)
+        _, problem = self._read(batch, format)
         if problem is not None:
             raise UserError(problem)
 
@@ -240,6 +292,7 @@ class IFDScorer:
             "device": None if self.device is None else device_type(self.device),
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "token_budget": self.token_budget,
+            "turns": self.turns,
         }
 
     def digest(self) -> str:
@@ -475,9 +528,10 @@ def _in_ray() -> bool:
 class _Column(list):
     """Values of a column, None for NaN, with their Arrow type: a batch of nulls does not tell `datasets` its type."""
 
-    def __init__(self, values: np.ndarray, type: pa.DataType | None = None) -> None:
-        super().__init__(None if value != value else value for value in values.tolist())
-        self.type = type or arrow_type(values.dtype)
+    def __init__(self, values: np.ndarray | Lists, type: pa.DataType | None = None) -> None:
+        array = pa.array(values, type) if type is not None else arrow_array(values)
+        super().__init__(array.to_pylist())
+        self.type = array.type
 
     def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
         return pa.array(list(self), type or self.type)

@@ -12,6 +12,7 @@ from ifd_trainer import IFDScorer
 from ifd_trainer.data.encoding import token_count
 from ifd_trainer.data.text_bytes import text_bytes
 from ifd_trainer.scoring.job_progress import JobProgress
+from ifd_trainer.scoring.turns import EncodedTurns
 
 SIZE = 16
 # Four parts of short and long answers in turn, and one part of both.
@@ -47,7 +48,7 @@ def run(rows, encoded, monkeypatch, capsys, order=range(5), columns=("instructio
     with JobProgress(rows, SIZES, [], columns) as progress:
         for number in order:
             pairs = encoded[number * SIZE : (number + 1) * SIZE]
-            after = progress.begin(number, pairs)
+            after = progress.begin(number, EncodedTurns.single(pairs).tokens)
             for start in range(0, SIZE, 4):
                 tokens = token_count(pairs[start : start + 4])
                 done += tokens
@@ -77,7 +78,7 @@ def test_what_is_left_does_not_jump_between_parts_of_short_and_of_long_rows(rows
 
 def test_rows_that_were_scored_before_are_said(rows, encoded, capsys):
     with JobProgress(rows, SIZES, [0, 1, 2], ["instruction", "output"]) as progress:
-        progress.begin(3, encoded[3 * SIZE : 4 * SIZE])
+        progress.begin(3, EncodedTurns.single(encoded[3 * SIZE : 4 * SIZE]).tokens)
     said = capsys.readouterr().err
     tokens = int(
         re.search(r"Scoring 80 rows, of which 48 are scored already: about ([\d,]+) tokens\.", said)[1].replace(",", "")
@@ -87,7 +88,7 @@ def test_rows_that_were_scored_before_are_said(rows, encoded, capsys):
 
 def test_a_process_that_shows_nothing_says_nothing(rows, encoded, capsys):
     with JobProgress(rows, SIZES, [], shown=False) as progress:
-        progress.begin(0, encoded[:SIZE])(10)
+        progress.begin(0, EncodedTurns.single(encoded[:SIZE]).tokens)(10)
         progress.update(SIZE)
     assert capsys.readouterr().err == ""
 

@@ -37,6 +37,7 @@ from ifd_trainer.scoring.job_parts import Parts
 from ifd_trainer.scoring.processes import Process
 from ifd_trainer.scoring.scoring_job import join_parts, score_parts
 from ifd_trainer.scoring.transform import IFDScorer
+from ifd_trainer.scoring.turns import EncodedTurns
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 # What a machine with two GPUs is told; `--cpu` would start one process.
@@ -52,7 +53,9 @@ PROGRAM = """
 import os, sys, time
 from pathlib import Path
 from ifd_trainer.cli import main
+from ifd_trainer.scoring.turns import EncodedTurns
 from ifd_trainer.scoring.transform import IFDScorer
+from ifd_trainer.scoring.turns import EncodedTurns
 from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.scoring.job_parts import Parts
 
@@ -244,7 +247,7 @@ def test_a_full_disk_at_the_end_is_one_line_and_the_same_command_goes_on(
     )
     assert not output.exists()
     assert not [path for path in Path(f"{output}.parts").iterdir() if not path.name.startswith("ifd-")]
-    monkeypatch.setattr(IFDScorer, "encode", None)  # all is scored
+    monkeypatch.setattr(IFDScorer, "encode_rows", None)  # all is scored
     assert main(arguments) == 0
     assert len(load_rows(str(output))) == 40
 
@@ -346,23 +349,20 @@ class Device:
         self.encoded: list[int] = []
         self.scored: list[int] = []
 
-    def encode(self, batch: dict[str, list[int]]) -> list[EncodedPair]:
+    def encode_rows(self, batch: dict[str, list[int]]) -> EncodedTurns:
         part = batch["n"][0] // 2
         self.threads[part] = threading.current_thread().name
         self.at("encode", part)
         self.encoded.append(part)
-        return [EncodedPair(Segment([n, 0], 1), Segment([n, 0], 1)) for n in batch["n"]]
+        return EncodedTurns.single([EncodedPair(Segment([n, 0], 1), Segment([n, 0], 1)) for n in batch["n"]])
 
-    def score(self, pairs: list[EncodedPair], progress=lambda tokens: None) -> Device:
-        self.numbers = [pair.conditioned.ids[0] for pair in pairs]
-        self.at("score", self.numbers[0] // 2)
-        self.scored.append(self.numbers[0] // 2)
+    def score_rows(self, rows: EncodedTurns, progress=lambda tokens: None) -> dict[str, np.ndarray]:
+        numbers = [pair.conditioned.ids[0] for pair in rows.pairs]
+        self.at("score", numbers[0] // 2)
+        self.scored.append(numbers[0] // 2)
         progress(4)
-        return self
-
-    def columns(self) -> dict[str, np.ndarray]:
-        self.at("save", self.numbers[0] // 2)
-        return {"ifd": np.array(self.numbers) * 10.0}
+        self.at("save", numbers[0] // 2)
+        return {"ifd": np.array(numbers) * 10.0}
 
 
 NUMBERS = Dataset.from_dict({"n": list(range(9))})  # five parts of two rows, the last one of one
@@ -400,7 +400,7 @@ def test_an_error_in_the_thread_is_raised_with_its_place_after_the_part_before_i
 
     with pytest.raises(ValueError, match="no such row") as raised:
         score_numbers(tmp_path, Device(at))
-    assert [frame.name for frame in traceback.extract_tb(raised.tb)][-3:] == ["<lambda>", "encode", "at"]
+    assert [frame.name for frame in traceback.extract_tb(raised.tb)][-3:] == ["<lambda>", "encode_rows", "at"]
     device = Device()
     assert score_numbers(tmp_path, device) == [n * 10 for n in range(9)]
     assert device.scored == [2, 3, 4]

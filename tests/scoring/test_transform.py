@@ -469,6 +469,7 @@ def test_settings_are_those_in_force_and_load_no_model(checkpoint, monkeypatch):
         "device": "cpu",
         "dtype": "float32",
         "token_budget": None,
+        "turns": None,
     }
 
 

@@ -1,0 +1,85 @@
+"""Every answer of a batch of conversations: read together, scored in one forward of each, and one score for the row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.conversation import Conversation, ConversationEncoder, read_conversation
+from ..data.encoding import EncodedPair, Encoder, token_count
+from ..data.formats import Example, MalformedRow, PromptFormat, conversation_parts
+from ..data.table_reader import Lists
+from ..method.columns import TURN_COLUMNS
+from ..method.reasons import Status
+from ..method.turns import row_scores
+from .losses import Scores
+
+
+@dataclass(frozen=True)
+class EncodedTurns:
+    """The answers of n rows, ready to be scored.
+
+    Attributes:
+        pairs: of all answers, one row's behind another's.
+        counts: (n,) how many answers each row has.
+        empty: (n,) the status of a row without one.
+    """
+
+    pairs: list[EncodedPair]
+    counts: list[int]
+    empty: list[str]
+
+    @classmethod
+    def single(cls, pairs: list[EncodedPair]) -> EncodedTurns:
+        """Rows of one answer each."""
+        return cls(pairs, [1] * len(pairs), [pair.status.value for pair in pairs])
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens that are read to score each row, those before several of its answers counted for each of them."""
+        ends = np.cumsum(self.counts)
+        return [token_count(self.pairs[end - count : end]) for end, count in zip(ends, self.counts, strict=True)]
+
+    def columns(self, scores: Scores, rule: str) -> dict[str, np.ndarray | Lists]:
+        """Columns of the rows: their scores by a rule, and lists of those of their answers.
+
+        Args:
+            scores: of all answers.
+            rule: of `method.turns`.
+        """
+        turns = scores.columns()
+        of_rows = row_scores(turns, self.counts, rule, self.empty)
+        named = dict(zip(TURN_COLUMNS, ("cas", "das", "ifd", "answer_tokens", "ifd_status"), strict=True))
+        return of_rows | {column: Lists(turns[name], self.counts) for column, name in named.items()}
+
+
+def encode_turns(
+    rows: Mapping[str, list], format: PromptFormat, encoder: Encoder
+) -> tuple[EncodedTurns, Exception | None]:
+    """The answers of a batch of rows, and the error of the first row that cannot be rendered.
+
+    Rows of texts, which have one answer, are encoded as they are without turns.
+    """
+    tokenizer = encoder.tokenizer
+    read, first = [], None
+    for values in zip(*rows.values(), strict=True):
+        row = dict(zip(rows, values, strict=True))
+        try:
+            parts = conversation_parts(row, format, tokenizer)
+            read.append(format.render(row, tokenizer) if parts is None else read_conversation(*parts, row, tokenizer))
+        except MalformedRow as error:
+            first = first or error
+            read.append(None)
+    chats = ConversationEncoder(encoder)([each if isinstance(each, Conversation) else None for each in read])
+    texts = encoder([each if isinstance(each, Example) else None for each in read])
+    pairs = [
+        chat if isinstance(each, Conversation) else [text] if isinstance(each, Example) else []
+        for each, chat, text in zip(read, chats, texts, strict=True)
+    ]
+    empty = [Status.MALFORMED.value if each is None else Status.EMPTY_ANSWER.value for each in read]
+    return EncodedTurns([pair for row in pairs for pair in row], [len(row) for row in pairs], empty), first
