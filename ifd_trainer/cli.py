@@ -30,7 +30,7 @@ from .data.format_choice import FormatOptions, columns_read, resolve_format
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
-from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY
+from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY, TURN_RULES
 from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
 from .method.number_words import many
 from .training.recipe_file import COMPARED, check_recipe, copy_recipe, read_recipe, recipe_titles
@@ -52,7 +52,7 @@ _TRL = "1.8"  # the first one that recipes were run with
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
 # Options of `score` that are the transform's by the same names.
 _OF_SCORER = (
-    *("definition", "max_length", "min_answer_tokens", "score_truncated", "dtype", "token_budget"),
+    *("definition", "max_length", "min_answer_tokens", "score_truncated", "turns", "dtype", "token_budget"),
     *("revision", "trust_remote_code"),
 )
 
@@ -232,6 +232,12 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         type=_positive,
         help=f"most tokens of prompt and answer (default: the model's window; {limits}, where the window is not "
         "smaller)",
+    )
+    add(
+        "--turns",
+        choices=TURN_RULES,
+        help="score every answer of a conversation, in columns of lists, and the row by that rule over them (default: "
+        "the last answer alone); tokens is the loss that a run on all answers trains on",
     )
     add("--min-answer-tokens", type=_positive, default=1, help="shorter answers are not scored (default 1)")
 
@@ -423,6 +429,8 @@ def _score(options: argparse.Namespace) -> int:
         return status if process.main else 0
     format = FormatOptions(**{field.name: getattr(options, field.name) for field in fields(FormatOptions)})
     scorer = _scorer(options, process.local_rank)
+    if options.calibrate:
+        scorer.check_single("--calibrate")
     # What is read is cached on disk: the other processes find it there.
     source = process.main_first("rows", lambda: load_rows(options.data, options.split))
     rows = as_chats(source, process.main)

@@ -300,21 +300,30 @@ def spans_of_answers(
     Raises:
         MalformedRow: when the template cannot render the messages, neither with texts nor with parts as contents.
     """
-    first = None
+    found, first = None, None
     for given in (messages, _in_parts(messages)):
         try:
             text = render(given)
-            return text, [_span(render, given, place, text) for place in places]
-        except Exception as error:  # of the template, or of one that reads no texts as contents and writes none
+        except Exception as error:
             first = first or error
-    raise MalformedRow(f"the chat template cannot render the row: {first}") from first
+            continue
+        spans = [_span(render, given, place, text) for place in places]
+        if any(spans):
+            return text, spans
+        found = found or (text, spans)  # a template that reads no texts as contents writes none of them
+    if found is None:
+        raise MalformedRow(f"the chat template cannot render the row: {first}") from first
+    return found
 
 
 def _span(render: Render, messages: list[dict], place: int, text: str) -> tuple[int, int] | None:
     """First character of a message and the one behind its last, without what the template writes around it."""
-    tried = [
-        _around_mark(render, [*messages[:place], probe, *messages[place + 1 :]]) for probe in _probes(messages[place])
-    ]
+    probes, behind = _probes(messages[place]), messages[place + 1 :]
+    try:
+        tried = [_around_mark(render, [*messages[:place], probe, *behind]) for probe in probes]
+        alone = _around_mark(render, [*messages[:place], probes[0]])
+    except ValueError:  # the template leaves this message out
+        return None
     around = [found for found in tried if found is not None]
     begins = [len(before) for before, *_ in around if text.startswith(before)]
     opened, closed = _rendered(render, messages[:place], opened=True), _rendered(render, messages[: place + 1])
@@ -325,7 +334,6 @@ def _span(render: Render, messages: list[dict], place: int, text: str) -> tuple[
     ends = [len(text) - len(after) for _, after, _ in around[:1] if text.endswith(after)]
     # A template may go on within the turn: with what a tool answered to the call in it. The turn by itself then is
     # all there, but for what ends it.
-    alone = _around_mark(render, [*messages[:place], _probes(messages[place])[0]])
     shared = common_prefix_length(closed, text)
     ends += [shared] if alone and shared > begin and len(closed) - shared <= len(alone[1]) else []
     return (begin, max(begin, min(ends))) if ends else None

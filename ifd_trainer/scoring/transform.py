@@ -383,8 +383,17 @@ class IFDScorer:
         which = None if which is None else which.astype(np.int64)
         return p_values(**reading, which=which, test=test or PairingTest(), seed=seed)
 
+    def check_single(self, caller: str) -> None:
+        """Raise a UserError where a row's score is of several answers, and what is to be measured of one."""
+        if self.turns not in (None, "last"):
+            raise UserError(
+                f"{caller} measures what a single wrong or cut answer scores, and with turns={self.turns!r} a row's score "
+                "is of several. Score with turns='last', or without turns."
+            )
+
     def _reading(self, rows: Dataset, caller: str) -> dict[str, Any]:
         """How measuring functions read rows and run the model."""
+        self.check_single(caller)
         if not isinstance(rows, Dataset):
             raise UserError(
                 f"{caller} reads rows of a datasets.Dataset, got a {type(rows).__name__}: pass one split of it, or "
