@@ -387,8 +387,8 @@ class IFDScorer:
         """Raise a UserError where a row's score is of several answers, and what is to be measured of one."""
         if self.turns not in (None, "last"):
             raise UserError(
-                f"{caller} measures what a single wrong or cut answer scores, and with turns={self.turns!r} a row's score "
-                "is of several. Score with turns='last', or without turns."
+                f"{caller} measures what a single wrong or cut answer scores, and with turns={self.turns!r} a row's "
+                "score is of several. Score with turns='last', or without turns."
             )
 
     def _reading(self, rows: Dataset, caller: str) -> dict[str, Any]:
