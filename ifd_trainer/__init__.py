@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.selection import Cherry, Policy, Selection
     from .method.unfinished import Unfinished
     from .report.page import write_report
+    from .scoring.selective_columns import attach_selective_ifd
     from .scoring.transform import IFDScorer
     from .training.callback import IFDSelectionCallback
     from .training.later import SelectLater
@@ -49,6 +50,7 @@ _HOME = {
         "method.selection": ("Cherry", "Policy", "Selection"),
         "method.unfinished": ("Unfinished",),
         "report.page": ("write_report",),
+        "scoring.selective_columns": ("attach_selective_ifd",),
         "scoring.transform": ("IFDScorer",),
         "training.callback": ("IFDSelectionCallback",),
         "training.later": ("SelectLater",),
