@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.duplicates import Duplicates
     from .method.facility_location import Diverse
     from .method.guard import Guard
+    from .method.hierarchical import Hierarchical
     from .method.pairing_test import PairingTest
     from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
     from .method.scoring_health import Freeze
@@ -44,6 +45,7 @@ _HOME = {
         "method.duplicates": ("Duplicates",),
         "method.facility_location": ("Diverse",),
         "method.guard": ("Guard",),
+        "method.hierarchical": ("Hierarchical",),
         "method.pairing_test": ("PairingTest",),
         "method.schedule": ("Anneal", "Constant", "Curriculum", "PerEpoch", "Timing"),
         "method.scoring_health": ("Freeze",),

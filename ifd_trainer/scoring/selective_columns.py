@@ -61,27 +61,24 @@ def with_numbers(rows: Dataset, columns: dict[str, np.ndarray]) -> Dataset:
 def selective_column(rows: TableReader, share: float = SHARE) -> np.ndarray:
     """S-IFD of all rows of a data set, (n,) float64, NaN for null; see `attach_selective_ifd`."""
     threshold = threshold_of(rows, share)
-    parts = [selective_scores(*part, threshold) for part in _deltas(rows)]
+    parts = [selective_scores(*part, threshold) for part in deltas_in_parts(rows)]
     return np.concatenate([np.empty(0), *parts])
 
 
 def threshold_of(rows: TableReader, share: float = SHARE) -> float:
     """The threshold of a data set; see `delta_threshold`."""
     _check_columns(rows)
-    return delta_threshold(lambda: (deltas for deltas, _ in _deltas(rows)), share)
+    return delta_threshold(lambda: (deltas for deltas, _ in deltas_in_parts(rows)), share)
 
 
-def deltas_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """What prompts tell of tokens, in the rows of a table: as `token_deltas`."""
-    (cas, of_cas), (das, of_das) = (_flat(table[name]) for name in TOKEN_COLUMNS)
-    check_counts(of_cas, of_das)
-    with np.errstate(invalid="ignore"):
-        return das - cas, of_cas
-
-
-def _deltas(rows: TableReader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def deltas_in_parts(rows: TableReader, size: int = _ROWS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What prompts tell of tokens, as `token_deltas` gives it, for up to so many rows at a time."""
     for table in rows.tables(TOKEN_COLUMNS):
-        yield from (deltas_of(table.slice(start, _ROWS)) for start in range(0, len(table), _ROWS))
+        for start in range(0, len(table), size):
+            (cas, counts), (das, of_das) = (_flat(table[name].slice(start, size)) for name in TOKEN_COLUMNS)
+            check_counts(counts, of_das)
+            with np.errstate(invalid="ignore"):
+                yield das - cas, counts
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from ..data.encoding import EncodedPair, Encoder, Segment, check_positive
 from ..data.format_choice import FormatOptions, format_record, resolve_format
 from ..data.formats import Example, MalformedRow, PromptFormat
 from ..data.paths import check_model, model_name
-from ..data.table_reader import Lists, arrow_array
+from ..data.table_reader import Lists, TableReader, arrow_array
 from ..errors import FileAccessError, UserError, one_line
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import TurnRule, WrongPrompts
@@ -50,14 +51,16 @@ from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS, SELECTIVE_COLUMNS, 
 from ..method.number_words import many
 from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
+from ..method.selective_ifd import SHARE, check_share
 from ..method.turns import check_turns
 from ..method.unfinished import Unfinished
 from .calibration import Calibration, Reader, measure, p_values
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .engine import check_causal_config, check_causal_lm
 from .losses import Scores, nll_with_tails, prompt_features, score_pairs, token_progress
+from .neighbourhood import ALPHA, NEIGHBOURS, neighbour_scores, neighbourhood_columns
 from .rope_limits import window
-from .selective_columns import TOKEN_TYPE
+from .selective_columns import TOKEN_TYPE, with_numbers
 from .token_losses import check_token_losses, score_with_tokens
 from .turns import EncodedTurns, encode_turns
 from .weights_digest import checkpoint_digest, weights_digest
@@ -399,6 +402,52 @@ class IFDScorer:
             )
         which = None if which is None else which.astype(np.int64)
         return p_values(**reading, which=which, test=test or PairingTest(), seed=seed)
+
+    def neighbourhood(
+        self,
+        rows: Dataset,
+        share: float = SHARE,
+        neighbours: int = NEIGHBOURS,
+        alpha: float = ALPHA,
+        seed: int = 0,
+    ) -> Dataset:
+        """The data set with `sifd_mean` and `sifd_std`: how much of a row's S-IFD stays when the row is disturbed.
+
+        Mean and standard deviation of S-IFD (see `attach_selective_ifd`) over neighbours of each row, whose embeddings
+        have noise added, uniform in [-1, 1) times alpha / sqrt(L d) for L tokens of d dimensions (T-SHIRT, arXiv
+        2506.01317); float64, null where S-IFD is. `Hierarchical` selects by them. The tokens that count are those of
+        the row as it is, so that alpha=0 gives S-IFD itself and 0. It takes 2 forwards for each neighbour of a row.
+
+        Args:
+            rows: the data set with the columns that this scorer attached, with token_losses=True.
+            share: of all tokens, in (0, 1].
+            neighbours: how many of each row.
+            alpha: the size of the noise.
+            seed: of the noise, which depends on it, the row's tokens and the number of the neighbour alone.
+
+        Raises:
+            UserError: for rows without losses of tokens, or with those of a scorer that reads them otherwise; for a
+                model whose embeddings cannot be disturbed.
+
+        >>> ds = ds.map(IFDScorer("HuggingFaceTB/SmolLM2-135M", token_losses=True), batched=True)  # doctest: +SKIP
+        >>> ds = scorer.neighbourhood(ds)                                                          # doctest: +SKIP
+        """
+        check_share(share)
+        check_positive(neighbours=neighbours)
+        check_token_losses(self.options["definition"], self.turns)
+        if self.turns is not None:
+            raise UserError("neighbourhood disturbs rows of one answer: score them with a scorer without turns.")
+        if not isinstance(alpha, Real) or not 0 <= alpha < float("inf"):
+            raise UserError(f"alpha is the size of noise, a number of at least 0, got {alpha!r}.")
+        reading = self._reading(rows, "neighbourhood")
+
+        def score(pairs: list[EncodedPair], chosen: list[np.ndarray], progress: Callable[[int], Any]) -> np.ndarray:
+            options = {"token_budget": self.token_budget, "progress": progress}
+            return neighbour_scores(self._model, pairs, chosen, neighbours, alpha, seed, **options)
+
+        reader, show = TableReader(reading["rows"], table_rows=_RENDERED), reading["show"]
+        columns = neighbourhood_columns(reader, reading["reader"].encode, score, share, neighbours, show)
+        return with_numbers(rows, columns)
 
     def _reading(self, rows: Dataset, caller: str) -> dict[str, Any]:
         """How measuring functions read rows and run the model."""
