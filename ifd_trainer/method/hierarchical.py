@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import UserError
+from .choices import Shortfall
 from .number_words import many
 from .reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, NO_VALUE, UNSTABLE, Status
 from .selection import Selection, ShortfallError, repeats
@@ -49,6 +50,7 @@ class Hierarchical:
     """
 
     reads_scores: ClassVar[bool] = False
+    on_shortfall: ClassVar[Shortfall] = "repeat"
 
     gamma: float = 2.0
     score: str = "sifd_mean"
