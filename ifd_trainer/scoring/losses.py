@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -72,7 +72,8 @@ class Options(TypedDict, total=False):
             the first one, returns how many forwards to run, at least as many. Those without a batch run on two tokens.
         sharded: the processes hold parts of one model's weights and gather them in every forward (FSDP, ZeRO-3). A
             process that is out of memory then cannot halve its batch: the others would wait for it in a forward.
-        around: gives the context in which the forward of a batch is launched.
+        around: gives the context in which the forward of a batch is launched. No segment runs inside another one then,
+            so that in the padded engine each has a row of the batch, in their order.
     """
 
     device: torch.device | str | None
@@ -265,6 +266,7 @@ def _forwards(
     lengths = [len(segment.ids) for segment in segments]
     with eval_mode(model, device):
         chosen = Engine.for_model(model, device, engine, sharded)
+        chosen = chosen if around is None else replace(chosen, nests=False)
         if not token_budget:
             # Forwards that other processes would have to share in are not spent on measuring.
             alone = not sharded and (forwards is None or unwrapped(model) is model)

@@ -163,7 +163,7 @@ def neighbourhood_columns(
         pairs = encode(np.arange(done, done + len(counts)))
         _check_scored_so(pairs, counts, done)
         chosen = np.split(np.abs(deltas) >= threshold, np.cumsum(counts)[:-1])
-        total = sum(_size(pair) for pair, tokens in zip(pairs, chosen, strict=True) if tokens.any()) * neighbours
+        total = sum(_tokens_read(pair) for pair, tokens in zip(pairs, chosen, strict=True) if tokens.any()) * neighbours
         what = f"Neighbours, from row {done + 1:,}"
         with tqdm(total=total, desc=what, unit="tok", unit_scale=True, disable=not show, leave=False) as bar:
             found.append(score(pairs, chosen, bar.update))
@@ -172,7 +172,7 @@ def neighbourhood_columns(
     return {"sifd_mean": scores.mean(1), "sifd_std": scores.std(1)}
 
 
-def _size(pair: EncodedPair) -> int:
+def _tokens_read(pair: EncodedPair) -> int:
     return len(pair.conditioned.ids) + len(pair.direct.ids)
 
 

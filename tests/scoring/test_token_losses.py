@@ -122,6 +122,8 @@ def test_the_scores_beside_them_are_the_same_to_the_bit_and_from_the_same_forwar
 @pytest.mark.parametrize("budget", [16, 64, 4096])
 def test_losses_are_of_their_own_row_however_rows_are_put_into_batches(model, tokenizer, scorer, engine, budget):
     pairs = scorer.encode(TEXT_ROWS) + scorer.encode(TEXT_ROWS)[::-1]
+    whole = pairs[-1].conditioned, pairs[-1].direct
+    pairs.append(EncodedPair(*(Segment(segment.ids[:-1], segment.start) for segment in whole)))  # begins another row
     scores, tokens = score_with_tokens(model, pairs, engine=engine, token_budget=budget)
     for row, pair in enumerate(pairs):
         if pair.conditioned is None:
