@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 
 from ..data.files import with_columns
 from ..data.table_reader import TableReader
@@ -20,6 +20,7 @@ from ..method.columns import SIFD, TOKEN_COLUMNS
 from ..method.selective_ifd import SHARE, check_counts, check_share, delta_threshold, selective_scores
 
 TOKEN_TYPE = pa.list_(pa.float32())
+_NUMBER = Value("float64")
 _ROWS = 10_000  # in memory at a time
 
 
@@ -53,9 +54,15 @@ def with_numbers(rows: Dataset, columns: dict[str, np.ndarray]) -> Dataset:
     """The data set with columns of numbers, (n,) each, at its end, in the place of old ones; NaN becomes null."""
     arrays = {name: pa.array(values, pa.float64(), from_pandas=True) for name, values in columns.items()}
     shown, rows = rows.format, rows.with_format(None)
-    attached = with_columns(rows, Dataset(pa.table(arrays)))
+    # Of data sets without rows, joining them leaves the columns of none.
+    attached = with_columns(rows, Dataset(pa.table(arrays))) if len(rows) else _empty(rows, arrays)
     some = None if shown["columns"] == rows.column_names else list(dict.fromkeys([*shown["columns"], *columns]))
     return attached.with_format(shown["type"], some, **shown["format_kwargs"])
+
+
+def _empty(rows: Dataset, columns: dict[str, pa.Array]) -> Dataset:
+    kept = {name: feature for name, feature in rows.features.items() if name not in columns}
+    return Dataset.from_dict({name: [] for name in (*kept, *columns)}, Features(kept | dict.fromkeys(columns, _NUMBER)))
 
 
 def selective_column(rows: TableReader, share: float = SHARE) -> np.ndarray:

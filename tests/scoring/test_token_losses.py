@@ -231,6 +231,14 @@ def test_sifd_is_the_same_of_any_file_and_order_and_of_a_data_set_in_pieces(scor
     np.testing.assert_array_equal(again["sifd"][:], np.array(expected, dtype=np.float32))  # as `datasets` shows them
 
 
+@pytest.mark.parametrize("kept", [[], [2], [2, 2]])
+def test_rows_without_any_token_have_no_sifd_and_no_neighbours(scorer, kept):
+    rows = Dataset.from_dict(TEXT_ROWS).map(scorer, batched=True).select(kept)
+    found = scorer.neighbourhood(attach_selective_ifd(rows), neighbours=1)
+    assert [found[name][:] for name in ("sifd", "sifd_mean", "sifd_std")] == [[None] * len(kept)] * 3
+    assert {found.features[name].dtype for name in ("sifd", "sifd_mean", "sifd_std")} == {"float64"}
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [
