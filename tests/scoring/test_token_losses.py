@@ -101,7 +101,7 @@ def test_each_loss_is_that_of_a_loop_over_single_tokens(scorer, model, tokenizer
         assert row["answer_tokens"] == count
         for name, ids in zip(TOKEN_COLUMNS, sides, strict=True):
             np.testing.assert_allclose(row[name], looped(model, ids, count), rtol=ROUNDING, atol=1e-5)
-            assert np.mean(row[name]) == pytest.approx(row[name.removesuffix("_tokens")], rel=1e-6)
+            assert np.mean(row[name]) == pytest.approx(row[name[:3]], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -148,6 +148,33 @@ def test_a_row_whose_loss_is_not_finite_has_no_tokens(tokenizer):
 def test_definitions_that_score_other_tokens_alone_are_refused(model, tokenizer, definition, words):
     with pytest.raises(ValueError, match=f"token_losses go with definition='paper'.*{words}"):
         IFDScorer(model, tokenizer, definition=definition, token_losses=True)
+
+
+def test_of_a_conversation_whose_answers_all_count_the_tokens_are_those_of_all(model, tokenizer):
+    scorer = IFDScorer(model, tokenizer, turns="tokens", token_losses=True)
+    rows = Dataset.from_dict(CHAT_ROWS).map(scorer, batched=True, batch_size=2)
+    for row, chat in zip(rows, CHATS, strict=True):
+        expected = [[], []]
+        for end in range(1, len(chat), 2):
+            prompt = "".join(map(TURN.format, ROLES * 2, chat[:end])) + HEADER
+            answer = tokenizer(chat[end], add_special_tokens=False)["input_ids"]
+            for side, before in enumerate((prompt, HEADER)):
+                ids = tokenizer(before, add_special_tokens=False)["input_ids"] + answer
+                expected[side] += looped(model, ids, len(answer))
+        assert (row["ifd_status"] == "ok") == bool(expected[0])
+        for name, losses in zip(TOKEN_COLUMNS, expected, strict=True):
+            np.testing.assert_allclose(row[name] or [], losses, rtol=ROUNDING, atol=1e-5)
+            if losses:
+                assert np.mean(row[name]) == pytest.approx(row[name[:3]], rel=1e-6)
+    assert attach_selective_ifd(rows, 1.0)["sifd"][:] == [v and pytest.approx(v, rel=1e-6) for v in rows["ifd_ppl"]]
+    with pytest.raises(ValueError, match="neighbourhood disturbs rows of one answer"):
+        scorer.neighbourhood(rows)
+
+
+@pytest.mark.parametrize("turns", ["mean", "min", "max", "last"])
+def test_rules_whose_score_is_no_mean_over_tokens_are_refused(model, tokenizer, turns):
+    with pytest.raises(ValueError, match=f"with turns='tokens' of all its answers. By turns={turns!r} it is of no"):
+        IFDScorer(model, tokenizer, turns=turns, token_losses=True)
 
 
 def test_a_pair_of_segments_with_other_tokens_is_refused(model):
