@@ -31,7 +31,7 @@ from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
 from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY, TURN_RULES
-from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS
+from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS, SIFD
 from .method.number_words import many
 from .training.recipe_file import COMPARED, check_recipe, copy_recipe, read_recipe, recipe_titles
 from .training.recipe_help import train_help
@@ -53,7 +53,7 @@ _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer
 # Options of `score` that are the transform's by the same names.
 _OF_SCORER = (
     *("definition", "max_length", "min_answer_tokens", "score_truncated", "turns", "dtype", "token_budget"),
-    *("revision", "trust_remote_code"),
+    *("token_losses", "revision", "trust_remote_code"),
 )
 
 
@@ -256,6 +256,11 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         help="tokens of a batch (default: on a CPU 2048, fewer for a model with wide layers; elsewhere what a "
         "quarter of the device's memory holds, or 3 GiB, as measured on a few batches)",
     )
+    add(
+        "--token-losses",
+        action="store_true",
+        help="attach the losses of single tokens too, the lists cas_tokens and das_tokens, for `select --score sifd`",
+    )
     add("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
     add(
         "--calibrate",
@@ -302,8 +307,8 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         "--max-ifd",
         type=_limit,
         metavar="X",
-        help="drop rows with an IFD of X or more (default 1 where rows are ranked by IFD, else none; inf: no limit; "
-        "calibrated: the limit that a share --alpha of mismatched rows stays below, by what `score --calibrate` "
+        help="drop rows with an IFD of X or more (default 1 where rows are ranked by IFD or sifd, else none; inf: "
+        "none; calibrated: the limit that a share --alpha of mismatched rows stays below, by what `score --calibrate` "
         "measured)",
     )
     alpha = "share of mismatched rows that a calibrated limit may let through (default 0.05)"
@@ -314,6 +319,13 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         metavar="COLUMN[:WEIGHT]",
         help="column of numbers to rank by, highest first (default: ifd_ppl for scores of Superfiltering's definition, "
         "else ifd); given several times, ranks are added with these weights; a negative one ranks lowest first",
+    )
+    add(
+        "--token-share",
+        type=_number,
+        metavar="K",
+        help="with --score sifd: make it of this share of all tokens, those of which the prompt tells most (default "
+        "0.5, where there is no such column yet), from what `score --token-losses` attached",
     )
     add("--per", metavar="COLUMN", help="column, such as a source, whose values have the quotas or floors that follow")
     add(
@@ -505,6 +517,7 @@ def _select(options: argparse.Namespace) -> int:
         check_readable(Path(options.scores))
     alpha, duplicates = _guards(options)
     ranking, quotas = _ranking(options), _quotas(options)
+    by_sifd = _by_sifd(options, ranking)
 
     import numpy as np
 
@@ -514,11 +527,13 @@ def _select(options: argparse.Namespace) -> int:
     from .method.quotas import REST
     from .method.ranking import Ranking
     from .method.schedule import parse_keep
+    from .method.selective_ifd import SHARE
     from .publish.card import card_paths, check_card, write_card
     from .publish.guards import dropped_rows, measured_limit, unfinished_rows
     from .publish.hub import check_repository, push_files
     from .publish.provenance import READ_COLUMNS, find_scores
     from .publish.select import choose, no_scores, numbers_of, texts_of, tie_ids
+    from .scoring.selective_columns import selective_column
 
     data, in_folder = output_file(options.output)
     if data.is_file():
@@ -552,12 +567,16 @@ def _select(options: argparse.Namespace) -> int:
     definition = KNOWN_DEFINITIONS.get(provenance.definition)
     usual = definition.ranked_by if definition else "ifd"
     ranking = ranking or Ranking({usual: 1.0})
-    columns = {name: numbers_of(name, rows, scores) for name in ranking.weights}
+    selective = {}
+    if by_sifd and (options.token_share is not None or SIFD not in rows.features):
+        selective[SIFD] = selective_column(rows, options.token_share or SHARE)
+    names = [name for name in ranking.weights if name not in selective]
+    columns = selective | {name: numbers_of(name, rows, scores) for name in names}
     name = ranking.ifd or usual  # of the limit
     if ranking.ifd and scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
         raise UserError(f"The scores have no {name}; rank by another one with --score.")
     origin = options.scores or options.data
-    limit = (1.0 if ranking.ifd else float("inf")) if options.max_ifd is None else options.max_ifd
+    limit = (1.0 if ranking.ifd or by_sifd else float("inf")) if options.max_ifd is None else options.max_ifd
     limit = limit if alpha is None else measured_limit(provenance, name, alpha, origin)
     unfinished = None
     if options.drop_unfinished:
@@ -592,7 +611,7 @@ def _select(options: argparse.Namespace) -> int:
     del unfinished, refusals, dropped, mismatched
     if chosen.warning:
         _say(f"warning: {chosen.warning}")
-    added = added.assign(ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
+    added = added.assign(**selective, ifd_rank=chosen.ranks, ifd_reason=chosen.selection.reasons)
     tables, features = selected_tables(rows, added, chosen.is_kept | options.all)
     write_tables(tables, features, data)
     scores = scores[["answer_tokens", "ifd_status"]].assign(**{ranking.label: values})
@@ -649,6 +668,18 @@ def _ranking(options: argparse.Namespace) -> Ranking | None:
         return Ranking(weights) if weights else None
     except UserError as error:
         raise UserError(f"--score: {error}") from error
+
+
+def _by_sifd(options: argparse.Namespace, ranking: Ranking | None) -> bool:
+    """Whether S-IFD is ranked by, perhaps among others."""
+    from .method.selective_ifd import check_share
+
+    ranked = ranking is not None and SIFD in ranking.weights
+    if options.token_share is not None:
+        check_share(options.token_share, "--token-share")
+        if not ranked:
+            raise UserError(f"--token-share goes with --score {SIFD}, which is made of that share of the tokens.")
+    return ranked
 
 
 def _quotas(options: argparse.Namespace) -> Quotas | None:

@@ -153,8 +153,10 @@ class Lists:
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), arrow_array(self.values))
 
 
-def arrow_array(values: np.ndarray | Lists) -> pa.Array:
+def arrow_array(values: np.ndarray | Lists | pa.Array) -> pa.Array:
     """A column of scores, or lists of them, as Arrow has it; NaN is null."""
+    if isinstance(values, pa.Array):
+        return values
     return values.arrow() if isinstance(values, Lists) else pa.array(values, arrow_type(values.dtype), from_pandas=True)
 
 

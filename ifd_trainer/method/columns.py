@@ -7,6 +7,7 @@ Names and texts alone, so that the command line can show them at once. The equat
 from __future__ import annotations
 
 EOT_LOSS = "eot_loss"  # scores of an earlier release lack it
+SIFD = "sifd"  # made of losses of tokens, not of the two losses
 _SCORED = {
     "cas": "conditioned answer score s(A|Q): mean loss of the answer's tokens given the prompt, nats per token",
     "das": "direct answer score s(A): their mean loss without the prompt, nats per token",
@@ -28,9 +29,20 @@ _SELECTED = {
     "ifd_rank": "1 is the highest score kept",
     "ifd_reason": "`kept`, or why not",
 }
-COLUMN_MEANINGS = _SCORED | _OF_TURNS | _SELECTED
+_OF_TOKENS = {
+    "cas_tokens": "loss of each of the answer's tokens given the prompt, nats",
+    "das_tokens": "loss of each of the same tokens without the prompt, nats",
+}
+_SELECTIVE = {
+    SIFD: "S-IFD: exp(cas - das) over the tokens of which the prompt tells most, alone",
+    "sifd_mean": "its mean over neighbours of the row, whose embeddings have noise added",
+    "sifd_std": "its standard deviation over them",
+}
+COLUMN_MEANINGS = _SCORED | _OF_TURNS | _SELECTED | _OF_TOKENS | _SELECTIVE
 IFD_COLUMNS = tuple(_SCORED)  # of a scored data set
 SCORES = tuple(name for name in IFD_COLUMNS if name not in ("answer_tokens", "ifd_status"))  # null without a score
 TURN_COLUMNS = tuple(_OF_TURNS)  # with `turns=...` alone
 SELECTION_COLUMNS = tuple(_SELECTED)  # what `ifd-trainer select` adds
+TOKEN_COLUMNS = tuple(_OF_TOKENS)  # lists, of a data set scored with its tokens
+SELECTIVE_COLUMNS = tuple(_SELECTIVE)  # what is made of those
 OWN_COLUMNS = tuple(COLUMN_MEANINGS)

@@ -116,14 +116,28 @@ class LaunchedBatch:
         """Negative log-likelihood of each segment's tail as a whole, (n,) float64; NaN for a segment without one."""
         return np.where(self.batch.predicted > self.batch.scored, self._sums[1], np.nan)
 
+    def token_losses(self) -> list[np.ndarray]:
+        """What `nll` is the mean of: n arrays of float32, nats; waits for the device."""
+        losses = self._in_order.astype(np.float32)
+        return [losses[first:end] for first, end in self._parts.tolist()]
+
+    @cached_property
+    def _in_order(self) -> np.ndarray:
+        """Losses of the segments' tokens, one segment after another, and a zero behind them, (N + 1,) float64."""
+        losses = np.zeros(len(self.batch.scored_index) + 1)  # widened here: not every device has float64
+        losses[self.batch.scored_index] = self.losses.array()
+        return losses
+
+    @cached_property
+    def _parts(self) -> np.ndarray:
+        """Where in that order a segment's tokens begin, and where its tail does or the next segment, (n, 2)."""
+        firsts = np.cumsum(self.batch.predicted) - self.batch.predicted
+        return np.stack([firsts, firsts + self.batch.scored], axis=1)
+
     @cached_property
     def _sums(self) -> np.ndarray:
         """Losses of each segment's tokens before its tail, and of those in it: sums, (2, n)."""
-        losses = np.zeros(len(self.batch.scored_index) + 1)  # widened here: not every device has float64
-        losses[self.batch.scored_index] = self.losses.array()
-        firsts = np.cumsum(self.batch.predicted) - self.batch.predicted
-        parts = np.stack([firsts, firsts + self.batch.scored], axis=1)  # the next segment's first, where there is none
-        return np.add.reduceat(losses, parts.ravel()).reshape(-1, 2).T
+        return np.add.reduceat(self._in_order, self._parts.ravel()).reshape(-1, 2).T
 
     def means(self) -> np.ndarray | None:
         """Mean hidden state of each segment, (n, H) float32."""

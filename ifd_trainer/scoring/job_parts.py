@@ -93,7 +93,7 @@ class Parts:
         """The parts, of so many, whose file is there and was not found whole by `done`."""
         return [part for part in range(count) if part not in self._done and self.path(part).exists()]
 
-    def save(self, part: int, columns: Mapping[str, np.ndarray | Lists]) -> None:
+    def save(self, part: int, columns: Mapping[str, np.ndarray | Lists | pa.Array]) -> None:
         """Write the columns of a part, numbers, texts or lists of them; NaN becomes null.
 
         Raises:
@@ -103,7 +103,9 @@ class Parts:
         with kept():
             self._save(part, columns)
 
-    def join(self, sizes: Sequence[int], again: Callable[[int], Mapping[str, np.ndarray | Lists]]) -> Dataset:
+    def join(
+        self, sizes: Sequence[int], again: Callable[[int], Mapping[str, np.ndarray | Lists | pa.Array]]
+    ) -> Dataset:
         """The parts one after another, on disk: valid until `remove`.
 
         Args:
@@ -158,7 +160,7 @@ class Parts:
                 self._delete()
             self._leave()
 
-    def _save(self, part: int, columns: Mapping[str, np.ndarray | Lists]) -> None:
+    def _save(self, part: int, columns: Mapping[str, np.ndarray | Lists | pa.Array]) -> None:
         table = pa.table({name: arrow_array(values) for name, values in columns.items()})
         self.check_there()
         sink = pa.BufferOutputStream()
@@ -211,7 +213,9 @@ class Parts:
         table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
         return table if rows in (None, table.num_rows) else None
 
-    def _whole(self, part: int, rows: int, again: Callable[[int], Mapping[str, np.ndarray | Lists]]) -> pa.Table:
+    def _whole(
+        self, part: int, rows: int, again: Callable[[int], Mapping[str, np.ndarray | Lists | pa.Array]]
+    ) -> pa.Table:
         table = self._table(part, rows)
         if table is None:
             self.warn([part])

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -53,6 +54,10 @@ class MemoryLimit:
 _NOTHING = [Segment([0, 0], 1)]
 
 
+Collect = Callable[[np.ndarray, LaunchedBatch], Any]  # positions of a batch's segments, and what was launched
+Around = Callable[[np.ndarray, Batch], AbstractContextManager[Any]]  # the same positions, and what is to be launched
+
+
 class Options(TypedDict, total=False):
     """How a model is run over many rows.
 
@@ -67,6 +72,8 @@ class Options(TypedDict, total=False):
             the first one, returns how many forwards to run, at least as many. Those without a batch run on two tokens.
         sharded: the processes hold parts of one model's weights and gather them in every forward (FSDP, ZeRO-3). A
             process that is out of memory then cannot halve its batch: the others would wait for it in a forward.
+        around: gives the context in which the forward of a batch is launched. No segment runs inside another one then,
+            so that in the padded engine each has a row of the batch, in their order.
     """
 
     device: torch.device | str | None
@@ -75,6 +82,7 @@ class Options(TypedDict, total=False):
     engine: EngineName
     forwards: Callable[[int], int] | None
     sharded: bool
+    around: Around | None
 
 
 @dataclass(frozen=True)
@@ -134,13 +142,17 @@ class Scores:
         return cls(**values, answer_tokens=tokens, ifd_status=status)
 
 
-def score_pairs(model: nn.Module, pairs: Sequence[EncodedPair], **options: Unpack[Options]) -> Scores:
+def score_pairs(
+    model: nn.Module, pairs: Sequence[EncodedPair], collect: Collect | None = None, **options: Unpack[Options]
+) -> Scores:
     """Score encoded rows.
 
     Args:
         model: a causal language model, or what a trainer wrapped around one (DDP, FSDP, DeepSpeed); put into eval mode
             and back.
         pairs: n encoded rows.
+        collect: called with what was launched of each batch; its segments are the conditioned one of the first row
+            that can be scored, its direct one, the conditioned one of the second, and so on.
         options: see `Options`.
 
     Returns:
@@ -150,7 +162,7 @@ def score_pairs(model: nn.Module, pairs: Sequence[EncodedPair], **options: Unpac
         torch.OutOfMemoryError: when one row alone does not fit, or a batch of a sharded model.
     """
     segments = [segment for pair in pairs if pair.conditioned for segment in (with_ending(pair), pair.direct)]
-    nll, tail_nll = nll_with_tails(model, segments, **options)
+    nll, tail_nll = nll_with_tails(model, segments, collect, **options)
     status = statuses(pairs)
     scored = status == Status.OK.value
     cas, das, eot_loss = (np.full(len(pairs), np.nan) for _ in range(3))
@@ -182,15 +194,17 @@ def answer_nll(model: nn.Module, segments: Sequence[Segment], **options: Unpack[
 
 
 def nll_with_tails(
-    model: nn.Module, segments: Sequence[Segment], **options: Unpack[Options]
+    model: nn.Module, segments: Sequence[Segment], collect: Collect | None = None, **options: Unpack[Options]
 ) -> tuple[np.ndarray, np.ndarray]:
     """`answer_nll`, and the negative log-likelihood of each segment's tail as a whole, in nats, NaN without one.
 
-    Options: see `Options`.
+    `collect` is called with what was launched of each batch. Options: see `Options`.
     """
     nll, tail_nll = np.empty(len(segments)), np.empty(len(segments))
     for batch, launched in _forwards(model, segments, **options):
         nll[batch], tail_nll[batch] = launched.nll(), launched.tail_nll()
+        if collect is not None:
+            collect(batch, launched)
     return nll, tail_nll
 
 
@@ -240,6 +254,7 @@ def _forwards(
     engine: EngineName = "auto",
     forwards: Callable[[int], int] | None = None,
     sharded: bool = False,
+    around: Around | None = None,
 ) -> Iterator[tuple[np.ndarray, LaunchedBatch]]:
     """Run all segments in batches; their positions, and what was launched.
 
@@ -251,6 +266,7 @@ def _forwards(
     lengths = [len(segment.ids) for segment in segments]
     with eval_mode(model, device):
         chosen = Engine.for_model(model, device, engine, sharded)
+        chosen = chosen if around is None else replace(chosen, nests=False)
         if not token_budget:
             # Forwards that other processes would have to share in are not spent on measuring.
             alone = not sharded and (forwards is None or unwrapped(model) is model)
@@ -267,7 +283,8 @@ def _forwards(
             return chosen.lay_out([segments[i] for i in rows])
 
         def begin(rows: np.ndarray, batch: Batch) -> LaunchedBatch:
-            return chosen.launch(batch, None if pooled_tokens is None else [pooled_tokens[i] for i in rows])
+            with nullcontext() if around is None else around(rows, batch):
+                return chosen.launch(batch, None if pooled_tokens is None else [pooled_tokens[i] for i in rows])
 
         for rows, launched in run_in_turn(lay_out, begin, batches, device, limit, halve=not sharded):
             launched.wait()

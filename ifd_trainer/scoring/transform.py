@@ -27,6 +27,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -42,21 +43,25 @@ from ..data.encoding import EncodedPair, Encoder, Segment, check_positive
 from ..data.format_choice import FormatOptions, format_record, resolve_format
 from ..data.formats import Example, MalformedRow, PromptFormat
 from ..data.paths import check_model, model_name
-from ..data.table_reader import Lists, arrow_array
+from ..data.table_reader import Lists, TableReader, arrow_array
 from ..errors import FileAccessError, UserError, one_line
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import TurnRule, WrongPrompts
-from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS, TURN_COLUMNS
+from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS, SELECTIVE_COLUMNS, TOKEN_COLUMNS, TURN_COLUMNS
 from ..method.number_words import many
 from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
+from ..method.selective_ifd import SHARE, check_share
 from ..method.turns import check_turns
 from ..method.unfinished import Unfinished
 from .calibration import Calibration, Reader, measure, p_values
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .engine import check_causal_config, check_causal_lm
 from .losses import Scores, nll_with_tails, prompt_features, score_pairs, token_progress
+from .neighbourhood import ALPHA, NEIGHBOURS, neighbour_scores, neighbourhood_columns
 from .rope_limits import window
+from .selective_columns import TOKEN_TYPE, with_numbers
+from .token_losses import check_token_losses, score_with_tokens
 from .turns import EncodedTurns, encode_turns
 from .weights_digest import checkpoint_digest, weights_digest
 
@@ -68,6 +73,7 @@ _TURN_TYPES = {
     for name in TURN_COLUMNS
 }
 _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.string()), strict=True))
+_SELECTION_TYPES |= dict.fromkeys(TOKEN_COLUMNS, TOKEN_TYPE) | dict.fromkeys(SELECTIVE_COLUMNS, pa.float64())
 _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
 _RENDERED = 1000  # rows at a time
 _LOADED = ("_model", "_config", "_encoder", "_told")  # attributes that are made on first use
@@ -108,6 +114,9 @@ class IFDScorer:
         dtype: by default the checkpoint's own on an accelerator (bfloat16 if it says float16 and the device can),
             float32 on a CPU, where bfloat16 is slower.
         token_budget: tokens of a batch; see `scoring.losses.Options`.
+        token_losses: attach `cas_tokens` and `das_tokens` too, lists of float32, null without a score: the losses that
+            `cas` and `das` are the means of, for `attach_selective_ifd`. The definition "paper" alone has them, and of
+            several answers the rule "tokens".
         revision, trust_remote_code: passed to `from_pretrained`; the revision is not that of a named tokenizer.
 
     Raises:
@@ -119,6 +128,8 @@ class IFDScorer:
     >>> ds = load_dataset("json", data_files="alpaca.json", split="train")                   # doctest: +SKIP
     >>> ds = ds.map(IFDScorer("HuggingFaceTB/SmolLM2-135M", format="alpaca"), batched=True)  # doctest: +SKIP
     """
+
+    token_losses = False  # of a pickle without it
 
     def __init__(
         self,
@@ -134,6 +145,7 @@ class IFDScorer:
         device: str | None = None,
         dtype: torch.dtype | str | None = None,
         token_budget: int | None = None,
+        token_losses: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -160,6 +172,9 @@ class IFDScorer:
                 "one answer: use definition='paper', or leave turns out."
             )
         self.turns = turns
+        if token_losses:
+            check_token_losses(definition, turns)
+            self.token_losses = True
         self.device, self.dtype, self.token_budget = device, named_dtype(dtype), token_budget
         if device is not None:
             device_type(device)
@@ -187,7 +202,8 @@ class IFDScorer:
         show = os.getpid() == _PID and not are_progress_bars_disabled()
         with token_progress(rows.pairs, "Scoring a batch", show) as bar:
             columns = self.score_rows(rows, bar.update)
-        return {name: _Column(values) for name, values in columns.items()} | self._outdated(batch)
+        attached = {name: _Column(values) for name, values in columns.items()}
+        return attached | self._outdated({name: batch[name] for name in batch if name not in attached})
 
     def _outdated(self, batch: Mapping[str, list]) -> dict[str, list]:
         """Columns of older scores, for rows that are scored anew: `map` can replace a column, not drop it."""
@@ -201,10 +217,9 @@ class IFDScorer:
         }
 
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
-        if table.num_rows:
-            columns = self.score_rows(self.encode_rows(table.to_pydict(), rank))
-        else:  # Ray tells a schema by an empty block
-            columns = self._columns(EncodedTurns([], [], []), Scores.unscored(0, Status.OK.value))
+        # Ray tells a schema by an empty block.
+        rows = self.encode_rows(table.to_pydict(), rank) if table.num_rows else EncodedTurns([], [], [])
+        columns = self.score_rows(rows)
         table = table.drop_columns([name for name in OWN_COLUMNS if name in table.column_names])
         for name, values in columns.items():
             table = table.append_column(name, arrow_array(values))
@@ -220,11 +235,15 @@ class IFDScorer:
 
     def score_rows(
         self, rows: EncodedTurns, progress: Callable[[int], Any] | None = None
-    ) -> dict[str, np.ndarray | Lists]:
+    ) -> dict[str, np.ndarray | Lists | pa.Array]:
         """Columns of encoded rows; `progress` is called with the number of tokens done after each batch."""
-        return self._columns(rows, self.score(rows.pairs, progress))
+        if not self.token_losses:
+            return self._columns(rows, self.score(rows.pairs, progress))
+        options = {"token_budget": self.token_budget, "progress": progress}
+        scores, tokens = score_with_tokens(self._model, rows.pairs, **options)
+        return self._columns(rows, scores) | tokens.of_rows(rows.counts).columns()
 
-    def _columns(self, rows: EncodedTurns, scores: Scores) -> dict[str, np.ndarray | Lists]:
+    def _columns(self, rows: EncodedTurns, scores: Scores) -> dict[str, np.ndarray | Lists | pa.Array]:
         return scores.columns() if self.turns is None else rows.columns(scores, self.turns)
 
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
@@ -293,6 +312,7 @@ class IFDScorer:
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "token_budget": self.token_budget,
             "turns": self.turns,
+            **({"token_losses": True} if self.token_losses else {}),
         }
 
     def digest(self) -> str:
@@ -390,6 +410,52 @@ class IFDScorer:
                 f"{caller} measures what a single wrong or cut answer scores, and with turns={self.turns!r} a row's "
                 "score is of several. Score with turns='last', or without turns."
             )
+
+    def neighbourhood(
+        self,
+        rows: Dataset,
+        share: float = SHARE,
+        neighbours: int = NEIGHBOURS,
+        alpha: float = ALPHA,
+        seed: int = 0,
+    ) -> Dataset:
+        """The data set with `sifd_mean` and `sifd_std`: how much of a row's S-IFD stays when the row is disturbed.
+
+        Mean and standard deviation of S-IFD (see `attach_selective_ifd`) over neighbours of each row, whose embeddings
+        have noise added, uniform in [-1, 1) times alpha / sqrt(L d) for L tokens of d dimensions (T-SHIRT, arXiv
+        2506.01317); float64, null where S-IFD is. `Hierarchical` selects by them. The tokens that count are those of
+        the row as it is, so that alpha=0 gives S-IFD itself and 0. It takes 2 forwards for each neighbour of a row.
+
+        Args:
+            rows: the data set with the columns that this scorer attached, with token_losses=True.
+            share: of all tokens, in (0, 1].
+            neighbours: how many of each row.
+            alpha: the size of the noise.
+            seed: of the noise, which depends on it, the row's tokens and the number of the neighbour alone.
+
+        Raises:
+            UserError: for rows without losses of tokens, or with those of a scorer that reads them otherwise; for a
+                model whose embeddings cannot be disturbed.
+
+        >>> ds = ds.map(IFDScorer("HuggingFaceTB/SmolLM2-135M", token_losses=True), batched=True)  # doctest: +SKIP
+        >>> ds = scorer.neighbourhood(ds)                                                          # doctest: +SKIP
+        """
+        check_share(share)
+        check_positive(neighbours=neighbours)
+        check_token_losses(self.options["definition"], self.turns)
+        if self.turns is not None:
+            raise UserError("neighbourhood disturbs rows of one answer: score them with a scorer without turns.")
+        if not isinstance(alpha, Real) or not 0 <= alpha < float("inf"):
+            raise UserError(f"alpha is the size of noise, a number of at least 0, got {alpha!r}.")
+        reading = self._reading(rows, "neighbourhood")
+
+        def score(pairs: list[EncodedPair], chosen: list[np.ndarray], progress: Callable[[int], Any]) -> np.ndarray:
+            options = {"token_budget": self.token_budget, "progress": progress}
+            return neighbour_scores(self._model, pairs, chosen, neighbours, alpha, seed, **options)
+
+        reader, show = TableReader(reading["rows"], table_rows=_RENDERED), reading["show"]
+        columns = neighbourhood_columns(reader, reading["reader"].encode, score, share, neighbours, show)
+        return with_numbers(rows, columns)
 
     def _reading(self, rows: Dataset, caller: str) -> dict[str, Any]:
         """How measuring functions read rows and run the model."""
@@ -537,7 +603,7 @@ def _in_ray() -> bool:
 class _Column(list):
     """Values of a column, None for NaN, with their Arrow type: a batch of nulls does not tell `datasets` its type."""
 
-    def __init__(self, values: np.ndarray | Lists, type: pa.DataType | None = None) -> None:
+    def __init__(self, values: np.ndarray | Lists | pa.Array, type: pa.DataType | None = None) -> None:
         array = pa.array(values, type) if type is not None else arrow_array(values)
         super().__init__(array.to_pylist())
         self.type = array.type

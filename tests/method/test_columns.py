@@ -11,7 +11,15 @@ from conftest import ROOT
 from ifd_trainer.cli import main
 from ifd_trainer.data.definitions import DEFINITIONS, KNOWN_DEFINITIONS, SCORE_KINDS
 from ifd_trainer.method.choices import RANKED_BY
-from ifd_trainer.method.columns import IFD_COLUMNS, OWN_COLUMNS, SCORES, SELECTION_COLUMNS
+from ifd_trainer.method.columns import (
+    IFD_COLUMNS,
+    OWN_COLUMNS,
+    SCORES,
+    SELECTION_COLUMNS,
+    SELECTIVE_COLUMNS,
+    TOKEN_COLUMNS,
+    TURN_COLUMNS,
+)
 from ifd_trainer.scoring.losses import Scores
 
 
@@ -19,7 +27,9 @@ def test_scores_are_arrays_of_these_columns():
     assert tuple(field.name for field in fields(Scores)) == IFD_COLUMNS
     assert SCORES == ("cas", "das", "ifd", "ifd_ppl", "eot_loss")
     assert SELECTION_COLUMNS == ("ifd_definition", "ifd_rank", "ifd_reason")
-    assert OWN_COLUMNS == IFD_COLUMNS + SELECTION_COLUMNS
+    assert TOKEN_COLUMNS == ("cas_tokens", "das_tokens")
+    assert SELECTIVE_COLUMNS == ("sifd", "sifd_mean", "sifd_std")
+    assert OWN_COLUMNS == IFD_COLUMNS + TURN_COLUMNS + SELECTION_COLUMNS + TOKEN_COLUMNS + SELECTIVE_COLUMNS
     assert set(RANKED_BY) < set(SCORES)
 
 

@@ -272,6 +272,22 @@ def test_a_policy_reads_a_column_of_the_data_set(tmp_path):
     assert "not drawn" in page
 
 
+def test_two_stages_read_columns_of_the_data_set_and_no_row_is_scored(tmp_path):
+    mean, std = [*np.linspace(0.9, 0.1, 22), None, 1.2], [*np.tile([0.3, 0.1], 11), 0.0, 0.0]
+    rows = text_rows(raw_rows(24)).add_column("sifd_mean", mean).add_column("sifd_std", std)
+    trainer = sft_trainer(tmp_path, rows, num_train_epochs=1)
+    policy = SelectionConfig(policy="ifd_trainer.Hierarchical").chosen_policy()
+    callback = select(trainer, keep=4, policy=policy)
+    seen = train(trainer)
+    ids = rows["row_id"][:]
+    assert sorted(seen.epochs()[0]) == sorted(ids[row] for row in (1, 3, 5, 7))
+    reasons = callback.history.rows(0).set_index("row_id")["reason"]
+    assert reasons[[ids[row] for row in (0, 1, 8, 22, 23)]].tolist() == [
+        *("unstable", "kept", "below_cut", "no_value", "above_limit")
+    ]
+    assert "change less among their neighbours" in write_report(callback.history).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("packing", "words"), [(False, r"it has .*'row_id'\]"), (True, "packing drops all others")])
 def test_a_column_that_is_not_there_is_named(tmp_path, packing, words):
     trainer = sft_trainer(tmp_path, 24, packing=packing, max_length=64)
