@@ -18,12 +18,14 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.duplicates import Duplicates
     from .method.facility_location import Diverse
     from .method.guard import Guard
+    from .method.knowledge import hard_or_wrong, wilson_interval
     from .method.pairing_test import PairingTest
     from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
     from .method.scoring_health import Freeze
     from .method.selection import Cherry, Policy, Selection
     from .method.unfinished import Unfinished
     from .report.page import write_report
+    from .scoring.knowledge import KnowledgeScorer
     from .scoring.transform import IFDScorer
     from .training.callback import IFDSelectionCallback
     from .training.later import SelectLater
@@ -43,12 +45,14 @@ _HOME = {
         "method.duplicates": ("Duplicates",),
         "method.facility_location": ("Diverse",),
         "method.guard": ("Guard",),
+        "method.knowledge": ("hard_or_wrong", "wilson_interval"),
         "method.pairing_test": ("PairingTest",),
         "method.schedule": ("Anneal", "Constant", "Curriculum", "PerEpoch", "Timing"),
         "method.scoring_health": ("Freeze",),
         "method.selection": ("Cherry", "Policy", "Selection"),
         "method.unfinished": ("Unfinished",),
         "report.page": ("write_report",),
+        "scoring.knowledge": ("KnowledgeScorer",),
         "scoring.transform": ("IFDScorer",),
         "training.callback": ("IFDSelectionCallback",),
         "training.later": ("SelectLater",),

@@ -16,13 +16,21 @@ _SCORED = {
     "answer_tokens": "number of scored tokens",
     "ifd_status": "`ok`, or why there is no score",
 }
+_KNOWN = {
+    "known": "share of the model's sampled answers that agree with the row's, at least as far as a threshold",
+    "known_agreement": "how far they agree with it, on average, between 0 and 1",
+    "known_consistency": "how far they agree with one another, on average, between 0 and 1",
+    "known_samples": "how many were sampled; 0 for a row that was not asked",
+    "known_status": "`ok`, or why the row was not asked",
+}
 _SELECTED = {
     "ifd_definition": "how the scores are defined; those of two definitions cannot be compared",
     "ifd_rank": "1 is the highest score kept",
     "ifd_reason": "`kept`, or why not",
 }
-COLUMN_MEANINGS = _SCORED | _SELECTED
+COLUMN_MEANINGS = _SCORED | _KNOWN | _SELECTED
 IFD_COLUMNS = tuple(_SCORED)  # of a scored data set
 SCORES = tuple(name for name in IFD_COLUMNS if name not in ("answer_tokens", "ifd_status"))  # null without a score
 SELECTION_COLUMNS = tuple(_SELECTED)  # what `ifd-trainer select` adds
-OWN_COLUMNS = tuple(COLUMN_MEANINGS)
+OWN_COLUMNS = IFD_COLUMNS + SELECTION_COLUMNS  # replaced when rows are scored again
+KNOWN_COLUMNS = tuple(_KNOWN)  # of rows whose prompts a model has answered

@@ -11,7 +11,7 @@ from tiny_runs import random_states
 from transformers import GenerationConfig
 
 from ifd_trainer.errors import UserError
-from ifd_trainer.evaluation.greedy import Answer, greedy_answers, plain_generation, stop_tokens
+from ifd_trainer.scoring.generation import Answer, greedy_answers, plain_generation, stop_tokens
 
 TEXTS = [
     "### Instruction:\nName three colours.\n\n### Response:",
