@@ -6,7 +6,7 @@ What is sampled does not depend on what else is asked. `generate` draws from one
 each sample of each prompt has random numbers of its own, made from a seed, the prompt and the sample's number (see
 `draws`), and one of them chooses each token. A batch can change a token by rounding alone: where the number lies closer
 to the limit between two tokens than the model's probabilities in two batches differ. In float32 they hardly do; in
-bfloat16 and float16 they differ in the third digit, so that long samples of other batches may go other ways, while
+bfloat16 and float16 they differ in the second or third digit, so that samples of other batches may go other ways, while
 those of the same batches are the same.
 """
 

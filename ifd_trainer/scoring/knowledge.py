@@ -9,6 +9,7 @@ Asking costs far more than scoring: n generations of a row, each token of which 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,15 @@ from ..data.formats import PromptFormat
 from ..errors import UserError
 from ..method.columns import KNOWN_COLUMNS
 from ..method.knowledge import check_share, compared, known_share
+from ..method.number_words import many
 from ..method.reasons import Status
 from ..method.text_agreement import Agreement, as_agreement
 from .generation import TOKENS, Answer, check_sampling, sampled_answers, stop_tokens
 from .losses import Scores
 from .questions import Question, check_window, ended, questions, turn_ends
 from .transform import IFDScorer, mapped_columns, need_batch, table_with
+
+logger = logging.getLogger(__name__)
 
 _PID = os.getpid()
 KNOWLEDGE_VERSION = 1  # raised when the same weights and options would give other answers or shares
@@ -147,6 +151,12 @@ class KnowledgeScorer:
             return table_with(batch, self.answer(asked).columns(), KNOWN_COLUMNS)
         need_batch("KnowledgeScorer", batch, rank, *more)
         asked = self.ask(batch, rank)
+        if asked and all(question.status is Status.MALFORMED for question in asked):
+            logger.warning(
+                "None of %s can be rendered in their format, and so none is asked: check the columns, or pass another "
+                "format.",
+                many(len(asked), "row"),
+            )
         show = os.getpid() == _PID and not are_progress_bars_disabled()
         total = sum(map(self.tokens, asked))
         with tqdm(total=total, desc="Sampling", unit="tok", unit_scale=True, disable=not show, leave=False) as bar:
@@ -278,6 +288,9 @@ class ScoredAndAsked:
         return list(map(AskedRow, pairs, asked, tokens))
 
     def score(self, rows: Sequence[AskedRow], progress: Callable[[int], Any] | None = None) -> _Both:
-        """The columns of both."""
-        scores = self.knowledge.scorer.score([row.pair for row in rows], progress)
-        return _Both(scores, self.knowledge.answer([row.question for row in rows], progress))
+        """The columns of both.
+
+        Rows are asked first: that takes nearly all of the time, which a job tells from its first batches.
+        """
+        knowledge = self.knowledge.answer([row.question for row in rows], progress)
+        return _Both(self.knowledge.scorer.score([row.pair for row in rows], progress), knowledge)

@@ -208,7 +208,8 @@ class IFDScorer:
         )
 
     def check_tokens(self, texts: Iterable[Sequence[int]]) -> None:
-        """Raise UserError for token ids that the model does not have."""
+        """Raise UserError for token ids that the model does not have; needs no weights."""
+        self._prepare()
         known = getattr(self._config.get_text_config(), "vocab_size", None)
         most = max((max(ids) for ids in texts if ids), default=0)
         if isinstance(known, int) and most >= known:

@@ -209,6 +209,11 @@ def test_a_row_that_cannot_be_asked_says_why_and_leaves_the_others_alone(scorer,
     assert found == known
 
 
+def test_a_batch_of_malformed_rows_only_is_said(scorer, caplog):
+    assert scorer({"instruction": [["Name"]], "output": [{"a": 1}]})["known_status"] == ["malformed"]
+    assert "None of 1 row can be rendered in their format" in caplog.text
+
+
 def test_a_prompt_fits_with_its_answer_or_is_not_asked(tokenizer):
     row = {name: values[:1] for name, values in GOOD.items()}
     prompt = len(tokenizer(ALPACA.render(ROWS[0], tokenizer).prompt).input_ids)
