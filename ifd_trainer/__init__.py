@@ -19,12 +19,14 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.facility_location import Diverse
     from .method.guard import Guard
     from .method.hierarchical import Hierarchical
+    from .method.knowledge import hard_or_wrong, wilson_interval
     from .method.pairing_test import PairingTest
     from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
     from .method.scoring_health import Freeze
     from .method.selection import Cherry, Policy, Selection
     from .method.unfinished import Unfinished
     from .report.page import write_report
+    from .scoring.knowledge import KnowledgeScorer
     from .scoring.selective_columns import attach_selective_ifd
     from .scoring.transform import IFDScorer
     from .training.callback import IFDSelectionCallback
@@ -46,6 +48,7 @@ _HOME = {
         "method.facility_location": ("Diverse",),
         "method.guard": ("Guard",),
         "method.hierarchical": ("Hierarchical",),
+        "method.knowledge": ("hard_or_wrong", "wilson_interval"),
         "method.pairing_test": ("PairingTest",),
         "method.schedule": ("Anneal", "Constant", "Curriculum", "PerEpoch", "Timing"),
         "method.scoring_health": ("Freeze",),
@@ -53,6 +56,7 @@ _HOME = {
         "method.unfinished": ("Unfinished",),
         "report.page": ("write_report",),
         "scoring.selective_columns": ("attach_selective_ifd",),
+        "scoring.knowledge": ("KnowledgeScorer",),
         "scoring.transform": ("IFDScorer",),
         "training.callback": ("IFDSelectionCallback",),
         "training.later": ("SelectLater",),

@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +31,9 @@ from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
 from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY, TURN_RULES
-from .method.columns import EOT_LOSS, IFD_COLUMNS, OWN_COLUMNS, SIFD
+from .method.columns import EOT_LOSS, IFD_COLUMNS, KNOWN_COLUMNS, OWN_COLUMNS, SIFD
 from .method.number_words import many
+from .method.text_agreement import AGREEMENTS
 from .training.recipe_file import COMPARED, check_recipe, copy_recipe, read_recipe, recipe_titles
 from .training.recipe_help import train_help
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .method.ranking import Ranking
     from .publish.select import PoolSelection
     from .report.report_data import Origin
+    from .scoring.knowledge import KnowledgeScorer
     from .scoring.transform import IFDScorer
 
 _TRL = "1.8"  # the first one that recipes were run with
@@ -55,6 +57,16 @@ _OF_SCORER = (
     *("definition", "max_length", "min_answer_tokens", "score_truncated", "turns", "dtype", "token_budget"),
     *("token_losses", "revision", "trust_remote_code"),
 )
+# Options of `score --known`, by what the transform calls them.
+_OF_KNOWLEDGE = {
+    "max_new_tokens": "known_max_new_tokens",
+    "agreement": "known_agreement",
+    "threshold": "known_threshold",
+    "temperature": "known_temperature",
+    "top_p": "known_top_p",
+    "seed": "known_seed",
+    "token_budget": "token_budget",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,6 +148,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _whole(text: str) -> int:
+    """The type of a seed."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"wants a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 def _number(text: str) -> float:
     """The type of options that take a number, which nan is not."""
     try:
@@ -144,6 +163,22 @@ def _number(text: str) -> float:
         value = float("nan")
     if value != value:
         raise argparse.ArgumentTypeError(f"wants a number, got {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    """The type of options that take a share of 1, which is not 0."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"wants a number above 0 and at most 1, got {text!r}")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    """The type of a temperature."""
+    value = _number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"wants a number above 0, got {text!r}")
     return value
 
 
@@ -268,6 +303,24 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         help="measure too how answers under the prompts of other rows score, and how answers end that were cut off "
         "(256 and 128 of them), for `select --max-ifd calibrated` and `--drop-unfinished`; kept in OUTPUT.ifd.yaml",
     )
+    add(
+        "--known",
+        type=_positive,
+        metavar="N",
+        help="let the model answer each prompt N times, and say how many of its answers agree with the row's: the "
+        f"columns {', '.join(KNOWN_COLUMNS)}. Takes far longer than scoring; saves fewer rows at a time (8 on a CPU, "
+        "else 256)",
+    )
+    add("--known-max-new-tokens", type=_positive, metavar="N", help="most tokens of such an answer (default 128)")
+    add(
+        "--known-agreement",
+        choices=AGREEMENTS,
+        help="how texts agree: F1 of their words (default), exact match, or ROUGE-L",
+    )
+    add("--known-threshold", type=_share, metavar="X", help="agreement from which an answer agrees (default 0.5)")
+    add("--known-temperature", type=_above_zero, metavar="X", help="of sampling, above 0 (default 0.7)")
+    add("--known-top-p", type=_share, metavar="X", help="probability of the likeliest tokens sampled from (default 1)")
+    add("--known-seed", type=_whole, metavar="N", help="of sampling (default 0)")
     parser.set_defaults(run=_score)
 
 
@@ -431,6 +484,7 @@ def _score(options: argparse.Namespace) -> int:
     from .publish.provenance import calibrated, provenance_of, write_provenance
     from .scoring.calibration import shortage
     from .scoring.job_parts import Parts, kept
+    from .scoring.knowledge import ScoredAndAsked
     from .scoring.processes import Process
     from .scoring.scoring_job import join_parts, score_parts
     from .scoring.transform import SCORES_VERSION
@@ -443,6 +497,7 @@ def _score(options: argparse.Namespace) -> int:
     scorer = _scorer(options, process.local_rank)
     if options.calibrate:
         scorer.check_single("--calibrate")
+    knowledge = _knowledge(options, scorer)
     # What is read is cached on disk: the other processes find it there.
     source = process.main_first("rows", lambda: load_rows(options.data, options.split))
     rows = as_chats(source, process.main)
@@ -455,14 +510,20 @@ def _score(options: argparse.Namespace) -> int:
     process.main_first("check", lambda: scorer.check(rows[:_CHECKED_ROWS]))  # no folder and no weights before that
     settings = scorer.settings(rows.column_names)
     size = options.part_rows or (64 if settings["device"] == "cpu" else 2048)
+    worker, replaced = scorer, OWN_COLUMNS
+    if knowledge is not None:
+        knowledge.check()
+        size = options.part_rows or (8 if settings["device"] == "cpu" else 256)
+        worker, replaced = ScoredAndAsked(knowledge), OWN_COLUMNS + KNOWN_COLUMNS
     # The same for all processes, and for any number of them.
     job = {"data": source_digest(options.data, source), "rows": len(rows), "part_rows": size}
     job |= {"weights": scorer.digest(), **settings, "scores_version": SCORES_VERSION}
+    job |= {} if knowledge is None else {f"known_{name}": value for name, value in knowledge.settings().items()}
     del job["token_budget"]  # with another one, after trouble with memory, scores differ by rounding alone
     with closing(process.main_first("parts", lambda: Parts(options.output, job, process.main))) as parts:
         try:
             read = columns_read(scorer.format, rows.column_names)
-            score_parts(rows, scorer, parts, size, process, columns=read)
+            score_parts(rows, worker, parts, size, process, columns=read)
         except RunError:  # the parts are gone
             if process.finished() is None:
                 raise
@@ -470,10 +531,11 @@ def _score(options: argparse.Namespace) -> int:
             if process.finished() is not None:
                 parts.remove()  # what this process, started again, has made after it was finished
             return 0
-        scores = join_parts(rows, scorer, parts, size)
+        scores = join_parts(rows, worker, parts, size)
         # Scored again: what was chosen by older scores goes with them.
-        rows = with_columns(rows.remove_columns([name for name in OWN_COLUMNS if name in rows.column_names]), scores)
+        rows = with_columns(rows.remove_columns([name for name in replaced if name in rows.column_names]), scores)
         origin = provenance_of(settings, options.model, job["weights"], options.data)
+        origin = origin if knowledge is None else replace(origin, known=knowledge.settings())
         if options.calibrate:
             calibration = scorer.calibrate(rows)
             origin = calibrated(origin, calibration)
@@ -507,6 +569,19 @@ def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
     if device is None or (device == "cuda" and torch.cuda.is_available()):
         device = default_device(local_rank)  # each process on a machine has a device of its own
     return IFDScorer(options.model, device=device, **{name: getattr(options, name) for name in _OF_SCORER})
+
+
+def _knowledge(options: argparse.Namespace, scorer: IFDScorer) -> KnowledgeScorer | None:
+    """What asks the model, beside what scores; None where nothing is to be asked."""
+    from .scoring.knowledge import KnowledgeScorer
+
+    given = {name: getattr(options, option) for name, option in _OF_KNOWLEDGE.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.known is None:
+        if idle := sorted(given.keys() - {"token_budget"}):
+            raise UserError(f"--{_OF_KNOWLEDGE[idle[0]].replace('_', '-')} goes with --known N.")
+        return None
+    return KnowledgeScorer(scorer, samples=options.known, **given)
 
 
 def _select(options: argparse.Namespace) -> int:

@@ -728,6 +728,13 @@ WRONG = {
     "--dtype": ["", "float7", "16"],
     "--split": [""],
     "--revision": [""],
+    "--known": ["", "0", "-1", "1.5", "text"],
+    "--known-max-new-tokens": ["0", "8"],
+    "--known-agreement": ["", "text", "exact"],
+    "--known-threshold": ["0", "1.1", "nan", "0.5"],
+    "--known-temperature": ["0", "-1", "inf", "text", "1"],
+    "--known-top-p": ["0", "2", "1"],
+    "--known-seed": ["-1", "1.5", "text", "0"],
 }
 WRONG_OF_SELECT = {
     "--output": ["", "out.txt"],

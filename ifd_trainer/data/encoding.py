@@ -72,6 +72,11 @@ class EncodedPair:
     status: Status = Status.OK
     ending: tuple[int, ...] = ()
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that are read to score the row: both segments, and what ends its turn; 0 without a score."""
+        return 0 if self.conditioned is None else sum(map(len, (self.conditioned.ids, self.ending, self.direct.ids)))
+
     @classmethod
     def unscorable(cls, status: Status) -> EncodedPair:
         return cls(status=status)
@@ -125,8 +130,7 @@ def with_ending(pair: EncodedPair, answer_tokens: int | None = None) -> Segment:
 
 def token_count(pairs: Iterable[EncodedPair]) -> int:
     """Tokens that are read to score rows: both segments of all scorable ones, and what ends their turns."""
-    scorable = (pair for pair in pairs if pair.conditioned)
-    return sum(len(pair.conditioned.ids) + len(pair.ending) + len(pair.direct.ids) for pair in scorable)
+    return sum(pair.tokens for pair in pairs)
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ from torch import nn
 from ..errors import HubError, NotFoundError, NotInstalledError, UserError, one_line, with_kind
 from ..scoring.engine import model_device
 from ..scoring.eval_guard import eval_mode
+from ..scoring.generation import plain_generation
 from ..scoring.model_parts import unwrapped
 from .documents import joined, long_form
-from .greedy import plain_generation
 from .measures import CODE, DEFAULT_TASKS
 
 logger = logging.getLogger(__name__)

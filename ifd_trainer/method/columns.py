@@ -24,6 +24,13 @@ _OF_TURNS = {  # lists, an entry for each answer of a conversation
     "turn_tokens": "answer_tokens of each",
     "turn_status": "ifd_status of each",
 }
+_KNOWN = {
+    "known": "share of the model's sampled answers that agree with the row's, at least as far as a threshold",
+    "known_agreement": "how far they agree with it, on average, between 0 and 1",
+    "known_consistency": "how far they agree with one another, on average, between 0 and 1",
+    "known_samples": "how many were sampled; 0 for a row that was not asked",
+    "known_status": "`ok`, or why the row was not asked",
+}
 _SELECTED = {
     "ifd_definition": "how the scores are defined; those of two definitions cannot be compared",
     "ifd_rank": "1 is the highest score kept",
@@ -38,11 +45,14 @@ _SELECTIVE = {
     "sifd_mean": "its mean over neighbours of the row, whose embeddings have noise added",
     "sifd_std": "its standard deviation over them",
 }
-COLUMN_MEANINGS = _SCORED | _OF_TURNS | _SELECTED | _OF_TOKENS | _SELECTIVE
+COLUMN_MEANINGS = _SCORED | _OF_TURNS | _OF_TOKENS | _SELECTIVE | _KNOWN | _SELECTED
 IFD_COLUMNS = tuple(_SCORED)  # of a scored data set
 SCORES = tuple(name for name in IFD_COLUMNS if name not in ("answer_tokens", "ifd_status"))  # null without a score
 TURN_COLUMNS = tuple(_OF_TURNS)  # with `turns=...` alone
 SELECTION_COLUMNS = tuple(_SELECTED)  # what `ifd-trainer select` adds
 TOKEN_COLUMNS = tuple(_OF_TOKENS)  # lists, of a data set scored with its tokens
 SELECTIVE_COLUMNS = tuple(_SELECTIVE)  # what is made of those
-OWN_COLUMNS = tuple(COLUMN_MEANINGS)
+KNOWN_COLUMNS = tuple(_KNOWN)  # of rows whose prompts a model has answered
+OWN_COLUMNS = tuple(
+    name for name in COLUMN_MEANINGS if name not in KNOWN_COLUMNS
+)  # replaced when rows are scored again

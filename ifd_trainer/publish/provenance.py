@@ -55,6 +55,7 @@ class Provenance:
         program: name and version of the program that scored.
         wrong_ifd, wrong_ifd_ppl: scores of answers under the prompts of other rows, of which a limit is made.
         cut_eot_loss: losses of an end of turn behind answers that were cut off, in nats.
+        known: how the model was asked for what it knows (`KnowledgeScorer.settings`).
     """
 
     definition: str | None = None
@@ -70,6 +71,7 @@ class Provenance:
     wrong_ifd: list[float] | None = None
     wrong_ifd_ppl: list[float] | None = None
     cut_eot_loss: list[float] | None = None
+    known: dict[str, Any] | None = None
 
     def rows_format(self, columns: Collection[str]) -> PromptFormat | None:
         """The format in which rows with these columns were scored; None where that is not known, or cannot be."""

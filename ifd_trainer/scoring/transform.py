@@ -196,14 +196,13 @@ class IFDScorer:
         """
         if isinstance(batch, pa.Table):
             return self._table(batch, rank)
-        self._need_batch(batch, rank, *more)
+        need_batch("IFDScorer", batch, rank, *more)
         rows = self.encode_rows(batch, rank)
         # `map` shows a batch once it is done, which on a CPU takes minutes; workers would write over each other.
         show = os.getpid() == _PID and not are_progress_bars_disabled()
         with token_progress(rows.pairs, "Scoring a batch", show) as bar:
-            columns = self.score_rows(rows, bar.update)
-        attached = {name: _Column(values) for name, values in columns.items()}
-        return attached | self._outdated({name: batch[name] for name in batch if name not in attached})
+            columns = mapped_columns(self.score_rows(rows, bar.update))
+        return columns | self._outdated({name: batch[name] for name in batch if name not in columns})
 
     def _outdated(self, batch: Mapping[str, list]) -> dict[str, list]:
         """Columns of older scores, for rows that are scored anew: `map` can replace a column, not drop it."""
@@ -219,11 +218,7 @@ class IFDScorer:
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
         # Ray tells a schema by an empty block.
         rows = self.encode_rows(table.to_pydict(), rank) if table.num_rows else EncodedTurns([], [], [])
-        columns = self.score_rows(rows)
-        table = table.drop_columns([name for name in OWN_COLUMNS if name in table.column_names])
-        for name, values in columns.items():
-            table = table.append_column(name, arrow_array(values))
-        return table
+        return table_with(table, self.score_rows(rows), OWN_COLUMNS)
 
     def encode_rows(self, batch: Mapping[str, list], rank: int | None = None) -> EncodedTurns:
         """Render and tokenise a batch, with `turns` every answer of it; loads the model on first use."""
@@ -272,20 +267,25 @@ class IFDScorer:
         self, pairs: list[EncodedPair], statuses: Sequence[str], error: Exception | None, format: PromptFormat
     ) -> str | None:
         """What is wrong with rows of which none could be rendered; raises for tokens that the model does not have."""
-        known = getattr(self._config.get_text_config(), "vocab_size", None)
         segments = (segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct))
-        most = max((max(segment.ids) for segment in segments), default=0)
-        if isinstance(known, int) and most >= known:
-            raise UserError(
-                f"The tokenizer gives token {most}, and the model has {known} tokens: they do not belong together. Use "
-                "the model's own tokenizer, or resize its embeddings."
-            )
+        self.check_tokens(segment.ids for segment in segments)
         if error is None or any(status != Status.MALFORMED.value for status in statuses):
             return None
         return (
             f"None of {many(len(statuses), 'row')} can be rendered as {format.name!r}; the first one: {error}. Check "
             "the columns, or pass another format."
         )
+
+    def check_tokens(self, texts: Iterable[Sequence[int]]) -> None:
+        """Raise UserError for token ids that the model does not have; needs no weights."""
+        self._prepare()
+        known = getattr(self._config.get_text_config(), "vocab_size", None)
+        most = max((max(ids) for ids in texts if ids), default=0)
+        if isinstance(known, int) and most >= known:
+            raise UserError(
+                f"The tokenizer gives token {most}, and the model has {known} tokens: they do not belong together. Use "
+                "the model's own tokenizer, or resize its embeddings."
+            )
 
     def check(self, batch: Mapping[str, list]) -> None:
         """Raise now what scoring such rows would raise once the weights are loaded, from the tokenizer and the config.
@@ -493,27 +493,22 @@ class IFDScorer:
     @property
     def model(self) -> PreTrainedModel:
         """The model that scores, loaded on first use."""
-        self._load(None)
-        return self._model
+        return self.load()
 
-    def _need_batch(self, batch: Mapping[str, list], rank: int | None, *more: Any) -> None:
-        if more or isinstance(batch, (list, str)) or isinstance(rank, (list, str)):
-            raise UserError(
-                "IFDScorer reads the columns of its format itself: call `dataset.map(scorer, batched=True)` without "
-                "input_columns and with_indices."
-            )
-        if not isinstance(batch, Mapping):
-            raise UserError(
-                f"IFDScorer takes Python values or an Arrow table, got a {type(batch).__name__}: call it on "
-                '`dataset.with_format(None)`, or in Ray with `map_batches(..., batch_format="pyarrow")`.'
-            )
-        if _in_ray():  # what comes back there takes the place of the rows, and is not added to them
-            raise UserError(
-                "IFDScorer got a dictionary of arrays. In Ray pass an Arrow table, whose columns all stay: "
-                '`map_batches(IFDScorer, batch_format="pyarrow", ...)`.'
-            )
-        if isinstance(batch, LazyRow) or any(isinstance(value, str) for value in batch.values()):
-            raise UserError("IFDScorer scores batches: call `dataset.map(scorer, batched=True)`.")
+    @property
+    def encoder(self) -> Encoder:
+        """How rows become tokens, with the tokenizer and the model's window; needs no weights."""
+        self._prepare()
+        return self._encoder
+
+    def examples(self, batch: Mapping[str, list]) -> list[Example | None]:
+        """The rows of a batch in their format, None for those that it cannot render; needs no weights."""
+        return _render(batch, self._format(batch), self.encoder.tokenizer)[0]
+
+    def load(self, rank: int | None = None) -> PreTrainedModel:
+        """The model that scores, loaded on first use, on the device of this rank."""
+        self._load(rank)
+        return self._model
 
     def _prepare(self) -> None:
         """Load what is small and tells most mistakes: config and tokenizer."""
@@ -580,6 +575,42 @@ class IFDScorer:
     def __repr__(self) -> str:
         model = self.name or type(self._model).__name__
         return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r})"
+
+
+def need_batch(name: str, batch: Mapping[str, list], rank: int | None, *more: Any) -> None:
+    """Raise UserError for what `datasets.map(batched=True)` does not pass to a transform of this name."""
+    if more or isinstance(batch, (list, str)) or isinstance(rank, (list, str)):
+        raise UserError(
+            f"{name} reads the columns of its format itself: call `dataset.map(scorer, batched=True)` without "
+            "input_columns and with_indices."
+        )
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"{name} takes Python values or an Arrow table, got a {type(batch).__name__}: call it on "
+            '`dataset.with_format(None)`, or in Ray with `map_batches(..., batch_format="pyarrow")`.'
+        )
+    if _in_ray():  # what comes back there takes the place of the rows, and is not added to them
+        raise UserError(
+            f"{name} got a dictionary of arrays. In Ray pass an Arrow table, whose columns all stay: "
+            f'`map_batches({name}, batch_format="pyarrow", ...)`.'
+        )
+    if isinstance(batch, LazyRow) or any(isinstance(value, str) for value in batch.values()):
+        raise UserError(f"{name} scores batches: call `dataset.map(scorer, batched=True)`.")
+
+
+def mapped_columns(columns: Mapping[str, np.ndarray | Lists | pa.Array]) -> dict[str, list]:
+    """Columns as `datasets.map` takes them, of their types also where all values are null; None for NaN."""
+    return {name: _Column(values) for name, values in columns.items()}
+
+
+def table_with(
+    table: pa.Table, columns: Mapping[str, np.ndarray | Lists | pa.Array], replaced: Iterable[str]
+) -> pa.Table:
+    """A table with columns at its end, without those that they replace."""
+    table = table.drop_columns([name for name in replaced if name in table.column_names])
+    for name, values in columns.items():
+        table = table.append_column(name, arrow_array(values))
+    return table
 
 
 @contextmanager

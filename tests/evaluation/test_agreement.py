@@ -12,7 +12,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
 
 from ifd_trainer.errors import NotInstalledError
-from ifd_trainer.evaluation.agreement import agreement, exact_match, normalised, word_splitter
+from ifd_trainer.evaluation.agreement import agreement
+from ifd_trainer.method.text_agreement import exact_match, normalised, word_splitter
 
 ASCII = st.text(st.characters(max_codepoint=127), max_size=40)
 

@@ -29,7 +29,7 @@ def test_scores_are_arrays_of_these_columns():
     assert SELECTION_COLUMNS == ("ifd_definition", "ifd_rank", "ifd_reason")
     assert TOKEN_COLUMNS == ("cas_tokens", "das_tokens")
     assert SELECTIVE_COLUMNS == ("sifd", "sifd_mean", "sifd_std")
-    assert OWN_COLUMNS == IFD_COLUMNS + TURN_COLUMNS + SELECTION_COLUMNS + TOKEN_COLUMNS + SELECTIVE_COLUMNS
+    assert OWN_COLUMNS == IFD_COLUMNS + TURN_COLUMNS + TOKEN_COLUMNS + SELECTIVE_COLUMNS + SELECTION_COLUMNS
     assert set(RANKED_BY) < set(SCORES)
 
 

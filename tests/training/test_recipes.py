@@ -29,6 +29,7 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.st
 CHERRY = ["alpaca_cherry_5pct", "alpaca_cherry_10pct", "alpaca_cherry_fsdp", "wizardlm_cherry_10pct"]
 CHERRY_LORA = "alpaca_cherry_lora_24gb"
 ROWS = 40
+ASKED = [None if i == 5 else (i * 7 % ROWS) / ROWS for i in range(ROWS)]  # what `score --known` attached to the rows
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,9 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     """Forty rows, two of them refusals, as a local file."""
-    rows = [{**row, "quality": "good"} for row in raw_rows(ROWS, with_input=True)]
+    rows = [
+        {**row, "quality": "good", "known_agreement": ASKED[i]} for i, row in enumerate(raw_rows(ROWS, with_input=True))
+    ]
     rows[3]["output"] = "As an AI language model, I cannot say which park is red."
     rows[8]["output"] = "I'm sorry, but I cannot answer that."
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
@@ -90,6 +93,7 @@ def test_all_recipes_are_there():
         "alpaca_dynamic",
         "alpaca_curriculum",
         "wizardlm_dynamic",
+        "knowledge_detection",
         "demo",
     } == set(RECIPES)
 
@@ -160,13 +164,19 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     if "superfiltering" in recipe:
         assert history.settings["scorer"] == "columns"
         assert history.settings["score"] == "ifd_ppl"
+    if recipe == "knowledge_detection":
+        rows = history.rows(0)
+        free = rows.loc[rows["reason"].isin(["kept", "higher_score"]), "row_id"] - rows["row_id"].min()  # of guards
+        lowest = sorted(free, key=lambda place: 2 if ASKED[place] is None else ASKED[place])[:4]
+        assert set(rows.loc[rows["reason"] == "kept", "row_id"] - rows["row_id"].min()) == set(lowest)
+        assert (rows["reason"] == "above_limit").any()
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> str:
     """As many rows as the largest count in a recipe wants."""
     path = tmp_path_factory.mktemp("large") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in raw_rows(1100)))
+    path.write_text("".join(json.dumps(row | {"known_agreement": 0.5}) + "\n" for row in raw_rows(1100)))
     return str(path)
 
 
