@@ -26,3 +26,4 @@ IFD_COLUMNS = tuple(_SCORED)  # of a scored data set
 SCORES = tuple(name for name in IFD_COLUMNS if name not in ("answer_tokens", "ifd_status"))  # null without a score
 SELECTION_COLUMNS = tuple(_SELECTED)  # what `ifd-trainer select` adds
 OWN_COLUMNS = tuple(COLUMN_MEANINGS)
+TARGET_COLUMNS = ("target_similarity", "target_row", "target_status")  # what `TargetScorer` adds

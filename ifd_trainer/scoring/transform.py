@@ -54,7 +54,14 @@ from ..method.unfinished import Unfinished
 from .calibration import Calibration, Reader, measure, p_values
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .engine import check_causal_config, check_causal_lm
-from .losses import Scores, nll_with_tails, prompt_features, score_pairs, token_progress
+from .losses import (
+    Scores,
+    nll_with_tails,
+    position_weighted_embeddings,
+    prompt_features,
+    score_pairs,
+    token_progress,
+)
 from .rope_limits import window
 from .weights_digest import checkpoint_digest, weights_digest
 
@@ -169,14 +176,14 @@ class IFDScorer:
         show = os.getpid() == _PID and not are_progress_bars_disabled()
         with token_progress(pairs, "Scoring a batch", show) as bar:
             scores = self.score(pairs, bar.update)
-        return {name: _Column(values) for name, values in scores.columns().items()} | self._not_selected(batch)
+        return {name: TypedColumn(values) for name, values in scores.columns().items()} | self._not_selected(batch)
 
     def _not_selected(self, batch: Mapping[str, list]) -> dict[str, list]:
         """Columns of an older selection, for rows that are scored anew: `map` can replace a column, not drop it."""
         rows = len(next(iter(batch.values()), []))
         values = {"ifd_definition": self.options["definition"]}
         return {
-            name: _Column(np.full(rows, values.get(name), dtype=object), kind)
+            name: TypedColumn(np.full(rows, values.get(name), dtype=object), kind)
             for name, kind in _SELECTION_TYPES.items()
             if name in batch
         }
@@ -186,7 +193,7 @@ class IFDScorer:
         scores = self.score(pairs) if pairs else Scores.unscored(0, Status.OK.value)
         table = table.drop_columns([name for name in OWN_COLUMNS if name in table.column_names])
         for name, values in scores.columns().items():
-            table = table.append_column(name, pa.array(_Column(values)))
+            table = table.append_column(name, pa.array(TypedColumn(values)))
         return table
 
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
@@ -352,21 +359,37 @@ class IFDScorer:
         reader = Reader(encode, self.score, self.nll_with_tails, self._encoder.max_length)
         return {"reader": reader, "rows": rows, "prompts": texts, "show": not are_progress_bars_disabled()}
 
-    def embed(self, texts: Sequence[str], progress: Callable[[int], Any] | None = None) -> np.ndarray:
+    def embed(
+        self, texts: Sequence[str], progress: Callable[[int], Any] | None = None, by_position: bool = False
+    ) -> np.ndarray:
         """Mean of the last hidden states of each text, (n, H) float32, NaN for an empty one; see `prompt_features`.
 
-        Texts longer than the model's window are cut at their end.
+        Texts longer than the model's window are cut at their end. `by_position`: with weights that grow with a token's
+        position, as `position_weighted_embeddings`.
         """
         self._load(None)
         most = self._encoder.window
         ids = self._encoder.tokenizer(list(texts), truncation=most is not None, max_length=most, verbose=False)
-        return prompt_features(self._model, ids["input_ids"], token_budget=self.token_budget, progress=progress)[0]
+        running = {"token_budget": self.token_budget, "progress": progress}
+        if by_position:
+            return position_weighted_embeddings(self._model, ids["input_ids"], **running)
+        return prompt_features(self._model, ids["input_ids"], **running)[0]
 
     @property
     def model(self) -> PreTrainedModel:
         """The model that scores, loaded on first use."""
         self._load(None)
         return self._model
+
+    @property
+    def encoder(self) -> Encoder:
+        """What makes tokens of rows; the tokenizer and the config are loaded on first use."""
+        self._prepare()
+        return self._encoder
+
+    def rows_format(self, columns: Iterable[str]) -> PromptFormat:
+        """The format of rows with these columns."""
+        return self._format(columns)
 
     def _need_batch(self, batch: Mapping[str, list], rank: int | None, *more: Any) -> None:
         if more or isinstance(batch, (list, str)) or isinstance(rank, (list, str)):
@@ -472,7 +495,7 @@ def _in_ray() -> bool:
     return context.get_actor_id() is not None or context.get_task_id() is not None
 
 
-class _Column(list):
+class TypedColumn(list):
     """Values of a column, None for NaN, with their Arrow type: a batch of nulls does not tell `datasets` its type."""
 
     def __init__(self, values: np.ndarray, type: pa.DataType | None = None) -> None:
