@@ -255,7 +255,7 @@ def test_an_empty_file_and_one_of_other_rows_are_said(shared_model, tmp_path):
 def test_it_reads_batches_of_rows_alone(shared_model):
     scorer, rows = TargetScorer(shared_model, TARGETS, TOKENIZER), Dataset.from_list(raw_rows(2))
     for wrong in (lambda: rows.map(scorer), lambda: rows.map(scorer, batched=True, input_columns=["output"])):
-        with pytest.raises(ValueError, match="call `dataset.map"):
+        with pytest.raises(ValueError, match="TargetScorer reads batches of whole rows"):
             wrong()
 
 
