@@ -90,6 +90,7 @@ def test_all_recipes_are_there():
         "alpaca_dynamic",
         "alpaca_curriculum",
         "wizardlm_dynamic",
+        "target_set",
         "demo",
     } == set(RECIPES)
 
@@ -149,7 +150,11 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / ("adapter_model.safetensors" if recipe == CHERRY_LORA else "model.safetensors")).is_file()
     scored = [record for record in history.epochs if record["scored_at"] is not None]
-    assert scored
+    assert bool(scored) == (recipe != "target_set")  # whose rows are embedded, and not scored
+    if recipe == "target_set":
+        assert history.epochs[0]["reasons"] == {"kept": 4, "less_like_targets": 36}
+        assert history.settings["policy"]["targets"].endswith("data/code_targets.jsonl")
+        assert history.rows(0)["times"].equals(history.rows(1)["times"])  # embedded once
     assert {record["pool"] for record in history.epochs} == {38 if recipe.startswith("wizardlm") else ROWS}
     if recipe in (*CHERRY, CHERRY_LORA):
         sample = 3 if recipe.startswith("wizardlm") else 4  # a tenth of the pool
