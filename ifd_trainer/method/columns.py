@@ -26,4 +26,9 @@ IFD_COLUMNS = tuple(_SCORED)  # of a scored data set
 SCORES = tuple(name for name in IFD_COLUMNS if name not in ("answer_tokens", "ifd_status"))  # null without a score
 SELECTION_COLUMNS = tuple(_SELECTED)  # what `ifd-trainer select` adds
 OWN_COLUMNS = tuple(COLUMN_MEANINGS)
-TARGET_COLUMNS = ("target_similarity", "target_row", "target_status")  # what `TargetScorer` adds
+TARGET_MEANINGS = {
+    "target_similarity": "cosine with the target most like the row, from -1 to 1",
+    "target_row": "the id of that target, else its position",
+    "target_status": "`ok`, or why the row was not embedded",
+}
+TARGET_COLUMNS = tuple(TARGET_MEANINGS)  # what `TargetScorer` adds

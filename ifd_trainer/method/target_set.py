@@ -218,7 +218,7 @@ class TargetSet:
         if self.reads_scores or ROW_LIMIT in columns:
             ranked = {name: columns[name] for name in ("ifd", ROW_LIMIT) if name in columns} | {"ifd_status": status}
             selection = self.candidates(ranked, budget, ids=ids, rng=rng)
-            if selection.eligible <= budget:
+            if selection.eligible < budget:
                 return selection
             selection = self.candidates(ranked, selection.eligible, ids=ids)
             reasons, eligible = selection.reasons.copy(), np.sort(selection.kept)

@@ -27,7 +27,7 @@ from .transform import IFDScorer, TypedColumn
 
 TARGETS_VERSION = 1  # raised when the same weights, rows and targets would give other similarities
 _PID = os.getpid()
-_MADE = ("_encoded", "_embedded")  # attributes that are made on first use
+_MADE = ("encoded", "_embedded")  # attributes that are made on first use
 
 
 class TargetScorer:
@@ -53,6 +53,9 @@ class TargetScorer:
         targets_format: of the targets; by default that of the rows, and where they lack its columns, told from those.
         max_length: most tokens of a row or a target; by default the model's window.
         device, dtype, token_budget, revision, trust_remote_code: as for `IFDScorer`.
+
+    Attributes:
+        encoded: the targets as tokens, once rows have told in which format they are read.
 
     Raises:
         FileNotFoundError, UserError: for targets that are not there, have no rows, or of which none can be read; and as
@@ -91,7 +94,7 @@ class TargetScorer:
         )
         self.targets = Targets.read(TargetSet(targets).targets)
         self.targets_format = targets_format
-        self._encoded: EncodedTargets | None = None
+        self.encoded: EncodedTargets | None = None
         self._embedded: np.ndarray | None = None
 
     def __call__(self, batch: Mapping[str, list], rank: int | None = None, *more: Any) -> dict[str, list]:
@@ -106,7 +109,7 @@ class TargetScorer:
         known = np.isfinite(similarities).all(axis=1)
         most = np.where(known, np.argmax(similarities, axis=1), 0)  # the first of equals
         highest = np.where(known, similarities[np.arange(len(known)), most], np.nan).astype(np.float64)
-        ids = self._encoded.ids
+        ids = self.encoded.ids
         like = np.where(known, ids[most].astype(object), None)
         kind = pa.int64() if ids.dtype.kind in "iu" else arrow_type(ids.dtype)
         values = (TypedColumn(highest), TypedColumn(like, kind), TypedColumn(status))
@@ -128,11 +131,11 @@ class TargetScorer:
 
     def _targets(self, columns: Iterable[str]) -> EncodedTargets:
         """The targets as tokens; in the format of rows with these columns, unless another was named."""
-        if self._encoded is None:
+        if self.encoded is None:
             usual = self.scorer.rows_format(columns) if self.targets_format is None else self.targets_format
             format = self.targets.format(usual)
-            self._encoded = self.targets.encoded(format, self.scorer.encoder)
-        return self._encoded
+            self.encoded = self.targets.encoded(format, self.scorer.encoder)
+        return self.encoded
 
     def _embed(self, sequences: list[list[int]]) -> np.ndarray:
         show = os.getpid() == _PID and not are_progress_bars_disabled()  # workers would write over each other
