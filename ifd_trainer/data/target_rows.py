@@ -189,7 +189,7 @@ def _example(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any) -> Ex
     answers = (getattr(format, "output", None), getattr(format, "completion", None))
     row = {**{name: None for name in answers if name}, **row}
     chat = format.parts(row) if isinstance(format, (ChatFormat, PromptCompletionFormat)) else ("", "")
-    if isinstance(chat[0], list) and not chat[1]:
+    if isinstance(chat[0], list) and not _says_anything(chat[1]):
         asked = {**row, PROMPT_COMPLETION.prompt: chat[0], PROMPT_COMPLETION.completion: _ANSWER}
         example = replace(PROMPT_COMPLETION.render(asked, tokenizer), answer="", end="")
     else:
@@ -199,6 +199,12 @@ def _example(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any) -> Ex
     if not example.asked:
         raise MalformedRow("it has neither a question nor an answer")
     return replace(example, answer="", end="")
+
+
+def _says_anything(messages: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether messages hold a text, a call or anything else beside their roles."""
+    values = (value for message in messages for key, value in message.items() if key != "role")
+    return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
 def _tokens(examples: Sequence[Example], encoder: Encoder) -> list[list[int]]:

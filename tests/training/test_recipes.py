@@ -237,6 +237,22 @@ def test_adapters_are_planned_without_their_package(model, data, tmp_path, capsy
     assert lines[-1] == f"original weights: those of the adapters, in {tmp_path} until training ends"
 
 
+def test_another_model_embeds_for_a_target_set_and_scores_no_row(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(IFDScorer, "__call__", lambda *_: pytest.fail("rows are scored"))
+    words = small("target_set", model, data, tmp_path, "--max_steps", "2", "--save_strategy", "no")
+    assert main([*words, "--scorer", model]) == 0
+    assert History.load(tmp_path).epochs[0]["reasons"] == {"kept": 4, "less_like_targets": 36}
+
+
+def test_a_plan_says_what_rows_are_held_against(model, data, tmp_path, capsys):
+    assert main(small("target_set", model, data, tmp_path, "--plan")) == 0
+    out = capsys.readouterr().out
+    assert "scoring: none, since nothing reads a score" in out
+    assert "targets: 10; rows and targets are embedded where rows would be scored" in out
+    assert main(small("target_set", model, data, tmp_path, "--plan", "--target_set", "no.jsonl")) == 2
+    assert "no.jsonl" in capsys.readouterr().err
+
+
 def test_a_label_may_be_a_column_that_scoring_adds(model, data, tmp_path):
     assert main(small("alpaca_superfiltering", model, data, tmp_path, "--plan", "--label", "ifd_status")) == 0
     assert main(small("alpaca_dynamic", model, data, tmp_path, "--plan", "--label", "ifd_status")) == 2
