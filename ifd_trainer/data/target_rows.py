@@ -80,7 +80,10 @@ class Targets:
     @property
     def ids(self) -> np.ndarray:
         """What tells its rows apart, (m,): a column `row_id` or `id` that serves, else their positions."""
-        name, ids = find_ids(self.columns, lambda name: pa.chunked_array([[row[name] for row in self.rows]]))
+        try:
+            name, ids = find_ids(self.columns, lambda name: pa.chunked_array([[row[name] for row in self.rows]]))
+        except pa.ArrowException:  # texts and numbers in one column
+            name = None
         return np.arange(len(self)) if name is None else as_array(ids)
 
     def format(self, usual: str | PromptFormat | FormatOptions | None = None) -> PromptFormat:

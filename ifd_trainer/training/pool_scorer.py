@@ -246,7 +246,9 @@ class PoolScorer:
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
             pairs = self._own_pairs(rows[part], ())
             ids = [pair.conditioned.ids if pair.conditioned else [] for pair in pairs]
-            return {"similarities": cosines(self._position_weighted(ids, description), embedded)}
+            found = cosines(self._position_weighted(ids, description), embedded)
+            found[[not row for row in ids]] = np.nan  # another model's tokenizer may put a BOS there
+            return {"similarities": found}
 
         return self._run_shares(self.pool.lengths(rows), run)["similarities"]
 

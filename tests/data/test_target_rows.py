@@ -128,6 +128,7 @@ def test_files_data_sets_and_lists_are_read_alike(tmp_path):
     other = Targets.read(rows[:1])
     assert other.encoded(other.format(), ENCODER).digest not in digests
     assert Targets.read([*rows[:1], {"prompt": "x"}]).ids.tolist() == [0, 1]  # an id is missing
+    assert Targets.read([{"id": 1, "prompt": "x"}, {"id": "a", "prompt": "y"}]).ids.tolist() == [0, 1]
 
 
 def test_an_empty_set_and_columns_of_no_format_are_said(tmp_path):
