@@ -24,10 +24,12 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
     from .method.scoring_health import Freeze
     from .method.selection import Cherry, Policy, Selection
+    from .method.target_set import TargetSet
     from .method.unfinished import Unfinished
     from .report.page import write_report
     from .scoring.knowledge import KnowledgeScorer
     from .scoring.selective_columns import attach_selective_ifd
+    from .scoring.target_scorer import TargetScorer
     from .scoring.transform import IFDScorer
     from .training.callback import IFDSelectionCallback
     from .training.later import SelectLater
@@ -53,10 +55,12 @@ _HOME = {
         "method.schedule": ("Anneal", "Constant", "Curriculum", "PerEpoch", "Timing"),
         "method.scoring_health": ("Freeze",),
         "method.selection": ("Cherry", "Policy", "Selection"),
+        "method.target_set": ("TargetSet",),
         "method.unfinished": ("Unfinished",),
         "report.page": ("write_report",),
-        "scoring.selective_columns": ("attach_selective_ifd",),
         "scoring.knowledge": ("KnowledgeScorer",),
+        "scoring.selective_columns": ("attach_selective_ifd",),
+        "scoring.target_scorer": ("TargetScorer",),
         "scoring.transform": ("IFDScorer",),
         "training.callback": ("IFDSelectionCallback",),
         "training.later": ("SelectLater",),

@@ -380,6 +380,18 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         help="with --score sifd: make it of this share of all tokens, those of which the prompt tells most (default "
         "0.5, where there is no such column yet), from what `score --token-losses` attached",
     )
+    add(
+        "--targets",
+        metavar="FILE",
+        help="keep the rows most like these examples of what a model is to be good at (RDS+, arXiv 2503.01807): rows, "
+        "some of which may have no answer, that take turns; each takes the row most like it. Adds the columns "
+        "target_similarity and target_row",
+    )
+    add(
+        "--embedder",
+        metavar="MODEL",
+        help="model that says how alike rows and targets are (default: the one that gave the scores)",
+    )
     add("--per", metavar="COLUMN", help="column, such as a source, whose values have the quotas or floors that follow")
     add(
         "--quota",
@@ -593,6 +605,10 @@ def _select(options: argparse.Namespace) -> int:
     alpha, duplicates = _guards(options)
     ranking, quotas = _ranking(options), _quotas(options)
     by_sifd = _by_sifd(options, ranking)
+    if options.targets is not None:
+        check_rows(options.targets)
+        if options.embedder is not None:
+            check_model(options.embedder)
 
     import numpy as np
 
@@ -603,7 +619,8 @@ def _select(options: argparse.Namespace) -> int:
     from .method.ranking import Ranking
     from .method.schedule import parse_keep
     from .method.selective_ifd import SHARE
-    from .publish.card import card_paths, check_card, write_card
+    from .method.target_set import TargetSet
+    from .publish.card import card_paths, check_card, public_name, write_card
     from .publish.guards import dropped_rows, measured_limit, unfinished_rows
     from .publish.hub import check_repository, push_files
     from .publish.provenance import READ_COLUMNS, find_scores
@@ -645,8 +662,12 @@ def _select(options: argparse.Namespace) -> int:
     selective = {}
     if by_sifd and (options.token_share is not None or SIFD not in rows.features):
         selective[SIFD] = selective_column(rows, options.token_share or SHARE)
+    # How alike rows are to targets is known later, of those that may be kept.
     names = [name for name in ranking.weights if name not in selective]
-    columns = selective | {name: numbers_of(name, rows, scores) for name in names}
+    no_numbers = np.full(len(rows), np.nan)
+    columns = selective | {
+        name: numbers_of(name, rows, scores) if options.targets is None else no_numbers for name in names
+    }
     name = ranking.ifd or usual  # of the limit
     if ranking.ifd and scores[name].isna().all() and (scores["ifd_status"] == "ok").any():
         raise UserError(f"The scores have no {name}; rank by another one with --score.")
@@ -664,17 +685,31 @@ def _select(options: argparse.Namespace) -> int:
 
         trust = options.trust_remote_code
         mismatched = MismatchedRows(options.data, options.split, scores, provenance, origin, trust)
-    elif options.trust_remote_code:
-        raise UserError("--trust-remote-code goes with --drop-mismatched.")
+    elif options.trust_remote_code and options.targets is None:
+        raise UserError("--trust-remote-code goes with --drop-mismatched or --targets.")
+    like = None
+    if options.targets is not None:
+        from .publish.targets import LikeTargets
+
+        trust = options.trust_remote_code
+        like = LikeTargets(options.targets, options.data, options.split, provenance, options.embedder, trust)
     id_column, ids = tie_ids(rows, options.id_column)
     status, of_limit = scores["ifd_status"], scores[name].to_numpy(dtype=float, na_value=np.nan)
     values = ranking.values(columns, (status == "ok").to_numpy())
     format = provenance.rows_format(rows.column_names)
     refusals = refused_rows(rows, format) if options.drop_refusals else None
-    usable = np.isfinite(values) & ~(of_limit >= limit)
+    usable = (np.isfinite(values) | (like is not None)) & ~(of_limit >= limit)
     dropped = dropped_rows(rows, usable, status, ids, refusals, unfinished, duplicates, format)
+    if like is not None:
+        usable &= ~np.logical_or.reduce([np.zeros(len(rows), dtype=bool), *dropped.values()])
+        similarities, status = like.similarities(usable, status)
+        values = similarities.max(axis=1).astype(np.float64)
+        added = added.assign(target_similarity=values, target_row=like.most_like(similarities))
+        scores = scores.assign(ifd_status=status)
     choice = {"ranking": ranking, "max_ifd": limit, "limited": (name, of_limit), "ids": ids, "alpha": alpha}
     choice |= {"strict": options.strict, "quotas": quotas}
+    if like is not None:
+        choice["targets"] = TargetSet(options.targets, on_shortfall="error"), similarities
     if quotas is not None:
         choice["groups"] = texts_of(quotas.column, rows)
     keep = None if quotas is not None and REST in quotas.quotas else parse_keep(options.keep or "0.1")
@@ -683,6 +718,9 @@ def _select(options: argparse.Namespace) -> int:
         return choose(values, status, keep, dropped=dropped, **choice)
 
     chosen = mismatched.choose(choose_from, dropped) if mismatched else choose_from(dropped)
+    if like is not None:
+        words = like.words(public_name(options.targets), public_name(like.model))
+        chosen = replace(chosen, targets=words)
     del unfinished, refusals, dropped, mismatched
     if chosen.warning:
         _say(f"warning: {chosen.warning}")
@@ -729,6 +767,12 @@ def _ranking(options: argparse.Namespace) -> Ranking | None:
     """What rows are ranked by; None where that is for the scores to say."""
     from .method.ranking import Ranking
 
+    if options.targets is not None:
+        if options.score:
+            raise UserError("--score and --targets both say which rows are kept: leave one out.")
+        return Ranking({"target_similarity": 1.0})
+    if options.embedder is not None:
+        raise UserError("--embedder goes with --targets FILE, the examples that rows are held against.")
     weights = {}
     for entry in options.score or ():
         name, colon, weight = entry.rpartition(":")

@@ -40,7 +40,7 @@ from tiny_runs import (
 from transformers import Trainer, TrainerCallback
 
 import ifd_trainer.training.pool_scorer as pool_scorer_module
-from ifd_trainer import Brief, Guard, IFDSelectionCallback, PairingTest, Unfinished
+from ifd_trainer import Brief, Guard, IFDSelectionCallback, PairingTest, TargetSet, Unfinished
 from ifd_trainer.data.encoding import token_count
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.scoring.processes import run_shares
@@ -72,6 +72,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "in_step": ({"keep": [12, 8], "token_budget": 64}, {"num_train_epochs": 2}),
     "calibrated": ({"keep": [6, 5], "max_ifd": CalibratedLimit(alpha=0.5, pairs=13)}, {"num_train_epochs": 2}),
     "guarded": ({"keep": [6, 5], "guard": GUARD}, {"num_train_epochs": 2}),
+    "targets": (
+        {"keep": [6, 5], "policy": TargetSet(raw_rows(3, seed=7), max_ifd=50.0), "max_ifd": None},
+        {"num_train_epochs": 2},
+    ),
     "one_row": ({"keep": 1.0}, {"num_train_epochs": 1}),
     "cherry": (
         {"keep": 6, "warmup_epochs": 1, "warmup": Brief(clusters=4, per_cluster=2, max_share=0.4), "start_anew": True},
@@ -80,7 +84,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 # Cases that run with sharded weights too; in the last one the processes have unequal numbers of batches.
-SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated", "guarded")
+SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated", "guarded", "targets")
 FSDP = {
     "fsdp": True if FIVE else "full_shard auto_wrap",
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},

@@ -1092,7 +1092,7 @@ def test_select_cannot_test_the_rows_of_a_model_that_nobody_knows(
     assert main([*command, "--drop-mismatched"]) == 2
     assert "nothing says which that was of" in capsys.readouterr().err
     assert main([*command, "--trust-remote-code"]) == 2
-    assert "--trust-remote-code goes with --drop-mismatched." in capsys.readouterr().err
+    assert "--trust-remote-code goes with --drop-mismatched or --targets." in capsys.readouterr().err
 
 
 def test_rows_and_scores_of_two_files_are_tested_too(tmp_path: Path, many: Path, model_path: str) -> None:

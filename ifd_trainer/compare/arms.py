@@ -30,6 +30,10 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         "the paper's method: a brief experience, one scoring, then from the original weights",
         {"method": "cherry"},
     ),
+    "target": (
+        "the rows most like the examples of `target_set`, embedded anew before each epoch",
+        {"policy": "target", "max_ifd": "inf"},
+    ),
     "dynamic": ("the rows with the highest IFD below 1, scored anew before each epoch", {}),
     "guarded": ("as dynamic, with guards against noise", {"guards": "auto"}),
 }
@@ -71,6 +75,7 @@ def read_arms(
     model: str,
     balance_by: str | None = None,
     superfilter: str | None = None,
+    target_set: str | None = None,
 ) -> list[Arm]:
     """The arms that were asked for, random rows first, since the others are held against them.
 
@@ -80,6 +85,7 @@ def read_arms(
         model: the model that is trained, which scores for arms that score once.
         balance_by: the column whose values "balanced" draws evenly.
         superfilter: the model that scores for "superfiltering".
+        target_set: the examples that rows are held against for "target".
 
     Raises:
         UserError: for a name that is not known and has no keys, for an arm whose column or model is not named, and for
@@ -110,6 +116,12 @@ def read_arms(
             keys["balance_by"] = own.get("balance_by") or balance_by
             if not keys["balance_by"]:
                 raise UserError("arms: balanced draws as many rows of each value of a column: name it with balance_by.")
+        if name == "target":
+            keys["target_set"] = own.get("target_set") or target_set
+            if not keys["target_set"]:
+                raise UserError("arms: target keeps the rows most like some examples: name them with target_set: FILE.")
+        elif target_set and own.get("policy") != "target":
+            keys["target_set"] = ""  # it is the recipe's, and of no use to this arm
         if "scorer" in keys:
             keys["scorer"] = own.get("scorer") or (superfilter if name == "superfiltering" else model)
             if not keys["scorer"]:
@@ -127,7 +139,7 @@ def arm_of(name: str, keys: Mapping[str, Any]) -> Arm:
     >>> arm_of("hardest", {"method": "dynamic", "policy": "mine.Hardest"}).words
     'of your own: policy mine.Hardest'
     """
-    own = ", ".join(f"{key} {value}" for key, value in keys.items() if _PLAIN.get(key) != value)
+    own = ", ".join(f"{key} {value}" for key, value in keys.items() if value not in (_PLAIN.get(key), ""))
     words = KNOWN[name][0] if name in KNOWN else f"of your own: {own or 'as dynamic'}"
     return Arm(name, words, keys, selects=name != "full")
 

@@ -78,7 +78,8 @@ def compare(arguments: Sequence[str]) -> int:
     check_recipe(options.recipe, words, plan=True)
     model, output = settings["model_name_or_path"], settings.get("output_dir")
     superfilter = options.superfilter or given.get("superfilter")
-    arms = read_arms(_chosen(options.arms, given.get("arms")), str(model), settings.get("balance_by"), superfilter)
+    named = {"balance_by": settings.get("balance_by"), "target_set": settings.get("target_set")}
+    arms = read_arms(_chosen(options.arms, given.get("arms")), str(model), superfilter=superfilter, **named)
     seeds = _seeds(options.seeds if options.seeds is not None else given.get("seeds", 3))
     measures = read_measures({**given, **{key: value for key, value in vars(options).items() if value is not None}})
     judge = _judge(options, given.get("judge"), measures)

@@ -87,6 +87,8 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
     tokens = int(plan.rows * length)
     passes = _scorings(arm, len(plan.epochs), callback.timing.every) if callback.reads_scores else 0
     scored = int(2 * passes * len(pool) * length)  # with the prompt, and without it
+    if callback.chooser.targets is not None:  # each row once more, to be embedded
+        scored += int(_scorings(arm, len(plan.epochs), callback.timing.every) * len(pool) * length)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return PlannedArm(
         arm,

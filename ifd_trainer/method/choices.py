@@ -25,6 +25,8 @@ CONTROLS = {  # policies by the names that recipes have for them
     "middle": "MiddleBand",
 }
 
+TARGET = "target"  # the policy `TargetSet` in recipes
+
 GUARDS = ("limit", "pairing", "unfinished", "duplicates", "freeze")  # the fields of a `Guard` that can be on or off
 
 CALIBRATED = "calibrated"  # in the place of a number, a limit that is measured: `CalibratedLimit` by default

@@ -53,6 +53,11 @@ SELECTION_COLUMNS = tuple(_SELECTED)  # what `ifd-trainer select` adds
 TOKEN_COLUMNS = tuple(_OF_TOKENS)  # lists, of a data set scored with its tokens
 SELECTIVE_COLUMNS = tuple(_SELECTIVE)  # what is made of those
 KNOWN_COLUMNS = tuple(_KNOWN)  # of rows whose prompts a model has answered
-OWN_COLUMNS = tuple(
-    name for name in COLUMN_MEANINGS if name not in KNOWN_COLUMNS
-)  # replaced when rows are scored again
+# Replaced when rows are scored again; what a model has answered stays.
+OWN_COLUMNS = tuple(name for name in COLUMN_MEANINGS if name not in KNOWN_COLUMNS)
+TARGET_MEANINGS = {
+    "target_similarity": "cosine with the target most like the row, from -1 to 1",
+    "target_row": "the id of that target, else its position",
+    "target_status": "`ok`, or why the row was not embedded",
+}
+TARGET_COLUMNS = tuple(TARGET_MEANINGS)  # what `TargetScorer` adds

@@ -42,6 +42,7 @@ NOT_DRAWN = "not_drawn"  # rows were drawn at random, and this one was not
 SHORTER_ANSWER = "shorter_answer"  # the budget was spent on longer answers
 HIGHER_SCORE = "higher_score"  # the budget was spent on easier rows
 UNSTABLE = "unstable"  # among the candidates, but other scores change less when rows are disturbed
+LESS_ALIKE = "less_like_targets"  # the budget was spent on rows that are more like the examples of a target set
 OUTSIDE_BAND = "outside_band"  # score outside the percentiles that were asked for, or the budget was spent
 UNFINISHED = "unfinished"  # of a guard: the answer stops before its end
 DUPLICATE = "duplicate"  # of a guard: another row says the same
@@ -68,6 +69,7 @@ MEANINGS = {
     HIGHER_SCORE: "dropped: other rows have lower scores",
     UNSTABLE: "dropped: the scores of other candidates change less among their neighbours",
     OUTSIDE_BAND: "dropped: outside the band of scores",
+    LESS_ALIKE: "dropped: other rows are more like the targets",
     REFUSAL: "dropped: the answer looks like a refusal",
     Status.EMPTY_ANSWER.value: "no score: the answer has no token",
     Status.NO_HEADER.value: "no score: nothing in the row says where an answer begins",

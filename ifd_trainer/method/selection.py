@@ -190,8 +190,8 @@ class Cherry:
             unscored = dict(zip(statuses, np.bincount(codes[~scored], minlength=len(statuses)).tolist(), strict=True))
             measured = of_rows is not None or isinstance(self.max_ifd, CalibratedLimit)
             raise ShortfallError(self._explain(budget, eligible, scored, unscored, measured))
-        kept = _best(score, ids, eligible, budget)
-        relaxed = _best(nearest, ids, scored & ~eligible, shortfall) if self.on_shortfall == "relax" else kept[:0]
+        kept = best_rows(score, ids, eligible, budget)
+        relaxed = best_rows(nearest, ids, scored & ~eligible, shortfall) if self.on_shortfall == "relax" else kept[:0]
         kept = np.concatenate([kept, relaxed])
         kept = np.concatenate([kept, repeats(kept, budget - len(kept), rng)])
         names = [*statuses, Status.NONFINITE.value, ABOVE_LIMIT, BELOW_CUT, KEPT, RELAXED]
@@ -283,8 +283,12 @@ def score_values(columns: Mapping[str, np.ndarray], score: Score | OwnScore) -> 
     return values.astype(np.float64)
 
 
-def _best(score: np.ndarray, ids: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` positions under the mask, highest score first, ties by id; no others are sorted."""
+def best_rows(score: np.ndarray, ids: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` positions under the mask, highest score first, ties by id; no others are sorted.
+
+    >>> best_rows(np.array([0.5, 0.9, 0.5]), np.array([7, 8, 6]), np.array([True, True, True]), 2).tolist()
+    [1, 2]
+    """
     positions = np.flatnonzero(mask) if count else np.flatnonzero(())
     if count < len(positions):
         cut = np.partition(score[positions], len(positions) - count)[len(positions) - count]

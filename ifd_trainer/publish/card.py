@@ -24,7 +24,7 @@ from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
 from ..errors import UserError
 from ..method.choices import RANKED_BY
-from ..method.columns import COLUMN_MEANINGS
+from ..method.columns import COLUMN_MEANINGS, TARGET_MEANINGS
 from ..method.number_words import many
 from ..method.reasons import MEANINGS, Status
 from ..method.scoring_health import rank_correlation
@@ -88,8 +88,7 @@ def write_card(
     write_atomically(image, lambda temporary: figure.savefig(temporary, format="png"))
     name = public_name(source)
     written = chosen.pool_rows if everything else chosen.kept_rows
-    what = f"{'all rows, marked ' if everything else ''}the {rows_text(chosen.kept_rows)} with the highest "
-    what += _ranked(chosen)
+    what = f"{'all rows, marked ' if everything else ''}the {rows_text(chosen.kept_rows)} {_which(chosen)}"
     title = f"{' '.join(name.split())}: {what}"
     content = {
         "marker": MARKER,
@@ -113,7 +112,7 @@ def write_card(
         "scored": f"{len(frame):,}",
         "kept": f"{chosen.kept_rows:,}",
         "quantiles": _quantiles(frame, column, chosen.limit if chosen.limited == score else math.inf),
-        "columns": {name: meaning for name, meaning in COLUMN_MEANINGS.items() if name in columns},
+        "columns": {name: meaning for name, meaning in (COLUMN_MEANINGS | TARGET_MEANINGS).items() if name in columns},
         "limits": _limits(frame, score) if chosen.ranking.ifd else _OTHER_SCORE,
         "program": f"ifd_trainer {__version__}",
     }
@@ -162,8 +161,9 @@ def _metadata(title: str, rows: int, data: str) -> DatasetCardData:
 
 def _opening(chosen: PoolSelection, name: str, everything: bool) -> str:
     kept = f"{rows_text(chosen.kept_rows)} of the {chosen.pool_rows:,} of {name}"
-    ranked = "Instruction-Following Difficulty (IFD)" if chosen.ranking.plain in RANKED_BY else _ranked(chosen)
-    what = f"the {'row' if chosen.kept_rows == 1 else 'rows'} with the highest {ranked}"
+    what = (
+        f"the {'row' if chosen.kept_rows == 1 else 'rows'} {_which(chosen, 'Instruction-Following Difficulty (IFD)')}"
+    )
     if chosen.limit != float("inf"):
         what += f" below {chosen.limit:g}" if chosen.ranking.plain in RANKED_BY else f", IFD below {chosen.limit:g}"
     what += f", by quotas of {_code(chosen.column, cell=False)}" if chosen.column else ""
@@ -195,6 +195,7 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         ("prompt format", _plain(provenance.format or UNKNOWN)),
         ("options of the scoring", _plain(listed)),
         ("scored with", _plain(provenance.program or UNKNOWN)),
+        ("target set", _plain(chosen.targets or "")),
         ("ranked by", f"{_by(chosen)}, ties by {_code(id_column) if id_column else 'position in the source'}"),
         (
             "limit",
@@ -207,6 +208,13 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
     short = f"{rows_text(selection.shortfall)}: only {many(selection.eligible, 'was', 'were')} eligible"
     facts.append(("shortfall", short if selection.shortfall else ""))
     return [(key, value) for key, value in facts if value]
+
+
+def _which(chosen: PoolSelection, ifd: str = "IFD") -> str:
+    """Which rows were kept, behind the word for them."""
+    if chosen.targets:
+        return "most like the examples of a target set"
+    return f"with the highest {ifd if chosen.ranking.plain in RANKED_BY else _ranked(chosen)}"
 
 
 def _ranked(chosen: PoolSelection) -> str:

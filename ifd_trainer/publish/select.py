@@ -28,6 +28,7 @@ from ..method.reasons import (
     BELOW_CUT,
     DUPLICATE,
     KEPT,
+    LESS_ALIKE,
     MISMATCHED,
     NO_VALUE,
     OVER_QUOTA,
@@ -37,6 +38,7 @@ from ..method.reasons import (
 )
 from ..method.schedule import as_schedule
 from ..method.selection import ROW_LIMIT, Cherry, Selection, ShortfallError, coded, counted
+from ..method.target_set import SIMILARITIES, TargetSet
 from .provenance import Provenance
 
 # The options of `ifd-trainer select` that drop rows.
@@ -61,6 +63,7 @@ class PoolSelection:
         alpha: of a limit that was measured; see `CalibratedLimit`.
         column: whose values have quotas or floors, if any do.
         values: what became of the rows with each of its values.
+        targets: of a selection by a target set, what rows were held against, in words.
     """
 
     selection: Selection
@@ -71,6 +74,7 @@ class PoolSelection:
     alpha: float | None = None
     column: str | None = None
     values: tuple[ValueCounts, ...] = ()
+    targets: str | None = None
 
     @property
     def pool_rows(self) -> int:
@@ -129,7 +133,7 @@ class PoolSelection:
         if not self.selection.shortfall:
             fewer = f"Fewer rows than asked for are eligible by {self.column}: {short}. Lower the quotas or floors."
             return fewer if short else None
-        passed = (KEPT, BELOW_CUT, OVER_QUOTA)
+        passed = (KEPT, BELOW_CUT, LESS_ALIKE, OVER_QUOTA)
         dropped = [(reason, count) for reason, count in self.counts.items() if reason not in passed]
         why = ", ".join(f"{count:,} {reason}" for reason, count in dropped) or "none is dropped"
         share = f"{100 * self.keep:g} % of all " if isinstance(self.keep, float) else "of "
@@ -154,6 +158,7 @@ def choose(
     strict: bool = False,
     quotas: Quotas | None = None,
     groups: np.ndarray | pd.Series | None = None,
+    targets: tuple[TargetSet, np.ndarray] | None = None,
 ) -> PoolSelection:
     """Keep the rows with the highest score under the limit.
 
@@ -170,6 +175,8 @@ def choose(
         strict: a shortfall is an error.
         quotas: how many rows of each value of a column are kept.
         groups: (n,) the values of that column as texts.
+        targets: a policy, and (n, m) the cosines of rows with its targets, which take rows in turn; `score` is then the
+            highest of a row.
 
     Raises:
         ShortfallError: when no row is eligible, or fewer than asked for with `strict`.
@@ -186,6 +193,9 @@ def choose(
     policy = Cherry(max_ifd, name, "error")
     score, values = np.asarray(score, dtype=np.float64), np.asarray(values, dtype=np.float64)
     names, codes = coded(status)
+    if targets is not None:  # rows above the limit are not held against targets
+        above = (names == Status.OK.value)[codes] & (values >= policy.number)
+        names, codes = np.append(names, ABOVE_LIMIT), np.where(above, len(names), codes)
     if ranking.plain is None or ranking.ifd is None:  # a score of this program that is none has its status
         none = (names == Status.OK.value)[codes] & ~np.isfinite(score)
         names, codes = np.append(names, NO_VALUE), np.where(none, len(names), codes)
@@ -208,10 +218,14 @@ def choose(
         raise ShortfallError(PoolSelection(none, **found).warning)
     budget = min(asked, count) if quotas is None else count
     if ids is not None and not isinstance(ids, np.ndarray):
-        ids = _ranks_in_ties(score, ids, eligible, budget)
+        ids = _ranks_in_ties(score, ids, eligible, budget) if targets is None else ranks(ids, eligible)
     # The limit of the IFD is one of single rows, since the policy's own is of what it ranks by.
     columns = {name: score, "ifd_status": status, ROW_LIMIT: np.where(eligible, np.inf, -np.inf)}
+    if targets is not None:
+        policy, similarities = targets
+        columns |= {"ifd": score, SIMILARITIES: similarities}
     selection = policy(columns, budget, ids=ids)
+    selection = replace(selection, cut=float(score[selection.kept].min()))
     reasons = _categorical(*coded(selection.reasons))
     if quotas is None:
         return PoolSelection(replace(selection, reasons=reasons, shortfall=asked - budget), **found)
@@ -220,7 +234,7 @@ def choose(
     names, codes = coded(reasons)
     left = order[~taken]
     codes[left] = np.where(exact[of_rows[left]], len(names), len(names) + 1)
-    reasons = _categorical(np.append(names, [OVER_QUOTA, BELOW_CUT]), codes)
+    reasons = _categorical(np.append(names, [OVER_QUOTA, BELOW_CUT if targets is None else LESS_ALIKE]), codes)
     kept = order[taken]
     counts = [np.bincount(of_rows[rows], minlength=len(group_names)) for rows in (slice(None), order, kept)]
     by_value = map(ValueCounts, group_names, counts[0], least, exact, counts[1], counts[2])

@@ -23,6 +23,7 @@ from ..method.reasons import (
     BELOW_CUT,
     HIGHER_SCORE,
     KEPT,
+    LESS_ALIKE,
     NOT_DRAWN,
     NOT_IN_SAMPLE,
     OTHER_TIER,
@@ -38,7 +39,14 @@ MISSING = "-"
 WITHOUT_GUARDS = ", without guards"  # behind the name of an epoch: what its scores would have kept
 _OF_GUARDS = ("kept_without_guards", "p_value", "duplicate_of")
 _BESIDE = (*_OF_GUARDS, "ifd_rank")  # columns that are taken over as they are
-_PASSED_OVER = (BELOW_CUT, HIGHER_SCORE, NOT_DRAWN, OUTSIDE_BAND, SHORTER_ANSWER)  # others were taken in their place
+_PASSED_OVER = (
+    BELOW_CUT,
+    HIGHER_SCORE,
+    LESS_ALIKE,
+    NOT_DRAWN,
+    OUTSIDE_BAND,
+    SHORTER_ANSWER,
+)  # others were taken in their place
 _CHOICES = (KEPT, RELAXED, BELOW_CUT, REDUNDANT, OTHER_TIER, NOT_IN_SAMPLE, ABOVE_LIMIT)
 
 

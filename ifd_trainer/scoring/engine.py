@@ -134,9 +134,11 @@ class Engine:
         """A batch, on the host."""
         return _LAYOUTS[self.name](segments, self.device, self.nests)
 
-    def launch(self, batch: Batch, pooled_tokens: Sequence[int] | None = None) -> LaunchedBatch:
+    def launch(
+        self, batch: Batch, pooled_tokens: Sequence[int] | None = None, by_position: bool = False
+    ) -> LaunchedBatch:
         """Run a batch; see `scoring.forward.launch`."""
-        return launch(self.model, batch, self.device, self.chunked_head, pooled_tokens)
+        return launch(self.model, batch, self.device, self.chunked_head, pooled_tokens, by_position)
 
     def nll(self, segments: Sequence[Segment]) -> np.ndarray:
         """Run segments as one batch, and wait for it: their mean negative log-likelihood, (n,)."""

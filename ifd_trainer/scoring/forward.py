@@ -150,6 +150,7 @@ def launch(
     device: torch.device,
     chunked_head: ChunkedHead | None,
     pooled_tokens: Sequence[int] | None = None,
+    by_position: bool = False,
 ) -> LaunchedBatch:
     """Run a forward; on an accelerator, without waiting for its end.
 
@@ -159,9 +160,10 @@ def launch(
         device: where the model runs.
         chunked_head: how the model makes logits, to take them in chunks; None to take them as a whole.
         pooled_tokens: how many tokens of each segment, from the first, its mean hidden state is of; None for no means.
+        by_position: whether that mean weighs each token by its position, 1, 2, ..., and not all of them alike.
     """
     targets = Targets.on(device, batch.predicted_at, batch.targets)
-    pooling = None if pooled_tokens is None else _MeanPooling(batch, pooled_tokens, device)
+    pooling = None if pooled_tokens is None else _MeanPooling(batch, pooled_tokens, device, by_position)
     with _prepared(device, model, batch) as inputs:
         if chunked_head is None:
             losses = whole_losses(logits_at(model, inputs, batch.predicting, pooling), targets)  # (N,)
@@ -198,7 +200,8 @@ def scored_logits(model: nn.Module, batch: Batch, device: torch.device, check: b
 class _MeanPooling:
     """Called with the hidden states of a forward (B, T, H); `means` is then their mean for each segment, (n, H)."""
 
-    def __init__(self, batch: Batch, sizes: Sequence[int], device: torch.device) -> None:
+    def __init__(self, batch: Batch, sizes: Sequence[int], device: torch.device, by_position: bool = False) -> None:
+        self._by_position = by_position
         parts = [indices[:size] for indices, size in zip(batch.token_indices, sizes, strict=True)]
         self._sizes, self._length = [len(part) for part in parts], batch.input_ids.shape[1]
         self._indices = on_device(np.concatenate(parts), device)
@@ -207,7 +210,14 @@ class _MeanPooling:
     def __call__(self, hidden: torch.Tensor) -> None:
         hidden = hidden[:, -self._length :].flatten(0, 1)  # (B * T, H); prompt tuning puts virtual tokens in front
         parts = self._indices.to(hidden.device).split(self._sizes)
-        self.means = torch.stack([hidden[part].float().mean(0) for part in parts])  # (n, H)
+        mean = _position_weighted_mean if self._by_position else lambda states: states.mean(0)
+        self.means = torch.stack([mean(hidden[part].float()) for part in parts])  # (n, H)
+
+
+def _position_weighted_mean(states: torch.Tensor) -> torch.Tensor:
+    """Of T states (T, H) the mean with the weights 1, 2, ..., T, (H,)."""
+    weights = torch.arange(1, len(states) + 1, dtype=states.dtype, device=states.device)  # (T,)
+    return (states * (weights / weights.sum())[:, None]).sum(0)
 
 
 Observe = Callable[[torch.Tensor], None]

@@ -225,8 +225,7 @@ def prompt_features(
     Raises:
         ValueError: for a model that does not tell its LM head.
     """
-    if lm_head(model) is None:
-        raise UserError(f"{type(unwrapped(model)).__name__} does not tell its output embeddings, so no hidden state.")
+    _need_states(model)
     # A prompt of one token is its own continuation: that loss is not used.
     segments = [Segment([*ids, *ids][: max(len(ids), 2)], 1) for ids in map(list, prompts) if ids]
     present = np.flatnonzero([len(ids) > 0 for ids in prompts])
@@ -243,11 +242,47 @@ def prompt_features(
     return embeddings, perplexity
 
 
+def position_weighted_embeddings(
+    model: nn.Module, sequences: Sequence[Sequence[int]], **options: Unpack[Options]
+) -> np.ndarray:
+    """How a model sees n sequences of T tokens each, the later tokens most: what RDS+ compares (arXiv 2503.01807).
+
+        embedding = sum_t t * h_t / sum_t t                     h_t: last hidden state, what the LM head reads
+
+    Options: see `Options`.
+
+    Returns:
+        (n, H) float32; NaN for a sequence of no token.
+
+    Raises:
+        ValueError: for a model that does not tell its LM head.
+    """
+    _need_states(model)
+    present = np.flatnonzero([len(ids) > 0 for ids in sequences])
+    # One token is predicted, not all: the LM head is not what is looked at. A sequence of one is followed by itself.
+    segments = [Segment([*ids, *ids][: max(len(ids), 2)], max(len(ids) - 1, 1)) for ids in map(list, sequences) if ids]
+    embeddings = np.full((len(sequences), 0), np.nan, dtype=np.float32)
+    for batch, launched in _forwards(
+        model, segments, [len(sequences[i]) for i in present], by_position=True, **options
+    ):
+        means = launched.means()
+        if not embeddings.shape[1]:
+            embeddings = np.full((len(sequences), means.shape[1]), np.nan, dtype=np.float32)
+        embeddings[present[batch]] = means
+    return embeddings
+
+
+def _need_states(model: nn.Module) -> None:
+    if lm_head(model) is None:
+        raise UserError(f"{type(unwrapped(model)).__name__} does not tell its output embeddings, so no hidden state.")
+
+
 def _forwards(
     model: nn.Module,
     segments: Sequence[Segment],
     pooled_tokens: Sequence[int] | None = None,
     *,
+    by_position: bool = False,
     device: torch.device | str | None = None,
     token_budget: int | None = None,
     progress: Callable[[int], Any] | None = None,
@@ -259,6 +294,7 @@ def _forwards(
     """Run all segments in batches; their positions, and what was launched.
 
     `pooled_tokens` says how many tokens of each segment, from the first, are averaged; None for no hidden states.
+    `by_position`: with weights that grow with the position.
     """
     if not segments and forwards is None:
         return  # with `forwards`, trying out is done by all processes or by none
@@ -283,8 +319,9 @@ def _forwards(
             return chosen.lay_out([segments[i] for i in rows])
 
         def begin(rows: np.ndarray, batch: Batch) -> LaunchedBatch:
+            of_rows = None if pooled_tokens is None else [pooled_tokens[i] for i in rows]
             with nullcontext() if around is None else around(rows, batch):
-                return chosen.launch(batch, None if pooled_tokens is None else [pooled_tokens[i] for i in rows])
+                return chosen.launch(batch, of_rows, by_position)
 
         for rows, launched in run_in_turn(lay_out, begin, batches, device, limit, halve=not sharded):
             launched.wait()

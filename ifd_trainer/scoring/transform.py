@@ -57,7 +57,14 @@ from ..method.unfinished import Unfinished
 from .calibration import Calibration, Reader, measure, p_values
 from .devices import check_device, default_device, default_dtype, device_type, named_dtype
 from .engine import check_causal_config, check_causal_lm
-from .losses import Scores, nll_with_tails, prompt_features, score_pairs, token_progress
+from .losses import (
+    Scores,
+    nll_with_tails,
+    position_weighted_embeddings,
+    prompt_features,
+    score_pairs,
+    token_progress,
+)
 from .neighbourhood import ALPHA, NEIGHBOURS, neighbour_scores, neighbourhood_columns
 from .rope_limits import window
 from .selective_columns import TOKEN_TYPE, with_numbers
@@ -210,7 +217,7 @@ class IFDScorer:
         values = {"ifd_definition": self.options["definition"]}
         outdated = _SELECTION_TYPES | (_TURN_TYPES if self.turns is None else {})
         return {
-            name: _Column(np.full(rows, values.get(name), dtype=object), kind)
+            name: TypedColumn(np.full(rows, values.get(name), dtype=object), kind)
             for name, kind in outdated.items()
             if name in batch
         }
@@ -480,15 +487,21 @@ class IFDScorer:
         reader = Reader(encode, self.score, self.nll_with_tails, self._encoder.max_length)
         return {"reader": reader, "rows": rows, "prompts": texts, "show": not are_progress_bars_disabled()}
 
-    def embed(self, texts: Sequence[str], progress: Callable[[int], Any] | None = None) -> np.ndarray:
+    def embed(
+        self, texts: Sequence[str], progress: Callable[[int], Any] | None = None, by_position: bool = False
+    ) -> np.ndarray:
         """Mean of the last hidden states of each text, (n, H) float32, NaN for an empty one; see `prompt_features`.
 
-        Texts longer than the model's window are cut at their end.
+        Texts longer than the model's window are cut at their end. `by_position`: with weights that grow with a token's
+        position, as `position_weighted_embeddings`.
         """
         self._load(None)
         most = self._encoder.window
         ids = self._encoder.tokenizer(list(texts), truncation=most is not None, max_length=most, verbose=False)
-        return prompt_features(self._model, ids["input_ids"], token_budget=self.token_budget, progress=progress)[0]
+        running = {"token_budget": self.token_budget, "progress": progress}
+        if by_position:
+            return position_weighted_embeddings(self._model, ids["input_ids"], **running)
+        return prompt_features(self._model, ids["input_ids"], **running)[0]
 
     @property
     def model(self) -> PreTrainedModel:
@@ -509,6 +522,10 @@ class IFDScorer:
         """The model that scores, loaded on first use, on the device of this rank."""
         self._load(rank)
         return self._model
+
+    def rows_format(self, columns: Iterable[str]) -> PromptFormat:
+        """The format of rows with these columns."""
+        return self._format(columns)
 
     def _prepare(self) -> None:
         """Load what is small and tells most mistakes: config and tokenizer."""
@@ -600,7 +617,7 @@ def need_batch(name: str, batch: Mapping[str, list], rank: int | None, *more: An
 
 def mapped_columns(columns: Mapping[str, np.ndarray | Lists | pa.Array]) -> dict[str, list]:
     """Columns as `datasets.map` takes them, of their types also where all values are null; None for NaN."""
-    return {name: _Column(values) for name, values in columns.items()}
+    return {name: TypedColumn(values) for name, values in columns.items()}
 
 
 def table_with(
@@ -631,7 +648,7 @@ def _in_ray() -> bool:
     return context.get_actor_id() is not None or context.get_task_id() is not None
 
 
-class _Column(list):
+class TypedColumn(list):
     """Values of a column, None for NaN, with their Arrow type: a batch of nulls does not tell `datasets` its type."""
 
     def __init__(self, values: np.ndarray | Lists | pa.Array, type: pa.DataType | None = None) -> None:

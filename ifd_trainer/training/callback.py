@@ -122,8 +122,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
         policy: which rows are kept: a `Cherry`, a `Diverse` for rows that stand for others too (facility location over
-            prompt embeddings, as Superfiltering.D), or a callable of your own, see `Policy`. `score=`,
-            `on_shortfall=` and `diverse=0.2` (for `Diverse(0.2)`) are short for it.
+            prompt embeddings, as Superfiltering.D), a `TargetSet` for rows like some examples (RDS+), or a callable of
+            your own, see `Policy`. `score=`, `on_shortfall=` and `diverse=0.2` (for `Diverse(0.2)`) are short for it.
         timing: when rows are scored and selected, and what is trained on before; see `Timing`. Its fields may be given
             by name: `every=2, warmup_epochs=1, freeze_after=3`.
         scoring: how rows are scored; see `Scoring`. Its fields may be given by name: `min_answer_tokens=4`.
@@ -539,6 +539,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "on_shortfall": self.chooser.on_shortfall,
             "limit": limit,
             "guard": self.guard,
+            "targets": None if self.chooser.targets is None else self.chooser.targets.targets.digest,
             "max_ifd": limit if isinstance(limit, Real) and np.isfinite(limit) else None,
             "direct_prefix": self.tokenizer.decode(self._prefix),
             "model": str(getattr(self.trainer.model.config, "name_or_path", "")),

@@ -24,6 +24,7 @@ from ..method.facility_location import Diverse
 from ..method.guard import Guard
 from ..method.schedule import Curriculum, Schedule, Timing
 from ..method.selection import Cherry, Policy
+from ..method.target_set import TargetSet
 from ..scoring.transform import IFDScorer
 
 _Group = TypeVar("_Group")
@@ -37,8 +38,8 @@ class Scoring:
         header: text that precedes a direct answer, if it is not to be found from the prompts.
         min_answer_tokens: rows with fewer answer tokens are not scored.
         token_budget: tokens of a scoring batch; see `scoring.losses.Options`.
-        embedder: what embeds prompts for a diverse selection: by default the model that scores; an `IFDScorer`; or the
-            name of a sentence-transformers model.
+        embedder: what embeds prompts for a diverse selection, and rows for a target set: by default the model that
+            scores; an `IFDScorer`; or, of prompts, the name of a sentence-transformers model.
         warn_share: a larger share of rows with a score of 1 or more is odd: an error or a warning (`Guard`).
         tried_rows: rows that are scored before all others, to see whether prompts help; and by the model in training,
             where another one scores, to see whether the two agree.
@@ -70,6 +71,7 @@ def needs_answers(policy: Policy, timing: Timing, guard: Guard | str | bool | No
     and answer. The loss of a whole text, its length, and columns of the data set do not.
     """
     of_prompts = getattr(policy, "score", None) in ("ifd", "ifd_ppl", "cas")
+    of_prompts |= isinstance(policy, TargetSet) and policy.reads_scores
     asked = Guard() if guard is True else guard if isinstance(guard, Guard) else None
     measured = {"limit", "pairing"}.intersection(asked.measuring if asked else ())
     other = scorer is not None and scorer != "columns"
@@ -79,9 +81,13 @@ def needs_answers(policy: Policy, timing: Timing, guard: Guard | str | bool | No
 def reads_scores(policy: Policy, schedule: Schedule, guard: Guard | None, scorer: Any, order: str) -> bool:
     """Whether anything in a run reads the scores of its pool; else none are computed.
 
-    Another model, or columns, that the user names for scoring does score: its scores are asked for by name.
+    Another model, or columns, that the user names for scoring does score: its scores are asked for by name; but where
+    rows are held against a target set, what another model does is to embed them, and their order is that in which the
+    targets took them.
     """
-    ranked = isinstance(schedule, Curriculum) or order != "shuffle"
+    if isinstance(policy, TargetSet) and scorer != "columns":
+        scorer = None
+    ranked = isinstance(schedule, Curriculum) or (order != "shuffle" and not isinstance(policy, TargetSet))
     return getattr(policy, "reads_scores", True) or bool(guard) or scorer is not None or ranked
 
 
@@ -151,7 +157,8 @@ def groups_of(
         raise _twice("policy", named)
     elif not callable(policy) or isinstance(policy, type):
         raise UserError(
-            f"policy must be a Cherry, a Diverse or a callable of your own (no class, but one of it), got {policy!r}."
+            "policy must be a Cherry, a Diverse, a TargetSet or a callable of your own (no class, but one of it), got "
+            f"{policy!r}."
         )
     return policy, _group("timing", Timing, timing, fields), _group("scoring", Scoring, scoring, fields)
 

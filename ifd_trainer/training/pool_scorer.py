@@ -25,8 +25,17 @@ from ..errors import NotInstalledError, UserError
 from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
 from ..method.equations import FROM_LOSSES
 from ..method.reasons import Status
+from ..method.target_set import cosines
 from ..scoring.calibration import Reader, wrong_scores
-from ..scoring.losses import Scores, answer_tokens, nll_with_tails, prompt_features, score_pairs, statuses
+from ..scoring.losses import (
+    Scores,
+    answer_tokens,
+    nll_with_tails,
+    position_weighted_embeddings,
+    prompt_features,
+    score_pairs,
+    statuses,
+)
 from ..scoring.model_parts import text_config
 from ..scoring.processes import run_shares
 from ..scoring.rope_limits import window
@@ -221,6 +230,39 @@ class PoolScorer:
 
         return self._run_shares(self.pool.spans(rows)[:, 0], run)["embeddings"]
 
+    def similarities(
+        self, targets: Sequence[Sequence[int]], rows: np.ndarray, description: str = "Likeness to targets"
+    ) -> np.ndarray:
+        """Cosines of the rows, prompt and answer, with m targets given as token ids: see `method.target_set`.
+
+        Both are embedded by the model that scores (with "columns" the trainer's, unless an `IFDScorer` embeds), by
+        their mean states with weights that grow with the position.
+
+        Returns:
+            (n, m) float32; NaN for a row that cannot be scored.
+        """
+        embedded = self._position_weighted(targets, description)  # by each process: a few hundred rows
+
+        def run(part: np.ndarray) -> dict[str, np.ndarray]:
+            pairs = self._own_pairs(rows[part], ())
+            ids = [pair.conditioned.ids if pair.conditioned else [] for pair in pairs]
+            found = cosines(self._position_weighted(ids, description), embedded)
+            found[[not row for row in ids]] = np.nan  # another model's tokenizer may put a BOS there
+            return {"similarities": found}
+
+        return self._run_shares(self.pool.lengths(rows), run)["similarities"]
+
+    def _position_weighted(self, sequences: Sequence[Sequence[int]], description: str) -> np.ndarray:
+        """Embeddings of sequences of the trainer's tokens, (n, H); another model reads them as text."""
+        embedder = self.embedder if isinstance(self.embedder, IFDScorer) else None
+        if embedder is None and self.other not in (None, "columns"):
+            embedder = self._other_scorer("")
+        with self._progress(sum(map(len, sequences)), description) as bar:
+            if embedder is None:
+                return position_weighted_embeddings(sequences=sequences, progress=bar.update, **self._running())
+            texts = self.encoder.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+            return embedder.embed(texts, bar.update, by_position=True) if texts else np.empty((0, 0), np.float32)
+
     def _other_scorer(self, header: str) -> IFDScorer:
         """The other model; loaded once for all that an epoch asks of it, see `release`."""
         if header not in self._others:
@@ -306,10 +348,10 @@ class PoolScorer:
 
     def _fills(self, ids: Sequence[int]) -> bool:
         """Whether a row is as long as rows may be: the trainer may have cut it there."""
-        return len(ids) >= self._longest_row
+        return len(ids) >= self.longest_row
 
     @cached_property
-    def _longest_row(self) -> float:
+    def longest_row(self) -> float:
         """Most tokens of a row: what the trainer leaves, and what the model was made for."""
         limits = (getattr(self.trainer.args, "max_length", None), window(text_config(self.trainer.model)))
         return min((limit for limit in limits if limit is not None), default=math.inf)

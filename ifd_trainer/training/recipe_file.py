@@ -151,7 +151,7 @@ def check_recipe(recipe: str | None, words: Sequence[str], plan: bool = False) -
     if model is None or (rows is None and not settings.get("datasets")):
         raise UserError("A run needs a model and a data set: --model NAME_OR_PATH --dataset FILE_OR_NAME.")
     # What is no text at all is told where types are.
-    for source in (rows, settings.get("eval_dataset")):
+    for source in (rows, settings.get("eval_dataset"), settings.get("target_set") or None):
         if isinstance(source, str):
             check_rows(beside(source, folder))
     for name in (model, settings.get("scorer")):

@@ -23,6 +23,10 @@ def planned(run: Run) -> str:
     lines.append(f"guards: {', '.join(callback.guard.names) if callback.guard else 'none'}")
     if not callback.reads_scores:
         lines.append("scoring: none, since nothing reads a score")
+    if callback.chooser.targets is not None:
+        targets = callback.chooser.targets.targets
+        bare = f", {targets.without_answer:,} without an answer" if targets.without_answer else ""
+        lines.append(f"targets: {len(targets):,}{bare}; rows and targets are embedded where rows would be scored")
     if callback.restart is not None:
         size = f"{Snapshot.size(trainer.model) / 1e9:.2f} GB"
         if any("peft" in what for what in run.lacking):

@@ -32,6 +32,8 @@ from ..data.paths import check_model, check_rows, data_ending
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
 from ..method.columns import IFD_COLUMNS
 from ..method.number_words import many
+from ..method.selection import Policy
+from ..method.target_set import TargetSet
 from ..scoring.engine import check_causal_config
 from ..scoring.transform import IFDScorer
 from .callback import IFDSelectionCallback
@@ -79,7 +81,7 @@ def build_run(recipe: Recipe) -> Run:
     format = resolve_format(selection.rows_format(), rows.column_names)
     scorer = _scorer(selection, sft, format) if selection.scorer else None
     with sft.main_process_first(desc="preparing the rows"):  # the others read what it put into the cache
-        if scorer is not None and not plan:
+        if scorer is not None and not plan and not selection.only_embeds:
             began = clock()
             rows = rows.map(scorer, batched=True, batch_size=_SCORED_AT_ONCE, desc=f"Scoring with {selection.scorer}")
             seconds = clock() - began
@@ -107,7 +109,7 @@ def build_run(recipe: Recipe) -> Run:
     lacking = (*sft.lacking, *lacking_for(model)) if plan else ()
     if plan and sft.parallel:
         trainer.is_deepspeed_enabled = True  # what cannot be done under it is refused here too
-    callback = selection.callback(trainer, scorer)
+    callback = selection.callback(trainer, scorer, _placed(selection.chosen_policy(), recipe.folder, format))
     if plan and sft.parallel:
         trainer.is_deepspeed_enabled = False
     callback.in_command = True  # `ifd-trainer train` tells what the pool is, writes the report and says where
@@ -116,6 +118,13 @@ def build_run(recipe: Recipe) -> Run:
     cut = [] if callback.pool.packed else ids_lost(column_of(train), trainer.train_dataset, name)
     callback.rows_before = RowsBefore(count, unread, ids_lost(column_of(readable), train, name), cut)
     return Run(trainer, lacking, format, read, seconds)
+
+
+def _placed(policy: Policy, folder: Path, format: PromptFormat) -> Policy:
+    """A policy that names a file beside the recipe by its path, and reads it as the recipe's rows are read."""
+    if not isinstance(policy, TargetSet):
+        return policy
+    return replace(policy, targets=beside(policy.targets, folder), format=format)
 
 
 def _rows(recipe: Recipe) -> tuple[str, Dataset, Dataset | None]:

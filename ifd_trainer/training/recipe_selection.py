@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from ..errors import UserError, one_line
 from ..method import controls
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
-from ..method.choices import CONTROLS, GUARDS, MEASURING_GUARDS
+from ..method.choices import CONTROLS, GUARDS, MEASURING_GUARDS, TARGET
 from ..method.duplicates import Duplicates
 from ..method.facility_location import Diverse
 from ..method.guard import Guard
@@ -26,9 +27,10 @@ from ..method.pairing_test import PairingTest
 from ..method.schedule import Anneal, Curriculum, Schedule, Timing, as_schedule, parse_keep
 from ..method.scoring_health import Freeze
 from ..method.selection import Cherry, OwnScore, Policy
+from ..method.target_set import TargetSet
 from ..method.unfinished import Unfinished
 from .callback import IFDSelectionCallback
-from .options import Scoring, guard_of
+from .options import Scoring, guard_of, reads_scores
 from .recipe_selection_keys import SelectionKeys
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ class SelectionConfig(SelectionKeys):
             choices, value = values.metadata.get("choices"), getattr(self, values.name)
             if choices is not None and value is not None and value not in choices:
                 raise UserError(f"{values.name} must be one of {', '.join(choices)}, got {value!r}.")
+        if self.max_ifd == "auto":
+            self.max_ifd = math.inf if self.policy == TARGET else 1.0
         if self.max_ifd != CALIBRATED:
             try:
                 self.max_ifd = float(self.max_ifd)
@@ -107,12 +111,13 @@ class SelectionConfig(SelectionKeys):
         idle = {"method: cherry": ("brief", "brief_clusters", "brief_per_cluster")} if self.method != "cherry" else {}
         idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
         idle |= self._idle_guards()
-        by_score = getattr(self.chosen_policy(), "reads_scores", True)
-        limits = ("max_ifd", "on_shortfall", *(() if by_score else ("score",)))
+        by_score = getattr(self.chosen_policy(), "reads_scores", True) and self.policy != TARGET
+        limits = (() if self.policy == TARGET else ("max_ifd", "on_shortfall")) + (() if by_score else ("score",))
         idle |= {"policy: balanced": ("balance_by",)} if self.policy != "balanced" else {}
+        idle |= {f"policy: {TARGET}": ("target_set",)} if self.policy != TARGET else {}
         idle |= {"policy: cherry": limits} if self.policy != "cherry" else {}
-        idle |= {"diverse": ("embedder",)} if self.diverse is None else {}
-        defaults = {values.name: values.default for values in dataclasses.fields(self)}
+        idle |= {"diverse": ("embedder",)} if self.diverse is None and self.policy != TARGET else {}
+        defaults = {values.name: values.default for values in dataclasses.fields(self)} | {"max_ifd": 1.0}
         for needed, names in idle.items():
             given = [name for name in names if str(getattr(self, name)) not in (str(defaults[name]), "")]
             if given:
@@ -192,6 +197,14 @@ class SelectionConfig(SelectionKeys):
             raise UserError(f"diverse chooses rows by itself, but policy is {self.policy!r}: leave one of them out.")
         if self.policy == "balanced" and not self.balance_by:
             raise UserError("policy: balanced draws as many rows of each value of a column: name it with balance_by.")
+        if self.policy == TARGET:
+            if not self.target_set:
+                raise UserError(
+                    f"policy: {TARGET} keeps the rows most like some examples of what the model is to be good at: name "
+                    "a file of them with target_set."
+                )
+            limit = self._limit() if self.max_ifd == CALIBRATED else self.max_ifd
+            return TargetSet(self.target_set, max_ifd=limit, on_shortfall=self.on_shortfall)
         if self.policy in CONTROLS:
             control = getattr(controls, CONTROLS[self.policy])
             if self.policy == "balanced":
@@ -239,12 +252,22 @@ class SelectionConfig(SelectionKeys):
         numbers = [parse_keep(entry) for entry in entries]
         return numbers[0] if len(numbers) == 1 else numbers
 
-    def callback(self, trainer: Trainer, scorer: IFDScorer | None = None) -> IFDSelectionCallback:
+    @property
+    def only_embeds(self) -> bool:
+        """Whether a model named by `scorer` is to embed rows for a target set, and to score none."""
+        policy = self.chosen_policy()
+        asked = reads_scores(policy, self.schedule(), self.guard(), None, self.order)
+        return isinstance(policy, TargetSet) and not asked
+
+    def callback(
+        self, trainer: Trainer, scorer: IFDScorer | None = None, policy: Policy | None = None
+    ) -> IFDSelectionCallback:
         """The callback that the keys describe, to be added to its trainer.
 
         Args:
             trainer: the trainer.
             scorer: what has scored the trainer's rows already, by the key `scorer`; None where nothing has.
+            policy: in the place of the chosen one: with paths as they are from here.
 
         Raises:
             UserError: for a definition that is computed from raw rows, which a trainer does not have any more.
@@ -254,14 +277,15 @@ class SelectionConfig(SelectionKeys):
                 f"definition={self.definition!r} is computed from raw rows: map them with IFDScorer({self.scorer!r}, "
                 f"definition={self.definition!r}) before they go to the trainer, and pass that as scorer=."
             )
+        scored = self.scorer if scorer is None else None if self.only_embeds else "columns"
         return IFDSelectionCallback(
             trainer,
             schedule=self.schedule(),
-            policy=self.chosen_policy(),
+            policy=self.chosen_policy() if policy is None else policy,
             timing=self.timing(),
             guard=self.guard(),
             scoring=self.scoring(embedder=scorer),
-            scorer=self.scorer if scorer is None else "columns",
+            scorer=scored,
             order=self.order,
             push_history=self.push_history,
         )
@@ -289,7 +313,7 @@ def _imported(key: str, path: str) -> Any:
 def _own_policy(path: str) -> Policy:
     """The policy with a dotted path: what the name stands for, or, of a class, one made without arguments."""
     if "." not in path:
-        known = ", ".join(("cherry", *CONTROLS))
+        known = ", ".join(("cherry", TARGET, *CONTROLS))
         raise UserError(f"policy: {path!r} is none of {known}; one of your own is written as module.Name.")
     policy = _imported("policy", path)
     if isinstance(policy, type):

@@ -21,6 +21,7 @@ from ..method.choices import (
     RANKED_BY,
     SHORTFALLS,
     SIMILARITY,
+    TARGET,
     TIER_MODES,
     WRONG_PROMPTS,
 )
@@ -166,10 +167,10 @@ class SelectionKeys:
         },
     )
     max_ifd: str = field(
-        default="1.0",
+        default="auto",
         metadata={
             "help": "Rows with a score at or above this are dropped; inf for no limit. calibrated: the limit is "
-            "measured in each scoring, from answers under wrong prompts.",
+            f"measured in each scoring, from answers under wrong prompts. auto: 1.0; with policy: {TARGET} no limit.",
             "metavar": "X",
         },
     )
@@ -214,8 +215,9 @@ class SelectionKeys:
     policy: str = field(
         default="cherry",
         metadata={
-            "help": "Which rows are kept: cherry (the highest scores under the limit), one of the controls "
-            f"{', '.join(CONTROLS)}, or a policy of your own as module.Name (of a module beside the recipe).",
+            "help": f"Which rows are kept: cherry (the highest scores under the limit), {TARGET} (those most like "
+            f"target_set), one of the controls {', '.join(CONTROLS)}, or a policy of your own as module.Name (of a "
+            "module beside the recipe).",
             "metavar": "NAME",
         },
     )
@@ -224,6 +226,14 @@ class SelectionKeys:
         metadata={
             "help": "Of policy: balanced, the column of whose values as many rows each are drawn.",
             "metavar": "COLUMN",
+        },
+    )
+    target_set: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Of policy: {TARGET}, examples of what the model is to be good at: rows, some of which may have "
+            "no answer. They take turns, each the row most like it (RDS+, arXiv 2503.01807).",
+            "metavar": "FILE_OR_NAME",
         },
     )
     on_shortfall: str = field(

@@ -39,10 +39,12 @@ from ..method.selection import (
     counted,
     score_values,
 )
+from ..method.target_set import SIMILARITIES, TargetSet
 from ..scoring.losses import Scores
 from .pool import Pool
 from .pool_scorer import PoolScorer
 from .run_guards import PASSED, Measured, RunGuards
+from .target_similarities import TargetSimilarities
 
 logger = get_logger(__name__)  # speaks in the main process alone
 
@@ -68,7 +70,8 @@ class RowChooser:
     """Chooses the rows of epochs, and keeps what that depends on.
 
     Args:
-        pool_scorer: embeds prompts, for a brief experience and for a `Diverse` policy; runs what guards measure.
+        pool_scorer: embeds prompts, for a brief experience and for a `Diverse` policy, and rows for a `TargetSet`; runs
+            what guards measure.
         policy: scores to rows.
         sample: of the brief experience, if there is one.
         guard: what keeps noise out.
@@ -79,6 +82,7 @@ class RowChooser:
         brief: the rows of the brief experience, once they are drawn.
         trained: (n,) whether each row has been trained on.
         guards: which rows are held back from the policy.
+        targets: how alike rows are to the targets of a `TargetSet`; None with another policy.
         frozen: why rows are scored no more, if they are not; see `method.scoring_health.Freeze`.
 
     Raises:
@@ -113,6 +117,7 @@ class RowChooser:
         self.pool_scorer, self.policy, self.sample = pool_scorer, policy, sample
         limit = self.calibrated or (guard.limit if guard else None)
         self.guards = RunGuards(guard, limit, self.ranked_by, pool_scorer)
+        self.targets = TargetSimilarities(policy, pool_scorer) if isinstance(policy, TargetSet) else None
         self.forget(trained=True)
 
     @property
@@ -147,6 +152,8 @@ class RowChooser:
         self.frozen: str | None = None
         self.first_health: Health | None = None
         self._embedded: tuple[Scores | None, np.ndarray] = None, np.empty((0, 0), dtype=np.float32)
+        if self.targets is not None:
+            self.targets.forget()
         if trained or len(self.trained) != len(self.pool):
             self.trained = np.zeros(len(self.pool), dtype=bool)
             self.guards.forget()
@@ -217,6 +224,8 @@ class RowChooser:
             columns["own_score"] = values
         if rows is not None:
             columns["kept_without_guards"] = np.isin(np.arange(len(ids)), rows)
+        if self.targets is not None and wanted.source not in ("all", "brief"):
+            columns |= self.targets.row_columns()
         if self.guards.p_values is not None:
             columns["p_value"] = self.guards.p_values.copy()
         if self.guards.groups is not None:
@@ -231,6 +240,7 @@ class RowChooser:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps beside the scores."""
         arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, **self.guards.to_arrays()}
+        arrays |= {} if self.targets is None else self.targets.to_arrays()
         return {name: array for name, array in arrays.items() if array is not None}
 
     def from_arrays(self, arrays: dict[str, np.ndarray]) -> None:
@@ -238,6 +248,8 @@ class RowChooser:
         self.brief = arrays.pop("brief", None)
         self.trained = arrays.pop("trained", np.zeros(len(self.pool))).astype(bool)  # earlier releases lack it
         self.guards.from_arrays(arrays)
+        if self.targets is not None:
+            self.targets.from_arrays(arrays)
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint keeps as JSON."""
@@ -363,7 +375,7 @@ class RowChooser:
     ) -> Selection:
         """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
         every = columns = _Columns(self.last.scores.columns(), self.pool)
-        limited = isinstance(policy, (Cherry, Diverse)) and self.score in RANKED_BY
+        limited = isinstance(policy, (Cherry, Diverse, TargetSet)) and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:
             most = self._most(policy)
@@ -378,6 +390,9 @@ class RowChooser:
         columns = columns.of(rows)
         if isinstance(policy, Diverse):
             columns[EMBEDDING] = self._embeddings(policy, columns, wanted.ranked, rows, ids)
+        elif isinstance(policy, TargetSet):
+            known = self.targets.of(self.last.epoch, self.last.scores.ifd_status)
+            columns[SIMILARITIES] = known if len(rows) == len(ids) else known[rows]
 
         def choose(budget: int) -> Selection:
             rng = np.random.default_rng([seed, wanted.selected_in])
@@ -403,7 +418,7 @@ class RowChooser:
 
     def _most(self, policy: Policy) -> float:
         """What scores have to be below, as far as it is a number."""
-        ranks = policy.candidates if isinstance(policy, Diverse) else policy
+        ranks = policy.candidates if isinstance(policy, (Diverse, TargetSet)) else policy
         return ranks.number if isinstance(ranks, Cherry) and isinstance(ranks.max_ifd, Real) else np.inf
 
     def _embeddings(

@@ -99,6 +99,20 @@ def test_arms_train_on_what_they_say(compared):
     assert not (task_of(compared, "full", 0).folder / "ifd_history").exists()
 
 
+def test_an_arm_keeps_the_rows_most_like_a_target_set(folder, capsys):
+    (folder / "task.jsonl").write_text(json.dumps(raw_rows(20)[7] | {"output": ""}) + "\n")
+    words = ["--arms", "target", "--target_set", "task.jsonl"]  # beside the recipe
+    comparison = prepared(folder, "targets", *words)
+    assert capsys.readouterr().err.count("no effect without") == 0
+    keys = {arm.name: arm.keys for arm in comparison.arms}
+    assert [keys[name]["target_set"] for name in ("random", "target")] == ["", "task.jsonl"]
+    comparison.run(say=lambda text: None, launch=lambda place, device: arm_run(place))
+    history = History.load(task_of(comparison, "target", 0).folder)
+    assert history.settings["max_ifd"] is None
+    assert [record["reasons"] for record in history.epochs] == [{"kept": 6, "less_like_targets": 14}] * 2
+    assert history.rows(0).query("times > 0")["target_similarity"].min() > 0
+
+
 def test_held_out_rows_are_scored_where_epochs_end_and_of_all_rows_at_the_same_steps(compared):
     assert compared.steps == [3, 6]
     for task in compared.tasks():
@@ -240,6 +254,7 @@ def test_the_plan_says_what_will_be_done(folder, capsys):
         ),
         (["--arms", "balanced"], "name it with balance_by"),
         (["--arms", "superfiltering"], "name it with superfilter: gpt2"),
+        (["--arms", "target"], "name them with target_set: FILE"),
         (["--seeds", "1"], "at least 2"),
         (["--seeds", "3", "3"], "two or more different ones"),
         (["--eval_dataset", ""], "needs held-out rows"),

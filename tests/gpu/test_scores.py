@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ifd_trainer.data.encoding import Segment
 from ifd_trainer.scoring.engine import streams
-from ifd_trainer.scoring.losses import answer_nll, prompt_features
+from ifd_trainer.scoring.losses import answer_nll, position_weighted_embeddings, prompt_features
 from ifd_trainer.scoring.transfer import HostCopy
 
 pytestmark = pytest.mark.skipif("IFD_TEST_DEVICE" not in os.environ, reason="set IFD_TEST_DEVICE=cuda")
@@ -116,6 +116,8 @@ def test_features_of_prompts_are_those_of_the_cpu():
     there = prompt_features(model.to(DEVICE), prompts, token_budget=300)
     np.testing.assert_allclose(there[0], embeddings, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(there[1], perplexity, rtol=1e-3)
+    weighted = position_weighted_embeddings(model, prompts, token_budget=300)
+    np.testing.assert_allclose(weighted, position_weighted_embeddings(model.cpu(), prompts), rtol=1e-3, atol=1e-4)
 
 
 @needs_cuda

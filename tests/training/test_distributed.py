@@ -40,6 +40,7 @@ UPDATES = {
     "in_step": [3, 2],
     "calibrated": [2, 2],
     "guarded": [2, 2],
+    "targets": [2, 2],
     "one_row": [1],
     "cherry": [2, 2, 2],
 }

@@ -22,6 +22,7 @@ from ifd_trainer import (
     MiddleBand,
     RandomRows,
     Selection,
+    TargetSet,
     write_report,
 )
 from ifd_trainer.method.columns import SCORES
@@ -316,6 +317,23 @@ def test_a_recipe_balances_by_a_column_that_it_names():
         SelectionConfig(policy="balanced")
 
 
+def test_a_recipe_names_a_target_set_and_perhaps_a_limit(caplog):
+    named = {"policy": "target", "target_set": "task.jsonl"}
+    assert SelectionConfig(**named).chosen_policy() == TargetSet("task.jsonl")
+    limited = SelectionConfig(**named, max_ifd="0.9", on_shortfall="error").chosen_policy()
+    assert limited == TargetSet("task.jsonl", max_ifd=0.9, on_shortfall="error")
+    measured = SelectionConfig(**named, max_ifd="calibrated", alpha=0.1).chosen_policy()
+    assert measured.max_ifd == CalibratedLimit.of(0.1)
+    assert SelectionConfig(**named).only_embeds
+    assert not SelectionConfig(**named, max_ifd="0.9").only_embeds
+    assert not SelectionConfig(**named, curriculum="easy_to_hard").only_embeds
+    assert caplog.text == ""
+    SelectionConfig(**named, score="ifd_ppl")
+    SelectionConfig(target_set="task.jsonl")
+    assert "score: no effect without policy: cherry" in caplog.text
+    assert "target_set: no effect without policy: target" in caplog.text
+
+
 @RECIPES
 def test_a_policy_beside_the_recipe_is_found(tmp_path, monkeypatch):
     (tmp_path / "policy_beside_a_recipe.py").write_text(
@@ -336,12 +354,17 @@ def test_a_policy_beside_the_recipe_is_found(tmp_path, monkeypatch):
     [
         (
             {"policy": "best"},
-            "policy: 'best' is none of cherry, random, balanced, longest, lowest, middle; one of your own",
+            "policy: 'best' is none of cherry, target, random, balanced, longest, lowest, middle; one of your own",
         ),
         ({"policy": "no_module.Mine"}, "policy: 'no_module.Mine' cannot be imported: No module named 'no_module'"),
         ({"policy": "ifd_trainer.Mine"}, "policy: 'ifd_trainer.Mine' cannot be imported"),
         ({"policy": "ifd_trainer.BalancedRandom"}, "cannot be made without arguments"),
         ({"policy": "ifd_trainer.__version__"}, "is a str, which is no callable"),
+        (
+            {"policy": "target"},
+            "policy: target keeps the rows most like some examples .* name a file of them with targ",
+        ),
+        ({"policy": "target", "target_set": "t.jsonl", "diverse": "0.2"}, "diverse chooses rows by itself"),
         ({"policy": "random", "diverse": "0.2"}, "diverse chooses rows by itself, but policy is 'random'"),
     ],
 )

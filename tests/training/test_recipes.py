@@ -94,6 +94,7 @@ def test_all_recipes_are_there():
         "alpaca_curriculum",
         "wizardlm_dynamic",
         "knowledge_detection",
+        "target_set",
         "demo",
     } == set(RECIPES)
 
@@ -153,7 +154,11 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / ("adapter_model.safetensors" if recipe == CHERRY_LORA else "model.safetensors")).is_file()
     scored = [record for record in history.epochs if record["scored_at"] is not None]
-    assert scored
+    assert bool(scored) == (recipe != "target_set")  # whose rows are embedded, and not scored
+    if recipe == "target_set":
+        assert history.epochs[0]["reasons"] == {"kept": 4, "less_like_targets": 36}
+        assert history.settings["policy"]["targets"].endswith("data/code_targets.jsonl")
+        assert history.rows(0)["times"].equals(history.rows(1)["times"])  # embedded once
     assert {record["pool"] for record in history.epochs} == {38 if recipe.startswith("wizardlm") else ROWS}
     if recipe in (*CHERRY, CHERRY_LORA):
         sample = 3 if recipe.startswith("wizardlm") else 4  # a tenth of the pool
@@ -240,6 +245,22 @@ def test_adapters_are_planned_without_their_package(model, data, tmp_path, capsy
     assert main(small(CHERRY_LORA, model, data, tmp_path, "--plan")) == 0
     lines = plan_of(capsys.readouterr().out)
     assert lines[-1] == f"original weights: those of the adapters, in {tmp_path} until training ends"
+
+
+def test_another_model_embeds_for_a_target_set_and_scores_no_row(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(IFDScorer, "__call__", lambda *_: pytest.fail("rows are scored"))
+    words = small("target_set", model, data, tmp_path, "--max_steps", "2", "--save_strategy", "no")
+    assert main([*words, "--scorer", model]) == 0
+    assert History.load(tmp_path).epochs[0]["reasons"] == {"kept": 4, "less_like_targets": 36}
+
+
+def test_a_plan_says_what_rows_are_held_against(model, data, tmp_path, capsys):
+    assert main(small("target_set", model, data, tmp_path, "--plan")) == 0
+    out = capsys.readouterr().out
+    assert "scoring: none, since nothing reads a score" in out
+    assert "targets: 10; rows and targets are embedded where rows would be scored" in out
+    assert main(small("target_set", model, data, tmp_path, "--plan", "--target_set", "no.jsonl")) == 2
+    assert "no.jsonl" in capsys.readouterr().err
 
 
 def test_a_label_may_be_a_column_that_scoring_adds(model, data, tmp_path):
