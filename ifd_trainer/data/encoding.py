@@ -15,8 +15,8 @@ answer, and the answer). A definition says how:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from numbers import Integral
@@ -65,12 +65,14 @@ class EncodedPair:
         direct: what precedes a direct answer, and the answer.
         status: why there are none.
         ending: the tokens that end the turn right behind the answer; none where it was cut off.
+        more: what else a model reads for further scores, by the name of its loss; see `further_segments`.
     """
 
     conditioned: Segment | None = None
     direct: Segment | None = None
     status: Status = Status.OK
     ending: tuple[int, ...] = ()
+    more: Mapping[str, Segment] = field(default_factory=dict)
 
     @classmethod
     def unscorable(cls, status: Status) -> EncodedPair:
@@ -124,9 +126,10 @@ def with_ending(pair: EncodedPair, answer_tokens: int | None = None) -> Segment:
 
 
 def token_count(pairs: Iterable[EncodedPair]) -> int:
-    """Tokens that are read to score rows: both segments of all scorable ones, and what ends their turns."""
-    scorable = (pair for pair in pairs if pair.conditioned)
-    return sum(len(pair.conditioned.ids) + len(pair.ending) + len(pair.direct.ids) for pair in scorable)
+    """Tokens that are read to score rows: all segments of the scorable ones, and what ends their turns."""
+    scorable = [pair for pair in pairs if pair.conditioned]
+    more = sum(len(segment.ids) for pair in scorable for segment in pair.more.values())
+    return more + sum(len(pair.conditioned.ids) + len(pair.ending) + len(pair.direct.ids) for pair in scorable)
 
 
 @dataclass(frozen=True)

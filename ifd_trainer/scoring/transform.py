@@ -41,12 +41,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from ..data.encoding import EncodedPair, Encoder, Segment, check_positive
 from ..data.format_choice import FormatOptions, format_record, resolve_format
 from ..data.formats import Example, MalformedRow, PromptFormat
+from ..data.further_segments import with_further
 from ..data.paths import check_model, model_name
+from ..data.reversed_rows import GUESS, ReversedRows, request
 from ..data.table_reader import arrow_type
 from ..errors import FileAccessError, UserError, one_line
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import WrongPrompts
 from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS
+from ..method.further_scores import further_names, replaced_columns
 from ..method.number_words import many
 from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
@@ -65,6 +68,7 @@ _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.stri
 _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
 _RENDERED = 1000  # rows at a time
 _LOADED = ("_model", "_config", "_encoder", "_told")  # attributes that are made on first use
+_FURTHER = {"scores": (), "guess": None}  # attributes of a scorer that was asked for no further score
 _PID = os.getpid()
 SCORES_VERSION = 5  # raised when the same weights and options would give other scores
 
@@ -79,8 +83,15 @@ class IFDScorer:
 
     Columns: `cas`, `das` (nats per token), `ifd`, `ifd_ppl` (float64, null unless `ifd_status` is "ok"),
     `answer_tokens` (int64) and `ifd_status` (`Status`). All other columns stay as they are, but what a selection by
-    older scores left behind: `ifd_definition` becomes that of these scores, `ifd_rank` and `ifd_reason` null.
-    End-of-turn tokens are not part of the answer.
+    older scores left behind: `ifd_definition` becomes that of these scores, `ifd_rank` and `ifd_reason` null, and so do
+    further scores of an older scoring. End-of-turn tokens are not part of the answer.
+
+    `scores` attaches further columns (float64), measured in the same pass; null where a row has no such score, which
+    leaves its others as they are. What each means is in `method.further_scores`:
+
+        ira = das - cas        answer_ppl = exp(cas)        direct_ppl = exp(das)
+        prompt_ppl = exp(-1/(T-1) * sum_{t > 1} log P(q_t | q_<t))        of the prompt's T tokens q_t
+        rifd = rcas / rdas     rcas = s(Q | A, guess)       rdas = s(Q)       see `data.reversed_rows`
 
     Args:
         model: a hub name, a local path, or a loaded causal LM.
@@ -99,6 +110,8 @@ class IFDScorer:
             float32 on a CPU, where bfloat16 is slower.
         token_budget: tokens of a batch; see `scoring.losses.Options`.
         revision, trust_remote_code: passed to `from_pretrained`; the revision is not that of a named tokenizer.
+        scores: names of further scores; those that are always there may be among them.
+        guess: the request that `rifd` makes, with `{answer}` where the answer stands.
 
     Raises:
         ValueError: for a format that cannot be told from the columns, `map` without `batched=True`, or options that
@@ -125,7 +138,11 @@ class IFDScorer:
         token_budget: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        scores: str | Iterable[str] = (),
+        guess: str | None = None,
     ) -> None:
+        self.scores = further_names(scores)
+        self.guess = request(guess, self.scores)
         named = isinstance(model, (str, os.PathLike))
         if not named:
             if not isinstance(model, torch.nn.Module):
@@ -169,22 +186,24 @@ class IFDScorer:
         show = os.getpid() == _PID and not are_progress_bars_disabled()
         with token_progress(pairs, "Scoring a batch", show) as bar:
             scores = self.score(pairs, bar.update)
-        return {name: _Column(values) for name, values in scores.columns().items()} | self._not_selected(batch)
+        return self._replaced(batch) | {name: _Column(values) for name, values in scores.columns().items()}
 
-    def _not_selected(self, batch: Mapping[str, list]) -> dict[str, list]:
-        """Columns of an older selection, for rows that are scored anew: `map` can replace a column, not drop it."""
+    def _replaced(self, batch: Mapping[str, list]) -> dict[str, list]:
+        """Columns of an older scoring and selection, for rows that are scored anew: `map` cannot drop a column."""
         rows = len(next(iter(batch.values()), []))
         values = {"ifd_definition": self.options["definition"]}
+        kinds = dict.fromkeys(replaced_columns(batch, self.scores), pa.float64()) | _SELECTION_TYPES
         return {
             name: _Column(np.full(rows, values.get(name), dtype=object), kind)
-            for name, kind in _SELECTION_TYPES.items()
+            for name, kind in kinds.items()
             if name in batch
         }
 
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
         pairs = self.encode(table.to_pydict(), rank) if table.num_rows else []  # Ray tells a schema by an empty block
-        scores = self.score(pairs) if pairs else Scores.unscored(0, Status.OK.value)
-        table = table.drop_columns([name for name in OWN_COLUMNS if name in table.column_names])
+        scores = self.score(pairs) if pairs else Scores.unscored(0, Status.OK.value, self.scores)
+        stale = {*OWN_COLUMNS, *replaced_columns(table.column_names, self.scores)}
+        table = table.drop_columns([name for name in table.column_names if name in stale])
         for name, values in scores.columns().items():
             table = table.append_column(name, pa.array(_Column(values)))
         return table
@@ -200,7 +219,14 @@ class IFDScorer:
     def _encoded(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[list[EncodedPair], str | None]:
         """Encoded rows, and what is wrong if none of them could be rendered."""
         examples, error = _render(batch, format, self._encoder.tokenizer)
-        pairs = self._encoder(examples)
+        reversed_rows = ReversedRows(self._encoder.tokenizer, self.guess or GUESS)
+        columns = {name: batch[name] for name in batch} if self.scores else {}
+        pairs = with_further(
+            self._encoder(examples),
+            self.scores,
+            self._encoder,
+            lambda row: reversed_rows.of_row({name: values[row] for name, values in columns.items()}, format),
+        )
         known = getattr(self._config.get_text_config(), "vocab_size", None)
         segments = (segment for pair in pairs if pair.conditioned for segment in (pair.conditioned, pair.direct))
         most = max((max(segment.ids) for segment in segments), default=0)
@@ -234,12 +260,14 @@ class IFDScorer:
     def settings(self, columns: Iterable[str]) -> dict[str, str | int | bool | None]:
         """The options in force for rows with these columns, the format as its record; None for what loading decides."""
         self._prepare()
+        further = {"scores": " ".join(self.scores), "guess": self.guess} if self.scores else {}
         return self.options | {
             "max_length": self._encoder.max_length,
             "format": format_record(self._format(columns)),
             "device": None if self.device is None else device_type(self.device),
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "token_budget": self.token_budget,
+            **further,
         }
 
     def digest(self) -> str:
@@ -257,7 +285,7 @@ class IFDScorer:
 
     def score(self, pairs: list[EncodedPair], progress: Callable[[int], Any] | None = None) -> Scores:
         """Scores of encoded rows; `progress` is called with the number of tokens done after each batch."""
-        return score_pairs(self._model, pairs, token_budget=self.token_budget, progress=progress)
+        return score_pairs(self._model, pairs, further=self.scores, token_budget=self.token_budget, progress=progress)
 
     def nll_with_tails(
         self, segments: list[Segment], progress: Callable[[int], Any] | None = None
@@ -443,15 +471,17 @@ class IFDScorer:
     def __getstate__(self) -> dict[str, Any]:
         # What is pickled is what identifies the scores: options and a digest of the weights. Nothing that is loaded
         # on use belongs here, or a second `map` with the same scorer would miss the cache of the first.
-        state = {key: value for key, value in vars(self).items() if key not in _LOADED}
+        # Without further scores it is what it was before there were any, so that older caches are hit.
+        left_out = (*_LOADED, *(() if self.scores else _FURTHER))
+        state = {key: value for key, value in vars(self).items() if key not in left_out}
         return state | {"_weights": self.digest(), "_version": SCORES_VERSION}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, **dict.fromkeys(_LOADED))
+        vars(self).update({**_FURTHER, **state}, **dict.fromkeys(_LOADED))
 
     def __repr__(self) -> str:
-        model = self.name or type(self._model).__name__
-        return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r})"
+        model, scores = self.name or type(self._model).__name__, f", scores={self.scores!r}" if self.scores else ""
+        return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r}{scores})"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ifd_trainer.scoring.losses import Scores
 
 
 def test_scores_are_arrays_of_these_columns():
-    assert tuple(field.name for field in fields(Scores)) == IFD_COLUMNS
+    assert tuple(field.name for field in fields(Scores)) == (*IFD_COLUMNS, "further")
     assert SCORES == ("cas", "das", "ifd", "ifd_ppl", "eot_loss")
     assert SELECTION_COLUMNS == ("ifd_definition", "ifd_rank", "ifd_reason")
     assert OWN_COLUMNS == IFD_COLUMNS + SELECTION_COLUMNS
