@@ -128,6 +128,7 @@ def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
         "any_rows": any(len(rows) for rows in data.epochs.values()),
         "chosen": data.last is not None and "kept" in data.last,
         "score": SCORE_NAMES[data.score],
+        "further": [(name, FURTHER[name].meaning) for name in _listed(data.last)] if data.last is not None else [],
         "epochs": _epoch_grid(history) if history is not None and history.epochs else None,
         "words": column_words,
         "cuts": _cut_lines(data),
@@ -512,7 +513,7 @@ def _row_table(
         scored: with scores.
     """
     counted = scored or (part["answer_tokens"] > 0).any()
-    values = list(dict.fromkeys([data.score, "cas", "das", *further_columns(part)])) if scored and not reason else []
+    values = list(dict.fromkeys([data.score, "cas", "das", *_listed(part)])) if scored and not reason else []
     of_guard = _OF_REASON.get(part["reason"].iloc[0]) if "reason" in part and part["reason"].nunique() == 1 else None
     of_guard = of_guard if of_guard in part else None
     repeated = "times" in part and (part["times"] > 1).any()
@@ -524,18 +525,28 @@ def _row_table(
     for row in shown.to_dict("records"):
         words = MEANINGS.get(row["ifd_status"], row["ifd_status"]).removeprefix("no score: ")
         cells = [plain(row["row_id"]) or MISSING]
-        cells += [*([words] if reason else []), *(number_text(row[name]) for name in values)]
+        cells += [*([words] if reason else []), *(_score_text(row[name]) for name in values)]
         cells += [_shown(row[of_guard])] if of_guard else []
         cells += [number_text(row["answer_tokens"], 0)] if counted else []
         cells += [str(row["times"])] if repeated else []
         cells += [str(data.labels.get(row["key"], "(none)"))] if data.labels is not None else []
         lines.append({"cells": cells, "texts": texts_of(data.details, row["key"])})
-    known = _ROW_COLUMNS | {name: f"{name}: {further.meaning}." for name, further in FURTHER.items()}
-    words = " ".join(known[header] for header in headers if header in known)
+    words = " ".join(_ROW_COLUMNS[header] for header in headers if header in _ROW_COLUMNS)
     return RowTable(title, len(part), headers, lines, words)
 
 
 _OF_REASON = {MISMATCHED: "p_value", UNFINISHED: "eot_loss", DUPLICATE: "duplicate_of"}  # what a guard went by
+
+
+def _listed(rows: pd.DataFrame) -> list[str]:
+    """The further scores that tables of rows list: no losses of which another one is made, to leave room for texts."""
+    names = further_columns(rows)
+    parts = {part for name in names for part in FURTHER[name].brings}
+    return [name for name in names if name not in parts]
+
+
+def _score_text(value: float) -> str:
+    return number_text(value, 3 if not abs(value) >= 100 else 0)
 
 
 def _shown(value: Any) -> str:

@@ -85,7 +85,7 @@ def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float 
         _score_lines(ax, edges, cut_of(frame, score), frame.attrs.get(LIMIT) or max_ifd)
         beyond = int((frame[score] > edges[-1]).sum())
         if beyond:
-            inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:g}", ha="right")
+            inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:.4g}", ha="right")
         if _say_if_empty(ax, frame[score]):
             ax.set_ylim(0, 1)
     own = score.replace("$", r"\$")  # no formula
@@ -157,7 +157,7 @@ def plot_ifd_length(rows: Rows, *, score: str = "ifd") -> Figure:
                 transform=ax.get_yaxis_transform(),
             )
         if beyond:
-            inside(ax, 0.01, 0.96, f"{rows_text(beyond)} beyond {edges[-1]:g}", va="top")
+            inside(ax, 0.01, 0.96, f"{rows_text(beyond)} beyond {edges[-1]:.4g}", va="top")
         _say_if_empty(ax, frame[score])
         ax.set(ylim=(edges[0], edges[-1]), xlabel="answer length (tokens, logarithmic)")
         _log_ticks(ax, frame.loc[frame[score].notna(), "answer_tokens"])
@@ -186,9 +186,11 @@ def plot_further_scores(rows: Rows) -> Figure:
         parts = [frame.loc[group.mask, name] for group in groups]
         ax.hist(parts, bins=edges, stacked=True, color=[group.color for group in groups])
         ax.set(xlabel=name, ylabel="rows", xlim=(edges[0], edges[-1]))
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         if beyond := int((frame[name] > edges[-1]).sum()):
-            inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:.4g}", ha="right")
+            end = number_text(edges[-1], 0 if abs(edges[-1]) >= 100 else 2)
+            inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {end}", ha="right")
     _legend_of_groups(figure, [frame], "ifd")
     return figure
 
@@ -391,12 +393,13 @@ def _edges(values: pd.Series) -> np.ndarray:
 
 
 def _edges_of(values: pd.Series, score: str) -> np.ndarray:
-    """Bin edges of any score: of an IFD those above, of others nearly all of their values."""
-    if score in SCORE_EQUATIONS:
+    """Bin edges of any score: of an IFD those above, of others all but values far above the others."""
+    if score in SCORE_EQUATIONS or values.empty:
         return _edges(values)
-    return np.histogram_bin_edges(
-        values, 40, (values.min(), max(_reach(values), values.min())) if len(values) else None
-    )
+    low, high, (few, most) = values.min(), values.max(), values.quantile([0.05, 0.95])
+    high = high if len(values) < 20 else min(high, most + 1.5 * (most - few))
+    margin = 0.02 * (high - low)
+    return np.histogram_bin_edges(values, 40, (low - margin, high + margin))
 
 
 def _reach(values: pd.Series) -> float:

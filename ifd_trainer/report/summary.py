@@ -118,7 +118,9 @@ def _guard_points(data: ReportData, by_score: list[dict[str, Any]]) -> list[str]
     if not by_score or "guard" not in data.history.settings:
         return []
     if not on:
-        return ["No guard was on: rows with a high score are hard ones, and mismatched or unfinished ones."]
+        hard = "rows with a high score are hard ones, and mismatched or unfinished ones"
+        other = "mismatched and unfinished rows may be among those that were kept"
+        return [f"No guard was on: {hard if data.score in SCORE_EQUATIONS else other}."]
     last, reasons = by_score[-1], [reason for name, reason in GUARD_REASONS.items() if name in on]
     counts = {reason: int((last.get("reasons") or {}).get(reason, 0)) for reason in reasons}
     named = [counted_noise(reason, count) for reason, count in counts.items()]
@@ -184,7 +186,8 @@ def _steps_of_run(data: ReportData, by_score: list[dict[str, Any]]) -> list[tupl
     folder = data.folder.parent if data.folder.name == FOLDER else data.folder
     steps = []
     if by_score:
-        read = "Read the kept rows with the highest scores, below: noise gathers there. More of them:"
+        gathers = " with the highest scores, below: noise gathers there" if data.score in SCORE_EQUATIONS else ", below"
+        read = f"Read the kept rows{gathers}. More of them:"
         steps.append((read, f"ifd-trainer report {shlex.quote(str(folder))} --rows 50"))
         if "guard" in settings and not guards_of(settings):
             guard = "Let guards keep noise out, in a script by guard=True, with a recipe by:"
@@ -253,7 +256,8 @@ def _unscored(rows: pd.DataFrame) -> str:
 def _steps_of_scores(data: ReportData) -> list[tuple[str, str]]:
     file, measured = data.origin.file, data.origin.measured
     if "kept" in data.last:
-        steps = [("Read the kept rows with the highest scores, below: noise gathers there.", "")]
+        gathers = " with the highest scores, below: noise gathers there" if data.score in SCORE_EQUATIONS else ", below"
+        steps = [(f"Read the kept rows{gathers}.", "")]
         return [
             *steps,
             ("Train on them, with any trainer, or:", "ifd-trainer train RECIPE.yaml --dataset_name SELECTED"),

@@ -12,6 +12,7 @@ from ifd_trainer.cli import main
 from ifd_trainer.data.definitions import DEFINITIONS, KNOWN_DEFINITIONS, SCORE_KINDS
 from ifd_trainer.method.choices import RANKED_BY
 from ifd_trainer.method.columns import IFD_COLUMNS, OWN_COLUMNS, SCORES, SELECTION_COLUMNS
+from ifd_trainer.method.further_scores import FURTHER
 from ifd_trainer.scoring.losses import Scores
 
 
@@ -27,6 +28,9 @@ def test_the_readme_and_the_help_name_every_column_and_definition(capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.split("| column | meaning |")[1].split("\n\n")[0]
     assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == IFD_COLUMNS
+    table = readme.split("| further column | meaning |")[1].split("\n\n")[0]
+    further = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split(" | ")[0])]
+    assert set(further) == set(FURTHER)
     assert set(DEFINITIONS) <= set(re.findall(r'definition="(\w+)"', readme))
     with pytest.raises(SystemExit):
         main(["score", "--help"])

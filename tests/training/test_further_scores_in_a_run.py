@@ -25,9 +25,19 @@ from tiny_runs import (
     weights_of,
 )
 
-from ifd_trainer import Cherry, IFDScorer, IFDSelectionCallback, LowestScores, RandomRows, Selection
+from ifd_trainer import (
+    Cherry,
+    IFDScorer,
+    IFDSelectionCallback,
+    LowestScores,
+    RandomRows,
+    Selection,
+    write_report,
+)
 from ifd_trainer.data.formats import PROMPT_COMPLETION, WIZARDLM
 from ifd_trainer.errors import UserError
+from ifd_trainer.method.further_scores import FURTHER
+from ifd_trainer.report import plot_further_scores
 from ifd_trainer.training.history import History
 from ifd_trainer.training.recipe_selection import SelectionConfig
 
@@ -195,6 +205,33 @@ def test_a_policy_of_ones_own_reads_what_was_asked_for_and_is_told_what_was_not(
     select(trainer, keep=3, policy=LikelyPrompts())
     with pytest.raises(UserError, match=r"The score prompt_ppl was not asked for: name it, scores=\('prompt_ppl',\)\."):
         train(trainer)
+
+
+def test_the_report_of_a_run_is_about_what_it_ranked_by(tmp_path):
+    trainer = sft_trainer(tmp_path, 24)
+    select(trainer, keep=4, score="ira", scores="rifd loss_change")
+    train(trainer)
+    history = History.load(tmp_path)
+    page = write_report(history).read_text(encoding="utf-8")
+    assert f"the rows with the highest ira ({FURTHER['ira'].meaning}), without a limit" in page
+    assert "for most rows the prompt does not help" not in page
+    assert "rows with a high score are hard ones" not in page
+    found = history_rows(trainer, 2)
+    best = found.loc[found["ira"].idxmax()]
+    for name in ("ira", "rifd", "loss_change"):
+        assert f">{best[name]:.3f}<" in page
+    panels = [axes.get_xlabel() for axes in plot_further_scores(history).axes if axes.get_visible()]
+    assert panels == ["ira", "rifd", "rcas", "rdas", "loss_change"]
+    heights = [sum(patch.get_height() for patch in axes.patches) for axes in plot_further_scores(history).axes[:5]]
+    assert heights[4] == 24  # every row has a change of its loss
+
+
+def test_rows_without_further_scores_have_no_plot_of_them(tmp_path):
+    trainer = sft_trainer(tmp_path, 12, num_train_epochs=1)
+    select(trainer, keep=4)
+    train(trainer)
+    with pytest.raises(UserError, match="The rows have no further scores"):
+        plot_further_scores(History.load(tmp_path))
 
 
 # ---- other scorers ----------------------------------------------------------------------------------------------
