@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,8 @@ from ifd_trainer.errors import UserError
 from ifd_trainer.method.further_scores import FURTHER
 from ifd_trainer.report import plot_further_scores
 from ifd_trainer.training.history import History
+from ifd_trainer.training.recipe import parse_recipe
+from ifd_trainer.training.recipe_run import build_run
 from ifd_trainer.training.recipe_selection import SelectionConfig
 
 ALL = ("ira", "answer_ppl", "direct_ppl", "prompt_ppl", "rifd", "rcas", "rdas", "loss_change")
@@ -315,6 +318,29 @@ def test_the_keys_of_a_recipe(tmp_path):
     assert callback.policy == Cherry(score="ira")
     assert callback.further == config.further()
     assert callback.pool_scorer.guess == "Q of {answer}?"
+
+
+@RECIPES
+@pytest.mark.parametrize("scored_before", [False, True])
+@pytest.mark.parametrize("written", ["scores: prompt_ppl rifd", "scores: [rifd, prompt_ppl]"])
+def test_a_recipe_trains_on_what_it_ranks_by(tmp_path, written, scored_before):
+    raw = raw_rows(12)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raw), encoding="utf-8")
+    build_model(len(TOKENIZER)).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    other = f"scorer: {tmp_path / 'model'}" if scored_before else ""
+    keys = ["format: wizardlm", "keep: 4", "score: ira", written, "guards: none", other]
+    keys += ["num_train_epochs: 1", "bf16: false", "use_cpu: true", "report_to: none", "save_strategy: 'no'"]
+    keys += [f"model_name_or_path: {tmp_path / 'model'}", f"dataset_name: {tmp_path / 'rows.jsonl'}"]
+    (tmp_path / "recipe.yaml").write_text("\n".join(keys), encoding="utf-8")
+    run = build_run(parse_recipe(str(tmp_path / "recipe.yaml"), ["--output_dir", str(tmp_path / "out")]))
+    seen = train(run.trainer)
+    scorer = IFDScorer(build_model(len(TOKENIZER)), TOKENIZER, format=WIZARDLM, scores="ira rifd prompt_ppl")
+    expected = Dataset.from_list(raw).map(scorer, batched=True).to_pandas().set_index("row_id")
+    found = History.load(tmp_path / "out").rows(0).set_index("row_id")
+    for name in ("ira", "prompt_ppl", "rifd"):
+        np.testing.assert_allclose(found[name], expected.loc[found.index, name], rtol=20 * ROUNDING, atol=1e-4)
+    assert sorted(seen.order()) == sorted(expected["ira"].sort_values(ascending=False).index[:4])
 
 
 @pytest.mark.parametrize(
