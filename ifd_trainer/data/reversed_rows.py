@@ -151,18 +151,22 @@ class ReversedRows:
         if not template:
             return "", ""
         render = renderer(self.tokenizer, {} if self.template is None else {"chat_template": template})
-        user, said = {"role": "user", "content": _MARK}, {"role": "assistant", "content": "y"}
-        try:
-            texts = [render(turns) for turns in ([user, said], [{**user, "content": "x"}, said, user, said])]
-        except Exception:  # no chat that this template knows
-            return "", ""
-        (first, behind), (later, _) = (text.rpartition(_MARK)[::2] for text in texts)
-        size = common_prefix_length(first[::-1], later[::-1])
-        try:
-            opened = render([user], add_generation_prompt=True).rpartition(_MARK)[2]
-        except Exception:
-            opened = behind
-        return first[len(first) - size :], behind[: common_prefix_length(behind, opened)]
+        for parts in (False, True):  # templates of models that see images read contents as lists of parts
+            user, said, other = (_turn(*turn, parts) for turn in (("user", _MARK), ("assistant", "y"), ("user", "x")))
+            try:
+                texts = [render([user, said]), render([other, said, user, said])]
+                opened = render([user], add_generation_prompt=True)
+            except Exception:  # no chat that this template knows
+                continue
+            (first, behind), (later, _) = (text.rpartition(_MARK)[::2] for text in texts)
+            size = common_prefix_length(first[::-1], later[::-1])
+            if header := first[len(first) - size :].lstrip():
+                return header, behind[: common_prefix_length(behind, opened.rpartition(_MARK)[2])]
+        return "", ""
+
+
+def _turn(role: str, text: str, parts: bool) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
 
 
 def _fields(format: TemplateFormat, prompt: str) -> tuple[str, str] | None:

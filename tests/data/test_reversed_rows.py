@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 from conftest import build_tokenizer
 
+from ifd_trainer.data.chat_template import MalformedRow
 from ifd_trainer.data.encoding import Encoder
 from ifd_trainer.data.formats import (
     ALPACA,
@@ -179,6 +183,33 @@ def test_another_chat_template_than_the_tokenizers_writes_the_row():
         *(TOKENIZER(text)["input_ids"] for text in (prompt, answer))
     )
     assert (found.prompt, found.answer) == ("[user]Guess what was asked: Red.|[assistant]", "Name a colour.|")
+
+
+def templates() -> list[Path]:
+    spec = find_spec("trl")
+    return sorted(Path(spec.origin).with_name("chat_templates").glob("*.jinja")) if spec else []
+
+
+@pytest.mark.parametrize("path", templates(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("system", [False, True], ids=["", "system"])
+def test_tokens_of_every_template_that_trl_ships_tell_what_the_user_asked(path, system):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    turns = [("system", "Be brief."), ("user", "Name a colour."), ("assistant", "Red.")]
+    turns += [("user", "And \nanother one?"), ("assistant", "Blue.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns if system or role != "system"]}
+    try:
+        example = MESSAGES.render(row, tokenizer)
+    except MalformedRow as error:
+        pytest.skip(str(error))
+    pair = Encoder(tokenizer)([example])[0]
+    ids, start = pair.conditioned.ids, pair.conditioned.start
+    turn = ReversedRows(tokenizer, ASK)
+    found = turn.of_tokens(ids[:start], ids[start:])
+    assert found == turn.of_row(row, MESSAGES)
+    assert found.answer.startswith("And \nanother one?")
+    assert "Guess what was asked: Blue." in found.prompt
+    assert "Name a colour." not in found.prompt + found.answer
 
 
 # ---- what is asked ----------------------------------------------------------------------------------------------
