@@ -32,6 +32,7 @@ from .data.paths import check_folder, check_model, check_readable, check_rows, c
 from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
 from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY, TURN_RULES
 from .method.columns import EOT_LOSS, IFD_COLUMNS, KNOWN_COLUMNS, OWN_COLUMNS, SIFD
+from .method.further_scores import FURTHER, SCORED_BY_MODEL, further_names, replaced_columns
 from .method.number_words import many
 from .method.text_agreement import AGREEMENTS
 from .training.recipe_file import COMPARED, check_recipe, copy_recipe, read_recipe, recipe_titles
@@ -55,7 +56,7 @@ _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer
 # Options of `score` that are the transform's by the same names.
 _OF_SCORER = (
     *("definition", "max_length", "min_answer_tokens", "score_truncated", "turns", "dtype", "token_budget"),
-    *("token_losses", "revision", "trust_remote_code"),
+    *("token_losses", "revision", "trust_remote_code", "guess"),
 )
 # Options of `score --known`, by what the transform calls them.
 _OF_KNOWLEDGE = {
@@ -281,6 +282,18 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="score the part of a too long answer that fits, as the paper does",
     )
+    further = "; ".join(f"{name}: {FURTHER[name].meaning}" for name in SCORED_BY_MODEL)
+    add(
+        "--scores",
+        nargs="+",
+        metavar="NAME",
+        help=f"further scores to attach, each a column of its name ({further}); rifd attaches rcas and rdas too",
+    )
+    add(
+        "--guess",
+        metavar="TEXT",
+        help="what rifd asks a model that is shown an answer, with {answer} where that stands; \\n is a line break",
+    )
     add("--split", default="train", help="split of a hub data set (default train)")
     add("--limit", type=_positive, help="score the first N rows only")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -370,8 +383,9 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         "--score",
         action="append",
         metavar="COLUMN[:WEIGHT]",
-        help="column of numbers to rank by, highest first (default: ifd_ppl for scores of Superfiltering's definition, "
-        "else ifd); given several times, ranks are added with these weights; a negative one ranks lowest first",
+        help="column of numbers to rank by, highest first, such as a further score (default: ifd_ppl for scores of "
+        "Superfiltering's definition, else ifd); given several times, ranks are added with these weights; a negative "
+        "one ranks lowest first (rifd:-1), and rows without a number are not kept",
     )
     add(
         "--token-share",
@@ -485,6 +499,8 @@ def _check_words(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> int:
+    further = further_names(" ".join(options.scores or ()))
+    options.guess = options.guess and options.guess.replace("\\n", "\n")
     check_writable(options.output)
     check_model(options.model)
     check_rows(options.data)
@@ -506,7 +522,7 @@ def _score(options: argparse.Namespace) -> int:
     if (status := process.finished()) is not None:
         return status if process.main else 0
     format = FormatOptions(**{field.name: getattr(options, field.name) for field in fields(FormatOptions)})
-    scorer = _scorer(options, process.local_rank)
+    scorer = _scorer(options, process.local_rank, further)
     if options.calibrate:
         scorer.check_single("--calibrate")
     knowledge = _knowledge(options, scorer)
@@ -545,7 +561,8 @@ def _score(options: argparse.Namespace) -> int:
             return 0
         scores = join_parts(rows, worker, parts, size)
         # Scored again: what was chosen by older scores goes with them.
-        rows = with_columns(rows.remove_columns([name for name in replaced if name in rows.column_names]), scores)
+        stale = [*(set(replaced) & set(rows.column_names)), *replaced_columns(rows.column_names, further)]
+        rows = with_columns(rows.remove_columns(stale), scores)
         origin = provenance_of(settings, options.model, job["weights"], options.data)
         origin = origin if knowledge is None else replace(origin, known=knowledge.settings())
         if options.calibrate:
@@ -571,7 +588,7 @@ def _score(options: argparse.Namespace) -> int:
     return status
 
 
-def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
+def _scorer(options: argparse.Namespace, local_rank: int, further: Sequence[str]) -> IFDScorer:
     import torch
 
     from .scoring.devices import default_device
@@ -580,7 +597,8 @@ def _scorer(options: argparse.Namespace, local_rank: int) -> IFDScorer:
     device = options.device
     if device is None or (device == "cuda" and torch.cuda.is_available()):
         device = default_device(local_rank)  # each process on a machine has a device of its own
-    return IFDScorer(options.model, device=device, **{name: getattr(options, name) for name in _OF_SCORER})
+    given = {name: getattr(options, name) for name in _OF_SCORER}
+    return IFDScorer(options.model, device=device, scores=further, **given)
 
 
 def _knowledge(options: argparse.Namespace, scorer: IFDScorer) -> KnowledgeScorer | None:

@@ -29,6 +29,7 @@ from ifd_trainer.data.paths import check_checkpoint
 from ifd_trainer.method.columns import IFD_COLUMNS
 from ifd_trainer.publish.provenance import provenance_path
 from ifd_trainer.scoring.transform import IFDScorer
+from ifd_trainer.scoring.turns import EncodedTurns
 from ifd_trainer.training.history import History
 
 ROWS = [
@@ -80,16 +81,16 @@ def test_score_goes_on_where_it_was_interrupted(
     tmp_path: Path, data: Path, model_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     output, scored = tmp_path / "out.parquet", []
-    encode = IFDScorer.encode
+    encode = IFDScorer.encode_rows
 
-    def interrupted(self: IFDScorer, batch: dict, rank: int | None = None) -> list:
+    def interrupted(self: IFDScorer, batch: dict, rank: int | None = None) -> EncodedTurns:
         if len(scored) == 2 and not monkeypatch_off:
             raise KeyboardInterrupt
         scored.append(batch["instruction"])
         return encode(self, batch, rank)
 
     monkeypatch_off: list[bool] = []
-    monkeypatch.setattr(IFDScorer, "encode", interrupted)
+    monkeypatch.setattr(IFDScorer, "encode_rows", interrupted)
     assert score(data, output, model_path, "--part-rows", "3") == 130
     assert not output.exists()
     assert "run the same command again" in capsys.readouterr().err

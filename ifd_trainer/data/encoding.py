@@ -15,8 +15,8 @@ answer, and the answer). A definition says how:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from numbers import Integral
@@ -65,17 +65,22 @@ class EncodedPair:
         direct: what precedes a direct answer, and the answer.
         status: why there are none.
         ending: the tokens that end the turn right behind the answer; none where it was cut off.
+        more: what else a model reads for further scores, by the name of its loss; see `further_segments`.
     """
 
     conditioned: Segment | None = None
     direct: Segment | None = None
     status: Status = Status.OK
     ending: tuple[int, ...] = ()
+    more: Mapping[str, Segment] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
-        """Tokens that are read to score the row: both segments, and what ends its turn; 0 without a score."""
-        return 0 if self.conditioned is None else sum(map(len, (self.conditioned.ids, self.ending, self.direct.ids)))
+        """Tokens that are read to score the row: all segments, and what ends its turn; 0 without a score."""
+        if self.conditioned is None:
+            return 0
+        more = (segment.ids for segment in self.more.values())
+        return sum(map(len, (self.conditioned.ids, self.ending, self.direct.ids, *more)))
 
     @classmethod
     def unscorable(cls, status: Status) -> EncodedPair:
@@ -129,7 +134,7 @@ def with_ending(pair: EncodedPair, answer_tokens: int | None = None) -> Segment:
 
 
 def token_count(pairs: Iterable[EncodedPair]) -> int:
-    """Tokens that are read to score rows: both segments of all scorable ones, and what ends their turns."""
+    """Tokens that are read to score rows: all segments of the scorable ones, and what ends their turns."""
     return sum(pair.tokens for pair in pairs)
 
 

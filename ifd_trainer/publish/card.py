@@ -25,6 +25,7 @@ from ..data.definitions import KNOWN_DEFINITIONS
 from ..errors import UserError
 from ..method.choices import RANKED_BY
 from ..method.columns import COLUMN_MEANINGS, TARGET_MEANINGS
+from ..method.further_scores import FURTHER
 from ..method.number_words import many
 from ..method.reasons import MEANINGS, Status
 from ..method.scoring_health import rank_correlation
@@ -90,6 +91,7 @@ def write_card(
     written = chosen.pool_rows if everything else chosen.kept_rows
     what = f"{'all rows, marked ' if everything else ''}the {rows_text(chosen.kept_rows)} {_which(chosen)}"
     title = f"{' '.join(name.split())}: {what}"
+    meanings = COLUMN_MEANINGS | {name: further.meaning for name, further in FURTHER.items()} | TARGET_MEANINGS
     content = {
         "marker": MARKER,
         "title": _plain(title),
@@ -112,7 +114,7 @@ def write_card(
         "scored": f"{len(frame):,}",
         "kept": f"{chosen.kept_rows:,}",
         "quantiles": _quantiles(frame, column, chosen.limit if chosen.limited == score else math.inf),
-        "columns": {name: meaning for name, meaning in (COLUMN_MEANINGS | TARGET_MEANINGS).items() if name in columns},
+        "columns": {name: meaning for name, meaning in meanings.items() if name in columns},
         "limits": _limits(frame, score) if chosen.ranking.ifd else _OTHER_SCORE,
         "program": f"ifd_trainer {__version__}",
     }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .page import write_report
     from .plots import (
         plot_cas_das,
+        plot_further_scores,
         plot_held_out_loss,
         plot_ifd_histogram,
         plot_ifd_length,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     )
     from .tables import epoch_table, guard_table, label_table
 
-_PLOTS = ("cas_das", "held_out_loss", "ifd_histogram", "ifd_length", "kept_by_label", "kept_flow")
+_PLOTS = ("cas_das", "further_scores", "held_out_loss", "ifd_histogram", "ifd_length", "kept_by_label", "kept_flow")
 _HOME = {f"plot_{name}": ".plots" for name in _PLOTS}
 _HOME |= {"write_report": ".page", "History": "..training.history"}
 _HOME |= dict.fromkeys(("epoch_table", "guard_table", "label_table"), ".tables")

@@ -17,6 +17,7 @@ from ..data.format_choice import recorded_format
 from ..data.paths import check_folder
 from ..data.readable_text import plain
 from ..errors import UserError
+from ..method.further_scores import FURTHER
 from ..method.number_words import many
 from ..method.reasons import (
     ABOVE_LIMIT,
@@ -37,6 +38,7 @@ from ..training.history import History
 from .page_parts import Plot, RowTable, rendered, texts_of
 from .plots import (
     plot_cas_das,
+    plot_further_scores,
     plot_held_out_loss,
     plot_ifd_histogram,
     plot_ifd_length,
@@ -46,10 +48,12 @@ from .plots import (
 from .report_data import Origin, ReportData, read_report_data
 from .score_frames import (
     MISSING,
+    SCORE_EQUATIONS,
     SCORE_NAMES,
     count_text,
     cut_of,
     epoch_name,
+    further_columns,
     held_out_losses,
     how_kept,
     merged,
@@ -124,6 +128,7 @@ def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
         "any_rows": any(len(rows) for rows in data.epochs.values()),
         "chosen": data.last is not None and "kept" in data.last,
         "score": SCORE_NAMES[data.score],
+        "further": [(name, FURTHER[name].meaning) for name in _listed(data.last)] if data.last is not None else [],
         "epochs": _epoch_grid(history) if history is not None and history.epochs else None,
         "words": column_words,
         "cuts": _cut_lines(data),
@@ -207,7 +212,7 @@ def _observations(data: ReportData) -> list[str]:
     ]
     for epoch, rows in merged(data.epochs, [data.score]).items():
         scores = rows[data.score].dropna()
-        if len(scores) and (scores >= 1).mean() > 0.5:
+        if data.score in SCORE_EQUATIONS and len(scores) and (scores >= 1).mean() > 0.5:
             notes.append(
                 f"{epoch_name(epoch, 'In this data set').capitalize()}: {percent_text((scores >= 1).mean())} of the "
                 "scored rows are at 1 or more: their prompt does not help. Is the prompt format one the model knows?"
@@ -297,18 +302,21 @@ def _quantile_cells(data: ReportData) -> tuple[list[str], list[list[str]]] | Non
     if data.history is not None or data.last is None or not data.any_score:
         return None
     scored = data.last[data.last[data.score].notna()]
-    names = [data.score, "cas", "das", "answer_tokens"]
+    names = list(dict.fromkeys([data.score, "cas", "das", "answer_tokens", *further_columns(scored)]))
     return quantiles({name: scored[name] for name in names if scored[name].notna().any()})
 
 
 # ---- plots ------------------------------------------------------------------------------------------------------
 
-_PLOTS = ("kept_flow", "ifd_histogram", "held_out_loss", "cas_das", "ifd_length", "kept_by_label")
+_PLOTS = ("kept_flow", "ifd_histogram", "held_out_loss", "cas_das", "ifd_length", "further_scores", "kept_by_label")
 
 
 def drawn_plots(data: ReportData) -> list[Plot]:
     """The plots that these rows allow."""
-    epochs, score, limit, kinds = data.scored, data.score, data.max_ifd, data.kinds
+    epochs, score, kinds = data.scored, data.score, data.kinds
+    # The default limit is one of IFDs alone.
+    no_limit = score not in SCORE_EQUATIONS and data.max_ifd in (None, 1.0)
+    limit = float("inf") if no_limit else data.max_ifd
     chosen = all("kept" in rows for rows in data.epochs.values())
     colors = _colors_in_words(epochs) if chosen else ""
     if len(data.epochs) > len(epochs):
@@ -329,10 +337,14 @@ def drawn_plots(data: ReportData) -> list[Plot]:
     plots.append(Plot.of("ifd_histogram", "Distribution", "How many rows have which score." + colors, figure))
     if any((rows["cas"].notna() & rows["das"].notna()).any() for rows in epochs.values()):
         figure = plot_cas_das(epochs, score=score, max_ifd=limit)
-        plots.append(Plot.of("cas_das", "With and without the prompt", _CAS_DAS_CAPTION + ends, figure))
+        caption = _CAS_DAS_CAPTION + (_NEAR_THE_LINE if score in SCORE_EQUATIONS else "") + "." + ends
+        plots.append(Plot.of("cas_das", "With and without the prompt", caption, figure))
     if any((rows["answer_tokens"] > 0).any() for rows in epochs.values()):
         figure = plot_ifd_length(epochs, score=score)
         plots.append(Plot.of("ifd_length", "Score and answer length", _length_caption(epochs, score) + ends, figure))
+    if further := further_columns(data.last):
+        text = "; ".join(f"{name}: {FURTHER[name].meaning}" for name in further)
+        plots.append(Plot.of("further_scores", "Further scores", f"{text}.", plot_further_scores(data.last)))
     if data.labels is not None and chosen and len(data.labels):
         shares = _named_shares(data)
         figure = plot_kept_by_label(shares)
@@ -368,8 +380,9 @@ _LOSS_CAPTION = (
 )
 _CAS_DAS_CAPTION = (
     "Each point is a row. Further to the right the answer is harder to predict alone, further up it is harder to "
-    "predict after its prompt. Above the solid line the prompt does not help; rows near it have the highest scores."
+    "predict after its prompt. Above the solid line the prompt does not help"
 )
+_NEAR_THE_LINE = "; rows near it have the highest scores"
 _LABEL_CAPTION = (
     "Of each label's rows, the share that was kept. Bars that pass the dashed line belong to labels that are kept "
     "more often than the pool as a whole."
@@ -500,7 +513,7 @@ def _row_table(
         scored: with scores.
     """
     counted = scored or (part["answer_tokens"] > 0).any()
-    values = [data.score, "cas", "das"] if scored and not reason else []
+    values = list(dict.fromkeys([data.score, "cas", "das", *_listed(part)])) if scored and not reason else []
     of_guard = _OF_REASON.get(part["reason"].iloc[0]) if "reason" in part and part["reason"].nunique() == 1 else None
     of_guard = of_guard if of_guard in part else None
     repeated = "times" in part and (part["times"] > 1).any()
@@ -512,7 +525,7 @@ def _row_table(
     for row in shown.to_dict("records"):
         words = MEANINGS.get(row["ifd_status"], row["ifd_status"]).removeprefix("no score: ")
         cells = [plain(row["row_id"]) or MISSING]
-        cells += [*([words] if reason else []), *(number_text(row[name]) for name in values)]
+        cells += [*([words] if reason else []), *(_score_text(row[name]) for name in values)]
         cells += [_shown(row[of_guard])] if of_guard else []
         cells += [number_text(row["answer_tokens"], 0)] if counted else []
         cells += [str(row["times"])] if repeated else []
@@ -523,6 +536,17 @@ def _row_table(
 
 
 _OF_REASON = {MISMATCHED: "p_value", UNFINISHED: "eot_loss", DUPLICATE: "duplicate_of"}  # what a guard went by
+
+
+def _listed(rows: pd.DataFrame) -> list[str]:
+    """The further scores that tables of rows list: no losses of which another one is made, to leave room for texts."""
+    names = further_columns(rows)
+    parts = {part for name in names for part in FURTHER[name].brings}
+    return [name for name in names if name not in parts]
+
+
+def _score_text(value: float) -> str:
+    return number_text(value, 3 if not abs(value) >= 100 else 0)
 
 
 def _shown(value: Any) -> str:

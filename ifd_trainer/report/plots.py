@@ -32,6 +32,7 @@ from .score_frames import (
     by_epoch,
     cut_of,
     epoch_name,
+    further_columns,
     held_out_losses,
     number_text,
     percent_text,
@@ -60,7 +61,7 @@ def plot_ifd_histogram(rows: Rows, *, score: str = "ifd", max_ifd: float | None 
 
     Args:
         rows: scored rows, or such frames by epoch.
-        score: "ifd" or "ifd_ppl".
+        score: "ifd", "ifd_ppl", or a further score that the rows have.
         max_ifd: the policy's limit; without one the line stands at 1, from where on the prompt does not help.
     """
     return histogram_of(by_epoch(rows, most=5), score, max_ifd)
@@ -69,7 +70,7 @@ def plot_ifd_histogram(rows: Rows, *, score: str = "ifd", max_ifd: float | None 
 def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float | None) -> Figure:
     """`plot_ifd_histogram` of rows that are normalised already; only the score, `kept` and `reason` are looked at."""
     values = pd.concat([frame[score] for frame in epochs.values()]).dropna()
-    edges = _edges(values) if score in SCORE_EQUATIONS else np.histogram_bin_edges(values, 40)
+    edges = _edges_of(values, score)
     figure, axes = new_figure(1.1 + 1.5 * max(len(epochs), 1.4), rows=len(epochs), sharex=True)
     for ax, (epoch, frame) in zip(axes[:, 0], epochs.items(), strict=True):
         groups = _groups(frame, score)
@@ -84,7 +85,7 @@ def histogram_of(epochs: Mapping[Any, pd.DataFrame], score: str, max_ifd: float 
         _score_lines(ax, edges, cut_of(frame, score), frame.attrs.get(LIMIT) or max_ifd)
         beyond = int((frame[score] > edges[-1]).sum())
         if beyond:
-            inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:g}", ha="right")
+            inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {edges[-1]:.4g}", ha="right")
         if _say_if_empty(ax, frame[score]):
             ax.set_ylim(0, 1)
     own = score.replace("$", r"\$")  # no formula
@@ -108,12 +109,14 @@ def plot_cas_das(rows: Rows, *, score: str = "ifd", max_ifd: float | None = None
         cut = cut_of(frame, score)
         limit = frame.attrs.get(LIMIT) or max_ifd
         lines = [(1.0, "-", f"{SCORE_NAMES[score]} 1: cas = das"), (cut, "--", f"cut {_cut_text(cut, limit)}")]
+        if score not in SCORE_EQUATIONS:  # another score does not follow from these two as a line
+            lines, limit = [(1.0, "-", "cas = das")], None
         if limit is not None and limit != 1:
             lines.append((limit, ":", f"limit {limit:.4g}"))
         direct = np.linspace(0, right, 2)
         for level, style, text in lines:
             if level is not None:
-                conditioned = level * direct if score == "ifd" else direct + np.log(level)
+                conditioned = direct + np.log(level) if score == "ifd_ppl" else level * direct
                 ax.plot(direct, conditioned, style, color=_INK, linewidth=1, label=text)
         ax.legend(loc="upper left", frameon=False, fontsize=8)
         ax.set(xlim=(0, right), ylim=(0, top), xlabel="direct answer score, das (nats per token)")
@@ -134,7 +137,7 @@ def plot_ifd_length(rows: Rows, *, score: str = "ifd") -> Figure:
     correlation is that of all.
     """
     epochs = by_epoch(rows, most=2)
-    edges = _edges(pd.concat([frame[score] for frame in epochs.values()]).dropna())
+    edges = _edges_of(pd.concat([frame[score] for frame in epochs.values()]).dropna(), score)
     figure, axes = new_figure(3.8, columns=len(epochs), sharex=True, sharey=True)
     for ax, (epoch, frame) in zip(axes[0], epochs.items(), strict=True):
         frame = frame.assign(answer_tokens=frame["answer_tokens"].where(frame["answer_tokens"] > 0))
@@ -154,12 +157,41 @@ def plot_ifd_length(rows: Rows, *, score: str = "ifd") -> Figure:
                 transform=ax.get_yaxis_transform(),
             )
         if beyond:
-            inside(ax, 0.01, 0.96, f"{rows_text(beyond)} beyond {edges[-1]:g}", va="top")
+            inside(ax, 0.01, 0.96, f"{rows_text(beyond)} beyond {edges[-1]:.4g}", va="top")
         _say_if_empty(ax, frame[score])
         ax.set(ylim=(edges[0], edges[-1]), xlabel="answer length (tokens, logarithmic)")
         _log_ticks(ax, frame.loc[frame[score].notna(), "answer_tokens"])
-    axes[0, 0].set_ylabel(f"{SCORE_EQUATIONS[score]} (no unit)")
+    axes[0, 0].set_ylabel(f"{SCORE_EQUATIONS[score]} (no unit)" if score in SCORE_EQUATIONS else score)
     _legend_of_groups(figure, epochs.values(), score)
+    return figure
+
+
+def plot_further_scores(rows: Rows) -> Figure:
+    """How the further scores of rows are distributed, a panel for each; of several epochs the last one is shown.
+
+    Values far beyond the 95th percentile are not drawn; each panel says how many there are.
+
+    Raises:
+        ValueError: for rows without further scores.
+    """
+    frame = list(by_epoch(rows).values())[-1]
+    names = further_columns(frame)
+    if not names:
+        raise UserError("The rows have no further scores: name some when they are scored, scores=('ira',).")
+    figure, axes = new_figure(0.6 + 1.9 * ((len(names) + 1) // 2), rows=(len(names) + 1) // 2, columns=2)
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    for ax, name in zip(axes.flat, names, strict=False):
+        groups, edges = _groups(frame, name), _edges_of(frame[name].dropna(), name)
+        parts = [frame.loc[group.mask, name] for group in groups]
+        ax.hist(parts, bins=edges, stacked=True, color=[group.color for group in groups])
+        ax.set(xlabel=name, ylabel="rows", xlim=(edges[0], edges[-1]))
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if beyond := int((frame[name] > edges[-1]).sum()):
+            end = number_text(edges[-1], 0 if abs(edges[-1]) >= 100 else 2)
+            inside(ax, 0.995, 0.88, f"{rows_text(beyond)} beyond {end}", ha="right")
+    _legend_of_groups(figure, [frame], "ifd")
     return figure
 
 
@@ -358,6 +390,16 @@ def _edges(values: pd.Series) -> np.ndarray:
     wanted = (high - low) / np.clip(4 * np.sqrt(len(values)), 20, 80)
     width = next((width for width in (0.01, 0.02, 0.025, 0.05) if width >= wanted), 0.1)  # 1 is always an edge
     return np.linspace(low, high, round((high - low) / width) + 1)
+
+
+def _edges_of(values: pd.Series, score: str) -> np.ndarray:
+    """Bin edges of any score: of an IFD those above, of others all but values far above the others."""
+    if score in SCORE_EQUATIONS or values.empty:
+        return _edges(values)
+    low, high, (few, most) = values.min(), values.max(), values.quantile([0.05, 0.95])
+    high = high if len(values) < 20 else min(high, most + 1.5 * (most - few))
+    margin = 0.02 * (high - low)
+    return np.histogram_bin_edges(values, 40, (low - margin, high + margin))
 
 
 def _reach(values: pd.Series) -> float:

@@ -18,7 +18,7 @@ from ..errors import FileAccessError, NotFoundError, UserError, one_line
 from ..method.number_words import many
 from ..method.reasons import BELOW_CUT
 from ..training.history import FOLDER, History
-from .score_frames import SCORE_NAMES, merged, normalised, read_epochs
+from .score_frames import LIMIT, SCORE_EQUATIONS, SCORE_NAMES, merged, normalised, read_epochs
 from .tables import labels_of
 from .wording import EpochKinds
 
@@ -170,10 +170,13 @@ def _of_history(history: History, texts: pd.DataFrame | None) -> ReportData:
     if texts is not None:
         given = details_of(texts, _ids(texts).map(str))
         details = given if details is None else _replaced(details, given)
-    settings = history.settings
+    settings, score = history.settings, history.settings.get("score")
+    score = score if score in SCORE_NAMES and all(score in rows for rows in epochs.values()) else "ifd"
+    for rows in epochs.values() if score not in SCORE_EQUATIONS else ():
+        rows.attrs[LIMIT] = None  # it is one of the IFD
     return ReportData(
         title="What was selected, epoch by epoch",
-        score=settings.get("score") if settings.get("score") in SCORE_NAMES else "ifd",
+        score=score,
         epochs=epochs,
         details=details,
         labels=None,
@@ -263,12 +266,14 @@ def _score_of(rows: pd.DataFrame, ranks: pd.Series | None, origin: Origin) -> st
     """
     if ranks is not None and ranks.notna().any():
         ranked = rows.loc[ranks.astype(float).sort_values().dropna().index]
-        falling = [name for name in SCORE_NAMES if ranked[name].notna().all() and ranked[name].is_monotonic_decreasing]
+        whole = [name for name in SCORE_NAMES if name in ranked and ranked[name].notna().all()]
+        falling = [name for name in whole if ranked[name].is_monotonic_decreasing]
         if falling:
             return falling[0]
     if rows["ifd"].notna().any() and "reason" in rows:
         kept, below = rows[rows["kept"]], rows[rows["reason"] == BELOW_CUT]
-        parts = [name for name in SCORE_NAMES if not kept[name].min() < below[name].max()]
+        known = [name for name in SCORE_NAMES if name in rows]
+        parts = [name for name in known if not kept[name].min() < below[name].max()]
         return parts[0] if parts else "ifd"
     known = KNOWN_DEFINITIONS.get(origin.definition)
     if known and "reason" not in rows and rows[known.ranked_by].notna().any():

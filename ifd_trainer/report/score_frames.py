@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..method.choices import RANKED_BY
 from ..method.columns import SCORES
 from ..method.equations import FROM_LOSSES
+from ..method.further_scores import FURTHER
 from ..method.number_words import many, rounded_below
 from ..method.reasons import (
     ABOVE_LIMIT,
@@ -50,7 +51,8 @@ _PASSED_OVER = (
 _CHOICES = (KEPT, RELAXED, BELOW_CUT, REDUNDANT, OTHER_TIER, NOT_IN_SAMPLE, ABOVE_LIMIT)
 
 
-SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)"}  # of tables and plots
+SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)", **{name: name for name in FURTHER}}  # of tables and plots
+# Those at which 1 means that the prompt does not help.
 SCORE_EQUATIONS = {"ifd": "IFD = cas / das", "ifd_ppl": "perplexity ratio exp(cas - das)"}
 LIMIT = "limit"  # in the attributes of an epoch's frame: the limit that was measured for it
 
@@ -58,7 +60,7 @@ LIMIT = "limit"  # in the attributes of an epoch's frame: the limit that was mea
 def normalised(frame: pd.DataFrame) -> pd.DataFrame:
     """A copy with the columns that this module reads, as floats and plain strings; NaN where there is no score.
 
-    `kept`, `reason` and `times` are there only if a policy has chosen.
+    Further scores are there where the rows have them; `kept`, `reason` and `times` only if a policy has chosen.
     """
     if not {*RANKED_BY} & {*frame} and not {"cas", "das"} <= {*frame}:
         raise UserError(
@@ -70,6 +72,9 @@ def normalised(frame: pd.DataFrame) -> pd.DataFrame:
     rows.attrs = dict(frame.attrs)
     for name in (*SCORES, "answer_tokens"):
         rows[name] = _floats(frame[name]) if name in frame else np.nan
+    further = [name for name in FURTHER if name in frame]
+    for name in further:
+        rows[name] = _floats(frame[name])
     for name, equation in FROM_LOSSES.items():
         if name not in frame:
             rows[name] = equation(rows["cas"], rows["das"])
@@ -77,8 +82,13 @@ def normalised(frame: pd.DataFrame) -> pd.DataFrame:
     # A row without a status was not scored, whatever numbers it has: training and `select` take it so too.
     status = _words(frame["ifd_status"], Status.NONFINITE.value) if "ifd_status" in frame else Status.OK.value
     rows["ifd_status"] = np.where((status == Status.OK.value) & ~any_score, Status.NONFINITE.value, status)
-    rows.loc[rows["ifd_status"] != Status.OK.value, [*SCORES]] = np.nan
+    rows.loc[rows["ifd_status"] != Status.OK.value, [*SCORES, *further]] = np.nan
     return _with_choice(rows, frame)
+
+
+def further_columns(rows: pd.DataFrame) -> list[str]:
+    """The further scores of which rows have some."""
+    return [name for name in FURTHER if name in rows and rows[name].notna().any()]
 
 
 def _with_choice(rows: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:

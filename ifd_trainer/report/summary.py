@@ -17,6 +17,7 @@ from ..method.scoring_health import Freeze, rank_correlation
 from ..training.history import FOLDER
 from .report_data import ReportData
 from .score_frames import (
+    SCORE_EQUATIONS,
     SCORE_NAMES,
     held_out_losses,
     how_kept,
@@ -80,7 +81,7 @@ def _worries(data: ReportData, by_score: list[dict[str, Any]], rose: bool) -> li
     elif by_score and (separation := by_score[-1].get("separation")) is not None and separation < Freeze().separation:
         found.append("at the end the scores hardly tell a row from a mismatched one")
     last = data.last[data.score].dropna() if data.last is not None else pd.Series(dtype=float)
-    if len(last) and (last >= 1).mean() > 0.5:
+    if data.score in SCORE_EQUATIONS and len(last) and (last >= 1).mean() > 0.5:
         found.append("for most rows the prompt does not help")
     short = [str(record["epoch"]) for record in data.history.epochs if record.get("shortfall")]
     if short:
@@ -117,7 +118,9 @@ def _guard_points(data: ReportData, by_score: list[dict[str, Any]]) -> list[str]
     if not by_score or "guard" not in data.history.settings:
         return []
     if not on:
-        return ["No guard was on: rows with a high score are hard ones, and mismatched or unfinished ones."]
+        hard = "rows with a high score are hard ones, and mismatched or unfinished ones"
+        other = "mismatched and unfinished rows may be among those that were kept"
+        return [f"No guard was on: {hard if data.score in SCORE_EQUATIONS else other}."]
     last, reasons = by_score[-1], [reason for name, reason in GUARD_REASONS.items() if name in on]
     counts = {reason: int((last.get("reasons") or {}).get(reason, 0)) for reason in reasons}
     named = [counted_noise(reason, count) for reason, count in counts.items()]
@@ -183,7 +186,8 @@ def _steps_of_run(data: ReportData, by_score: list[dict[str, Any]]) -> list[tupl
     folder = data.folder.parent if data.folder.name == FOLDER else data.folder
     steps = []
     if by_score:
-        read = "Read the kept rows with the highest scores, below: noise gathers there. More of them:"
+        gathers = " with the highest scores, below: noise gathers there" if data.score in SCORE_EQUATIONS else ", below"
+        read = f"Read the kept rows{gathers}. More of them:"
         steps.append((read, f"ifd-trainer report {shlex.quote(str(folder))} --rows 50"))
         if "guard" in settings and not guards_of(settings):
             guard = "Let guards keep noise out, in a script by guard=True, with a recipe by:"
@@ -208,7 +212,8 @@ def _of_scores(data: ReportData) -> Summary:
     values, name = rows[score].dropna(), SCORE_NAMES[score]
     if values.empty:
         return Summary(False, f"No row of {len(rows):,} has a score.", [_unscored(rows)])
-    over = int((values >= 1).sum())
+    limited = score in SCORE_EQUATIONS
+    over = int((values >= 1).sum()) if limited else 0
     worries = ["for most rows the prompt does not help"] if over > len(values) / 2 else []
     worries += ["most rows have no score"] if len(values) < len(rows) / 2 else []
     verdict = f"{len(values):,} of {rows_text(len(rows))} {_have(len(values))} a score"
@@ -222,12 +227,11 @@ def _of_scores(data: ReportData) -> Summary:
     if rho is not None and abs(rho) > 0.3:
         longer = "higher" if rho > 0 else "lower"
         middle += f" Longer answers have {longer} scores: rank correlation {number_text(rho, 2)} (0 would be none)."
-    points = [
-        _unscored(rows),
+    above = (
         f"{rows_text(over)} ({share} of those with a score) {_are(over)} at 1 or more: the prompt does not help, and a "
-        "selection leaves them out.",
-        middle,
-    ]
+        "selection leaves them out."
+    )
+    points = [_unscored(rows), *([above] if limited else []), middle]
     return Summary(not worries, verdict, points, _steps_of_scores(data))
 
 
@@ -252,7 +256,8 @@ def _unscored(rows: pd.DataFrame) -> str:
 def _steps_of_scores(data: ReportData) -> list[tuple[str, str]]:
     file, measured = data.origin.file, data.origin.measured
     if "kept" in data.last:
-        steps = [("Read the kept rows with the highest scores, below: noise gathers there.", "")]
+        gathers = " with the highest scores, below: noise gathers there" if data.score in SCORE_EQUATIONS else ", below"
+        steps = [(f"Read the kept rows{gathers}.", "")]
         return [
             *steps,
             ("Train on them, with any trainer, or:", "ifd-trainer train RECIPE.yaml --dataset_name SELECTED"),

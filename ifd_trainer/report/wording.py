@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..method.choices import GUARDS
+from ..method.further_scores import FURTHER
 from ..method.plain_data import as_text
 from .score_frames import SCORE_EQUATIONS, count_text, epoch_name, rows_text
 
@@ -200,6 +201,8 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
         packed = settings.get("packed_rows")  # with packing, the plan counts packed rows
         budgets = _budgets_in_words(plan, packed or settings.get("pool"), kinds)
         facts.append(("Packed rows to train on" if packed else "Rows to train on", budgets))
+    if further := [name for name in settings.get("further_scores") or () if name in FURTHER]:
+        facts.append(("Further scores", "; ".join(f"{name}: {FURTHER[name].meaning}" for name in further)))
     if settings.get("schedule"):
         facts.append(("Schedule", as_text(settings["schedule"])))
     if settings.get("max_steps"):
@@ -215,7 +218,11 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
 
 
 def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    limit, score = settings.get("max_ifd"), SCORE_EQUATIONS.get(settings.get("score"), SCORE_EQUATIONS["ifd"])
+    limit, score = settings.get("max_ifd"), settings.get("score") or "ifd"
+    further = f"{score} ({FURTHER[score].meaning})" if score in FURTHER else score
+    if score not in SCORE_EQUATIONS and limit == 1:  # the default is a limit of IFDs, and none of other scores
+        limit = None
+    score = SCORE_EQUATIONS.get(score, further)
     limit = f"{limit:g}" if limit else _calibrated(policy.get("max_ifd"))
     if policy.get("type") == "Cherry":
         return f"the rows with the highest {score}, {f'of those below {limit}' if limit else 'without a limit'}"

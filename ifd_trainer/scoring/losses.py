@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 
 from ..data.encoding import EncodedPair, Segment, token_count, with_ending
 from ..errors import UserError
-from ..method.columns import SCORES
-from ..method.equations import FROM_LOSSES
+from ..method.columns import IFD_COLUMNS, SCORES
+from ..method.equations import FROM_LOSSES, further_scores
+from ..method.further_scores import losses_read
 from ..method.reasons import Status
 from .engine import Engine, EngineName, model_device
 from .eval_guard import eval_mode
@@ -89,7 +90,8 @@ class Options(TypedDict, total=False):
 class Scores:
     """Scores of n rows as arrays of shape (n,); cas, das in nats per token; NaN where `ifd_status` is not `ok`.
 
-    `eot_loss`, in nats, is NaN also where nobody knows how the turn ended.
+    `eot_loss`, in nats, is NaN also where nobody knows how the turn ended. `further` holds the scores that were asked
+    for, by name; see `method.further_scores`. They are NaN too where a row has no such score.
     """
 
     cas: np.ndarray
@@ -99,29 +101,33 @@ class Scores:
     eot_loss: np.ndarray
     answer_tokens: np.ndarray
     ifd_status: np.ndarray
+    further: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.cas)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Arrays by column name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Arrays by column name, the further ones last."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "further"}
+        return own | dict(self.further)
 
     @classmethod
-    def unscored(cls, rows: int, status: str) -> Scores:
+    def unscored(cls, rows: int, status: str, further: Iterable[str] = ()) -> Scores:
         """No scores at all, for one reason."""
-        return cls.not_run(np.zeros(rows, dtype=np.int64), np.full(rows, status, dtype=object))
+        return cls.not_run(np.zeros(rows, dtype=np.int64), np.full(rows, status, dtype=object), further)
 
     @classmethod
-    def not_run(cls, tokens: np.ndarray, status: np.ndarray) -> Scores:
+    def not_run(cls, tokens: np.ndarray, status: np.ndarray, further: Iterable[str] = ()) -> Scores:
         """Rows that no model has read: what is known of them beside scores, which are NaN, also where they are `ok`."""
-        blank = {name: np.full(len(tokens), np.nan) for name in SCORES}
-        return cls(**blank, answer_tokens=tokens, ifd_status=status)
+        blank = {name: np.full(len(tokens), np.nan) for name in (*SCORES, *further)}
+        return cls.of({**blank, "answer_tokens": tokens, "ifd_status": status})
 
     @classmethod
     def of(cls, columns: Mapping[str, np.ndarray]) -> Scores:
-        """Scores by column; those of an earlier release lack `eot_loss`."""
-        return cls(**{"eot_loss": np.full(len(columns["cas"]), np.nan), **columns})
+        """Scores by column, further ones among them; those of an earlier release lack `eot_loss`."""
+        own = {name: columns[name] for name in IFD_COLUMNS if name in columns}
+        further = {name: values for name, values in columns.items() if name not in own}
+        return cls(**{"eot_loss": np.full(len(columns["cas"]), np.nan), **own}, further=further)
 
     @classmethod
     def from_nll(
@@ -131,6 +137,7 @@ class Scores:
         tokens: np.ndarray,
         status: np.ndarray,
         eot_loss: np.ndarray | None = None,
+        further: Mapping[str, np.ndarray] | None = None,
     ) -> Scores:
         """Scores from the two mean losses; a row of which one is not finite becomes `nonfinite`."""
         values = {"cas": cas, "das": das} | {name: score(cas, das) for name, score in FROM_LOSSES.items()}
@@ -138,12 +145,16 @@ class Scores:
         finite = np.logical_and.reduce([np.isfinite(values[name]) for name in FROM_LOSSES])
         status = np.where((status == Status.OK.value) & ~finite, Status.NONFINITE.value, status)
         blank = status != Status.OK.value
-        values = {name: np.where(blank, np.nan, value) for name, value in values.items()}
-        return cls(**values, answer_tokens=tokens, ifd_status=status)
+        values = {name: np.where(blank, np.nan, value) for name, value in {**values, **(further or {})}.items()}
+        return cls.of({**values, "answer_tokens": tokens, "ifd_status": status})
 
 
 def score_pairs(
-    model: nn.Module, pairs: Sequence[EncodedPair], collect: Collect | None = None, **options: Unpack[Options]
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    further: Sequence[str] = (),
+    collect: Collect | None = None,
+    **options: Unpack[Options],
 ) -> Scores:
     """Score encoded rows.
 
@@ -151,8 +162,10 @@ def score_pairs(
         model: a causal language model, or what a trainer wrapped around one (DDP, FSDP, DeepSpeed); put into eval mode
             and back.
         pairs: n encoded rows.
+        further: names of further scores; what they follow from is run in the same batches.
         collect: called with what was launched of each batch; its segments are the conditioned one of the first row
-            that can be scored, its direct one, the conditioned one of the second, and so on.
+            that can be scored, its direct one, the conditioned one of the second, and so on; behind them those of
+            further scores.
         options: see `Options`.
 
     Returns:
@@ -162,12 +175,19 @@ def score_pairs(
         torch.OutOfMemoryError: when one row alone does not fit, or a batch of a sharded model.
     """
     segments = [segment for pair in pairs if pair.conditioned for segment in (with_ending(pair), pair.direct)]
+    read, both = losses_read(further), len(segments)
+    more = [(name, row) for row, pair in enumerate(pairs) for name in pair.more if name in read]
+    segments += [pairs[row].more[name] for name, row in more]
     nll, tail_nll = nll_with_tails(model, segments, collect, **options)
     status = statuses(pairs)
     scored = status == Status.OK.value
-    cas, das, eot_loss = (np.full(len(pairs), np.nan) for _ in range(3))
-    cas[scored], das[scored], eot_loss[scored] = nll[0::2], nll[1::2], tail_nll[0::2]
-    return Scores.from_nll(cas, das, answer_tokens(pairs), status, eot_loss)
+    losses = {name: np.full(len(pairs), np.nan) for name in ("cas", "das", "eot_loss", *read)}
+    losses["cas"][scored], losses["das"][scored] = nll[0:both:2], nll[1:both:2]
+    losses["eot_loss"][scored] = tail_nll[0:both:2]
+    for (name, row), loss in zip(more, nll[both:].tolist(), strict=True):
+        losses[name][row] = loss
+    found = further_scores(further, losses)
+    return Scores.from_nll(losses["cas"], losses["das"], answer_tokens(pairs), status, losses["eot_loss"], found)
 
 
 def statuses(pairs: Sequence[EncodedPair]) -> np.ndarray:

@@ -86,13 +86,14 @@ def check_token_losses(definition: str, turns: str | None) -> None:
 
 
 def score_with_tokens(
-    model: nn.Module, pairs: Sequence[EncodedPair], **options: Unpack[Options]
+    model: nn.Module, pairs: Sequence[EncodedPair], further: Sequence[str] = (), **options: Unpack[Options]
 ) -> tuple[Scores, TokenLosses]:
     """Score encoded rows, and keep the losses of their tokens: those of the same forwards.
 
     Args:
         model: a causal language model; see `score_pairs`, which gives the same scores.
         pairs: n encoded rows.
+        further: names of further scores.
         options: see `Options`.
 
     Raises:
@@ -105,9 +106,11 @@ def score_with_tokens(
 
     def collect(segments: np.ndarray, launched: LaunchedBatch) -> None:
         for segment, losses in zip(segments.tolist(), launched.token_losses(), strict=True):
+            if segment >= 2 * len(scorable):
+                continue  # of a further score
             found[segment % 2][scorable[segment // 2]] = losses
 
-    scores = score_pairs(model, pairs, collect, **options)
+    scores = score_pairs(model, pairs, further, collect, **options)
     for row in np.flatnonzero(scores.ifd_status != Status.OK.value):
         found[0][row] = found[1][row] = None
     return scores, TokenLosses(*found)

@@ -42,12 +42,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from ..data.encoding import EncodedPair, Encoder, Segment, check_positive
 from ..data.format_choice import FormatOptions, format_record, resolve_format
 from ..data.formats import Example, MalformedRow, PromptFormat
+from ..data.further_segments import with_further
 from ..data.paths import check_model, model_name
+from ..data.reversed_rows import GUESS, ReversedRows, request
 from ..data.table_reader import Lists, TableReader, arrow_array
 from ..errors import FileAccessError, UserError, one_line
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import TurnRule, WrongPrompts
 from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS, SELECTIVE_COLUMNS, TOKEN_COLUMNS, TURN_COLUMNS
+from ..method.further_scores import further_names, losses_read, replaced_columns
 from ..method.number_words import many
 from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
@@ -84,6 +87,7 @@ _SELECTION_TYPES |= dict.fromkeys(TOKEN_COLUMNS, TOKEN_TYPE) | dict.fromkeys(SEL
 _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
 _RENDERED = 1000  # rows at a time
 _LOADED = ("_model", "_config", "_encoder", "_told")  # attributes that are made on first use
+_FURTHER = {"scores": (), "guess": None}  # attributes of a scorer that was asked for no further score
 _PID = os.getpid()
 SCORES_VERSION = 5  # raised when the same weights and options would give other scores
 
@@ -98,8 +102,15 @@ class IFDScorer:
 
     Columns: `cas`, `das` (nats per token), `ifd`, `ifd_ppl` (float64, null unless `ifd_status` is "ok"),
     `answer_tokens` (int64) and `ifd_status` (`Status`). All other columns stay as they are, but what a selection by
-    older scores left behind: `ifd_definition` becomes that of these scores, `ifd_rank` and `ifd_reason` null.
-    End-of-turn tokens are not part of the answer.
+    older scores left behind: `ifd_definition` becomes that of these scores, `ifd_rank` and `ifd_reason` null, and so do
+    further scores of an older scoring. End-of-turn tokens are not part of the answer.
+
+    `scores` attaches further columns (float64), measured in the same pass; null where a row has no such score, which
+    leaves its others as they are. What each means is in `method.further_scores`:
+
+        ira = das - cas        answer_ppl = exp(cas)        direct_ppl = exp(das)
+        prompt_ppl = exp(-1/(T-1) * sum_{t > 1} log P(q_t | q_<t))        of the prompt's T tokens q_t
+        rifd = rcas / rdas     rcas = s(Q | A, guess)       rdas = s(Q)       see `data.reversed_rows`
 
     Args:
         model: a hub name, a local path, or a loaded causal LM.
@@ -125,6 +136,8 @@ class IFDScorer:
             `cas` and `das` are the means of, for `attach_selective_ifd`. The definition "paper" alone has them, and of
             several answers the rule "tokens".
         revision, trust_remote_code: passed to `from_pretrained`; the revision is not that of a named tokenizer.
+        scores: names of further scores; those that are always there may be among them.
+        guess: the request that `rifd` makes, with `{answer}` where the answer stands.
 
     Raises:
         ValueError: for a format that cannot be told from the columns, `map` without `batched=True`, or options that
@@ -155,7 +168,11 @@ class IFDScorer:
         token_losses: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        scores: str | Iterable[str] = (),
+        guess: str | None = None,
     ) -> None:
+        self.scores = further_names(scores)
+        self.guess = request(guess, self.scores)
         named = isinstance(model, (str, os.PathLike))
         if not named:
             if not isinstance(model, torch.nn.Module):
@@ -177,6 +194,11 @@ class IFDScorer:
             raise UserError(
                 f"turns={turns!r} scores every answer of a conversation, and definition={definition!r} is defined for "
                 "one answer: use definition='paper', or leave turns out."
+            )
+        if turns is not None and (lacking := [name for name in self.scores if losses_read([name])]):
+            raise UserError(
+                f"turns={turns!r} scores every answer of a conversation, and {', '.join(lacking)} is known of a row's "
+                "last answer alone: leave one of the two out."
             )
         self.turns = turns
         if token_losses:
@@ -216,6 +238,7 @@ class IFDScorer:
         rows = len(next(iter(batch.values()), []))
         values = {"ifd_definition": self.options["definition"]}
         outdated = _SELECTION_TYPES | (_TURN_TYPES if self.turns is None else {})
+        outdated |= dict.fromkeys(replaced_columns(batch, self.scores), pa.float64())
         return {
             name: TypedColumn(np.full(rows, values.get(name), dtype=object), kind)
             for name, kind in outdated.items()
@@ -225,7 +248,8 @@ class IFDScorer:
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
         # Ray tells a schema by an empty block.
         rows = self.encode_rows(table.to_pydict(), rank) if table.num_rows else EncodedTurns([], [], [])
-        return table_with(table, self.score_rows(rows), OWN_COLUMNS)
+        stale = [*OWN_COLUMNS, *replaced_columns(table.column_names, self.scores)]
+        return table_with(table, self.score_rows(rows), stale)
 
     def encode_rows(self, batch: Mapping[str, list], rank: int | None = None) -> EncodedTurns:
         """Render and tokenise a batch, with `turns` every answer of it; loads the model on first use."""
@@ -242,11 +266,11 @@ class IFDScorer:
         if not self.token_losses:
             return self._columns(rows, self.score(rows.pairs, progress))
         options = {"token_budget": self.token_budget, "progress": progress}
-        scores, tokens = score_with_tokens(self._model, rows.pairs, **options)
+        scores, tokens = score_with_tokens(self._model, rows.pairs, self.scores, **options)
         return self._columns(rows, scores) | tokens.of_rows(rows.counts).columns()
 
     def _columns(self, rows: EncodedTurns, scores: Scores) -> dict[str, np.ndarray | Lists | pa.Array]:
-        return scores.columns() if self.turns is None else rows.columns(scores, self.turns)
+        return scores.columns() if self.turns is None else rows.columns(scores, self.turns, self.scores)
 
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
         """Render and tokenise the last answers of a batch; loads the model on first use."""
@@ -267,7 +291,14 @@ class IFDScorer:
     def _encoded(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[list[EncodedPair], str | None]:
         """The last answers of rows, encoded, and what is wrong if none of them could be rendered."""
         examples, error = _render(batch, format, self._encoder.tokenizer)
-        pairs = self._encoder(examples)
+        reversed_rows = ReversedRows(self._encoder.tokenizer, self.guess or GUESS)
+        columns = {name: batch[name] for name in batch} if self.scores else {}
+        pairs = with_further(
+            self._encoder(examples),
+            self.scores,
+            self._encoder,
+            lambda row: reversed_rows.of_row({name: values[row] for name, values in columns.items()}, format),
+        )
         return pairs, self._problem(pairs, [pair.status.value for pair in pairs], error, format)
 
     def _problem(
@@ -312,6 +343,7 @@ class IFDScorer:
     def settings(self, columns: Iterable[str]) -> dict[str, str | int | bool | None]:
         """The options in force for rows with these columns, the format as its record; None for what loading decides."""
         self._prepare()
+        further = {"scores": " ".join(self.scores), "guess": self.guess} if self.scores else {}
         return self.options | {
             "max_length": self._encoder.max_length,
             "format": format_record(self._format(columns)),
@@ -320,6 +352,7 @@ class IFDScorer:
             "token_budget": self.token_budget,
             "turns": self.turns,
             **({"token_losses": True} if self.token_losses else {}),
+            **further,
         }
 
     def digest(self) -> str:
@@ -337,7 +370,7 @@ class IFDScorer:
 
     def score(self, pairs: list[EncodedPair], progress: Callable[[int], Any] | None = None) -> Scores:
         """Scores of encoded rows; `progress` is called with the number of tokens done after each batch."""
-        return score_pairs(self._model, pairs, token_budget=self.token_budget, progress=progress)
+        return score_pairs(self._model, pairs, further=self.scores, token_budget=self.token_budget, progress=progress)
 
     def nll_with_tails(
         self, segments: list[Segment], progress: Callable[[int], Any] | None = None
@@ -583,15 +616,17 @@ class IFDScorer:
     def __getstate__(self) -> dict[str, Any]:
         # What is pickled is what identifies the scores: options and a digest of the weights. Nothing that is loaded
         # on use belongs here, or a second `map` with the same scorer would miss the cache of the first.
-        state = {key: value for key, value in vars(self).items() if key not in _LOADED}
+        # Without further scores it is what it was before there were any, so that older caches are hit.
+        left_out = (*_LOADED, *(() if self.scores else _FURTHER))
+        state = {key: value for key, value in vars(self).items() if key not in left_out}
         return state | {"_weights": self.digest(), "_version": SCORES_VERSION}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, **dict.fromkeys(_LOADED))
+        vars(self).update({**_FURTHER, **state}, **dict.fromkeys(_LOADED))
 
     def __repr__(self) -> str:
-        model = self.name or type(self._model).__name__
-        return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r})"
+        model, scores = self.name or type(self._model).__name__, f", scores={self.scores!r}" if self.scores else ""
+        return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r}{scores})"
 
 
 def need_batch(name: str, batch: Mapping[str, list], rank: int | None, *more: Any) -> None:

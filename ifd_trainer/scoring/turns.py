@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from ..data.encoding import EncodedPair, Encoder, token_count
 from ..data.formats import Example, MalformedRow, PromptFormat, conversation_parts
 from ..data.table_reader import Lists
 from ..method.columns import TURN_COLUMNS
+from ..method.equations import further_scores
 from ..method.reasons import Status
 from ..method.turns import row_scores
 from .losses import Scores
@@ -45,15 +46,17 @@ class EncodedTurns:
         ends = np.cumsum(self.counts)
         return [token_count(self.pairs[end - count : end]) for end, count in zip(ends, self.counts, strict=True)]
 
-    def columns(self, scores: Scores, rule: str) -> dict[str, np.ndarray | Lists]:
+    def columns(self, scores: Scores, rule: str, further: Sequence[str] = ()) -> dict[str, np.ndarray | Lists]:
         """Columns of the rows: their scores by a rule, and lists of those of their answers.
 
         Args:
             scores: of all answers.
             rule: of `method.turns`.
+            further: names of further scores, which follow from the row's two losses.
         """
         turns = scores.columns()
         of_rows = row_scores(turns, self.counts, rule, self.empty)
+        of_rows |= further_scores(further, of_rows)
         named = dict(zip(TURN_COLUMNS, ("cas", "das", "ifd", "answer_tokens", "ifd_status"), strict=True))
         return of_rows | {column: Lists(turns[name], self.counts) for column, name in named.items()}
 

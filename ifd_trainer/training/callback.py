@@ -33,6 +33,7 @@ from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import BriefRows, Order
 from ..method.columns import SCORES
 from ..method.facility_location import Diverse
+from ..method.further_scores import SCORED_BY_MODEL
 from ..method.guard import Guard
 from ..method.plain_data import to_data
 from ..method.reasons import NOT_SCORED, Status
@@ -49,6 +50,7 @@ from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
 from .options import (
     Scoring,
+    asked_scores,
     check_options,
     check_order,
     groups_of,
@@ -124,9 +126,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         policy: which rows are kept: a `Cherry`, a `Diverse` for rows that stand for others too (facility location over
             prompt embeddings, as Superfiltering.D), a `TargetSet` for rows like some examples (RDS+), or a callable of
             your own, see `Policy`. `score=`, `on_shortfall=` and `diverse=0.2` (for `Diverse(0.2)`) are short for it.
+            `score="ira"` ranks by a further score, highest first; `policy=LowestScores("rifd")` keeps the lowest.
         timing: when rows are scored and selected, and what is trained on before; see `Timing`. Its fields may be given
             by name: `every=2, warmup_epochs=1, freeze_after=3`.
-        scoring: how rows are scored; see `Scoring`. Its fields may be given by name: `min_answer_tokens=4`.
+        scoring: how rows are scored; see `Scoring`. Its fields may be given by name: `min_answer_tokens=4`,
+            `scores=("ira", "loss_change")`.
         scorer: None to score with the model in training; a name, a path or a loaded model to score with that one, whose
             scores do not change (`freeze_after=0` makes them once); "columns" for the scores that the training set has
             from `IFDScorer`.
@@ -163,11 +167,13 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.schedule = as_schedule(keep if schedule is None else schedule)
         self.restart = self.timing.restart
         self.guard = guard_of(guard, self.policy, self.timing, scorer, max_ifd is not None)
-        attach(trainer, self.scoring.header, not needs_answers(self.policy, self.timing, guard, scorer))
+        self.further = asked_scores(self.policy, self.scoring, scorer)
+        needed = needs_answers(self.policy, self.timing, guard, scorer, self.further)
+        attach(trainer, self.scoring.header, not needed)
         check_order(order, sampling_strategy(trainer))
         if trainer.selection_pool.whole:
             self.guard = of_whole_rows(self.guard)
-        self.reads_scores = reads_scores(self.policy, self.schedule, self.guard, scorer, order)
+        self.reads_scores = reads_scores(self.policy, self.schedule, self.guard, scorer, order, self.further)
         self.run = SelectionRun()
         check_timing(trainer, self.timing)
         if isinstance(self.policy, Diverse) and trainer.selection_pool.packed:
@@ -180,8 +186,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.tokenizer = tokenizer_of(trainer)
         # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
         encoder = Encoder(self.tokenizer, min_answer_tokens=self.scoring.min_answer_tokens)
-        self.pool_scorer = PoolScorer(trainer, encoder, scorer, self.scoring.embedder, self.scoring.token_budget)
-        self.chooser = RowChooser(self.pool_scorer, self.policy, self.timing.warmup, self.guard)
+        self.pool_scorer = PoolScorer(
+            trainer, encoder, scorer, self.scoring.embedder, self.scoring.token_budget, self.further, self.scoring.guess
+        )
+        self.chooser = RowChooser(self.pool_scorer, self.policy, self.timing.warmup, self.guard, self.further)
         self.history: History | None = None
         self._prefix: list[int] | None = None
         self._fingerprint: str | None = None
@@ -470,7 +478,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def _recorded(self, source: str) -> Scores:
         """The scores that an epoch's rows were chosen by, as its history has them."""
         if source in ("all", "brief"):
-            return Scores.unscored(len(self.pool), NOT_SCORED)
+            return Scores.unscored(len(self.pool), NOT_SCORED, self.further)
         if self.reads_scores:
             return self.scores
         status = self.scores.ifd_status
@@ -486,7 +494,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return self._before or None
 
     def _first_scoring(self, begun: bool) -> FirstScoring:
-        score = self.chooser.score if self.chooser.score in SCORES else None
+        score = self.chooser.score if self.chooser.score in (*SCORES, *SCORED_BY_MODEL) else None
         stops = self.guard is not None and self.guard.on_misaligned == "error" and not begun
         return FirstScoring(self.pool_scorer, stops, self.scoring, score, self._prefix, self.seed)
 
@@ -536,6 +544,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "id_column": self.id_column,
             "min_answer_tokens": self.pool_scorer.encoder.min_answer_tokens,
             "score": self.chooser.score_name,
+            "further_scores": list(self.further),
+            "guess": self.pool_scorer.guess,
             "on_shortfall": self.chooser.on_shortfall,
             "limit": limit,
             "guard": self.guard,

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import ORDERS
 from ..method.facility_location import Diverse
+from ..method.further_scores import FURTHER, LOSS_CHANGE, further_names
 from ..method.guard import Guard
 from ..method.schedule import Curriculum, Schedule, Timing
 from ..method.selection import Cherry, Policy
@@ -43,6 +44,9 @@ class Scoring:
         warn_share: a larger share of rows with a score of 1 or more is odd: an error or a warning (`Guard`).
         tried_rows: rows that are scored before all others, to see whether prompts help; and by the model in training,
             where another one scores, to see whether the two agree.
+        scores: names of further scores that the history and the report are to have; what a policy ranks by is computed
+            without being named here. See `method.further_scores`.
+        guess: the request that the score `rifd` makes, with `{answer}` where the answer stands.
     """
 
     header: str | None = None
@@ -51,8 +55,11 @@ class Scoring:
     embedder: str | IFDScorer | None = None
     warn_share: float = 0.5
     tried_rows: int = 200
+    scores: tuple[str, ...] = ()
+    guess: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", further_names(self.scores, in_training=True))
         if not (self.embedder is None or isinstance(self.embedder, (str, IFDScorer))):
             raise UserError(f"embedder must be the name of a model, an IFDScorer or None, got {self.embedder!r}.")
         if not (self.header is None or isinstance(self.header, str)):
@@ -64,31 +71,52 @@ class Scoring:
         )
 
 
-def needs_answers(policy: Policy, timing: Timing, guard: Guard | str | bool | None, scorer: Any) -> bool:
+def asked_scores(policy: Policy, scoring: Scoring, scorer: Any) -> tuple[str, ...]:
+    """The further scores of a run: what its policy ranks by, and what was asked for besides.
+
+    Raises:
+        UserError: for how losses change where the model that scores is not trained.
+    """
+    ranked_by = getattr(policy, "score", None)
+    ranked_by = [ranked_by] if isinstance(ranked_by, str) and ranked_by in FURTHER else []
+    names = further_names([*ranked_by, *scoring.scores], in_training=True)
+    if LOSS_CHANGE in names and scorer is not None:
+        raise UserError(
+            f"{LOSS_CHANGE} is how the model in training changes, and scorer={scorer!r} is not trained: leave one out."
+        )
+    return names
+
+
+def needs_answers(
+    policy: Policy, timing: Timing, guard: Guard | str | bool | None, scorer: Any, further: Iterable[str] = ()
+) -> bool:
     """Whether a run needs to know which tokens of a row are its answer.
 
     What is said of prompts does: IFD, a guard that was asked for, a brief experience, another model, which reads prompt
-    and answer. The loss of a whole text, its length, and columns of the data set do not.
+    and answer, and further scores but for the perplexity of a text alone. The loss of a whole text, its length, and
+    columns of the data set do not.
     """
-    of_prompts = getattr(policy, "score", None) in ("ifd", "ifd_ppl", "cas")
-    of_prompts |= isinstance(policy, TargetSet) and policy.reads_scores
+    of_prompts = getattr(policy, "score", None) in ("ifd", "ifd_ppl", "cas") or set(further) - {"direct_ppl"}
+    of_prompts = of_prompts or (isinstance(policy, TargetSet) and policy.reads_scores)
     asked = Guard() if guard is True else guard if isinstance(guard, Guard) else None
     measured = {"limit", "pairing"}.intersection(asked.measuring if asked else ())
     other = scorer is not None and scorer != "columns"
-    return of_prompts or bool(measured) or timing.warmup is not None or other
+    return bool(of_prompts or measured) or timing.warmup is not None or other
 
 
-def reads_scores(policy: Policy, schedule: Schedule, guard: Guard | None, scorer: Any, order: str) -> bool:
+def reads_scores(
+    policy: Policy, schedule: Schedule, guard: Guard | None, scorer: Any, order: str, further: Iterable[str] = ()
+) -> bool:
     """Whether anything in a run reads the scores of its pool; else none are computed.
 
-    Another model, or columns, that the user names for scoring does score: its scores are asked for by name; but where
-    rows are held against a target set, what another model does is to embed them, and their order is that in which the
-    targets took them.
+    Another model, or columns, that the user names for scoring does score, and so do further scores: they are asked for
+    by name; but where rows are held against a target set, what another model does is to embed them, and their order is
+    that in which the targets took them.
     """
     if isinstance(policy, TargetSet) and scorer != "columns":
         scorer = None
     ranked = isinstance(schedule, Curriculum) or (order != "shuffle" and not isinstance(policy, TargetSet))
-    return getattr(policy, "reads_scores", True) or bool(guard) or scorer is not None or ranked
+    return getattr(policy, "reads_scores", True) or bool(guard or tuple(further)) or scorer is not None or ranked
 
 
 def of_whole_rows(guard: Guard | None) -> Guard | None:

@@ -19,11 +19,14 @@ from transformers import PreTrainedModel, Trainer
 
 from ..data.encoding import EncodedPair, Encoder, Segment, token_count
 from ..data.formats import Example
+from ..data.further_segments import with_further
+from ..data.reversed_rows import GUESS, ReversedRows, request
 from ..data.similar_prompts import SimilarPrompts
 from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
 from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
 from ..method.equations import FROM_LOSSES
+from ..method.further_scores import FURTHER, SCORED_BY_MODEL
 from ..method.reasons import Status
 from ..method.target_set import cosines
 from ..scoring.calibration import Reader, wrong_scores
@@ -58,6 +61,8 @@ class PoolScorer:
         embedder: what embeds prompts for a diverse selection: by default the model that scores (with "columns" the
             trainer's), an `IFDScorer`, or the name of a sentence-transformers model.
         token_budget: tokens of a batch.
+        further: names of further scores; see `method.further_scores`.
+        guess: the request that `rifd` makes.
     """
 
     def __init__(
@@ -67,8 +72,12 @@ class PoolScorer:
         other: str | PreTrainedModel | None = None,
         embedder: str | IFDScorer | None = None,
         token_budget: int | None = None,
+        further: Sequence[str] = (),
+        guess: str | None = None,
     ) -> None:
         self.trainer, self.encoder, self.other, self.token_budget = trainer, encoder, other, token_budget
+        self.further = tuple(name for name in further if name in SCORED_BY_MODEL)
+        self.guess = request(guess, self.further)
         self.embedder = embedder
         self._similar: tuple[Pool, SimilarPrompts] | None = None
         self._others: dict[str, IFDScorer] = {}
@@ -89,7 +98,7 @@ class PoolScorer:
         `own`: by the trainer's model, whatever else scores.
         """
         if self.other == "columns" and not own:
-            return _stored_scores(self.pool.examples, rows)
+            return _stored_scores(self.pool.examples, rows, self.further)
         rows = np.arange(len(self.pool)) if rows is None else rows
         reader = self._own_reader(prefix) if own else self._reader(prefix)
         starts, ends = self.pool.spans(rows).T
@@ -97,13 +106,33 @@ class PoolScorer:
 
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
             pairs = reader.encode(rows[part])
+            if self.other is None or own:  # another model's scorer reads what further scores need by itself
+                pairs = self._with_further(pairs, rows[part])
             with self._progress(token_count(pairs), description) as bar:
                 return reader.score(pairs, bar.update).columns()
 
         columns = self._run_shares(tokens, run)
         if self.pool.whole:  # both losses are that of the whole text
-            columns |= dict.fromkeys(("cas", *FROM_LOSSES), np.full(len(rows), np.nan))
-        return Scores(**columns)
+            of_prompts = [name for name in self.further if FURTHER[name].of != ("das",)]
+            columns |= dict.fromkeys(("cas", *FROM_LOSSES, *of_prompts), np.full(len(rows), np.nan))
+        return Scores.of(columns)
+
+    def _with_further(self, pairs: list[EncodedPair], rows: np.ndarray) -> list[EncodedPair]:
+        """Encoded rows of the trainer's model with what further scores read."""
+        if not self.further or self.pool.whole:
+            return pairs
+        tokens, spans = list(self.pool.tokens(rows)), self.pool.spans(rows).tolist()
+        template = getattr(self.trainer, "chat_template", None)
+        reversed_rows = ReversedRows(self.encoder.tokenizer, self.guess or GUESS, template)
+
+        def turned(place: int) -> Example | None:
+            ids, _ = tokens[place]
+            start, end = self._read.span(ids, *spans[place])
+            return reversed_rows.of_tokens(ids[:start], ids[start:end])
+
+        # The trainer cut rows to its max_length, and not rows turned round: they may be as long as the model can read.
+        encoder = replace(self.encoder, max_length=None, window=window(text_config(self.trainer.model)))
+        return with_further(pairs, self.further, encoder, turned)
 
     def not_run(self, prefix: Sequence[int]) -> Scores:
         """Statuses and answer lengths of all rows, without a forward: all that a policy needs that reads no score."""
@@ -112,7 +141,8 @@ class PoolScorer:
             pairs = self._own_pairs(part, prefix)
             return {"tokens": answer_tokens(pairs), "status": statuses(pairs)}
 
-        return Scores.not_run(**self._run_shares(self.pool.lengths(np.arange(len(self.pool))), read))
+        rows = self._run_shares(self.pool.lengths(np.arange(len(self.pool))), read)
+        return Scores.not_run(**rows, further=self.further)
 
     def mismatched_scores(
         self,
@@ -273,6 +303,8 @@ class PoolScorer:
                 device=str(self.trainer.args.device),
                 token_budget=self.token_budget,
                 trust_remote_code=getattr(self.trainer.args, "trust_remote_code", False),
+                scores=self.further,
+                guess=self.guess,
             )
         return self._others[header]
 
@@ -295,7 +327,7 @@ class PoolScorer:
         running = self._running()
         return Reader(
             lambda rows: self._own_pairs(rows, prefix),
-            lambda pairs, progress: score_pairs(pairs=pairs, progress=progress, **running),
+            lambda pairs, progress: score_pairs(pairs=pairs, further=self.further, progress=progress, **running),
             lambda segments, progress: nll_with_tails(segments=segments, progress=progress, **running),
             int(self.pool.lengths(np.arange(len(self.pool))).max()),
         )
@@ -312,7 +344,7 @@ class PoolScorer:
             return [replace(pair, ending=()) if was_cut else pair for pair, was_cut in zip(pairs, cut, strict=True)]
 
         def score(pairs: list[EncodedPair], progress: Callable[[int], Any]) -> Scores:
-            return scorer.score(pairs, progress) if pairs else Scores.unscored(0, "")
+            return scorer.score(pairs, progress) if pairs else Scores.unscored(0, "", self.further)
 
         return Reader(encode, score, scorer.nll_with_tails, scorer.settings(_Texts.columns)["max_length"])
 
@@ -401,19 +433,20 @@ def _sentence_transformer(name: str, device: str) -> Callable[[list[str]], np.nd
     return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False).astype(np.float32)
 
 
-def _stored_scores(examples: Any, rows: np.ndarray | None = None) -> Scores:
+def _stored_scores(examples: Any, rows: np.ndarray | None, further: Sequence[str]) -> Scores:
     """Scores of all rows, or of some, from the columns that `IFDScorer` attached to the training set before."""
     names = getattr(examples, "column_names", None) or []
-    missing = [name for name in IFD_COLUMNS if name not in names and name != EOT_LOSS]
+    missing = [name for name in (*IFD_COLUMNS, *further) if name not in names and name != EOT_LOSS]
     if missing:
+        asked = f", scores={tuple(further)!r}" if further else ""
         raise UserError(
             f"scorer='columns' reads the scores of the training set, which has no {', '.join(missing)}. Attach them "
-            "with dataset.map(IFDScorer(model), batched=True) before the trainer is made; packing drops them."
+            f"with dataset.map(IFDScorer(model{asked}), batched=True) before the trainer is made; packing drops them."
         )
-    read = [name for name in IFD_COLUMNS if name in names]
-    table = examples.select_columns(read).with_format("arrow")[:].to_pandas()
+    numbers = [name for name in (*SCORES, *further) if name in names]
+    table = examples.select_columns([*numbers, "answer_tokens", "ifd_status"]).with_format("arrow")[:].to_pandas()
     table = table if rows is None else table.iloc[rows]
-    columns = {name: table[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in SCORES if name in names}
+    columns = {name: table[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in numbers}
     status = table["ifd_status"].fillna(Status.NONFINITE.value).to_numpy(dtype=object)
     tokens = table["answer_tokens"].fillna(0).to_numpy(dtype=np.int64)
     return Scores.of({**columns, "answer_tokens": tokens, "ifd_status": status})

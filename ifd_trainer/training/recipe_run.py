@@ -93,7 +93,7 @@ def build_run(recipe: Recipe) -> Run:
         raise UserError(
             f"No row of {source} is left of {many(count, 'row')}. Set drop_refusals: false, or look at the rows."
         )
-    labels = {*train.column_names, *(IFD_COLUMNS if scorer is not None else ())}
+    labels = {*train.column_names, *((*IFD_COLUMNS, *scorer.scores) if scorer is not None else ())}
     if selection.label and selection.label not in labels:
         raise UserError(f"label={selection.label!r} is not among the data set's columns {sorted(labels)}.")
     if held_out is not None:
@@ -244,6 +244,8 @@ def _scorer(selection: SelectionConfig, sft: SFTConfig, format: PromptFormat) ->
         token_budget=selection.token_budget,
         device=str(sft.device),
         trust_remote_code=sft.trust_remote_code,
+        scores=selection.further(),
+        guess=selection.guess,
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.encoding import check_positive
 from ..data.format_choice import FormatOptions
+from ..data.reversed_rows import request
 from ..errors import UserError, one_line
 from ..method import controls
 from ..method.brief_experience import Brief
@@ -22,6 +23,7 @@ from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.choices import CONTROLS, GUARDS, MEASURING_GUARDS, TARGET
 from ..method.duplicates import Duplicates
 from ..method.facility_location import Diverse
+from ..method.further_scores import further_names
 from ..method.guard import Guard
 from ..method.pairing_test import PairingTest
 from ..method.schedule import Anneal, Curriculum, Schedule, Timing, as_schedule, parse_keep
@@ -30,7 +32,7 @@ from ..method.selection import Cherry, OwnScore, Policy
 from ..method.target_set import TargetSet
 from ..method.unfinished import Unfinished
 from .callback import IFDSelectionCallback
-from .options import Scoring, guard_of, reads_scores
+from .options import Scoring, asked_scores, guard_of, reads_scores
 from .recipe_selection_keys import SelectionKeys
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class SelectionConfig(SelectionKeys):
     def __post_init__(self) -> None:
         if isinstance(self.guards, str):  # in YAML one name, or several, need no brackets
             self.guards = self.guards.replace(",", " ").split()
+        self.scores = list(further_names(self.scores, in_training=True))
         for values in dataclasses.fields(self):  # argparse looks at those of the command line only
             choices, value = values.metadata.get("choices"), getattr(self, values.name)
             if choices is not None and value is not None and value not in choices:
@@ -93,7 +96,7 @@ class SelectionConfig(SelectionKeys):
         self.rows_format()
         check_positive(min_answer_tokens=self.min_answer_tokens, token_budget=self.token_budget, tiers=self.tiers)
         # What these refuse is told before a model is loaded.
-        self.schedule(), self.chosen_policy(), self.timing(), self.scoring(), self.guard()
+        self.schedule(), self.chosen_policy(), self.timing(), self.scoring(), self.guard(), self.further()
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
         self._warn_of_idle_keys()
@@ -244,7 +247,18 @@ class SelectionConfig(SelectionKeys):
 
     def scoring(self, embedder: Any = None) -> Scoring:
         """How the rows are scored; prompts are embedded by `embedder`, unless the recipe names another."""
-        return Scoring(None, self.min_answer_tokens, self.token_budget, self.embedder or embedder)
+        given = {"scores": tuple(self.scores), "guess": self.guess}
+        return Scoring(None, self.min_answer_tokens, self.token_budget, self.embedder or embedder, **given)
+
+    def further(self) -> tuple[str, ...]:
+        """The further scores of the run: those of `scores`, and the one that its policy ranks by.
+
+        Raises:
+            UserError: for how losses change where `scorer` is set, and for a `guess` that no score makes use of.
+        """
+        names = asked_scores(self.chosen_policy(), self.scoring(), self.scorer)
+        request(self.guess, names)
+        return names
 
     def budgets(self) -> float | int | list[float | int]:
         """`keep` as the callback takes it: text with a point is a fraction, without one a number of rows."""

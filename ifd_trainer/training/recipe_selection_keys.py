@@ -25,6 +25,7 @@ from ..method.choices import (
     TIER_MODES,
     WRONG_PROMPTS,
 )
+from ..method.further_scores import FURTHER
 
 # Titles of the help; each stands before this key, and the keys after it belong to it too.
 GROUPS = {
@@ -161,8 +162,9 @@ class SelectionKeys:
     score: str = field(
         default="ifd",
         metadata={
-            "help": f"Rank by {' or '.join(RANKED_BY)}, by another column of the rows, or by a function of yours from "
-            "columns to numbers, as module.name (of a module beside the recipe).",
+            "help": f"Rank by {' or '.join(RANKED_BY)}, by one of `scores`, by another column of the rows, or by a "
+            "function of yours from columns to numbers, as module.name (of a module beside the recipe); the highest "
+            "are kept, with policy: lowest the lowest.",
             "metavar": "NAME",
         },
     )
@@ -268,6 +270,20 @@ class SelectionKeys:
     definition: str = field(
         default="paper",
         metadata={"help": "What `scorer` computes; see `ifd-trainer score --help`.", "choices": list(DEFINITIONS)},
+    )
+    scores: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"Further scores for the history and the report: {', '.join(FURTHER)}.",
+            "metavar": "NAME",
+        },
+    )
+    guess: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the score rifd: the request for the instruction, with {answer} where the answer stands.",
+            "metavar": "TEXT",
+        },
     )
     min_answer_tokens: int = field(
         default=1, metadata={"help": "Rows with shorter answers are not scored.", "metavar": "N"}

@@ -21,8 +21,10 @@ from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.choices import RANKED_BY
 from ..method.columns import SCORES
 from ..method.duplicates import representatives
+from ..method.equations import loss_change
 from ..method.error_rate import least_measured
 from ..method.facility_location import EMBEDDING, Diverse
+from ..method.further_scores import FURTHER, LOSS_CHANGE
 from ..method.guard import GUARD_REASONS, Guard
 from ..method.number_words import many
 from ..method.plain_data import to_data
@@ -75,12 +77,14 @@ class RowChooser:
         policy: scores to rows.
         sample: of the brief experience, if there is one.
         guard: what keeps noise out.
+        further: names of the run's further scores.
 
     Attributes:
         last: the last scores; None before there are any.
         eligible: the last ones by which a row was eligible.
         brief: the rows of the brief experience, once they are drawn.
         trained: (n,) whether each row has been trained on.
+        first_cas: (n,) of the first scoring in the run that gave a row one, where losses are compared with it.
         guards: which rows are held back from the policy.
         targets: how alike rows are to the targets of a `TargetSet`; None with another policy.
         frozen: why rows are scored no more, if they are not; see `method.scoring_health.Freeze`.
@@ -90,7 +94,12 @@ class RowChooser:
     """
 
     def __init__(
-        self, pool_scorer: PoolScorer, policy: Policy, sample: Brief | None, guard: Guard | None = None
+        self,
+        pool_scorer: PoolScorer,
+        policy: Policy,
+        sample: Brief | None,
+        guard: Guard | None = None,
+        further: Sequence[str] = (),
     ) -> None:
         # A policy of a user's own need not have these.
         self.score = getattr(policy, "score", "das" if pool_scorer.pool.whole else RANKED_BY[0])
@@ -100,9 +109,9 @@ class RowChooser:
             self.max_ifd = CalibratedLimit()
         check_score(self.score)
         others = pool_scorer.pool.column_names
-        if isinstance(self.score, str) and self.score not in (*SCORES, "answer_tokens", *others):
+        if isinstance(self.score, str) and self.score not in (*SCORES, *FURTHER, "answer_tokens", *others):
             raise UserError(
-                f"score must be one of {', '.join(SCORES)}, a column of the training set "
+                f"score must be one of {', '.join((*SCORES, *FURTHER))}, a column of the training set "
                 f"({', '.join(others) or 'none'}), or a function of columns, got {self.score!r}."
             )
         measured = guard.measuring if guard else []
@@ -114,7 +123,7 @@ class RowChooser:
                 f"The scores are columns of the training set (scorer='columns'), so no model measures {what}. "
                 f"{'Set these to None in Guard(...).' if measured else 'Set a number: max_ifd=1.0.'}"
             )
-        self.pool_scorer, self.policy, self.sample = pool_scorer, policy, sample
+        self.pool_scorer, self.policy, self.sample, self.further = pool_scorer, policy, sample, tuple(further)
         limit = self.calibrated or (guard.limit if guard else None)
         self.guards = RunGuards(guard, limit, self.ranked_by, pool_scorer)
         self.targets = TargetSimilarities(policy, pool_scorer) if isinstance(policy, TargetSet) else None
@@ -151,6 +160,7 @@ class RowChooser:
         self.brief: np.ndarray | None = None
         self.frozen: str | None = None
         self.first_health: Health | None = None
+        self.first_cas: np.ndarray | None = None
         self._embedded: tuple[Scores | None, np.ndarray] = None, np.empty((0, 0), dtype=np.float32)
         if self.targets is not None:
             self.targets.forget()
@@ -175,7 +185,7 @@ class RowChooser:
         Raises:
             UserError: where no limit can be measured, and there are no such scores, or too few rows are to be an error.
         """
-        unseen = self.unseen
+        unseen, scores = self.unseen, self._compared(scores)
         try:
             measured = self.guards.measure(scores, ids, unseen, prefix, seed, epoch)
         except UserError as error:
@@ -202,6 +212,14 @@ class RowChooser:
         self.guards.judge(scores, measured, unseen)
         self.last = Scored(scores, epoch, measured, found)
 
+    def _compared(self, scores: Scores) -> Scores:
+        """Scores with how losses have changed since each row's first scoring, where that was asked for."""
+        if LOSS_CHANGE not in self.further:
+            return scores
+        first = scores.cas if self.first_cas is None else self.first_cas
+        self.first_cas = np.where(np.isfinite(first), first, scores.cas)
+        return replace(scores, further={**scores.further, LOSS_CHANGE: loss_change(scores.cas, self.first_cas)})
+
     def take_unscored(self, rows: Scores, epoch: int) -> None:
         """Take what is known of rows that are not scored, since nothing reads their scores."""
         self.last = Scored(rows, epoch)
@@ -220,7 +238,7 @@ class RowChooser:
         `values`, (n,), are what they were ranked by.
         """
         columns, rows = {}, self.without_guards(wanted, ids, seed)
-        if self.score not in SCORES and wanted.source not in ("all", "brief"):
+        if self.score not in (*SCORES, *FURTHER) and wanted.source not in ("all", "brief"):
             columns["own_score"] = values
         if rows is not None:
             columns["kept_without_guards"] = np.isin(np.arange(len(ids)), rows)
@@ -239,13 +257,14 @@ class RowChooser:
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps beside the scores."""
-        arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, **self.guards.to_arrays()}
+        arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, "first_cas": self.first_cas}
+        arrays |= self.guards.to_arrays()
         arrays |= {} if self.targets is None else self.targets.to_arrays()
         return {name: array for name, array in arrays.items() if array is not None}
 
     def from_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Take that out of the arrays of a checkpoint."""
-        self.brief = arrays.pop("brief", None)
+        self.brief, self.first_cas = arrays.pop("brief", None), arrays.pop("first_cas", None)
         self.trained = arrays.pop("trained", np.zeros(len(self.pool))).astype(bool)  # earlier releases lack it
         self.guards.from_arrays(arrays)
         if self.targets is not None:
@@ -468,6 +487,8 @@ class _Columns(dict):
         return _Columns({name: values[rows] for name, values in self.items()}, self._pool, rows)
 
     def __missing__(self, name: str) -> np.ndarray:
+        if name in FURTHER and name not in self._pool.column_names:
+            raise UserError(f"The score {name} was not asked for: name it, scores={(name,)!r}.")
         values = self._pool.column(name)
         self[name] = values if self._rows is None else values[self._rows]
         return self[name]

@@ -20,11 +20,12 @@ from ifd_trainer.method.columns import (
     TOKEN_COLUMNS,
     TURN_COLUMNS,
 )
+from ifd_trainer.method.further_scores import FURTHER
 from ifd_trainer.scoring.losses import Scores
 
 
 def test_scores_are_arrays_of_these_columns():
-    assert tuple(field.name for field in fields(Scores)) == IFD_COLUMNS
+    assert tuple(field.name for field in fields(Scores)) == (*IFD_COLUMNS, "further")
     assert SCORES == ("cas", "das", "ifd", "ifd_ppl", "eot_loss")
     assert SELECTION_COLUMNS == ("ifd_definition", "ifd_rank", "ifd_reason")
     assert TOKEN_COLUMNS == ("cas_tokens", "das_tokens")
@@ -37,6 +38,9 @@ def test_the_readme_and_the_help_name_every_column_and_definition(capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.split("| column | meaning |")[1].split("\n\n")[0]
     assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == IFD_COLUMNS
+    table = readme.split("| further column | meaning |")[1].split("\n\n")[0]
+    further = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split(" | ")[0])]
+    assert set(further) == set(FURTHER)
     assert set(DEFINITIONS) <= set(re.findall(r'definition="(\w+)"', readme))
     with pytest.raises(SystemExit):
         main(["score", "--help"])

@@ -165,6 +165,17 @@ def test_what_is_measured_of_one_answer_is_refused_for_several(model, tokenizer,
     assert "--calibrate measures" in capsys.readouterr().err
 
 
+def test_further_scores_follow_from_the_losses_of_the_row(model, tokenizer):
+    rows = ROWS.map(scorer(model, tokenizer, scores=("ira", "answer_ppl")), batched=True)
+    for row in rows.to_list():
+        assert (row["ira"] is None) == (row["cas"] is None)
+        if row["cas"] is not None:
+            assert row["ira"] == pytest.approx(row["das"] - row["cas"])
+            assert row["answer_ppl"] == pytest.approx(math.exp(row["cas"]))
+    with pytest.raises(UserError, match="and prompt_ppl, rifd, rcas, rdas is known of a row's last answer alone"):
+        scorer(model, tokenizer, scores=("ira", "rifd", "prompt_ppl"))
+
+
 def test_scorers_of_other_turns_are_told_apart(model, tokenizer):
     from datasets.fingerprint import Hasher
 

@@ -6,7 +6,6 @@ import base64
 import json
 import shutil
 import zlib
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from hypothesis.extra import numpy as arrays
 from tiny_runs import INF, Stop, difference, raw_rows, select, sft_trainer, text_rows, train, weights_of
 from transformers import TrainerState
 
+from ifd_trainer.method.columns import IFD_COLUMNS
 from ifd_trainer.method.plain_data import as_text
 from ifd_trainer.method.reasons import Status
 from ifd_trainer.scoring.losses import Scores
@@ -32,23 +32,26 @@ def same_bits(one, other):
 
 
 @given(
-    values=st.tuples(floats, floats, floats, floats, floats),
+    values=st.tuples(floats, floats, floats, floats, floats, floats),
     statuses=st.lists(st.text(), min_size=5, max_size=5),
     tokens=st.integers(-(2**60), 2**60),
 )
-@example(values=(np.full(5, np.nan),) * 5, statuses=["ok", "ok\0", "", "\0", "ok"], tokens=64)
+@example(values=(np.full(5, np.nan),) * 6, statuses=["ok", "ok\0", "", "\0", "ok"], tokens=64)
 def test_scores_and_order_come_back_bit_for_bit_whatever_they_are(tmp_path_factory, values, statuses, tokens):
     folder = tmp_path_factory.mktemp("checkpoint")
-    scores = Scores(*values, answer_tokens=np.arange(5) * tokens, ifd_status=np.array(statuses, dtype=object))
+    *values, ira = values
+    status = np.array(statuses, dtype=object)
+    scores = Scores(*values, answer_tokens=np.arange(5) * tokens, ifd_status=status, further={"ira": ira})
     order = {"positions": np.array([4, 0, 4], dtype=np.int64), "bins": np.array([1, 2], dtype=np.int64)}
     saved = json.loads(json.dumps(save_selection(folder, order, scores)))
     found_order, found = load_selection(folder, saved, 5)
     assert found_order.keys() == order.keys()
     assert all(same_bits(found_order[name], order[name]) for name in order)
     assert found.ifd_status.tolist() == statuses
-    for field in fields(Scores):
-        if field.name != "ifd_status":
-            assert same_bits(getattr(found, field.name), getattr(scores, field.name)), field.name
+    assert found.columns().keys() == scores.columns().keys() == {*IFD_COLUMNS, "ira"}
+    for name, column in scores.columns().items():
+        if name != "ifd_status":
+            assert same_bits(found.columns()[name], column), name
 
 
 def test_an_order_without_scores(tmp_path):
