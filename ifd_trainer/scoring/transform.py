@@ -87,7 +87,9 @@ _SELECTION_TYPES |= dict.fromkeys(TOKEN_COLUMNS, TOKEN_TYPE) | dict.fromkeys(SEL
 _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
 _RENDERED = 1000  # rows at a time
 _LOADED = ("_model", "_config", "_encoder", "_told")  # attributes that are made on first use
-_FURTHER = {"scores": (), "guess": None}  # attributes of a scorer that was asked for no further score
+# Attributes of a scorer that is asked for nothing more. It is pickled without them, so that caches of a release that
+# did not have them are hit.
+_NOTHING_MORE = {"scores": (), "guess": None, "turns": None, "token_losses": False}
 _PID = os.getpid()
 SCORES_VERSION = 5  # raised when the same weights and options would give other scores
 
@@ -149,8 +151,6 @@ class IFDScorer:
     >>> ds = ds.map(IFDScorer("HuggingFaceTB/SmolLM2-135M", format="alpaca"), batched=True)  # doctest: +SKIP
     """
 
-    token_losses = False  # of a pickle without it
-
     def __init__(
         self,
         model: str | os.PathLike | PreTrainedModel,
@@ -203,7 +203,7 @@ class IFDScorer:
         self.turns = turns
         if token_losses:
             check_token_losses(definition, turns)
-            self.token_losses = True
+        self.token_losses = bool(token_losses)
         self.device, self.dtype, self.token_budget = device, named_dtype(dtype), token_budget
         if device is not None:
             device_type(device)
@@ -231,7 +231,7 @@ class IFDScorer:
         show = os.getpid() == _PID and not are_progress_bars_disabled()
         with token_progress(rows.pairs, "Scoring a batch", show) as bar:
             columns = mapped_columns(self.score_rows(rows, bar.update))
-        return columns | self._outdated({name: batch[name] for name in batch if name not in columns})
+        return self._outdated(batch) | columns
 
     def _outdated(self, batch: Mapping[str, list]) -> dict[str, list]:
         """Columns of older scores, for rows that are scored anew: `map` can replace a column, not drop it."""
@@ -616,13 +616,12 @@ class IFDScorer:
     def __getstate__(self) -> dict[str, Any]:
         # What is pickled is what identifies the scores: options and a digest of the weights. Nothing that is loaded
         # on use belongs here, or a second `map` with the same scorer would miss the cache of the first.
-        # Without further scores it is what it was before there were any, so that older caches are hit.
-        left_out = (*_LOADED, *(() if self.scores else _FURTHER))
-        state = {key: value for key, value in vars(self).items() if key not in left_out}
+        state = {key: value for key, value in vars(self).items() if key not in _LOADED}
+        state = {key: value for key, value in state.items() if value != _NOTHING_MORE.get(key, ...)}
         return state | {"_weights": self.digest(), "_version": SCORES_VERSION}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({**_FURTHER, **state}, **dict.fromkeys(_LOADED))
+        vars(self).update({**_NOTHING_MORE, **state}, **dict.fromkeys(_LOADED))
 
     def __repr__(self) -> str:
         model, scores = self.name or type(self._model).__name__, f", scores={self.scores!r}" if self.scores else ""
