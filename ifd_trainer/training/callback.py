@@ -601,7 +601,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if not self._ended:  # a checkpoint of an epoch's last step comes before its end
             self.chooser.note_trained(self._times(self.run.trained(self.trainer.state.global_step)))
         arrays = self.pool.to_arrays(self.run.order)
-        arrays |= self.chooser.to_arrays()
+        following = [] if self._epoch + 1 >= len(self.plan.epochs) else [self._rows_of(self._epoch + 1)]
+        arrays |= self.chooser.to_arrays(any(not wanted.scored or self.chooser.frozen for wanted in following))
         self._saved = {
             "version": VERSION,
             "epoch": self._epoch,

@@ -255,17 +255,30 @@ class RowChooser:
         """(n,) rows that the model that scores has not been trained on; another one is not trained at all."""
         return ~self.trained if self.pool_scorer.other is None else np.ones(len(self.trained), dtype=bool)
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """What a checkpoint keeps beside the scores."""
+    def to_arrays(self, read_again: bool = True) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps beside the scores.
+
+        `read_again`: whether an epoch to come chooses by the last scores. It then goes by the embeddings that the model
+        had given with them, (candidates, d), which a model that has trained on does not give again.
+        """
         arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, "first_cas": self.first_cas}
         arrays |= self.guards.to_arrays()
         arrays |= {} if self.targets is None else self.targets.to_arrays()
+        of_scores, known = self._embedded
+        if read_again and known.shape[1] and self.last is not None and of_scores is self.last.scores:
+            rows = np.flatnonzero(~np.isnan(known[:, 0]))
+            arrays |= {"embedded": rows, "embeddings": known[rows]}
         return {name: array for name, array in arrays.items() if array is not None}
 
     def from_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Take that out of the arrays of a checkpoint."""
         self.brief, self.first_cas = arrays.pop("brief", None), arrays.pop("first_cas", None)
         self.trained = arrays.pop("trained", np.zeros(len(self.pool))).astype(bool)  # earlier releases lack it
+        rows, embeddings = arrays.pop("embedded", None), arrays.pop("embeddings", None)
+        if rows is not None:  # of the scores that `from_state` takes
+            known = np.full((len(self.pool), embeddings.shape[1]), np.nan, dtype=np.float32)
+            known[rows] = embeddings
+            self._embedded = None, known
         self.guards.from_arrays(arrays)
         if self.targets is not None:
             self.targets.from_arrays(arrays)
@@ -293,6 +306,7 @@ class RowChooser:
         measured = Measured(saved.get("measured_limit"), None, None if unfinished is None else float(unfinished))
         self.last = Scored(scores, scored_at, measured, saved.get("health"))
         self.eligible = self.last if saved.get("eligible", True) else None
+        self._embedded = scores, self._embedded[1]
 
     @property
     def pool(self) -> Pool:

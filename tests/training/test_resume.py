@@ -30,6 +30,7 @@ from tiny_runs import (
 )
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
+from ifd_trainer import Diverse
 from ifd_trainer.training.history import History
 
 # Updates per epoch: 4, 3 and 5 (with accumulation 2: 2, 2 and 3).
@@ -193,6 +194,24 @@ def test_a_run_killed_before_its_first_checkpoint_says_that_there_is_none(tmp_pa
     trainer, _ = selecting(tmp_path)
     with pytest.raises(ValueError, match="No valid checkpoint found"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_rows_that_stand_for_others_are_told_by_the_model_that_scored_them(tmp_path):
+    """Of epochs between two scorings, one that is resumed goes by the embeddings of the scoring, as it would have."""
+
+    def begun(name):
+        trainer = sft_trainer(tmp_path / name, 24, num_train_epochs=4, save_strategy="steps", save_steps=1)
+        # Another number of rows in the second epoch: others are chosen among the same candidates.
+        select(trainer, keep=[4, 6, 4, 6], policy=Diverse(0.9, INF), every=2)
+        return trainer
+
+    through = train(begun("whole"))
+    for step in (2, 3, 5, 7):
+        cut = begun(f"cut-{step}")
+        cut.add_callback(Stop(step))
+        before = train(cut)
+        after = train(begun(f"cut-{step}"), resume_from_checkpoint=str(tmp_path / f"cut-{step}" / f"checkpoint-{step}"))
+        assert before.order() + after.order() == through.order(), step
 
 
 @pytest.mark.parametrize(("step", "scored"), [(2, 2), (4, 2), (5, 1), (7, 1), (11, 0)])
