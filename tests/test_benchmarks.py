@@ -380,7 +380,7 @@ def test_a_dry_run_of_the_benchmark_of_large_files(saved_model, tmp_path, monkey
 
     def work(words: list[str]) -> None:
         with monkeypatch.context() as patch:
-            for owner, name in ((IFDScorer, "encode"), (IFDScorer, "score"), (Parts, "save")):
+            for owner, name in ((IFDScorer, "encode_rows"), (IFDScorer, "score"), (Parts, "save")):
                 patch.setattr(owner, name, getattr(owner, name))  # put back what it puts there
             bench.worker(int(words[0]), words[1:])
 
@@ -393,6 +393,34 @@ def test_a_dry_run_of_the_benchmark_of_large_files(saved_model, tmp_path, monkey
     assert (results["rows"], results["part_rows"]) == (400, 50)
     assert list(results["cases"]) == ["base", "from the start", "from the last part"]
     assert len(checked_rows) == 2
+
+
+def test_a_dry_run_of_the_benchmark_of_turns(saved_model, tmp_path, capsys):
+    bench, data = loaded(ROOT / "tests" / "benchmarks" / "turns.py"), tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"Add {i} and 2.", "output": f"The sum is {i + 2}."} for i in range(9)]
+    data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    bench.main(
+        [
+            "--model",
+            saved_model,
+            "--data",
+            str(data),
+            "--turns",
+            "3",
+            "--rows",
+            "2",
+            "--runs",
+            "1",
+            "--output",
+            str(tmp_path),
+        ]
+    )
+    results = json.loads((tmp_path / "turns.json").read_text())
+    assert (results["conversations"], results["turns"]) == (2, 3)
+    assert results["largest_difference"] < 1e-5
+    assert list(results["ratios"]) == ["all turns", "last answer", "one by one"]
+    assert results["ratios"]["last answer"] == [1.0]
+    assert "2 conversations of 3 answers" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_the_benchmark_of_growth(saved_model, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ from .neighbourhood import ALPHA, NEIGHBOURS, neighbour_scores, neighbourhood_co
 from .rope_limits import window
 from .selective_columns import TOKEN_TYPE, with_numbers
 from .token_losses import check_token_losses, score_with_tokens
-from .turns import EncodedTurns, encode_turns
+from .turns import EncodedTurns, answer_counts, encode_turns
 from .weights_digest import checkpoint_digest, weights_digest
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.stri
 _SELECTION_TYPES |= dict.fromkeys(TOKEN_COLUMNS, TOKEN_TYPE) | dict.fromkeys(SELECTIVE_COLUMNS, pa.float64())
 _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
 _RENDERED = 1000  # rows at a time
-_LOADED = ("_model", "_config", "_encoder", "_told")  # attributes that are made on first use
+_LOADED = ("_counted", "_model", "_config", "_encoder", "_told")  # attributes that are made on first use
 # Attributes of a scorer that is asked for nothing more. It is pickled without them, so that caches of a release that
 # did not have them are hit.
 _NOTHING_MORE = {"scores": (), "guess": None, "turns": None, "token_losses": False}
@@ -215,6 +215,7 @@ class IFDScorer:
         self._config: PretrainedConfig | None = None
         self._encoder: Encoder | None = None
         self._told: tuple[tuple[str, ...], PromptFormat] | None = None
+        self._counted: bool | None = None  # whether answers that are not scored were counted
 
     def __call__(
         self, batch: Mapping[str, list] | pa.Table, rank: int | None = None, *more: Any
@@ -254,10 +255,25 @@ class IFDScorer:
     def encode_rows(self, batch: Mapping[str, list], rank: int | None = None) -> EncodedTurns:
         """Render and tokenise a batch, with `turns` every answer of it; loads the model on first use."""
         self._load(rank)
+        self._say_what_is_left_out(batch)
         rows, problem = self._read(batch, self._format(batch))
         if problem is not None:  # no error: the last rows of a long job may be like that
             logger.warning(problem)
         return rows
+
+    def _say_what_is_left_out(self, batch: Mapping[str, list]) -> None:
+        """Say once, of the first rows, how many have answers that are not scored."""
+        if self.turns is not None or self._counted:
+            return
+        self._counted = True
+        counts = answer_counts(batch, self._format(batch), self._encoder.tokenizer)
+        if several := sum(count > 1 for count in counts):
+            logger.warning(
+                "%s of the first %s have several answers, and the last one alone is scored. turns='tokens' scores all "
+                "of them, as a run trains on them; turns='last' says that the last one is meant.",
+                many(several, "row"),
+                many(len(counts), "row"),
+            )
 
     def score_rows(
         self, rows: EncodedTurns, progress: Callable[[int], Any] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -86,3 +87,18 @@ def encode_turns(
     ]
     empty = [Status.MALFORMED.value if each is None else Status.EMPTY_ANSWER.value for each in read]
     return EncodedTurns([pair for row in pairs for pair in row], [len(row) for row in pairs], empty), first
+
+
+def answer_counts(rows: Mapping[str, list], format: PromptFormat, tokenizer: Any) -> list[int]:
+    """How many answers each row has; 1 for a row of texts, 0 for one that cannot be read."""
+    counts = []
+    for values in zip(*rows.values(), strict=True):
+        try:
+            parts = conversation_parts(dict(zip(rows, values, strict=True)), format, tokenizer)
+        except MalformedRow:
+            counts.append(0)
+            continue
+        messages, first = ([], 0) if parts is None else parts
+        answers = [message for message in messages[first:] if message["role"] == "assistant"]
+        counts.append(1 if parts is None else len(answers))
+    return counts

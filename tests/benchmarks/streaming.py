@@ -41,10 +41,11 @@ def worker(stop_before: int, arguments: list[str]) -> int:
     from ifd_trainer.scoring.job_parts import Parts
     from ifd_trainer.scoring.losses import Scores
     from ifd_trainer.scoring.transform import IFDScorer
+    from ifd_trainer.scoring.turns import EncodedTurns
 
-    def encode(self: IFDScorer, batch: dict[str, list], rank: int | None = None) -> list[EncodedPair]:
+    def encode(self: IFDScorer, batch: dict[str, list], rank: int | None = None) -> EncodedTurns:
         segments = [Segment([0, int(name.removeprefix("row-"))], 1) for name in batch["id"]]
-        return [EncodedPair(segment, segment) for segment in segments]
+        return EncodedTurns.single([EncodedPair(segment, segment) for segment in segments])
 
     def score(self: IFDScorer, pairs: list[EncodedPair], progress: Any = None) -> Scores:
         cas, das = losses_of(np.array([pair.conditioned.ids[1] for pair in pairs]))
@@ -57,7 +58,7 @@ def worker(stop_before: int, arguments: list[str]) -> int:
             raise SystemExit("stopped on purpose")
         save(self, part, *columns)
 
-    IFDScorer.encode, IFDScorer.score, Parts.save = encode, score, saved
+    IFDScorer.encode_rows, IFDScorer.score, Parts.save = encode, score, saved
     return cli.main(arguments)
 
 

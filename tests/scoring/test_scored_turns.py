@@ -122,6 +122,19 @@ def test_the_last_answer_alone_has_the_scores_that_it_has_without_turns(model, t
     assert last["answer_tokens"] == alone["answer_tokens"]
 
 
+def test_answers_that_are_not_scored_are_counted_once(model, tokenizer, caplog):
+    each = scorer(model, tokenizer, None)
+    each(ROWS[:])
+    each(ROWS[:])
+    said = [record.getMessage() for record in caplog.records]
+    assert [text for text in said if text.startswith("2 rows of the first 5 rows have several answers")] == said[:1]
+    assert len(said) == 1
+    caplog.clear()
+    scorer(model, tokenizer, "last")(ROWS[:])
+    scorer(model, tokenizer, None)(ROWS[3:4])
+    assert not caplog.records
+
+
 def test_rows_of_texts_have_one_answer(model, tokenizer):
     rows = Dataset.from_list([{"instruction": "Name one.", "input": "", "output": "Red."}])
     found, alone = (rows.map(scorer(model, tokenizer, each), batched=True)[0] for each in ("mean", None))
