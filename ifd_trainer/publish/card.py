@@ -186,6 +186,8 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         "maximal length": provenance.max_length,
         "least answer tokens": provenance.min_answer_tokens,
         "too long answers scored in part": provenance.score_truncated or None,
+        "answers of a conversation": provenance.turns,
+        "request to guess the instruction": provenance.guess,
         "dtype": provenance.dtype,
     }
     listed = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)

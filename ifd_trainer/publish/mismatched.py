@@ -92,6 +92,7 @@ def _scorer_of(provenance: Provenance, origin: str, trust_remote_code: bool) -> 
         max_length=provenance.max_length,
         min_answer_tokens=provenance.min_answer_tokens,
         score_truncated=provenance.score_truncated,
+        turns=provenance.turns,
         dtype=provenance.dtype,
         revision=commit if name == provenance.model else None,
         trust_remote_code=trust_remote_code,

@@ -213,7 +213,7 @@ def test_turns_of_public_rows_with_tools(shared, tokenizer):
             assert row["turn_tokens"][i] == expected[i][2]
 
 
-def test_the_command_writes_them_and_goes_on_where_it_was(tmp_path, model, tokenizer):
+def test_the_command_writes_them_and_goes_on_where_it_was(tmp_path, model, tokenizer, capsys):
     folder, data, output = tmp_path / "model", tmp_path / "chats.jsonl", tmp_path / "scored.parquet"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -225,6 +225,12 @@ def test_the_command_writes_them_and_goes_on_where_it_was(tmp_path, model, token
         np.testing.assert_allclose(np.array(one, float), np.array(other, float), rtol=ROUNDING)
     assert rows["turn_status"][:] == expected["turn_status"][:]
     assert math.isclose(rows["ifd"][0], np.mean(rows["turn_ifd"][0]))
+    assert "turns: mean" in (tmp_path / "scored.parquet.ifd.yaml").read_text(encoding="utf-8")
+    kept = ["select", str(output), "--keep", "1", "--output", str(tmp_path / "kept.parquet")]
+    assert main(kept) == 0
+    assert "answers of a conversation: mean" in (tmp_path / "kept.md").read_text(encoding="utf-8")
+    assert main([*kept[:-1], str(tmp_path / "other.parquet"), "--drop-mismatched"]) == 2
+    assert "measures what a single wrong or cut answer scores" in capsys.readouterr().err
     assert main([*command[:5], str(tmp_path / "scored.csv"), "--turns", "mean"]) == 0
     as_text = [json.loads(text) for text in pd.read_csv(tmp_path / "scored.csv")["turn_status"]]
     assert as_text == expected["turn_status"][:]
