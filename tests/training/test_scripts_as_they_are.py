@@ -17,6 +17,7 @@ from tiny_runs import (
     INF,
     MERGES_TRAINED,
     TOKENIZER,
+    as_trained,
     build_model,
     chat_rows,
     plain_trainer,
@@ -387,7 +388,8 @@ def test_answers_of_chats_that_a_template_runs_together_are_what_the_messages_sa
     raw[9]["instruction"] = f"{raw[9]['output']} {raw[9]['instruction']}"  # the prompt says it, too
     trainer = sft_trainer(tmp_path, as_messages(raw), tokenizer=tokenizer, max_length=48, num_train_epochs=1)
     expected = {}
-    for row, ids in zip(raw, trainer.train_dataset["input_ids"], strict=True):
+    for row, prepared in zip(raw, trainer.train_dataset, strict=True):
+        ids = as_trained(trainer, prepared)["input_ids"]  # some releases of TRL cut rows in their collator
         prompt = tokenizer(f"{row['instruction']}\n").input_ids
         answer = tokenizer(row["output"]).input_ids[: len(ids) - len(prompt)] if len(ids) > len(prompt) else []
         assert ids[: len(prompt) + len(answer)] == (prompt + answer)[: len(ids)]
