@@ -52,7 +52,7 @@ def test_both_engines_give_the_losses_of_a_loop_over_tokens(loaded, demo):
 @pytest.mark.timeout(1200)  # a processor without products in bfloat16 takes ten times as long
 def test_bfloat16_is_near_float32_and_keeps_the_ranking(loaded, demo):
     model, tokenizer = loaded
-    pairs = [pair for pair in IFDScorer(model, tokenizer).encode(demo[:32]) if pair.conditioned]
+    pairs = [pair for pair in IFDScorer(model, tokenizer).encode(demo[:64]) if pair.conditioned]
     whole = score_pairs(model, pairs)
     rounded = score_pairs(model.bfloat16(), pairs)
     assert streams(model)
