@@ -52,9 +52,8 @@ class JobProgress:
         self._open[list(done)] = False
         self._before = int(self._sizes[~self._open].sum())  # rows
         self._seen = np.zeros((0, 2))  # bytes and tokens of the rows of parts that were begun
-        self._own_rows = self._own_tokens = self._read = (
-            0  # of parts that were begun; the tokens of these that are done
-        )
+        self._own_rows = self._own_tokens = 0  # of parts that were begun
+        self._read = 0  # tokens of these that are done
         self._others = 0  # rows that other processes have done
         self._bar: tqdm | None = None
         self._batches, self._since = 0, 0.0
@@ -132,9 +131,9 @@ class JobProgress:
         """Take times from the end of the first batch on, in which a model is made ready; say what the second took."""
         self._batches, now = self._batches + 1, time.monotonic()
         if self._batches == 1:
-            self._since, self._bar.initial = now, self._read
-            self._bar.reset()
-            self._bar.update(self._read)
+            self._since = now
+            self._bar.reset()  # shows the bar: with what was read as its beginning, it would go backwards
+            self._bar.n = self._bar.last_print_n = self._bar.initial = self._read
         elif self._batches == 2:
             rate = tokens / max(now - self._since, 1e-9)
             each = f" on each of {self._processes} processes" if self._processes > 1 else ""

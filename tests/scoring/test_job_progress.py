@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from types import SimpleNamespace
 
@@ -74,6 +75,19 @@ def test_what_is_left_does_not_jump_between_parts_of_short_and_of_long_rows(rows
     # Nothing is said of the first batch, and the bar's last line comes again.
     assert shown[: len(expected) - 1] == pytest.approx(expected[1:], abs=0.03 * expected[0])
     assert re.findall(r"Scoring (\d+)/80 rows: 100%", said)[-1] == "80"
+
+
+def test_no_rate_is_below_zero(rows, encoded, monkeypatch, capsys):
+    clock = itertools.count()
+    monkeypatch.setattr("tqdm.std.time", lambda: 1e-6 * next(clock))  # some time goes by between any two looks
+    with JobProgress(rows, SIZES, [], ["instruction", "output"]) as progress:
+        pairs = encoded[:SIZE]
+        after = progress.begin(0, EncodedTurns.single(pairs).tokens)
+        for pair in pairs:
+            after(token_count([pair]))
+    said = capsys.readouterr().err
+    assert "tok/s" in said
+    assert not re.search(r"-[\d.]+[kM]?tok/s|<-", said)
 
 
 def test_rows_that_were_scored_before_are_said(rows, encoded, capsys):
