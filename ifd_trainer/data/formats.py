@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -309,6 +309,16 @@ def answer_text(answer: str | Sequence[Mapping[str, Any]] | None) -> str:
     if isinstance(answer, list):
         return "\n".join(filter(None, (text_of(message.get("content")) for message in answer)))
     return text_of(answer)
+
+
+def rows_of(batch: Mapping[str, list]) -> Iterator[dict[str, Any]]:
+    """The rows of a batch of columns.
+
+    >>> list(rows_of({"a": [1, 2], "b": [3, 4]}))
+    [{'a': 1, 'b': 3}, {'a': 2, 'b': 4}]
+    """
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))
 
 
 def conversation_parts(row: Mapping[str, Any], format: PromptFormat, tokenizer: Any) -> tuple[list[dict], int] | None:

@@ -83,6 +83,23 @@ def cosines(rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return out
 
 
+def most_like(similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of n rows, the target that each is most like, the first of equals, and how alike they are.
+
+    Args:
+        similarities: (n, m).
+
+    Returns:
+        (n,) numbers of targets, -1 for a row with NaN; (n,) float64, NaN for such a row.
+
+    >>> [found.tolist() for found in most_like(np.array([[0.1, 0.5, 0.5], [0.2, np.nan, 0.1]]))]
+    [[1, -1], [0.5, nan]]
+    """
+    known = np.isfinite(similarities).all(axis=1)
+    most = np.where(known, np.argmax(similarities, axis=1), -1)
+    return most, np.where(known, similarities[np.arange(len(most)), most], np.nan).astype(np.float64)
+
+
 def round_robin(similarities: np.ndarray, budget: int, ids: np.ndarray | None = None) -> np.ndarray:
     """The rows that targets take in turn: the k-th is the one most like target k mod m of those not taken before.
 

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..method.number_words import many
 from ..method.reasons import Status
 from ..method.selection import ShortfallError
+from ..method.target_set import most_like
 from ..scoring.target_scorer import TargetScorer
 from .provenance import Provenance
 
@@ -89,9 +90,8 @@ class LikeTargets:
 
     def most_like(self, similarities: np.ndarray) -> pd.Series:
         """The id of the target that each row is most like, (n,) whole numbers or texts; null for a row without one."""
-        known = np.isfinite(similarities).all(axis=1)
-        most = np.argmax(np.where(known[:, None], similarities, 0), axis=1)
-        ids = self._scorer.encoded.ids[most]
+        most, _ = most_like(similarities)
+        known, ids = most >= 0, self._scorer.encoded.ids[most]
         if ids.dtype.kind in "iu":
             return pd.Series(pd.arrays.IntegerArray(ids.astype(np.int64), ~known))
         return pd.Series(np.where(known, ids.astype(object).astype(str), None))

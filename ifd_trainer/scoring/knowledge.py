@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets.utils import are_progress_bars_disabled
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -34,12 +33,11 @@ from ..method.reasons import Status
 from ..method.text_agreement import Agreement, as_agreement
 from .generation import TOKENS, Answer, check_sampling, sampled_answers, stop_tokens
 from .questions import Question, check_window, ended, questions, turn_ends
-from .transform import IFDScorer, mapped_columns, need_batch, table_with
+from .transform import IFDScorer, mapped_columns, need_batch, shows_progress, table_with
 from .turns import EncodedTurns
 
 logger = logging.getLogger(__name__)
 
-_PID = os.getpid()
 KNOWLEDGE_VERSION = 1  # raised when the same weights and options would give other answers or shares
 
 
@@ -158,9 +156,8 @@ class KnowledgeScorer:
                 "format.",
                 many(len(asked), "row"),
             )
-        show = os.getpid() == _PID and not are_progress_bars_disabled()
-        total = sum(map(self.tokens, asked))
-        with tqdm(total=total, desc="Sampling", unit="tok", unit_scale=True, disable=not show, leave=False) as bar:
+        total, hidden = sum(map(self.tokens, asked)), not shows_progress()
+        with tqdm(total=total, desc="Sampling", unit="tok", unit_scale=True, disable=hidden, leave=False) as bar:
             return mapped_columns(self.answer(asked, bar.update).columns())
 
     def ask(self, batch: Mapping[str, list], rank: int | None = None) -> list[Question]:

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.formatting.formatting import LazyRow
-from datasets.utils import are_progress_bars_disabled
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -21,12 +20,11 @@ from ..data.target_rows import EncodedTargets, Targets
 from ..errors import UserError
 from ..method.columns import TARGET_COLUMNS
 from ..method.reasons import Status
-from ..method.target_set import TargetSet, cosines
+from ..method.target_set import TargetSet, cosines, most_like
 from .losses import position_weighted_embeddings, statuses
-from .transform import IFDScorer, TypedColumn
+from .transform import IFDScorer, TypedColumn, shows_progress
 
 TARGETS_VERSION = 1  # raised when the same weights, rows and targets would give other similarities
-_PID = os.getpid()
 _MADE = ("encoded", "_embedded")  # attributes that are made on first use
 
 
@@ -106,11 +104,9 @@ class TargetScorer:
                 "without input_columns and with_indices, on `dataset.with_format(None)`."
             )
         similarities, status = self.similarities(batch, rank)
-        known = np.isfinite(similarities).all(axis=1)
-        most = np.where(known, np.argmax(similarities, axis=1), 0)  # the first of equals
-        highest = np.where(known, similarities[np.arange(len(known)), most], np.nan).astype(np.float64)
+        most, highest = most_like(similarities)
         ids = self.encoded.ids
-        like = np.where(known, ids[most].astype(object), None)
+        like = np.where(most >= 0, ids[most].astype(object), None)
         kind = pa.int64() if ids.dtype.kind in "iu" else arrow_type(ids.dtype)
         values = (TypedColumn(highest), TypedColumn(like, kind), TypedColumn(status))
         return dict(zip(TARGET_COLUMNS, values, strict=True))
@@ -138,8 +134,8 @@ class TargetScorer:
         return self.encoded
 
     def _embed(self, sequences: list[list[int]]) -> np.ndarray:
-        show = os.getpid() == _PID and not are_progress_bars_disabled()  # workers would write over each other
-        with tqdm(total=sum(map(len, sequences)), unit="tok", unit_scale=True, disable=not show, leave=False) as bar:
+        hidden = not shows_progress()
+        with tqdm(total=sum(map(len, sequences)), unit="tok", unit_scale=True, disable=hidden, leave=False) as bar:
             return position_weighted_embeddings(
                 self.scorer.model, sequences, token_budget=self.scorer.token_budget, progress=bar.update
             )

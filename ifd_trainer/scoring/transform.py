@@ -39,9 +39,10 @@ from datasets.utils import are_progress_bars_disabled
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from ..data.conversation import ConversationEncoder
 from ..data.encoding import EncodedPair, Encoder, Segment, check_positive
 from ..data.format_choice import FormatOptions, format_record, resolve_format
-from ..data.formats import Example, MalformedRow, PromptFormat
+from ..data.formats import Example, MalformedRow, PromptFormat, rows_of
 from ..data.further_segments import with_further
 from ..data.paths import check_model, model_name
 from ..data.reversed_rows import GUESS, ReversedRows, request
@@ -86,7 +87,8 @@ _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.stri
 _SELECTION_TYPES |= dict.fromkeys(TOKEN_COLUMNS, TOKEN_TYPE) | dict.fromkeys(SELECTIVE_COLUMNS, pa.float64())
 _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
 _RENDERED = 1000  # rows at a time
-_LOADED = ("_counted", "_model", "_config", "_encoder", "_told")  # attributes that are made on first use
+# Attributes that are made on first use.
+_LOADED = ("_model", "_config", "_encoder", "_told", "_conversations", "_counted")
 # Attributes of a scorer that is asked for nothing more. It is pickled without them, so that caches of a release that
 # did not have them are hit.
 _NOTHING_MORE = {"scores": (), "guess": None, "turns": None, "token_losses": False}
@@ -215,6 +217,7 @@ class IFDScorer:
         self._config: PretrainedConfig | None = None
         self._encoder: Encoder | None = None
         self._told: tuple[tuple[str, ...], PromptFormat] | None = None
+        self._conversations: ConversationEncoder | None = None
         self._counted: bool | None = None  # whether answers that are not scored were counted
 
     def __call__(
@@ -228,9 +231,7 @@ class IFDScorer:
             return self._table(batch, rank)
         need_batch("IFDScorer", batch, rank, *more)
         rows = self.encode_rows(batch, rank)
-        # `map` shows a batch once it is done, which on a CPU takes minutes; workers would write over each other.
-        show = os.getpid() == _PID and not are_progress_bars_disabled()
-        with token_progress(rows.pairs, "Scoring a batch", show) as bar:
+        with token_progress(rows.pairs, "Scoring a batch", shows_progress()) as bar:
             columns = mapped_columns(self.score_rows(rows, bar.update))
         return self._outdated(batch) | columns
 
@@ -301,7 +302,8 @@ class IFDScorer:
         if self.turns is None:
             pairs, problem = self._encoded(batch, format)
             return EncodedTurns.single(pairs), problem
-        rows, error = encode_turns(batch, format, self._encoder)
+        self._conversations = self._conversations or ConversationEncoder(self._encoder)
+        rows, error = encode_turns(batch, format, self._encoder, self._conversations)
         return rows, self._problem(rows.pairs, rows.empty, error, format)
 
     def _encoded(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[list[EncodedPair], str | None]:
@@ -665,6 +667,14 @@ def need_batch(name: str, batch: Mapping[str, list], rank: int | None, *more: An
         raise UserError(f"{name} scores batches: call `dataset.map(scorer, batched=True)`.")
 
 
+def shows_progress() -> bool:
+    """Whether a transform shows how far it is with a batch.
+
+    `map` shows a batch once it is done, which on a CPU takes minutes; its workers would write over each other.
+    """
+    return os.getpid() == _PID and not are_progress_bars_disabled()
+
+
 def mapped_columns(columns: Mapping[str, np.ndarray | Lists | pa.Array]) -> dict[str, list]:
     """Columns as `datasets.map` takes them, of their types also where all values are null; None for NaN."""
     return {name: TypedColumn(values) for name, values in columns.items()}
@@ -715,9 +725,9 @@ def _render(
 ) -> tuple[list[Example | None], Exception | None]:
     """Examples, None where a row is malformed, and the first error."""
     examples, first = [], None
-    for values in zip(*batch.values(), strict=True):
+    for row in rows_of(batch):
         try:
-            examples.append(format.render(dict(zip(batch, values, strict=True)), tokenizer))
+            examples.append(format.render(row, tokenizer))
         except MalformedRow as error:
             first = first or error
             examples.append(None)

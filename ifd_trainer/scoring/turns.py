@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.conversation import Conversation, ConversationEncoder, read_conversation
 from ..data.encoding import EncodedPair, Encoder, token_count
-from ..data.formats import Example, MalformedRow, PromptFormat, conversation_parts
+from ..data.formats import Example, MalformedRow, PromptFormat, conversation_parts, rows_of
 from ..data.table_reader import Lists
 from ..method.columns import TURN_COLUMNS
 from ..method.equations import further_scores
@@ -63,7 +63,7 @@ class EncodedTurns:
 
 
 def encode_turns(
-    rows: Mapping[str, list], format: PromptFormat, encoder: Encoder
+    rows: Mapping[str, list], format: PromptFormat, encoder: Encoder, conversations: ConversationEncoder
 ) -> tuple[EncodedTurns, Exception | None]:
     """The answers of a batch of rows, and the error of the first row that cannot be rendered.
 
@@ -71,15 +71,14 @@ def encode_turns(
     """
     tokenizer = encoder.tokenizer
     read, first = [], None
-    for values in zip(*rows.values(), strict=True):
-        row = dict(zip(rows, values, strict=True))
+    for row in rows_of(rows):
         try:
             parts = conversation_parts(row, format, tokenizer)
             read.append(format.render(row, tokenizer) if parts is None else read_conversation(*parts, row, tokenizer))
         except MalformedRow as error:
             first = first or error
             read.append(None)
-    chats = ConversationEncoder(encoder)([each if isinstance(each, Conversation) else None for each in read])
+    chats = conversations([each if isinstance(each, Conversation) else None for each in read])
     texts = encoder([each if isinstance(each, Example) else None for each in read])
     pairs = [
         chat if isinstance(each, Conversation) else [text] if isinstance(each, Example) else []
@@ -92,9 +91,9 @@ def encode_turns(
 def answer_counts(rows: Mapping[str, list], format: PromptFormat, tokenizer: Any) -> list[int]:
     """How many answers each row has; 1 for a row of texts, 0 for one that cannot be read."""
     counts = []
-    for values in zip(*rows.values(), strict=True):
+    for row in rows_of(rows):
         try:
-            parts = conversation_parts(dict(zip(rows, values, strict=True)), format, tokenizer)
+            parts = conversation_parts(row, format, tokenizer)
         except MalformedRow:
             counts.append(0)
             continue

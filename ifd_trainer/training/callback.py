@@ -601,8 +601,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if not self._ended:  # a checkpoint of an epoch's last step comes before its end
             self.chooser.note_trained(self._times(self.run.trained(self.trainer.state.global_step)))
         arrays = self.pool.to_arrays(self.run.order)
-        following = [] if self._epoch + 1 >= len(self.plan.epochs) else [self._rows_of(self._epoch + 1)]
-        arrays |= self.chooser.to_arrays(any(not wanted.scored or self.chooser.frozen for wanted in following))
+        following = self._epoch + 1
+        more = following < len(self.plan.epochs)
+        unscored = more and (not self._rows_of(following).scored or self.chooser.frozen is not None)
+        arrays |= self.chooser.to_arrays(read_again=unscored)
         self._saved = {
             "version": VERSION,
             "epoch": self._epoch,

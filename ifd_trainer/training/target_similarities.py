@@ -11,7 +11,7 @@ from ..data.encoding import Encoder
 from ..data.target_rows import Targets
 from ..errors import UserError
 from ..method.reasons import Status
-from ..method.target_set import TargetSet
+from ..method.target_set import TargetSet, most_like
 from .pool_scorer import PoolScorer
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,8 @@ class TargetSimilarities:
         """What the history shows of each row, (n,): how alike it is to the target most like it, and which that is."""
         if not len(self._known):
             return {}
-        known = np.isfinite(self._known).all(axis=1)
-        most = np.where(known, np.argmax(self._known, axis=1), 0)
-        similarity = np.where(known, self._known[np.arange(len(known)), most], np.nan).astype(np.float64)
-        like = np.where(known, self.targets.ids[most].astype(object), None)
+        most, similarity = most_like(self._known)
+        like = np.where(most >= 0, self.targets.ids[most].astype(object), None)
         return {"target_similarity": similarity, "target_row": like}
 
     def to_arrays(self) -> dict[str, np.ndarray]:
