@@ -6,8 +6,8 @@ user's choice; a score needs to know which tokens are the answer. A row's turns 
     openers   begin the turn of somebody else: `<|im_start|>user`, `### Instruction:`
     headers   begin an answer: `<|im_start|>assistant`, `### Response:`
 
-The last turn that has a header holds the answer: from the first header behind its opener to the next opener, or to the
-row's end. Those of a chat template are found by rendering, those of plain formats are known by name.
+Each turn that has a header holds an answer: from the first header behind its opener to the next opener, or to the row's
+end. Those of a chat template are found by rendering, those of plain formats are known by name.
 """
 
 from __future__ import annotations
@@ -41,13 +41,18 @@ class AnswerFinder:
     known: bool = False
 
     def __call__(self, ids: Sequence[int], position: int | None = None) -> tuple[int, int] | None:
-        """The answer's first token and the one behind its last; None where there is no header.
+        """The last answer's first token and the one behind its last; None where there is no header.
 
         A token that holds the header's end and the answer's beginning is the answer's.
         """
         row = self.decoder.row(ids)
         found = self.texts.answer(row.text)
         return None if found is None else (row.token_at(found[0]), row.token_at(found[1]))
+
+    def answers(self, ids: Sequence[int], position: int | None = None) -> list[tuple[int, int]]:
+        """The places of all answers in their order."""
+        row = self.decoder.row(ids)
+        return [(row.token_at(start), row.token_at(end)) for start, end in self.texts.answers(row.text)]
 
     @property
     def header(self) -> str | None:
@@ -82,6 +87,11 @@ class SaidAnswers:
         if place < 0:  # max_length may have cut it
             place = next((at for at in places(row.text, answer[:1]) if answer.startswith(row.text[at:])), -1)
         return None if place < 0 else (row.token_at(place), row.token_at(min(place + len(answer), len(row.text))))
+
+    def answers(self, ids: Sequence[int], position: int) -> list[tuple[int, int]]:
+        """The place of the one answer that is known."""
+        found = self(ids, position)
+        return [] if found is None else [found]
 
 
 def answer_finder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 RESPONSE = "### Response:"  # of Alpaca and WizardLM
@@ -24,7 +24,18 @@ class TurnTexts:
     openers: tuple[str, ...] = ()
 
     def answer(self, text: bytes) -> tuple[int, int] | None:
-        """Where the answer begins and ends in a text, in bytes of UTF-8; None where there is no header."""
+        """Where the last answer begins and ends in a text, in bytes of UTF-8; None where there is no header."""
+        return next(self._from_the_end(text), None)
+
+    def answers(self, text: bytes) -> list[tuple[int, int]]:
+        """Where each answer begins and ends in a text, in bytes of UTF-8, in their order.
+
+        >>> TurnTexts(("A:",), ("Q:",)).answers(b"Q: 1 + 1? A: 2 Q: And 1? A: 3")
+        [(12, 15), (27, 29)]
+        """
+        return list(self._from_the_end(text))[::-1]
+
+    def _from_the_end(self, text: bytes) -> Iterator[tuple[int, int]]:
         opened = sorted({place for opener in self.openers for place in places(text, opener.encode())})
         end = len(text)
         for begin in [*reversed(opened), 0]:
@@ -32,9 +43,8 @@ class TurnTexts:
             found = [(place, -len(header.encode())) for place, header in found if place >= 0]
             if found:
                 place, size = min(found)  # of several at one place, the longest
-                return place - size, end
+                yield place - size, end
             end = begin
-        return None
 
 
 # Formats that public data sets write as plain text; of those that stand in as many rows, the first one is meant.

@@ -24,6 +24,11 @@ _OF_TURNS = {  # lists, an entry for each answer of a conversation
     "turn_tokens": "answer_tokens of each",
     "turn_status": "ifd_status of each",
 }
+_OF_LAST = {  # what guards judge
+    "last_cas": "cas of a row's last answer, where the row's score is of several",
+    "last_das": "das of it",
+    "last_answer_tokens": "its answer_tokens",
+}
 _KNOWN = {
     "known": "share of the model's sampled answers that agree with the row's, at least as far as a threshold",
     "known_agreement": "how far they agree with it, on average, between 0 and 1",
@@ -49,6 +54,7 @@ COLUMN_MEANINGS = _SCORED | _OF_TURNS | _OF_TOKENS | _SELECTIVE | _KNOWN | _SELE
 IFD_COLUMNS = tuple(_SCORED)  # of a scored data set
 SCORES = tuple(name for name in IFD_COLUMNS if name not in ("answer_tokens", "ifd_status"))  # null without a score
 TURN_COLUMNS = tuple(_OF_TURNS)  # with `turns=...` alone
+LAST_COLUMNS = tuple(_OF_LAST)  # of a run's history, where rows have several answers
 SELECTION_COLUMNS = tuple(_SELECTED)  # what `ifd-trainer select` adds
 TOKEN_COLUMNS = tuple(_OF_TOKENS)  # lists, of a data set scored with its tokens
 SELECTIVE_COLUMNS = tuple(_SELECTIVE)  # what is made of those

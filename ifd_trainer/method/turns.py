@@ -16,17 +16,16 @@ import numpy as np
 
 from ..errors import UserError
 from .choices import TURN_RULES
+from .columns import LAST_COLUMNS
 from .equations import FROM_LOSSES
 from .reasons import Status
 
 
-def check_turns(rule: str | None) -> None:
-    """Raise a UserError for what is no rule; None stands for the last answer alone."""
-    if rule is not None and rule not in TURN_RULES:
-        raise UserError(
-            f"turns must be one of {', '.join(TURN_RULES)}, or None to score the last answer of a row alone, got "
-            f"{rule!r}."
-        )
+def check_turns(rule: str | None, none: bool = True) -> None:
+    """Raise a UserError for what is no rule; None, where it is one, stands for the last answer alone."""
+    if rule not in TURN_RULES and not (none and rule is None):
+        last = ", or None to score the last answer of a row alone" if none else ""
+        raise UserError(f"turns must be one of {', '.join(TURN_RULES)}{last}, got {rule!r}.")
 
 
 def row_scores(
@@ -88,3 +87,13 @@ def row_scores(
             found[name][some] = turns[name][chosen]
         found["answer_tokens"][some] = tokens[chosen]
     return found | {"ifd_status": status}
+
+
+def last_scores(turns: Mapping[str, np.ndarray], counts: Sequence[int]) -> dict[str, np.ndarray]:
+    """The scores of the last answers of n rows, each of which has at least one, (n,) by column of `LAST_COLUMNS`.
+
+    Args:
+        turns, counts: as for `row_scores`.
+    """
+    last = np.cumsum(counts) - 1
+    return {name: turns[name.removeprefix("last_")][last] for name in LAST_COLUMNS}

@@ -21,6 +21,12 @@ _ORDERS = {
     "descending": "highest score first",
     "ascending": "lowest score first",
 }
+_TURNS = {
+    "tokens": "that of all their tokens",
+    "mean": "the mean of theirs",
+    "min": "that of the answer with the lowest IFD",
+    "max": "that of the answer with the highest IFD",
+}
 # What a column of a table says, by its header; of scores see `column_words`.
 _COLUMNS = {
     "pool": "rows to choose from",
@@ -203,6 +209,8 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
         facts.append(("Packed rows to train on" if packed else "Rows to train on", budgets))
     if further := [name for name in settings.get("further_scores") or () if name in FURTHER]:
         facts.append(("Further scores", "; ".join(f"{name}: {FURTHER[name].meaning}" for name in further)))
+    if rule := settings.get("turns"):
+        facts.append(("Score of several answers", f"{_TURNS.get(rule, rule)}; guards judge the last one"))
     if settings.get("schedule"):
         facts.append(("Schedule", as_text(settings["schedule"])))
     if settings.get("max_steps"):

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..data.encoding import EncodedPair, Segment, token_count, with_ending
 from ..errors import UserError
-from ..method.columns import IFD_COLUMNS, SCORES
+from ..method.columns import IFD_COLUMNS, LAST_COLUMNS, SCORES
 from ..method.equations import FROM_LOSSES, further_scores
 from ..method.further_scores import losses_read
 from ..method.reasons import Status
@@ -105,6 +105,17 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.cas)
+
+    @property
+    def of_last_answers(self) -> Scores:
+        """Scores of the rows' last answers; these, where rows are scored by one answer each.
+
+        `nonfinite` stands for a last answer that has no score, of a row that has one.
+        """
+        if LAST_COLUMNS[0] not in self.further:
+            return self
+        losses = (self.further[name] for name in LAST_COLUMNS)
+        return Scores.from_nll(*losses, self.ifd_status, self.eot_loss)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Arrays by column name, the further ones last."""

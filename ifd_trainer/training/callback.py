@@ -30,7 +30,7 @@ from ..data.token_decoding import Decoder
 from ..errors import UserError
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CalibratedLimit
-from ..method.choices import BriefRows, Order
+from ..method.choices import BriefRows, Order, TurnRule
 from ..method.columns import SCORES
 from ..method.facility_location import Diverse
 from ..method.further_scores import SCORED_BY_MODEL
@@ -89,11 +89,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         trainer.add_callback(IFDSelectionCallback(trainer, keep=0.10))
         trainer.train()
 
-    The pool is the trainer's prepared training set; an answer is the last run of `labels != -100`, without the
-    template's end-of-turn tokens. IFD = cas / das (arXiv 2308.12032) with the response header that all prompts share
-    before the direct answer. Rows with IFD >= `max_ifd` and unscorable rows are dropped. Steps, `max_steps`, the
-    learning rate schedule and `state.epoch` follow the planned budgets. Scoring leaves no trace in the random state
-    or the modules' modes.
+    The pool is the trainer's prepared training set; an answer is a run of `labels != -100`, without the template's
+    end-of-turn tokens, and the score of a row with several is that of all their tokens (see `Scoring`). IFD = cas / das
+    (arXiv 2308.12032) with the response header that all prompts share before the direct answer. Rows with IFD >=
+    `max_ifd` and unscorable rows are dropped. Steps, `max_steps`, the learning rate schedule and `state.epoch` follow
+    the planned budgets. Scoring leaves no trace in the random state or the modules' modes.
 
     With `packing=True` (strategy "bfd") the pool is the examples inside the packed rows, known by their position
     there, and a row of the plan is a packed row: a fraction `keep` is one of the packed rows of the whole pool (that
@@ -187,7 +187,14 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
         encoder = Encoder(self.tokenizer, min_answer_tokens=self.scoring.min_answer_tokens)
         self.pool_scorer = PoolScorer(
-            trainer, encoder, scorer, self.scoring.embedder, self.scoring.token_budget, self.further, self.scoring.guess
+            trainer,
+            encoder,
+            scorer,
+            self.scoring.embedder,
+            self.scoring.token_budget,
+            self.further,
+            self.scoring.guess,
+            self.scoring.turns,
         )
         self.chooser = RowChooser(self.pool_scorer, self.policy, self.timing.warmup, self.guard, self.further)
         self.history: History | None = None
@@ -266,6 +273,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         """The epoch at whose start they were made."""
         return None if self.chooser.last is None else self.chooser.last.epoch
 
+    @property
+    def turns(self) -> TurnRule | None:
+        """How the scores of a row's answers become one; None where the run scores none."""
+        return self.scoring.turns if self.reads_scores and self.pool_scorer.other != "columns" else None
+
     def budget(self, epoch: int) -> int:
         return self._rows_of(epoch).budget
 
@@ -330,7 +342,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.run.called = False
         before = self.rows_before or rows_before(self.trainer, self.pool, self.id_column)
         if not self.in_command:
-            say(self.trainer, pool_line(self.trainer, self.pool, before))
+            say(self.trainer, pool_line(self.trainer, self.pool, before, self.turns))
         if state.is_world_process_zero:
             self.history.save()
             save_left_out(self.history.folder, before, getattr(args, "max_length", None))
@@ -546,6 +558,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "score": self.chooser.score_name,
             "further_scores": list(self.further),
             "guess": self.pool_scorer.guess,
+            "turns": self.pool_scorer.turns,
             "on_shortfall": self.chooser.on_shortfall,
             "limit": limit,
             "guard": self.guard,

@@ -19,13 +19,14 @@ import torch
 from ..data.encoding import check_positive
 from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
-from ..method.choices import ORDERS
+from ..method.choices import ORDERS, TurnRule
 from ..method.facility_location import Diverse
 from ..method.further_scores import FURTHER, LOSS_CHANGE, further_names
 from ..method.guard import Guard
 from ..method.schedule import Curriculum, Schedule, Timing
 from ..method.selection import Cherry, Policy
 from ..method.target_set import TargetSet
+from ..method.turns import check_turns
 from ..scoring.transform import IFDScorer
 
 _Group = TypeVar("_Group")
@@ -47,6 +48,9 @@ class Scoring:
         scores: names of further scores that the history and the report are to have; what a policy ranks by is computed
             without being named here. See `method.further_scores`.
         guess: the request that the score `rifd` makes, with `{answer}` where the answer stands.
+        turns: what the score of a row with several answers is, of which all are scored that are trained on: "tokens",
+            the loss that is trained on, "mean", "min" or "max"; see `method.turns`. "last" scores the last answer of
+            each row alone. Guards judge the last answer in any case.
     """
 
     header: str | None = None
@@ -57,8 +61,10 @@ class Scoring:
     tried_rows: int = 200
     scores: tuple[str, ...] = ()
     guess: str | None = None
+    turns: TurnRule = "tokens"
 
     def __post_init__(self) -> None:
+        check_turns(self.turns, none=False)
         object.__setattr__(self, "scores", further_names(self.scores, in_training=True))
         if not (self.embedder is None or isinstance(self.embedder, (str, IFDScorer))):
             raise UserError(f"embedder must be the name of a model, an IFDScorer or None, got {self.embedder!r}.")

@@ -53,6 +53,7 @@ class Pool:
         self._answers, self._padding, self._tokens = answers, padding or Padding(), tokens
         self._lengths: np.ndarray | None = None
         self._spans: np.ndarray | None = None
+        self._counts: np.ndarray | None = None
         self._ids: dict[str | None, tuple[str | None, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -113,27 +114,28 @@ class Pool:
     def read(self) -> tuple[Prompts, str]:
         """All tokens in one pass: the distinct prompts of answers, and a digest of all ids and labels in their order.
 
-        Lengths and answers' places are kept, for `lengths` and `spans`. Called when a run starts: what was found
-        before, of a data set that may have changed since, is forgotten.
+        Lengths, answers' places and their number are kept, for `lengths`, `spans` and `answer_counts`. Called when a
+        run starts: what was found before, of a data set that may have changed since, is forgotten.
 
         Raises:
             ValueError: for a data set without the columns, or a row whose input_ids and labels differ in length.
         """
         digest, rows, done = hashlib.blake2b(digest_size=16), len(self), 0
-        lengths, spans = np.empty(rows, np.int64), np.empty((rows, 2), np.int64)
+        lengths, spans, counts = np.empty(rows, np.int64), np.empty((rows, 2), np.int64), np.empty(rows, np.int64)
         keys, firsts, last = np.empty(rows, np.int64), np.empty(rows, np.int64), np.empty((rows, WINDOW), np.int32)
         for ids, labels, sizes in self._batches():
             part = slice(done, done := done + len(sizes))
             digest.update(_rows_in_turn(ids, labels, sizes))
             lengths[part], spans[part] = sizes, _answer_spans(labels, sizes)
+            counts[part] = np.bincount(_runs(labels, sizes)[2], minlength=len(sizes))
             if self.finder is not None:
-                spans[part] = _found_spans(self.finder, ids, sizes, spans[part], part.start)
+                self._find(ids, sizes, spans[part], counts[part], part.start)
             starts = np.cumsum(sizes) - sizes
             ends = starts + spans[part, 0]
             keys[part] = _keys(ids, starts, ends)
             firsts[part], last[part] = first_tokens(ids, starts, ends), tails(ids, starts, ends, WINDOW)
         digest.update(self._packed_into())
-        self._lengths, self._spans, self._ids = lengths, spans, {}
+        self._lengths, self._spans, self._counts, self._ids = lengths, spans, counts, {}
         # A row without an answer was cut before it, or has no header: its end is no prompt's. Unless none has one.
         asked = np.flatnonzero(spans[:, 0] < spans[:, 1]) if (spans[:, 0] < spans[:, 1]).any() else np.arange(rows)
         # In an order that no process's hashes change.
@@ -142,6 +144,15 @@ class Pool:
             distinct = slice(None)  # no copy
         wider = lambda width: self._tails(width)[distinct]  # noqa: E731
         return Prompts(spans[distinct, 0], firsts[distinct], last[distinct], wider), digest.hexdigest()
+
+    def _find(self, ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, counts: np.ndarray, first: int) -> None:
+        """Set the spans (n, 2) and the numbers (n,) of answers of the rows that are trained on from their first token;
+        (size, size) and 0 for none."""
+        for number, row in enumerate(lists_of(ids, sizes)):
+            if spans[number, 0] == 0:
+                found = self.finder.answers(row, first + number)
+                spans[number] = found[-1] if found else (len(row), len(row))
+                counts[number] = len(found)
 
     def _tails(self, width: int) -> np.ndarray:
         """The last tokens of all prompts; see `Prompts`."""
@@ -180,10 +191,34 @@ class Pool:
         return self._lengths[positions]
 
     def spans(self, positions: np.ndarray) -> np.ndarray:
-        """Start and end of the answers of the n examples at `positions`, (n, 2); see `encoding.answer_span`."""
+        """Start and end of the last answers of the n examples at `positions`, (n, 2); see `encoding.answer_span`."""
         if self._spans is None:
             self.read()
         return self._spans[positions]
+
+    def answer_counts(self) -> np.ndarray:
+        """How many answers each example has, (n,)."""
+        if self._counts is None:
+            self.read()
+        return self._counts
+
+    def all_spans(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Start and end of every answer of the n examples at `positions`, one example's behind another's, (m, 2); and
+        how many each example has, (n,). One without an answer has the one span that `spans` gives."""
+        counts = np.maximum(self.answer_counts()[positions], 1)
+        spans = self.spans(positions).repeat(counts, axis=0)
+        ends = np.cumsum(counts)
+        several = np.flatnonzero(counts > 1)
+        for start in range(0, len(several), 1000):
+            some = several[start : start + 1000]
+            ids, labels, sizes = self._rows(positions[some])
+            *bounds, row = _runs(labels, sizes)
+            runs = np.split(np.stack(bounds, axis=1), np.cumsum(np.bincount(row, minlength=len(some)))[:-1])
+            for place, tokens, found in zip(some.tolist(), lists_of(ids, sizes), runs, strict=True):
+                if len(found) == 1:  # every token is trained on
+                    found = self.finder.answers(tokens, int(positions[place]))
+                spans[ends[place] - counts[place] : ends[place]] = found
+        return spans, counts
 
     def has_answer(self) -> np.ndarray:
         """Which examples have an answer, (n,) bool."""
@@ -388,17 +423,6 @@ class PackedPool(Pool):
         return len(best_fit_decreasing(self._lengths[kept], self.capacity))
 
 
-def _found_spans(
-    finder: AnswerFinder | SaidAnswers, ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, first: int
-) -> np.ndarray:
-    """Spans (n, 2) of answers, found in the rows that are trained on from their first token; (size, size) for none."""
-    found = spans.copy()
-    for number, row in enumerate(lists_of(ids, sizes)):
-        if spans[number, 0] == 0:
-            found[number] = finder(row, first + number) or (len(row), len(row))
-    return found
-
-
 def _rows_in_turn(ids: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """[size, *ids, *labels] of each row, one row after the other; from flat ids and labels.
 
@@ -420,6 +444,21 @@ def _keys(ids: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[int]:
     """
     data, size = ids.tobytes(), ids.itemsize
     return [hash(data[start:end]) for start, end in zip((size * starts).tolist(), (size * ends).tolist(), strict=True)]
+
+
+def _runs(labels: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the m runs of labels of n rows begin and end in their rows, and their rows, (m,) each; from flat labels.
+
+    >>> [part.tolist() for part in _runs(np.array([-100, 6, 7, -100, 8, 9]), np.array([5, 1]))]
+    [[1, 4, 0], [3, 5, 1], [0, 0, 1]]
+    """
+    row = np.repeat(np.arange(len(sizes)), sizes)
+    firsts = np.cumsum(sizes) - sizes
+    labelled, within = labels != IGNORE, np.arange(len(labels)) - firsts[row]
+    before, behind = np.roll(labelled, 1), np.roll(labelled, -1)
+    starts = np.flatnonzero(labelled & (~before | (within == 0)))
+    ends = np.flatnonzero(labelled & (~behind | (within == sizes[row] - 1)))
+    return within[starts], within[ends] + 1, row[starts]
 
 
 def _answer_spans(labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:

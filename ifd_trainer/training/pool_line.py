@@ -83,8 +83,11 @@ def save_left_out(folder: Path, before: RowsBefore, max_length: int | None) -> N
     write_atomically(path, lambda part: part.write_text("\n".join(lines) + "\n", encoding="utf-8"))
 
 
-def pool_line(trainer: Trainer, pool: Pool, before: RowsBefore) -> str:
-    """How many rows are selected from, and what became of the others."""
+def pool_line(trainer: Trainer, pool: Pool, before: RowsBefore, turns: str | None = None) -> str:
+    """How many rows are selected from, and what became of the others.
+
+    `turns`: how the scores of several answers become one; None where none are scored.
+    """
     text = f"{len(pool):,} of {many(before.rows, 'row')}"
     if before.unread:
         text += f", {len(before.unread):,} that cannot be rendered"
@@ -98,7 +101,7 @@ def pool_line(trainer: Trainer, pool: Pool, before: RowsBefore) -> str:
         text += f", in {many(pool.training_rows, 'packed row')}"
     if without := int((~pool.has_answer()).sum()):
         text += f"; {without:,} of them have no answer that can be scored"
-    return f"pool: {text}{_how_read(pool)}"
+    return f"pool: {text}{_how_read(pool)}{_how_scored(pool, turns)}"
 
 
 def _how_read(pool: Pool) -> str:
@@ -107,3 +110,11 @@ def _how_read(pool: Pool) -> str:
     if pool.finder is None:
         return ""
     return f"; every token is trained on, and a row's answer is {pool.finder.words}"
+
+
+def _how_scored(pool: Pool, turns: str | None) -> str:
+    several = 0 if pool.whole or turns is None else int((pool.answer_counts() > 1).sum())
+    if not several:
+        return ""
+    which = "the last one alone is scored" if turns == "last" else f"all of which are scored (turns={turns!r})"
+    return f"; {several:,} of them have several answers, {which}"

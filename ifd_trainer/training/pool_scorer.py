@@ -24,11 +24,13 @@ from ..data.reversed_rows import GUESS, ReversedRows, request
 from ..data.similar_prompts import SimilarPrompts
 from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
+from ..method.choices import TurnRule
 from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
-from ..method.equations import FROM_LOSSES
-from ..method.further_scores import FURTHER, SCORED_BY_MODEL
+from ..method.equations import FROM_LOSSES, further_scores
+from ..method.further_scores import FURTHER, SCORED_BY_MODEL, losses_read
 from ..method.reasons import Status
 from ..method.target_set import cosines
+from ..method.turns import last_scores, row_scores
 from ..scoring.calibration import Reader, wrong_scores
 from ..scoring.losses import (
     Scores,
@@ -63,6 +65,7 @@ class PoolScorer:
         token_budget: tokens of a batch.
         further: names of further scores; see `method.further_scores`.
         guess: the request that `rifd` makes.
+        rule: how the scores of a row's answers become one; see `method.turns`.
     """
 
     def __init__(
@@ -74,11 +77,12 @@ class PoolScorer:
         token_budget: int | None = None,
         further: Sequence[str] = (),
         guess: str | None = None,
+        rule: TurnRule = "tokens",
     ) -> None:
         self.trainer, self.encoder, self.other, self.token_budget = trainer, encoder, other, token_budget
         self.further = tuple(name for name in further if name in SCORED_BY_MODEL)
         self.guess = request(guess, self.further)
-        self.embedder = embedder
+        self.embedder, self.rule = embedder, rule
         self._similar: tuple[Pool, SimilarPrompts] | None = None
         self._others: dict[str, IFDScorer] = {}
         self.rank, self.world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
@@ -89,6 +93,12 @@ class PoolScorer:
         if self.other is None or isinstance(self.other, str):
             return self.other
         return self.other.config.name_or_path or type(self.other).__name__
+
+    @property
+    def turns(self) -> TurnRule | None:
+        """How the scores of a row's answers become one; None where the last answer of each row is scored alone."""
+        several = self.rule != "last" and self.other != "columns" and not self.pool.whole
+        return self.rule if several and (self.pool.answer_counts() > 1).any() else None
 
     def scores(
         self, prefix: Sequence[int], description: str = "IFD", rows: np.ndarray | None = None, own: bool = False
@@ -102,20 +112,48 @@ class PoolScorer:
         rows = np.arange(len(self.pool)) if rows is None else rows
         reader = self._own_reader(prefix) if own else self._reader(prefix)
         starts, ends = self.pool.spans(rows).T
-        tokens = self.pool.lengths(rows) + ends - starts  # of both segments of a row
+        answers = self.pool.answer_counts()[rows] if self.turns else 1
+        tokens = self.pool.lengths(rows) + answers * (ends - starts)  # of all segments of a row, about
 
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
-            pairs = reader.encode(rows[part])
+            pairs, counts = self._answers(rows[part], prefix, own)
             if self.other is None or own:  # another model's scorer reads what further scores need by itself
-                pairs = self._with_further(pairs, rows[part])
+                last = np.cumsum(counts) - 1
+                more = self._with_further([pairs[i] for i in last], rows[part])
+                for i, pair in zip(last.tolist(), more, strict=True):
+                    pairs[i] = pair
             with self._progress(token_count(pairs), description) as bar:
-                return reader.score(pairs, bar.update).columns()
+                return self._of_rows(reader.score(pairs, bar.update), counts)
 
         columns = self._run_shares(tokens, run)
         if self.pool.whole:  # both losses are that of the whole text
             of_prompts = [name for name in self.further if FURTHER[name].of != ("das",)]
             columns |= dict.fromkeys(("cas", *FROM_LOSSES, *of_prompts), np.full(len(rows), np.nan))
         return Scores.of(columns)
+
+    def _answers(
+        self, rows: np.ndarray, prefix: Sequence[int], own: bool = False
+    ) -> tuple[list[EncodedPair], np.ndarray]:
+        """All answers of rows that are scored, encoded, one row's behind another's, and how many each row has."""
+        encode = self._own_pairs if own or self.other is None else self._other_pairs
+        if self.turns is None:
+            return encode(rows, self.pool.spans(rows), prefix), np.ones(len(rows), dtype=np.int64)
+        spans, counts = self.pool.all_spans(rows)
+        return encode(np.repeat(rows, counts), spans, prefix), counts
+
+    def _of_rows(self, scores: Scores, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns of rows from the scores of their answers.
+
+        Further scores follow from a row's losses, or are those of its last answer where they say how its prompt reads.
+        """
+        turns = scores.columns()
+        if self.turns is None:
+            return turns
+        last = np.cumsum(counts) - 1
+        columns = row_scores(turns, counts, self.turns, turns["ifd_status"][last])
+        of_losses = [name for name in self.further if not losses_read([name])]
+        further = {name: turns[name][last] for name in self.further} | further_scores(of_losses, columns)
+        return columns | further | last_scores(turns, counts)
 
     def _with_further(self, pairs: list[EncodedPair], rows: np.ndarray) -> list[EncodedPair]:
         """Encoded rows of the trainer's model with what further scores read."""
@@ -138,8 +176,10 @@ class PoolScorer:
         """Statuses and answer lengths of all rows, without a forward: all that a policy needs that reads no score."""
 
         def read(part: np.ndarray) -> dict[str, np.ndarray]:
-            pairs = self._own_pairs(part, prefix)
-            return {"tokens": answer_tokens(pairs), "status": statuses(pairs)}
+            pairs, counts = self._answers(part, prefix, own=True)
+            blank = Scores.not_run(answer_tokens(pairs), statuses(pairs)).columns()
+            found = row_scores(blank, counts, self.turns or "last", blank["ifd_status"][np.cumsum(counts) - 1])
+            return {"tokens": found["answer_tokens"], "status": found["ifd_status"]}
 
         rows = self._run_shares(self.pool.lengths(np.arange(len(self.pool))), read)
         return Scores.not_run(**rows, further=self.further)
@@ -218,7 +258,8 @@ class PoolScorer:
     def texts(self) -> Iterator[tuple[str, str]]:
         """Prompt and answer of each row, as text, without special tokens and what a template adds to the answer."""
         for start in range(0, len(self.pool), _TEXTS):
-            prompts, answers, _ = self._texts(np.arange(start, min(start + _TEXTS, len(self.pool))))
+            rows = np.arange(start, min(start + _TEXTS, len(self.pool)))
+            prompts, answers, _ = self._texts(rows, self.pool.spans(rows))
             yield from zip(prompts, answers, strict=True)
 
     def features(self, rows: np.ndarray | None = None, description: str = "Prompts") -> tuple[np.ndarray, np.ndarray]:
@@ -252,7 +293,7 @@ class PoolScorer:
             embedder = _sentence_transformer(embedder, str(self.trainer.args.device))
 
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
-            prompts = self._texts(rows[part])[0]
+            prompts = self._texts(rows[part], self.pool.spans(rows[part]))[0]
             with self._progress(len(prompts), description) as bar:
                 embeddings = embedder.embed(prompts) if isinstance(embedder, IFDScorer) else embedder(prompts)
                 bar.update(len(prompts))
@@ -274,7 +315,7 @@ class PoolScorer:
         embedded = self._position_weighted(targets, description)  # by each process: a few hundred rows
 
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
-            pairs = self._own_pairs(rows[part], ())
+            pairs = self._own_pairs(rows[part], self.pool.spans(rows[part]), ())
             ids = [pair.conditioned.ids if pair.conditioned else [] for pair in pairs]
             found = cosines(self._position_weighted(ids, description), embedded)
             found[[not row for row in ids]] = np.nan  # another model's tokenizer may put a BOS there
@@ -326,7 +367,7 @@ class PoolScorer:
         """How the trainer's model reads the pool."""
         running = self._running()
         return Reader(
-            lambda rows: self._own_pairs(rows, prefix),
+            lambda rows: self._own_pairs(rows, self.pool.spans(rows), prefix),
             lambda pairs, progress: score_pairs(pairs=pairs, further=self.further, progress=progress, **running),
             lambda segments, progress: nll_with_tails(segments=segments, progress=progress, **running),
             int(self.pool.lengths(np.arange(len(self.pool))).max()),
@@ -336,25 +377,33 @@ class PoolScorer:
         """How the model that scores reads the pool."""
         if self.other is None:
             return self._own_reader(prefix)
-        scorer = self._other_scorer(self.encoder.tokenizer.decode(prefix, skip_special_tokens=True))
+        scorer = self._scorer_behind(prefix)
 
         def encode(rows: np.ndarray) -> list[EncodedPair]:
-            prompts, answers, cut = self._texts(rows)
-            pairs = scorer.encode({"prompt": prompts, "answer": answers}) if len(rows) else []
-            return [replace(pair, ending=()) if was_cut else pair for pair, was_cut in zip(pairs, cut, strict=True)]
+            return self._other_pairs(rows, self.pool.spans(rows), prefix)
 
         def score(pairs: list[EncodedPair], progress: Callable[[int], Any]) -> Scores:
             return scorer.score(pairs, progress) if pairs else Scores.unscored(0, "", self.further)
 
         return Reader(encode, score, scorer.nll_with_tails, scorer.settings(_Texts.columns)["max_length"])
 
+    def _scorer_behind(self, prefix: Sequence[int]) -> IFDScorer:
+        """The other model, with these tokens before a direct answer."""
+        return self._other_scorer(self.encoder.tokenizer.decode(prefix, skip_special_tokens=True))
+
+    def _other_pairs(self, rows: np.ndarray, spans: np.ndarray, prefix: Sequence[int]) -> list[EncodedPair]:
+        """Answers (m, 2) of rows (m,), encoded for the other model."""
+        prompts, answers, cut = self._texts(rows, spans)
+        pairs = self._scorer_behind(prefix).encode({"prompt": prompts, "answer": answers}) if len(rows) else []
+        return [replace(pair, ending=()) if was_cut else pair for pair, was_cut in zip(pairs, cut, strict=True)]
+
     def _losses(self, reader: Reader, segments: list[Segment], description: str) -> tuple[np.ndarray, np.ndarray]:
         with self._progress(sum(len(segment.ids) for segment in segments), description) as bar:
             return reader.losses(segments, bar.update)
 
-    def _own_pairs(self, rows: np.ndarray, prefix: Sequence[int]) -> list[EncodedPair]:
-        spans = self.pool.spans(rows).tolist()
-        tokens = zip(self.pool.tokens(rows), spans, strict=True)
+    def _own_pairs(self, rows: np.ndarray, spans: np.ndarray, prefix: Sequence[int]) -> list[EncodedPair]:
+        """Answers (m, 2) of rows (m,), encoded for the trainer's model."""
+        tokens = zip(self.pool.tokens(rows), spans.tolist(), strict=True)
         return [
             self._own_pair(row, ids, start, end, prefix)
             for row, ((ids, _), (start, end)) in zip(rows.tolist(), tokens, strict=True)
@@ -367,10 +416,11 @@ class PoolScorer:
             return EncodedPair.unscorable(Status.PROMPT_TOO_LONG if self._fills(ids) else Status.NO_HEADER)
         return self._read.pair(ids, start, end, prefix, self._fills(ids))
 
-    def _texts(self, rows: np.ndarray) -> tuple[list[str], list[str], list[bool]]:
-        """Prompts and answers as text, without special tokens: another model has its own; and whether a row was cut."""
+    def _texts(self, rows: np.ndarray, spans: np.ndarray) -> tuple[list[str], list[str], list[bool]]:
+        """Prompts and answers (m, 2) of rows (m,) as text, without special tokens: another model has its own; and
+        whether an answer was cut."""
         prompts, answers, cut = [], [], []
-        for (ids, _), (start, end) in zip(self.pool.tokens(rows), self.pool.spans(rows).tolist(), strict=True):
+        for (ids, _), (start, end) in zip(self.pool.tokens(rows), spans.tolist(), strict=True):
             start, end = self._read.span(ids, start, end)
             prompts.append([] if self._read.asks_nothing(ids[:start]) else ids[:start])
             answers.append(ids[start:end])

@@ -19,7 +19,8 @@ def training_plan(trainer: SFTTrainer) -> TrainingPlan:
 def planned(run: Run) -> str:
     """What will be trained on: budgets and steps, the rows that are there, and the disk that it needs."""
     trainer, callback = run.trainer, selection_of(run.trainer)
-    lines = [str(training_plan(trainer)), pool_line(trainer, callback.pool, callback.rows_before), _batch_line(trainer)]
+    pool = pool_line(trainer, callback.pool, callback.rows_before, callback.turns)
+    lines = [str(training_plan(trainer)), pool, _batch_line(trainer)]
     lines.append(f"guards: {', '.join(callback.guard.names) if callback.guard else 'none'}")
     if not callback.reads_scores:
         lines.append("scoring: none, since nothing reads a score")

@@ -40,7 +40,10 @@ _TRLS |= {"text", "messages", "conversations", "tools", "chat_template_kwargs"}
 
 
 def prepare(
-    rows: Dataset, format: str | PromptFormat | FormatOptions | None, tokenizer: Callable[[], Any] | None = None
+    rows: Dataset,
+    format: str | PromptFormat | FormatOptions | None,
+    tokenizer: Callable[[], Any] | None = None,
+    every_answer: bool = False,
 ) -> tuple[Dataset, dict[Any, str]]:
     """Rows as TRL's SFTTrainer reads them, with an id and all columns that neither the format nor TRL reads.
 
@@ -50,6 +53,7 @@ def prepare(
         rows: rows in any known format.
         format: a format, its name or what is said of it; told from the columns by default.
         tokenizer: gives the tokenizer whose chat template is to write the rows; asked for chats alone.
+        every_answer: whether all answers of chats are trained on, and not the last alone: they stay one conversation.
 
     Returns:
         The rows, and what is wrong with each that was left out, by its id.
@@ -65,7 +69,8 @@ def prepare(
     if aside:
         logger.warning("Columns that TRL would take for its own are set aside: %s.", ", ".join(aside))
     chats = isinstance(resolved, ChatFormat) or _holds_messages(rows, resolved)
-    convert = _Convert(resolved, tokenizer() if chats and tokenizer is not None else None)
+    whole = every_answer and isinstance(resolved, ChatFormat)
+    convert = _Convert(resolved, tokenizer() if chats and tokenizer is not None else None, whole)
     read = [name for name in rows.column_names if name in {*consumed, "tools", "chat_template_kwargs"}]
     checked = rows.select_columns(read).map(convert.check, remove_columns=read, desc="Checking rows")
     problems = {i: problem for i, problem in enumerate(checked["problem"]) if problem}
@@ -84,7 +89,7 @@ def prepare(
     features = {name: kind for name, kind in rows.features.items() if name not in removed}
     # As JSON each message and row has its own names; Arrow would give all of them the names of all, with nulls.
     kind = List(Json()) if chats else Value("string")
-    features |= {"prompt": kind, "completion": kind}
+    features |= {"messages": kind} if whole else {"prompt": kind, "completion": kind}
     extra = {"tools": lambda: Value("string"), "chat_template_kwargs": Json}
     features |= {name: kind() for name, kind in extra.items() if any(checked[name])}
     prepared = rows.map(
@@ -102,9 +107,12 @@ class _Convert:
 
     format: PromptFormat
     tokenizer: Any
+    whole: bool = False
 
     def __call__(self, row: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
         prepared = to_training_row(row, self.format, self.tokenizer)
+        if self.whole:
+            prepared["messages"] = prepared["prompt"] + prepared["completion"]
         return {name: value for name, value in prepared.items() if name in names}
 
     def check(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -143,12 +151,14 @@ def _holds_messages(rows: Dataset, format: PromptFormat) -> bool:
 
 
 def without_refusals(rows: Dataset) -> Dataset:
-    """Rows whose answer does not look like a refusal; says how many were left out."""
+    """Rows whose last answer does not look like a refusal; says how many were left out."""
+
+    said = "messages" if "messages" in rows.column_names else "completion"
 
     def keeps(completion: str | list[dict[str, Any]] | None) -> bool:
-        return not looks_like_refusal(answer_text(completion))
+        return not looks_like_refusal(answer_text(completion[-1:] if said == "messages" else completion))
 
-    kept = rows.filter(keeps, input_columns="completion", desc="Leaving out refusals")
+    kept = rows.filter(keeps, input_columns=said, desc="Leaving out refusals")
     logger.warning(
         "drop_refusals: %s of %s left out, their answers look like refusals; the pool is the other %s.",
         f"{len(rows) - len(kept):,}",

@@ -85,7 +85,7 @@ def build_run(recipe: Recipe) -> Run:
             began = clock()
             rows = rows.map(scorer, batched=True, batch_size=_SCORED_AT_ONCE, desc=f"Scoring with {selection.scorer}")
             seconds = clock() - began
-        train, unread = prepare(rows, format, lambda: _tokenizer(recipe))
+        train, unread = prepare(rows, format, lambda: _tokenizer(recipe), bool(sft.assistant_only_loss))
         readable = train
         if selection.drop_refusals:
             train = without_refusals(train)
@@ -98,7 +98,8 @@ def build_run(recipe: Recipe) -> Run:
         raise UserError(f"label={selection.label!r} is not among the data set's columns {sorted(labels)}.")
     if held_out is not None:
         there = set(format.columns) <= set(held_out.column_names)
-        held_out, _ = prepare(held_out, format if there else selection.rows_format(), lambda: _tokenizer(recipe))
+        own = format if there else selection.rows_format()
+        held_out, _ = prepare(held_out, own, lambda: _tokenizer(recipe), bool(sft.assistant_only_loss))
     with translated("The trainer cannot be made"):
         trainer = _trainer(config, model, sft, train, held_out)
     if not len(trainer.train_dataset):
@@ -246,6 +247,7 @@ def _scorer(selection: SelectionConfig, sft: SFTConfig, format: PromptFormat) ->
         trust_remote_code=sft.trust_remote_code,
         scores=selection.further(),
         guess=selection.guess,
+        turns=selection.turns if sft.assistant_only_loss and selection.definition == "paper" else None,
     )
 
 

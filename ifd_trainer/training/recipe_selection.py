@@ -247,7 +247,7 @@ class SelectionConfig(SelectionKeys):
 
     def scoring(self, embedder: Any = None) -> Scoring:
         """How the rows are scored; prompts are embedded by `embedder`, unless the recipe names another."""
-        given = {"scores": tuple(self.scores), "guess": self.guess}
+        given = {"scores": tuple(self.scores), "guess": self.guess, "turns": self.turns}
         return Scoring(None, self.min_answer_tokens, self.token_budget, self.embedder or embedder, **given)
 
     def further(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from ..method.choices import (
     SIMILARITY,
     TARGET,
     TIER_MODES,
+    TURN_RULES,
     WRONG_PROMPTS,
 )
 from ..method.further_scores import FURTHER
@@ -283,6 +284,14 @@ class SelectionKeys:
         metadata={
             "help": "Of the score rifd: the request for the instruction, with {answer} where the answer stands.",
             "metavar": "TEXT",
+        },
+    )
+    turns: str = field(
+        default="tokens",
+        metadata={
+            "help": "The score of a row with several answers that are trained on (assistant_only_loss: true): of all "
+            "their tokens, their mean, the lowest (min) or highest (max) IFD, or of the last one.",
+            "choices": list(TURN_RULES),
         },
     )
     min_answer_tokens: int = field(

@@ -193,8 +193,9 @@ class RowChooser:
                 raise
             self._go_back(error)
             return
-        values = scores.columns()[self.ranked_by]
-        before = None if self.last is None else self.last.scores.columns()[self.ranked_by]
+        # As wrong pairs are: of one answer each.
+        values = scores.of_last_answers.columns()[self.ranked_by]
+        before = None if self.last is None else self.last.scores.of_last_answers.columns()[self.ranked_by]
         found = health(values, before, measured.wrong, unseen)
         freeze = self.guards.guard.freeze
         if freeze is not None and self.first_health is not None:

@@ -2,7 +2,8 @@
 
 `method.guard` says what guards there are, and what they decide from numbers; here the numbers are measured, with the
 model that scores, and the verdicts are kept. A row is judged in each scoring until it is trained on: from then on its
-losses say how well the model remembers it, and the last verdict stays with it.
+losses say how well the model remembers it, and the last verdict stays with it. Of a row with several answers the last
+one is judged: limits are measured on single answers, and one of many that is easily told is no noise.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class RunGuards:
         Raises:
             UserError: where a limit that the policy asks for cannot be measured.
         """
+        scores = scores.of_last_answers
         limit, wrong = self._measured_limit(scores, ids, unseen, prefix, seed, epoch)
         return Measured(limit, wrong, self._measured_end(scores, ids, unseen, prefix, seed, epoch))
 
@@ -131,6 +133,7 @@ class RunGuards:
 
     def judge(self, scores: Scores, measured: Measured, unseen: np.ndarray) -> None:
         """Judge the rows that were not trained on, by the limits of a scoring."""
+        scores = scores.of_last_answers
         values = scores.columns()[self.score]
         if measured.limit is not None:
             if ABOVE_LIMIT not in self.verdicts and not unseen.all():
@@ -139,7 +142,8 @@ class RunGuards:
                     "Without warm-up epochs (warmup_epochs=0, or brief=None) it holds for all rows.",
                     many(int((~unseen).sum()), "row was", "rows were"),
                 )
-            self._judge(ABOVE_LIMIT, values < measured.limit, unseen)
+            # A last answer without a score, of a row that has others, passes: nothing speaks against it.
+            self._judge(ABOVE_LIMIT, ~(values >= measured.limit), unseen)
         if measured.unfinished is not None:
             self._judge(UNFINISHED, ~(scores.eot_loss >= measured.unfinished), unseen)
 
@@ -197,7 +201,7 @@ class RunGuards:
 
         Rows that the model was trained on before they could be tested pass, which is said.
         """
-        rule = self.guard.pairing
+        rule, scores = self.guard.pairing, scores.of_last_answers
         if rule is None:
             return False
         verdicts = self.verdicts.setdefault(MISMATCHED, np.full(len(ids), UNJUDGED))

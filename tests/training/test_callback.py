@@ -266,7 +266,8 @@ def raw_and_prepared(kind):
 def test_scores_in_the_loop_are_those_of_the_transform(tmp_path, kind):
     raw, format, rows, tokenizer = raw_and_prepared(kind)
     model = build_model(len(tokenizer))
-    scorer = IFDScorer(build_model(len(tokenizer)), tokenizer, format=format)
+    turns = "tokens" if kind == "messages" else None  # the loop scores all answers that it trains on
+    scorer = IFDScorer(build_model(len(tokenizer)), tokenizer, format=format, turns=turns)
     expected = raw.map(scorer, batched=True, batch_size=7).to_pandas()
     trainer = sft_trainer(
         tmp_path, rows, model=model, tokenizer=tokenizer, num_train_epochs=1, assistant_only_loss=kind == "messages"
