@@ -79,14 +79,39 @@ class ConversationEncoder:
         encoded = iter(self._tokenize(texts))
         return [self._pairs(each, *next(encoded)) if each is not None and each.spans else [] for each in conversations]
 
+    def trained_on(self, conversations: Sequence[Conversation]) -> list[tuple[list[int], list[int]]]:
+        """The token ids of conversations, and 1 for each that is an answer's or ends its turn, 0 for the others.
+
+        What is found nowhere is not marked.
+        """
+        masked = []
+        for each, (ids, offsets) in zip(
+            conversations, self._tokenize([each.text for each in conversations]), strict=True
+        ):
+            mask = [0] * len(ids)
+            for start, end in filter(None, self._places(each, ids, offsets)):
+                end += len(self._encoder.turns.ending(ids[end:]))
+                mask[start:end] = [1] * (end - start)
+            masked.append((ids, mask))
+        return masked
+
     def _pairs(
         self, conversation: Conversation, ids: list[int], offsets: list[tuple[int, int]] | None
     ) -> list[EncodedPair]:
         """`offsets`: the places in the text of each token, where the tokenizer tells them."""
-        pairs = []
+        return [
+            EncodedPair.unscorable(Status.NO_HEADER) if place is None else self._rows.pair(ids, *place, self._prefix)
+            for place in self._places(conversation, ids, offsets)
+        ]
+
+    def _places(
+        self, conversation: Conversation, ids: list[int], offsets: list[tuple[int, int]] | None
+    ) -> list[tuple[int, int] | None]:
+        """The first token of each answer and the one behind its last; None where the template does not tell."""
+        places: list[tuple[int, int] | None] = []
         for span in conversation.spans:
             if span is None:
-                pairs.append(EncodedPair.unscorable(Status.NO_HEADER))
+                places.append(None)
                 continue
             if offsets is None:
                 start, end = (self._shared(ids, conversation.text[:place]) for place in span)
@@ -94,8 +119,8 @@ class ConversationEncoder:
                 # A token of the header and of the answer is the answer's, as in what is trained on.
                 start = next((i for i, (_, behind) in enumerate(offsets) if behind > span[0]), len(ids))
                 end = next((i for i, (first, _) in enumerate(offsets) if first >= span[1]), len(ids))
-            pairs.append(self._rows.pair(ids, start, max(start, end), self._prefix))
-        return pairs
+            places.append((start, max(start, end)))
+        return places
 
     def _shared(self, ids: list[int], text: str) -> int:
         """How many tokens of a conversation are those of its beginning."""

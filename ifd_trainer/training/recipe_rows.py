@@ -16,6 +16,8 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from ..data.chat_template import reads_as_text
+from ..data.conversation import ConversationEncoder, read_conversation
+from ..data.encoding import Encoder
 from ..data.format_choice import FormatOptions, columns_read, resolve_format
 from ..data.formats import (
     ChatFormat,
@@ -23,6 +25,7 @@ from ..data.formats import (
     PromptCompletionFormat,
     PromptFormat,
     answer_text,
+    rows_of,
     to_training_row,
 )
 from ..data.json_feature import Json
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Columns that TRL reads as its own work, whatever they hold: tokens, masks, texts of other forms.
 _TRLS = {*TOKEN_COLUMNS, "position_ids", "token_type_ids", "mm_token_type_ids"}
+_UNTOLD = "untold answers"
 _TRLS |= {"text", "messages", "conversations", "tools", "chat_template_kwargs"}
 
 
@@ -148,6 +152,40 @@ def _holds_messages(rows: Dataset, format: PromptFormat) -> bool:
     return isinstance(format, PromptCompletionFormat) and any(
         not reads_as_text(row[format.prompt]) for row in rows.take(1)
     )
+
+
+def with_answer_masks(rows: Dataset, tokenizer: Any) -> Dataset:
+    """Whole chats as TRL's SFTTrainer reads rows that are tokenised: `input_ids`, and `assistant_masks` that say which
+    of them are answers and what ends their turns.
+
+    For templates of which TRL does not know how to mark answers: they are found by rendering, see `data.conversation`.
+
+    Raises:
+        UserError: for a template that does not tell in any row.
+    """
+    encoder = ConversationEncoder(Encoder(tokenizer))
+    read = [name for name in ("messages", "tools", "chat_template_kwargs") if name in rows.column_names]
+
+    def mask(batch: dict[str, list]) -> dict[str, list]:
+        chats = [read_conversation(row["messages"], 0, row, tokenizer) for row in rows_of(batch)]
+        ids, masks = zip(*encoder.trained_on(chats), strict=True)
+        untold = [sum(span is None for span in chat.spans) for chat in chats]
+        return {"input_ids": list(ids), "assistant_masks": list(masks), _UNTOLD: untold}
+
+    masked = rows.map(mask, batched=True, remove_columns=read, desc="Finding answers")
+    untold = np.array(masked[_UNTOLD])
+    if not any(1 in row for row in masked["assistant_masks"]):
+        name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        raise UserError(
+            f"The chat template of {name} does not tell where answers begin and end: put its answers between "
+            "{% generation %} and {% endgeneration %}, or set assistant_only_loss: false to train on last answers."
+        )
+    if untold.any():
+        logger.warning(
+            "The chat template does not tell where %s begin and end: they are not trained on.",
+            many(int(untold.sum()), f"answer of {many(int((untold > 0).sum()), 'row')}", "answers"),
+        )
+    return masked.remove_columns(_UNTOLD)
 
 
 def without_refusals(rows: Dataset) -> Dataset:

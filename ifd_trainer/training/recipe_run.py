@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
+from trl.chat_template_utils import get_training_chat_template
 
 from ..data.files import load_rows
 from ..data.format_choice import resolve_format
@@ -41,7 +43,7 @@ from .pool_line import RowsBefore, column_of, ids_lost
 from .recipe import Recipe, translated
 from .recipe_file import beside
 from .recipe_machine import PlanConfig, installed, lacking_for, outline
-from .recipe_rows import prepare, without_refusals
+from .recipe_rows import prepare, with_answer_masks, without_refusals
 from .recipe_selection import SelectionConfig
 
 logger = logging.getLogger(__name__)
@@ -79,13 +81,14 @@ def build_run(recipe: Recipe) -> Run:
         raise UserError(f"{source} has no rows to train on.")
     count = len(rows)
     format = resolve_format(selection.rows_format(), rows.column_names)
+    every_answer = bool(sft.assistant_only_loss)
     scorer = _scorer(selection, sft, format) if selection.scorer else None
     with sft.main_process_first(desc="preparing the rows"):  # the others read what it put into the cache
         if scorer is not None and not plan and not selection.only_embeds:
             began = clock()
             rows = rows.map(scorer, batched=True, batch_size=_SCORED_AT_ONCE, desc=f"Scoring with {selection.scorer}")
             seconds = clock() - began
-        train, unread = prepare(rows, format, lambda: _tokenizer(recipe), bool(sft.assistant_only_loss))
+        train, unread = prepare(rows, format, lambda: _tokenizer(recipe), every_answer)
         readable = train
         if selection.drop_refusals:
             train = without_refusals(train)
@@ -93,13 +96,19 @@ def build_run(recipe: Recipe) -> Run:
         raise UserError(
             f"No row of {source} is left of {many(count, 'row')}. Set drop_refusals: false, or look at the rows."
         )
+    if finds_answers := "messages" in train.column_names and not _marks_answers(_tokenizer(recipe)):
+        logger.info("TRL has no template that marks this chat template's answers: they are found by rendering.")
+        sft.assistant_only_loss = False  # TRL would look for the marks
+        train = with_answer_masks(train, _tokenizer(recipe))
     labels = {*train.column_names, *((*IFD_COLUMNS, *scorer.scores) if scorer is not None else ())}
     if selection.label and selection.label not in labels:
         raise UserError(f"label={selection.label!r} is not among the data set's columns {sorted(labels)}.")
     if held_out is not None:
         there = set(format.columns) <= set(held_out.column_names)
         own = format if there else selection.rows_format()
-        held_out, _ = prepare(held_out, own, lambda: _tokenizer(recipe), bool(sft.assistant_only_loss))
+        held_out, _ = prepare(held_out, own, lambda: _tokenizer(recipe), every_answer)
+        if finds_answers and "messages" in held_out.column_names:
+            held_out = with_answer_masks(held_out, _tokenizer(recipe))
     with translated("The trainer cannot be made"):
         trainer = _trainer(config, model, sft, train, held_out)
     if not len(trainer.train_dataset):
@@ -231,6 +240,16 @@ def _tokenizer(recipe: Recipe) -> Any:
     elif path is not None:
         tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
     return tokenizer
+
+
+def _marks_answers(tokenizer: Any) -> bool:
+    """Whether the chat template marks answers, or TRL has one that does and writes the same."""
+    if re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
+        return True
+    try:
+        return bool(get_training_chat_template(tokenizer))
+    except ValueError:
+        return False
 
 
 def _scorer(selection: SelectionConfig, sft: SFTConfig, format: PromptFormat) -> IFDScorer:

@@ -13,7 +13,9 @@ from ifd_trainer.errors import UserError
 from ifd_trainer.method.unfinished import Unfinished
 from ifd_trainer.training.history import History
 from ifd_trainer.training.options import Scoring
-from ifd_trainer.training.recipe_rows import prepare, without_refusals
+from ifd_trainer.training.recipe import parse_recipe
+from ifd_trainer.training.recipe_rows import prepare, with_answer_masks, without_refusals
+from ifd_trainer.training.recipe_run import build_run
 
 # A turn and its end of turn are inside the mark, the line break after it is not.
 MARKED = (
@@ -266,3 +268,38 @@ def test_chats_of_a_recipe_stay_whole_where_every_answer_is_trained_on(tmp_path)
     refused = [*CHATS["messages"][0][:-1], {"role": "assistant", "content": "I'm sorry, but I cannot help with that."}]
     more = prepare(Dataset.from_list([{"messages": refused}, *CHATS.to_list()[:3]]), None, None, every_answer=True)[0]
     assert len(without_refusals(more)) == 3
+
+
+@RECIPES
+def test_answers_are_marked_where_the_template_does_not(tmp_path):
+    """The labels of a template without marks are those that TRL gives of the same one with marks."""
+    plain = build_tokenizer()
+    plain.chat_template = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    build_model(len(plain)).save_pretrained(tmp_path / "model")
+    found = {}
+    for name, tokenizer in (("plain", plain), ("marked", TOKENIZER)):
+        tokenizer.save_pretrained(tmp_path / "model")
+        CHATS.to_json(tmp_path / "chats.jsonl")
+        recipe = parse_recipe(None, [*options_of(tmp_path), "--assistant_only_loss", "true"])
+        trainer = build_run(recipe).trainer
+        found[name] = [(row["row_id"], row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+        losses = trainer.evaluate()
+        assert np.isfinite(losses["eval_loss"])
+    assert found["plain"] == found["marked"]
+
+
+@RECIPES
+def test_a_template_that_hides_its_answers_is_named(tmp_path):
+    hiding = build_tokenizer()
+    hiding.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | length }} {% endfor %}"
+    rows, _ = prepare(CHATS, None, every_answer=True)
+    with pytest.raises(UserError, match="does not tell where answers begin and end"):
+        with_answer_masks(rows, hiding)
+
+
+def options_of(folder):
+    return [
+        *("--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "chats.jsonl")),
+        *("--eval_dataset", str(folder / "chats.jsonl"), "--eval_strategy", "epoch"),
+        *("--output_dir", str(folder / "run"), "--max_length", "512", "--report_to", "none"),
+    ]
