@@ -21,9 +21,12 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.hierarchical import Hierarchical
     from .method.knowledge import hard_or_wrong, wilson_interval
     from .method.pairing_test import PairingTest
+    from .method.ranking import Ranking
     from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
     from .method.scoring_health import Freeze
     from .method.selection import Cherry, Policy, Selection
+    from .method.soft_sampling import SoftSampling
+    from .method.stratified import Mixture, Stages, Stratified
     from .method.target_set import TargetSet
     from .method.unfinished import Unfinished
     from .report.page import write_report
@@ -52,9 +55,12 @@ _HOME = {
         "method.hierarchical": ("Hierarchical",),
         "method.knowledge": ("hard_or_wrong", "wilson_interval"),
         "method.pairing_test": ("PairingTest",),
+        "method.ranking": ("Ranking",),
         "method.schedule": ("Anneal", "Constant", "Curriculum", "PerEpoch", "Timing"),
         "method.scoring_health": ("Freeze",),
         "method.selection": ("Cherry", "Policy", "Selection"),
+        "method.soft_sampling": ("SoftSampling",),
+        "method.stratified": ("Mixture", "Stages", "Stratified"),
         "method.target_set": ("TargetSet",),
         "method.unfinished": ("Unfinished",),
         "report.page": ("write_report",),

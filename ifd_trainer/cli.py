@@ -791,18 +791,8 @@ def _ranking(options: argparse.Namespace) -> Ranking | None:
         return Ranking({"target_similarity": 1.0})
     if options.embedder is not None:
         raise UserError("--embedder goes with --targets FILE, the examples that rows are held against.")
-    weights = {}
-    for entry in options.score or ():
-        name, colon, weight = entry.rpartition(":")
-        try:
-            name, weight = (name, float(weight)) if colon else (entry, 1.0)
-        except ValueError:  # a colon in the name of a column
-            name, weight = entry, 1.0
-        if name in weights:
-            raise UserError(f"--score names {name!r} twice.")
-        weights[name] = weight
     try:
-        return Ranking(weights) if weights else None
+        return Ranking.parse(options.score) if options.score else None
     except UserError as error:
         raise UserError(f"--score: {error}") from error
 
@@ -821,7 +811,7 @@ def _by_sifd(options: argparse.Namespace, ranking: Ranking | None) -> bool:
 
 def _quotas(options: argparse.Namespace) -> Quotas | None:
     """Quotas and floors of the values of a column; None without one."""
-    from .method.quotas import REST, Quotas
+    from .method.quotas import REST, Quotas, parse_amounts
 
     if not options.per:
         if options.quota or options.floor:
@@ -829,27 +819,10 @@ def _quotas(options: argparse.Namespace) -> Quotas | None:
         return None
     if not options.quota and not options.floor:
         raise UserError(f"--per {options.per} goes with --quota or --floor: how many rows of each value are kept.")
-    quotas = Quotas(options.per, _amounts(options.quota, "--quota"), _amounts(options.floor, "--floor"))
+    quotas = Quotas(options.per, parse_amounts(options.quota, "--quota"), parse_amounts(options.floor, "--floor"))
     if REST in quotas.quotas and options.keep is not None:
         raise UserError("--keep is what the quotas of all values add up to: leave it out, or give quotas to some only.")
     return quotas
-
-
-def _amounts(entries: Sequence[str] | None, option: str) -> dict[str | None, float | int]:
-    from .method.quotas import REST
-
-    amounts = {}
-    for entry in entries or ():
-        value, equals, number = entry.rpartition("=")
-        try:
-            amount = int(number) if number.strip().isdecimal() else _number(number)
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"{option} {entry}: wants a number or VALUE=NUMBER, got {number!r}.") from error
-        value = value if equals else REST
-        if value in amounts:
-            raise UserError(f"{option} is given twice for {'all values' if value is REST else repr(value)}.")
-        amounts[value] = amount
-    return amounts
 
 
 def _end_of_turn(rows: TableReader, scores: pd.DataFrame, own: bool) -> np.ndarray | None:

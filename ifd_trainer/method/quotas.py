@@ -92,19 +92,19 @@ class Quotas:
         return np.array(least, dtype=np.int64), np.array(exact, dtype=bool)
 
 
-def within_quotas(groups: np.ndarray, least: np.ndarray, exact: np.ndarray, budget: int | None) -> np.ndarray:
+def within_bounds(groups: np.ndarray, least: np.ndarray, most: np.ndarray, budget: int | None) -> np.ndarray:
     """Which of n eligible rows are kept, (n,) bool.
 
     Args:
         groups: (n,) the number of each row's value, the best row first.
-        least, exact: see `Quotas.budgets`.
-        budget: how many rows are kept in all, of which the best rows of values without a quota fill what is left; None
-            for the quotas and floors alone.
+        least, most: (k,) rows of each value that come before all others, and that may be kept in all.
+        budget: how many rows are kept, of which the best rows of values that may have more fill what is left; None for
+            the least ones alone.
 
     Raises:
-        UserError: for a budget that quotas and floors exceed.
+        UserError: for a budget that the least ones exceed.
 
-    >>> within_quotas(np.array([0, 0, 1, 0, 1]), np.array([0, 1]), np.array([False, False]), budget=2).tolist()
+    >>> within_bounds(np.array([0, 0, 1, 0, 1]), np.array([0, 1]), np.array([9, 9]), budget=2).tolist()
     [True, False, True, False, False]
     """
     first = np.argsort(groups, kind="stable")
@@ -119,6 +119,29 @@ def within_quotas(groups: np.ndarray, least: np.ndarray, exact: np.ndarray, budg
         raise UserError(
             f"Quotas and floors ask for {kept.sum()} rows, and --keep for {budget} in all: raise --keep, or lower them."
         )
-    rest = np.flatnonzero(~kept & ~exact[groups])[: budget - kept.sum()]
+    rest = np.flatnonzero(~kept & (within < most[groups]))[: budget - kept.sum()]
     kept[rest] = True
     return kept
+
+
+def parse_amounts(entries: Sequence[str] | None, name: str) -> dict[str | None, Amount]:
+    """Amounts from texts `VALUE=NUMBER`, or `NUMBER` for all values that are not named (`REST`).
+
+    Args:
+        name: of the option or key, for errors.
+
+    >>> parse_amounts(["web=500", "code=0.1"], "--quota")
+    {'web': 500, 'code': 0.1}
+    """
+    amounts: dict[str | None, Amount] = {}
+    for entry in entries or ():
+        value, equals, number = entry.rpartition("=")
+        try:
+            amount = int(number) if number.strip().isdecimal() else float(number)
+        except ValueError as error:
+            raise UserError(f"{name} {entry}: wants a number or VALUE=NUMBER, got {number!r}.") from error
+        value = value if equals else REST
+        if value in amounts:
+            raise UserError(f"{name} is given twice for {'all values' if value is REST else repr(value)}.")
+        amounts[value] = amount
+    return amounts

@@ -6,7 +6,7 @@ rank_c is the share of the rows that have no higher value in c, in (0, 1], equal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..errors import UserError
 from .choices import RANKED_BY
+from .reasons import Status
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,25 @@ class Ranking:
             if not np.isfinite(weight) or weight == 0:
                 raise UserError(f"The weight of {name!r} has to be a number other than 0, got {weight:g}.")
 
+    @classmethod
+    def parse(cls, entries: Sequence[str]) -> Ranking:
+        """From texts `NAME` or `NAME:WEIGHT`; a colon in the name of a column is part of it.
+
+        >>> Ranking.parse(["ifd:0.7", "reward"]).weights
+        {'ifd': 0.7, 'reward': 1.0}
+        """
+        weights: dict[str, float] = {}
+        for entry in entries:
+            name, colon, weight = entry.rpartition(":")
+            try:
+                name, weight = (name, float(weight)) if colon else (entry, 1.0)
+            except ValueError:
+                name, weight = entry, 1.0
+            if name in weights:
+                raise UserError(f"{name!r} is named twice.")
+            weights[name] = weight
+        return cls(weights)
+
     @property
     def plain(self) -> str | None:
         """The column, if it is one, and as it is."""
@@ -45,6 +65,16 @@ class Ranking:
     def ifd(self) -> str | None:
         """The first of the columns that is an IFD."""
         return next((name for name in self.weights if name in RANKED_BY), None)
+
+    def __call__(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What the rows with a score are ranked by, (n,): the ranking as the `score` of a policy.
+
+        >>> columns = {"ifd": np.array([0.9, 0.1]), "reward": np.array([1.0, 3.0]), "ifd_status": np.full(2, "ok")}
+        >>> Ranking({"ifd": 1.0, "reward": 3.0})(columns).tolist()
+        [0.625, 0.875]
+        """
+        among = np.asarray(columns["ifd_status"]) == Status.OK.value
+        return self.values({name: np.asarray(columns[name], dtype=np.float64) for name in self.weights}, among)
 
     def values(self, columns: Mapping[str, np.ndarray], among: np.ndarray) -> np.ndarray:
         """(n,) what rows are ranked by, NaN where a column has no number.

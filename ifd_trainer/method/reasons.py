@@ -37,6 +37,7 @@ ABOVE_LIMIT = "above_limit"  # score >= max_ifd: the prompt does not help
 BELOW_CUT = "below_cut"  # eligible, but the budget was spent on harder rows
 REDUNDANT = "redundant"  # among the candidates of a diverse selection, but others stand for it
 OTHER_TIER = "other_tier"  # among the rows of a curriculum, but not in this epoch's tiers
+OTHER_STAGE = "other_stage"  # with another value of a column than this epoch trains on
 NOT_IN_SAMPLE = "not_in_sample"  # in an epoch that trains on a sample drawn without scores: the brief experience
 NOT_DRAWN = "not_drawn"  # rows were drawn at random, and this one was not
 SHORTER_ANSWER = "shorter_answer"  # the budget was spent on longer answers
@@ -59,6 +60,7 @@ MEANINGS = {
     OVER_QUOTA: "dropped: the quota of its value is filled",
     REDUNDANT: "dropped: other rows stand for it",
     OTHER_TIER: "not in this epoch's tiers",
+    OTHER_STAGE: "not of this epoch's values",
     NOT_IN_SAMPLE: "not in the sample of the brief experience",
     ABOVE_LIMIT: "dropped: at or above the limit",
     MISMATCHED: "dropped: the answer fits other prompts as well",

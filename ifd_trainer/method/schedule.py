@@ -52,6 +52,7 @@ class EpochRows:
         tiers: of a curriculum, the tier with the highest scores first; the rows are those of the tiers that are
             `trained`, of `budget` rows together. Without tiers, the rows are the ones with the highest scores.
         selected_in: the epoch that selects these rows; an earlier one for the "same" rows.
+        counted: that epoch as schedules and policies count: from the start anew, where there is one.
     """
 
     budget: int
@@ -59,6 +60,7 @@ class EpochRows:
     scored: bool = True
     tiers: tuple[Tier, ...] = ()
     selected_in: int = 0
+    counted: int = 0
 
     @property
     def ranked(self) -> int:
@@ -209,7 +211,7 @@ class Timing:
             trainer's `num_train_epochs`, count epochs from there.
 
     >>> Timing(every=2).rows_of(3, Constant(0.1), pool=200)
-    EpochRows(budget=20, source='same', scored=False, tiers=(), selected_in=2)
+    EpochRows(budget=20, source='same', scored=False, tiers=(), selected_in=2, counted=2)
     """
 
     every: int = 1
@@ -235,13 +237,21 @@ class Timing:
             if not (whole and number >= least) and not (number is None and name == "freeze_after"):
                 raise UserError(f"{name} counts epochs: a whole number of at least {least}, got {number!r}.")
 
-    def rows_of(self, epoch: int, schedule: Schedule, pool: int, epochs: int | None = None) -> EpochRows:
+    def rows_of(
+        self,
+        epoch: int,
+        schedule: Schedule,
+        pool: int,
+        epochs: int | None = None,
+        part: Callable[[int], int] | None = None,
+    ) -> EpochRows:
         """Which rows an epoch trains on.
 
         Args:
             schedule: how many rows each epoch that selects trains on.
             pool: rows that there are.
             epochs: epochs of the run; None if `max_steps` decides.
+            part: how many of them an epoch, as schedules count it, has to choose from; all by default.
 
         Raises:
             ValueError: for `Anneal` without a number of epochs.
@@ -258,10 +268,11 @@ class Timing:
         since = (epoch - self.warmup_epochs) % self.every
         selected_in = epoch - since
         counted = selected_in - (self.restart or 0)
+        pool = pool if part is None else part(counted)
         budget = schedule.budget(counted, pool)
         tiers = schedule.divide(counted, pool) if hasattr(schedule, "divide") else ()
         frozen = self.freeze_after is not None and epoch >= self.freeze_after and epoch > self.warmup_epochs
-        return EpochRows(budget, "same" if since else "selected", not (since or frozen), tiers, selected_in)
+        return EpochRows(budget, "same" if since else "selected", not (since or frozen), tiers, selected_in, counted)
 
     @property
     def restart(self) -> int | None:

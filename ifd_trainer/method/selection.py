@@ -30,7 +30,8 @@ class Policy(Protocol):
 
     What it has of these attributes is used: `score`, the column that it ranks by ("ifd" without it), `max_ifd` (a
     limit, or a `CalibratedLimit` to measure one), `on_shortfall` ("error": too few rows end the run), `reads_scores`
-    (False: it needs statuses, answer lengths and columns of the data set alone, and the pool is not scored for it).
+    (False: it needs statuses, answer lengths and columns of the data set alone, and the pool is not scored for it),
+    `in_epoch(epoch)` (the policy of that epoch, where they differ).
 
     >>> def hardest(columns, budget, *, ids=None, rng=None):
     ...     kept = np.argsort(-np.nan_to_num(columns["cas"], nan=-np.inf), kind="stable")[:budget]
@@ -47,6 +48,16 @@ class Policy(Protocol):
         ids: np.ndarray | None = None,
         rng: np.random.Generator | None = None,
     ) -> Selection: ...
+
+
+def base(policy: Policy) -> Policy:
+    """The policy that says which rows are eligible: another one's, where that takes its order.
+
+    >>> from ifd_trainer import Stratified
+    >>> base(Stratified("source", policy=Cherry(0.9)))
+    Cherry(max_ifd=0.9, score='ifd', on_shortfall='repeat')
+    """
+    return getattr(policy, "policy", policy)
 
 
 class ShortfallError(UserError):

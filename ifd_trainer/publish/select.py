@@ -21,7 +21,7 @@ from ..data.table_reader import TableReader
 from ..errors import UserError
 from ..method.choices import RANKED_BY
 from ..method.number_words import many, rounded_below
-from ..method.quotas import Quotas, ValueCounts, within_quotas
+from ..method.quotas import Quotas, ValueCounts, within_bounds
 from ..method.ranking import Ranking
 from ..method.reasons import (
     ABOVE_LIMIT,
@@ -230,7 +230,8 @@ def choose(
     if quotas is None:
         return PoolSelection(replace(selection, reasons=reasons, shortfall=asked - budget), **found)
     order = selection.kept  # all eligible rows, the best first
-    taken = within_quotas(of_rows[order], least, exact, None if keep is None else asked)
+    most = np.where(exact, least, len(order))
+    taken = within_bounds(of_rows[order], least, most, None if keep is None else asked)
     names, codes = coded(reasons)
     left = order[~taken]
     codes[left] = np.where(exact[of_rows[left]], len(names), len(names) + 1)

@@ -21,6 +21,11 @@ _ORDERS = {
     "descending": "highest score first",
     "ascending": "lowest score first",
 }
+_WITHIN = {  # how many of each value of a column
+    "Stratified": "so many of each value of {by} as the policy says",
+    "Mixture": "in shares of the values of {by} that change by epoch",
+    "Stages": "of one value of {by} after another",
+}
 _TURNS = {
     "tokens": "that of all their tokens",
     "mean": "the mean of theirs",
@@ -234,13 +239,19 @@ def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     limit = f"{limit:g}" if limit else _calibrated(policy.get("max_ifd"))
     if policy.get("type") == "Cherry":
         return f"the rows with the highest {score}, {f'of those below {limit}' if limit else 'without a limit'}"
+    if policy.get("type") == "SoftSampling":
+        of = f"of those below {limit}" if limit else "without a limit"
+        return f"rows drawn, the likelier the higher their {score} (temperature {policy.get('temperature')}), {of}"
+    if isinstance(inner := policy.get("policy"), Mapping) and policy.get("by"):
+        within = _WITHIN.get(policy.get("type"), "within the values of the column {by}")
+        return f"{_rule(inner, settings) or as_text(inner)}; {within.format(by=policy['by'])}"
     if policy.get("type") == "Diverse":
         share = policy.get("share")
         of = f"{share:,} " if isinstance(share, int) else f"{100 * share:g} % of the " if share else ""
         below = f" (below {limit})" if limit else ""
         return (
             f"of the {of}eligible rows{below} with the highest {score}, those whose embeddings stand best for all of "
-            "these (facility location)"
+            f"these ({str(policy.get('by') or 'facility_location').replace('_', ' ')})"
         )
     return None
 

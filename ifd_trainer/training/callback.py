@@ -10,7 +10,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from numbers import Real
 from pathlib import Path
@@ -39,7 +39,8 @@ from ..method.plain_data import to_data
 from ..method.reasons import NOT_SCORED, Status
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule, unlike_epochs
 from ..method.scoring_health import WATCHED
-from ..method.selection import Policy, Selection
+from ..method.selection import Policy, Selection, coded
+from ..method.stratified import Stages
 from ..scoring.losses import Scores
 from .checkpoint_state import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
 from .console import end_line, epoch_line, say
@@ -181,6 +182,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 "diverse= chooses examples that stand for others, whatever their length: how many of them fill a "
                 "packed row is not known before. Set packing=False, or leave diverse out."
             )
+        if isinstance(self.policy, Stages) and trainer.selection_pool.packed:
+            raise UserError(
+                "Stages train on the rows of one value after those of another, and how many packed rows those of a "
+                "value fill is not known before. Set packing=False."
+            )
         self.trainer = trainer
         self._seed, self.order, self.id_column, self.push_history = seed, order, id_column, push_history
         self.tokenizer = tokenizer_of(trainer)
@@ -207,6 +213,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self._restored: dict[str, Any] | None = None
         self._restored_arrays: dict[str, np.ndarray] = {}
         self._training_since: float | None = None
+        self._of_stages: tuple[Pool, Any] | None = None  # a column of the pool that says in which stage rows are
         self._before: dict[str, Any] | None = None  # held-out losses before training, once they are known
         self.rows_before: RowsBefore | None = None  # the training set before it was prepared, where more is known of it
         self.in_command = False  # whether a command tells what the pool is, and where its report
@@ -424,11 +431,20 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         args = self.trainer.args
         epochs = None if args.max_steps > 0 else math.ceil(args.num_train_epochs)
         try:
-            return self.timing.rows_of(epoch, self.schedule, self.pool.training_rows, epochs)
+            return self.timing.rows_of(epoch, self.schedule, self.pool.training_rows, epochs, self._stage)
         except ValueError as error:
             if not self.pool.packed:
                 raise
             raise UserError(f"{error} With packing=True, rows are packed rows.") from error
+
+    @property
+    def _stage(self) -> Callable[[int], int] | None:
+        """How many rows there are for an epoch, where the policy trains on one value of a column after another."""
+        if not isinstance(self.policy, Stages):
+            return None
+        if self._of_stages is None or self._of_stages[0] is not self.pool:
+            self._of_stages = self.pool, coded(self.pool.column(self.policy.by))
+        return lambda epoch: self.policy.rows(epoch, *self._of_stages[1])
 
     def _select(self, epoch: int) -> None:
         """Score the pool if this epoch does, choose and order its rows, log and record them."""

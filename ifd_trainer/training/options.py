@@ -24,7 +24,8 @@ from ..method.facility_location import Diverse
 from ..method.further_scores import FURTHER, LOSS_CHANGE, further_names
 from ..method.guard import Guard
 from ..method.schedule import Curriculum, Schedule, Timing
-from ..method.selection import Cherry, Policy
+from ..method.selection import Cherry, Policy, base
+from ..method.soft_sampling import SoftSampling
 from ..method.target_set import TargetSet
 from ..method.turns import check_turns
 from ..scoring.transform import IFDScorer
@@ -136,9 +137,10 @@ def guard_of(
     """The guards of a run.
 
     By default ("auto"), all but the pairing test where rows are selected by their scores before each epoch. None of
-    them: in a run that starts anew (the paper's method), and with a policy that is no `Cherry` or `Diverse` (a control
-    is to be one). A limit that the user gives (or one of a policy other than 1) takes the place of the guard's; where
-    scores are columns of the training set, no model measures, and what is left is duplicates.
+    them: in a run that starts anew (the paper's method), and with a policy that is no `Cherry`, `Diverse` or
+    `SoftSampling`, nor takes the order of one (a control is to be one). A limit that the user gives (or one of a policy
+    other than 1) takes the place of the guard's; where scores are columns of the training set, no model measures, and
+    what is left is duplicates.
 
     Raises:
         UserError: for anything that is no guard.
@@ -151,10 +153,11 @@ def guard_of(
         return guard
     if guard != "auto":
         raise UserError(f"guard must be a Guard, True for the default ones or None, got {guard!r}.")
-    if timing.start_anew or not isinstance(policy, (Cherry, Diverse)):
+    chooses = base(policy)
+    if timing.start_anew or not isinstance(chooses, (Cherry, Diverse, SoftSampling)):
         return None
     measures = not (isinstance(scorer, str) and scorer == "columns")
-    limit = measures and not limit_given and policy.max_ifd == 1.0
+    limit = measures and not limit_given and chooses.max_ifd == 1.0
     return Guard(limit=limit, unfinished=measures, freeze=measures)
 
 

@@ -56,7 +56,7 @@ def _key_lines(key: dataclasses.Field) -> list[str]:
     values = key.metadata.get("metavar") or "|".join(key.metadata["choices"])
     default = key.default
     if default is dataclasses.MISSING:  # a list
-        default, values = " ".join(key.default_factory()), f"{values} [{values} ...]"
+        default, values = " ".join(map(str, key.default_factory())), f"{values} [{values} ...]"
     named, text = f"  --{key.name} {values}", key.metadata["help"] + (f" Default: {default}." if default else "")
     said = textwrap.wrap(text, _WIDTH - _INDENT, break_on_hyphens=False)
     first = [f"{named:{_INDENT}}{said.pop(0)}"] if len(named) < _INDENT - 1 else [named]

@@ -26,9 +26,13 @@ from ..method.facility_location import Diverse
 from ..method.further_scores import further_names
 from ..method.guard import Guard
 from ..method.pairing_test import PairingTest
+from ..method.quotas import REST, parse_amounts
+from ..method.ranking import Ranking
 from ..method.schedule import Anneal, Curriculum, Schedule, Timing, as_schedule, parse_keep
 from ..method.scoring_health import Freeze
 from ..method.selection import Cherry, OwnScore, Policy
+from ..method.soft_sampling import SoftSampling
+from ..method.stratified import Mixture, Stages, Stratified
 from ..method.target_set import TargetSet
 from ..method.unfinished import Unfinished
 from .callback import IFDSelectionCallback
@@ -118,8 +122,11 @@ class SelectionConfig(SelectionKeys):
         limits = (() if self.policy == TARGET else ("max_ifd", "on_shortfall")) + (() if by_score else ("score",))
         idle |= {"policy: balanced": ("balance_by",)} if self.policy != "balanced" else {}
         idle |= {f"policy: {TARGET}": ("target_set",)} if self.policy != TARGET else {}
-        idle |= {"policy: cherry": limits} if self.policy != "cherry" else {}
-        idle |= {"diverse": ("embedder",)} if self.diverse is None and self.policy != TARGET else {}
+        idle |= {"policy: cherry": (*limits, "temperature")} if self.policy != "cherry" else {}
+        idle |= {"stages": ("stage_epochs", "growing")} if not self.stages else {}
+        idle |= {"shares, floors or caps": ("buckets",)} if not (self.shares or self.floors or self.caps) else {}
+        of_diverse = ("diverse_by",) if self.policy == TARGET else ("diverse_by", "embedder")
+        idle |= {"diverse": of_diverse} if self.diverse is None else {}
         defaults = {values.name: values.default for values in dataclasses.fields(self)} | {"max_ifd": 1.0}
         for needed, names in idle.items():
             given = [name for name in names if str(getattr(self, name)) not in (str(defaults[name]), "")]
@@ -194,6 +201,33 @@ class SelectionConfig(SelectionKeys):
 
     @cached_property
     def _policy(self) -> Policy:
+        return self._within(self._ranks())
+
+    def _within(self, policy: Policy) -> Policy:
+        """A policy within the values of a column, where the recipe names one."""
+        kinds = {
+            "stages": bool(self.stages),
+            "mixture": bool(self.mixture),
+            "shares, floors or caps": bool(self.shares or self.floors or self.caps),
+        }
+        given = [name for name, is_given in kinds.items() if is_given]
+        if self.per is None:
+            if given:
+                raise UserError(f"{given[0]} are for the values of a column: name it with per.")
+            return policy
+        if len(given) != 1:
+            raise UserError(
+                f"per: {self.per} goes with one of {', '.join(kinds)}; given were {' and '.join(given) or 'none'}."
+            )
+        if self.stages:
+            epochs = self.stage_epochs if len(self.stage_epochs) > 1 else self.stage_epochs[0]
+            return Stages(self.per, self.stages, epochs, self.growing, policy)
+        if self.mixture:
+            return Mixture(self.per, [_named_amounts(entry.split(), "mixture") for entry in self.mixture], policy)
+        amounts = (_named_amounts(getattr(self, name), name) for name in ("shares", "floors", "caps"))
+        return Stratified(self.per, *amounts, self.buckets, policy)
+
+    def _ranks(self) -> Policy:
         if self.policy == "cherry":
             return self._cherry()
         if self.diverse is not None:
@@ -216,16 +250,23 @@ class SelectionConfig(SelectionKeys):
         return _own_policy(self.policy)
 
     def _score(self) -> str | OwnScore:
-        """What rows are ranked by: a function, where the name has a dot."""
+        """What rows are ranked by: weighted ranks, where weights are given; a function, where the name has a dot."""
+        entries = self.score.split()
+        if len(entries) > 1 or Ranking.parse(entries).plain is None:
+            return Ranking.parse(entries)
         return _imported("score", self.score) if "." in self.score else self.score
 
     def _cherry(self) -> Cherry | Diverse:
         limit = self._limit() if self.max_ifd == CALIBRATED else self.max_ifd
         limits = limit, self._score(), self.on_shortfall
+        if self.temperature is not None:
+            if self.diverse is not None:
+                raise UserError("diverse and temperature both say which of the eligible rows are kept: leave one out.")
+            return SoftSampling(self.temperature, *limits)
         if self.diverse is None:
             return Cherry(*limits)
         try:
-            return Diverse(parse_keep(self.diverse), *limits)
+            return Diverse(parse_keep(self.diverse), *limits, self.diverse_by)
         except UserError as error:
             if "is not a number" not in str(error):
                 raise
@@ -313,6 +354,16 @@ class SelectionConfig(SelectionKeys):
             Curriculum(keep, self.tiers, self.curriculum, self.tier_mode) if self.curriculum else as_schedule(keep)
         )
         return Anneal(schedule, self.anneal_share) if self.anneal_share else schedule
+
+
+def _named_amounts(entries: list[str], key: str) -> dict[str, float | int] | str:
+    """Amounts by value; or the one word that stands for all of them."""
+    if entries == ["equal"]:
+        return "equal"
+    amounts = parse_amounts(entries, key)
+    if REST in amounts:
+        raise UserError(f"{key} wants VALUE=NUMBER, such as code=0.1; got {' '.join(entries)}.")
+    return amounts
 
 
 def _imported(key: str, path: str) -> Any:

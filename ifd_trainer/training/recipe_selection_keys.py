@@ -21,6 +21,7 @@ from ..method.choices import (
     RANKED_BY,
     SHORTFALLS,
     SIMILARITY,
+    SPREADS,
     TARGET,
     TIER_MODES,
     TURN_RULES,
@@ -163,9 +164,9 @@ class SelectionKeys:
     score: str = field(
         default="ifd",
         metadata={
-            "help": f"Rank by {' or '.join(RANKED_BY)}, by one of `scores`, by another column of the rows, or by a "
-            "function of yours from columns to numbers, as module.name (of a module beside the recipe); the highest "
-            "are kept, with policy: lowest the lowest.",
+            "help": f"Rank by {' or '.join(RANKED_BY)}, by one of `scores`, by another column of the rows, by the "
+            "weighted ranks of several (ifd:0.7 reward:0.3), or by a function of yours from columns to numbers, as "
+            "module.name (of a module beside the recipe); the highest are kept, with policy: lowest the lowest.",
             "metavar": "NAME",
         },
     )
@@ -239,6 +240,67 @@ class SelectionKeys:
             "metavar": "FILE_OR_NAME",
         },
     )
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw rows, the likelier the higher their score: P(next) is proportional to exp(score / this). "
+            "Near 0 it keeps the highest scores.",
+            "metavar": "X",
+        },
+    )
+    per: str | None = field(
+        default=None,
+        metadata={
+            "help": "A column, such as a source, whose values have the shares, floors and caps that follow, a mixture "
+            "by epoch, or stages.",
+            "metavar": "COLUMN",
+        },
+    )
+    shares: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Of each named value exactly this fraction of the kept rows, or so many: web=0.9 code=0.1; equal "
+            "for as many of each value as of any other.",
+            "metavar": "VALUE=N",
+        },
+    )
+    floors: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Of each named value at least so much: code=0.1.", "metavar": "VALUE=N"},
+    )
+    caps: list[str] = field(
+        default_factory=list, metadata={"help": "Of each named value at most so much.", "metavar": "VALUE=N"}
+    )
+    buckets: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of a column of numbers (answer_tokens, say): so many buckets of equally many rows, whose values "
+            "are 1 (lowest), 2, ...",
+            "metavar": "K",
+        },
+    )
+    mixture: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Shares of each epoch, an entry for each: 'web=0.9 code=0.1' 'web=0.5 code=0.5'; the last one "
+            "stands for all after it.",
+            "metavar": "SHARES",
+        },
+    )
+    stages: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Values of the column that are trained on one after another; keep is of the rows of each.",
+            "metavar": "VALUE",
+        },
+    )
+    stage_epochs: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={"help": "Epochs of each stage, or of every one.", "metavar": "N"},
+    )
+    growing: bool = field(
+        default=False, metadata={"help": "Each stage keeps the values of those before it.", "metavar": "true"}
+    )
     on_shortfall: str = field(
         default="repeat",
         metadata={
@@ -252,6 +314,14 @@ class SelectionKeys:
             "help": "Choose the rows among this share of the eligible ones with the highest scores, so that they stand "
             "for all of it (facility location; Superfiltering.D: 0.2).",
             "metavar": "X",
+        },
+    )
+    diverse_by: str = field(
+        default="facility_location",
+        metadata={
+            "help": "Of diverse: facility_location chooses the middle of what rows stand for, k_center rows far from "
+            "one another.",
+            "choices": list(SPREADS),
         },
     )
     embedder: str | None = field(

@@ -37,10 +37,12 @@ from ..method.selection import (
     Policy,
     Selection,
     ShortfallError,
+    base,
     check_score,
     counted,
     score_values,
 )
+from ..method.soft_sampling import SoftSampling
 from ..method.target_set import SIMILARITIES, TargetSet
 from ..scoring.losses import Scores
 from .pool import Pool
@@ -396,9 +398,12 @@ class RowChooser:
         A policy of a user's own is asked once an epoch and no more; a diverse one would have to embed other rows.
         """
         guards = self.guards.limit or self.guards.guard.names
-        if wanted.source in ("all", "brief") or not guards or not isinstance(self.policy, Cherry):
+        if wanted.source in ("all", "brief") or not guards or not isinstance(base(self.policy), Cherry):
             return None
-        policy = replace(self.policy, max_ifd=1.0) if self.calibrated else self.policy
+        policy = self.policy
+        if self.calibrated:
+            plain = replace(base(policy), max_ifd=1.0)
+            policy = plain if policy is base(policy) else replace(policy, policy=plain)
         try:
             return self._by_scores(policy, wanted, ids, seed, guarded=False).rows
         except ShortfallError:
@@ -409,7 +414,8 @@ class RowChooser:
     ) -> Selection:
         """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
         every = columns = _Columns(self.last.scores.columns(), self.pool)
-        limited = isinstance(policy, (Cherry, Diverse, TargetSet)) and self.score in RANKED_BY
+        policy = policy.in_epoch(wanted.counted) if hasattr(policy, "in_epoch") else policy
+        limited = isinstance(base(policy), (Cherry, Diverse, SoftSampling, TargetSet)) and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:
             most = self._most(policy)
@@ -452,7 +458,8 @@ class RowChooser:
 
     def _most(self, policy: Policy) -> float:
         """What scores have to be below, as far as it is a number."""
-        ranks = policy.candidates if isinstance(policy, (Diverse, TargetSet)) else policy
+        ranks = base(policy)
+        ranks = ranks.candidates if isinstance(ranks, (Diverse, SoftSampling, TargetSet)) else ranks
         return ranks.number if isinstance(ranks, Cherry) and isinstance(ranks.max_ifd, Real) else np.inf
 
     def _embeddings(

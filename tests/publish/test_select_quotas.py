@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows, write_rows
-from ifd_trainer.method.quotas import Quotas, within_quotas
+from ifd_trainer.method.quotas import Quotas, within_bounds
 from ifd_trainer.method.ranking import Ranking
 from ifd_trainer.publish.provenance import Provenance, write_provenance
 
@@ -210,7 +210,7 @@ def test_values_with_too_few_rows_are_said(scored, tmp_path, capsys):
         (["--score", "price"], "--score price: there is no such column"),
         (["--score", "output"], "--score output: the column holds no numbers, but"),
         (["--score", "ifd:0", "--score", "reward"], "The weight of 'ifd' has to be a number other than 0"),
-        (["--score", "ifd:0.5", "--score", "ifd"], "--score names 'ifd' twice."),
+        (["--score", "ifd:0.5", "--score", "ifd"], "--score: 'ifd' is named twice."),
         (["--score", "ifd_status"], "--score ifd_status: the column holds no numbers, but"),
         (["--per", "source", "--quota", "web=1", "--quota", "web=2"], "--quota is given twice for 'web'."),
         (["--per", "source", "--floor", "1", "--floor", "0.5"], "--floor is given twice for all values."),
@@ -242,7 +242,8 @@ def test_what_quotas_keep_is_what_an_independent_count_keeps(rows, amounts, extr
         if not take and not exact[group] and budget is not None and spare > 0:
             take, spare = True, spare - 1
         kept.append(take)
-    assert within_quotas(groups, least, exact, budget).tolist() == kept
+    most = np.where(exact, least, len(groups))
+    assert within_bounds(groups, least, most, budget).tolist() == kept
 
 
 def test_a_named_floor_goes_before_the_quota_of_the_rest():
