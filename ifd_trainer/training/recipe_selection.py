@@ -127,7 +127,11 @@ class SelectionConfig(SelectionKeys):
         idle |= {"shares, floors or caps": ("buckets",)} if not (self.shares or self.floors or self.caps) else {}
         of_diverse = ("diverse_by",) if self.policy == TARGET else ("diverse_by", "embedder")
         idle |= {"diverse": of_diverse} if self.diverse is None else {}
-        defaults = {values.name: values.default for values in dataclasses.fields(self)} | {"max_ifd": 1.0}
+        defaults = {
+            key.name: key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+            for key in dataclasses.fields(self)
+        }
+        defaults["max_ifd"] = 1.0
         for needed, names in idle.items():
             given = [name for name in names if str(getattr(self, name)) not in (str(defaults[name]), "")]
             if given:
