@@ -66,8 +66,11 @@ class SelectionConfig(SelectionKeys):
     """
 
     def __post_init__(self) -> None:
-        if isinstance(self.guards, str):  # in YAML one name, or several, need no brackets
-            self.guards = self.guards.replace(",", " ").split()
+        for name in ("guards", "shares", "floors", "caps", "stages"):  # in YAML one, or several, need no brackets
+            if isinstance(given := getattr(self, name), str):
+                setattr(self, name, given.replace(",", " ").split())
+        self.mixture = [self.mixture] if isinstance(self.mixture, str) else self.mixture
+        self.stage_epochs = [self.stage_epochs] if isinstance(self.stage_epochs, int) else self.stage_epochs
         self.scores = list(further_names(self.scores, in_training=True))
         for values in dataclasses.fields(self):  # argparse looks at those of the command line only
             choices, value = values.metadata.get("choices"), getattr(self, values.name)

@@ -29,6 +29,8 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.st
 CHERRY = ["alpaca_cherry_5pct", "alpaca_cherry_10pct", "alpaca_cherry_fsdp", "wizardlm_cherry_10pct"]
 CHERRY_LORA = "alpaca_cherry_lora_24gb"
 ROWS = 40
+SOURCES = [["web", "chat", "code", "web"][i % 4] for i in range(ROWS)]
+LEVELS = [["easy", "middle", "hard", "hard"][i % 4] for i in range(ROWS)]
 ASKED = [None if i == 5 else (i * 7 % ROWS) / ROWS for i in range(ROWS)]  # what `score --known` attached to the rows
 
 
@@ -45,7 +47,8 @@ def model(tmp_path_factory) -> str:
 def data(tmp_path_factory) -> str:
     """Forty rows, two of them refusals, as a local file."""
     rows = [
-        {**row, "quality": "good", "known_agreement": ASKED[i]} for i, row in enumerate(raw_rows(ROWS, with_input=True))
+        {**row, "quality": "good", "known_agreement": ASKED[i], "source": SOURCES[i], "level": LEVELS[i]}
+        for i, row in enumerate(raw_rows(ROWS, with_input=True))
     ]
     rows[3]["output"] = "As an AI language model, I cannot say which park is red."
     rows[8]["output"] = "I'm sorry, but I cannot answer that."
@@ -93,7 +96,10 @@ def test_all_recipes_are_there():
         "alpaca_dynamic",
         "alpaca_curriculum",
         "wizardlm_dynamic",
+        "curriculum_by_column",
         "knowledge_detection",
+        "mixture_by_epoch",
+        "quotas",
         "target_set",
         "demo",
     } == set(RECIPES)
@@ -136,6 +142,9 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
         assert "then anew from the original weights; epoch 1:" in plan
         assert "original weights: 0.00 GB in" in plan
     epochs = range(1, 4) if recipe in (*CHERRY, CHERRY_LORA) else range(3)
+    if recipe == "curriculum_by_column":
+        assert [f"epoch {epoch}: {rows} rows" in plan for epoch, rows in enumerate((10, 10, 20))] == [True] * 3
+        return
     for epoch in epochs:
         assert f"epoch {epoch}: {rows} rows, {updates} update" in plan
     assert not (tmp_path / "ifd_history").exists()
@@ -154,7 +163,16 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / ("adapter_model.safetensors" if recipe == CHERRY_LORA else "model.safetensors")).is_file()
     scored = [record for record in history.epochs if record["scored_at"] is not None]
-    assert bool(scored) == (recipe != "target_set")  # whose rows are embedded, and not scored
+    assert bool(scored) == (recipe not in ("target_set", "curriculum_by_column"))  # embedded, or drawn at random
+    of_value = [dict(zip(history.rows(0)["row_id"], values, strict=True)) for values in (SOURCES, LEVELS)]
+    kept = [epoch["row_id"][epoch["times"] > 0].tolist() for epoch in map(history.rows, range(len(history.epochs)))]
+    if recipe == "quotas":
+        assert all(sum(of_value[0][row] == "code" for row in rows) >= 1 for rows in kept)
+        assert all(sum(of_value[0][row] == "chat" for row in rows) <= 2 for rows in kept)
+    if recipe == "mixture_by_epoch":
+        assert [sum(of_value[0][row] == "chat" for row in rows) for rows in kept] == [2, 1]
+    if recipe == "curriculum_by_column":
+        assert {of_value[1][row] for row in kept[0]} == {"easy"}
     if recipe == "target_set":
         assert history.epochs[0]["reasons"] == {"kept": 4, "less_like_targets": 36}
         assert history.settings["policy"]["targets"].endswith("data/code_targets.jsonl")
@@ -181,7 +199,11 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
 def large(tmp_path_factory) -> str:
     """As many rows as the largest count in a recipe wants."""
     path = tmp_path_factory.mktemp("large") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row | {"known_agreement": 0.5}) + "\n" for row in raw_rows(1100)))
+    own = {"known_agreement": 0.5}
+    rows = [
+        row | own | {"source": SOURCES[i % ROWS], "level": LEVELS[i % ROWS]} for i, row in enumerate(raw_rows(1100))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
