@@ -273,7 +273,8 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "--turns",
         choices=TURN_RULES,
         help="score every answer of a conversation, in columns of lists, and the row by that rule over them (default: "
-        "the last answer alone); tokens is the loss that a run on all answers trains on",
+        "the last answer alone); tokens is the loss that a run on all answers trains on; further scores have such "
+        "columns too",
     )
     add("--min-answer-tokens", type=_positive, default=1, help="shorter answers are not scored (default 1)")
 
@@ -561,7 +562,10 @@ def _score(options: argparse.Namespace) -> int:
             return 0
         scores = join_parts(rows, worker, parts, size)
         # Scored again: what was chosen by older scores goes with them.
-        stale = [*(set(replaced) & set(rows.column_names)), *replaced_columns(rows.column_names, further)]
+        stale = [
+            *(set(replaced) & set(rows.column_names)),
+            *replaced_columns(rows.column_names, scorer.further_columns),
+        ]
         rows = with_columns(rows.remove_columns(stale), scores)
         origin = provenance_of(settings, options.model, job["weights"], options.data)
         origin = origin if knowledge is None else replace(origin, known=knowledge.settings())

@@ -51,7 +51,7 @@ from ..errors import FileAccessError, UserError, one_line
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import TurnRule, WrongPrompts
 from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS, SELECTIVE_COLUMNS, TOKEN_COLUMNS, TURN_COLUMNS
-from ..method.further_scores import further_names, losses_read, replaced_columns
+from ..method.further_scores import SCORED_BY_MODEL, further_names, replaced_columns, turn_column
 from ..method.number_words import many
 from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
@@ -83,6 +83,7 @@ _TURN_TYPES = {
     name: pa.list_({"turn_tokens": pa.int64(), "turn_status": pa.string()}.get(name, pa.float64()))
     for name in TURN_COLUMNS
 }
+_FURTHER_OF_TURNS = {turn_column(name) for name in SCORED_BY_MODEL}
 _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.string()), strict=True))
 _SELECTION_TYPES |= dict.fromkeys(TOKEN_COLUMNS, TOKEN_TYPE) | dict.fromkeys(SELECTIVE_COLUMNS, pa.float64())
 _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
@@ -93,7 +94,7 @@ _LOADED = ("_model", "_config", "_encoder", "_told", "_conversations", "_counted
 # did not have them are hit.
 _NOTHING_MORE = {"scores": (), "guess": None, "turns": None, "token_losses": False}
 _PID = os.getpid()
-SCORES_VERSION = 5  # raised when the same weights and options would give other scores
+SCORES_VERSION = 6  # raised when the same weights and options would give other scores
 
 
 class IFDScorer:
@@ -129,8 +130,10 @@ class IFDScorer:
         score_truncated: score the part of a too long answer that fits, as the paper does, instead of `truncated`.
         turns: None to score the last answer of a conversation alone; "tokens", "mean", "min", "max" or "last" to score
             all of its answers, in one forward of the whole, each behind all that stands before it. Of them, `turn_cas`,
-            `turn_das`, `turn_ifd`, `turn_tokens` and `turn_status` are lists, and the row's own columns follow by that
-            rule; see `method.turns`. "tokens" is the loss that a run on all answers trains on.
+            `turn_das`, `turn_ifd`, `turn_tokens` and `turn_status` are lists, and such of further scores (`turn_rifd`);
+            the row's own columns follow by that rule; see `method.turns`. "tokens" is the loss that a run on all
+            answers trains on. The prompt of an answer, for `prompt_ppl`, is what stands behind the answer before it,
+            its question, for `rifd`, what the user says there: an answer to what a tool returned has no `rifd`.
         device: "cuda", "mps" or "cpu" by default, the first there is. With `map(with_rank=True, num_proc=N)` each
             process takes the device of its rank.
         dtype: by default the checkpoint's own on an accelerator (bfloat16 if it says float16 and the device can),
@@ -197,11 +200,6 @@ class IFDScorer:
                 f"turns={turns!r} scores every answer of a conversation, and definition={definition!r} is defined for "
                 "one answer: use definition='paper', or leave turns out."
             )
-        if turns is not None and (lacking := [name for name in self.scores if losses_read([name])]):
-            raise UserError(
-                f"turns={turns!r} scores every answer of a conversation, and {', '.join(lacking)} is known of a row's "
-                "last answer alone: leave one of the two out."
-            )
         self.turns = turns
         if token_losses:
             check_token_losses(definition, turns)
@@ -240,7 +238,10 @@ class IFDScorer:
         rows = len(next(iter(batch.values()), []))
         values = {"ifd_definition": self.options["definition"]}
         outdated = _SELECTION_TYPES | (_TURN_TYPES if self.turns is None else {})
-        outdated |= dict.fromkeys(replaced_columns(batch, self.scores), pa.float64())
+        outdated |= {
+            name: pa.list_(pa.float64()) if name in _FURTHER_OF_TURNS else pa.float64()
+            for name in replaced_columns(batch, self.further_columns)
+        }
         return {
             name: TypedColumn(np.full(rows, values.get(name), dtype=object), kind)
             for name, kind in outdated.items()
@@ -250,7 +251,7 @@ class IFDScorer:
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
         # Ray tells a schema by an empty block.
         rows = self.encode_rows(table.to_pydict(), rank) if table.num_rows else EncodedTurns([], [], [])
-        stale = [*OWN_COLUMNS, *replaced_columns(table.column_names, self.scores)]
+        stale = [*OWN_COLUMNS, *replaced_columns(table.column_names, self.further_columns)]
         return table_with(table, self.score_rows(rows), stale)
 
     def encode_rows(self, batch: Mapping[str, list], rank: int | None = None) -> EncodedTurns:
@@ -303,13 +304,15 @@ class IFDScorer:
             pairs, problem = self._encoded(batch, format)
             return EncodedTurns.single(pairs), problem
         self._conversations = self._conversations or ConversationEncoder(self._encoder)
-        rows, error = encode_turns(batch, format, self._encoder, self._conversations)
+        rows, error = encode_turns(
+            batch, format, self._encoder, self._conversations, self.scores, self._reversed_rows()
+        )
         return rows, self._problem(rows.pairs, rows.empty, error, format)
 
     def _encoded(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[list[EncodedPair], str | None]:
         """The last answers of rows, encoded, and what is wrong if none of them could be rendered."""
         examples, error = _render(batch, format, self._encoder.tokenizer)
-        reversed_rows = ReversedRows(self._encoder.tokenizer, self.guess or GUESS)
+        reversed_rows = self._reversed_rows()
         columns = {name: batch[name] for name in batch} if self.scores else {}
         pairs = with_further(
             self._encoder(examples),
@@ -318,6 +321,9 @@ class IFDScorer:
             lambda row: reversed_rows.of_row({name: values[row] for name, values in columns.items()}, format),
         )
         return pairs, self._problem(pairs, [pair.status.value for pair in pairs], error, format)
+
+    def _reversed_rows(self) -> ReversedRows:
+        return ReversedRows(self._encoder.tokenizer, self.guess or GUESS)
 
     def _problem(
         self, pairs: list[EncodedPair], statuses: Sequence[str], error: Exception | None, format: PromptFormat
@@ -553,6 +559,11 @@ class IFDScorer:
         if by_position:
             return position_weighted_embeddings(self._model, ids["input_ids"], **running)
         return prompt_features(self._model, ids["input_ids"], **running)[0]
+
+    @property
+    def further_columns(self) -> tuple[str, ...]:
+        """Names of the columns of further scores, with `turns` those of lists among them."""
+        return self.scores if self.turns is None else (*self.scores, *map(turn_column, self.scores))
 
     @property
     def model(self) -> PreTrainedModel:
