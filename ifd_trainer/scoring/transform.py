@@ -27,7 +27,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ from ..data.formats import Example, MalformedRow, PromptFormat, rows_of
 from ..data.further_segments import with_further
 from ..data.paths import check_model, model_name
 from ..data.reversed_rows import GUESS, ReversedRows, request
-from ..data.table_reader import Lists, TableReader, arrow_array
+from ..data.table_reader import Lists, arrow_array
 from ..errors import FileAccessError, UserError, one_line
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import TurnRule, WrongPrompts
@@ -55,7 +54,7 @@ from ..method.further_scores import SCORED_BY_MODEL, further_names, replaced_col
 from ..method.number_words import many
 from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
-from ..method.selective_ifd import SHARE, check_share
+from ..method.selective_ifd import SHARE
 from ..method.turns import check_turns
 from ..method.unfinished import Unfinished
 from .calibration import Calibration, Reader, measure, p_values
@@ -69,7 +68,7 @@ from .losses import (
     score_pairs,
     token_progress,
 )
-from .neighbourhood import ALPHA, NEIGHBOURS, neighbour_scores, neighbourhood_columns
+from .neighbourhood import ALPHA, NEIGHBOURS, NeighbourScorer
 from .rope_limits import window
 from .selective_columns import TOKEN_TYPE, with_numbers
 from .token_losses import check_token_losses, score_with_tokens
@@ -504,32 +503,14 @@ class IFDScorer:
         >>> ds = ds.map(IFDScorer("HuggingFaceTB/SmolLM2-135M", token_losses=True), batched=True)  # doctest: +SKIP
         >>> ds = scorer.neighbourhood(ds)                                                          # doctest: +SKIP
         """
-        check_share(share)
-        check_positive(neighbours=neighbours)
-        check_token_losses(self.options["definition"], self.turns)
-        if self.turns is not None:
-            raise UserError("neighbourhood disturbs rows of one answer: score them with a scorer without turns.")
-        if not isinstance(alpha, Real) or not 0 <= alpha < float("inf"):
-            raise UserError(f"alpha is the size of noise, a number of at least 0, got {alpha!r}.")
-        reading = self._reading(rows, "neighbourhood")
-
-        def score(pairs: list[EncodedPair], chosen: list[np.ndarray], progress: Callable[[int], Any]) -> np.ndarray:
-            options = {"token_budget": self.token_budget, "progress": progress}
-            return neighbour_scores(self._model, pairs, chosen, neighbours, alpha, seed, **options)
-
-        reader, show = TableReader(reading["rows"], table_rows=_RENDERED), reading["show"]
-        columns = neighbourhood_columns(reader, reading["reader"].encode, score, share, neighbours, show)
-        return with_numbers(rows, columns)
+        values = as_dataset(rows, "neighbourhood")
+        neighbourhood = NeighbourScorer(self, values, share, neighbours, alpha, seed)
+        return with_numbers(rows, neighbourhood.columns(values, not are_progress_bars_disabled()))
 
     def _reading(self, rows: Dataset, caller: str) -> dict[str, Any]:
         """How measuring functions read rows and run the model."""
         self.check_single(caller)
-        if not isinstance(rows, Dataset):
-            raise UserError(
-                f"{caller} reads rows of a datasets.Dataset, got a {type(rows).__name__}: pass one split of it, or "
-                "load what is streamed."
-            )
-        rows = rows.with_format(None)
+        rows = as_dataset(rows, caller)
         format = self._format(rows.column_names)
         self._prepare()
 
@@ -655,6 +636,16 @@ class IFDScorer:
     def __repr__(self) -> str:
         model, scores = self.name or type(self._model).__name__, f", scores={self.scores!r}" if self.scores else ""
         return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r}{scores})"
+
+
+def as_dataset(rows: Dataset, caller: str) -> Dataset:
+    """The rows as Python values; raises UserError for what is no `datasets.Dataset`."""
+    if not isinstance(rows, Dataset):
+        raise UserError(
+            f"{caller} reads rows of a datasets.Dataset, got a {type(rows).__name__}: pass one split of it, or load "
+            "what is streamed."
+        )
+    return rows.with_format(None)
 
 
 def need_batch(name: str, batch: Mapping[str, list], rank: int | None, *more: Any) -> None:
