@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -673,6 +673,12 @@ def _knowledge(options: argparse.Namespace, scorer: IFDScorer) -> KnowledgeScore
 
 
 def _select(options: argparse.Namespace) -> int:
+    with ExitStack() as stack:
+        return _select_rows(options, stack)
+
+
+def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
+    """What `select` does; what has to be closed at its end, well or not, goes on the stack."""
     check_rows(options.data)
     if options.scores is not None:
         if not Path(options.scores).is_file():
@@ -767,7 +773,8 @@ def _select(options: argparse.Namespace) -> int:
         from .publish.targets import LikeTargets
 
         trust = options.trust_remote_code
-        like = LikeTargets(options.targets, options.data, options.split, provenance, options.embedder, trust)
+        like = LikeTargets(options.targets, options.data, options.split, data, provenance, options.embedder, trust)
+        stack.enter_context(closing(like))
     id_column, ids = tie_ids(rows, options.id_column)
     status, of_limit = scores["ifd_status"], scores[name].to_numpy(dtype=float, na_value=np.nan)
     values = ranking.values(columns, (status == "ok").to_numpy())
@@ -818,6 +825,8 @@ def _select(options: argparse.Namespace) -> int:
             columns=columns,
             everything=options.all,
         )
+    if like is not None:
+        like.finish()
     print(f"{chosen.summary} Written to {data}{f' with its card {card}' if options.card else ''}.")
     if options.push_to_hub:
         files = {data.name: data, "README.md": card, image.name: image}
