@@ -29,7 +29,7 @@ from ..scoring.scoring_job import join_parts, score_parts
 from ..scoring.target_scorer import TARGETS_VERSION, RowsToEmbed, TargetScorer
 from .provenance import Provenance
 
-_ROWS = 256  # embedded at a time, and kept
+PART_ROWS = 256  # embedded at a time, and kept
 
 
 class LikeTargets:
@@ -101,8 +101,8 @@ class LikeTargets:
         rows = self._rows.select(places)
         self._parts = Parts(self._output, self._job(places), main=True)
         read = columns_read(self._scorer.scorer.rows_format(rows.column_names), rows.column_names)
-        score_parts(rows, self, self._parts, _ROWS, Process(), columns=read, doing="Embedding")
-        joined = join_parts(rows, self, self._parts, _ROWS).data
+        score_parts(rows, self, self._parts, PART_ROWS, Process(), columns=read, doing="Embedding")
+        joined = join_parts(rows, self, self._parts, PART_ROWS).data
         found = np.full((len(status), len(self._scorer.encoded)), np.nan, dtype=np.float32)
         found[places] = pc.list_flatten(joined["similarities"]).to_numpy().reshape(len(places), -1)
         status[places] = joined["status"].to_numpy()

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -45,8 +45,6 @@ from .transfer import on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from .transform import IFDScorer
 
 
 NEIGHBOURS, ALPHA = 10, 5.0  # by default
@@ -159,6 +157,19 @@ class DisturbedRows:
         return len(self.pairs)
 
 
+class Scorer(Protocol):
+    """What attached the losses of tokens, an `IFDScorer`: how it reads rows, and its model."""
+
+    options: dict[str, Any]
+    turns: str | None
+    token_budget: int | None
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def encode(self, batch: Mapping[str, list]) -> list[EncodedPair]: ...
+
+
 class NeighbourScorer:
     """Mean and standard deviation of S-IFD over the neighbours of rows that have losses of tokens.
 
@@ -178,7 +189,7 @@ class NeighbourScorer:
 
     def __init__(
         self,
-        scorer: IFDScorer,
+        scorer: Scorer,
         rows: Dataset,
         share: float = SHARE,
         neighbours: int = NEIGHBOURS,

@@ -108,7 +108,7 @@ def test_limits_and_quotas_come_before_the_targets(folder, cosines, tmp_path):
 
 
 def test_embedding_goes_on_where_it_was_interrupted(folder, cosines, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ifd_trainer.publish.targets._ROWS", 4)
+    monkeypatch.setattr("ifd_trainer.publish.targets.PART_ROWS", 4)
     embedded, embed = [], TargetScorer.similarities_of
 
     def interrupted(self, rows, progress=None):
