@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,8 +30,8 @@ from .data.format_choice import FormatOptions, columns_read, resolve_format
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
-from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY, TURN_RULES
-from .method.columns import EOT_LOSS, IFD_COLUMNS, KNOWN_COLUMNS, OWN_COLUMNS, SIFD
+from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY, TOKEN_SHARE, TURN_RULES
+from .method.columns import EOT_LOSS, IFD_COLUMNS, KNOWN_COLUMNS, OWN_COLUMNS, SELECTIVE_COLUMNS, SIFD
 from .method.further_scores import FURTHER, SCORED_BY_MODEL, further_names, replaced_columns
 from .method.number_words import many
 from .method.text_agreement import AGREEMENTS
@@ -183,6 +183,14 @@ def _above_zero(text: str) -> float:
     return value
 
 
+def _not_negative(text: str) -> float:
+    """The type of a size, which may be 0."""
+    value = _number(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"wants a number of at least 0, got {text!r}")
+    return value
+
+
 def _limit(text: str) -> float | str:
     """The type of a limit: a number, or that it is to be measured."""
     if text == CALIBRATED:
@@ -273,7 +281,8 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "--turns",
         choices=TURN_RULES,
         help="score every answer of a conversation, in columns of lists, and the row by that rule over them (default: "
-        "the last answer alone); tokens is the loss that a run on all answers trains on",
+        "the last answer alone); tokens is the loss that a run on all answers trains on; further scores have such "
+        "columns too",
     )
     add("--min-answer-tokens", type=_positive, default=1, help="shorter answers are not scored (default 1)")
 
@@ -309,6 +318,25 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="attach the losses of single tokens too, the lists cas_tokens and das_tokens, for `select --score sifd`",
     )
+    add(
+        "--sifd",
+        type=_share,
+        nargs="?",
+        const=TOKEN_SHARE,
+        metavar="K",
+        help="attach S-IFD too, over this share of all tokens, those of which the prompt tells most "
+        f"({TOKEN_SHARE} if none is given), and the losses of tokens that it is made of",
+    )
+    add(
+        "--neighbours",
+        type=_positive,
+        metavar="N",
+        help="of rows that were scored with --sifd or --token-losses by this model: keep their scores, and attach how "
+        "much of S-IFD stays under noise on the embeddings, as the mean and the spread of N neighbours (sifd_mean, "
+        "sifd_std). Two forwards for each; saves fewer rows at a time (8 on a CPU, else 256)",
+    )
+    add("--noise", type=_not_negative, metavar="X", help="size of that noise, as NEFTune's alpha (default 5)")
+    add("--noise-seed", type=_whole, metavar="N", help="of that noise (default 0)")
     add("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
     add(
         "--calibrate",
@@ -501,6 +529,7 @@ def _check_words(options: argparse.Namespace) -> None:
 def _score(options: argparse.Namespace) -> int:
     further = further_names(" ".join(options.scores or ()))
     options.guess = options.guess and options.guess.replace("\\n", "\n")
+    _check_neighbours(options)
     check_writable(options.output)
     check_model(options.model)
     check_rows(options.data)
@@ -509,12 +538,14 @@ def _score(options: argparse.Namespace) -> int:
 
     from .data.files import check_apart, check_features, load_rows, source_digest, with_columns, write_rows
     from .data.message_trees import as_chats
-    from .publish.provenance import calibrated, provenance_of, write_provenance
+    from .publish.provenance import calibrated, provenance_of, scored_before, write_provenance
     from .scoring.calibration import shortage
     from .scoring.job_parts import Parts, kept
     from .scoring.knowledge import ScoredAndAsked
+    from .scoring.neighbourhood import NeighbourScorer
     from .scoring.processes import Process
     from .scoring.scoring_job import join_parts, score_parts
+    from .scoring.selective_columns import attach_selective_ifd
     from .scoring.transform import SCORES_VERSION
 
     check_apart(options.output, options.data, options.split)
@@ -538,15 +569,27 @@ def _score(options: argparse.Namespace) -> int:
     process.main_first("check", lambda: scorer.check(rows[:_CHECKED_ROWS]))  # no folder and no weights before that
     settings = scorer.settings(rows.column_names)
     size = options.part_rows or (64 if settings["device"] == "cpu" else 2048)
-    worker, replaced = scorer, OWN_COLUMNS
+    weights = scorer.digest()
+    origin = provenance_of(settings, options.model, weights, options.data)
+    # Scored again: what was chosen by older scores goes with them.
+    worker, replaced = scorer, [*OWN_COLUMNS, *replaced_columns(rows.column_names, scorer.further_columns)]
+    more = {}
+    if knowledge is not None or options.neighbours is not None:
+        size = options.part_rows or (8 if settings["device"] == "cpu" else 256)
     if knowledge is not None:
         knowledge.check()
-        size = options.part_rows or (8 if settings["device"] == "cpu" else 256)
-        worker, replaced = ScoredAndAsked(knowledge), OWN_COLUMNS + KNOWN_COLUMNS
+        worker, replaced = ScoredAndAsked(knowledge), [*replaced, *KNOWN_COLUMNS]
+        origin = replace(origin, known=knowledge.settings())
+        more = {f"known_{name}": value for name, value in knowledge.settings().items()}
+    if options.neighbours is not None:
+        origin = scored_before(options.data, rows, options.model, weights)
+        noise = {"neighbours": options.neighbours, "alpha": options.noise, "seed": options.noise_seed}
+        noise = {name: value for name, value in noise.items() if value is not None}
+        worker, replaced = NeighbourScorer(scorer, rows, options.sifd or TOKEN_SHARE, **noise), SELECTIVE_COLUMNS
+        more = {f"sifd_{name}": value for name, value in worker.settings.items()}
     # The same for all processes, and for any number of them.
     job = {"data": source_digest(options.data, source), "rows": len(rows), "part_rows": size}
-    job |= {"weights": scorer.digest(), **settings, "scores_version": SCORES_VERSION}
-    job |= {} if knowledge is None else {f"known_{name}": value for name, value in knowledge.settings().items()}
+    job |= {"weights": weights, **settings, **more, "scores_version": SCORES_VERSION}
     del job["token_budget"]  # with another one, after trouble with memory, scores differ by rounding alone
     with closing(process.main_first("parts", lambda: Parts(options.output, job, process.main))) as parts:
         try:
@@ -560,18 +603,17 @@ def _score(options: argparse.Namespace) -> int:
                 parts.remove()  # what this process, started again, has made after it was finished
             return 0
         scores = join_parts(rows, worker, parts, size)
-        # Scored again: what was chosen by older scores goes with them.
-        stale = [*(set(replaced) & set(rows.column_names)), *replaced_columns(rows.column_names, further)]
-        rows = with_columns(rows.remove_columns(stale), scores)
-        origin = provenance_of(settings, options.model, job["weights"], options.data)
-        origin = origin if knowledge is None else replace(origin, known=knowledge.settings())
+        rows = with_columns(rows.remove_columns([name for name in rows.column_names if name in replaced]), scores)
+        if options.sifd is not None or options.neighbours is not None:
+            rows = attach_selective_ifd(rows, options.sifd or TOKEN_SHARE)
         if options.calibrate:
             calibration = scorer.calibrate(rows)
             origin = calibrated(origin, calibration)
         with kept():
             write_rows(rows, options.output, parts.folder)
-            write_provenance(options.output, origin, scores)
-        counted = sorted(pc.value_counts(scores.data["ifd_status"]).to_pylist(), key=lambda status: -status["counts"])
+            if origin is not None:
+                write_provenance(options.output, origin, rows)
+        counted = sorted(pc.value_counts(rows.data["ifd_status"]).to_pylist(), key=lambda status: -status["counts"])
         parts.check_joined()
         counts = {status["values"]: status["counts"] for status in counted}
         process.finish(status := 0 if "ok" in counts else 1)
@@ -586,6 +628,22 @@ def _score(options: argparse.Namespace) -> int:
             f"{options.output}. Check the format and the options; `ifd_status` says why for each row."
         )
     return status
+
+
+def _check_neighbours(options: argparse.Namespace) -> None:
+    """Raise for what goes with neighbours alone, and for what does not go with them."""
+    if options.neighbours is None:
+        if idle := [name for name in ("noise", "noise_seed") if getattr(options, name) is not None]:
+            raise UserError(f"--{idle[0].replace('_', '-')} goes with --neighbours N.")
+        options.token_losses |= options.sifd is not None
+        return
+    of_scoring = [name for name in ("scores", "guess", "turns", "calibrate", "known") if getattr(options, name)]
+    of_scoring += ["token_losses"] if options.token_losses else []
+    if of_scoring:
+        raise UserError(
+            f"--neighbours leaves the scores of rows as they are, and --{of_scoring[0].replace('_', '-')} is for "
+            "scoring them: score them first, with --sifd, to a file, and then that file with --neighbours."
+        )
 
 
 def _scorer(options: argparse.Namespace, local_rank: int, further: Sequence[str]) -> IFDScorer:
@@ -615,6 +673,12 @@ def _knowledge(options: argparse.Namespace, scorer: IFDScorer) -> KnowledgeScore
 
 
 def _select(options: argparse.Namespace) -> int:
+    with ExitStack() as stack:
+        return _select_rows(options, stack)
+
+
+def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
+    """What `select` does; what has to be closed at its end, well or not, goes on the stack."""
     check_rows(options.data)
     if options.scores is not None:
         if not Path(options.scores).is_file():
@@ -636,7 +700,6 @@ def _select(options: argparse.Namespace) -> int:
     from .method.quotas import REST
     from .method.ranking import Ranking
     from .method.schedule import parse_keep
-    from .method.selective_ifd import SHARE
     from .method.target_set import TargetSet
     from .publish.card import card_paths, check_card, public_name, write_card
     from .publish.guards import dropped_rows, measured_limit, unfinished_rows
@@ -679,7 +742,7 @@ def _select(options: argparse.Namespace) -> int:
     ranking = ranking or Ranking({usual: 1.0})
     selective = {}
     if by_sifd and (options.token_share is not None or SIFD not in rows.features):
-        selective[SIFD] = selective_column(rows, options.token_share or SHARE)
+        selective[SIFD] = selective_column(rows, options.token_share or TOKEN_SHARE)
     # How alike rows are to targets is known later, of those that may be kept.
     names = [name for name in ranking.weights if name not in selective]
     no_numbers = np.full(len(rows), np.nan)
@@ -710,7 +773,8 @@ def _select(options: argparse.Namespace) -> int:
         from .publish.targets import LikeTargets
 
         trust = options.trust_remote_code
-        like = LikeTargets(options.targets, options.data, options.split, provenance, options.embedder, trust)
+        like = LikeTargets(options.targets, options.data, options.split, data, provenance, options.embedder, trust)
+        stack.enter_context(closing(like))
     id_column, ids = tie_ids(rows, options.id_column)
     status, of_limit = scores["ifd_status"], scores[name].to_numpy(dtype=float, na_value=np.nan)
     values = ranking.values(columns, (status == "ok").to_numpy())
@@ -761,6 +825,8 @@ def _select(options: argparse.Namespace) -> int:
             columns=columns,
             everything=options.all,
         )
+    if like is not None:
+        like.finish()
     print(f"{chosen.summary} Written to {data}{f' with its card {card}' if options.card else ''}.")
     if options.push_to_hub:
         files = {data.name: data, "README.md": card, image.name: image}

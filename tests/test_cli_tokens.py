@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROUNDING
+from conftest import ROUNDING, build_model
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from ifd_trainer import IFDScorer, attach_selective_ifd
 from ifd_trainer.cli import main
@@ -44,6 +45,10 @@ def score(data: str, output: Path, model: str, *more: str) -> int:
 def select(scored: Path, output: Path, *more: str) -> pd.DataFrame:
     assert main(["select", str(scored), "--output", str(output), *more]) == 0
     return load_rows(str(output)).to_pandas()
+
+
+def numbers(rows: Dataset, name: str) -> np.ndarray:
+    return np.array(rows[name][:], dtype=float)
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".jsonl"])
@@ -133,3 +138,71 @@ def test_token_losses_of_another_definition_are_refused_before_anything_is_loade
     options = ["--definition", "cherry", "--token-losses"]
     assert score(data, tmp_path / "out.parquet", str(tmp_path / "empty"), *options) == 2
     assert "token_losses go with definition='paper'" in capsys.readouterr().err
+
+
+# ---- S-IFD and its neighbourhood ------------------------------------------------------------------------------------
+
+
+def test_sifd_and_its_neighbours_are_those_of_the_library(tmp_path, data, model_path, monkeypatch, capsys):
+    scored, steady = tmp_path / "scored.parquet", tmp_path / "steady.parquet"
+    assert score(data, scored, model_path, "--sifd", "0.4", "--scores", "ira") == 0
+    rows = load_rows(str(scored))
+    np.testing.assert_array_equal(numbers(rows, "sifd"), numbers(attach_selective_ifd(rows, 0.4), "sifd"))
+    command = [str(scored), steady, model_path, "--sifd", "0.4", "--neighbours", "2", "--part-rows", "4"]
+
+    saved, save = [], Parts.save
+
+    def interrupted(self, part, columns):
+        save(self, part, columns)
+        saved.append(part)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "save", interrupted)
+    assert score(*command) == 130
+    assert score(*command[:-1], "3") == 2  # another job
+    assert "part_rows: 4 there, 3 now" in capsys.readouterr().err
+    assert score(*command, "--noise-seed", "1") == 2
+    assert "sifd_seed: 0 there, 1 now" in capsys.readouterr().err
+    assert score(*command) == 0
+    assert sorted(saved) == [0, 1, 2]  # of 11 rows, none twice
+
+    found = load_rows(str(steady))
+    scorer = IFDScorer(model_path, device="cpu", token_losses=True)
+    expected = scorer.neighbourhood(rows, share=0.4, neighbours=2)
+    for name in ("sifd", "sifd_mean", "sifd_std"):
+        np.testing.assert_allclose(numbers(found, name), numbers(expected, name), rtol=1e-3, atol=1e-6)
+    assert np.isfinite(numbers(found, "sifd_std")).any()
+    assert found.remove_columns(["sifd", "sifd_mean", "sifd_std"]).to_dict() == rows.remove_columns("sifd").to_dict()
+    records = [Path(f"{path}.ifd.yaml").read_text(encoding="utf-8") for path in (scored, steady)]
+    assert records[0] == records[1]  # the scores are those of before, and so is what is known of them
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_neighbours_are_of_the_model_that_scored(tmp_path, data, model_path, capsys):
+    scored = tmp_path / "scored.parquet"
+    assert score(data, scored, model_path, "--sifd") == 0
+    other = build_model(400, seed=1)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(tmp_path / "other")
+    assert score(str(scored), tmp_path / "out.parquet", str(tmp_path / "other"), "--neighbours", "1") == 2
+    assert "were scored by" in capsys.readouterr().err
+    assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--neighbours", "2"], "The rows have no cas_tokens and no das_tokens"),
+        (["--neighbours", "2", "--token-losses"], "--neighbours leaves the scores of rows as they are, and --token-lo"),
+        (["--neighbours", "2", "--known", "3"], "and --known is for scoring them: score them first, with --sifd"),
+        (["--neighbours", "2", "--definition", "cherry"], "token_losses go with definition='paper'"),
+        (["--noise", "2"], "--noise goes with --neighbours N"),
+        (["--neighbours", "2", "--noise", "-1"], "wants a number of at least 0, got '-1'"),
+        (["--sifd", "2"], "wants a number above 0 and at most 1, got '2'"),
+        (["--sifd", "--turns", "min"], "By turns='min' it is of no such mean"),
+    ],
+)
+def test_what_neighbours_do_not_go_with_is_said(tmp_path, data, model_path, options, words, capsys):
+    assert score(data, tmp_path / "out.parquet", model_path, *options) == 2
+    assert words in capsys.readouterr().err

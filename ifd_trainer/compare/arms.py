@@ -10,6 +10,7 @@ from typing import Any
 from ..data.paths import folder_name
 from ..errors import UserError
 from ..evaluation.measured import BASELINE
+from ..method.further_scores import LOSS_CHANGE, further_names
 
 # What an arm's own keys stand on. The column of "balanced" is named for all arms, and of no use to the others.
 _PLAIN = {"method": "dynamic", "guards": "none", "policy": "cherry", "balance_by": ""}
@@ -76,6 +77,7 @@ def read_arms(
     balance_by: str | None = None,
     superfilter: str | None = None,
     target_set: str | None = None,
+    scores: str | Sequence[str] | None = None,
 ) -> list[Arm]:
     """The arms that were asked for, random rows first, since the others are held against them.
 
@@ -86,6 +88,7 @@ def read_arms(
         balance_by: the column whose values "balanced" draws evenly.
         superfilter: the model that scores for "superfiltering".
         target_set: the examples that rows are held against for "target".
+        scores: further scores of the recipe. An arm that scores once, before training, goes without `loss_change`.
 
     Raises:
         UserError: for a name that is not known and has no keys, for an arm whose column or model is not named, and for
@@ -96,6 +99,7 @@ def read_arms(
     >>> read_arms({"hardest": {"policy": "mine.Hardest"}}, model="m")[1].arguments()
     ['--method', 'dynamic', '--guards', 'none', '--policy', 'mine.Hardest', '--balance_by', '']
     """
+    scores = further_names(scores, in_training=True)
     given = dict.fromkeys(DEFAULT if chosen is None else chosen) if not isinstance(chosen, Mapping) else chosen
     given = {BASELINE: None, **given}
     if len(given) < 2:
@@ -126,7 +130,11 @@ def read_arms(
             keys["scorer"] = own.get("scorer") or (superfilter if name == "superfiltering" else model)
             if not keys["scorer"]:
                 raise UserError("arms: superfiltering scores with a small model: name it with superfilter: gpt2.")
-        arms.append(arm_of(str(name), {**keys, **own}))
+        keys |= own
+        if LOSS_CHANGE in scores and keys.get("scorer") and "scores" not in own:
+            # Without another one a score that is always there: a key of a command line needs a value.
+            keys["scores"] = [each for each in scores if each != LOSS_CHANGE] or ["ifd"]
+        arms.append(arm_of(str(name), keys))
     folders = [folder_name(arm.name) for arm in arms]
     if twice := sorted({folder for folder in folders if folders.count(folder) > 1}):
         raise UserError(f"arms: several of them would be in the folder {twice[0]!r}. Give them other names.")
@@ -142,6 +150,17 @@ def arm_of(name: str, keys: Mapping[str, Any]) -> Arm:
     own = ", ".join(f"{key} {value}" for key, value in keys.items() if value not in (_PLAIN.get(key), ""))
     words = KNOWN[name][0] if name in KNOWN else f"of your own: {own or 'as dynamic'}"
     return Arm(name, words, keys, selects=name != "full")
+
+
+def left_out_of_arms(arms: Iterable[Arm], scores: str | Sequence[str] | None) -> str:
+    """What to say of a recipe's further scores that some arms go without; "" where all have them."""
+    without = [arm.name for arm in arms if arm.keys.get("scorer") and LOSS_CHANGE not in (arm.keys.get("scores") or ())]
+    if LOSS_CHANGE not in further_names(scores, in_training=True) or not without:
+        return ""
+    return (
+        f"scores: {LOSS_CHANGE} is how the losses of the model in training change; rows are scored once, before it, in "
+        f"the arms {_names(without)}, which go without."
+    )
 
 
 def _names(names: Iterable[str]) -> str:

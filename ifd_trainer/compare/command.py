@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,7 +13,7 @@ from ..errors import NotFoundError, UserError
 from ..evaluation.measures import Measures, read_measures
 from ..method.number_words import many
 from ..training.recipe_file import check_recipe, overrides, read_recipe
-from .arms import DEFAULT, KNOWN, read_arms
+from .arms import DEFAULT, KNOWN, left_out_of_arms, read_arms
 
 if TYPE_CHECKING:
     from ..judge.pairs import Judge
@@ -78,7 +79,8 @@ def compare(arguments: Sequence[str]) -> int:
     check_recipe(options.recipe, words, plan=True)
     model, output = settings["model_name_or_path"], settings.get("output_dir")
     superfilter = options.superfilter or given.get("superfilter")
-    named = {"balance_by": settings.get("balance_by"), "target_set": settings.get("target_set")}
+    scores = _scores(given.get("scores"), words)
+    named = {"balance_by": settings.get("balance_by"), "target_set": settings.get("target_set"), "scores": scores}
     arms = read_arms(_chosen(options.arms, given.get("arms")), str(model), superfilter=superfilter, **named)
     seeds = _seeds(options.seeds if options.seeds is not None else given.get("seeds", 3))
     measures = read_measures({**given, **{key: value for key, value in vars(options).items() if value is not None}})
@@ -96,6 +98,8 @@ def compare(arguments: Sequence[str]) -> int:
     planned = [planned_arm(options.recipe, words, arm) for arm in arms]
     measured = planned_measures(options.recipe, words, measures)
     runs = len(seeds) * (len(arms) - 1)
+    if left_out := left_out_of_arms(arms, scores):
+        print(left_out)
     of_measures = plan_of_measures(measured, measures, runs, judge and judge.name)
     print(plan_text(planned, seeds, operations_per_second(), of_measures), flush=True)
     if options.plan:
@@ -132,6 +136,20 @@ def _chosen(named: Sequence[str] | None, of_recipe: Any) -> Any:
         return of_recipe
     keys = of_recipe if isinstance(of_recipe, dict) else {}
     return {name: keys.get(name) for word in named for name in word.split(",") if name}
+
+
+def _scores(of_recipe: Any, words: Sequence[str]) -> Any:
+    """The further scores of the command line, else those of the recipe.
+
+    >>> _scores("ira", ["--scores", "rifd", "loss_change", "--keep", "3"]), _scores("ira", ["--keep", "3"])
+    (['rifd', 'loss_change'], 'ira')
+    """
+    for place in range(len(words) - 1, -1, -1):
+        name, equals, value = words[place].partition("=")
+        if name == "--scores":
+            following = takewhile(lambda word: not word.startswith("--"), words[place + 1 :])
+            return [value] if equals else list(following)
+    return of_recipe
 
 
 def _seeds(given: Any) -> list[int]:

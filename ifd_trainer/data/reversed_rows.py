@@ -4,6 +4,8 @@ Reversed IFD (r-IFD, arXiv 2402.10110) is the IFD of such a row. What its instru
 
 - a template (Alpaca, WizardLM, one of your own): the instruction, and behind it the input, a line break between them
 - chats: the last message of the user before the answer; earlier turns and the system's are left out
+- each answer of a chat, where all are scored: what the user says between the answer before it and this one, several
+  messages with a line break between them; an answer to none, such as one to what a tool returned, has no instruction
 - prompt-completion texts: the prompt, without the template of Alpaca or WizardLM where it was written with one, and
   without the response header that it ends with where that is known; rows of a `PromptFormat` of your own likewise
 
@@ -32,6 +34,7 @@ from .formats import (
     PromptFormat,
     TemplateFormat,
     answer_text,
+    conversation_parts,
 )
 from .turn_headers import RESPONSE, told_header
 
@@ -77,11 +80,39 @@ class ReversedRows:
     template: str | None = None
 
     def of_row(self, row: Mapping[str, Any], format: PromptFormat) -> Example | None:
-        """A raw row turned round; None for a chat without a user's message, or one that cannot be rendered."""
+        """A raw row turned round; None for a chat without a user's message or without a text of the answer, and for a
+        row that cannot be rendered.
+        """
         try:
             return self._of_row(row, format)
         except MalformedRow:
             return None
+
+    def of_answers(self, row: Mapping[str, Any], format: PromptFormat) -> list[Example | None]:
+        """Each answer of a raw row turned round; None where the user says nothing between it and the one before, or it
+        is a call without a text.
+
+        Raises:
+            MalformedRow: for a row that the format cannot read.
+
+        >>> row = {"instruction": "2 + 2?", "output": "4"}
+        >>> [example.answer for example in ReversedRows(None).of_answers(row, ALPACA)]
+        ['2 + 2?']
+        """
+        parts = conversation_parts(row, format, self.tokenizer)
+        if parts is None:
+            return [self.of_row(row, format)]
+        messages, first = parts
+        options = template_options(row, self.tokenizer) | {"tools": None}
+        found, said = [], []
+        for place, message in enumerate(messages):
+            if message["role"] == "user":
+                said.append(content_of(message.get("content")))
+            if message["role"] == "assistant":
+                if place >= first:
+                    found.append(self._of_answer("\n".join(said), [message], options))
+                said = []
+        return found
 
     def of_text(self, prompt: str, answer: str, header: str | None = None) -> Example:
         """A prompt and an answer turned round, two texts.
@@ -114,6 +145,12 @@ class ReversedRows:
             text, said = text + said[0], said[1:]
         return self.of_text(text, said)
 
+    def of_later_tokens(self, since: Sequence[int], answer: Sequence[int]) -> Example | None:
+        """The same of an answer that others precede, by what stands between them: None where no user says anything."""
+        header, _ = self._user_turn
+        between = self.tokenizer.decode(list(since), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return None if header and header not in between else self.of_tokens(since, answer)
+
     def _of_row(self, row: Mapping[str, Any], format: PromptFormat) -> Example | None:
         if isinstance(format, TemplateFormat):
             return self._of_template(format, *format.texts(row))
@@ -125,9 +162,18 @@ class ReversedRows:
             if not questions:
                 return None
             options = template_options(row, self.tokenizer) | {"tools": None}
-            return self._of_chat(content_of(questions[-1].get("content")), answer_text(answer), options)
+            return self._of_answer(content_of(questions[-1].get("content")), answer, options)
         example = format.render(row, self.tokenizer)
         return self.of_text(example.prompt, example.answer.removesuffix(example.end), example.header)
+
+    def _of_answer(self, question: str, answer: list[dict], options: Mapping[str, Any]) -> Example | None:
+        said = answer_text(answer)
+        if not question.strip() or not said.strip():  # a call without a text shows nothing to guess from
+            return None
+        try:
+            return self._of_chat(question, said, options)
+        except MalformedRow:
+            return None
 
     def _of_template(self, format: TemplateFormat, instruction: str, extra: str, answer: str) -> Example:
         texts = {format.output: "\n".join(text for text in (instruction, extra) if text.strip())}

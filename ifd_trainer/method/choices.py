@@ -35,6 +35,8 @@ MEASURING_GUARDS = ("limit", "pairing", "unfinished")  # those for which a model
 
 SIMILARITY = 0.85  # from which share of common shingles on texts are duplicates, where no other is given
 
+TOKEN_SHARE = 0.5  # of all tokens that S-IFD is made of, where no other is given; the paper takes 0.5 to 0.75
+
 RANKED_BY = get_args(Score)
 SHORTFALLS = get_args(Shortfall)
 MISALIGNED = get_args(Misaligned)

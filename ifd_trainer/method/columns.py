@@ -61,8 +61,9 @@ SELECTIVE_COLUMNS = tuple(_SELECTIVE)  # what is made of those
 KNOWN_COLUMNS = tuple(_KNOWN)  # of rows whose prompts a model has answered
 # Replaced when rows are scored again; what a model has answered stays.
 OWN_COLUMNS = tuple(name for name in COLUMN_MEANINGS if name not in KNOWN_COLUMNS)
+LIKENESS = "target_similarity"
 TARGET_MEANINGS = {
-    "target_similarity": "cosine with the target most like the row, from -1 to 1",
+    LIKENESS: "cosine with the target most like the row, from -1 to 1",
     "target_row": "the id of that target, else its position",
     "target_status": "`ok`, or why the row was not embedded",
 }

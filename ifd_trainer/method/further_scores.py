@@ -6,6 +6,10 @@ A further score is an equation (`equations.OF_LOSSES`) of mean losses, in nats p
     prompt        the prompt's tokens after the first; the prompt begins what `cas` reads, and shares its forward
     rcas, rdas    the instruction, given the answer and a request to guess it, and alone: two forwards more
 
+Where every answer of a conversation is scored, so are its further scores, in columns of lists (`turn_column`). The
+prompt and the instruction of an answer are what was said since the answer before it; see `data.further_segments` and
+`data.reversed_rows`.
+
 Names and texts alone, so that the command line can show them at once.
 """
 
@@ -102,15 +106,25 @@ def losses_read(names: Iterable[str]) -> frozenset[str]:
     return frozenset(loss for name in names for loss in FURTHER[name].of) - {"cas", "das"}
 
 
+def turn_column(name: str) -> str:
+    """The column of lists with a score of each answer of a conversation.
+
+    >>> turn_column("rifd")
+    'turn_rifd'
+    """
+    return f"turn_{name}"
+
+
 def replaced_columns(present: Iterable[str], further: Iterable[str]) -> list[str]:
     """Further scores among the columns of a data set that a new scoring takes the place of.
 
-    Those that it gives; and, of rows that were scored before, those of that scoring: without a scoring, a column of
-    such a name is the data set's own.
+    Those that it gives, `further`; and, of rows that were scored before, those of that scoring: without a scoring, a
+    column of such a name is the data set's own.
 
     >>> replaced_columns(["ifd_status", "ira", "text"], []), replaced_columns(["ira", "text"], [])
     (['ira'], [])
     """
     present = list(present)
-    stale = SCORED_BY_MODEL if "ifd_status" in present else tuple(further)
-    return [name for name in present if name in stale or name in further]
+    of_rows = SCORED_BY_MODEL if "ifd_status" in present else ()
+    stale = {*further, *of_rows, *map(turn_column, of_rows)}
+    return [name for name in present if name in stale]

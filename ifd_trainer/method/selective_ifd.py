@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import UserError
+from .choices import TOKEN_SHARE as SHARE
 
-SHARE = 0.5  # of the tokens, by default; the paper takes 0.5 to 0.75
 _LOW = 16  # bits that the second pass counts
 _HIGH = 15  # bits that the first one counts: of the 32, the sign is always 0
 

@@ -6,6 +6,9 @@ For answers k of N_k tokens, with losses cas_k and das_k (of those that could be
     mean     mean_k of each score
     min, max the answer with the lowest or the highest IFD, all columns being its own; of equal ones the first
     last     the last answer, whether or not it could be scored
+
+Further scores follow in the same ways: by `tokens` from the losses that each is made of, over the tokens of which those
+are the means (of r-IFD the instructions', of a prompt's perplexity the prompts'), of the answers that have the score.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import numpy as np
 
 from ..errors import UserError
 from .choices import TURN_RULES
-from .columns import LAST_COLUMNS
-from .equations import FROM_LOSSES
+from .columns import IFD_COLUMNS, LAST_COLUMNS
+from .equations import FROM_LOSSES, OF_LOSSES
+from .further_scores import FURTHER
 from .reasons import Status
 
 
@@ -29,16 +33,24 @@ def check_turns(rule: str | None, none: bool = True) -> None:
 
 
 def row_scores(
-    turns: Mapping[str, np.ndarray], counts: Sequence[int], rule: str, empty: Sequence[str]
+    turns: Mapping[str, np.ndarray],
+    counts: Sequence[int],
+    rule: str,
+    empty: Sequence[str],
+    further: Sequence[str] = (),
+    read: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Scores of n rows from those of their answers.
 
     Args:
         turns: columns of all answers, (sum of counts,), one row's behind another's: `cas`, `das`, `ifd`, `ifd_ppl`,
-            `eot_loss`, `answer_tokens`, `ifd_status`.
+            `eot_loss`, `answer_tokens`, `ifd_status`, and the further scores.
         counts: (n,) answers of each row.
         rule: how they become one; see above.
         empty: (n,) the status of a row without an answer.
+        further: names of further scores.
+        read: the losses beside `cas` and `das` that these follow from, by name: of all answers the mean losses, and the
+            tokens that they are the means of. The rule `tokens` alone needs them.
 
     Returns:
         The same columns, (n,). A row has a score if any of its answers has one, else the status of its last answer;
@@ -61,32 +73,42 @@ def row_scores(
         status[np.unique(row[ok])] = Status.OK.value
     scored = status == Status.OK.value
     tokens = turns["answer_tokens"]
-    found = {name: np.full(rows, np.nan) for name in ("cas", "das", *FROM_LOSSES, "eot_loss")}
+    own = ("cas", "das", *FROM_LOSSES)
+    found = {name: np.full(rows, np.nan) for name in (*own, "eot_loss", *further)}
     found["answer_tokens"] = np.zeros(rows, dtype=np.int64)
     found["eot_loss"][some] = turns["eot_loss"][last]
     found["eot_loss"][~scored] = np.nan
 
-    def sums(values: np.ndarray) -> np.ndarray:
-        """Of the answers with a score, of each row that has one."""
-        return np.bincount(row[ok], weights=values[ok], minlength=rows)[scored]
+    def mean(values: np.ndarray, weights: np.ndarray, of: np.ndarray) -> np.ndarray:
+        """Over some of the answers, of each row that has a score; NaN for one that has none of them."""
+        total, weight = (np.bincount(row[of], each[of], minlength=rows) for each in (weights * values, weights))
+        with np.errstate(invalid="ignore"):
+            return np.where(scored, total / weight, np.nan)
 
-    if rule in ("tokens", "mean"):
-        weights = tokens if rule == "tokens" else np.ones(len(tokens))
-        for name in ("cas", "das", *FROM_LOSSES):
-            found[name][scored] = sums(weights * turns[name]) / sums(weights)
-        if rule == "tokens":
-            found |= {name: score(found["cas"], found["das"]) for name, score in FROM_LOSSES.items()}
-        found["answer_tokens"][scored] = sums(tokens)
+    if rule == "tokens":
+        found |= {name: mean(turns[name], tokens, ok) for name in ("cas", "das")}
+        found |= {name: score(found["cas"], found["das"]) for name, score in FROM_LOSSES.items()}
+        losses = {name: (turns[name], tokens) for name in ("cas", "das")} | dict(read or {})
+        for name in further:
+            parts = [losses[loss] for loss in FURTHER[name].of]
+            known = ok & np.logical_and.reduce([np.isfinite(loss) for loss, _ in parts])
+            found[name] = OF_LOSSES[name](*(mean(loss, weights, known) for loss, weights in parts))
+    elif rule == "mean":
+        once = np.ones(len(tokens))
+        found |= {name: mean(turns[name], once, ok & np.isfinite(turns[name])) for name in (*own, *further)}
     else:
         chosen = last
         if rule != "last":
             key = turns["ifd"] if rule == "min" else -turns["ifd"]
             order = np.lexsort((np.where(ok, key, np.inf), row))
             chosen = order[ends[some] - counts[some]]  # the first of each row's answers, in that order
-        for name in ("cas", "das", *FROM_LOSSES):
+        for name in (*own, *further):
             found[name][some] = turns[name][chosen]
         found["answer_tokens"][some] = tokens[chosen]
-    return found | {"ifd_status": status}
+    if rule in ("tokens", "mean"):
+        found["answer_tokens"][scored] = np.bincount(row[ok], tokens[ok], minlength=rows)[scored]
+    found["ifd_status"] = status
+    return {name: found[name] for name in (*IFD_COLUMNS, *further)}
 
 
 def last_scores(turns: Mapping[str, np.ndarray], counts: Sequence[int]) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from ..data.definitions import KNOWN_DEFINITIONS
 from ..errors import UserError
 from ..method.choices import RANKED_BY
 from ..method.columns import COLUMN_MEANINGS, TARGET_MEANINGS
-from ..method.further_scores import FURTHER
+from ..method.further_scores import FURTHER, turn_column
 from ..method.number_words import many
 from ..method.reasons import MEANINGS, Status
 from ..method.scoring_health import rank_correlation
@@ -92,6 +92,7 @@ def write_card(
     what = f"{'all rows, marked ' if everything else ''}the {rows_text(chosen.kept_rows)} {_which(chosen)}"
     title = f"{' '.join(name.split())}: {what}"
     meanings = COLUMN_MEANINGS | {name: further.meaning for name, further in FURTHER.items()} | TARGET_MEANINGS
+    meanings |= {turn_column(name): f"{name} of each answer of a conversation" for name in FURTHER}
     content = {
         "marker": MARKER,
         "title": _plain(title),

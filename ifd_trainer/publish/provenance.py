@@ -146,6 +146,36 @@ def read_provenance(data: str | os.PathLike, scores: pd.DataFrame) -> Provenance
     return provenance if digest == expected else None
 
 
+def scored_before(data: str, rows: Dataset, model: str, weights: str) -> Provenance | None:
+    """How the scores of rows were made that are to be scored further by the model that gave them.
+
+    Args:
+        data: the file of the rows.
+        rows: with the scores.
+        model: that is to score further.
+        weights: what tells its weights from others, see `Provenance`.
+
+    Returns:
+        None where nothing says how they were made, or only of other scores than these.
+
+    Raises:
+        UserError: where another model gave them.
+    """
+    if not {*RANKED_BY} <= {*rows.column_names}:
+        return None
+    known = read_provenance(data, rows.select_columns([*RANKED_BY]).to_pandas())
+    if known is None or known.weights is None:
+        return known
+    # Where one is a commit and the other a digest of files, they say nothing of each other.
+    found, before = weights.split("+")[0], known.weights.split("+")[0]
+    if ("@" in found) == ("@" in before) and found != before:
+        raise UserError(
+            f"The rows of {data} were scored by {known.model} with the weights {before}, and {model} has {found}: name "
+            "the model that gave the scores, or score the rows anew."
+        )
+    return known
+
+
 def find_scores(
     rows: pd.DataFrame, data: str, scores: str | None = None, *, kind: str | None = None, model: str | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame, Provenance]:

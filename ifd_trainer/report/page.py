@@ -47,6 +47,7 @@ from .plots import (
 )
 from .report_data import Origin, ReportData, read_report_data
 from .score_frames import (
+    BESIDE_IFD,
     MISSING,
     SCORE_EQUATIONS,
     SCORE_NAMES,
@@ -128,7 +129,8 @@ def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
         "any_rows": any(len(rows) for rows in data.epochs.values()),
         "chosen": data.last is not None and "kept" in data.last,
         "score": SCORE_NAMES[data.score],
-        "further": [(name, FURTHER[name].meaning) for name in _listed(data.last)] if data.last is not None else [],
+        "limit": " below 1" if data.score in SCORE_EQUATIONS else "",
+        "further": [(name, BESIDE_IFD[name]) for name in _listed(data.last)] if data.last is not None else [],
         "epochs": _epoch_grid(history) if history is not None and history.epochs else None,
         "words": column_words,
         "cuts": _cut_lines(data),
@@ -343,7 +345,7 @@ def drawn_plots(data: ReportData) -> list[Plot]:
         figure = plot_ifd_length(epochs, score=score)
         plots.append(Plot.of("ifd_length", "Score and answer length", _length_caption(epochs, score) + ends, figure))
     if further := further_columns(data.last):
-        text = "; ".join(f"{name}: {FURTHER[name].meaning}" for name in further)
+        text = "; ".join(f"{name}: {BESIDE_IFD[name]}" for name in further)
         plots.append(Plot.of("further_scores", "Further scores", f"{text}.", plot_further_scores(data.last)))
     if data.labels is not None and chosen and len(data.labels):
         shares = _named_shares(data)
@@ -475,6 +477,9 @@ def _parts(rows: pd.DataFrame, score: str, most: int) -> list[tuple[str, pd.Data
         parts = [(_CHOSEN, kept, kept.head(most)), (_LEFT, left, left.head(most))]
     elif ranked.empty:
         parts = []
+    elif "kept" not in rows and score not in SCORE_EQUATIONS:  # where 1 means nothing
+        low = ranked.iloc[most:].tail(most)[::-1]
+        parts = [("Highest scores", ranked, ranked.head(most)), ("Lowest scores", ranked, low)]
     elif "kept" not in rows:
         under = ranked[ranked[score] < 1]
         parts = [("Highest scores below 1", under, under.head(most))]
@@ -541,7 +546,7 @@ _OF_REASON = {MISMATCHED: "p_value", UNFINISHED: "eot_loss", DUPLICATE: "duplica
 def _listed(rows: pd.DataFrame) -> list[str]:
     """The further scores that tables of rows list: no losses of which another one is made, to leave room for texts."""
     names = further_columns(rows)
-    parts = {part for name in names for part in FURTHER[name].brings}
+    parts = {part for name in names if name in FURTHER for part in FURTHER[name].brings}
     return [name for name in names if name not in parts]
 
 

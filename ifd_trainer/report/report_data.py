@@ -15,6 +15,8 @@ from ..data.formats import PromptFormat
 from ..data.readable_text import text_columns
 from ..data.row_ids import named_ids
 from ..errors import FileAccessError, NotFoundError, UserError, one_line
+from ..method.choices import RANKED_BY
+from ..method.columns import LIKENESS
 from ..method.number_words import many
 from ..method.reasons import BELOW_CUT
 from ..training.history import FOLDER, History
@@ -275,6 +277,8 @@ def _score_of(rows: pd.DataFrame, ranks: pd.Series | None, origin: Origin) -> st
         known = [name for name in SCORE_NAMES if name in rows]
         parts = [name for name in known if not kept[name].min() < below[name].max()]
         return parts[0] if parts else "ifd"
+    if LIKENESS in rows and not rows[[*RANKED_BY]].notna().any(axis=None):
+        return LIKENESS
     known = KNOWN_DEFINITIONS.get(origin.definition)
     if known and "reason" not in rows and rows[known.ranked_by].notna().any():
         return known.ranked_by

@@ -15,7 +15,7 @@ import pandas as pd
 from ..data.row_ids import named_ids
 from ..errors import UserError
 from ..method.choices import RANKED_BY
-from ..method.columns import SCORES
+from ..method.columns import LIKENESS, SCORES, TARGET_MEANINGS
 from ..method.equations import FROM_LOSSES
 from ..method.further_scores import FURTHER
 from ..method.number_words import many, rounded_below
@@ -39,6 +39,7 @@ from ..training.history import History
 MISSING = "-"
 WITHOUT_GUARDS = ", without guards"  # behind the name of an epoch: what its scores would have kept
 _OF_GUARDS = ("kept_without_guards", "p_value", "duplicate_of")
+_OF_LIKENESS = "target_status"
 _BESIDE = (*_OF_GUARDS, "ifd_rank")  # columns that are taken over as they are
 _PASSED_OVER = (
     BELOW_CUT,
@@ -51,7 +52,9 @@ _PASSED_OVER = (
 _CHOICES = (KEPT, RELAXED, BELOW_CUT, REDUNDANT, OTHER_TIER, NOT_IN_SAMPLE, ABOVE_LIMIT)
 
 
-SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)", **{name: name for name in FURTHER}}  # of tables and plots
+# Numbers beside IFD that are shown where rows have them, with what each means.
+BESIDE_IFD = {name: each.meaning for name, each in FURTHER.items()} | {LIKENESS: TARGET_MEANINGS[LIKENESS]}
+SCORE_NAMES = {"ifd": "IFD", "ifd_ppl": "IFD (ppl)", **{name: name for name in BESIDE_IFD}}  # of tables and plots
 # Those at which 1 means that the prompt does not help.
 SCORE_EQUATIONS = {"ifd": "IFD = cas / das", "ifd_ppl": "perplexity ratio exp(cas - das)"}
 LIMIT = "limit"  # in the attributes of an epoch's frame: the limit that was measured for it
@@ -60,9 +63,10 @@ LIMIT = "limit"  # in the attributes of an epoch's frame: the limit that was mea
 def normalised(frame: pd.DataFrame) -> pd.DataFrame:
     """A copy with the columns that this module reads, as floats and plain strings; NaN where there is no score.
 
-    Further scores are there where the rows have them; `kept`, `reason` and `times` only if a policy has chosen.
+    Further scores, and how alike rows are to a target set, are there where the rows have them; `kept`, `reason` and
+    `times` only if a policy has chosen.
     """
-    if not {*RANKED_BY} & {*frame} and not {"cas", "das"} <= {*frame}:
+    if not {*RANKED_BY, LIKENESS} & {*frame} and not {"cas", "das"} <= {*frame}:
         raise UserError(
             f"The rows have no IFD columns (`ifd`, or `cas` and `das`), only {list(frame.columns)}. Score them first: "
             'ds.map(IFDScorer("model"), batched=True), or `ifd-trainer score`.'
@@ -72,23 +76,28 @@ def normalised(frame: pd.DataFrame) -> pd.DataFrame:
     rows.attrs = dict(frame.attrs)
     for name in (*SCORES, "answer_tokens"):
         rows[name] = _floats(frame[name]) if name in frame else np.nan
+    for name in BESIDE_IFD:
+        if name in frame:
+            rows[name] = _floats(frame[name])
     further = [name for name in FURTHER if name in frame]
-    for name in further:
-        rows[name] = _floats(frame[name])
     for name, equation in FROM_LOSSES.items():
         if name not in frame:
             rows[name] = equation(rows["cas"], rows["das"])
-    any_score = rows[[*RANKED_BY]].notna().any(axis=1)
+    any_score = rows[[name for name in (*RANKED_BY, LIKENESS) if name in rows]].notna().any(axis=1)
     # A row without a status was not scored, whatever numbers it has: training and `select` take it so too.
-    status = _words(frame["ifd_status"], Status.NONFINITE.value) if "ifd_status" in frame else Status.OK.value
-    rows["ifd_status"] = np.where((status == Status.OK.value) & ~any_score, Status.NONFINITE.value, status)
+    named = next((name for name in ("ifd_status", _OF_LIKENESS) if name in frame), None)
+    status = Status.OK.value if named is None else _words(frame[named], Status.NONFINITE.value)
+    # Of rows that were held against targets alone, the reason tells which of them were not.
+    by_reason = named is None and "ifd_reason" in frame and LIKENESS in frame
+    missing = _words(frame["ifd_reason"], Status.NONFINITE.value) if by_reason else Status.NONFINITE.value
+    rows["ifd_status"] = np.where((status == Status.OK.value) & ~any_score, missing, status)
     rows.loc[rows["ifd_status"] != Status.OK.value, [*SCORES, *further]] = np.nan
     return _with_choice(rows, frame)
 
 
 def further_columns(rows: pd.DataFrame) -> list[str]:
-    """The further scores of which rows have some."""
-    return [name for name in FURTHER if name in rows and rows[name].notna().any()]
+    """The numbers beside IFD of which rows have some."""
+    return [name for name in BESIDE_IFD if name in rows and rows[name].notna().any()]
 
 
 def _with_choice(rows: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:

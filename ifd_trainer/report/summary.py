@@ -262,13 +262,15 @@ def _steps_of_scores(data: ReportData) -> list[tuple[str, str]]:
             *steps,
             ("Train on them, with any trainer, or:", "ifd-trainer train RECIPE.yaml --dataset_name SELECTED"),
         ]
-    steps = [("Read the rows with the highest scores below 1, below: noise gathers there.", "")]
-    if file and not measured:
+    limited = data.score in SCORE_EQUATIONS
+    gathers = "the highest scores below 1, below: noise gathers there." if limited else "the highest scores, below."
+    steps = [(f"Read the rows with {gathers}", "")]
+    if file and limited and not measured:
         steps.append(("Measure how noise scores, for a limit that keeps it out:", _score_again(data, file)))
     steps.append(
         (
-            f"Select, by a share of all rows (5 % here){', without noise' if measured else ''}:",
-            select_command(data, 0.05, guarded=measured),
+            f"Select, by a share of all rows (5 % here){', without noise' if measured and limited else ''}:",
+            select_command(data, 0.05, guarded=measured and limited),
         )
     )
     return steps
@@ -293,17 +295,17 @@ def select_command(data: ReportData, share: float, guarded: bool = False) -> str
 
 
 def cuts(data: ReportData) -> list[tuple[float, int, str]]:
-    """For shares of all rows: (share, rows, where they cut), below 1; "only N eligible" where there are fewer."""
-    values = data.last[data.score]
-    eligible = values[values < 1].sort_values(ascending=False)
+    """For shares of all rows: (share, rows, where they cut), of an IFD below 1; "only N rows" where there are fewer."""
+    values, limited = data.last[data.score], data.score in SCORE_EQUATIONS
+    eligible = (values[values < 1] if limited else values.dropna()).sort_values(ascending=False)
     lines: list[tuple[float, int, str]] = []
     for share in SHARES:
         wanted = max(1, round(share * len(values)))
         enough = wanted <= len(eligible)
         cut = (
-            number_text(eligible.iloc[wanted - 1], 4, below=1.0)
+            number_text(eligible.iloc[wanted - 1], 4, below=1.0 if limited else None)
             if enough
-            else f"only {many(len(eligible), 'row')} below 1"
+            else f"only {many(len(eligible), 'row')}{' below 1' if limited else ''}"
         )
         lines.append((share, wanted, cut))
     return lines

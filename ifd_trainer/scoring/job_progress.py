@@ -31,6 +31,7 @@ class JobProgress:
         columns: those with the texts; None for all.
         processes: how many share the job.
         shown: whether this process shows it.
+        doing: what is done with the rows, for the bar.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class JobProgress:
         columns: Sequence[str] | None = None,
         processes: int = 1,
         shown: bool = True,
+        doing: str = "Scoring",
     ) -> None:
         self._sizes = np.array(sizes, dtype=np.int64)
-        self._rows, self._shown, self._processes = rows, shown, processes
+        self._rows, self._shown, self._processes, self._doing = rows, shown, processes, doing
         self._columns, self._bytes = columns, np.zeros(len(sizes))
         if shown:
             starts = np.cumsum(self._sizes) - self._sizes
@@ -112,11 +114,17 @@ class JobProgress:
 
     def _start(self) -> None:
         count = int(self._sizes.sum())
-        old = f", of which {self._before:,} are scored already" if self._before else ""
-        self._say(f"Scoring {count:,} rows{old}: about {self._left():,.0f} tokens.")
+        old = f", of which {self._before:,} are done already" if self._before else ""
+        self._say(f"{self._doing} {count:,} rows{old}: about {self._left():,.0f} tokens.")
         # The mean rate since the start (no smoothing), and each batch is shown, since they differ.
         self._bar = tqdm(
-            total=self._left(), desc="Scoring", unit="tok", unit_scale=True, smoothing=0, miniters=1, bar_format=_LAYOUT
+            total=self._left(),
+            desc=self._doing,
+            unit="tok",
+            unit_scale=True,
+            smoothing=0,
+            miniters=1,
+            bar_format=_LAYOUT,
         )
 
     def _show(self, rows: float) -> None:
@@ -124,7 +132,7 @@ class JobProgress:
         others = self._estimate(open_rows, self._bytes[self._open].sum()) * min(self._others / max(open_rows, 1), 1)
         done = self._read + others
         self._bar.total = max(done + self._left(), 1)
-        self._bar.desc = f"Scoring {rows:,.0f}/{self._sizes.sum():,} rows"
+        self._bar.desc = f"{self._doing} {rows:,.0f}/{self._sizes.sum():,} rows"
         self._bar.update(done - self._bar.n)
 
     def _time_batch(self, tokens: int) -> None:
@@ -138,7 +146,7 @@ class JobProgress:
             rate = tokens / max(now - self._since, 1e-9)
             each = f" on each of {self._processes} processes" if self._processes > 1 else ""
             expected = duration(self._left() / (rate * self._processes))
-            self._say(f"Scoring runs at {rate:,.0f} tokens/s{each}: what is left takes about {expected}.")
+            self._say(f"{self._doing} runs at {rate:,.0f} tokens/s{each}: what is left takes about {expected}.")
 
     def _say(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)

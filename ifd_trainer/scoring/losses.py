@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -91,7 +91,8 @@ class Scores:
     """Scores of n rows as arrays of shape (n,); cas, das in nats per token; NaN where `ifd_status` is not `ok`.
 
     `eot_loss`, in nats, is NaN also where nobody knows how the turn ended. `further` holds the scores that were asked
-    for, by name; see `method.further_scores`. They are NaN too where a row has no such score.
+    for, by name; see `method.further_scores`. They are NaN too where a row has no such score. `losses` are those that
+    were read for them beside `cas` and `das`, by name, where the scores are fresh from a model.
     """
 
     cas: np.ndarray
@@ -102,6 +103,7 @@ class Scores:
     answer_tokens: np.ndarray
     ifd_status: np.ndarray
     further: Mapping[str, np.ndarray] = field(default_factory=dict)
+    losses: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.cas)
@@ -119,8 +121,7 @@ class Scores:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Arrays by column name, the further ones last."""
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "further"}
-        return own | dict(self.further)
+        return {name: getattr(self, name) for name in IFD_COLUMNS} | dict(self.further)
 
     @classmethod
     def unscored(cls, rows: int, status: str, further: Iterable[str] = ()) -> Scores:
@@ -198,7 +199,8 @@ def score_pairs(
     for (name, row), loss in zip(more, nll[both:].tolist(), strict=True):
         losses[name][row] = loss
     found = further_scores(further, losses)
-    return Scores.from_nll(losses["cas"], losses["das"], answer_tokens(pairs), status, losses["eot_loss"], found)
+    scores = Scores.from_nll(losses["cas"], losses["das"], answer_tokens(pairs), status, losses["eot_loss"], found)
+    return replace(scores, losses={name: losses[name] for name in read})
 
 
 def statuses(pairs: Sequence[EncodedPair]) -> np.ndarray:

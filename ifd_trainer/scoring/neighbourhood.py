@@ -18,25 +18,29 @@ the kind of device. Rows that share a beginning differ there once they have nois
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.encoding import EncodedPair, Segment
+from ..data.encoding import EncodedPair, Segment, check_positive
 from ..data.table_reader import TableReader
 from ..errors import UserError
-from ..method.selective_ifd import selected_scores, token_deltas
+from ..method.columns import TOKEN_COLUMNS
+from ..method.selective_ifd import SHARE, check_share, selected_scores, token_deltas
 from .forward import Batch, LaunchedBatch
 from .losses import Options, nll_with_tails
 from .model_parts import unwrapped
-from .selective_columns import deltas_in_parts, threshold_of
+from .selective_columns import threshold_of
+from .token_losses import check_token_losses
 from .transfer import on_device
 
 if TYPE_CHECKING:
@@ -135,54 +139,122 @@ def neighbour_scores(
     return scores
 
 
-def neighbourhood_columns(
-    rows: TableReader,
-    encode: Callable[[np.ndarray], list[EncodedPair]],
-    score: Callable[[list[EncodedPair], list[np.ndarray], Callable[[int], Any]], np.ndarray],
-    share: float,
-    neighbours: int,
-    show: bool,
-) -> dict[str, np.ndarray]:
-    """Mean and standard deviation of S-IFD over the neighbours of each row, (n,) float64; NaN without a score.
+@dataclass(frozen=True)
+class DisturbedRows:
+    """Rows whose neighbours are to be scored.
+
+    Attributes:
+        pairs: the rows, encoded.
+        chosen: for each row which of its answer's tokens count, bool.
+        tokens: that are read to score the neighbours of each row; 0 of one that has none.
+    """
+
+    pairs: list[EncodedPair]
+    chosen: list[np.ndarray]
+    tokens: list[int]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+class Scorer(Protocol):
+    """What attached the losses of tokens, an `IFDScorer`: how it reads rows, and its model."""
+
+    options: dict[str, Any]
+    turns: str | None
+    token_budget: int | None
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def encode(self, batch: Mapping[str, list]) -> list[EncodedPair]: ...
+
+
+class NeighbourScorer:
+    """Mean and standard deviation of S-IFD over the neighbours of rows that have losses of tokens.
+
+    It reads and scores rows as a scoring job wants it (see `scoring_job`).
 
     Args:
-        rows: with the columns of token losses.
-        encode: encodes rows by their positions.
-        score: `neighbour_scores` of encoded rows and of the tokens that count; calls a function with the number of
-            tokens done.
+        scorer: what attached the losses.
+        rows: all of the data set, with the columns of these losses: they say from which threshold tokens count.
         share: of all tokens; see `delta_threshold`.
         neighbours: of each row.
-        show: whether to show a progress bar.
+        alpha, seed: see `Neighbour`.
 
     Raises:
-        UserError: for rows that are not read as they were when they were scored.
+        UserError: for numbers that cannot be, for a scorer of other than single answers in the definition "paper", and
+            for rows without losses of tokens.
     """
-    threshold, done = np.float32(threshold_of(rows, share)), 0
-    found = [np.empty((0, neighbours))]
-    for deltas, counts in deltas_in_parts(rows, _ROWS):
-        pairs = encode(np.arange(done, done + len(counts)))
-        _check_scored_so(pairs, counts, done)
-        chosen = np.split(np.abs(deltas) >= threshold, np.cumsum(counts)[:-1])
-        total = sum(_tokens_read(pair) for pair, tokens in zip(pairs, chosen, strict=True) if tokens.any()) * neighbours
-        what = f"Neighbours, from row {done + 1:,}"
-        with tqdm(total=total, desc=what, unit="tok", unit_scale=True, disable=not show, leave=False) as bar:
-            found.append(score(pairs, chosen, bar.update))
-        done += len(counts)
-    scores = np.concatenate(found)  # (n, neighbours)
-    return {"sifd_mean": scores.mean(1), "sifd_std": scores.std(1)}
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        rows: Dataset,
+        share: float = SHARE,
+        neighbours: int = NEIGHBOURS,
+        alpha: float = ALPHA,
+        seed: int = 0,
+    ) -> None:
+        check_share(share)
+        check_positive(neighbours=neighbours)
+        check_token_losses(scorer.options["definition"], scorer.turns)
+        if scorer.turns is not None:
+            raise UserError("neighbourhood disturbs rows of one answer: score them with a scorer without turns.")
+        if not isinstance(alpha, Real) or not 0 <= alpha < float("inf"):
+            raise UserError(f"alpha is the size of noise, a number of at least 0, got {alpha!r}.")
+        self._scorer = scorer
+        self.settings = {"share": share, "neighbours": neighbours, "alpha": float(alpha), "seed": seed}
+        self._threshold = np.float32(threshold_of(TableReader(rows), share))
+
+    def encode_rows(self, batch: Mapping[str, list], first: int | None = None) -> DisturbedRows:
+        """Read a batch of rows, of which the first has this number, where it is known.
+
+        Raises:
+            UserError: for rows that are not read as they were when they were scored.
+        """
+        deltas, counts = token_deltas(*(batch[name] for name in TOKEN_COLUMNS))
+        pairs = self._scorer.encode(batch)
+        _check_scored_so(pairs, counts, first)
+        chosen = np.split(np.abs(deltas) >= self._threshold, np.cumsum(counts)[:-1])
+        tokens = [_tokens_read(pair) if of.any() else 0 for pair, of in zip(pairs, chosen, strict=True)]
+        return DisturbedRows(pairs, chosen, [self.settings["neighbours"] * each for each in tokens])
+
+    def score_rows(self, rows: DisturbedRows, progress: Callable[[int], Any] | None = None) -> dict[str, np.ndarray]:
+        """`sifd_mean` and `sifd_std` of the rows, float64, NaN without a score.
+
+        Args:
+            rows: as `encode_rows` gives them.
+            progress: called with the number of tokens done after each batch.
+        """
+        options = {name: self.settings[name] for name in ("neighbours", "alpha", "seed")}
+        options |= {"token_budget": self._scorer.token_budget, "progress": progress}
+        scores = neighbour_scores(self._scorer.model, rows.pairs, rows.chosen, **options)
+        return {"sifd_mean": scores.mean(1), "sifd_std": scores.std(1)}
+
+    def columns(self, rows: Dataset, show: bool) -> dict[str, np.ndarray]:
+        """The same of all rows of a data set, (n,); `show` a progress bar or not."""
+        found = [{name: np.empty(0) for name in ("sifd_mean", "sifd_std")}]
+        for first in range(0, len(rows), _ROWS):
+            read = self.encode_rows(rows[first : first + _ROWS], first)
+            what, total = f"Neighbours, from row {first + 1:,}", sum(read.tokens)
+            with tqdm(total=total, desc=what, unit="tok", unit_scale=True, disable=not show, leave=False) as bar:
+                found.append(self.score_rows(read, bar.update))
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def _tokens_read(pair: EncodedPair) -> int:
     return len(pair.conditioned.ids) + len(pair.direct.ids)
 
 
-def _check_scored_so(pairs: Sequence[EncodedPair], counts: np.ndarray, first: int) -> None:
+def _check_scored_so(pairs: Sequence[EncodedPair], counts: np.ndarray, first: int | None) -> None:
     """Raise where rows are not read as they were when they were scored."""
-    for row, (pair, count) in enumerate(zip(pairs, counts.tolist(), strict=True), start=first):
+    for place, (pair, count) in enumerate(zip(pairs, counts.tolist(), strict=True)):
         size = pair.conditioned.scored if pair.conditioned else 0
         if count and size != count:
+            row = "A row" if first is None else f"Row {first + place}"
             raise UserError(
-                f"Row {row} has losses of {count} tokens, and this scorer reads {size} in its answer: they are of "
+                f"{row} has losses of {count} tokens, and this scorer reads {size} in its answer: they are of "
                 "another tokenizer, format, max_length or text. Use the scorer that attached them."
             )
 

@@ -37,6 +37,7 @@ def score_parts(
     process: Process,
     *,
     columns: Sequence[str] | None = None,
+    doing: str = "Scoring",
     stall: float = 1800.0,
     grace: float = 60.0,
     leave: float = 2.0,
@@ -50,6 +51,7 @@ def score_parts(
         size: rows of a part.
         process: which of the job's processes this is.
         columns: those with the texts, of which the job's tokens are estimated; None for all.
+        doing: what the bar says is done with the rows.
         stall: seconds without a finished part after which the main process gives up on the others.
         grace: seconds until a file of another machine is seen here.
         leave: seconds that an interrupted program waits for the thread; a part takes milliseconds to encode.
@@ -71,7 +73,7 @@ def score_parts(
     with closing(ahead):
         # The first one loads the model, which has a bar of its own and is no part of this one's rate.
         encoded = chain([*islice(ahead, 1)], ahead)
-        with JobProgress(rows, sizes, done, columns, process.world_size, shown=process.main) as progress:
+        with JobProgress(rows, sizes, done, columns, process.world_size, process.main, doing) as progress:
 
             def show(counted: int) -> None:
                 progress.update(sum(sizes[part] for part in done) + counted - earlier)

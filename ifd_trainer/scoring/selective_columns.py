@@ -78,11 +78,11 @@ def threshold_of(rows: TableReader, share: float = SHARE) -> float:
     return delta_threshold(lambda: (deltas for deltas, _ in deltas_in_parts(rows)), share)
 
 
-def deltas_in_parts(rows: TableReader, size: int = _ROWS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What prompts tell of tokens, as `token_deltas` gives it, for up to so many rows at a time."""
+def deltas_in_parts(rows: TableReader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What prompts tell of tokens, as `token_deltas` gives it, for some rows at a time."""
     for table in rows.tables(TOKEN_COLUMNS):
-        for start in range(0, len(table), size):
-            (cas, counts), (das, of_das) = (_flat(table[name].slice(start, size)) for name in TOKEN_COLUMNS)
+        for start in range(0, len(table), _ROWS):
+            (cas, counts), (das, of_das) = (_flat(table[name].slice(start, _ROWS)) for name in TOKEN_COLUMNS)
             check_counts(counts, of_das)
             with np.errstate(invalid="ignore"):
                 yield das - cas, counts

@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets.formatting.formatting import LazyRow
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..data.encoding import EncodedPair
 from ..data.format_choice import FormatOptions
 from ..data.formats import PromptFormat
 from ..data.table_reader import arrow_type
 from ..data.target_rows import EncodedTargets, Targets
-from ..errors import UserError
 from ..method.columns import TARGET_COLUMNS
 from ..method.reasons import Status
 from ..method.target_set import TargetSet, cosines, most_like
 from .losses import position_weighted_embeddings, statuses
-from .transform import IFDScorer, TypedColumn, shows_progress
+from .transform import IFDScorer, mapped_columns, need_batch, shows_progress, table_with
 
 TARGETS_VERSION = 1  # raised when the same weights, rows and targets would give other similarities
 _MADE = ("encoded", "_embedded")  # attributes that are made on first use
+
+
+@dataclass(frozen=True)
+class RowsToEmbed:
+    """Rows as tokens.
+
+    Attributes:
+        pairs: the rows, encoded; a row without a conditioned segment is not embedded.
+    """
+
+    pairs: list[EncodedPair]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """The tokens of each row, none of one that is not embedded."""
+        return [pair.conditioned.ids if pair.conditioned else [] for pair in self.pairs]
+
+    @property
+    def tokens(self) -> list[int]:
+        """How many these are."""
+        return [len(ids) for ids in self.ids]
 
 
 class TargetScorer:
@@ -95,37 +119,55 @@ class TargetScorer:
         self.encoded: EncodedTargets | None = None
         self._embedded: np.ndarray | None = None
 
-    def __call__(self, batch: Mapping[str, list], rank: int | None = None, *more: Any) -> dict[str, list]:
-        """Columns for a batch of rows, as `datasets.map(batched=True)` passes and takes them."""
-        rows = isinstance(batch, Mapping) and not isinstance(batch, LazyRow)
-        if more or not rows or isinstance(rank, (list, str)) or any(isinstance(value, str) for value in batch.values()):
-            raise UserError(
-                "TargetScorer reads batches of whole rows as Python values: call `dataset.map(scorer, batched=True)` "
-                "without input_columns and with_indices, on `dataset.with_format(None)`."
-            )
+    def __call__(
+        self, batch: Mapping[str, list] | pa.Table, rank: int | None = None, *more: Any
+    ) -> dict[str, list] | pa.Table:
+        """Columns for a batch of rows, as `datasets.map(batched=True)` passes and takes them.
+
+        An Arrow table, as Ray passes it with `batch_format="pyarrow"`, comes back whole, with the columns at its end.
+        """
+        if isinstance(batch, pa.Table):
+            return table_with(batch, self._columns(batch.to_pydict(), rank), TARGET_COLUMNS)
+        need_batch("TargetScorer", batch, rank, *more)
+        return mapped_columns(self._columns(batch, rank))
+
+    def _columns(self, batch: Mapping[str, list], rank: int | None) -> dict[str, np.ndarray | pa.Array]:
         similarities, status = self.similarities(batch, rank)
         most, highest = most_like(similarities)
         ids = self.encoded.ids
         like = np.where(most >= 0, ids[most].astype(object), None)
         kind = pa.int64() if ids.dtype.kind in "iu" else arrow_type(ids.dtype)
-        values = (TypedColumn(highest), TypedColumn(like, kind), TypedColumn(status))
-        return dict(zip(TARGET_COLUMNS, values, strict=True))
+        return dict(zip(TARGET_COLUMNS, (highest, pa.array(like, kind), status), strict=True))
 
     def similarities(self, batch: Mapping[str, list], rank: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Cosines of n rows with all m targets that can be read, (n, m) float32, and the status of each row, (n,).
 
         NaN where the status is not "ok".
         """
-        pairs = self.scorer.encode(batch, rank)
+        rows = self.encode_rows(batch, rank)
+        hidden = not shows_progress()
+        with tqdm(total=sum(rows.tokens), unit="tok", unit_scale=True, disable=hidden, leave=False) as bar:
+            return self.similarities_of(rows, bar.update)
+
+    def encode_rows(self, batch: Mapping[str, list], rank: int | None = None) -> RowsToEmbed:
+        """What is embedded of a batch of rows; loads the model on first use."""
+        self.read_targets(batch)
+        return RowsToEmbed(self.scorer.encode(batch, rank))
+
+    def similarities_of(
+        self, rows: RowsToEmbed, progress: Callable[[int], Any] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`similarities` of rows that are encoded; `progress` gets the number of tokens done after each batch."""
+        status = statuses(rows.pairs)
+        if not len(rows):
+            return np.empty((0, len(self.encoded)), dtype=np.float32), status
         if self._embedded is None:
-            self._embedded = self._embed(self._targets(batch).tokens)
-        status = statuses(pairs)
-        embeddings = self._embed([pair.conditioned.ids if pair.conditioned else [] for pair in pairs])
-        similarities = cosines(embeddings, self._embedded)
+            self._embedded = self._embed(self.encoded.tokens)
+        similarities = cosines(self._embed(rows.ids, progress), self._embedded)
         status[(status == Status.OK.value) & ~np.isfinite(similarities).all(axis=1)] = Status.NONFINITE.value
         return similarities, status
 
-    def _targets(self, columns: Iterable[str]) -> EncodedTargets:
+    def read_targets(self, columns: Iterable[str]) -> EncodedTargets:
         """The targets as tokens; in the format of rows with these columns, unless another was named."""
         if self.encoded is None:
             usual = self.scorer.rows_format(columns) if self.targets_format is None else self.targets_format
@@ -133,12 +175,9 @@ class TargetScorer:
             self.encoded = self.targets.encoded(format, self.scorer.encoder)
         return self.encoded
 
-    def _embed(self, sequences: list[list[int]]) -> np.ndarray:
-        hidden = not shows_progress()
-        with tqdm(total=sum(map(len, sequences)), unit="tok", unit_scale=True, disable=hidden, leave=False) as bar:
-            return position_weighted_embeddings(
-                self.scorer.model, sequences, token_budget=self.scorer.token_budget, progress=bar.update
-            )
+    def _embed(self, sequences: Sequence[list[int]], progress: Callable[[int], Any] | None = None) -> np.ndarray:
+        options = {"token_budget": self.scorer.token_budget, "progress": progress}
+        return position_weighted_embeddings(self.scorer.model, sequences, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         # What identifies the similarities: the scorer's options with a digest of its weights, and the targets' rows.

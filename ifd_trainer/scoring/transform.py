@@ -27,7 +27,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -46,16 +45,16 @@ from ..data.formats import Example, MalformedRow, PromptFormat, rows_of
 from ..data.further_segments import with_further
 from ..data.paths import check_model, model_name
 from ..data.reversed_rows import GUESS, ReversedRows, request
-from ..data.table_reader import Lists, TableReader, arrow_array
+from ..data.table_reader import Lists, arrow_array
 from ..errors import FileAccessError, UserError, one_line
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import TurnRule, WrongPrompts
 from ..method.columns import OWN_COLUMNS, SELECTION_COLUMNS, SELECTIVE_COLUMNS, TOKEN_COLUMNS, TURN_COLUMNS
-from ..method.further_scores import further_names, losses_read, replaced_columns
+from ..method.further_scores import SCORED_BY_MODEL, further_names, replaced_columns, turn_column
 from ..method.number_words import many
 from ..method.pairing_test import PairingTest
 from ..method.reasons import Status
-from ..method.selective_ifd import SHARE, check_share
+from ..method.selective_ifd import SHARE
 from ..method.turns import check_turns
 from ..method.unfinished import Unfinished
 from .calibration import Calibration, Reader, measure, p_values
@@ -69,7 +68,7 @@ from .losses import (
     score_pairs,
     token_progress,
 )
-from .neighbourhood import ALPHA, NEIGHBOURS, neighbour_scores, neighbourhood_columns
+from .neighbourhood import ALPHA, NEIGHBOURS, NeighbourScorer
 from .rope_limits import window
 from .selective_columns import TOKEN_TYPE, with_numbers
 from .token_losses import check_token_losses, score_with_tokens
@@ -83,6 +82,7 @@ _TURN_TYPES = {
     name: pa.list_({"turn_tokens": pa.int64(), "turn_status": pa.string()}.get(name, pa.float64()))
     for name in TURN_COLUMNS
 }
+_FURTHER_OF_TURNS = {turn_column(name) for name in SCORED_BY_MODEL}
 _SELECTION_TYPES = dict(zip(SELECTION_COLUMNS, (pa.string(), pa.int64(), pa.string()), strict=True))
 _SELECTION_TYPES |= dict.fromkeys(TOKEN_COLUMNS, TOKEN_TYPE) | dict.fromkeys(SELECTIVE_COLUMNS, pa.float64())
 _ANY_SHARE = 0.5  # what is drawn does not depend on the alpha that it is used for
@@ -93,7 +93,7 @@ _LOADED = ("_model", "_config", "_encoder", "_told", "_conversations", "_counted
 # did not have them are hit.
 _NOTHING_MORE = {"scores": (), "guess": None, "turns": None, "token_losses": False}
 _PID = os.getpid()
-SCORES_VERSION = 5  # raised when the same weights and options would give other scores
+SCORES_VERSION = 6  # raised when the same weights and options would give other scores
 
 
 class IFDScorer:
@@ -129,8 +129,10 @@ class IFDScorer:
         score_truncated: score the part of a too long answer that fits, as the paper does, instead of `truncated`.
         turns: None to score the last answer of a conversation alone; "tokens", "mean", "min", "max" or "last" to score
             all of its answers, in one forward of the whole, each behind all that stands before it. Of them, `turn_cas`,
-            `turn_das`, `turn_ifd`, `turn_tokens` and `turn_status` are lists, and the row's own columns follow by that
-            rule; see `method.turns`. "tokens" is the loss that a run on all answers trains on.
+            `turn_das`, `turn_ifd`, `turn_tokens` and `turn_status` are lists, and such of further scores (`turn_rifd`);
+            the row's own columns follow by that rule; see `method.turns`. "tokens" is the loss that a run on all
+            answers trains on. The prompt of an answer, for `prompt_ppl`, is what stands behind the answer before it,
+            its question, for `rifd`, what the user says there: an answer to what a tool returned has no `rifd`.
         device: "cuda", "mps" or "cpu" by default, the first there is. With `map(with_rank=True, num_proc=N)` each
             process takes the device of its rank.
         dtype: by default the checkpoint's own on an accelerator (bfloat16 if it says float16 and the device can),
@@ -197,11 +199,6 @@ class IFDScorer:
                 f"turns={turns!r} scores every answer of a conversation, and definition={definition!r} is defined for "
                 "one answer: use definition='paper', or leave turns out."
             )
-        if turns is not None and (lacking := [name for name in self.scores if losses_read([name])]):
-            raise UserError(
-                f"turns={turns!r} scores every answer of a conversation, and {', '.join(lacking)} is known of a row's "
-                "last answer alone: leave one of the two out."
-            )
         self.turns = turns
         if token_losses:
             check_token_losses(definition, turns)
@@ -240,7 +237,10 @@ class IFDScorer:
         rows = len(next(iter(batch.values()), []))
         values = {"ifd_definition": self.options["definition"]}
         outdated = _SELECTION_TYPES | (_TURN_TYPES if self.turns is None else {})
-        outdated |= dict.fromkeys(replaced_columns(batch, self.scores), pa.float64())
+        outdated |= {
+            name: pa.list_(pa.float64()) if name in _FURTHER_OF_TURNS else pa.float64()
+            for name in replaced_columns(batch, self.further_columns)
+        }
         return {
             name: TypedColumn(np.full(rows, values.get(name), dtype=object), kind)
             for name, kind in outdated.items()
@@ -250,7 +250,7 @@ class IFDScorer:
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
         # Ray tells a schema by an empty block.
         rows = self.encode_rows(table.to_pydict(), rank) if table.num_rows else EncodedTurns([], [], [])
-        stale = [*OWN_COLUMNS, *replaced_columns(table.column_names, self.scores)]
+        stale = [*OWN_COLUMNS, *replaced_columns(table.column_names, self.further_columns)]
         return table_with(table, self.score_rows(rows), stale)
 
     def encode_rows(self, batch: Mapping[str, list], rank: int | None = None) -> EncodedTurns:
@@ -303,13 +303,15 @@ class IFDScorer:
             pairs, problem = self._encoded(batch, format)
             return EncodedTurns.single(pairs), problem
         self._conversations = self._conversations or ConversationEncoder(self._encoder)
-        rows, error = encode_turns(batch, format, self._encoder, self._conversations)
+        rows, error = encode_turns(
+            batch, format, self._encoder, self._conversations, self.scores, self._reversed_rows()
+        )
         return rows, self._problem(rows.pairs, rows.empty, error, format)
 
     def _encoded(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[list[EncodedPair], str | None]:
         """The last answers of rows, encoded, and what is wrong if none of them could be rendered."""
         examples, error = _render(batch, format, self._encoder.tokenizer)
-        reversed_rows = ReversedRows(self._encoder.tokenizer, self.guess or GUESS)
+        reversed_rows = self._reversed_rows()
         columns = {name: batch[name] for name in batch} if self.scores else {}
         pairs = with_further(
             self._encoder(examples),
@@ -318,6 +320,9 @@ class IFDScorer:
             lambda row: reversed_rows.of_row({name: values[row] for name, values in columns.items()}, format),
         )
         return pairs, self._problem(pairs, [pair.status.value for pair in pairs], error, format)
+
+    def _reversed_rows(self) -> ReversedRows:
+        return ReversedRows(self._encoder.tokenizer, self.guess or GUESS)
 
     def _problem(
         self, pairs: list[EncodedPair], statuses: Sequence[str], error: Exception | None, format: PromptFormat
@@ -498,32 +503,14 @@ class IFDScorer:
         >>> ds = ds.map(IFDScorer("HuggingFaceTB/SmolLM2-135M", token_losses=True), batched=True)  # doctest: +SKIP
         >>> ds = scorer.neighbourhood(ds)                                                          # doctest: +SKIP
         """
-        check_share(share)
-        check_positive(neighbours=neighbours)
-        check_token_losses(self.options["definition"], self.turns)
-        if self.turns is not None:
-            raise UserError("neighbourhood disturbs rows of one answer: score them with a scorer without turns.")
-        if not isinstance(alpha, Real) or not 0 <= alpha < float("inf"):
-            raise UserError(f"alpha is the size of noise, a number of at least 0, got {alpha!r}.")
-        reading = self._reading(rows, "neighbourhood")
-
-        def score(pairs: list[EncodedPair], chosen: list[np.ndarray], progress: Callable[[int], Any]) -> np.ndarray:
-            options = {"token_budget": self.token_budget, "progress": progress}
-            return neighbour_scores(self._model, pairs, chosen, neighbours, alpha, seed, **options)
-
-        reader, show = TableReader(reading["rows"], table_rows=_RENDERED), reading["show"]
-        columns = neighbourhood_columns(reader, reading["reader"].encode, score, share, neighbours, show)
-        return with_numbers(rows, columns)
+        values = as_dataset(rows, "neighbourhood")
+        neighbourhood = NeighbourScorer(self, values, share, neighbours, alpha, seed)
+        return with_numbers(rows, neighbourhood.columns(values, not are_progress_bars_disabled()))
 
     def _reading(self, rows: Dataset, caller: str) -> dict[str, Any]:
         """How measuring functions read rows and run the model."""
         self.check_single(caller)
-        if not isinstance(rows, Dataset):
-            raise UserError(
-                f"{caller} reads rows of a datasets.Dataset, got a {type(rows).__name__}: pass one split of it, or "
-                "load what is streamed."
-            )
-        rows = rows.with_format(None)
+        rows = as_dataset(rows, caller)
         format = self._format(rows.column_names)
         self._prepare()
 
@@ -553,6 +540,11 @@ class IFDScorer:
         if by_position:
             return position_weighted_embeddings(self._model, ids["input_ids"], **running)
         return prompt_features(self._model, ids["input_ids"], **running)[0]
+
+    @property
+    def further_columns(self) -> tuple[str, ...]:
+        """Names of the columns of further scores, with `turns` those of lists among them."""
+        return self.scores if self.turns is None else (*self.scores, *map(turn_column, self.scores))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -644,6 +636,16 @@ class IFDScorer:
     def __repr__(self) -> str:
         model, scores = self.name or type(self._model).__name__, f", scores={self.scores!r}" if self.scores else ""
         return f"IFDScorer({model!r}, format={self.format!r}, definition={self.options['definition']!r}{scores})"
+
+
+def as_dataset(rows: Dataset, caller: str) -> Dataset:
+    """The rows as Python values; raises UserError for what is no `datasets.Dataset`."""
+    if not isinstance(rows, Dataset):
+        raise UserError(
+            f"{caller} reads rows of a datasets.Dataset, got a {type(rows).__name__}: pass one split of it, or load "
+            "what is streamed."
+        )
+    return rows.with_format(None)
 
 
 def need_batch(name: str, batch: Mapping[str, list], rank: int | None, *more: Any) -> None:

@@ -26,11 +26,11 @@ from ..data.token_rows import TokenRows
 from ..errors import NotInstalledError, UserError
 from ..method.choices import TurnRule
 from ..method.columns import EOT_LOSS, IFD_COLUMNS, SCORES
-from ..method.equations import FROM_LOSSES, further_scores
-from ..method.further_scores import FURTHER, SCORED_BY_MODEL, losses_read
+from ..method.equations import FROM_LOSSES
+from ..method.further_scores import FURTHER, SCORED_BY_MODEL
 from ..method.reasons import Status
 from ..method.target_set import cosines
-from ..method.turns import last_scores, row_scores
+from ..method.turns import last_scores
 from ..scoring.calibration import Reader, wrong_scores
 from ..scoring.losses import (
     Scores,
@@ -45,6 +45,7 @@ from ..scoring.model_parts import text_config
 from ..scoring.processes import run_shares
 from ..scoring.rope_limits import window
 from ..scoring.transform import IFDScorer
+from ..scoring.turns import EncodedTurns
 from .pool import Pool
 from .trainer_hooks import scoring_model
 
@@ -116,14 +117,9 @@ class PoolScorer:
         tokens = self.pool.lengths(rows) + answers * (ends - starts)  # of all segments of a row, about
 
         def run(part: np.ndarray) -> dict[str, np.ndarray]:
-            pairs, counts = self._answers(rows[part], prefix, own)
-            if self.other is None or own:  # another model's scorer reads what further scores need by itself
-                last = np.cumsum(counts) - 1
-                more = self._with_further([pairs[i] for i in last], rows[part])
-                for i, pair in zip(last.tolist(), more, strict=True):
-                    pairs[i] = pair
-            with self._progress(token_count(pairs), description) as bar:
-                return self._of_rows(reader.score(pairs, bar.update), counts)
+            answers = self._answers(rows[part], prefix, own)
+            with self._progress(token_count(answers.pairs), description) as bar:
+                return self._of_rows(reader.score(answers.pairs, bar.update), answers)
 
         columns = self._run_shares(tokens, run)
         if self.pool.whole:  # both losses are that of the whole text
@@ -131,54 +127,56 @@ class PoolScorer:
             columns |= dict.fromkeys(("cas", *FROM_LOSSES, *of_prompts), np.full(len(rows), np.nan))
         return Scores.of(columns)
 
-    def _answers(
-        self, rows: np.ndarray, prefix: Sequence[int], own: bool = False
-    ) -> tuple[list[EncodedPair], np.ndarray]:
-        """All answers of rows that are scored, encoded, one row's behind another's, and how many each row has."""
-        encode = self._own_pairs if own or self.other is None else self._other_pairs
-        if self.turns is None:
-            return encode(rows, self.pool.spans(rows), prefix), np.ones(len(rows), dtype=np.int64)
-        spans, counts = self.pool.all_spans(rows)
-        return encode(np.repeat(rows, counts), spans, prefix), counts
-
-    def _of_rows(self, scores: Scores, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Columns of rows from the scores of their answers.
-
-        Further scores follow from a row's losses, or are those of its last answer where they say how its prompt reads.
-        """
-        turns = scores.columns()
-        if self.turns is None:
-            return turns
+    def _answers(self, rows: np.ndarray, prefix: Sequence[int], own: bool = False) -> EncodedTurns:
+        """All answers of rows that are scored, encoded with what further scores read."""
+        own = own or self.other is None
+        encode = self._own_pairs if own else self._other_pairs
+        spans, counts = self.pool.spans(rows), np.ones(len(rows), dtype=np.int64)
+        if self.turns is not None:
+            spans, counts = self.pool.all_spans(rows)
+        pairs = encode(np.repeat(rows, counts), spans, prefix)
+        if own:  # another model's scorer reads what further scores need by itself
+            pairs = self._with_further(pairs, np.repeat(rows, counts), spans, counts)
         last = np.cumsum(counts) - 1
-        columns = row_scores(turns, counts, self.turns, turns["ifd_status"][last])
-        of_losses = [name for name in self.further if not losses_read([name])]
-        further = {name: turns[name][last] for name in self.further} | further_scores(of_losses, columns)
-        return columns | further | last_scores(turns, counts)
+        return EncodedTurns(pairs, counts.tolist(), [pairs[i].status.value for i in last.tolist()])
 
-    def _with_further(self, pairs: list[EncodedPair], rows: np.ndarray) -> list[EncodedPair]:
-        """Encoded rows of the trainer's model with what further scores read."""
+    def _of_rows(self, scores: Scores, answers: EncodedTurns) -> dict[str, np.ndarray]:
+        """Columns of rows from the scores of their answers."""
+        if self.turns is None:
+            return scores.columns()
+        of_last = last_scores(scores.columns(), answers.counts)
+        return answers.of_rows(scores, self.turns, self.further) | of_last
+
+    def _with_further(
+        self, pairs: list[EncodedPair], rows: np.ndarray, spans: np.ndarray, counts: np.ndarray
+    ) -> list[EncodedPair]:
+        """Encoded answers (m, 2) of rows (m,), of the trainer's model, with what further scores read."""
         if not self.further or self.pool.whole:
             return pairs
-        tokens, spans = list(self.pool.tokens(rows)), self.pool.spans(rows).tolist()
+        tokens = list(self.pool.tokens(rows))
         template = getattr(self.trainer, "chat_template", None)
         reversed_rows = ReversedRows(self.encoder.tokenizer, self.guess or GUESS, template)
+        first = np.repeat(np.cumsum(counts) - counts, counts)  # of each answer, its row's first
 
         def turned(place: int) -> Example | None:
             ids, _ = tokens[place]
-            start, end = self._read.span(ids, *spans[place])
-            return reversed_rows.of_tokens(ids[:start], ids[start:end])
+            start, end = self._read.span(ids, *spans[place].tolist())
+            if place == first[place]:
+                return reversed_rows.of_tokens(ids[:start], ids[start:end])
+            before = self._read.span(ids, *spans[place - 1].tolist())[1]
+            return reversed_rows.of_later_tokens(ids[before:start], ids[start:end])
 
         # The trainer cut rows to its max_length, and not rows turned round: they may be as long as the model can read.
         encoder = replace(self.encoder, max_length=None, window=window(text_config(self.trainer.model)))
-        return with_further(pairs, self.further, encoder, turned)
+        return with_further(pairs, self.further, encoder, turned, counts)
 
     def not_run(self, prefix: Sequence[int]) -> Scores:
         """Statuses and answer lengths of all rows, without a forward: all that a policy needs that reads no score."""
 
         def read(part: np.ndarray) -> dict[str, np.ndarray]:
-            pairs, counts = self._answers(part, prefix, own=True)
-            blank = Scores.not_run(answer_tokens(pairs), statuses(pairs)).columns()
-            found = row_scores(blank, counts, self.turns or "last", blank["ifd_status"][np.cumsum(counts) - 1])
+            answers = self._answers(part, prefix, own=True)
+            blank = Scores.not_run(answer_tokens(answers.pairs), statuses(answers.pairs))
+            found = answers.of_rows(blank, "tokens" if self.turns else "last")
             return {"tokens": found["answer_tokens"], "status": found["ifd_status"]}
 
         rows = self._run_shares(self.pool.lengths(np.arange(len(self.pool))), read)

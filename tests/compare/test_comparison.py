@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ifd_trainer.cli import main
 from ifd_trainer.compare.arm_run import main as arm_run
+from ifd_trainer.compare.arms import read_arms
 from ifd_trainer.compare.comparison import Comparison, Task, in_a_process
 from ifd_trainer.compare.results import read_results
 from ifd_trainer.data.formats import ALPACA
@@ -243,6 +244,21 @@ def test_the_plan_says_what_will_be_done(folder, capsys):
     assert [" 6 updates" in line for line in named] == [True, True, True, False, True]
     assert "5 arms with 2 seeds each (7, 9): about" in lines[-1]
     assert not (folder / "planned").exists()
+
+
+def test_arms_that_score_once_go_without_how_losses_change_and_the_plan_says_so(folder, capsys):
+    arms = ["--arms", "static,superfiltering,dynamic", "--superfilter", str(folder / "model"), "--plan"]
+    assert main(command(folder, *arms, "--scores", "ira", "loss_change")) == 0
+    out = capsys.readouterr().out
+    assert "scores: loss_change is how the losses of the model in training change; rows are scored once" in out
+    assert "in the arms static, superfiltering, which go without." in out
+    assert main(command(folder, *arms, "--scores", "ira")) == 0
+    assert "loss_change" not in capsys.readouterr().out
+    given = {"static": None, "dynamic": None, "mine": {"scorer": "gpt2", "scores": ["rifd"]}}
+    found = {arm.name: arm.keys.get("scores") for arm in read_arms(given, "m", scores="loss_change")}
+    assert found == {"random": None, "static": ["ifd"], "dynamic": None, "mine": ["rifd"]}
+    found = {arm.name: arm.keys.get("scores") for arm in read_arms(given, "m", scores=["rifd", "loss_change"])}
+    assert found["static"] == ["rifd", "rcas", "rdas"]
 
 
 @pytest.mark.parametrize(

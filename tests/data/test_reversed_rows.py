@@ -212,6 +212,24 @@ def test_tokens_of_every_template_that_trl_ships_tell_what_the_user_asked(path, 
     assert "Name a colour." not in found.prompt + found.answer
 
 
+# ---- every answer of a conversation -----------------------------------------------------------------------------
+
+
+def test_an_answer_is_turned_round_with_what_the_user_says_since_the_one_before():
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]}
+    said = [("user", "Name one."), ("assistant", "Red."), ("user", "And?"), ("user", "Why?"), ("assistant", "Blue.")]
+    chat = [{"role": role, "content": content} for role, content in said]
+    found = TURN.of_answers({"messages": [*chat, {"role": "user", "content": "Look!"}, call, *chat[1:2]]}, MESSAGES)
+    assert [example and example.answer.removesuffix(example.end) for example in found] == [
+        *("Name one.", "And?\nWhy?"),
+        *(None, None),  # a call without a text, and an answer that follows no question
+    ]
+    assert found[1].prompt == OF_CHAT.format("Blue.")
+    assert TURN.of_row({"messages": [*chat, call]}, MESSAGES) is None
+    halves = TURN.of_answers({"prompt": chat[:3], "completion": chat[4:]}, PROMPT_COMPLETION)
+    assert [example.answer.removesuffix(example.end) for example in halves] == ["And?"]
+
+
 # ---- what is asked ----------------------------------------------------------------------------------------------
 
 

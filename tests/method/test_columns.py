@@ -25,7 +25,7 @@ from ifd_trainer.scoring.losses import Scores
 
 
 def test_scores_are_arrays_of_these_columns():
-    assert tuple(field.name for field in fields(Scores)) == (*IFD_COLUMNS, "further")
+    assert tuple(field.name for field in fields(Scores)) == (*IFD_COLUMNS, "further", "losses")
     assert SCORES == ("cas", "das", "ifd", "ifd_ppl", "eot_loss")
     assert SELECTION_COLUMNS == ("ifd_definition", "ifd_rank", "ifd_reason")
     assert TOKEN_COLUMNS == ("cas_tokens", "das_tokens")

@@ -92,6 +92,22 @@ def test_a_row_does_not_depend_on_others_and_one_answer_is_its_own_score(rows, r
             assert low * (1 - 1e-9) <= alone["ifd"][0] <= high * (1 + 1e-9)
 
 
+def test_further_scores_are_of_the_answers_that_have_them_by_the_tokens_of_their_own_losses():
+    rcas, rdas = np.array([1.0, np.nan, np.nan, 6.0, np.nan]), np.array([2.0, np.nan, np.nan, 3.0, np.nan])
+    turns = TURNS | {"rifd": rcas / rdas, "ira": TURNS["das"] - TURNS["cas"]}
+    # Row 0 has two more answers here, one with a question of 3 tokens and one with another of 1.
+    counts, read = [4, 1], {"rcas": (rcas, np.array([3, 0, 0, 1, 0])), "rdas": (rdas, np.array([3, 0, 0, 1, 0]))}
+    by_tokens, mean, least, last = (
+        row_scores(turns, counts, rule, [OK, OK], ["ira", "rifd"], read) for rule in ("tokens", "mean", "min", "last")
+    )
+    assert by_tokens["rifd"][0] == pytest.approx((3 * 1 + 6) / (3 * 2 + 3))
+    assert by_tokens["ira"][0] == pytest.approx(by_tokens["das"][0] - by_tokens["cas"][0])
+    assert mean["rifd"][0] == pytest.approx((0.5 + 2) / 2)
+    assert mean["ira"][0] == pytest.approx((1 + 0.5 - 1) / 3)
+    assert (least["rifd"][0], last["rifd"][0]) == (0.5, 2.0)
+    assert np.isnan([found["rifd"][1] for found in (by_tokens, mean, least, last)]).all()  # no answer has a score
+
+
 def test_no_rule_but_those():
     check_turns(None)
     with pytest.raises(UserError, match=r"turns must be one of tokens, mean, min, max, last, or None .* got 'all'"):

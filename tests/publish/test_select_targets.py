@@ -107,6 +107,32 @@ def test_limits_and_quotas_come_before_the_targets(folder, cosines, tmp_path):
     assert set(ranked(rows)) == expected
 
 
+def test_embedding_goes_on_where_it_was_interrupted(folder, cosines, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ifd_trainer.publish.targets.PART_ROWS", 4)
+    embedded, embed = [], TargetScorer.similarities_of
+
+    def interrupted(self, rows, progress=None):
+        embedded.append(len(rows))
+        if len(embedded) == 3:
+            raise KeyboardInterrupt
+        return embed(self, rows, progress)
+
+    monkeypatch.setattr(TargetScorer, "similarities_of", interrupted)
+    words = ["select", str(folder / "scored.parquet"), "--targets", str(folder / "task.jsonl")]
+    words += ["--output", str(tmp_path / "out.parquet"), "--all", "--keep", "6"]
+    assert main(words) == 130
+    assert embedded == [4, 4, 4]
+    other = [*words[:3], str(folder / "rows.jsonl"), *words[4:]]  # other targets: every row of the pool
+    assert main(other) == 2
+    assert "holds parts of another job: targets: " in capsys.readouterr().err
+    assert main(words) == 0
+    assert embedded[3:] == [4, 4, 3]  # of 19 rows that have a score, 8 were done
+    assert "Embedding 19 rows, of which 8 are done already" in capsys.readouterr().err
+    rows = load_rows(str(tmp_path / "out.parquet"))
+    assert ranked(rows) == in_turn(cosines, 6)
+    assert [path.name for path in tmp_path.glob("*.parts")] == []
+
+
 def test_text_ids_break_ties(folder, tmp_path):
     """Rows that say the same are equally alike to each target: the lower id is kept."""
     row = {"instruction": "Name a colour.", "input": "", "output": "red"}

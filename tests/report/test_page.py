@@ -497,6 +497,42 @@ def test_scores_alone(tmp_path):
     assert_no_holes(page)
 
 
+def test_rows_with_scores_show_how_alike_they_are_to_targets(tmp_path):
+    likeness = np.linspace(-0.2, 0.9, 80)
+    frame = scores().assign(target_similarity=np.where(np.arange(80) == 3, np.nan, likeness))
+    path = write_report(frame, tmp_path, rows=4)
+    page = page_of(path)
+    assert "target_similarity: cosine with the target most like the row, from -1 to 1." in page
+    assert f"{frame.loc[frame['ifd_status'] == 'ok', 'target_similarity'].median():.3f}" in page
+    assert_plots(path, {"ifd_histogram", "cas_das", "ifd_length", "further_scores"})
+    assert_no_holes(page)
+
+
+def test_rows_that_were_held_against_targets_alone(tmp_path):
+    frame = pd.DataFrame({"row_id": range(40), "target_similarity": np.linspace(0.1, 1.0, 40), "target_status": "ok"})
+    frame.loc[5, ["target_similarity", "target_status"]] = np.nan, "empty_answer"
+    path = write_report(frame, tmp_path, rows=2)
+    page = page_of(path)
+    assert row_tables(page) == {
+        "Highest scores": ["39", "38"],
+        "Lowest scores": ["0", "1"],
+        "Rows without a score": ["5"],
+    }
+    assert "39 of 40 rows have a score." in page
+    assert "ifd-trainer select SCORED.parquet --keep 0.05 --score target_similarity" in page
+    assert "below 1" not in page
+    assert "--calibrate" not in page
+    assert_plots(path, {"ifd_histogram", "further_scores"})
+    assert_no_holes(page)
+    chosen = frame.drop(columns="target_status").assign(ifd_reason="less_like_targets", ifd_rank=np.nan)
+    chosen.loc[[39, 38], "ifd_reason"], chosen.loc[[39, 38], "ifd_rank"] = "kept", [1, 2]
+    chosen.loc[5, "ifd_reason"] = "empty_answer"
+    page = page_of(write_report(chosen, tmp_path / "chosen", rows=2))
+    assert row_tables(page)["Kept, highest scores"] == ["39", "38"]
+    assert row_tables(page)["Rows without a score"] == ["5"]
+    assert "the answer has no token" in page
+
+
 @pytest.mark.parametrize("column", ["reason", "ifd_reason"])
 def test_selected_data_set(tmp_path, column):
     frame = selected(scores(), 15).drop(columns="times").rename(columns={"reason": column})

@@ -95,7 +95,7 @@ def test_rows_that_were_scored_before_are_said(rows, encoded, capsys):
         progress.begin(3, EncodedTurns.single(encoded[3 * SIZE : 4 * SIZE]).tokens)
     said = capsys.readouterr().err
     tokens = int(
-        re.search(r"Scoring 80 rows, of which 48 are scored already: about ([\d,]+) tokens\.", said)[1].replace(",", "")
+        re.search(r"Scoring 80 rows, of which 48 are done already: about ([\d,]+) tokens\.", said)[1].replace(",", "")
     )
     assert tokens == pytest.approx(token_count(encoded[3 * SIZE :]), rel=0.2)
 

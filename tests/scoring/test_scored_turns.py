@@ -185,8 +185,76 @@ def test_further_scores_follow_from_the_losses_of_the_row(model, tokenizer):
         if row["cas"] is not None:
             assert row["ira"] == pytest.approx(row["das"] - row["cas"])
             assert row["answer_ppl"] == pytest.approx(math.exp(row["cas"]))
-    with pytest.raises(UserError, match="and prompt_ppl, rifd, rcas, rdas is known of a row's last answer alone"):
-        scorer(model, tokenizer, scores=("ira", "rifd", "prompt_ppl"))
+        for i, status in enumerate(row["turn_status"]):
+            assert (row["turn_ira"][i] is None) == (status != "ok")
+            if status == "ok":
+                assert row["turn_ira"][i] == pytest.approx(row["turn_das"][i] - row["turn_cas"][i])
+
+
+def test_what_is_asked_of_each_answer_is_what_was_said_since_the_one_before(model, tokenizer):
+    tool = {"role": "tool", "content": "It is red."}
+    chats = [
+        [
+            user("Name one."),
+            user("A colour."),
+            said("Red."),
+            user("Why?"),
+            said("Look it up."),
+            tool,
+            said("So it is."),
+        ],
+        [user("Sum?"), said("It is 42.")],
+    ]
+    rows = Dataset.from_dict({"messages": chats})
+    ask = "Reply: {answer} Which question was it?"
+    found = rows.map(scorer(model, tokenizer, scores=("rifd", "prompt_ppl"), guess=ask), batched=True).to_list()
+    header = tokenizer("<|im_start|>assistant\n")["input_ids"]
+
+    def reversed_losses(question, answer):
+        asked = f"<|im_start|>user\n{ask.format(answer=answer)}<|im_end|>\n<|im_start|>assistant\n"
+        asked, question = tokenizer(asked)["input_ids"], tokenizer(question)["input_ids"]
+        losses = [reference_nll(model, before + question, len(before)) for before in (asked, header)]
+        return *losses, len(question)
+
+    def prompt_losses(messages):
+        """(loss, tokens) of what stands before each answer, behind the one before and its end of turn."""
+        found, text, begin = [], "", 1
+        for message in messages:
+            text += f"<|im_start|>{message['role']}\n"
+            if message["role"] == "assistant":
+                prompt = tokenizer(text)["input_ids"]
+                found.append((reference_nll(model, prompt, begin), len(prompt) - begin))
+                begin = len(tokenizer(f"{text}{message['content']}<|im_end|>")["input_ids"])
+            text += f"{message['content']}<|im_end|>\n"
+        return found
+
+    expected = [
+        [reversed_losses("Name one.\nA colour.", "Red."), reversed_losses("Why?", "Look it up."), None],
+        [reversed_losses("Sum?", "It is 42.")],
+    ]
+    for row, messages, of_turns in zip(found, chats, expected, strict=True):
+        for i, losses in enumerate(of_turns):
+            if losses is None:
+                assert (row["turn_rifd"][i], row["turn_rcas"][i], row["turn_rdas"][i]) == (None, None, None)
+                continue
+            assert (row["turn_rcas"][i], row["turn_rdas"][i]) == pytest.approx(losses[:2], rel=ROUNDING)
+            assert row["turn_rifd"][i] == pytest.approx(losses[0] / losses[1], rel=2 * ROUNDING)
+        rcas, rdas, tokens = map(np.array, zip(*filter(None, of_turns), strict=True))
+        assert row["rcas"] == pytest.approx((rcas * tokens).sum() / tokens.sum(), rel=ROUNDING)
+        assert row["rifd"] == pytest.approx((rcas * tokens).sum() / (rdas * tokens).sum(), rel=2 * ROUNDING)
+        losses, tokens = map(np.array, zip(*prompt_losses(messages), strict=True))
+        np.testing.assert_allclose(row["turn_prompt_ppl"], np.exp(losses), rtol=10 * ROUNDING)
+        assert row["prompt_ppl"] == pytest.approx(np.exp((losses * tokens).sum() / tokens.sum()), rel=10 * ROUNDING)
+
+
+def test_further_scores_of_turns_do_not_outlive_a_scoring_without_them(model, tokenizer):
+    rows = ROWS.map(scorer(model, tokenizer, scores="rifd"), batched=True)
+    assert rows.data.schema.field("turn_rifd").type == pa.list_(pa.float64())
+    again = rows.map(scorer(model, tokenizer), batched=True)
+    assert again["turn_rifd"] == [None] * len(rows)
+    assert again.data.schema.field("turn_rifd").type == pa.list_(pa.float64())
+    found = scorer(model, tokenizer, scores="ira")(rows.with_format("arrow")[:])
+    assert {name for name in found.column_names if name.startswith("turn_")} == {*TURN_LISTS, "turn_ira"}
 
 
 def test_scorers_of_other_turns_are_told_apart(model, tokenizer):

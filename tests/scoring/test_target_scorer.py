@@ -254,9 +254,22 @@ def test_an_empty_file_and_one_of_other_rows_are_said(shared_model, tmp_path):
 
 def test_it_reads_batches_of_rows_alone(shared_model):
     scorer, rows = TargetScorer(shared_model, TARGETS, TOKENIZER), Dataset.from_list(raw_rows(2))
-    for wrong in (lambda: rows.map(scorer), lambda: rows.map(scorer, batched=True, input_columns=["output"])):
-        with pytest.raises(ValueError, match="TargetScorer reads batches of whole rows"):
-            wrong()
+    with pytest.raises(ValueError, match="TargetScorer scores batches: call"):
+        rows.map(scorer)
+    with pytest.raises(ValueError, match="TargetScorer reads the columns of its format itself"):
+        rows.map(scorer, batched=True, input_columns=["output"])
+
+
+def test_an_arrow_table_comes_back_with_the_same_columns_also_where_it_is_empty(shared_model):
+    rows = raw_rows(5)
+    rows[1]["output"] = ""
+    scorer, rows = TargetScorer(shared_model, TARGETS, TOKENIZER), Dataset.from_list(rows)
+    mapped, table = rows.map(scorer, batched=True), rows.with_format("arrow")[:]
+    found = scorer(table)
+    assert found.to_pylist() == mapped.to_list()
+    assert scorer(found).to_pylist() == found.to_pylist()  # what it replaces is not there twice
+    empty = TargetScorer(shared_model, TARGETS, TOKENIZER)(table.slice(0, 0))
+    assert empty.schema.equals(found.schema)
 
 
 def test_what_is_embedded_is_what_is_scored(shared_model):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ifd_trainer.cli import main
+from ifd_trainer.data.files import load_rows
 from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.training.history import History
 from ifd_trainer.training.recipe import parse_recipe
@@ -32,6 +35,10 @@ ROWS = 40
 SOURCES = [["web", "chat", "code", "web"][i % 4] for i in range(ROWS)]
 LEVELS = [["easy", "middle", "hard", "hard"][i % 4] for i in range(ROWS)]
 ASKED = [None if i == 5 else (i * 7 % ROWS) / ROWS for i in range(ROWS)]  # what `score --known` attached to the rows
+STEADY = [0.3 + (i * 3 % ROWS) / ROWS / 2 for i in range(ROWS)]  # what `score --neighbours` did
+CHOSEN_BEFORE = ("multiturn_tools", "selective_reflection")  # recipes that train on all rows that they are given
+UNSCORED = ("target_set", "curriculum_by_column", "superfiltering_tshirt", *CHOSEN_BEFORE)
+LORA = (CHERRY_LORA, "federated_scores")
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +50,49 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """A file of rows, and another one of them as chats with a tool beside it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = [
+        {
+            "conversations": [
+                {"from": "human", "value": row["instruction"]},
+                {"from": "function_call", "value": '{"name": "look", "arguments": {}}'},
+                {"from": "observation", "value": row["instruction"][::-1]},
+                {"from": "gpt", "value": row["output"]},
+            ],
+            "tools": "[]",
+        }
+        for row in rows
+    ]
+    path.with_name(f"chats_{path.name}").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return str(path)
+
+
+def rows_for(recipe: str, data: str) -> str:
+    """Those in the format that a recipe names."""
+    settings = yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())
+    return str(Path(data).with_name(f"chats_{Path(data).name}")) if settings.get("format") == "sharegpt" else data
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     """Forty rows, two of them refusals, as a local file."""
     rows = [
-        {**row, "quality": "good", "known_agreement": ASKED[i], "source": SOURCES[i], "level": LEVELS[i]}
+        row
+        | {"quality": "good", "known_agreement": ASKED[i], "sifd_mean": STEADY[i], "sifd_std": i % 7 / 10}
+        | {"source": SOURCES[i], "level": LEVELS[i]}
         for i, row in enumerate(raw_rows(ROWS, with_input=True))
     ]
     rows[3]["output"] = "As an AI language model, I cannot say which park is red."
     rows[8]["output"] = "I'm sorry, but I cannot answer that."
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
 def small(recipe: str, model: str, data: str, folder: Path, *more: str) -> list[str]:
     """The command line of a recipe at toy size."""
-    words = ["train", str(FOLDER / f"{recipe}.yaml"), "--model", model, "--dataset", data, "--output_dir", str(folder)]
+    words = ["train", str(FOLDER / f"{recipe}.yaml"), "--model", model, "--dataset", rows_for(recipe, data)]
+    words += ["--output_dir", str(folder)]
     words += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--use_cpu", "true"]
     words += ["--bf16", "false", "--gradient_checkpointing", "false", "--disable_tqdm", "true"]
     words += ["--on_misaligned", "warn", "--alpha", "0.9"]  # the model is random: wrong prompts help as much
@@ -101,6 +134,10 @@ def test_all_recipes_are_there():
         "mixture_by_epoch",
         "quotas",
         "target_set",
+        "multiturn_tools",
+        "selective_reflection",
+        "superfiltering_tshirt",
+        "federated_scores",
         "demo",
     } == set(RECIPES)
 
@@ -136,6 +173,7 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
     plan = capsys.readouterr().out
     pool = 38 if recipe.startswith("wizardlm") else ROWS
     keep = {"alpaca_curriculum": 0.3 / 3, "alpaca_cherry_5pct": 0.05, "alpaca_superfiltering": 0.05, "demo": 0.12}
+    keep |= {"superfiltering_tshirt": 0.05, "federated_scores": 0.9 / 3, **dict.fromkeys(CHOSEN_BEFORE, 1.0)}
     rows = 6 if recipe.endswith("diverse") else round(keep.get(recipe, 0.1) * pool)
     updates = -(-rows // 2)
     if recipe in (*CHERRY, CHERRY_LORA):
@@ -161,9 +199,9 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     assert plan_of(capsys.readouterr().out) == plan
     history = History.load(tmp_path)
     assert (tmp_path / "report.html").is_file()
-    assert (tmp_path / ("adapter_model.safetensors" if recipe == CHERRY_LORA else "model.safetensors")).is_file()
+    assert (tmp_path / ("adapter_model.safetensors" if recipe in LORA else "model.safetensors")).is_file()
     scored = [record for record in history.epochs if record["scored_at"] is not None]
-    assert bool(scored) == (recipe not in ("target_set", "curriculum_by_column"))  # embedded, or drawn at random
+    assert bool(scored) == (recipe not in UNSCORED)
     of_value = [dict(zip(history.rows(0)["row_id"], values, strict=True)) for values in (SOURCES, LEVELS)]
     kept = [epoch["row_id"][epoch["times"] > 0].tolist() for epoch in map(history.rows, range(len(history.epochs)))]
     if recipe == "quotas":
@@ -184,9 +222,17 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
         assert not (tmp_path / "ifd_original").exists()
     if recipe.endswith("diverse"):
         assert scored[0]["reasons"]["redundant"] == 9
-    if "superfiltering" in recipe:
+    if recipe.startswith("alpaca_superfiltering"):
         assert history.settings["scorer"] == "columns"
         assert history.settings["score"] == "ifd_ppl"
+    if recipe == "superfiltering_tshirt":
+        steady = sorted(range(ROWS), key=lambda place: -STEADY[place])[:4]
+        expected = sorted(steady, key=lambda place: place % 7)[:2]
+        assert history.epochs[0]["reasons"] == {"kept": 2, "unstable": 2, "below_cut": ROWS - 4}
+        assert kept_places(history) == set(expected)
+    if recipe == "federated_scores":
+        rows = history.rows(0)
+        assert kept_places(history) == set(rows["ira"].sort_values(ascending=False).index[:12])  # the first of 3 tiers
     if recipe == "knowledge_detection":
         rows = history.rows(0)
         free = rows.loc[rows["reason"].isin(["kept", "higher_score"]), "row_id"] - rows["row_id"].min()  # of guards
@@ -195,23 +241,75 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
         assert (rows["reason"] == "above_limit").any()
 
 
+def kept_places(history: History) -> set[int]:
+    """Where the rows that the first epoch trained on stand in the pool."""
+    return set(np.flatnonzero(history.rows(0)["reason"] == "kept").tolist())
+
+
+def commands_of(recipe: str) -> list[list[str]]:
+    """The commands in a recipe's header, as words."""
+    header = (FOLDER / f"{recipe}.yaml").read_text().split("\n\n")[0].replace("\\\n#", "")
+    return [shlex.split(line) for line in re.findall(r"^# +ifd-trainer (.*)$", header, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("recipe", ["multiturn_tools", "selective_reflection", "superfiltering_tshirt"])
+def test_the_commands_in_a_header_make_the_rows_of_the_recipe(recipe, model, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs = [row | {"pair": i // 2} for i, row in enumerate(raw_rows(12))]
+    for name in ("instructions.jsonl", "responses.jsonl"):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    for words in commands_of(recipe):
+        if words[0] == "score":
+            words[words.index("--model") + 1] = model
+            words[1] = words[1] if Path(words[1]).is_file() else rows_for(recipe, data)
+            words = [word if word != "2048" else "512" for word in words] + ["--device", "cpu"]
+        assert main(words) == 0
+    rows = load_rows(yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())["dataset_name"])
+    if recipe == "multiturn_tools":
+        assert len(rows) == 4
+        assert {len(answers) for answers in rows["turn_ifd"]} == {2}
+    if recipe == "selective_reflection":
+        scored = load_rows("responses.parquet").to_pandas()
+        lowest = scored.loc[scored.groupby("pair")["rifd"].idxmin(), "row_id"]
+        assert sorted(rows["row_id"]) == sorted(lowest)
+        chosen, scored = load_rows("chosen_instructions.jsonl"), load_rows("instructions.parquet").to_pandas()
+        assert sorted(chosen["row_id"]) == sorted(scored.loc[scored.groupby("pair")["ifd"].idxmax(), "row_id"])
+    words = [
+        "train",
+        str(FOLDER / f"{recipe}.yaml"),
+        "--plan",
+        "--model",
+        model,
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+    ]
+    assert main(words) == 0
+    assert f"pool: {len(rows)} of {len(rows)} rows" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> str:
     """As many rows as the largest count in a recipe wants."""
     path = tmp_path_factory.mktemp("large") / "rows.jsonl"
-    own = {"known_agreement": 0.5}
+    own = {"known_agreement": 0.5, "sifd_mean": 0.5, "sifd_std": 0.1}
     rows = [
         row | own | {"source": SOURCES[i % ROWS], "level": LEVELS[i % ROWS]} for i, row in enumerate(raw_rows(1100))
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_rows(path, rows)
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "demo"])
 def test_a_recipe_for_gpus_is_planned_as_it_is_on_any_machine(recipe, model, large, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     forbid(monkeypatch)
-    assert main(["train", str(FOLDER / f"{recipe}.yaml"), "--plan", "--model", model, "--dataset", large]) == 0
+    assert (
+        main(
+            ["train", str(FOLDER / f"{recipe}.yaml"), "--plan", "--model", model, "--dataset", rows_for(recipe, large)]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     lines = lines[lines.index(next(line for line in lines if line.startswith("Plan: "))) :]
     assert lines[1] == "pool: 1,100 of 1,100 rows"
