@@ -21,7 +21,7 @@ from ifd_trainer.cli import main
 from ifd_trainer.compare.arm_run import main as arm_run
 from ifd_trainer.compare.arms import read_arms
 from ifd_trainer.compare.comparison import Comparison, Task, in_a_process
-from ifd_trainer.compare.plan import PlannedArm, idle_lines
+from ifd_trainer.compare.plan import PlannedArm, idle_lines, operations_per_second
 from ifd_trainer.compare.results import read_results
 from ifd_trainer.data.formats import ALPACA
 from ifd_trainer.errors import UserError
@@ -33,6 +33,12 @@ from ifd_trainer.training.recipe_run import build_run
 
 pytestmark = RECIPES
 ARMS = "arms:\n  longest:\n  static:\n  full:\n  mine: {policy: lowest, score: ifd_ppl}\n"
+
+
+@pytest.fixture(autouse=True)
+def a_machine_of_known_speed(monkeypatch):
+    """It is measured for half a second before each comparison."""
+    monkeypatch.setattr("ifd_trainer.compare.plan.operations_per_second", lambda: 5e10)
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +259,7 @@ def test_the_plan_says_what_will_be_done(folder, capsys, monkeypatch):
     assert [line.split()[0] for line in named] == ["random", "longest", "static", "full", "mine"]
     assert [" 6 updates" in line for line in named] == [True, True, True, False, True]
     assert "5 arms with 2 seeds each (7, 9): about" in lines[-1]
+    assert "at the 50 GFLOP/s" in lines[-1]
     assert not (folder / "planned").exists()
 
 
@@ -420,6 +427,10 @@ def test_arms_that_would_share_a_folder_are_refused(folder, capsys):
     (folder / "alike.yaml").write_text(text, encoding="utf-8")
     assert main(["compare", str(folder / "alike.yaml"), "--model", str(folder / "model")]) == 2
     assert "several of them would be in the folder 'a_b'" in capsys.readouterr().err
+
+
+def test_the_speed_of_a_machine_is_that_of_its_matrix_products():
+    assert 1e7 < operations_per_second(size=64, seconds=0.01) < 1e16
 
 
 def test_processes_that_run_side_by_side_share_the_cores(folder, monkeypatch):
