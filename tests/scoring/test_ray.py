@@ -18,16 +18,15 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cluster():
+@pytest.fixture
+def cluster(monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default Ray's workers wait for everything else on the machine
     environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        patch.setenv("RAY_worker_niceness", "0")  # by default Ray's workers wait for everything else on the machine
-        ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, runtime_env={"env_vars": environment})
-        yield
-        ray.shutdown()
+    ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, runtime_env={"env_vars": environment})
+    yield
+    ray.shutdown()
 
 
 @pytest.mark.filterwarnings("ignore")  # of Ray itself
