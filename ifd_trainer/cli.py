@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -947,13 +947,14 @@ def _train(arguments: list[str]) -> int:
     from .report.page import write_report
     from .report.tables import epoch_table, guard_table, label_rich_table
     from .training.recipe import parse_recipe
-    from .training.recipe_plan import planned
+    from .training.recipe_plan import only_the_plan, planned
     from .training.recipe_run import build_run, selection_of
 
-    parsed = parse_recipe(recipe, arguments, plan)
-    run = build_run(parsed)
+    with only_the_plan() if plan else nullcontext():
+        parsed = parse_recipe(recipe, arguments, plan)
+        run = build_run(parsed)
+        text = planned(run)  # on every process: with packing they wait for one another
     trainer = run.trainer
-    text = planned(run)  # on every process: with packing they wait for one another
     if trainer.is_world_process_zero():
         print(f"Plan: {text}", flush=True)
     if trainer.args.world_size > 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import gc
 import os
 import shutil
 import tempfile
@@ -21,6 +23,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from pathlib import Path
 
+import accelerate.utils.imports
 import pytest
 import torch
 from hypothesis import settings
@@ -30,6 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 # The system outlives its processes, killed ones too. Waiting 6 ms for the disk, some twenty times in a tiny run, was a
 # third of its time.
 os.fsync = lambda file: None
+# Whether a package is installed is read from the disk, some 40 times in a tiny run.
+accelerate.utils.imports._is_package_available = functools.cache(accelerate.utils.imports._is_package_available)
 settings.register_profile("ifd_trainer", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("ifd_trainer")
 
@@ -52,6 +57,12 @@ CORPUS = [
     'He said: "Yes." She said: "No." The answer is: "maybe".',
     "user assistant system The cat sat on the mat and the dog ran in the park with a ball.",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """Let the million objects that imports have made be: each run of a trainer has all garbage collected."""
+    gc.collect()
+    gc.freeze()
 
 
 def build_tokenizer(bos: bool = True, add_bos: bool = False, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:

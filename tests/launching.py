@@ -6,10 +6,13 @@ import contextlib
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT
 
 WORLD = 2
@@ -38,6 +41,30 @@ def launch(task: str, folder: Path, limit: float = LAUNCH_LIMIT, processes: int 
     if code is None:
         pytest.fail(f"{processes} processes were not done after {limit} s:\n{text[-8000:]}")
     return code, text
+
+
+def forked(run: Callable[[], object]) -> tuple[int, str]:
+    """Exit code and output of a copy of this process that does something, which has all imports done.
+
+    For what a process cannot do to itself: be killed, or have a full disk. It runs in one thread.
+    """
+    end, begin = os.pipe()
+    if not (child := os.fork()):
+        code = 1
+        try:
+            for stream in (1, 2):
+                os.dup2(begin, stream)
+            sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+            torch.set_num_threads(1)
+            code = run() or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(begin)
+    with open(end, errors="replace") as printed:
+        text = printed.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
 
 
 def end(process: subprocess.Popen) -> None:

@@ -15,6 +15,7 @@ ROOMS = ["method", "data", "scoring", "training", "frameworks", "report", "publi
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
 
 
+@cache
 def tree_of(module) -> ast.Module:
     return ast.parse((PACKAGE / module).with_suffix(".py").read_text(encoding="utf-8"))
 

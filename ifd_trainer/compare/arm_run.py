@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.atomic import write_atomically
+from ..data.atomic import write_json
 from ..errors import UserError, one_line
 
 RUN, RESULT = "run.json", "result.json"
@@ -56,6 +56,7 @@ def main(folder: Path) -> None:
     from ..training.recipe import parse_recipe
     from ..training.recipe_plan import training_plan
     from ..training.recipe_run import build_run, selection_of
+    from ..training.trainer_hooks import tokenizer_of
 
     todo = ArmRun(**json.loads((folder / RUN).read_text(encoding="utf-8")))
     began = time.perf_counter()
@@ -73,10 +74,9 @@ def main(folder: Path) -> None:
     watch = HeldOutRows(trainer, sets, folder, todo.steps, brief, todo.at_start)
     trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     prompts = read_prompts(sets[0], measures, recipe.folder)
-    measure_at_end(trainer.model, tokenizer, sets, prompts, measures, folder, recipe.folder)
-    result: dict[str, Any] = {
+    measure_at_end(trainer.model, tokenizer_of(trainer), sets, prompts, measures, folder, recipe.folder)
+    result = {
         "rows": len(trainer.train_dataset),
         "brief": brief,
         "seconds_scoring_beforehand": run.seconds_scoring,
@@ -84,16 +84,14 @@ def main(folder: Path) -> None:
         "device": trainer.args.device.type,
         "torch": torch.__version__,
     }
-    text = json.dumps(result, indent=1)
-    write_atomically(folder / RESULT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_json(folder / RESULT, result)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
 
 def write_run(folder: Path, run: ArmRun) -> None:
     """Say what the process of a folder is to do."""
-    text = json.dumps(asdict(run), indent=1, ensure_ascii=False)
-    write_atomically(folder / RUN, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_json(folder / RUN, asdict(run))
 
 
 def _end_with_parent() -> None:

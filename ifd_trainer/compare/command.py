@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from ..judge.pairs import Judge
     from .comparison import Comparison
     from .judging import Judging
+
+logger = logging.getLogger(__name__)
 
 _DESCRIPTION = """Train the same model on the same rows, chosen in several ways (arms), each with several seeds, and say
 which of them end with another loss on held-out rows than random rows do, and how well that is known: here, and on a
@@ -88,15 +92,19 @@ def compare(arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
+    from ..training.recipe_plan import only_the_plan
     from .comparison import Comparison
     from .exports import write_numbers
     from .page import write_page
-    from .plan import operations_per_second, planned_arm, planned_measures
+    from .plan import idle_lines, operations_per_second, planned_arm, planned_measures
     from .results import read_curves, results_of
     from .wording import cost_table, further_tables, headline, plan_of_measures, plan_text, result_table, unasked
 
-    planned = [planned_arm(options.recipe, words, arm) for arm in arms]
-    measured = planned_measures(options.recipe, words, measures)
+    with only_the_plan() if options.plan else nullcontext():
+        planned = [planned_arm(options.recipe, words, arm) for arm in arms]
+        measured = planned_measures(options.recipe, words, measures)
+    for line in idle_lines(options.recipe, words, planned):
+        logger.warning(line)
     runs = len(seeds) * (len(arms) - 1)
     if left_out := left_out_of_arms(arms, scores):
         print(left_out)
@@ -186,13 +194,14 @@ def _judge(options: argparse.Namespace, of_recipe: Any, measures: Measures) -> J
 def _judged(comparison: Comparison, seeds: list[int], judge: Judge, again: bool) -> Judging:
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .judging import judged, questions
+    from .judging import answer_pairs, judged, questions
 
-    count = questions(comparison, seeds, judge)
+    pairs = answer_pairs(comparison, seeds)
+    count = questions(comparison, pairs, judge, again)
     _say(f"{judge.name} judges: {many(count.asked, 'question')} to ask, {count.known:,} answered before")
     with Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         bar = progress.add_task("questions to the judge", total=count.asked)
-        found = judged(comparison, seeds, judge, lambda done, total: progress.update(bar, advance=1), again)
+        found = judged(comparison, seeds, pairs, judge, lambda done, total: progress.update(bar, advance=1), again)
     found.save(comparison.folder)
     return found
 

@@ -29,7 +29,7 @@ import pandas as pd
 import yaml
 
 from .. import __version__
-from ..data.atomic import write_atomically
+from ..data.atomic import write_json
 from ..data.paths import folder_name
 from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_line
 from ..evaluation.held_out_losses import Point, read_points, rows_path
@@ -140,8 +140,7 @@ class Comparison:
                     f"{self.folder} holds another comparison: {', '.join(other)} {'is' if len(other) == 1 else 'are'} "
                     "not the same. Name another output_dir, or delete it."
                 )
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        write_atomically(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+        write_json(path, content)
 
     def _content(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..data.atomic import write_atomically
+from ..data.atomic import write_json
 from ..errors import NotFoundError, UserError
 from ..evaluation.at_end import answers_path
 from ..evaluation.measured import BASELINE
@@ -75,8 +75,7 @@ class Judging:
 
     def save(self, folder: Path) -> None:
         """Keep it in the folder of a comparison."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
-        write_atomically(folder / FILE, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        write_json(folder / FILE, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, folder: Path, seeds: list[int]) -> Judging | None:
@@ -129,18 +128,28 @@ def judged_sets(measures: Measures) -> list[str]:
     return [MAIN, *measures.held_out_sets]
 
 
-def questions(comparison: Comparison, seeds: Sequence[int], judge: Judge) -> Count:
-    """What the judge is still to be asked, once all runs have ended."""
-    counts = [
-        count_questions(_pairs(comparison, seeds, name), judge, comparison.folder)
-        for name in judged_sets(comparison.measures)
-    ]
+def answer_pairs(comparison: Comparison, seeds: Sequence[int]) -> dict[str, pd.DataFrame]:
+    """Each arm's answers beside those of random rows, by the set of prompts that they answer.
+
+    Args:
+        seeds: with which all arms have ended.
+
+    Raises:
+        UserError: where a run has no answers.
+    """
+    return {name: _pairs(comparison, seeds, name) for name in judged_sets(comparison.measures)}
+
+
+def questions(comparison: Comparison, pairs: Mapping[str, pd.DataFrame], judge: Judge, again: bool = False) -> Count:
+    """What `judged` will still ask."""
+    counts = [count_questions(of_set, judge, comparison.folder, again) for of_set in pairs.values()]
     return Count(*(sum(getattr(count, field.name) for count in counts) for field in dataclasses.fields(Count)))
 
 
 def judged(
     comparison: Comparison,
     seeds: Sequence[int],
+    pairs: Mapping[str, pd.DataFrame],
     judge: Judge,
     progress: Callable[[int, int], Any] | None = None,
     again: bool = False,
@@ -149,16 +158,17 @@ def judged(
 
     Args:
         seeds: with which all arms have ended.
+        pairs: of their answers, as of `answer_pairs`.
         progress: is called with how many questions of a set were asked, and how many there are.
         again: whether what it said badly before is asked again.
 
     Raises:
-        UserError: what the judge raises, and where a run has no answers.
+        UserError: what the judge raises.
     """
     arms, notes, others = [], [], len(comparison.arms) - 1
-    for name in judged_sets(comparison.measures):
-        pairs, categories = _pairs(comparison, seeds, name), _categories(comparison, name)
-        found = judge_pairs(pairs, judge, comparison.folder, name, progress, again)
+    for name, of_set in pairs.items():
+        categories = _categories(comparison, name)
+        found = judge_pairs(of_set, judge, comparison.folder, name, progress, again)
         for arm, lines in found.frame.groupby("arm", sort=False):
             documents = judged_documents(lines)
             values = documents.values
@@ -191,7 +201,7 @@ def _by_category(lines: pd.DataFrame, categories: pd.Series) -> dict[str, float]
 
 def _categories(comparison: Comparison, name: str) -> pd.Series:
     """Of each document, its category."""
-    answers = pd.read_parquet(answers_path(comparison.tasks()[0].folder, name))
+    answers = pd.read_parquet(answers_path(comparison.tasks()[0].folder, name), columns=["document", "category"])
     return answers.set_index("document")["category"]
 
 

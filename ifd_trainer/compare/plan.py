@@ -13,9 +13,11 @@ from ..evaluation.at_end import checked
 from ..evaluation.harness import PlannedTask
 from ..evaluation.held_out_sets import read_prompts, read_sets
 from ..evaluation.measures import Measures
-from ..training.recipe import parse_recipe
+from ..training.recipe import Recipe, parse_recipe
 from ..training.recipe_plan import training_plan
 from ..training.recipe_run import build_run, selection_of
+from ..training.recipe_selection import SelectionConfig, idle_keys_unsaid
+from ..training.trainer_hooks import tokenizer_of
 from .arms import Arm
 
 _FORWARD, _TRAINED = 2, 6  # operations for each parameter and token: a forward pass, and one with its backward pass
@@ -33,6 +35,7 @@ class PlannedArm:
         tokens: trained on, if rows are as long as the pool's are on average.
         scored: tokens of forward passes for scoring, those before training among them.
         operations: of training and scoring, by the arithmetic of 2 and 6 for each parameter and token.
+        selection: its keys of selection.
     """
 
     arm: Arm
@@ -41,6 +44,7 @@ class PlannedArm:
     tokens: int
     scored: int
     operations: float
+    selection: SelectionConfig
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,11 @@ def planned_measures(recipe: str, words: Sequence[str], measures: Measures) -> P
     Raises:
         UserError: for what cannot be read, and what a run could not measure; see `evaluation.at_end.checked`.
     """
-    read = parse_recipe(recipe, [*words, *_UNMEASURED], plan=True)
+    read = _parsed(recipe, [*words, *_UNMEASURED])
     run = build_run(read)
     sets = read_sets(run.held_out, run.format, measures, read.folder, read.selection.rows_format())
     prompts = read_prompts(sets[0], measures, read.folder)
-    tokenizer = getattr(run.trainer.processing_class, "tokenizer", run.trainer.processing_class)
-    tasks = checked(run.trainer.model, tokenizer, sets, measures, read.folder)
+    tasks = checked(run.trainer.model, tokenizer_of(run.trainer), sets, measures, read.folder)
     return PlannedMeasures(*({each.name: len(each.rows) for each in of} for of in (sets, prompts)), tasks)
 
 
@@ -79,7 +82,8 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
     Raises:
         UserError: for a recipe that cannot be run.
     """
-    run = build_run(parse_recipe(recipe, [*words, *arm.arguments(), *_UNMEASURED], plan=True))
+    read = _parsed(recipe, [*words, *arm.arguments(), *_UNMEASURED])
+    run = build_run(read)
     trainer, callback = run.trainer, selection_of(run.trainer)
     plan, pool = training_plan(trainer), callback.pool
     ends = np.cumsum([epoch.updates for epoch in plan.epochs])
@@ -97,7 +101,29 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
         tokens,
         scored,
         float(parameters) * (_TRAINED * tokens + _FORWARD * scored),
+        read.selection,
     )
+
+
+def idle_lines(recipe: str, words: Sequence[str], planned: Sequence[PlannedArm]) -> list[str]:
+    """What a recipe says for all arms and none has a use for, and what it says for an arm to no effect there."""
+    used = set()
+    for arm in planned:
+        used |= arm.selection.given_keys().difference(*arm.selection.idle_keys().values())
+    said: dict[tuple[str, str], list[str]] = {}
+    shared = _parsed(recipe, words).selection
+    for selection, arm in ((shared, None), *((each.selection, each.arm) for each in planned)):
+        for needed, keys in selection.idle_keys().items():
+            for key in keys:
+                whose = f"arms: {arm.name}: " if arm is not None and key in arm.keys else ""
+                if (whose or key not in used) and key not in said.setdefault((whose, needed), []):
+                    said[whose, needed].append(key)
+    return [f"{whose}{', '.join(keys)}: no effect without {needed}." for (whose, needed), keys in said.items() if keys]
+
+
+def _parsed(recipe: str, words: Sequence[str]) -> Recipe:
+    with idle_keys_unsaid():
+        return parse_recipe(recipe, words, plan=True)
 
 
 def _scorings(arm: Arm, epochs: int, every: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..data.atomic import write_atomically
+from ..data.atomic import write_json
 from ..errors import UserError
 from ..evaluation.held_out_losses import Point
 from ..evaluation.held_out_sets import clusters_of
@@ -124,8 +123,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write the numbers as JSON."""
-        text = json.dumps(asdict(self), indent=1)
-        write_atomically(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+        write_json(path, asdict(self))
 
 
 class Curve:

@@ -7,6 +7,7 @@ process that is killed leaves that file; the next one that writes into the folde
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -62,6 +63,17 @@ def write_atomically(path: Path, write: Callable[[Path], Any], folder: Path | No
                 _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write what JSON can hold, one thing a line, as `write_atomically` writes.
+
+    Raises:
+        FileAccessError: when the file cannot be written.
+        TypeError: for what JSON cannot hold; the file is as before.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_atomically(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..method.reasons import Status
-from .chat_template import renderer, template_frames
+from .chat_template import Frame, renderer, template_frames
 from .encoding import EncodedPair, Encoder
 from .formats import ALPACA, SUPERFILTERING, WIZARDLM
 from .response_header import GivenHeader
@@ -24,8 +24,9 @@ class TokenRows:
         tokenizer = encoder.tokenizer
         self._encoder, self._turns = encoder, encoder.turns
         self._frames = template_frames(tokenizer, template)
-        self._blank = {_letters(prompt) for prompt in _blank_prompts(tokenizer, template)}
-        self._longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in _blank_prompts(tokenizer, template)) + 8
+        blank = list(_blank_prompts(tokenizer, template, self._frames))
+        self._blank = {_letters(prompt) for prompt in blank}
+        self._longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in blank) + 8
 
     def pair(self, ids: Sequence[int], start: int, end: int, prefix: Sequence[int], fills: bool = False) -> EncodedPair:
         """The row's pair, where the labels say that the answer is `ids[start:end]`.
@@ -66,7 +67,7 @@ class TokenRows:
         return any(_letters(decode(list(prompt), skip_special_tokens=skip)) in self._blank for skip in (False, True))
 
 
-def _blank_prompts(tokenizer: Any, template: str | None) -> Iterator[str]:
+def _blank_prompts(tokenizer: Any, template: str | None, frames: Sequence[Frame]) -> Iterator[str]:
     """Prompts in which nothing is asked, as the known formats and the chat template write them."""
     yield ""
     for format in (ALPACA, WIZARDLM, SUPERFILTERING):
@@ -82,8 +83,8 @@ def _blank_prompts(tokenizer: Any, template: str | None) -> Iterator[str]:
             except Exception:  # no chat that this template knows
                 continue
             yield text
-            yield from () if opened else (text + frame.before for frame in template_frames(tokenizer, template))
-    yield from (frame.before for frame in template_frames(tokenizer, template))
+            yield from () if opened else (text + frame.before for frame in frames)
+    yield from (frame.before for frame in frames)
 
 
 def _letters(text: str) -> str:

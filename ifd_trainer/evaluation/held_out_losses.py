@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from ..data.atomic import write_atomically
 from ..scoring.eval_guard import eval_mode
 from ..scoring.transform import IFDScorer
+from ..training.trainer_hooks import tokenizer_of
 from .held_out_sets import HeldOutSet, rows_frame
 
 _COLUMNS = ("cas", "das", "ifd", "answer_tokens", "ifd_status")
@@ -62,7 +63,7 @@ class HeldOutRows(TrainerCallback):
     ) -> None:
         self.trainer, self.sets, self.folder, self.steps = trainer, sets, folder, frozenset(steps)
         self.brief, self.at_start = brief, at_start
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        tokenizer = tokenizer_of(trainer)
         self._scorers = [IFDScorer(trainer.model, tokenizer, format=each.format) for each in sets]
         self._rows = rows_frame(sets)
         self._clock = time.process_time if trainer.args.device.type == "cpu" else _device_clock

@@ -23,7 +23,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..data.arrow_files import file_digest
-from ..data.atomic import is_temporary, write_atomically, writing
+from ..data.atomic import is_temporary, write_atomically, write_json, writing
 from ..data.table_reader import Lists, arrow_array
 from ..errors import FileAccessError, RunError, UserError
 
@@ -75,7 +75,7 @@ class Parts:
             if main and (self.folder / _FINISHED).exists():  # an earlier job was killed while it deleted its parts
                 self._delete()
             if not self._goes_on(path, job, main):
-                write_atomically(path, lambda temporary: temporary.write_text(json.dumps(dict(job)), encoding="utf-8"))
+                write_json(path, dict(job))
         except BaseException:
             self.close()
             raise

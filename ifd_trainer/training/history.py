@@ -27,7 +27,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data.atomic import write_atomically
+from ..data.atomic import write_atomically, write_json
 from ..errors import NotFoundError, UserError
 from ..method.plain_data import without_reprs
 from ..method.selection import Selection, counted
@@ -92,8 +92,7 @@ class History:
     def save(self) -> None:
         """Write `history.json`."""
         content = {"version": VERSION, "settings": self.settings, "epochs": self.epochs}
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        write_atomically(self.folder / "history.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(self.folder / "history.json", content)
 
     def discard_other_epochs(self) -> None:
         """Delete the rows of epochs without a record: an earlier run in this folder left them."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..data.atomic import write_atomically
+from ..data.atomic import write_atomically, write_json
 from ..errors import FileAccessError, UserError
 
 FOLDER = "ifd_original"
@@ -73,8 +73,7 @@ class Snapshot:
             except SafetensorError as error:  # what it raises for a disk that is full by now
                 raise FileAccessError(f"The original weights cannot be written to {self.folder}: {error}") from error
             index[name] = list(part)
-        text = json.dumps(index, indent=1)
-        write_atomically(self.folder / _INDEX, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(self.folder / _INDEX, index)
 
     def restore(self, model: nn.Module) -> None:
         """Put the saved values into the model's parameters, in place.

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from trl import SFTTrainer
 
 from ..method.schedule import TrainingPlan
 from .initial_weights import Snapshot
 from .pool_line import pool_line
 from .recipe_run import Run, selection_of
+
+
+@contextmanager
+def only_the_plan() -> Iterator[None]:
+    """While a plan is made, neither bars over rows are shown nor what transformers will call its settings one day."""
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")
+            yield
+    finally:
+        if not hidden:
+            enable_progress_bars()
 
 
 def training_plan(trainer: SFTTrainer) -> TrainingPlan:

@@ -9,6 +9,8 @@ import dataclasses
 import importlib
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -106,7 +108,8 @@ class SelectionConfig(SelectionKeys):
         self.schedule(), self.chosen_policy(), self.timing(), self.scoring(), self.guard(), self.further()
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
-        self._warn_of_idle_keys()
+        for needed, keys in self.idle_keys().items():
+            logger.warning("%s: no effect without %s.", ", ".join(keys), needed)
 
     def rows_format(self) -> FormatOptions:
         """What is said of the rows' format.
@@ -116,8 +119,21 @@ class SelectionConfig(SelectionKeys):
         """
         return FormatOptions(**{key.name: getattr(self, key.name) for key in dataclasses.fields(FormatOptions)})
 
-    def _warn_of_idle_keys(self) -> None:
-        """Say which keys have no effect with the others as they are."""
+    def given_keys(self) -> set[str]:
+        """Keys with another value than the default, or none."""
+        defaults = {
+            key.name: key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+            for key in dataclasses.fields(self)
+        }
+        defaults["max_ifd"] = 1.0
+        return {name for name, default in defaults.items() if str(getattr(self, name)) not in (str(default), "")}
+
+    def idle_keys(self) -> dict[str, list[str]]:
+        """Given keys that have no effect with the others as they are, by what they would need.
+
+        >>> SelectionConfig(tiers=4).idle_keys()
+        {'curriculum': ['tiers']}
+        """
         idle = {"method: cherry": ("brief", "brief_clusters", "brief_per_cluster")} if self.method != "cherry" else {}
         idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
         idle |= self._idle_guards()
@@ -130,15 +146,8 @@ class SelectionConfig(SelectionKeys):
         idle |= {"shares, floors or caps": ("buckets",)} if not (self.shares or self.floors or self.caps) else {}
         of_diverse = ("diverse_by",) if self.policy == TARGET else ("diverse_by", "embedder")
         idle |= {"diverse": of_diverse} if self.diverse is None else {}
-        defaults = {
-            key.name: key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
-            for key in dataclasses.fields(self)
-        }
-        defaults["max_ifd"] = 1.0
-        for needed, names in idle.items():
-            given = [name for name in names if str(getattr(self, name)) not in (str(defaults[name]), "")]
-            if given:
-                logger.warning("%s: no effect without %s.", ", ".join(given), needed)
+        given = self.given_keys()
+        return {needed: keys for needed, names in idle.items() if (keys := [name for name in names if name in given])}
 
     def _idle_guards(self) -> dict[str, tuple[str, ...]]:
         """Keys of guards that are off, by what they would need."""
@@ -371,6 +380,16 @@ def _named_amounts(entries: list[str], key: str) -> dict[str, float | int] | str
     if REST in amounts:
         raise UserError(f"{key} wants VALUE=NUMBER, such as code=0.1; got {' '.join(entries)}.")
     return amounts
+
+
+@contextmanager
+def idle_keys_unsaid() -> Iterator[None]:
+    """No settings that are made here warn of their idle keys: those of a comparison's recipe are for several arms."""
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
 
 
 def _imported(key: str, path: str) -> Any:

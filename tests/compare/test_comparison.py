@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROUNDING, reference_nll
+from datasets import Dataset
 from tiny_runs import RECIPES, TOKENIZER, build_model, raw_rows
 from transformers import AutoModelForCausalLM
 
@@ -17,16 +21,24 @@ from ifd_trainer.cli import main
 from ifd_trainer.compare.arm_run import main as arm_run
 from ifd_trainer.compare.arms import read_arms
 from ifd_trainer.compare.comparison import Comparison, Task, in_a_process
+from ifd_trainer.compare.plan import PlannedArm, idle_lines, operations_per_second
 from ifd_trainer.compare.results import read_results
 from ifd_trainer.data.formats import ALPACA
 from ifd_trainer.errors import UserError
 from ifd_trainer.evaluation.held_out_losses import HeldOutRows
 from ifd_trainer.training.history import History
 from ifd_trainer.training.recipe import parse_recipe
+from ifd_trainer.training.recipe_plan import only_the_plan
 from ifd_trainer.training.recipe_run import build_run
 
 pytestmark = RECIPES
 ARMS = "arms:\n  longest:\n  static:\n  full:\n  mine: {policy: lowest, score: ifd_ppl}\n"
+
+
+@pytest.fixture(autouse=True)
+def a_machine_of_known_speed(monkeypatch):
+    """It is measured for half a second before each comparison."""
+    monkeypatch.setattr("ifd_trainer.compare.plan.operations_per_second", lambda: 5e10)
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +112,11 @@ def test_arms_train_on_what_they_say(compared):
     assert not (task_of(compared, "full", 0).folder / "ifd_history").exists()
 
 
-def test_an_arm_keeps_the_rows_most_like_a_target_set(folder, capsys):
+def test_an_arm_keeps_the_rows_most_like_a_target_set(folder, caplog):
     (folder / "task.jsonl").write_text(json.dumps(raw_rows(20)[7] | {"output": ""}) + "\n")
     words = ["--arms", "target", "--target_set", "task.jsonl"]  # beside the recipe
     comparison = prepared(folder, "targets", *words)
-    assert capsys.readouterr().err.count("no effect without") == 0
+    assert "no effect without" not in caplog.text
     keys = {arm.name: arm.keys for arm in comparison.arms}
     assert [keys[name]["target_set"] for name in ("random", "target")] == ["", "task.jsonl"]
     comparison.run(say=lambda text: None, launch=lambda place, device: arm_run(place))
@@ -236,13 +248,18 @@ def test_a_folder_with_another_comparison_is_refused(folder, compared, capsys):
     assert f"{folder / 'out'} holds another comparison: learning_rate is not the same" in capsys.readouterr().err
 
 
-def test_the_plan_says_what_will_be_done(folder, capsys):
-    assert main(command(folder, "--output_dir", str(folder / "planned"), "--plan", "--seeds", "7", "9")) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_the_plan_says_what_will_be_done(folder, capsys, monkeypatch):
+    show_bars(monkeypatch)
+    words = ["--max_length", "250", "--seeds", "7", "9"]  # no test has prepared rows of this length before
+    assert main(command(folder, "--output_dir", str(folder / "planned"), "--plan", *words)) == 0
+    said = capsys.readouterr()
+    assert "examples" not in said.err
+    lines = said.out.splitlines()
     named = [line for line in lines if "updates, about" in line]
     assert [line.split()[0] for line in named] == ["random", "longest", "static", "full", "mine"]
     assert [" 6 updates" in line for line in named] == [True, True, True, False, True]
     assert "5 arms with 2 seeds each (7, 9): about" in lines[-1]
+    assert "at the 50 GFLOP/s" in lines[-1]
     assert not (folder / "planned").exists()
 
 
@@ -259,6 +276,71 @@ def test_arms_that_score_once_go_without_how_losses_change_and_the_plan_says_so(
     assert found == {"random": None, "static": ["ifd"], "dynamic": None, "mine": ["rifd"]}
     found = {arm.name: arm.keys.get("scores") for arm in read_arms(given, "m", scores=["rifd", "loss_change"])}
     assert found["static"] == ["rifd", "rcas", "rdas"]
+
+
+def show_bars(monkeypatch) -> None:
+    """Let `datasets` show its bars, which tests go without."""
+    bars = sys.modules["datasets.utils.tqdm"]
+    monkeypatch.setattr(bars, "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(bars, "_hf_datasets_progress_bars_disabled", False)
+
+
+def test_a_plan_goes_without_bars_and_names_to_come_and_with_other_warnings(monkeypatch, capsys):
+    show_bars(monkeypatch)
+
+    def said(rows: int) -> tuple[bool, list[str]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with only_the_plan() if rows == 2 else nullcontext():
+                Dataset.from_dict({"n": range(rows)}).map(lambda row: row, desc="Reading")
+                for kind, module in (
+                    (FutureWarning, "transformers.a"),
+                    (UserWarning, "transformers.a"),
+                    (FutureWarning, "b"),
+                ):
+                    warnings.warn_explicit(f"{module}: {kind.__name__}", kind, "a.py", 1, module)
+        return "Reading" in capsys.readouterr().err, [str(each.message) for each in caught]
+
+    others = ["transformers.a: UserWarning", "b: FutureWarning"]
+    assert said(rows=2) == (False, others)
+    assert said(rows=3) == (True, ["transformers.a: FutureWarning", *others])
+
+
+def test_keys_that_no_arm_has_a_use_for_are_named_before_anything_runs(folder, caplog):
+    words = ["--arms", "longest", "--balance_by", "output", "--plan"]
+    assert main(command(folder, *words)) == 0
+    assert caplog.messages == [
+        "balance_by: no effect without policy: balanced.",
+        "max_ifd: no effect without policy: cherry.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [
+        ({"balanced": None}, ["max_ifd: no effect without policy: cherry."]),
+        ({"balanced": None, "static": None}, []),
+        (
+            {"longest": None, "mine": {"policy": "lowest", "tiers": 4}},
+            [
+                "balance_by: no effect without policy: balanced.",
+                "max_ifd: no effect without policy: cherry.",
+                "arms: mine: tiers: no effect without curriculum.",
+            ],
+        ),
+        (
+            {"balanced": {"tiers": 4}, "static": {"tiers": 5, "curriculum": "easy_to_hard"}},
+            ["arms: balanced: tiers: no effect without curriculum."],
+        ),
+    ],
+)
+def test_a_key_is_idle_where_no_arm_uses_it_and_an_arms_own_one_in_that_arm(folder, arms, said):
+    recipe, shared = str(folder / "recipe.yaml"), ["--model", str(folder / "model"), "--balance_by", "output"]
+    planned = []
+    for arm in read_arms(arms, "m", balance_by="output"):
+        selection = parse_recipe(recipe, [*shared, *arm.arguments()], plan=True).selection
+        planned.append(PlannedArm(arm, 0, [], 0, 0, 0.0, selection))
+    assert idle_lines(recipe, shared, planned) == said
 
 
 @pytest.mark.parametrize(
@@ -360,6 +442,10 @@ def test_arms_that_would_share_a_folder_are_refused(folder, capsys):
     (folder / "alike.yaml").write_text(text, encoding="utf-8")
     assert main(["compare", str(folder / "alike.yaml"), "--model", str(folder / "model")]) == 2
     assert "several of them would be in the folder 'a_b'" in capsys.readouterr().err
+
+
+def test_the_speed_of_a_machine_is_that_of_its_matrix_products():
+    assert 1e7 < operations_per_second(size=64, seconds=0.01) < 1e16
 
 
 def test_processes_that_run_side_by_side_share_the_cores(folder, monkeypatch):

@@ -12,13 +12,13 @@ from test_comparison_page import made_up, table_of
 
 from ifd_trainer.cli import main
 from ifd_trainer.compare.comparison import FILE, Comparison
-from ifd_trainer.compare.judging import Judging, judged, judged_sets, questions, read_judge
+from ifd_trainer.compare.judging import Judging, answer_pairs, judged, judged_sets, questions, read_judge
 from ifd_trainer.data.formats import ALPACA, MESSAGES, PROMPT_COMPLETION
 from ifd_trainer.errors import UserError
 from ifd_trainer.evaluation.at_end import answers_path
 from ifd_trainer.evaluation.held_out_sets import HeldOutSet, asking, read_prompts
 from ifd_trainer.evaluation.measures import MAIN, Measures
-from ifd_trainer.judge.scores import paired
+from ifd_trainer.judge.scores import Judgement, paired
 from ifd_trainer.judge.verdicts import Verdict, read_verdict
 
 PROMPTS = 12
@@ -80,10 +80,11 @@ def comparison(tmp_path) -> Comparison:
 
 def test_verdicts_are_counted_by_arm_and_asked_for_once(comparison):
     judge = Longer()
-    count = questions(comparison, [0, 1], judge)
+    pairs = answer_pairs(comparison, [0, 1])
+    count = questions(comparison, pairs, judge)
     # "short" against "long answer" and "ab", each in two orders: the same texts are asked about once.
     assert (count.asked, count.known, count.same) == (4, 0, 2 * (3 + 11))
-    found = judged(comparison, [0, 1], judge)
+    found = judged(comparison, [0, 1], pairs, judge)
     assert len(judge.asked) == 4
     by_arm = {arm.arm: arm for arm in found.arms}
     better, alike = by_arm["better"], by_arm["alike"]
@@ -92,11 +93,31 @@ def test_verdicts_are_counted_by_arm_and_asked_for_once(comparison):
     assert better.by_category == {"even": 1 + 5 / 6, "odd": 1 + 4 / 6}
     assert (alike.wins, alike.ties, alike.losses) == (0, 22, 2)
     assert "28 pairs of answers are the same text" in " ".join(found.notes)
-    assert questions(comparison, [0, 1], judge).asked == 0
+    assert questions(comparison, pairs, judge).asked == 0
     found.save(comparison.folder)
     assert Judging.load(comparison.folder, [0, 1]) == found
     assert Judging.load(comparison.folder, [0]) is None
     the_page_shows_it(comparison)
+
+
+class Mumbling(Longer):
+    """A judge that says nothing that can be read."""
+
+    def compare(self, said: list[Verdict]):
+        return Judgement(None, reasons=tuple(verdict.reason for verdict in said))
+
+    def __call__(self, asked, said=None):
+        found = [read_verdict("well", by="rule") for _ in asked]
+        for number, verdict in enumerate(found):
+            said(number, verdict)
+        return found
+
+
+def test_what_is_asked_again_is_counted_before(comparison):
+    pairs = answer_pairs(comparison, [0, 1])
+    judged(comparison, [0, 1], pairs, Mumbling())
+    assert questions(comparison, pairs, Longer()).asked == 0
+    assert questions(comparison, pairs, Longer(), again=True).asked == 4
 
 
 def the_page_shows_it(comparison):
@@ -115,7 +136,7 @@ def the_page_shows_it(comparison):
 def test_a_run_without_answers_is_named(comparison):
     answers_path(comparison.tasks()[0].folder, "asked").unlink()
     with pytest.raises(UserError, match="random, seed 0 has no answers to asked"):
-        judged(comparison, [0, 1], Longer())
+        answer_pairs(comparison, [0, 1])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from ifd_trainer.data import atomic
-from ifd_trainer.data.atomic import clear_stale, is_temporary, write_atomically
+from ifd_trainer.data.atomic import clear_stale, is_temporary, write_atomically, write_json
 from ifd_trainer.errors import FileAccessError, NotFoundError
 
 LEFT = ".a-ifdtmp-{place}-{process}-0123abcd.txt"
@@ -146,6 +147,16 @@ def test_a_full_disk_is_told_with_the_name_of_the_file_whatever_writes_it(tmp_pa
         f"FileAccessError Cannot write {tmp_path / name}: File too large." for name in ("text", "parquet", "csv", "ipc")
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"Größe": [1, None]})
+    assert path.read_text(encoding="utf-8") == '{\n "Größe": [\n  1,\n  null\n ]\n}\n'
+    with pytest.raises(TypeError):
+        write_json(path, {"Größe": {1, 2}})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"Größe": [1, None]}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_killed_processes_left_is_deleted_and_nothing_else(tmp_path, tmp_path_factory):

@@ -211,7 +211,7 @@ def typed(value):
     )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     st.lists(st.dictionaries(st.sampled_from(["x", "y", "z"]), JSON_VALUES), min_size=1, max_size=12),
     st.sampled_from([".json", ".jsonl"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def demo():
     return load_dataset("json", data_files=str(ROOT / "recipes" / "data" / "demo_train.jsonl"), split="train")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def loaded(real_model_path):
     model = AutoModelForCausalLM.from_pretrained(real_model_path, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(real_model_path)
@@ -54,7 +56,7 @@ def test_bfloat16_is_near_float32_and_keeps_the_ranking(loaded, demo):
     model, tokenizer = loaded
     pairs = [pair for pair in IFDScorer(model, tokenizer).encode(demo[:64]) if pair.conditioned]
     whole = score_pairs(model, pairs)
-    rounded = score_pairs(model.bfloat16(), pairs)
+    rounded = score_pairs(model := copy.deepcopy(model).bfloat16(), pairs)
     assert streams(model)
     np.testing.assert_allclose(rounded.ifd, whole.ifd, rtol=0.03)
     assert np.median(np.abs(rounded.ifd / whole.ifd - 1)) < 0.006
@@ -63,8 +65,10 @@ def test_bfloat16_is_near_float32_and_keeps_the_ranking(loaded, demo):
 
 
 def test_answers_of_other_rows_score_higher_than_their_own(loaded, demo):
-    shuffled = demo.filter(lambda row: row["quality"] == "shuffled")
-    clean = demo.filter(lambda row: row["quality"] == "clean").select(range(len(shuffled)))
+    shuffled, clean = (
+        demo.filter(lambda row, quality=quality: row["quality"] == quality).select(range(8))
+        for quality in ("shuffled", "clean")
+    )
     scorer = IFDScorer(*loaded)
     ifd = {name: scorer(rows[:])["ifd"] for name, rows in (("shuffled", shuffled), ("clean", clean))}
     assert np.mean(ifd["shuffled"]) > np.mean(ifd["clean"]) + 0.1
@@ -76,7 +80,7 @@ def test_a_run_trains_on_the_rows_that_the_transform_ranks_highest(loaded, demo,
     scored = rows.map(IFDScorer(model, tokenizer), batched=True).to_pandas()
     eligible = scored[(scored["ifd_status"] == "ok") & (scored["ifd"] < 1)]
     trainer = SFTTrainer(
-        model=model,
+        model=copy.deepcopy(model),
         args=SFTConfig(
             str(tmp_path),
             max_steps=1,

@@ -11,18 +11,21 @@ from scipy.stats import spearmanr
 from ifd_trainer.scoring.transform import IFDScorer
 
 pytestmark = pytest.mark.real_model
-ROWS = 12
-RANKED = 24
-
-
-@pytest.fixture(scope="module")
-def rows(shared) -> list[dict]:
-    return read(shared / "data" / "alpaca_cherry_5pct.jsonl", RANKED)
+THERE = 100  # rows of which the programs' numbers are known
+RANKED = 24  # of them, the ones with the shortest answers
+ROWS = 8
 
 
 @pytest.fixture(scope="module")
 def published(shared) -> list[dict]:
-    return read(shared / "reference" / "smollm2_135m_alpaca_cherry_first100.jsonl", RANKED)
+    known = read(shared / "reference" / "smollm2_135m_alpaca_cherry_first100.jsonl", THERE)
+    return sorted(known, key=lambda row: row["cherry"]["n_cond"])[:RANKED]
+
+
+@pytest.fixture(scope="module")
+def rows(shared, published) -> list[dict]:
+    rows = read(shared / "data" / "alpaca_cherry_5pct.jsonl", THERE)
+    return [rows[row["row"]] for row in published]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,11 @@ import pyarrow as pa
 import pytest
 from conftest import ROOT
 from datasets import Dataset
-from launching import end
+from launching import end, forked
 from stores import Store, start
 
 from ifd_trainer.cli import main
+from ifd_trainer.data import files
 from ifd_trainer.data.encoding import EncodedPair, Segment
 from ifd_trainer.data.files import load_rows, with_columns, write_rows
 from ifd_trainer.errors import FileAccessError, RunError, UserError
@@ -53,9 +56,6 @@ PROGRAM = """
 import os, sys, time
 from pathlib import Path
 from ifd_trainer.cli import main
-from ifd_trainer.scoring.turns import EncodedTurns
-from ifd_trainer.scoring.transform import IFDScorer
-from ifd_trainer.scoring.turns import EncodedTurns
 from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.scoring.job_parts import Parts
 
@@ -85,7 +85,7 @@ if os.environ.get("ONCE"):
         IFDScorer.score = dies_in_its_second
 elif os.environ["DIES"] == os.environ.get("RANK"):
     IFDScorer.score = dies
-elif os.environ["DIES"] != "None":
+else:
     Parts.save = save_and_stop
 sys.exit(main(sys.argv[1:]))
 """
@@ -101,15 +101,13 @@ def command(tmp_path: Path, model, tokenizer) -> list[str]:
     return [str(tmp_path / "program.py"), *scored, "--part-rows", "3"]
 
 
-def run(
-    command: list[str], launcher: list[str], output: Path, dies: int | None = None, once: bool = False
-) -> tuple[int, str]:
+def run(command: list[str], launcher: list[str], output: Path, dies: int, once: bool = False) -> tuple[int, str]:
     """Exit code and what was printed."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     printed = output.with_suffix(".txt")
     with printed.open("w") as sink, socket.create_server(("localhost", 0)) as taken:
         # Told a port that is taken, accelerate leaves it to the store to find a free one, as torchrun does.
-        module = ["-m", *(word.format(port=taken.getsockname()[1]) for word in launcher)] if launcher else []
+        module = ["-m", *(word.format(port=taken.getsockname()[1]) for word in launcher)]
         process = subprocess.Popen(
             [sys.executable, *module, *command, "--output", str(output)],
             stdout=sink,
@@ -130,21 +128,17 @@ def run(
             end(process)
 
 
-@pytest.mark.timeout(3 * LIMIT + 100)
-def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(tmp_path: Path, command: list[str]) -> None:
+@pytest.mark.timeout(LIMIT + 100)
+def test_a_job_of_two_processes_of_which_one_has_died_goes_on(tmp_path: Path, command: list[str]) -> None:
     alone, shared = tmp_path / "alone.parquet", tmp_path / "shared.parquet"
-    command = [*command, "--calibrate"]  # by the main process, when the others have ended
     assert main([*command[1:], "--output", str(alone)]) == 0
     code, text = run(command, TORCHRUN, shared, dies=1)
     assert code != 0, text
     assert "rank      : 1 " in text  # there was a second process, and it died
     assert not shared.exists()
     assert any(Path(f"{shared}.parts").glob("ifd-part-*.arrow"))
-    code, text = run(command, TORCHRUN, shared)
-    assert code == 0, text
-    assert text.count("Written to") == 1
+    assert main([*command[1:], "--output", str(shared)]) == 0
     assert shared.read_bytes() == alone.read_bytes()
-    assert provenance_path(shared).read_bytes() == provenance_path(alone).read_bytes()
     assert not Path(f"{shared}.parts").exists()
     found = load_rows(str(shared)).to_pandas()
     assert found["n"].tolist() == list(range(40))
@@ -155,16 +149,18 @@ def test_two_processes_write_the_bytes_of_one_and_go_on_after_one_has_died(tmp_p
 @pytest.mark.parametrize(
     ("launcher", "dies"), [(TORCHRUN, 0), (ACCELERATE, 1)], ids=["torchrun, main", "accelerate, other"]
 )
-def test_a_launcher_that_starts_the_processes_again_gets_each_part(
+def test_two_processes_write_the_bytes_of_one_and_each_part_where_a_launcher_starts_them_again(
     tmp_path: Path, command: list[str], launcher: list[str], dies: int
 ) -> None:
     alone, shared = tmp_path / "alone.parquet", tmp_path / "shared.parquet"
+    command = [*command, "--calibrate"]  # by the main process, when the others have ended
     assert main([*command[1:], "--output", str(alone)]) == 0
     code, text = run(command, [*launcher, RESTARTS[launcher[0]]], shared, dies, once=True)
     assert code == 0, text
     assert text.count("Written to") == 1
     assert "parts are missing" not in text
     assert shared.read_bytes() == alone.read_bytes()
+    assert provenance_path(shared).read_bytes() == provenance_path(alone).read_bytes()
     assert not Path(f"{shared}.parts").exists()
 
 
@@ -211,18 +207,12 @@ def test_compressed_rows_are_scored_as_they_are(tmp_path: Path, command: list[st
     assert found[0] == found[1]
 
 
-FULL_AT_THE_END = """
-import resource, signal, sys
-from ifd_trainer import cli
-from ifd_trainer.data import files
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-write = files.write_rows
-def full(*rows):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    write(*rows)
-files.write_rows = full
-sys.exit(cli.main(sys.argv[1:]))
-"""
+def full_from_here(size: int) -> None:
+    """Let this process, a copy, write no larger files."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".csv"])
@@ -232,16 +222,18 @@ def test_a_full_disk_at_the_end_is_one_line_and_the_same_command_goes_on(
     pytest.importorskip("resource")
     output = tmp_path / f"out{ending}"
     arguments = [*command[1:], "--output", str(output)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_AT_THE_END, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1] == (
+
+    def job() -> int:
+        def full(*rows: object) -> None:
+            full_from_here(1000)
+            write_rows(*rows)
+
+        files.write_rows = full
+        return main(arguments)
+
+    code, text = forked(job)
+    assert code == 2, text
+    assert text.splitlines()[-1] == (
         f"ifd-trainer: error: Cannot write {output}: File too large. What is scored so far is kept. Mend this (make "
         "room, or allow writing there), and run the same command again to go on."
     )
@@ -734,37 +726,30 @@ def test_a_folder_that_is_deleted_while_the_main_process_waits_or_joins_is_told(
         score_parts(NUMBERS, None, parts, 2, start(0, 2, Store(part=5, life_1=1)))
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs limits of files")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_full_disk_names_the_part_and_the_same_job_goes_on(tmp_path: Path) -> None:
-    program = FULL_DISK.replace("FOLDER", repr(str(tmp_path)))
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    def at(step: str, part: int) -> None:
+        if (step, part) == ("save", 1):
+            full_from_here(100)
+
+    def job() -> None:
+        try:
+            score_numbers(tmp_path, Device(at))
+        except OSError as error:
+            print(error)
+
+    _, text = forked(job)
     path = tmp_path / "out.parquet.parts" / "ifd-part-000001.arrow"
-    assert done.stdout.splitlines() == [
+    assert text.splitlines()[-1:] == [
         f"Cannot write {path}: File too large. What is scored so far is kept. Mend this (make room, or allow writing "
         "there), and run the same command again to go on."
-    ], done.stderr
+    ]
     assert names(tmp_path) == ["out.parquet.parts"] + [
         f"out.parquet.parts/{name}" for name in ("ifd-job.json", "ifd-part-000000.arrow")
     ]
     device = Device()
     assert score_numbers(tmp_path, device) == [n * 10 for n in range(9)]
     assert device.scored == [1, 2, 3, 4]
-
-
-FULL_DISK = """
-import resource, signal, sys
-sys.path[:0] = ["tests", "tests/scoring"]
-from pathlib import Path
-from test_scoring_job import Device, score_numbers
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-def at(step, part):
-    if (step, part) == ("save", 1):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-try:
-    score_numbers(Path(FOLDER), Device(at))
-except OSError as error:
-    print(error)
-"""
 
 
 # ---- whose parts they are ---------------------------------------------------------------------------------------
@@ -832,15 +817,6 @@ def test_parts_say_themselves_of_which_job_they_are(tmp_path: Path, found: str |
         Parts(tmp_path / "out.parquet", {"a": 1}, main=main)
 
 
-DIES_WRITING = """
-import os, sys
-from datasets import Dataset
-from ifd_trainer.data.files import write_rows
-from ifd_trainer.scoring.job_parts import Parts
-parts = Parts(sys.argv[1], {"a": 1}, main=True)
-os.fsync = lambda _: os._exit(9)
-write_rows(Dataset.from_dict({"number": [1, 2]}), sys.argv[1], parts.folder)
-"""
 HOLDS = """
 import sys
 from ifd_trainer.scoring.job_parts import Parts
@@ -850,39 +826,26 @@ sys.stdin.read()
 """
 
 
-KILLED = """
-import os, sys
-sys.path[:0] = ["tests", "tests/scoring"]
-from pathlib import Path
-from test_scoring_job import Device, finish, names
-os.fsync = lambda file: None  # the system outlives its processes; waiting for a disk a thousand times takes long
-folder, calls = Path(FOLDER), ["open", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "truncate", "write"]
-def killed_at(step):
+CALLS = ["open", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "truncate", "write"]
+
+
+def killed_at(step: int, folder: Path) -> None:
+    """A job in this process, a copy, that ends as if it were killed after so many calls of the system."""
     left = [step]
+
     def counting(call):
         def counted(*arguments, **named):
             left[0] -= 1
             if left[0] < 0:
                 os._exit(9)
             return call(*arguments, **named)
+
         return counted
-    for name in calls:
+
+    for name in CALLS:
         setattr(os, name, counting(getattr(os, name)))
     finish(folder, Device())
     os._exit(0)
-step = 0
-while True:
-    if not (child := os.fork()):
-        killed_at(step)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    device = Device()
-    found = finish(folder, device)
-    print(code, found == [n * 10.0 for n in range(9)], *names(folder), len(device.scored))
-    if not code:
-        break
-    (folder / "out.jsonl").unlink()
-    step += 1
-"""
 
 
 def finish(folder: Path, device: Device) -> list[float]:
@@ -897,15 +860,20 @@ def finish(folder: Path, device: Device) -> list[float]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_job_that_is_killed_at_any_step_goes_on_and_leaves_nothing(tmp_path: Path) -> None:
-    program = KILLED.replace("FOLDER", repr(str(tmp_path)))
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert not done.returncode, done.stderr
-    lines = done.stdout.splitlines()
-    assert {line.rpartition(" ")[0] for line in lines[:-1]} == {"9 True out.jsonl"}, done.stdout
-    assert lines[-1] == "0 True out.jsonl 5"
-    scored = [int(line.rpartition(" ")[2]) for line in lines]
+    scored: list[int] = []  # parts that the next job has to score
+    for step in itertools.count():
+        code, text = forked(partial(killed_at, step, tmp_path))
+        assert code in (0, 9), text
+        device = Device()
+        assert finish(tmp_path, device) == [n * 10 for n in range(9)]
+        assert names(tmp_path) == ["out.jsonl"]
+        scored.append(len(device.scored))
+        (tmp_path / "out.jsonl").unlink()
+        if not code:
+            break
+    assert scored[-1] == 5
     assert set(scored) == {0, 1, 2, 3, 4, 5}
-    assert len(lines) > 40
+    assert len(scored) > 40
 
 
 def test_a_second_job_is_refused_until_the_first_one_is_killed(tmp_path: Path) -> None:
@@ -927,12 +895,7 @@ def test_a_second_job_is_refused_until_the_first_one_is_killed(tmp_path: Path) -
     with pytest.raises(ValueError, match="a: 2 there, 3 now"):
         Parts(output, {"a": 3}, main=True)
     # What was refused does not keep others out.
-    check = [
-        sys.executable,
-        "-c",
-        "import sys; from ifd_trainer.scoring.job_parts import Parts; Parts(sys.argv[1], {'a': 2}, True)",
-    ]
-    assert subprocess.run([*check, str(output)], cwd=ROOT, check=False).returncode == 0
+    assert forked(lambda: Parts(output, {"a": 2}, True) and None) == (0, "")
     Parts(output, {"a": 2}, main=True).remove()
     Parts(output, {"a": 3}, main=True)
 
@@ -950,8 +913,13 @@ def test_a_system_without_locks_goes_without(tmp_path: Path, monkeypatch) -> Non
 
 def test_nothing_stays_of_an_output_whose_writing_was_killed(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    command = [sys.executable, "-c", DIES_WRITING, str(output)]
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 9
+
+    def job() -> None:
+        parts = Parts(output, {"a": 1}, main=True)
+        os.fsync = lambda _: os._exit(9)
+        write_rows(Dataset.from_dict({"number": [1, 2]}), output, parts.folder)
+
+    assert forked(job)[0] == 9
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.parts"]
     assert len(list(Path(f"{output}.parts").glob(".out-*.jsonl"))) == 1
     parts = Parts(output, {"a": 1}, main=True)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROUNDING, reference_nll
+from conftest import ROOT, ROUNDING, reference_nll
 from datasets import Dataset
 from tiny_runs import (
     CHATS_READ,
@@ -46,6 +46,7 @@ from ifd_trainer import (
 )
 from ifd_trainer.data.formats import WIZARDLM
 from ifd_trainer.errors import UserError
+from ifd_trainer.training.pool import Pool
 
 
 def as_messages(raw: list[dict]) -> Dataset:
@@ -345,32 +346,27 @@ def test_a_run_on_whole_texts_is_resumed_exactly(tmp_path):
 
 # ---- what a process's hashes have no part in --------------------------------------------------------------------
 
-_SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-from datasets import Dataset
-from tiny_runs import TOKENIZER, raw_rows, text_rows, sft_trainer
-from ifd_trainer.training.pool import Pool
-trainer = sft_trainer({folder!r}, text_rows(raw_rows(40)))
-prompts, digest = Pool(trainer.train_dataset).read()
-print(prompts.lengths.tolist(), prompts.tails[:, -3:].tolist(), digest)
-"""
+
+def read_of_a_pool(folder):
+    trainer = sft_trainer(folder, text_rows(raw_rows(40)))
+    prompts, digest = Pool(trainer.train_dataset).read()
+    return f"{prompts.lengths.tolist()} {prompts.tails[:, -3:].tolist()} {digest}"
 
 
 def test_what_is_read_of_a_pool_does_not_depend_on_hashes(tmp_path):
-    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    found = []
-    for seed in ("1", "2"):
-        script = _SCRIPT.format(tests=tests, folder=str(tmp_path / seed))
-        run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", script],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found.append(run.stdout.splitlines()[-1])
-    assert found[0] == found[1]
+    """This process has hashes of its own."""
+    paths = [str(ROOT / "tests" / "training"), str(ROOT / "tests"), *sys.path]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _SCRIPT, str(tmp_path / "other")],
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines()[-1] == read_of_a_pool(tmp_path / "here")
+
+
+_SCRIPT = "import sys; from test_scripts_as_they_are import read_of_a_pool; print(read_of_a_pool(sys.argv[1]))"
 
 
 BARE = "{% for message in messages %}{{ message['content'] | trim }}\n{% endfor %}"
