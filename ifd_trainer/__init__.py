@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.target_set import TargetSet
     from .method.unfinished import Unfinished
     from .report.page import write_report
+    from .scoring.image_scorer import ImageIFDScorer
     from .scoring.knowledge import KnowledgeScorer
     from .scoring.selective_columns import attach_selective_ifd
     from .scoring.target_scorer import TargetScorer
@@ -58,6 +59,7 @@ _HOME = {
         "method.target_set": ("TargetSet",),
         "method.unfinished": ("Unfinished",),
         "report.page": ("write_report",),
+        "scoring.image_scorer": ("ImageIFDScorer",),
         "scoring.knowledge": ("KnowledgeScorer",),
         "scoring.selective_columns": ("attach_selective_ifd",),
         "scoring.target_scorer": ("TargetScorer",),

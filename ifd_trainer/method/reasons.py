@@ -23,6 +23,9 @@ class Status(str, Enum):
     PROMPT_TOO_LONG = "prompt_too_long"  # no answer token fits in max_length
     NONFINITE = "nonfinite"  # the model gave NaN or infinity, or a direct score of zero
     MALFORMED = "malformed"  # the format cannot render the row
+    UNREADABLE_IMAGE = "unreadable_image"  # of a row with images: one of them is not there, or no image
+    TOO_MANY_IMAGES = "too_many_images"  # more than are taken, or so many that their tokens fill max_length
+    NO_IMAGE = "no_image"  # the direct score leaves out the image alone, and the row has none
 
     def __str__(self) -> str:
         return self.value
@@ -79,6 +82,9 @@ MEANINGS = {
     Status.PROMPT_TOO_LONG.value: "no score: the prompt fills max_length",
     Status.NONFINITE.value: "no score: the loss is not finite, or the direct score is 0",
     Status.MALFORMED.value: "no score: the format cannot render the row",
+    Status.UNREADABLE_IMAGE.value: "no score: an image cannot be read",
+    Status.TOO_MANY_IMAGES.value: "no score: more images than are taken, or than fit in max_length",
+    Status.NO_IMAGE.value: "no score: it has no image, and the image's part is asked for",
     NO_VALUE: "no score: a column that is ranked by holds no number",
     FAILED: "no score: the program that scored gave up on the row",
     NOT_SCORED: "no score: nothing was scored in this epoch",
