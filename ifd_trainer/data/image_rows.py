@@ -127,7 +127,8 @@ class ImageRows:
                 f"the row has {len(images)} images, and its prompt {places} placeholders {placeholder!r} of the "
                 f"{type(self.processor).__name__}"
             )
-        bare = plain.render(row | {"prompt": prompt.replace(placeholder, "")}, None)
+        without = prompt.replace(f"{placeholder}\n", "").replace(placeholder, "")  # with the line that it stands on
+        bare = plain.render(row | {"prompt": without}, None)
         whole, bare = (replace(example, special_tokens=False, asked=True) for example in (whole, bare))
         return ImageExample(whole, bare, tuple(images))
 

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import torch
+from datasets.formatting.formatting import LazyBatch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -128,6 +130,12 @@ class ImageIFDScorer(IFDScorer):
         self.processor = processor
         self._processor: Any = None
         self._warned = False
+
+    def __call__(
+        self, batch: Mapping[str, list] | pa.Table, rank: int | None = None, *more: Any
+    ) -> dict[str, list] | pa.Table:
+        """Columns for a batch of rows, or a whole Arrow table with them; see `IFDScorer`."""
+        return super().__call__(undecoded(batch) if isinstance(batch, LazyBatch) else batch, rank, *more)
 
     def encode_rows(self, batch: Mapping[str, list], rank: int | None = None) -> EncodedTurns:
         """Render and tokenise a batch; images are read once they are scored. Loads the model on first use."""

@@ -259,6 +259,7 @@ class IFDScorer:
 
     def encode_rows(self, batch: Mapping[str, list], rank: int | None = None) -> EncodedTurns:
         """Render and tokenise a batch, with `turns` every answer of it; loads the model on first use."""
+        self._need_text(batch)
         self._load(rank)
         self._say_what_is_left_out(batch)
         rows, problem = self._read(batch, self._format(batch))
@@ -299,6 +300,7 @@ class IFDScorer:
 
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
         """Render and tokenise the last answers of a batch; loads the model on first use."""
+        self._need_text(batch)
         self._load(rank)
         pairs, problem = self._encoded(batch, self._format(batch))
         if problem is not None:
@@ -307,7 +309,6 @@ class IFDScorer:
 
     def _read(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[EncodedTurns, str | None]:
         """Encoded rows, with `turns` every answer of them, and what is wrong if none of them could be rendered."""
-        self._need_text(batch)
         if self.turns is None:
             pairs, problem = self._encoded(batch, format)
             return EncodedTurns.single(pairs), problem
@@ -371,6 +372,7 @@ class IFDScorer:
         """
         if self.device is not None:
             check_device(self.device)
+        self._need_text(batch)
         format = self._format(batch)
         self._prepare()
         _, problem = self._read(batch, format)
