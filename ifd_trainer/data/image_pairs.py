@@ -20,17 +20,26 @@ QUESTION = "qas"  # the loss that is measured without the image
 
 
 @dataclass(frozen=True, slots=True)
-class ImagePair(EncodedPair):
+class SeenPair(EncodedPair):
+    """A row whose conditioned segment has images in it.
+
+    Attributes:
+        images: as the row holds them.
+    """
+
+    images: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePair(SeenPair):
     """A row with images: `conditioned` has a single placeholder for each, until a processor reads `text` with them.
 
     Attributes:
         text: prompt and answer, as the processor takes them.
-        images: as the row holds them.
         behind: tokens of the text from the answer's first to the last one.
     """
 
     text: str = ""
-    images: tuple[Any, ...] = ()
     behind: int = 0
 
     def aligned(self, ids: Sequence[int]) -> Segment:

@@ -238,6 +238,28 @@ def _as_list(cell: Any) -> list[Any]:
     return list(cell) if isinstance(cell, (list, tuple)) else [cell]
 
 
+def without_images(row: Mapping[str, Any], placeholder: str | None) -> dict[str, Any]:
+    """A row as TRL reads it, without its images and their places.
+
+    Args:
+        placeholder: what stands for an image in texts.
+
+    >>> without_images({"image": "cat.png", "prompt": "<image>\nWhat?"}, "<image>")
+    {'prompt': 'What?', 'images': []}
+    """
+
+    def bare(cell: Any) -> Any:
+        if isinstance(cell, str) and placeholder:
+            return cell.replace(f"{placeholder}\n", "").replace(placeholder, "")
+        if isinstance(cell, (list, tuple)):
+            return [bare(turn) for turn in cell if not (isinstance(turn, Mapping) and turn.get("type") == "image")]
+        if isinstance(cell, Mapping) and "content" in cell:
+            return {**cell, "content": bare(cell["content"])}
+        return cell
+
+    return {name: bare(cell) for name, cell in row.items() if name not in IMAGE_CELLS} | {"images": []}
+
+
 def without_image_parts(batch: Mapping[str, list], columns: Sequence[str]) -> dict[str, list]:
     """These columns of a batch of rows, a text in the place of each part that is an image."""
     rows = [_marked(row, columns)[0] for row in rows_of({name: batch[name] for name in columns})]

@@ -19,14 +19,15 @@ import torch
 from torch import nn
 
 from ..data.chat_template import MalformedRow
-from ..data.encoding import Segment
-from ..data.image_pairs import ImagePair
+from ..data.encoding import EncodedPair, Segment, with_ending
+from ..data.image_pairs import QUESTION, ImagePair, SeenPair
 from ..data.image_rows import UnreadableImage, read_image
 from ..errors import NotInstalledError, UserError, one_line, with_kind
 from ..method.reasons import Status
-from .engine import Engine
+from .engine import Engine, model_device
 from .eval_guard import eval_mode
 from .forward import Batch, LaunchedBatch
+from .losses import answer_tokens, nll_with_tails, statuses
 from .model_parts import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,13 @@ class NotTogether(Exception):
 
 
 class Reader(Protocol):
-    """What reads the rows of a batch, images and all."""
+    """What reads the rows of a batch, images and all.
+
+    Attributes:
+        statuses: of the rows that could not be read, by their positions.
+    """
+
+    statuses: dict[int, Status]
 
     def __call__(self, rows: np.ndarray) -> ReadBatch:
         """Those of the rows that can be read; raises NotTogether for several that cannot be told apart."""
@@ -146,7 +153,58 @@ def _read_and_run(
     return None
 
 
-def image_batches(pairs: Sequence[Any], rows: Sequence[int], size: int) -> list[np.ndarray]:
+def image_row_losses(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    read: Reader,
+    batch_size: int,
+    device: torch.device | None = None,
+    progress: Callable[[int], Any] | None = None,
+    **options: Any,
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Losses of encoded rows with images and without, by name, (n,) each: `cas`, `das`, `qas` and `eot_loss`.
+
+    A loss that a row does not have is NaN.
+
+    Args:
+        model: what the processor belongs to.
+        pairs: n encoded rows; those with images are `SeenPair`.
+        read: reads them.
+        batch_size: rows with images in a forward.
+        device: where the model runs.
+        progress: called with the number of tokens done after each batch.
+        options: of texts, see `losses.Options`.
+
+    Returns:
+        The losses, and of each row the answer's tokens and the status, (n,).
+    """
+    device = device or model_device(model)
+    losses = {name: np.full(len(pairs), np.nan) for name in ("cas", "das", QUESTION, "eot_loss")}
+    seen = [row for row, pair in enumerate(pairs) if isinstance(pair, SeenPair)]
+
+    def done(rows: np.ndarray) -> None:
+        if progress is not None:
+            progress(sum(len(with_ending(pairs[row]).ids) for row in rows))
+
+    batches = _batches(pairs, seen, batch_size)
+    losses["cas"], losses["eot_loss"] = image_losses(model, batches, len(pairs), read, device, done)
+    status, tokens = statuses(pairs), answer_tokens(pairs)
+    for row, refused in read.statuses.items():
+        status[row], tokens[row] = refused.value, 0
+    scored = np.flatnonzero(status == Status.OK.value).tolist()
+    texts = [("das", row, pairs[row].direct) for row in scored]
+    texts += [("cas", row, with_ending(pairs[row])) for row in scored if not isinstance(pairs[row], SeenPair)]
+    texts += [(QUESTION, row, pairs[row].more[QUESTION]) for row in scored if QUESTION in pairs[row].more]
+    segments = [segment for *_, segment in texts]
+    nll, ends = nll_with_tails(model, segments, device=device, progress=progress, **options)
+    for (name, row, _), loss, end in zip(texts, nll.tolist(), ends.tolist(), strict=True):
+        losses[name][row] = loss
+        if name == "cas":
+            losses["eot_loss"][row] = end
+    return losses, tokens, status
+
+
+def _batches(pairs: Sequence[SeenPair], rows: Sequence[int], size: int) -> list[np.ndarray]:
     """Rows that share a forward, at most `size`: of equally many images, and of like length, the longest first."""
     order = sorted(rows, key=lambda row: (-len(pairs[row].images), -len(pairs[row].conditioned.ids), row))
     batches: list[list[int]] = []
@@ -194,7 +252,7 @@ class ProcessorReader:
             inputs = self._processed(left, images)
             if inputs is None:
                 break
-            segments = [self._segment(row, ids) for row, ids in zip(left, _unpadded(inputs), strict=True)]
+            segments = [self._segment(row, ids) for row, ids in zip(left, unpadded(inputs), strict=True)]
             if all(segments):
                 return ReadBatch(np.array(left), segments, inputs)
             left = [row for row, segment in zip(left, segments, strict=True) if segment]
@@ -245,7 +303,8 @@ class ProcessorReader:
             self.problem = row, problem
 
 
-def _unpadded(inputs: Mapping[str, torch.Tensor]) -> list[list[int]]:
+def unpadded(inputs: Mapping[str, torch.Tensor]) -> list[list[int]]:
+    """Token ids of each row of a batch, without padding."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
 

@@ -19,14 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pyarrow as pa
 import torch
 from datasets.formatting.formatting import LazyBatch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from ..data.encoding import EncodedPair, check_positive, with_ending
+from ..data.encoding import EncodedPair, check_positive
 from ..data.format_choice import FormatOptions
 from ..data.formats import MalformedRow, PromptFormat, rows_of
 from ..data.image_pairs import QUESTION, ImagePair, encode_image_rows
@@ -38,9 +37,8 @@ from ..method.equations import further_scores, ira
 from ..method.further_scores import losses_read
 from ..method.number_words import many
 from ..method.reasons import Status
-from .engine import model_device
-from .image_forwards import ProcessorReader, image_batches, image_losses, need_image_processor, not_installed
-from .losses import Scores, answer_tokens, nll_with_tails, statuses
+from .image_forwards import ProcessorReader, image_row_losses, need_image_processor, not_installed
+from .losses import Scores
 from .transform import IFDScorer
 from .turns import EncodedTurns, answer_counts
 
@@ -147,32 +145,10 @@ class ImageIFDScorer(IFDScorer):
 
     def score(self, pairs: list[EncodedPair], progress: Callable[[int], Any] | None = None) -> Scores:
         """Scores of encoded rows; `progress` is called with the number of tokens done after each batch."""
-        status, tokens = statuses(pairs), answer_tokens(pairs)
-        losses = {name: np.full(len(pairs), np.nan) for name in ("cas", "das", QUESTION, "eot_loss")}
-        seen = [row for row, pair in enumerate(pairs) if isinstance(pair, ImagePair)]
         reader = ProcessorReader(self._image_processor(), pairs, self._encoder.max_length, self.image_folder)
-
-        def done(rows: np.ndarray) -> None:
-            if progress is not None:
-                progress(sum(len(with_ending(pairs[row]).ids) for row in rows))
-
-        batches = image_batches(pairs, seen, self.batch_size)
-        given = image_losses(self._model, batches, len(pairs), reader, model_device(self._model), done)
-        losses["cas"], losses["eot_loss"] = given
-        for row, refused in reader.statuses.items():
-            status[row], tokens[row] = refused.value, 0
+        options = {"batch_size": self.batch_size, "token_budget": self.token_budget, "progress": progress}
+        losses, tokens, status = image_row_losses(self._model, pairs, reader, **options)
         self._say_what_is_refused(reader)
-
-        scored = np.flatnonzero(status == Status.OK.value).tolist()
-        wanted = [("das", row, pairs[row].direct) for row in scored]
-        wanted += [("cas", row, with_ending(pairs[row])) for row in scored if not isinstance(pairs[row], ImagePair)]
-        wanted += [(QUESTION, row, pairs[row].more[QUESTION]) for row in scored if QUESTION in pairs[row].more]
-        options = {"token_budget": self.token_budget, "progress": progress}
-        nll, ends = nll_with_tails(self._model, [segment for *_, segment in wanted], **options)
-        for (name, row, _), loss, end in zip(wanted, nll.tolist(), ends.tolist(), strict=True):
-            losses[name][row] = loss
-            if name == "cas":
-                losses["eot_loss"][row] = end
         if self.without == "image":
             losses[QUESTION] = losses["das"]
         further = {QUESTION: losses[QUESTION], "image_gain": ira(losses["cas"], losses[QUESTION])}

@@ -19,7 +19,7 @@ import torch
 from ..data.encoding import check_positive
 from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
-from ..method.choices import ORDERS
+from ..method.choices import ORDERS, WITHOUT, Without
 from ..method.facility_location import Diverse
 from ..method.further_scores import FURTHER, LOSS_CHANGE, further_names
 from ..method.guard import Guard
@@ -47,6 +47,7 @@ class Scoring:
         scores: names of further scores that the history and the report are to have; what a policy ranks by is computed
             without being named here. See `method.further_scores`.
         guess: the request that the score `rifd` makes, with `{answer}` where the answer stands.
+        without: of rows with images, what the direct score leaves out: "both", image and question, or "image" alone.
     """
 
     header: str | None = None
@@ -57,8 +58,11 @@ class Scoring:
     tried_rows: int = 200
     scores: tuple[str, ...] = ()
     guess: str | None = None
+    without: Without = "both"
 
     def __post_init__(self) -> None:
+        if self.without not in WITHOUT:
+            raise UserError(f"without must be one of {', '.join(WITHOUT)}, got {self.without!r}.")
         object.__setattr__(self, "scores", further_names(self.scores, in_training=True))
         if not (self.embedder is None or isinstance(self.embedder, (str, IFDScorer))):
             raise UserError(f"embedder must be the name of a model, an IFDScorer or None, got {self.embedder!r}.")
