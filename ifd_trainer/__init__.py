@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .data.formats import ALPACA, WIZARDLM, TemplateFormat
     from .method.brief_experience import Brief
     from .method.calibrated_limit import CalibratedLimit
+    from .method.cascade import Cascade
     from .method.columns import IFD_COLUMNS
     from .method.controls import BalancedRandom, LongestAnswers, LowestScores, MiddleBand, RandomRows
     from .method.duplicates import Duplicates
@@ -45,6 +46,7 @@ _HOME = {
         "data.formats": ("ALPACA", "WIZARDLM", "TemplateFormat"),
         "method.brief_experience": ("Brief",),
         "method.calibrated_limit": ("CalibratedLimit",),
+        "method.cascade": ("Cascade",),
         "method.columns": ("IFD_COLUMNS",),
         "method.controls": ("BalancedRandom", "LongestAnswers", "LowestScores", "MiddleBand", "RandomRows"),
         "method.duplicates": ("Duplicates",),

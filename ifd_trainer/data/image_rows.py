@@ -79,9 +79,7 @@ class ImageRows:
             MalformedRow: for a row that cannot be rendered, an image in an answer, and images that are more or fewer
                 than the places for them.
         """
-        images = image_cells(row)
-        texts, inside = _marked(row, self.format.columns)
-        prompt, answer = self.format.parts(texts)
+        prompt, answer, images = self.parts(row)
         if isinstance(prompt, str):
             return self._of_texts(prompt, answer, images)
         if isinstance(self.format, ChatFormat) and not answer:
@@ -91,17 +89,30 @@ class ImageRows:
                 f"The rows are chat messages, but the {type(self.processor).__name__} has no chat template. Set "
                 "`processor.chat_template`."
             )
-        placed = _placed(prompt, len(images), len(inside))
+        render = partial(self._rendered, answer=answer, options=template_options(row, self.processor))
+        whole = render(prompt)
+        if not images:
+            return ImageExample(whole)
+        bare = render([_without(message) for message in prompt])
+        whole, without = (replace(example, asked=True) for example in (whole, bare))  # an image without a word asks
+        return ImageExample(whole, without, tuple(images))
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[str | list[dict], str | list[dict], list[Any]]:
+        """Prompt, answer and images of a row: two texts, or two lists of messages whose contents are parts.
+
+        Raises:
+            MalformedRow: see there.
+        """
+        images = image_cells(row)
+        texts, inside = _marked(row, self.format.columns)
+        prompt, answer = self.format.parts(texts)
+        if isinstance(prompt, str):
+            return prompt, answer, images
         if any(_MARK in str(message.get("content")) for message in answer):
             raise MalformedRow("the answer holds an image, and only the text of an answer is scored")
-        options = template_options(row, self.processor)
-        render = partial(self._rendered, answer=[_in_parts(message) for message in answer], options=options)
-        whole = render([_in_parts(message) for message in placed])  # an image without a word asks, too
-        if not (images or inside):
-            return ImageExample(whole)
-        bare = [_in_parts(message | {"content": _without(message.get("content"))}) for message in placed]
-        whole, without = (replace(example, asked=True) for example in (whole, render(bare)))
-        return ImageExample(whole, without, _in_order(placed, inside, images))
+        placed = _placed(prompt, len(images), len(inside))
+        images = _in_order(placed, inside, images)
+        return [_in_parts(message) for message in placed], [_in_parts(message) for message in answer], images
 
     def _rendered(self, prompt: list[dict], answer: list[dict], options: dict[str, Any]) -> Example:
         before, rest, frame = split_chat(prompt, answer, options, _Template(self.processor))
@@ -316,15 +327,17 @@ def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": parts}
 
 
-def _without(content: Any) -> str:
-    return str(content or "").replace(_MARK, "")
+def _without(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of parts without those that are images."""
+    texts = [part for part in message["content"] if part["type"] != "image"]
+    return {**message, "content": texts or [{"type": "text", "text": ""}]}
 
 
-def _in_order(messages: list[dict], inside: list[Any], images: list[Any]) -> tuple[Any, ...]:
+def _in_order(messages: list[dict], inside: list[Any], images: list[Any]) -> list[Any]:
     """The images in the order of their places: those that parts hold, and the row's own in the other places."""
     places = sum(str(message.get("content")).count(_MARK) for message in messages)
     held = inside or [None] * places
     if (free := sum(each is None for each in held)) != len(images):
         raise MalformedRow(f"the row has {len(images)} images, and {free} places for them")
     rest = iter(images)
-    return tuple(next(rest) if each is None else each for each in held)
+    return [next(rest) if each is None else each for each in held]

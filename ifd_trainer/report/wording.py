@@ -226,6 +226,10 @@ def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     limit = f"{limit:g}" if limit else _calibrated(policy.get("max_ifd"))
     if policy.get("type") == "Cherry":
         return f"the rows with the highest {score}, {f'of those below {limit}' if limit else 'without a limit'}"
+    if policy.get("type") == "Cascade":
+        share, below = policy["share"], f", of those below {limit}" if limit else ""
+        left = f"{share:,} rows" if isinstance(share, int) else f"{100 * share:g} % of the rows"
+        return f"of the {left} with the highest {policy['by']}, those with the highest {score}{below}"
     if policy.get("type") == "Diverse":
         share = policy.get("share")
         of = f"{share:,} " if isinstance(share, int) else f"{100 * share:g} % of the " if share else ""

@@ -1,7 +1,7 @@
 """`ImageIFDScorer`: the `datasets.map` transform for rows whose prompts hold images.
 
-The text IFD of an answer, conditioned on image and question, as Align2LLaVA (arXiv 2409.18541) filters with. What the
-direct score leaves out is a choice, and a question of its own:
+The IFD of an answer (arXiv 2308.12032), which is text, conditioned on image and question. What the direct score leaves
+out is a choice, and a question of its own:
 
     without="both"     ifd = s(A | I, Q) / s(A)        do image and question help?
     without="image"    ifd = s(A | I, Q) / s(A | Q)    does the image help, where the question is known?

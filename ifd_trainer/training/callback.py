@@ -121,7 +121,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             A limit that is set here takes the place of the guard's.
         guard: what keeps noise out of the selection, a `Guard`; see there. By default ("auto") on where rows are
             selected by their scores before each epoch, and off in `cherry`, with `scorer="columns"` but for duplicates,
-            and with a policy other than `Cherry` and `Diverse`; None for none.
+            and with a policy other than `Cherry`, `Diverse` and `Cascade`; None for none.
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
         policy: which rows are kept: a `Cherry`, a `Diverse` for rows that stand for others too (facility location over

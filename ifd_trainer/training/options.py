@@ -19,6 +19,7 @@ import torch
 from ..data.encoding import check_positive
 from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
+from ..method.cascade import Cascade
 from ..method.choices import ORDERS, WITHOUT, Without
 from ..method.facility_location import Diverse
 from ..method.further_scores import FURTHER, LOSS_CHANGE, further_names
@@ -134,9 +135,9 @@ def guard_of(
     """The guards of a run.
 
     By default ("auto"), all but the pairing test where rows are selected by their scores before each epoch. None of
-    them: in a run that starts anew (the paper's method), and with a policy that is no `Cherry` or `Diverse` (a control
-    is to be one). A limit that the user gives (or one of a policy other than 1) takes the place of the guard's; where
-    scores are columns of the training set, no model measures, and what is left is duplicates.
+    them: in a run that starts anew (the paper's method), and with a policy that is no `Cherry`, `Diverse` or `Cascade`
+    (a control is to be one). A limit that the user gives (or one of a policy other than 1) takes the place of the
+    guard's; where scores are columns of the training set, no model measures, and what is left is duplicates.
 
     Raises:
         UserError: for anything that is no guard.
@@ -149,7 +150,7 @@ def guard_of(
         return guard
     if guard != "auto":
         raise UserError(f"guard must be a Guard, True for the default ones or None, got {guard!r}.")
-    if timing.start_anew or not isinstance(policy, (Cherry, Diverse)):
+    if timing.start_anew or not isinstance(policy, (Cherry, Diverse, Cascade)):
         return None
     measures = not (isinstance(scorer, str) and scorer == "columns")
     limit = measures and not limit_given and policy.max_ifd == 1.0

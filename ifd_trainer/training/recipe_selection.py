@@ -20,7 +20,8 @@ from ..errors import UserError, one_line
 from ..method import controls
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
-from ..method.choices import CONTROLS, GUARDS, MEASURING_GUARDS, TARGET
+from ..method.cascade import Cascade
+from ..method.choices import CASCADE, CONTROLS, GUARDS, MEASURING_GUARDS, TARGET
 from ..method.duplicates import Duplicates
 from ..method.facility_location import Diverse
 from ..method.further_scores import further_names
@@ -115,9 +116,11 @@ class SelectionConfig(SelectionKeys):
         idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
         idle |= self._idle_guards()
         by_score = getattr(self.chosen_policy(), "reads_scores", True) and self.policy != TARGET
-        limits = (() if self.policy == TARGET else ("max_ifd", "on_shortfall")) + (() if by_score else ("score",))
+        limited = self.policy in (TARGET, CASCADE)
+        limits = (() if limited else ("max_ifd", "on_shortfall")) + (() if by_score else ("score",))
         idle |= {"policy: balanced": ("balance_by",)} if self.policy != "balanced" else {}
         idle |= {f"policy: {TARGET}": ("target_set",)} if self.policy != TARGET else {}
+        idle |= {f"policy: {CASCADE}": ("cascade_by", "cascade_share")} if self.policy != CASCADE else {}
         idle |= {"policy: cherry": limits} if self.policy != "cherry" else {}
         idle |= {"diverse": ("embedder",)} if self.diverse is None and self.policy != TARGET else {}
         defaults = {values.name: values.default for values in dataclasses.fields(self)} | {"max_ifd": 1.0}
@@ -208,6 +211,14 @@ class SelectionConfig(SelectionKeys):
                 )
             limit = self._limit() if self.max_ifd == CALIBRATED else self.max_ifd
             return TargetSet(self.target_set, max_ifd=limit, on_shortfall=self.on_shortfall)
+        if self.policy == CASCADE:
+            if not self.cascade_by:
+                raise UserError(
+                    f"policy: {CASCADE} leaves the rows with the highest values of a column to be chosen from: name it "
+                    "with cascade_by."
+                )
+            limit = self._limit() if self.max_ifd == CALIBRATED else self.max_ifd
+            return Cascade(self.cascade_by, parse_keep(self.cascade_share), limit, self._score(), self.on_shortfall)
         if self.policy in CONTROLS:
             control = getattr(controls, CONTROLS[self.policy])
             if self.policy == "balanced":
@@ -247,7 +258,7 @@ class SelectionConfig(SelectionKeys):
 
     def scoring(self, embedder: Any = None) -> Scoring:
         """How the rows are scored; prompts are embedded by `embedder`, unless the recipe names another."""
-        given = {"scores": tuple(self.scores), "guess": self.guess}
+        given = {"scores": tuple(self.scores), "guess": self.guess, "without": self.without}
         return Scoring(None, self.min_answer_tokens, self.token_budget, self.embedder or embedder, **given)
 
     def further(self) -> tuple[str, ...]:

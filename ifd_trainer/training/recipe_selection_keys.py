@@ -13,6 +13,7 @@ from ..data.definitions import DEFINITIONS
 from ..data.formats import FORMATS
 from ..method.choices import (
     BRIEF_ROWS,
+    CASCADE,
     CONTROLS,
     DIRECTIONS,
     GUARDS,
@@ -23,6 +24,7 @@ from ..method.choices import (
     SIMILARITY,
     TARGET,
     TIER_MODES,
+    WITHOUT,
     WRONG_PROMPTS,
 )
 from ..method.further_scores import FURTHER
@@ -218,8 +220,8 @@ class SelectionKeys:
         default="cherry",
         metadata={
             "help": f"Which rows are kept: cherry (the highest scores under the limit), {TARGET} (those most like "
-            f"target_set), one of the controls {', '.join(CONTROLS)}, or a policy of your own as module.Name (of a "
-            "module beside the recipe).",
+            f"target_set), {CASCADE} (the highest scores among the rows that cascade_by ranks first), one of the "
+            f"controls {', '.join(CONTROLS)}, or a policy of your own as module.Name (of a module beside the recipe).",
             "metavar": "NAME",
         },
     )
@@ -237,6 +239,18 @@ class SelectionKeys:
             "no answer. They take turns, each the row most like it (RDS+, arXiv 2503.01807).",
             "metavar": "FILE_OR_NAME",
         },
+    )
+    cascade_by: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Of policy: {CASCADE}, the column that comes first, such as a reward model's score or ratings of "
+            "people: the rows with its highest values are left to be chosen from.",
+            "metavar": "COLUMN",
+        },
+    )
+    cascade_share: str = field(
+        default="0.5",
+        metadata={"help": "How much of the pool it leaves: a fraction, or a number of rows.", "metavar": "X"},
     )
     on_shortfall: str = field(
         default="repeat",
@@ -283,6 +297,13 @@ class SelectionKeys:
         metadata={
             "help": "Of the score rifd: the request for the instruction, with {answer} where the answer stands.",
             "metavar": "TEXT",
+        },
+    )
+    without: str = field(
+        default="both",
+        metadata={
+            "help": "Of rows with images: what a direct score leaves out, image and question (both) or the image.",
+            "choices": list(WITHOUT),
         },
     )
     min_answer_tokens: int = field(

@@ -18,6 +18,7 @@ from accelerate.logging import get_logger
 from ..errors import UserError
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
+from ..method.cascade import Cascade
 from ..method.choices import RANKED_BY
 from ..method.columns import SCORES
 from ..method.duplicates import representatives
@@ -408,7 +409,7 @@ class RowChooser:
     ) -> Selection:
         """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
         every = columns = _Columns(self.last.scores.columns(), self.pool)
-        limited = isinstance(policy, (Cherry, Diverse, TargetSet)) and self.score in RANKED_BY
+        limited = isinstance(policy, (Cherry, Diverse, Cascade, TargetSet)) and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:
             most = self._most(policy)
@@ -452,6 +453,7 @@ class RowChooser:
     def _most(self, policy: Policy) -> float:
         """What scores have to be below, as far as it is a number."""
         ranks = policy.candidates if isinstance(policy, (Diverse, TargetSet)) else policy
+        ranks = policy.cherry if isinstance(policy, Cascade) else ranks
         return ranks.number if isinstance(ranks, Cherry) and isinstance(ranks.max_ifd, Real) else np.inf
 
     def _embeddings(
