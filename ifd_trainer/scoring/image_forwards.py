@@ -146,6 +146,8 @@ def _read_and_run(
                 "max_images, or let the processor make images smaller."
             ) from error
         logger.warning("Out of memory on %s with %d rows with images: going on with half.", engine.device, len(rows))
+    except UserError:
+        raise
     except ValueError as error:  # what models raise for images that they do not take
         if len(rows) == 1:
             read.refuse(int(rows[0]), f"the model does not take it ({with_kind(error)})")

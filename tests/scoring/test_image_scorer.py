@@ -11,7 +11,7 @@ from datasets import Dataset, Image
 from vision_models import FAMILIES, build, by_hand, image_rows, picture
 
 from ifd_trainer import IFDScorer, ImageIFDScorer
-from ifd_trainer.errors import UserError
+from ifd_trainer.errors import NotInstalledError, UserError
 
 MODELS = {family: build(family) for family in FAMILIES}
 
@@ -215,3 +215,33 @@ def test_what_cannot_be_is_refused(tmp_path):
     model.config.text_config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="does not load as one that reads images and text"):
         columns(ImageIFDScorer(str(tmp_path)), rows)
+
+
+def test_a_processor_that_needs_torchvision_is_told_in_a_sentence(tmp_path, monkeypatch):
+    MODELS["llava"][0].save_pretrained(tmp_path)
+
+    def lacking(*_, **__):
+        raise ImportError("SomeVideoProcessor requires the Torchvision library but it was not found.")
+
+    monkeypatch.setattr("ifd_trainer.scoring.image_scorer.AutoProcessor.from_pretrained", lacking)
+    with pytest.raises(
+        NotInstalledError, match=r"needs a package that is missing .* torchvision has to be of the release"
+    ):
+        columns(ImageIFDScorer(str(tmp_path), device="cpu"), image_rows(1))
+
+
+def test_images_that_the_model_refuses_are_told_from_the_rows_beside_them(caplog):
+    model, processor = build("llava")
+    forward = model.forward
+
+    def picky(*args, pixel_values=None, **kwargs):
+        if pixel_values is not None and len(pixel_values) > 3 * len(kwargs["input_ids"]):
+            raise ValueError("this model takes three images")
+        return forward(*args, pixel_values=pixel_values, **kwargs)
+
+    model.forward = picky
+    rows = image_rows(2) + image_rows(2, images=4) + image_rows(1, images=3)
+    found = columns(ImageIFDScorer(model, processor), rows)
+    assert found["ifd_status"] == ["ok", "ok", "too_many_images", "too_many_images", "ok"]
+    assert "2 rows of a batch cannot be scored with their images" in caplog.text
+    assert "row 2: the model does not take it (ValueError: this model takes three images)" in caplog.text
