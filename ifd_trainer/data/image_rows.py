@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, Image, List
 
 from ..errors import NotInstalledError, UserError, shown_value, with_kind
 from .chat_template import MalformedRow, split_chat, template_options
 from .formats import ChatFormat, Example, PromptCompletionFormat, PromptFormat, rows_of
 
 IMAGE_CELLS = ("images", "image")
+_LOOKED_AT = 1000  # rows at a time
 _MARKER = "<image>"  # in texts of files in LLaVA's format
 _MARK = "IFDx7image"  # stands for an image while messages are read as texts
 
@@ -178,6 +180,27 @@ def has_images(columns: Iterable[Any]) -> bool:
     return any(_as_list(cell) for cell in columns)
 
 
+def hold_images(rows: Dataset) -> bool:
+    """Whether any row of a data set has an image in a column of images; none is decoded."""
+    names = [name for name in IMAGE_CELLS if name in rows.column_names]
+    if not names:
+        return False
+    batches = rows.select_columns(names).with_format("arrow").iter(_LOOKED_AT)
+    return any(has_images(batch[name].to_pylist()) for batch in batches for name in names)
+
+
+def with_stored_images(rows: Dataset) -> Dataset:
+    """A data set whose images are read as they are stored, for whoever decodes them by `read_image`."""
+    for name in IMAGE_CELLS:
+        kind = rows.features.get(name)
+        inner = getattr(kind, "feature", None)
+        if isinstance(kind, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(inner, Image):
+            rows = rows.cast_column(name, List(Image(decode=False)))
+    return rows
+
+
 def stored_images(batch: Mapping[str, list]) -> dict[str, list]:
     """The image columns of a batch as they are stored.
 
@@ -206,12 +229,14 @@ def read_image(cell: Any, folder: Path | None = None) -> Any:
         NotInstalledError: where the package Pillow is missing.
     """
     try:
-        from PIL import Image, ImageOps
+        import PIL.Image
+        import PIL.ImageOps
     except ImportError as error:
         raise NotInstalledError("Rows with images need the package Pillow: pip install pillow.") from error
 
     try:
-        image = cell if isinstance(cell, Image.Image) else ImageOps.exif_transpose(_opened(cell, folder, Image))
+        given = isinstance(cell, PIL.Image.Image)
+        image = cell if given else PIL.ImageOps.exif_transpose(_opened(cell, folder, PIL.Image))
         return image.convert("RGB")  # which reads all of it
     except UnreadableImage:
         raise

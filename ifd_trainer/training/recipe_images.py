@@ -18,28 +18,19 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..data.formats import MalformedRow, PromptFormat
-from ..data.image_rows import IMAGE_CELLS, ImageRows, has_images
+from ..data.image_rows import IMAGE_CELLS, ImageRows, with_stored_images
 from ..data.json_feature import Json
 from ..errors import UserError
 from ..method.number_words import many
 from .recipe_rows import with_ids
 
 logger = logging.getLogger(__name__)
-_LOOKED_AT = 1000  # rows at a time
 _TRLS = ("messages", "conversations", "text")  # other forms of a row, which TRL's collator would take first
 
 
 def sees_images(config: PretrainedConfig) -> bool:
     """Whether it is the config of a model that reads images and text, and that is no language model by itself."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def hold_images(rows: Dataset) -> bool:
-    """Whether any row has an image in a column of images."""
-    names = [name for name in IMAGE_CELLS if name in rows.column_names]
-    stored = rows.select_columns(names).with_format("arrow") if names else ()
-    batches = stored.iter(_LOOKED_AT) if names else ()
-    return any(has_images(batch[name].to_pylist()) for batch in batches for name in names)
 
 
 def prepare_images(
@@ -60,10 +51,7 @@ def prepare_images(
         UserError: when no row can be rendered.
     """
     rows, ids = with_ids(rows)
-    stored = rows
-    for name in IMAGE_CELLS:
-        if name in rows.column_names:
-            stored = stored.cast_column(name, _undecoded(rows.features[name]))
+    stored = with_stored_images(rows)
     read = [name for name in rows.column_names if name in {*format.columns, *IMAGE_CELLS, "tools"}]
     convert = _Convert(ImageRows(processor(), format), folder)
     problems = stored.select_columns(read).map(convert.check, remove_columns=read, desc="Checking rows")["problem"]
@@ -115,11 +103,3 @@ class _Convert:
         if isinstance(image, Mapping) and image.get("bytes") is not None:
             return image
         return str(self.folder / path)
-
-
-def _undecoded(kind: Any) -> Any:
-    """The type of a column whose images stay as they are stored."""
-    if isinstance(kind, Image):
-        return Image(decode=False)
-    feature = getattr(kind, "feature", None)
-    return List(Image(decode=False)) if isinstance(feature, Image) else kind

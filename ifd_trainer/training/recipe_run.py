@@ -29,6 +29,7 @@ from trl import (
 from ..data.files import load_rows
 from ..data.format_choice import resolve_format
 from ..data.formats import PromptFormat
+from ..data.image_rows import hold_images
 from ..data.message_trees import as_chats
 from ..data.paths import check_model, check_rows, data_ending
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
@@ -44,7 +45,7 @@ from .callback import IFDSelectionCallback
 from .pool_line import RowsBefore, column_of, ids_lost
 from .recipe import Recipe, translated
 from .recipe_file import beside
-from .recipe_images import hold_images, prepare_images, sees_images
+from .recipe_images import prepare_images, sees_images
 from .recipe_machine import PlanConfig, installed, lacking_for, outline
 from .recipe_rows import prepare, without_refusals
 from .recipe_selection import SelectionConfig

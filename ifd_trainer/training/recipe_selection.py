@@ -218,7 +218,8 @@ class SelectionConfig(SelectionKeys):
                     "with cascade_by."
                 )
             limit = self._limit() if self.max_ifd == CALIBRATED else self.max_ifd
-            return Cascade(self.cascade_by, parse_keep(self.cascade_share), limit, self._score(), self.on_shortfall)
+            share = _share("cascade_share", self.cascade_share)
+            return Cascade(self.cascade_by, share, limit, self._score(), self.on_shortfall)
         if self.policy in CONTROLS:
             control = getattr(controls, CONTROLS[self.policy])
             if self.policy == "balanced":
@@ -235,14 +236,7 @@ class SelectionConfig(SelectionKeys):
         limits = limit, self._score(), self.on_shortfall
         if self.diverse is None:
             return Cherry(*limits)
-        try:
-            return Diverse(parse_keep(self.diverse), *limits)
-        except UserError as error:
-            if "is not a number" not in str(error):
-                raise
-            raise UserError(
-                f"diverse: {self.diverse!r} is not a number; use a share (0.2) or a count (1000)."
-            ) from error
+        return Diverse(_share("diverse", self.diverse), *limits)
 
     def timing(self) -> Timing:
         """When rows are scored, and what is trained on before; with the method cherry, the brief experience."""
@@ -324,6 +318,14 @@ class SelectionConfig(SelectionKeys):
             Curriculum(keep, self.tiers, self.curriculum, self.tier_mode) if self.curriculum else as_schedule(keep)
         )
         return Anneal(schedule, self.anneal_share) if self.anneal_share else schedule
+
+
+def _share(key: str, value: str) -> float | int:
+    """A share or a count, as text has it."""
+    try:
+        return parse_keep(value)
+    except UserError as error:
+        raise UserError(f"{key}: {value!r} is not a number; use a share (0.2) or a count (1000).") from error
 
 
 def _imported(key: str, path: str) -> Any:
