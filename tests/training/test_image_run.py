@@ -113,7 +113,7 @@ def test_a_run_that_is_resumed_is_the_same_run(tmp_path, family):
     changed[0]["images"] = image_rows(9)[8]["images"]
     other = trainer_of(tmp_path / "part", changed, family, **settings)
     selecting(other, keep=[6, 4])
-    with pytest.raises(UserError, match=r"training set: \w+ in the checkpoint"):
+    with pytest.raises(UserError, match=r"training set: '\w+' in the checkpoint"):
         other.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-4"))
 
 
