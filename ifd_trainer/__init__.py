@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .data.formats import ALPACA, WIZARDLM, TemplateFormat
     from .method.brief_experience import Brief
     from .method.calibrated_limit import CalibratedLimit
+    from .method.cascade import Cascade
     from .method.columns import IFD_COLUMNS
     from .method.controls import BalancedRandom, LongestAnswers, LowestScores, MiddleBand, RandomRows
     from .method.duplicates import Duplicates
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.target_set import TargetSet
     from .method.unfinished import Unfinished
     from .report.page import write_report
+    from .scoring.image_scorer import ImageIFDScorer
     from .scoring.knowledge import KnowledgeScorer
     from .scoring.selective_columns import attach_selective_ifd
     from .scoring.target_scorer import TargetScorer
@@ -47,6 +49,7 @@ _HOME = {
         "data.formats": ("ALPACA", "WIZARDLM", "TemplateFormat"),
         "method.brief_experience": ("Brief",),
         "method.calibrated_limit": ("CalibratedLimit",),
+        "method.cascade": ("Cascade",),
         "method.columns": ("IFD_COLUMNS",),
         "method.controls": ("BalancedRandom", "LongestAnswers", "LowestScores", "MiddleBand", "RandomRows"),
         "method.duplicates": ("Duplicates",),
@@ -64,6 +67,7 @@ _HOME = {
         "method.target_set": ("TargetSet",),
         "method.unfinished": ("Unfinished",),
         "report.page": ("write_report",),
+        "scoring.image_scorer": ("ImageIFDScorer",),
         "scoring.knowledge": ("KnowledgeScorer",),
         "scoring.selective_columns": ("attach_selective_ifd",),
         "scoring.target_scorer": ("TargetScorer",),

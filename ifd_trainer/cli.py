@@ -30,8 +30,16 @@ from .data.format_choice import FormatOptions, columns_read, resolve_format
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
-from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY, TOKEN_SHARE, TURN_RULES
-from .method.columns import EOT_LOSS, IFD_COLUMNS, KNOWN_COLUMNS, OWN_COLUMNS, SELECTIVE_COLUMNS, SIFD
+from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY, TOKEN_SHARE, TURN_RULES, WITHOUT
+from .method.columns import (
+    EOT_LOSS,
+    IFD_COLUMNS,
+    IMAGE_COLUMNS,
+    KNOWN_COLUMNS,
+    OWN_COLUMNS,
+    SELECTIVE_COLUMNS,
+    SIFD,
+)
 from .method.further_scores import FURTHER, SCORED_BY_MODEL, further_names, replaced_columns
 from .method.number_words import many
 from .method.text_agreement import AGREEMENTS
@@ -303,6 +311,13 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         metavar="TEXT",
         help="what rifd asks a model that is shown an answer, with {answer} where that stands; \\n is a line break",
     )
+    add(
+        "--without",
+        choices=WITHOUT,
+        help="of rows with images: what a direct score leaves out, image and question (both, the default) or the "
+        f"image; of such rows {' and '.join(IMAGE_COLUMNS)} are attached too",
+    )
+    add("--max-images", type=_positive, metavar="N", help="most images of a row (default: as many as fit)")
     add("--split", default="train", help="split of a hub data set (default train)")
     add("--limit", type=_positive, help="score the first N rows only")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -537,6 +552,7 @@ def _score(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
     from .data.files import check_apart, check_features, load_rows, source_digest, with_columns, write_rows
+    from .data.image_rows import hold_images, with_stored_images
     from .data.message_trees import as_chats
     from .publish.provenance import calibrated, provenance_of, scored_before, write_provenance
     from .scoring.calibration import shortage
@@ -563,6 +579,11 @@ def _score(options: argparse.Namespace) -> int:
     rows = rows.select(range(min(options.limit, len(rows)))) if options.limit else rows
     if not len(rows):
         raise UserError(f"{options.data} has no rows to score.")
+    if hold_images(rows):
+        rows, scorer = with_stored_images(rows), _image_scorer(options, process.local_rank, further)
+    elif options.without or options.max_images:
+        given = "--without" if options.without else "--max-images"
+        raise UserError(f"{given} is of rows with images, and the rows have none in a column `images` or `image`.")
     check_features(rows.features, options.output)
     bare = options.definition == "superfiltering"
     scorer.format = resolve_format(format, rows.column_names, bare, warn=process.main)
@@ -646,15 +667,35 @@ def _check_neighbours(options: argparse.Namespace) -> None:
         )
 
 
-def _scorer(options: argparse.Namespace, local_rank: int, further: Sequence[str]) -> IFDScorer:
+def _device(options: argparse.Namespace, local_rank: int) -> str:
+    """The device that scores: each process on a machine has one of its own."""
     import torch
 
     from .scoring.devices import default_device
-    from .scoring.transform import IFDScorer
 
     device = options.device
-    if device is None or (device == "cuda" and torch.cuda.is_available()):
-        device = default_device(local_rank)  # each process on a machine has a device of its own
+    return default_device(local_rank) if device is None or (device == "cuda" and torch.cuda.is_available()) else device
+
+
+def _image_scorer(options: argparse.Namespace, local_rank: int, further: Sequence[str]) -> IFDScorer:
+    """What scores rows with images; paths of images begin beside the file of rows."""
+    from .scoring.image_scorer import ImageIFDScorer
+
+    texts = {"turns": None, "token_losses": False, "score_truncated": False, "guess": None, "known": None}
+    texts |= {"calibrate": False, "definition": "paper"}
+    if idle := [name for name, usual in texts.items() if getattr(options, name) != usual]:
+        raise UserError(f"--{idle[0].replace('_', '-')} is of rows of text, and the rows have images: leave it out.")
+    names = ("max_length", "min_answer_tokens", "max_images", "dtype", "token_budget", "revision", "trust_remote_code")
+    given = {name: getattr(options, name) for name in names}
+    folder = Path(options.data).resolve().parent if Path(options.data).is_file() else None
+    given |= {"without": options.without or WITHOUT[0], "image_folder": folder, "scores": further}
+    return ImageIFDScorer(options.model, device=_device(options, local_rank), **given)
+
+
+def _scorer(options: argparse.Namespace, local_rank: int, further: Sequence[str]) -> IFDScorer:
+    from .scoring.transform import IFDScorer
+
+    device = _device(options, local_rank)
     given = {name: getattr(options, name) for name in _OF_SCORER}
     return IFDScorer(options.model, device=device, scores=further, **given)
 

@@ -12,6 +12,7 @@ Shortfall = Literal["repeat", "relax", "error"]  # what is done with fewer eligi
 Misaligned = Literal["error", "warn"]  # what is done where most prompts do not help
 WrongPrompts = Literal["random", "near"]  # which other rows' prompts an answer is scored under
 TurnRule = Literal["tokens", "mean", "min", "max", "last"]  # how the answers of a conversation become one score
+Without = Literal["both", "image"]  # what the direct score of a row with images leaves out
 Order = Literal["shuffle", "descending", "ascending"]  # of the kept rows within an epoch, by their scores
 Spread = Literal["facility_location", "k_center"]  # how a diverse selection chooses among its candidates
 BriefRows = Literal["kmeans", "random"]  # which rows give the brief experience
@@ -27,6 +28,7 @@ CONTROLS = {  # policies by the names that recipes have for them
 }
 
 TARGET = "target"  # the policy `TargetSet` in recipes
+CASCADE = "cascade"  # the policy `Cascade` in recipes
 
 GUARDS = ("limit", "pairing", "unfinished", "duplicates", "freeze")  # the fields of a `Guard` that can be on or off
 
@@ -42,6 +44,7 @@ SHORTFALLS = get_args(Shortfall)
 MISALIGNED = get_args(Misaligned)
 WRONG_PROMPTS = get_args(WrongPrompts)
 TURN_RULES = get_args(TurnRule)
+WITHOUT = get_args(Without)
 ORDERS = get_args(Order)
 SPREADS = get_args(Spread)
 BRIEF_ROWS = get_args(BriefRows)

@@ -61,6 +61,11 @@ SELECTIVE_COLUMNS = tuple(_SELECTIVE)  # what is made of those
 KNOWN_COLUMNS = tuple(_KNOWN)  # of rows whose prompts a model has answered
 # Replaced when rows are scored again; what a model has answered stays.
 OWN_COLUMNS = tuple(name for name in COLUMN_MEANINGS if name not in KNOWN_COLUMNS)
+IMAGE_MEANINGS = {
+    "qas": "mean loss of the answer's tokens given the question without its image, nats per token",
+    "image_gain": "qas - cas, what the image tells of the answer beyond the question; null for a row without an image",
+}
+IMAGE_COLUMNS = tuple(IMAGE_MEANINGS)  # what `ImageIFDScorer` adds beside the others
 LIKENESS = "target_similarity"
 TARGET_MEANINGS = {
     LIKENESS: "cosine with the target most like the row, from -1 to 1",

@@ -23,6 +23,9 @@ class Status(str, Enum):
     PROMPT_TOO_LONG = "prompt_too_long"  # no answer token fits in max_length
     NONFINITE = "nonfinite"  # the model gave NaN or infinity, or a direct score of zero
     MALFORMED = "malformed"  # the format cannot render the row
+    UNREADABLE_IMAGE = "unreadable_image"  # of a row with images: one of them is not there, or no image
+    TOO_MANY_IMAGES = "too_many_images"  # more than are taken, or so many that their tokens fill max_length
+    NO_IMAGE = "no_image"  # the direct score leaves out the image alone, and the row has none
 
     def __str__(self) -> str:
         return self.value
@@ -44,6 +47,7 @@ SHORTER_ANSWER = "shorter_answer"  # the budget was spent on longer answers
 HIGHER_SCORE = "higher_score"  # the budget was spent on easier rows
 UNSTABLE = "unstable"  # among the candidates, but other scores change less when rows are disturbed
 LESS_ALIKE = "less_like_targets"  # the budget was spent on rows that are more like the examples of a target set
+LESS_PREFERRED = "less_preferred"  # of a cascade: other rows have higher values in the column that comes first
 OUTSIDE_BAND = "outside_band"  # score outside the percentiles that were asked for, or the budget was spent
 UNFINISHED = "unfinished"  # of a guard: the answer stops before its end
 DUPLICATE = "duplicate"  # of a guard: another row says the same
@@ -72,6 +76,7 @@ MEANINGS = {
     UNSTABLE: "dropped: the scores of other candidates change less among their neighbours",
     OUTSIDE_BAND: "dropped: outside the band of scores",
     LESS_ALIKE: "dropped: other rows are more like the targets",
+    LESS_PREFERRED: "dropped: other rows have higher values in the column that comes first",
     REFUSAL: "dropped: the answer looks like a refusal",
     Status.EMPTY_ANSWER.value: "no score: the answer has no token",
     Status.NO_HEADER.value: "no score: nothing in the row says where an answer begins",
@@ -81,6 +86,9 @@ MEANINGS = {
     Status.PROMPT_TOO_LONG.value: "no score: the prompt fills max_length",
     Status.NONFINITE.value: "no score: the loss is not finite, or the direct score is 0",
     Status.MALFORMED.value: "no score: the format cannot render the row",
+    Status.UNREADABLE_IMAGE.value: "no score: an image cannot be read",
+    Status.TOO_MANY_IMAGES.value: "no score: more images than are taken, or than fit in max_length",
+    Status.NO_IMAGE.value: "no score: it has no image, and the image's part is asked for",
     NO_VALUE: "no score: a column that is ranked by holds no number",
     FAILED: "no score: the program that scored gave up on the row",
     NOT_SCORED: "no score: nothing was scored in this epoch",

@@ -60,6 +60,13 @@ def base(policy: Policy) -> Policy:
     return getattr(policy, "policy", policy)
 
 
+def eligibility(policy: Policy) -> Cherry | None:
+    """What says which rows a policy may keep: itself, or the `candidates` of it; None where it has no such rule."""
+    policy = base(policy)
+    found = policy if isinstance(policy, Cherry) else getattr(policy, "candidates", None)
+    return found if isinstance(found, Cherry) else None
+
+
 class ShortfallError(UserError):
     """Fewer eligible rows than the budget asks for."""
 

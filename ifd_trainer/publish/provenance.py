@@ -50,7 +50,7 @@ class Provenance:
         model: hub name or path of the model that scored.
         weights: what tells its weights from others: a hub name with its commit, or a digest of a folder.
         format: of the prompts; its name, or what `format_record` says of one that is the user's own.
-        max_length, min_answer_tokens, score_truncated, turns, guess, dtype: options of the scoring.
+        max_length, min_answer_tokens, score_truncated, turns, guess, without, dtype: options of the scoring.
         source: the rows that were scored, a hub name or a file.
         program: name and version of the program that scored.
         wrong_ifd, wrong_ifd_ppl: scores of answers under the prompts of other rows, of which a limit is made.
@@ -67,6 +67,7 @@ class Provenance:
     score_truncated: bool | None = None
     turns: str | None = None
     guess: str | None = None
+    without: str | None = None
     dtype: str | None = None
     source: str | None = None
     program: str | None = None
@@ -82,8 +83,8 @@ class Provenance:
 
 def provenance_of(settings: Mapping[str, Any], model: str, weights: str, source: str) -> Provenance:
     """The provenance of scores of this program, made with these `IFDScorer.settings` and weights of this digest."""
-    names = ("definition", "format", "max_length", "min_answer_tokens", "score_truncated", "turns", "guess", "dtype")
-    options = {name: settings.get(name) for name in names}
+    names = ("definition", "format", "max_length", "min_answer_tokens", "score_truncated", "turns", "guess", "without")
+    options = {name: settings.get(name) for name in (*names, "dtype")}
     return Provenance(model=model, weights=weights, source=source, program=f"ifd_trainer {__version__}", **options)
 
 

@@ -245,6 +245,10 @@ def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     if isinstance(inner := policy.get("policy"), Mapping) and policy.get("by"):
         within = _WITHIN.get(policy.get("type"), "within the values of the column {by}")
         return f"{_rule(inner, settings) or as_text(inner)}; {within.format(by=policy['by'])}"
+    if policy.get("type") == "Cascade":
+        share, below = policy["share"], f", of those below {limit}" if limit else ""
+        left = f"{share:,} rows" if isinstance(share, int) else f"{100 * share:g} % of the rows"
+        return f"of the {left} with the highest {policy['by']}, those with the highest {score}{below}"
     if policy.get("type") == "Diverse":
         share = policy.get("share")
         of = f"{share:,} " if isinstance(share, int) else f"{100 * share:g} % of the " if share else ""

@@ -9,8 +9,8 @@ begins, so that nothing inside it makes the host wait.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,7 @@ class Batch:
             another.
         position_ids: (B, T) of a stream: each token's position in its own segment.
         plan: of a stream: how its tokens attend to each other.
+        more: what else the model is called with, such as the pixels of images.
     """
 
     input_ids: np.ndarray
@@ -57,6 +58,7 @@ class Batch:
     scored_index: np.ndarray
     position_ids: np.ndarray | None = None
     plan: AttentionPlan | None = None
+    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_segments(
@@ -180,6 +182,7 @@ def _prepared(
     inputs = {"input_ids": on_device(batch.input_ids, device)}  # (B, T)
     if batch.position_ids is not None:
         inputs["position_ids"] = on_device(batch.position_ids, device)  # (B, T)
+    inputs |= {name: value.to(device) for name, value in batch.more.items()}
     attention = contextlib.nullcontext() if batch.plan is None else attending(model, batch.plan, check)
     with attention, OneDNN() if device.type == "cpu" else contextlib.nullcontext():
         yield inputs

@@ -27,7 +27,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,7 @@ from ..data.encoding import EncodedPair, Encoder, Segment, check_positive
 from ..data.format_choice import FormatOptions, format_record, resolve_format
 from ..data.formats import Example, MalformedRow, PromptFormat, rows_of
 from ..data.further_segments import with_further
+from ..data.image_rows import has_images, stored_images
 from ..data.paths import check_model, model_name
 from ..data.reversed_rows import GUESS, ReversedRows, request
 from ..data.table_reader import Lists, arrow_array
@@ -155,6 +156,9 @@ class IFDScorer:
     >>> ds = ds.map(IFDScorer("HuggingFaceTB/SmolLM2-135M", format="alpaca"), batched=True)  # doctest: +SKIP
     """
 
+    auto_class: ClassVar[Any] = AutoModelForCausalLM  # what loads a model by its name
+    more_columns: ClassVar[tuple[str, ...]] = ()  # that are always attached beside the others
+
     def __init__(
         self,
         model: str | os.PathLike | PreTrainedModel,
@@ -250,11 +254,12 @@ class IFDScorer:
     def _table(self, table: pa.Table, rank: int | None) -> pa.Table:
         # Ray tells a schema by an empty block.
         rows = self.encode_rows(table.to_pydict(), rank) if table.num_rows else EncodedTurns([], [], [])
-        stale = [*OWN_COLUMNS, *replaced_columns(table.column_names, self.further_columns)]
+        stale = [*OWN_COLUMNS, *self.more_columns, *replaced_columns(table.column_names, self.further_columns)]
         return table_with(table, self.score_rows(rows), stale)
 
     def encode_rows(self, batch: Mapping[str, list], rank: int | None = None) -> EncodedTurns:
         """Render and tokenise a batch, with `turns` every answer of it; loads the model on first use."""
+        self._need_text(batch)
         self._load(rank)
         self._say_what_is_left_out(batch)
         rows, problem = self._read(batch, self._format(batch))
@@ -267,7 +272,7 @@ class IFDScorer:
         if self.turns is not None or self._counted:
             return
         self._counted = True
-        counts = answer_counts(batch, self._format(batch), self._encoder.tokenizer)
+        counts = self._answer_counts(batch)
         if several := sum(count > 1 for count in counts):
             logger.warning(
                 "%s of the first %s have several answers, and the last one alone is scored. turns='tokens' scores all "
@@ -275,6 +280,10 @@ class IFDScorer:
                 many(several, "row"),
                 many(len(counts), "row"),
             )
+
+    def _answer_counts(self, batch: Mapping[str, list]) -> list[int]:
+        """How many answers each row has."""
+        return answer_counts(batch, self._format(batch), self._encoder.tokenizer)
 
     def score_rows(
         self, rows: EncodedTurns, progress: Callable[[int], Any] | None = None
@@ -291,6 +300,7 @@ class IFDScorer:
 
     def encode(self, batch: Mapping[str, list], rank: int | None = None) -> list[EncodedPair]:
         """Render and tokenise the last answers of a batch; loads the model on first use."""
+        self._need_text(batch)
         self._load(rank)
         pairs, problem = self._encoded(batch, self._format(batch))
         if problem is not None:
@@ -307,6 +317,16 @@ class IFDScorer:
             batch, format, self._encoder, self._conversations, self.scores, self._reversed_rows()
         )
         return rows, self._problem(rows.pairs, rows.empty, error, format)
+
+    def _need_text(self, batch: Mapping[str, list]) -> None:
+        """Raise for rows with images, which this scorer would leave out without a word."""
+        held = [name for name, cells in stored_images(batch).items() if has_images(cells)]
+        if held:
+            raise UserError(
+                "The rows have images, and IFDScorer reads text alone: answers would be scored without what they are "
+                "about. Use ImageIFDScorer with a model that reads images; to score the texts alone, remove the column "
+                f"first: dataset.remove_columns({held!r})."
+            )
 
     def _encoded(self, batch: Mapping[str, list], format: PromptFormat) -> tuple[list[EncodedPair], str | None]:
         """The last answers of rows, encoded, and what is wrong if none of them could be rendered."""
@@ -357,6 +377,7 @@ class IFDScorer:
         """
         if self.device is not None:
             check_device(self.device)
+        self._need_text(batch)
         format = self._format(batch)
         self._prepare()
         _, problem = self._read(batch, format)
@@ -586,15 +607,22 @@ class IFDScorer:
             revision = self.hub["revision"]  # the error's own message may name neither it nor the model
             with _reading(f"{self.name}{f' at {revision}' if revision else ''} cannot be read"):
                 self._config = AutoConfig.from_pretrained(self.name, **self.hub)
-            check_causal_config(self.name, self._config)
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            source = self.name or self._config.name_or_path
-            if not source:
-                raise UserError("Pass the tokenizer too: the loaded model does not say where it came from.")
-            with _reading(f"{source} has no tokenizer that can be read"):
-                tokenizer = AutoTokenizer.from_pretrained(source, **self.hub)
-        self._encoder = Encoder(tokenizer, **self.options, window=window(self._config.get_text_config()))
+            self._check_config(self._config)
+        self._encoder = Encoder(self._tokenizer(), **self.options, window=window(self._config.get_text_config()))
+
+    def _check_config(self, config: PretrainedConfig) -> None:
+        """Raise for the config of a model that is no causal language model."""
+        check_causal_config(self.name, config)
+
+    def _tokenizer(self) -> Any:
+        """The tokenizer, read by the model's name where none was given."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        source = self.name or self._config.name_or_path
+        if not source:
+            raise UserError("Pass the tokenizer too: the loaded model does not say where it came from.")
+        with _reading(f"{source} has no tokenizer that can be read"):
+            return AutoTokenizer.from_pretrained(source, **self.hub)
 
     def _load(self, rank: int | None) -> None:
         self._prepare()
@@ -608,7 +636,7 @@ class IFDScorer:
         options = self.hub | {"dtype": self.dtype or default_dtype(self._config, device), "output_loading_info": True}
         try:
             with _reading(f"The weights in {self.name} cannot be loaded"):
-                model, loading = AutoModelForCausalLM.from_pretrained(self.name, **options)
+                model, loading = self.auto_class.from_pretrained(self.name, **options)
         except SafetensorError as error:
             raise UserError(
                 f"The weights in {self.name} cannot be read ({error}): a file is damaged or was cut short. Download or "

@@ -47,6 +47,8 @@ from .console import end_line, epoch_line, say
 from .first_scoring import FirstScoring
 from .held_out_loss import evaluates_later, losses_before, losses_of
 from .history import FOLDER, History, epoch_record, epoch_rows
+from .image_pool import ImagePool
+from .image_pool_scorer import check_image_run, guard_of_images, pool_scorer_of
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
 from .options import (
@@ -62,7 +64,6 @@ from .options import (
 )
 from .pool import Pool, TrainingRow
 from .pool_line import RowsBefore, pool_line, rows_before, save_left_out
-from .pool_scorer import PoolScorer
 from .row_chooser import RowChooser
 from .selection_run import SelectionRun
 from .trackers import log_histograms
@@ -121,7 +122,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             A limit that is set here takes the place of the guard's.
         guard: what keeps noise out of the selection, a `Guard`; see there. By default ("auto") on where rows are
             selected by their scores before each epoch, and off in `cherry`, with `scorer="columns"` but for duplicates,
-            and with a policy other than `Cherry` and `Diverse`; None for none.
+            and with a policy whose rows have no limit of IFD, as a `Cherry` has; None for none.
         seed: of the shuffle and of repeats; the trainer's `args.seed` by default.
         schedule: a `Constant`, `PerEpoch`, `Curriculum` or `Anneal` in place of `keep`.
         policy: which rows are kept: a `Cherry`, a `Diverse` for rows that stand for others too (facility location over
@@ -172,6 +173,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         needed = needs_answers(self.policy, self.timing, guard, scorer, self.further)
         attach(trainer, self.scoring.header, not needed)
         check_order(order, sampling_strategy(trainer))
+        if isinstance(trainer.selection_pool, ImagePool):
+            limit = getattr(self.policy, "max_ifd", None)
+            check_image_run(trainer, self.policy, self.timing, scorer, self.further, limit)
+            self.guard = guard_of_images(self.guard, guard)
         if trainer.selection_pool.whole:
             self.guard = of_whole_rows(self.guard)
         self.reads_scores = reads_scores(self.policy, self.schedule, self.guard, scorer, order, self.further)
@@ -192,15 +197,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.tokenizer = tokenizer_of(trainer)
         # The trainer has cut rows to its max_length already: what is left is what it trains on, and what is scored.
         encoder = Encoder(self.tokenizer, min_answer_tokens=self.scoring.min_answer_tokens)
-        self.pool_scorer = PoolScorer(
-            trainer,
-            encoder,
-            scorer,
-            self.scoring.embedder,
-            self.scoring.token_budget,
-            self.further,
-            self.scoring.guess,
-            self.scoring.turns,
+        scoring = self.scoring
+        self.pool_scorer = pool_scorer_of(
+            *(trainer, scoring.without, encoder, scorer, scoring.embedder),
+            *(scoring.token_budget, self.further, scoring.guess, scoring.turns),
         )
         self.chooser = RowChooser(self.pool_scorer, self.policy, self.timing.warmup, self.guard, self.further)
         self.history: History | None = None
@@ -283,7 +283,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     @property
     def turns(self) -> TurnRule | None:
         """How the scores of a row's answers become one; None where the run scores none."""
-        return self.scoring.turns if self.reads_scores and self.pool_scorer.other != "columns" else None
+        return self.pool_scorer.rule if self.reads_scores and self.pool_scorer.other != "columns" else None
 
     def budget(self, epoch: int) -> int:
         return self._rows_of(epoch).budget
@@ -575,6 +575,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "further_scores": list(self.further),
             "guess": self.pool_scorer.guess,
             "turns": self.pool_scorer.turns,
+            "without": self.scoring.without,
             "on_shortfall": self.chooser.on_shortfall,
             "limit": limit,
             "guard": self.guard,

@@ -19,13 +19,12 @@ import torch
 from ..data.encoding import check_positive
 from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
-from ..method.choices import ORDERS, TurnRule
+from ..method.choices import ORDERS, WITHOUT, TurnRule, Without
 from ..method.facility_location import Diverse
 from ..method.further_scores import FURTHER, LOSS_CHANGE, further_names
 from ..method.guard import Guard
 from ..method.schedule import Curriculum, Schedule, Timing
-from ..method.selection import Cherry, Policy, base
-from ..method.soft_sampling import SoftSampling
+from ..method.selection import Cherry, Policy, eligibility
 from ..method.target_set import TargetSet
 from ..method.turns import check_turns
 from ..scoring.transform import IFDScorer
@@ -52,6 +51,7 @@ class Scoring:
         turns: what the score of a row with several answers is, of which all are scored that are trained on: "tokens",
             the loss that is trained on, "mean", "min" or "max"; see `method.turns`. "last" scores the last answer of
             each row alone. Guards judge the last answer in any case.
+        without: of rows with images, what the direct score leaves out: "both", image and question, or "image" alone.
     """
 
     header: str | None = None
@@ -63,9 +63,12 @@ class Scoring:
     scores: tuple[str, ...] = ()
     guess: str | None = None
     turns: TurnRule = "tokens"
+    without: Without = "both"
 
     def __post_init__(self) -> None:
         check_turns(self.turns, none=False)
+        if self.without not in WITHOUT:
+            raise UserError(f"without must be one of {', '.join(WITHOUT)}, got {self.without!r}.")
         object.__setattr__(self, "scores", further_names(self.scores, in_training=True))
         if not (self.embedder is None or isinstance(self.embedder, (str, IFDScorer))):
             raise UserError(f"embedder must be the name of a model, an IFDScorer or None, got {self.embedder!r}.")
@@ -137,10 +140,10 @@ def guard_of(
     """The guards of a run.
 
     By default ("auto"), all but the pairing test where rows are selected by their scores before each epoch. None of
-    them: in a run that starts anew (the paper's method), and with a policy that is no `Cherry`, `Diverse` or
-    `SoftSampling`, nor takes the order of one (a control is to be one). A limit that the user gives (or one of a policy
-    other than 1) takes the place of the guard's; where scores are columns of the training set, no model measures, and
-    what is left is duplicates.
+    them: in a run that starts anew (the paper's method), and with a policy whose rows have no limit of IFD, as a
+    `Cherry` among others has (a control is to be one). A limit that the user gives (or one of a policy other than 1)
+    takes the place of the guard's; where scores are columns of the training set, no model measures, and what is left is
+    duplicates.
 
     Raises:
         UserError: for anything that is no guard.
@@ -153,11 +156,11 @@ def guard_of(
         return guard
     if guard != "auto":
         raise UserError(f"guard must be a Guard, True for the default ones or None, got {guard!r}.")
-    chooses = base(policy)
-    if timing.start_anew or not isinstance(chooses, (Cherry, Diverse, SoftSampling)):
+    limited = eligibility(policy)
+    if timing.start_anew or limited is None or isinstance(policy, TargetSet):
         return None
     measures = not (isinstance(scorer, str) and scorer == "columns")
-    limit = measures and not limit_given and chooses.max_ifd == 1.0
+    limit = measures and not limit_given and limited.max_ifd == 1.0
     return Guard(limit=limit, unfinished=measures, freeze=measures)
 
 

@@ -47,7 +47,7 @@ from ..scoring.rope_limits import window
 from ..scoring.transform import IFDScorer
 from ..scoring.turns import EncodedTurns
 from .pool import Pool
-from .trainer_hooks import scoring_model
+from .trainer_hooks import scoring_model, template_of
 
 _CHUNK = 8192  # pool rows encoded and scored at a time, on each process
 _TEXTS = 1000  # pool rows decoded at a time
@@ -154,8 +154,7 @@ class PoolScorer:
         if not self.further or self.pool.whole:
             return pairs
         tokens = list(self.pool.tokens(rows))
-        template = getattr(self.trainer, "chat_template", None)
-        reversed_rows = ReversedRows(self.encoder.tokenizer, self.guess or GUESS, template)
+        reversed_rows = ReversedRows(self.encoder.tokenizer, self.guess or GUESS, template_of(self.trainer))
         first = np.repeat(np.cumsum(counts) - counts, counts)  # of each answer, its row's first
 
         def turned(place: int) -> Example | None:
@@ -359,17 +358,21 @@ class PoolScorer:
     @cached_property
     def _read(self) -> TokenRows:
         """The pool's rows, by the chat template that the trainer wrote them with."""
-        return TokenRows(self.encoder, getattr(self.trainer, "chat_template", None))
+        return TokenRows(self.encoder, template_of(self.trainer))
 
     def _own_reader(self, prefix: Sequence[int]) -> Reader:
         """How the trainer's model reads the pool."""
         running = self._running()
         return Reader(
             lambda rows: self._own_pairs(rows, self.pool.spans(rows), prefix),
-            lambda pairs, progress: score_pairs(pairs=pairs, further=self.further, progress=progress, **running),
+            self._own_scores,
             lambda segments, progress: nll_with_tails(segments=segments, progress=progress, **running),
             int(self.pool.lengths(np.arange(len(self.pool))).max()),
         )
+
+    def _own_scores(self, pairs: list[EncodedPair], progress: Callable[[int], Any]) -> Scores:
+        """Scores of encoded rows by the trainer's model."""
+        return score_pairs(pairs=pairs, further=self.further, progress=progress, **self._running())
 
     def _reader(self, prefix: Sequence[int]) -> Reader:
         """How the model that scores reads the pool."""

@@ -66,7 +66,7 @@ def prepare(
         ValueError: when no row can be rendered.
     """
     resolved = resolve_format(format, rows.column_names)
-    rows, ids = _with_ids(rows)
+    rows, ids = with_ids(rows)
     consumed = {"instruction", "input", "output"} & set(rows.column_names)
     consumed |= set(columns_read(resolved, rows.column_names))
     aside = sorted((_TRLS - {"text", "tools", "chat_template_kwargs"} - consumed) & set(rows.column_names))
@@ -133,7 +133,7 @@ class _Convert:
         return {"problem": problem, "tools": tools, "chat_template_kwargs": bool(prepared.get("chat_template_kwargs"))}
 
 
-def _with_ids(rows: Dataset) -> tuple[Dataset, str]:
+def with_ids(rows: Dataset) -> tuple[Dataset, str]:
     """Rows with a column that tells them apart, and its name: their own, or `row_id` with their positions."""
 
     def read(name: str) -> Any:

@@ -9,7 +9,9 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from trl.chat_template_utils import get_training_chat_template
 from ..data.files import load_rows
 from ..data.format_choice import resolve_format
 from ..data.formats import PromptFormat
+from ..data.image_rows import hold_images
 from ..data.message_trees import as_chats
 from ..data.paths import check_model, check_rows, data_ending
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
@@ -37,11 +40,14 @@ from ..method.number_words import many
 from ..method.selection import Policy
 from ..method.target_set import TargetSet
 from ..scoring.engine import check_causal_config
+from ..scoring.image_forwards import need_image_processor, not_installed
+from ..scoring.image_scorer import ImageIFDScorer
 from ..scoring.transform import IFDScorer
 from .callback import IFDSelectionCallback
 from .pool_line import RowsBefore, column_of, ids_lost
 from .recipe import Recipe, translated
 from .recipe_file import beside
+from .recipe_images import prepare_images, sees_images
 from .recipe_machine import PlanConfig, installed, lacking_for, outline
 from .recipe_rows import prepare, with_answer_masks, without_refusals
 from .recipe_selection import SelectionConfig
@@ -82,13 +88,20 @@ def build_run(recipe: Recipe) -> Run:
     count = len(rows)
     format = resolve_format(selection.rows_format(), rows.column_names)
     every_answer = bool(sft.assistant_only_loss)
-    scorer = _scorer(selection, sft, format) if selection.scorer else None
+    images = hold_images(rows)
+    if not images and sees_images(config):
+        check_causal_config(str(model.model_name_or_path), config)  # which says what is wanted for rows of text
+    folder = Path(source).resolve().parent if images and Path(source).is_file() else None
+    prepared = _preparing(recipe, images, folder, every_answer)
+    scorer = None
+    if selection.scorer:
+        scorer = _image_scorer(selection, sft, format, folder) if images else _scorer(selection, sft, format)
     with sft.main_process_first(desc="preparing the rows"):  # the others read what it put into the cache
         if scorer is not None and not plan and not selection.only_embeds:
             began = clock()
             rows = rows.map(scorer, batched=True, batch_size=_SCORED_AT_ONCE, desc=f"Scoring with {selection.scorer}")
             seconds = clock() - began
-        train, unread = prepare(rows, format, lambda: _tokenizer(recipe), every_answer)
+        train, unread = prepared(rows, format)
         readable = train
         if selection.drop_refusals:
             train = without_refusals(train)
@@ -105,8 +118,7 @@ def build_run(recipe: Recipe) -> Run:
         raise UserError(f"label={selection.label!r} is not among the data set's columns {sorted(labels)}.")
     if held_out is not None:
         there = set(format.columns) <= set(held_out.column_names)
-        own = format if there else selection.rows_format()
-        held_out, _ = prepare(held_out, own, lambda: _tokenizer(recipe), every_answer)
+        held_out, _ = prepared(held_out, format if there else selection.rows_format())
         if finds_answers and "messages" in held_out.column_names:
             held_out = with_answer_masks(held_out, _tokenizer(recipe))
     with translated("The trainer cannot be made"):
@@ -128,6 +140,19 @@ def build_run(recipe: Recipe) -> Run:
     cut = [] if callback.pool.packed else ids_lost(column_of(train), trainer.train_dataset, name)
     callback.rows_before = RowsBefore(count, unread, ids_lost(column_of(readable), train, name), cut)
     return Run(trainer, lacking, format, read, seconds)
+
+
+def _preparing(
+    recipe: Recipe, images: bool, folder: Path | None, every_answer: bool
+) -> Callable[..., tuple[Dataset, dict[Any, str]]]:
+    """What makes rows of a format what TRL reads; see `prepare` and `prepare_images`."""
+    if not images:
+        return partial(prepare, tokenizer=lambda: _tokenizer(recipe), every_answer=every_answer)
+
+    def prepared(rows: Dataset, format: Any) -> tuple[Dataset, dict[Any, str]]:
+        return prepare_images(rows, resolve_format(format, rows.column_names), lambda: _processor(recipe), folder)
+
+    return prepared
 
 
 def _placed(policy: Policy, folder: Path, format: PromptFormat) -> Policy:
@@ -198,7 +223,8 @@ def _model_config(model: ModelConfig, sft: SFTConfig) -> PretrainedConfig:
         raise FileAccessError(f"The model {name} cannot be read: {one_line(error)}") from error
     if not config.architectures:
         raise UserError(f"{name} does not say which model it is: its config.json has no architectures. Add them there.")
-    check_causal_config(name, config)
+    if not sees_images(config):  # else it depends on the rows
+        check_causal_config(name, config)
     return config
 
 
@@ -250,6 +276,39 @@ def _marks_answers(tokenizer: Any) -> bool:
         return bool(get_training_chat_template(tokenizer))
     except ValueError:
         return False
+
+
+def _processor(recipe: Recipe) -> Any:
+    """The processor that TRL will load, with the chat template that it will use."""
+    name, path, code = recipe.model.model_name_or_path, recipe.sft.chat_template_path, recipe.sft.trust_remote_code
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=recipe.model.model_revision, trust_remote_code=code)
+    except ImportError as error:
+        raise not_installed(str(name), error) from error
+    if path is not None and os.path.isfile(path):
+        processor.chat_template = Path(path).read_text(encoding="utf-8")
+    return need_image_processor(processor)
+
+
+def _image_scorer(
+    selection: SelectionConfig, sft: SFTConfig, format: PromptFormat, folder: Path | None
+) -> ImageIFDScorer:
+    """The transform that scores raw rows with images with another model than the one in training."""
+    if selection.definition != "paper":
+        raise UserError(
+            f"definition={selection.definition!r} is of rows of text, and the rows have images: leave definition out."
+        )
+    return ImageIFDScorer(
+        selection.scorer,
+        without=selection.without,
+        format=format,
+        min_answer_tokens=selection.min_answer_tokens,
+        image_folder=folder,
+        token_budget=selection.token_budget,
+        device=str(sft.device),
+        trust_remote_code=sft.trust_remote_code,
+        scores=selection.further(),
+    )
 
 
 def _scorer(selection: SelectionConfig, sft: SFTConfig, format: PromptFormat) -> IFDScorer:

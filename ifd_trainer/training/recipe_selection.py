@@ -22,7 +22,8 @@ from ..errors import UserError, one_line
 from ..method import controls
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
-from ..method.choices import CONTROLS, GUARDS, MEASURING_GUARDS, TARGET
+from ..method.cascade import Cascade
+from ..method.choices import CASCADE, CONTROLS, GUARDS, MEASURING_GUARDS, TARGET
 from ..method.duplicates import Duplicates
 from ..method.facility_location import Diverse
 from ..method.further_scores import further_names
@@ -138,7 +139,8 @@ class SelectionConfig(SelectionKeys):
         idle |= {"curriculum": ("tiers", "tier_mode")} if self.curriculum is None else {}
         idle |= self._idle_guards()
         by_score = getattr(self.chosen_policy(), "reads_scores", True) and self.policy != TARGET
-        limits = (() if self.policy == TARGET else ("max_ifd", "on_shortfall")) + (() if by_score else ("score",))
+        limited = self.policy in (TARGET, CASCADE)
+        limits = (() if limited else ("max_ifd", "on_shortfall")) + (() if by_score else ("score",))
         idle |= {"policy: balanced": ("balance_by",)} if self.policy != "balanced" else {}
         idle |= {f"policy: {TARGET}": ("target_set",)} if self.policy != TARGET else {}
         idle |= {"policy: cherry": (*limits, "temperature")} if self.policy != "cherry" else {}
@@ -146,6 +148,7 @@ class SelectionConfig(SelectionKeys):
         idle |= {"shares, floors or caps": ("buckets",)} if not (self.shares or self.floors or self.caps) else {}
         of_diverse = ("diverse_by",) if self.policy == TARGET else ("diverse_by", "embedder")
         idle |= {"diverse": of_diverse} if self.diverse is None else {}
+        idle |= {f"policy: {CASCADE}": ("cascade_by", "cascade_share")} if self.policy != CASCADE else {}
         given = self.given_keys()
         return {needed: keys for needed, names in idle.items() if (keys := [name for name in names if name in given])}
 
@@ -258,6 +261,15 @@ class SelectionConfig(SelectionKeys):
                 )
             limit = self._limit() if self.max_ifd == CALIBRATED else self.max_ifd
             return TargetSet(self.target_set, max_ifd=limit, on_shortfall=self.on_shortfall)
+        if self.policy == CASCADE:
+            if not self.cascade_by:
+                raise UserError(
+                    f"policy: {CASCADE} leaves the rows with the highest values of a column to be chosen from: name it "
+                    "with cascade_by."
+                )
+            limit = self._limit() if self.max_ifd == CALIBRATED else self.max_ifd
+            share = _share("cascade_share", self.cascade_share)
+            return Cascade(self.cascade_by, share, limit, self._score(), self.on_shortfall)
         if self.policy in CONTROLS:
             control = getattr(controls, CONTROLS[self.policy])
             if self.policy == "balanced":
@@ -281,14 +293,7 @@ class SelectionConfig(SelectionKeys):
             return SoftSampling(self.temperature, *limits)
         if self.diverse is None:
             return Cherry(*limits)
-        try:
-            return Diverse(parse_keep(self.diverse), *limits, self.diverse_by)
-        except UserError as error:
-            if "is not a number" not in str(error):
-                raise
-            raise UserError(
-                f"diverse: {self.diverse!r} is not a number; use a share (0.2) or a count (1000)."
-            ) from error
+        return Diverse(_share("diverse", self.diverse), *limits, self.diverse_by)
 
     def timing(self) -> Timing:
         """When rows are scored, and what is trained on before; with the method cherry, the brief experience."""
@@ -304,7 +309,7 @@ class SelectionConfig(SelectionKeys):
 
     def scoring(self, embedder: Any = None) -> Scoring:
         """How the rows are scored; prompts are embedded by `embedder`, unless the recipe names another."""
-        given = {"scores": tuple(self.scores), "guess": self.guess, "turns": self.turns}
+        given = {"scores": tuple(self.scores), "guess": self.guess, "turns": self.turns, "without": self.without}
         return Scoring(None, self.min_answer_tokens, self.token_budget, self.embedder or embedder, **given)
 
     def further(self) -> tuple[str, ...]:
@@ -390,6 +395,14 @@ def idle_keys_unsaid() -> Iterator[None]:
         yield
     finally:
         logger.disabled = False
+
+
+def _share(key: str, value: str) -> float | int:
+    """A share or a count, as text has it."""
+    try:
+        return parse_keep(value)
+    except UserError as error:
+        raise UserError(f"{key}: {value!r} is not a number; use a share (0.2) or a count (1000).") from error
 
 
 def _imported(key: str, path: str) -> Any:

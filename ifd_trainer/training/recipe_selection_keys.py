@@ -13,6 +13,7 @@ from ..data.definitions import DEFINITIONS
 from ..data.formats import FORMATS
 from ..method.choices import (
     BRIEF_ROWS,
+    CASCADE,
     CONTROLS,
     DIRECTIONS,
     GUARDS,
@@ -25,6 +26,7 @@ from ..method.choices import (
     TARGET,
     TIER_MODES,
     TURN_RULES,
+    WITHOUT,
     WRONG_PROMPTS,
 )
 from ..method.further_scores import FURTHER
@@ -220,8 +222,8 @@ class SelectionKeys:
         default="cherry",
         metadata={
             "help": f"Which rows are kept: cherry (the highest scores under the limit), {TARGET} (those most like "
-            f"target_set), one of the controls {', '.join(CONTROLS)}, or a policy of your own as module.Name (of a "
-            "module beside the recipe).",
+            f"target_set), {CASCADE} (the highest scores among the rows that cascade_by ranks first), one of the "
+            f"controls {', '.join(CONTROLS)}, or a policy of your own as module.Name (of a module beside the recipe).",
             "metavar": "NAME",
         },
     )
@@ -301,6 +303,18 @@ class SelectionKeys:
     growing: bool = field(
         default=False, metadata={"help": "Each stage keeps the values of those before it.", "metavar": "true"}
     )
+    cascade_by: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Of policy: {CASCADE}, the column that comes first, such as a reward model's score or ratings of "
+            "people: the rows with its highest values are left to be chosen from.",
+            "metavar": "COLUMN",
+        },
+    )
+    cascade_share: str = field(
+        default="0.5",
+        metadata={"help": "How much of the pool it leaves: a fraction, or a number of rows.", "metavar": "X"},
+    )
     on_shortfall: str = field(
         default="repeat",
         metadata={
@@ -362,6 +376,13 @@ class SelectionKeys:
             "help": "The score of a row with several answers that are trained on (assistant_only_loss: true): of all "
             "their tokens, their mean, the lowest (min) or highest (max) IFD, or of the last one.",
             "choices": list(TURN_RULES),
+        },
+    )
+    without: str = field(
+        default="both",
+        metadata={
+            "help": "Of rows with images: what a direct score leaves out, image and question (both) or the image.",
+            "choices": list(WITHOUT),
         },
     )
     min_answer_tokens: int = field(

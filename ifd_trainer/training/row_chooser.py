@@ -40,9 +40,9 @@ from ..method.selection import (
     base,
     check_score,
     counted,
+    eligibility,
     score_values,
 )
-from ..method.soft_sampling import SoftSampling
 from ..method.target_set import SIMILARITIES, TargetSet
 from ..scoring.losses import Scores
 from .pool import Pool
@@ -415,7 +415,7 @@ class RowChooser:
         """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
         every = columns = _Columns(self.last.scores.columns(), self.pool)
         policy = policy.in_epoch(wanted.counted) if hasattr(policy, "in_epoch") else policy
-        limited = isinstance(base(policy), (Cherry, Diverse, SoftSampling, TargetSet)) and self.score in RANKED_BY
+        limited = eligibility(policy) is not None and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:
             most = self._most(policy)
@@ -458,9 +458,8 @@ class RowChooser:
 
     def _most(self, policy: Policy) -> float:
         """What scores have to be below, as far as it is a number."""
-        ranks = base(policy)
-        ranks = ranks.candidates if isinstance(ranks, (Diverse, SoftSampling, TargetSet)) else ranks
-        return ranks.number if isinstance(ranks, Cherry) and isinstance(ranks.max_ifd, Real) else np.inf
+        ranks = eligibility(policy)
+        return ranks.number if ranks is not None and isinstance(ranks.max_ifd, Real) else np.inf
 
     def _embeddings(
         self, policy: Diverse, columns: dict[str, np.ndarray], budget: int, rows: np.ndarray, ids: np.ndarray

@@ -14,10 +14,12 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..data.image_rows import IMAGE_CELLS
 from ..errors import UserError
 from ..method.schedule import Timing
 from ..scoring.engine import check_causal_lm
 from .collated_labels import fills_labels
+from .image_pool import collates_images
 from .row_tokens import flat
 from .trainer_version import HOOKS
 
@@ -75,9 +77,12 @@ def check_kind(trainer: Trainer) -> None:
     check_causal_lm(trainer.model)
     for name in getattr(trainer.train_dataset, "column_names", None) or []:
         if name in _NOT_TEXT and not _is_empty(trainer.train_dataset, name):
+            if name in IMAGE_CELLS and collates_images(trainer):
+                continue
             raise UserError(
                 f"The training set has {_NOT_TEXT[name]} (column {name!r}), which are not scored yet: answers would be "
-                "scored without what they are about. Train without the callback, or on rows of text alone."
+                "scored without what they are about. Train without the callback, or on rows of text alone; images are "
+                "scored where the trainer's collator reads them, as in TRL's SFTTrainer, and rows are not tokenised."
             )
     row = None if getattr(trainer.args, "packing", False) else _row_of_several(trainer.train_dataset)
     if row is not None:

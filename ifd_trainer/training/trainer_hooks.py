@@ -49,10 +49,12 @@ from ..method.schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
 from ..scoring.model_parts import lm_head
 from .collated_labels import check_collated, trained_tokens
 from .history import FOLDER as HISTORY
+from .image_pool import ImagePool, collates_images
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
 from .one_loop import OneLoop, follow_events
 from .pool import PackedPool, Pool, TrainingRow
+from .renamed_weights import load_renamed
 from .row_tokens import Padding
 from .selection_run import SelectionRun, SelectionSampler
 from .trainer_checks import check_complete, check_kind, check_supported, sampling_strategy
@@ -289,6 +291,8 @@ class SelectiveTrainer:
     def start_run(self, checkpoint: str | None) -> tuple[int, int]:
         """Let the selector start, or resume; where, as `resumed_position`."""
         selector, position = self._selector, self.resumed_position()
+        if checkpoint and isinstance(self.selection_pool, ImagePool):
+            load_renamed(self.model, checkpoint)
         selector.start(position[0], self.state, checkpoint)
         # The trainer stores states of the callbacks that it found here.
         self.state.stateful_callbacks.setdefault(type(selector).__name__, selector.state())
@@ -513,19 +517,32 @@ def announce_lm_head(trainer: Trainer) -> None:
         deepspeed.zero.register_external_parameter(parent, head.weight)
 
 
+def template_of(trainer: Trainer) -> str | None:
+    """The chat template that a trainer writes its rows with, where that is not its tokenizer's own."""
+    given, processor = getattr(trainer, "chat_template", None), trainer.processing_class
+    if given is not None or getattr(tokenizer_of(trainer), "chat_template", None):
+        return given
+    own = getattr(processor, "chat_template", None)
+    return own.get("default") if isinstance(own, dict) else own
+
+
 def _pool_of(trainer: Trainer) -> Pool:
     tokenizer, args, dataset = tokenizer_of(trainer), trainer.args, trainer.train_dataset
-    template, tokens = getattr(trainer, "chat_template", None), trained_tokens(trainer)
+    images = collates_images(trainer)
+    template, tokens = template_of(trainer), None if images else trained_tokens(trainer)
     chats = "messages" in (getattr(dataset, "column_names", None) or [])
-    said = (lambda row: last_answer(dataset[row]["messages"])) if chats else None
+    said = (lambda row: last_answer(dataset[row]["messages"])) if chats and not images else None
     answers = partial(answer_finder, tokenizer, template=template, header=trainer._header, said=said)
+    token, cut_at_start = tokenizer.pad_token_id, getattr(args, "truncation_mode", None) == "keep_end"
+    padding = Padding(token, token == tokenizer.bos_token_id, cut_at_start)
+    if images:
+        return ImagePool(trainer, answers, padding)
     if getattr(args, "packing", False):
         # The first process writes the unpacked examples to the cache of `datasets`, the others read them there.
         with args.main_process_first(desc="unpacking the training set"):
             pool = PackedPool(dataset, args.max_length, answers, tokens)
     else:
-        token, cut_at_start = tokenizer.pad_token_id, getattr(args, "truncation_mode", None) == "keep_end"
-        pool = Pool(dataset, answers, Padding(token, token == tokenizer.bos_token_id, cut_at_start), tokens)
+        pool = Pool(dataset, answers, padding, tokens)
     check_collated(trainer, pool)
     return pool
 
