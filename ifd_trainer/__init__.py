@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.facility_location import Diverse
     from .method.guard import Guard
     from .method.hierarchical import Hierarchical
+    from .method.iterit import IterIT
     from .method.knowledge import hard_or_wrong, wilson_interval
     from .method.pairing_test import PairingTest
     from .method.ranking import Ranking
@@ -56,6 +57,7 @@ _HOME = {
         "method.facility_location": ("Diverse",),
         "method.guard": ("Guard",),
         "method.hierarchical": ("Hierarchical",),
+        "method.iterit": ("IterIT",),
         "method.knowledge": ("hard_or_wrong", "wilson_interval"),
         "method.pairing_test": ("PairingTest",),
         "method.ranking": ("Ranking",),

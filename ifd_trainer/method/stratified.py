@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import UserError
 from .facility_location import Diverse
 from .hierarchical import Hierarchical
+from .iterit import IterIT
 from .number_words import many
 from .quotas import within_bounds
 from .reasons import BELOW_CUT, KEPT, OTHER_STAGE, OVER_QUOTA, Status
@@ -59,7 +60,7 @@ class _Within:
     def _check(self) -> None:
         if not (isinstance(self.by, str) and self.by):
             raise UserError(f"by is the name of a column, such as 'source', got {self.by!r}.")
-        weighs_others = isinstance(self.policy, (type, _Within, Diverse, Hierarchical, TargetSet))
+        weighs_others = isinstance(self.policy, (type, _Within, Diverse, Hierarchical, IterIT, TargetSet))
         if not callable(self.policy) or weighs_others:
             raise UserError(
                 "policy is one that ranks each row by itself, such as Cherry(), RandomRows() or LongestAnswers(); got "

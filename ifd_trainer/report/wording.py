@@ -245,6 +245,9 @@ def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     if isinstance(inner := policy.get("policy"), Mapping) and policy.get("by"):
         within = _WITHIN.get(policy.get("type"), "within the values of the column {by}")
         return f"{_rule(inner, settings) or as_text(inner)}; {within.format(by=policy['by'])}"
+    if policy.get("type") == "IterIT":
+        of = f"{policy.get('candidates_per_row', 3):g} for each kept row"
+        return f"of the rows with the highest {score} ({of}), those whose answers say most that no other kept one says"
     if policy.get("type") == "Cascade":
         share, below = policy["share"], f", of those below {limit}" if limit else ""
         left = f"{share:,} rows" if isinstance(share, int) else f"{100 * share:g} % of the rows"

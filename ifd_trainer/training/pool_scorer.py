@@ -85,6 +85,7 @@ class PoolScorer:
         self.guess = request(guess, self.further)
         self.embedder, self.rule = embedder, rule
         self._similar: tuple[Pool, SimilarPrompts] | None = None
+        self._answer_texts: tuple[Pool, np.ndarray] | None = None
         self._others: dict[str, IFDScorer] = {}
         self.rank, self.world_size = trainer.accelerator.process_index, trainer.accelerator.num_processes
 
@@ -258,6 +259,14 @@ class PoolScorer:
             rows = np.arange(start, min(start + _TEXTS, len(self.pool)))
             prompts, answers, _ = self._texts(rows, self.pool.spans(rows))
             yield from zip(prompts, answers, strict=True)
+
+    def answer_texts(self) -> np.ndarray:
+        """The last answer of each row, as text, (n,)."""
+        if self._answer_texts is None or self._answer_texts[0] is not self.pool:
+            texts = np.empty(len(self.pool), dtype=object)
+            texts[:] = [answer for _, answer in self.texts()]
+            self._answer_texts = self.pool, texts
+        return self._answer_texts[1]
 
     def features(self, rows: np.ndarray | None = None, description: str = "Prompts") -> tuple[np.ndarray, np.ndarray]:
         """Prompt embeddings (m, H) and perplexities (m,) of the rows, of all by default; see `prompt_features`."""

@@ -26,6 +26,7 @@ from ..method.error_rate import least_measured
 from ..method.facility_location import EMBEDDING, Diverse
 from ..method.further_scores import FURTHER, LOSS_CHANGE
 from ..method.guard import GUARD_REASONS, Guard
+from ..method.iterit import ANSWER_TEXT
 from ..method.number_words import many
 from ..method.plain_data import to_data
 from ..method.reasons import ABOVE_LIMIT, NOT_IN_SAMPLE, Status
@@ -143,7 +144,7 @@ class RowChooser:
 
     def values(self, scores: Scores) -> np.ndarray:
         """What rows are ranked by, (n,); NaN for rows without a score."""
-        values = score_values(_Columns(scores.columns(), self.pool), self.score)
+        values = score_values(_Columns(scores.columns(), self.pool_scorer), self.score)
         return np.where(scores.ifd_status == Status.OK.value, values, np.nan)
 
     @property
@@ -413,7 +414,7 @@ class RowChooser:
         self, policy: Policy, wanted: EpochRows, ids: np.ndarray, seed: int, guarded: bool = True
     ) -> Selection:
         """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
-        every = columns = _Columns(self.last.scores.columns(), self.pool)
+        every = columns = _Columns(self.last.scores.columns(), self.pool_scorer)
         policy = policy.in_epoch(wanted.counted) if hasattr(policy, "in_epoch") else policy
         limited = eligibility(policy) is not None and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
@@ -492,25 +493,28 @@ class RowChooser:
 
 
 class _Columns(dict):
-    """The scores by column, and any other column of the data set as soon as a policy asks for it.
+    """The scores by column, and any other column of the data set as soon as a policy asks for it; answers as texts.
 
     Of all rows of a pool, or of some.
     """
 
-    def __init__(self, scores: Mapping[str, np.ndarray], pool: Pool, rows: np.ndarray | None = None) -> None:
+    def __init__(
+        self, scores: Mapping[str, np.ndarray], pool_scorer: PoolScorer, rows: np.ndarray | None = None
+    ) -> None:
         super().__init__(scores)
-        self._pool, self._rows = pool, rows
+        self._pool_scorer, self._pool, self._rows = pool_scorer, pool_scorer.pool, rows
 
     def of(self, rows: np.ndarray) -> _Columns:
         """Those of some rows."""
         if len(rows) == len(self._pool):
             return self
-        return _Columns({name: values[rows] for name, values in self.items()}, self._pool, rows)
+        return _Columns({name: values[rows] for name, values in self.items()}, self._pool_scorer, rows)
 
     def __missing__(self, name: str) -> np.ndarray:
-        if name in FURTHER and name not in self._pool.column_names:
+        own = name in self._pool.column_names
+        if name in FURTHER and not own:
             raise UserError(f"The score {name} was not asked for: name it, scores={(name,)!r}.")
-        values = self._pool.column(name)
+        values = self._pool_scorer.answer_texts() if name == ANSWER_TEXT and not own else self._pool.column(name)
         self[name] = values if self._rows is None else values[self._rows]
         return self[name]
 

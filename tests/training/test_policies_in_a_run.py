@@ -12,6 +12,7 @@ from ifd_trainer import (
     Cherry,
     Diverse,
     Guard,
+    IterIT,
     Mixture,
     RandomRows,
     Ranking,
@@ -199,3 +200,18 @@ def test_keys_without_effect_are_named(caplog):
     assert "growing: no effect without stages." in caplog.text
     assert "buckets: no effect without shares, floors or caps." in caplog.text
     assert "temperature: no effect without policy: cherry." in caplog.text
+
+
+def test_a_policy_reads_answers_as_texts(tmp_path):
+    raw = raw_rows(24)
+    trainer = sft_trainer(tmp_path, text_rows(raw), num_train_epochs=2)
+    callback = select(trainer, keep=4, policy=IterIT(max_ifd=INF))
+    epochs = train(trainer).epochs()
+    texts = {row["row_id"]: row["output"] for row in raw}
+    for epoch, kept in enumerate(epochs):
+        rows = callback.history.rows(epoch).set_index("row_id")
+        columns = {"ifd_ppl": rows["ifd_ppl"].to_numpy(), "ifd_status": rows["ifd_status"].to_numpy()}
+        columns["answer_text"] = np.array([texts[row] for row in rows.index], dtype=object)
+        expected = IterIT(max_ifd=INF)(columns, 4, ids=rows.index.to_numpy())
+        assert sorted(kept) == sorted(rows.index[expected.kept])
+        assert (rows["reason"] == "redundant").sum() == 8

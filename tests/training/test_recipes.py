@@ -37,7 +37,7 @@ SOURCES = [["web", "chat", "code", "web"][i % 4] for i in range(ROWS)]
 LEVELS = [["easy", "middle", "hard", "hard"][i % 4] for i in range(ROWS)]
 ASKED = [None if i == 5 else (i * 7 % ROWS) / ROWS for i in range(ROWS)]  # what `score --known` attached to the rows
 STEADY = [0.3 + (i * 3 % ROWS) / ROWS / 2 for i in range(ROWS)]  # what `score --neighbours` did
-CHOSEN_BEFORE = ("multiturn_tools", "selective_reflection")  # recipes that train on all rows that they are given
+CHOSEN_BEFORE = ("selective_reflection",)  # recipes that train on all rows that they are given
 UNSCORED = ("target_set", "curriculum_by_column", "superfiltering_tshirt", *CHOSEN_BEFORE)
 LORA = (CHERRY_LORA, "federated_scores")
 
@@ -131,6 +131,7 @@ def test_all_recipes_are_there():
         "alpaca_curriculum",
         "wizardlm_dynamic",
         "curriculum_by_column",
+        "iterit",
         "knowledge_detection",
         "mixture_by_epoch",
         "quotas",
@@ -174,7 +175,13 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
     assert main(small(recipe, model, data, tmp_path, "--plan")) == 0
     plan = capsys.readouterr().out
     pool = 38 if recipe.startswith("wizardlm") else ROWS
-    keep = {"alpaca_curriculum": 0.3 / 3, "alpaca_cherry_5pct": 0.05, "alpaca_superfiltering": 0.05, "demo": 0.12}
+    keep = {
+        "iterit": 0.05,
+        "alpaca_curriculum": 0.3 / 3,
+        "alpaca_cherry_5pct": 0.05,
+        "alpaca_superfiltering": 0.05,
+        "demo": 0.12,
+    }
     keep |= {"superfiltering_tshirt": 0.05, "federated_scores": 0.9 / 3, **dict.fromkeys(CHOSEN_BEFORE, 1.0)}
     rows = 6 if recipe.endswith("diverse") else round(keep.get(recipe, 0.1) * pool)
     updates = -(-rows // 2)
@@ -206,6 +213,9 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     assert bool(scored) == (recipe not in UNSCORED)
     of_value = [dict(zip(history.rows(0)["row_id"], values, strict=True)) for values in (SOURCES, LEVELS)]
     kept = [epoch["row_id"][epoch["times"] > 0].tolist() for epoch in map(history.rows, range(len(history.epochs)))]
+    if recipe == "multiturn_tools":
+        assert history.settings["turns"] == "tokens"
+        assert (history.rows(0)["answer_tokens"] > history.rows(0)["last_answer_tokens"]).all()
     if recipe == "quotas":
         assert all(sum(of_value[0][row] == "code" for row in rows) >= 1 for rows in kept)
         assert all(sum(of_value[0][row] == "chat" for row in rows) <= 2 for rows in kept)
@@ -254,7 +264,7 @@ def commands_of(recipe: str) -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(r"^# +ifd-trainer (.*)$", header, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("recipe", ["multiturn_tools", "selective_reflection", "superfiltering_tshirt"])
+@pytest.mark.parametrize("recipe", ["selective_reflection", "superfiltering_tshirt"])
 def test_the_commands_in_a_header_make_the_rows_of_the_recipe(recipe, model, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pairs = [row | {"pair": i // 2} for i, row in enumerate(raw_rows(12))]
@@ -267,9 +277,6 @@ def test_the_commands_in_a_header_make_the_rows_of_the_recipe(recipe, model, dat
             words = [word if word != "2048" else "512" for word in words] + ["--device", "cpu"]
         assert main(words) == 0
     rows = load_rows(yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())["dataset_name"])
-    if recipe == "multiturn_tools":
-        assert len(rows) == 4
-        assert {len(answers) for answers in rows["turn_ifd"]} == {2}
     if recipe == "selective_reflection":
         scored = load_rows("responses.parquet").to_pandas()
         lowest = scored.loc[scored.groupby("pair")["rifd"].idxmin(), "row_id"]
@@ -314,7 +321,8 @@ def test_a_recipe_for_gpus_is_planned_as_it_is_on_any_machine(recipe, model, lar
     )
     lines = capsys.readouterr().out.splitlines()
     lines = lines[lines.index(next(line for line in lines if line.startswith("Plan: "))) :]
-    assert lines[1] == "pool: 1,100 of 1,100 rows"
+    several = "; 1,100 of them have several answers, all of which are scored (turns='tokens')"
+    assert lines[1] == f"pool: 1,100 of 1,100 rows{several if recipe == 'multiturn_tools' else ''}"
     assert lines[2].endswith("= 32 rows" if recipe.endswith("fsdp") else "= 128 rows")
     if not is_torch_bf16_gpu_available():
         assert lines[-1] == "this machine has no GPU with bfloat16 (bf16: true); training needs it"
