@@ -19,11 +19,11 @@ from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall
 from .reasons import LESS_PREFERRED, NO_VALUE, Status
-from .selection import Cherry, OwnScore, Selection, best_rows
+from .selection import AmongCandidates, OwnScore, Selection, best_rows
 
 
 @dataclass(frozen=True)
-class Cascade:
+class Cascade(AmongCandidates):
     """Of the rows with the highest values of a column, those with the highest IFD.
 
     Rows beyond the share are dropped, `less_preferred`, rows without a number in the column `no_value`; among the
@@ -53,12 +53,7 @@ class Cascade:
         part = isinstance(self.share, Real) and not whole and not isinstance(self.share, bool)
         if not (whole and self.share >= 1) and not (part and 0 < self.share <= 1):
             raise UserError(f"share must be a fraction in (0, 1] or a number of rows, got {self.share!r}.")
-        object.__setattr__(self, "max_ifd", self.candidates.max_ifd)  # what it refuses is refused here
-
-    @property
-    def candidates(self) -> Cherry:
-        """What chooses among the rows that are left."""
-        return Cherry(self.max_ifd, self.score, self.on_shortfall)
+        self.check_candidates()
 
     def __call__(
         self,

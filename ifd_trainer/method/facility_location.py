@@ -26,7 +26,7 @@ from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall, Spread
 from .reasons import REDUNDANT
-from .selection import Cherry, OwnScore, Selection, score_values
+from .selection import AmongCandidates, OwnScore, Selection, score_values
 
 EMBEDDING = "embedding"  # the column of the rows' embeddings
 
@@ -144,7 +144,7 @@ _CHOOSERS = {"facility_location": facility_location, "k_center": k_center}
 
 
 @dataclass(frozen=True)
-class Diverse:
+class Diverse(AmongCandidates):
     """Of the rows with the highest IFD under a limit, keep those that stand best for all of them: Superfiltering.D.
 
     The candidates are what `Cherry` would keep at a budget of `share`; of these, `budget` are chosen by
@@ -180,12 +180,7 @@ class Diverse:
                 "share must be a fraction in (0, 1] given as a float, or a number of rows given as an int, "
                 f"got {self.share!r}."
             )
-        object.__setattr__(self, "max_ifd", self.candidates.max_ifd)  # refuses what Cherry refuses
-
-    @property
-    def candidates(self) -> Cherry:
-        """The policy that ranks the candidates."""
-        return Cherry(self.max_ifd, self.score, self.on_shortfall)
+        self.check_candidates()
 
     def among(self, columns: Mapping[str, np.ndarray], budget: int, *, ids: np.ndarray | None = None) -> np.ndarray:
         """Positions of the candidates, highest score first: the rows whose embeddings are looked at.

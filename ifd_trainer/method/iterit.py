@@ -22,13 +22,13 @@ from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall
 from .reasons import REDUNDANT
-from .selection import Cherry, OwnScore, Selection, score_values
+from .selection import AmongCandidates, OwnScore, Selection, score_values
 
 ANSWER_TEXT = "answer_text"  # the column of the rows' answers, as text
 
 
 @dataclass(frozen=True)
-class IterIT:
+class IterIT(AmongCandidates):
     """Of the rows with the highest IFD, those whose answers say most that no other kept one says.
 
     Args:
@@ -56,12 +56,7 @@ class IterIT:
             number = getattr(self, name)
             if not (isinstance(number, Real) and not isinstance(number, bool) and low <= number <= high):
                 raise UserError(f"{name} must be a number from {low} to {high}, got {number!r}.")
-        object.__setattr__(self, "max_ifd", self.candidates.max_ifd)  # refuses what Cherry refuses
-
-    @property
-    def candidates(self) -> Cherry:
-        """The policy that ranks the candidates."""
-        return Cherry(self.max_ifd, self.score, self.on_shortfall)
+        self.check_candidates()
 
     def __call__(
         self,

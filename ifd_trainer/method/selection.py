@@ -248,6 +248,24 @@ class Cherry:
         )
 
 
+class AmongCandidates:
+    """What policies share that choose among the rows which a `Cherry` would rank: its fields `max_ifd`, `score` and
+    `on_shortfall` are theirs."""
+
+    max_ifd: float | CalibratedLimit
+    score: Score | OwnScore
+    on_shortfall: Shortfall
+
+    @property
+    def candidates(self) -> Cherry:
+        """The policy that says which rows are eligible, and ranks them."""
+        return Cherry(self.max_ifd, self.score, self.on_shortfall)
+
+    def check_candidates(self) -> None:
+        """Refuse what `Cherry` refuses; "calibrated" becomes a `CalibratedLimit`."""
+        object.__setattr__(self, "max_ifd", self.candidates.max_ifd)
+
+
 def coded(values: np.ndarray | pd.Series | pd.Categorical) -> tuple[np.ndarray, np.ndarray]:
     """The different texts of an array (k,), as objects, and for each of its n values which of them it is (n,).
 

@@ -21,11 +21,11 @@ from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall
 from .reasons import BELOW_CUT, KEPT, NOT_DRAWN
-from .selection import Cherry, OwnScore, Selection, score_values
+from .selection import AmongCandidates, OwnScore, Selection, score_values
 
 
 @dataclass(frozen=True)
-class SoftSampling:
+class SoftSampling(AmongCandidates):
     """Draw rows without putting back, with probabilities that follow from their scores and a temperature.
 
     Args:
@@ -46,12 +46,7 @@ class SoftSampling:
         number = isinstance(self.temperature, Real) and not isinstance(self.temperature, bool)
         if not (number and self.temperature > 0):
             raise UserError(f"temperature must be a positive number, inf for random rows, got {self.temperature!r}.")
-        object.__setattr__(self, "max_ifd", self.candidates.max_ifd)  # refuses what Cherry refuses
-
-    @property
-    def candidates(self) -> Cherry:
-        """The policy that says which rows are eligible."""
-        return Cherry(self.max_ifd, self.score, self.on_shortfall)
+        self.check_candidates()
 
     def __call__(
         self,

@@ -420,7 +420,7 @@ def test_a_budget_without_rows():
 def test_the_policy_is_a_frozen_value():
     policy = Diverse(share=0.5, max_ifd=0.9)
     assert pickle.loads(pickle.dumps(policy)) == policy
-    assert repr(policy) == "Diverse(share=0.5, max_ifd=0.9, score='ifd', on_shortfall='repeat')"
+    assert repr(policy) == "Diverse(share=0.5, max_ifd=0.9, score='ifd', on_shortfall='repeat', by='facility_location')"
     with pytest.raises(AttributeError, match="cannot assign to field 'share'"):
         policy.share = 0.1
 
