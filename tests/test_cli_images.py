@@ -8,18 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from vision_models import build, by_hand, image_rows
+from vision_models import build, by_hand, image_rows, saved
 
 from ifd_trainer.cli import main
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("sees")
-    model, processor = build("idefics3")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+    return saved("idefics3", tmp_path_factory.mktemp("sees"))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,14 @@ def build(family: str, seed: int = 0, **text: Any) -> tuple[PreTrainedModel, Any
             if weight.dim() > 1:
                 weight.data.normal_(0, 0.4 if "vision" not in name else 0.6)
     return model, processor
+
+
+def saved(family: str, folder: Path) -> str:
+    """A folder with a tiny model of a family and its processor."""
+    model, processor = build(family)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:

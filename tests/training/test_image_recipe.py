@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from tiny_runs import RECIPES
-from vision_models import build, by_hand, image_rows
+from vision_models import build, by_hand, image_rows, saved
 
 from ifd_trainer.cli import main
 from ifd_trainer.training.history import History
@@ -21,11 +21,7 @@ RECIPE = str(ROOT / "recipes" / "vlm_ifd.yaml")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("sees")
-    model, processor = build("llava")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+    return saved("llava", tmp_path_factory.mktemp("sees"))
 
 
 @pytest.fixture(scope="module")
