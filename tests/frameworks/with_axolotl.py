@@ -119,7 +119,7 @@ def whole_rows() -> None:
 
 
 def turns() -> None:
-    """Chats: the last answer is scored."""
+    """Chats: all answers that are trained on are scored."""
     of_chats = {"path": str(FOLDER / "chats.jsonl"), "ds_type": "json", "type": "chat_template"}
     check("chats", datasets=[of_chats], chat_template="chatml")
 

@@ -117,7 +117,7 @@ def ordered() -> None:
 
 
 def turns() -> None:
-    """Chats: the last answer is scored, whatever else is trained on."""
+    """Chats: all answers that are trained on are scored, or the last one alone where that is."""
     for name, more in (("chats", {}), ("last_turn", {"mask_history": True})):
         check(name, dataset="chats", template="chatml", **more)
         header = History.load(FOLDER / name).settings["direct_prefix"]

@@ -114,7 +114,7 @@ def metrics() -> None:
 
 
 def turns() -> None:
-    """Chats: the last answer is scored, whatever else is trained on."""
+    """Chats: all answers that are trained on are scored, or the last one alone where that is."""
     check("chats", dataset=FOLDER / "chats.jsonl")
     check("last_turn", dataset=FOLDER / "chats.jsonl", loss_scale="last_round")
 

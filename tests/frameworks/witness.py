@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
@@ -270,26 +271,23 @@ def _check_scores(witness: Witness, history: History) -> None:
         for position in range(0, len(witness.data), 5):
             row = witness.data[position]
             ids = list(row["input_ids"])
-            start = _answer_start(ids, row.get("labels"), header)
-            end = ids.index(witness.tokenizer.eos_token_id, start)  # it ends the turn, and is no part of the answer
-            conditioned = _nats(model, ids[:end], start)
-            direct = _nats(model, header + ids[start:end], len(header))
+            sums, tokens = np.zeros(2), 0  # of all answers
+            for start in _answer_starts(ids, row.get("labels"), header):
+                end = ids.index(witness.tokenizer.eos_token_id, start)  # it ends the turn, and is no part of the answer
+                losses = _nats(model, ids[:end], start), _nats(model, header + ids[start:end], len(header))
+                sums, tokens = sums + (end - start) * np.array(losses), tokens + end - start
+            conditioned, direct = sums / tokens
             for name, wanted in (("cas", conditioned), ("das", direct), ("ifd", conditioned / direct)):
                 worst = max(worst, abs(table.loc[position, name] / wanted - 1))
     assert worst < ROUNDING, worst
 
 
-def _answer_start(ids: list[int], labels: list[int] | None, header: list[int]) -> int:
-    """The first token of the last answer: by labels, or behind its header where all tokens are trained on."""
+def _answer_starts(ids: list[int], labels: list[int] | None, header: list[int]) -> list[int]:
+    """The first token of each answer: by labels, or behind its header where all tokens are trained on."""
     if labels is None or labels[0] != -100:
         size = len(header)
-        return next(i for i in range(len(ids), size - 1, -1) if ids[i - size : i] == header)
-    start = len(labels) - 1
-    while labels[start] == -100:
-        start -= 1
-    while labels[start - 1] != -100:
-        start -= 1
-    return start
+        return [i for i in range(size, len(ids)) if ids[i - size : i] == header]
+    return [i for i in range(1, len(labels)) if labels[i] != -100 and labels[i - 1] == -100]
 
 
 @torch.no_grad()
