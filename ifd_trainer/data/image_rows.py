@@ -275,7 +275,7 @@ def _as_list(cell: Any) -> list[Any]:
 
 
 def without_images(row: Mapping[str, Any], placeholder: str | None) -> dict[str, Any]:
-    """A row as TRL reads it, without its images and their places.
+    r"""A row as TRL reads it, without its images and their places.
 
     Args:
         placeholder: what stands for an image in texts.

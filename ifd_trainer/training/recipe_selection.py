@@ -280,7 +280,7 @@ class SelectionConfig(SelectionKeys):
     def _score(self) -> str | OwnScore:
         """What rows are ranked by: weighted ranks, where weights are given; a function, where the name has a dot."""
         entries = self.score.split()
-        if len(entries) > 1 or Ranking.parse(entries).plain is None:
+        if entries and Ranking.parse(entries).plain is None:
             return Ranking.parse(entries)
         return _imported("score", self.score) if "." in self.score else self.score
 
