@@ -69,10 +69,8 @@ def facility_location(
     >>> facility_location(np.array([[1.0, 0.1], [1.0, 0.0], [1.0, -0.1], [-0.2, 1.0]]), k=2).tolist()
     [1, 3]
     """
-    units = _integer_units(_checked(embeddings))  # (n, d)
+    units = _units_for(embeddings, k)  # (n, d)
     n = len(units)
-    if not 1 <= k <= n:
-        raise UserError(f"k={k} rows cannot be chosen of {n}; k must be 1 to {n}.")
     if block < 1:
         raise UserError(f"block must be at least one row, got {block}.")
     held = units @ units.T if 4 * n * n <= memory_bytes else None
@@ -127,9 +125,7 @@ def k_center(embeddings: np.ndarray, k: int) -> np.ndarray:
     >>> k_center(np.array([[1.0, 0.1], [1.0, 0.0], [1.0, -0.1], [-0.2, 1.0]]), k=2).tolist()
     [0, 3]
     """
-    units = _integer_units(_checked(embeddings))  # (n, d)
-    if not 1 <= k <= len(units):
-        raise UserError(f"k={k} rows cannot be chosen of {len(units)}; k must be 1 to {len(units)}.")
+    units = _units_for(embeddings, k)  # (n, d)
     chosen = np.zeros(k, dtype=np.int64)
     closest = units @ units[0]  # (n,) similarity to the most similar chosen row; infinite for a chosen one
     closest[0] = np.inf
@@ -229,6 +225,14 @@ class Diverse(AmongCandidates):
         reasons = selection.reasons.copy()
         reasons[np.setdiff1d(candidates, kept)] = REDUNDANT
         return Selection(kept, reasons, float(score_values(columns, self.score)[kept[-1]]), selection.eligible, 0)
+
+
+def _units_for(embeddings: np.ndarray, k: int) -> np.ndarray:
+    """What `_integer_units` gives of n embeddings, of which k can be chosen."""
+    units = _integer_units(_checked(embeddings))
+    if not 1 <= k <= len(units):
+        raise UserError(f"k={k} rows cannot be chosen of {len(units)}; k must be 1 to {len(units)}.")
+    return units
 
 
 def _checked(embeddings: np.ndarray) -> np.ndarray:

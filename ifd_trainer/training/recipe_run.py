@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ def build_run(recipe: Recipe) -> Run:
     if not images and sees_images(config):
         check_causal_config(str(model.model_name_or_path), config)  # which says what is wanted for rows of text
     folder = Path(source).resolve().parent if images and Path(source).is_file() else None
-    prepared = _preparing(recipe, images, folder, every_answer)
+    tokenizer = cache(partial(_tokenizer, recipe))
+    prepared = _preparing(recipe, images, folder, every_answer, tokenizer)
     scorer = None
     if selection.scorer:
         scorer = _image_scorer(selection, sft, format, folder) if images else _scorer(selection, sft, format)
@@ -109,10 +110,10 @@ def build_run(recipe: Recipe) -> Run:
         raise UserError(
             f"No row of {source} is left of {many(count, 'row')}. Set drop_refusals: false, or look at the rows."
         )
-    if finds_answers := "messages" in train.column_names and not _marks_answers(_tokenizer(recipe)):
+    if finds_answers := "messages" in train.column_names and not _marks_answers(tokenizer()):
         logger.info("TRL has no template that marks this chat template's answers: they are found by rendering.")
         sft.assistant_only_loss = False  # TRL would look for the marks
-        train = with_answer_masks(train, _tokenizer(recipe))
+        train = with_answer_masks(train, tokenizer())
     labels = {*train.column_names, *((*IFD_COLUMNS, *scorer.scores) if scorer is not None else ())}
     if selection.label and selection.label not in labels:
         raise UserError(f"label={selection.label!r} is not among the data set's columns {sorted(labels)}.")
@@ -120,7 +121,7 @@ def build_run(recipe: Recipe) -> Run:
         there = set(format.columns) <= set(held_out.column_names)
         held_out, _ = prepared(held_out, format if there else selection.rows_format())
         if finds_answers and "messages" in held_out.column_names:
-            held_out = with_answer_masks(held_out, _tokenizer(recipe))
+            held_out = with_answer_masks(held_out, tokenizer())
     with translated("The trainer cannot be made"):
         trainer = _trainer(config, model, sft, train, held_out)
     if not len(trainer.train_dataset):
@@ -143,11 +144,11 @@ def build_run(recipe: Recipe) -> Run:
 
 
 def _preparing(
-    recipe: Recipe, images: bool, folder: Path | None, every_answer: bool
+    recipe: Recipe, images: bool, folder: Path | None, every_answer: bool, tokenizer: Callable[[], Any]
 ) -> Callable[..., tuple[Dataset, dict[Any, str]]]:
     """What makes rows of a format what TRL reads; see `prepare` and `prepare_images`."""
     if not images:
-        return partial(prepare, tokenizer=lambda: _tokenizer(recipe), every_answer=every_answer)
+        return partial(prepare, tokenizer=tokenizer, every_answer=every_answer)
 
     def prepared(rows: Dataset, format: Any) -> tuple[Dataset, dict[Any, str]]:
         return prepare_images(rows, resolve_format(format, rows.column_names), lambda: _processor(recipe), folder)
