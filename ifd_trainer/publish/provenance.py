@@ -56,6 +56,7 @@ class Provenance:
         wrong_ifd, wrong_ifd_ppl: scores of answers under the prompts of other rows, of which a limit is made.
         cut_eot_loss: losses of an end of turn behind answers that were cut off, in nats.
         known: how the model was asked for what it knows (`KnowledgeScorer.settings`).
+        sifd: the share of tokens that S-IFD is of and, where there are neighbours, their number, noise and seed.
     """
 
     definition: str | None = None
@@ -75,6 +76,7 @@ class Provenance:
     wrong_ifd_ppl: list[float] | None = None
     cut_eot_loss: list[float] | None = None
     known: dict[str, Any] | None = None
+    sifd: dict[str, Any] | None = None
 
     def rows_format(self, columns: Collection[str]) -> PromptFormat | None:
         """The format in which rows with these columns were scored; None where that is not known, or cannot be."""
