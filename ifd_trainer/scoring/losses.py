@@ -131,9 +131,9 @@ class Scores:
             tokens: (n,) answer tokens of all rows.
             status: of the others.
         """
-        placed = {}
+        placed, known = {}, {"answer_tokens": tokens, "ifd_status": status}
         for name, values in self.columns().items():
-            others = {"answer_tokens": tokens, "ifd_status": status}.get(name, np.nan if values.dtype.kind == "f" else 0)
+            others = known.get(name, np.nan if values.dtype.kind == "f" else 0)
             placed[name] = np.full(len(tokens), others, dtype=values.dtype)
             placed[name][rows] = values
         return Scores.of(placed)

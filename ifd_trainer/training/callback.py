@@ -57,6 +57,7 @@ from .options import (
     asked_scores,
     check_options,
     check_order,
+    check_parts,
     groups_of,
     guard_of,
     needs_answers,
@@ -183,6 +184,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.reads_scores = reads_scores(self.policy, self.schedule, self.guard, scorer, order, self.further)
         self.run = SelectionRun()
         check_timing(trainer, self.timing)
+        check_parts(self.policy, self.timing, self.schedule, scorer)
         if isinstance(self.policy, Diverse) and trainer.selection_pool.packed:
             raise UserError(
                 "diverse= chooses examples that stand for others, whatever their length: how many of them fill a "

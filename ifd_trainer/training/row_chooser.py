@@ -400,9 +400,7 @@ class RowChooser:
         reasons[more] = np.where(reasons[more] == EARLIER_PART, KEPT, reasons[more])
         return replace(selection, kept=np.concatenate([rows, more]), reasons=reasons)
 
-    def _chosen(
-        self, wanted: EpochRows, ids: np.ndarray, seed: int, begun: bool, prefix: Sequence[int]
-    ) -> Selection:
+    def _chosen(self, wanted: EpochRows, ids: np.ndarray, seed: int, begun: bool, prefix: Sequence[int]) -> Selection:
         """What `choose` says, among the rows that are left of an epoch."""
         try:
             selection = self._tested(self.policy, wanted, ids, seed, prefix)
@@ -513,7 +511,9 @@ class RowChooser:
                 held = ", ".join(f"{count} {reason}" for reason, count in counts.items())
                 guarded = f" Guards hold back {sum(counts.values())} more: {held}." if held else ""
                 before = f" The epoch has trained on {used} more in its parts before." if used else ""
-                raise type(error)(f"{error}{guarded}{before}") from error
+                # What has chosen an epoch's first rows can refuse later ones only because too many are gone.
+                kind = ShortfallError if used else type(error)
+                raise kind(f"{error}{guarded}{before}") from error
             reasons = held_back.copy()
             reasons[rows] = chosen.reasons
             return replace(chosen, kept=rows[chosen.kept], reasons=reasons)

@@ -178,7 +178,8 @@ class RunGuards:
             usable = ok & (reasons == "")
             groups = self._duplicate_groups()
             reasons[surplus(groups, ids, usable, trained, preferred)] = DUPLICATE
-            reasons[usable & ~used & np.isin(groups, groups[used])] = DUPLICATE
+            if used.any():
+                reasons[usable & ~used & np.isin(groups, groups[used])] = DUPLICATE
         return reasons
 
     def _duplicate_groups(self) -> np.ndarray:
