@@ -44,7 +44,8 @@ def epoch_table(history: History) -> Table:
     it is calibrated), seconds, held-out loss of each evaluation set; "-" where a number is not known. A line "start"
     has the held-out loss before training, where it was measured. An epoch in parts has a line for each, "0, part 2",
     with the numbers of the part and, as its pool, the rows that the parts before had left. Epochs of the brief
-    experience are called that; a line "anew" stands where training starts anew. Below the table stands what its columns mean, and which model scored.
+    experience are called that; a line "anew" stands where training starts anew. Below the table stands what its columns
+    mean, and which model scored.
 
     >>> from rich import print
     >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP

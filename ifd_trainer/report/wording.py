@@ -148,10 +148,8 @@ def scoring_sentence(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, 
     before = f" (of epoch {kinds.restart}, before training starts anew)" if kinds.restart in times else ""
     if any(record.get("part") for record in epochs):
         again = " and again by each of its parts, on the rows that are left,"
-        until = settings.get("freeze_after")
-        until = (
-            "" if until is None or until >= len(made) else f"; from epoch {until} on the last scores of all rows stand"
-        )
+        last = settings.get("freeze_after")
+        until = "" if last is None or last >= len(made) else f"; from epoch {last} on the last scores of all rows stand"
         return f"All rows are scored when an epoch begins{again} by the model as it is then{before}{until}."
     if all(epoch == at for epoch, at in made.items()) and (len(made) > 1 or settings.get("freeze_after") is None):
         return f"Each epoch is scored with the model as it is when the epoch begins{before}."

@@ -35,7 +35,7 @@ from ..method.columns import SCORES
 from ..method.facility_location import Diverse
 from ..method.further_scores import SCORED_BY_MODEL
 from ..method.guard import Guard
-from ..method.parts import Part, divide
+from ..method.parts import Part, divide, scored_rows
 from ..method.plain_data import to_data
 from ..method.reasons import NOT_SCORED, Status
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule, unlike_epochs
@@ -296,6 +296,13 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def part_steps(self, epoch: int) -> int | None:
         return self.timing.part_steps(self._rows_of(epoch)) if self.reads_scores else None
+
+    def rows_scored(self, epoch: int) -> int:
+        """Training rows that are scored for an epoch, as planned: the pool when it begins, what is left by each part."""
+        wanted = self._rows_of(epoch)
+        if not (self.reads_scores and wanted.scored):
+            return 0
+        return scored_rows(self._parts_of(epoch, True), self.pool.training_rows)
 
     def begin_part(self, part: Part) -> None:
         """Choose the rows of another part of the epoch that runs, by the model as it is."""
