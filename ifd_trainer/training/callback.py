@@ -298,7 +298,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return self.timing.part_steps(self._rows_of(epoch)) if self.reads_scores else None
 
     def rows_scored(self, epoch: int) -> int:
-        """Training rows that are scored for an epoch, as planned: the pool when it begins, what is left by each part."""
+        """Training rows that are scored for an epoch, as planned: all when it begins, what is left by each part."""
         wanted = self._rows_of(epoch)
         if not (self.reads_scores and wanted.scored):
             return 0

@@ -47,8 +47,8 @@ def planned(run: Run) -> str:
     elif any(plan.every_steps):
         scored = sum(callback.rows_scored(epoch.epoch) for epoch in plan.epochs)
         lines.append(
-            f"scoring: each part of an epoch scores the rows that are left, {scored:,} in all, {scored / plan.rows:.1f} "
-            "for each one that is trained on"
+            f"scoring: each part of an epoch scores the rows that are left, {scored:,} in all, "
+            f"{scored / plan.rows:.1f} for each one that is trained on"
         )
     if callback.chooser.targets is not None:
         targets = callback.chooser.targets.targets
