@@ -469,7 +469,7 @@ def test_plan_console_and_report_speak_of_parts(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "IFD, epoch 0, part 1 of 3: 4 of 20 rows kept, cut at" in said
     assert "IFD, epoch 0, part 3 of 3: 4 of the 12 rows that are left kept, cut at" in said
-    headers, lines = epoch_cells(History.load(tmp_path))
+    _, lines = epoch_cells(History.load(tmp_path))
     assert [line[:3] for line in lines] == [
         ["0, part 1", "20", "4"],
         ["0, part 2", "16", "4"],
