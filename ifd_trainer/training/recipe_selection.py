@@ -303,6 +303,8 @@ class SelectionConfig(SelectionKeys):
             for key in ("every", "every_steps", "warmup_epochs", "freeze_after")
             if getattr(self, key) != getattr(SelectionKeys, key)
         }
+        if self.every_steps == 0:
+            del given["every_steps"]
         if self.method != "cherry":
             return Timing(**given)
         brief = None if self.brief == "none" else Brief(self.brief, self.brief_clusters, self.brief_per_cluster)

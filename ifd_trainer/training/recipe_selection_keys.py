@@ -126,7 +126,7 @@ class SelectionKeys:
         default=None,
         metadata={
             "help": "Within an epoch, score again after each so many updates the rows that are left, and choose the "
-            "next ones among them.",
+            "next ones among them; 0 for whole epochs.",
             "metavar": "N",
         },
     )
