@@ -38,6 +38,10 @@ class InParts:
         self._part_loader, self._part_batches, self._resumed_inside = loader, None, checkpoint
         self._random_state_is_back = False
 
+    def end_parts(self) -> None:
+        """The epoch has ended: its loader may go, and so may its workers."""
+        self._part_loader = self._part_batches = None
+
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> Any:
         """The batches of an update, those of the next part where that begins."""
         selector = self._selector

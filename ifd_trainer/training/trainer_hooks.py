@@ -337,7 +337,10 @@ class SelectiveTrainer(InParts):
             kwargs["steps_in_epoch"], kwargs["num_update_steps_per_epoch"] = plan.batches, plan.updates
             if self._selector.run.starts_anew:
                 kwargs["resume_from_checkpoint"] = None
-        return super()._run_epoch(**kwargs)
+        try:
+            return super()._run_epoch(**kwargs)
+        finally:
+            self.end_parts()
 
     def begin_epoch(self, epoch: int, loader: Any, done: int) -> EpochPlan:
         """What is planned for an epoch whose rows are selected, and of which `done` updates were made before.
