@@ -98,6 +98,8 @@ def test_an_unknown_name_is_refused_as_python_does_with_the_nearest_one(tmp_path
         ({}, (Cherry(), Constant(0.1), Timing())),
         ({"keep": ["4"], "curriculum": "easy_to_hard", "tiers": 2}, (Cherry(), Curriculum(4, 2), Timing())),
         ({"diverse": "0.3", "anneal_share": 0.5}, (Diverse(0.3), Anneal(0.1, 0.5), Timing())),
+        ({"every_steps": 9, "freeze_after": 2}, (Cherry(), Constant(0.1), Timing(freeze_after=2, every_steps=9))),
+        ({"every_steps": 0, "scorer": "gpt2"}, (Cherry(), Constant(0.1), Timing())),
         ({"method": "cherry"}, (Cherry(), Constant(0.1), Timing(1, 1, 0, Brief(), True))),
         ({"method": "cherry", "brief": "none", "freeze_after": 2}, (Cherry(), Constant(0.1), Timing(1, 0, 2))),
     ],
