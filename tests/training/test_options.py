@@ -121,6 +121,11 @@ def test_the_cherry_method_is_a_timing(tmp_path):
     assert IFDSelectionCallback.cherry(sft_trainer(tmp_path, 8), scorer="columns").timing == Timing(freeze_after=0)
 
 
+def test_a_recipe_whose_scores_stay_has_no_parts():
+    with pytest.raises(ValueError, match="every_steps=5 chooses the rows of an epoch part by part, and the scores of"):
+        SelectionConfig(every_steps=5, scorer="gpt2")
+
+
 def test_a_recipe_says_how_a_limit_is_measured():
     assert SelectionConfig(max_ifd="calibrated").chosen_policy() == Cherry(CalibratedLimit())
     assert SelectionConfig(max_ifd="calibrated", alpha=0.001).chosen_policy() == Cherry(CalibratedLimit(0.001, 999))
