@@ -76,6 +76,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"keep": [6, 5], "policy": TargetSet(raw_rows(3, seed=7), max_ifd=50.0), "max_ifd": None},
         {"num_train_epochs": 2},
     ),
+    "parts": ({"keep": [16, 8], "every_steps": 2}, {"num_train_epochs": 2}),
     "one_row": ({"keep": 1.0}, {"num_train_epochs": 1}),
     "cherry": (
         {"keep": 6, "warmup_epochs": 1, "warmup": Brief(clusters=4, per_cluster=2, max_share=0.4), "start_anew": True},
@@ -184,9 +185,11 @@ class Watch(TrainerCallback):
         trainer.add_callback(self)
 
     def on_epoch_begin(self, *arguments: Any, **options: Any) -> None:
-        self.orders.append([self.ids[position] for position in self.selection.sampler.order])
         last = self.selection.chooser.last
         self.limits.append(last.limit if last else None)
+
+    def on_epoch_end(self, *arguments: Any, **options: Any) -> None:
+        self.orders.append([self.ids[position] for position in self.selection.sampler.order])
 
 
 def in_fives(run: Any, tokens: np.ndarray, rank: int, world_size: int, chunk: int) -> dict[str, np.ndarray]:

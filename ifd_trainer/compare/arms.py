@@ -78,6 +78,7 @@ def read_arms(
     superfilter: str | None = None,
     target_set: str | None = None,
     scores: str | Sequence[str] | None = None,
+    every_steps: Any = None,
 ) -> list[Arm]:
     """The arms that were asked for, random rows first, since the others are held against them.
 
@@ -89,6 +90,7 @@ def read_arms(
         superfilter: the model that scores for "superfiltering".
         target_set: the examples that rows are held against for "target".
         scores: further scores of the recipe. An arm that scores once, before training, goes without `loss_change`.
+        every_steps: of the recipe. An arm whose scores do not change within an epoch goes without it.
 
     Raises:
         UserError: for a name that is not known and has no keys, for an arm whose column or model is not named, and for
@@ -134,11 +136,18 @@ def read_arms(
         if LOSS_CHANGE in scores and keys.get("scorer") and "scores" not in own:
             # Without another one a score that is always there: a key of a command line needs a value.
             keys["scores"] = [each for each in scores if each != LOSS_CHANGE] or ["ifd"]
+        if every_steps and "every_steps" not in own and _scores_by_epoch(keys):
+            keys["every_steps"] = 0
         arms.append(arm_of(str(name), keys))
     folders = [folder_name(arm.name) for arm in arms]
     if twice := sorted({folder for folder in folders if folders.count(folder) > 1}):
         raise UserError(f"arms: several of them would be in the folder {twice[0]!r}. Give them other names.")
     return arms
+
+
+def _scores_by_epoch(keys: Mapping[str, Any]) -> bool:
+    """Whether the scores of an arm with these keys stay as they are from the beginning of an epoch to its end."""
+    return bool(keys.get("scorer")) or keys["method"] == "cherry" or keys["policy"] == "target"
 
 
 def arm_of(name: str, keys: Mapping[str, Any]) -> Arm:

@@ -84,7 +84,7 @@ def compare(arguments: Sequence[str]) -> int:
     model, output = settings["model_name_or_path"], settings.get("output_dir")
     superfilter = options.superfilter or given.get("superfilter")
     scores = _scores(given.get("scores"), words)
-    named = {"balance_by": settings.get("balance_by"), "target_set": settings.get("target_set"), "scores": scores}
+    named = {name: settings.get(name) for name in ("balance_by", "target_set", "every_steps")} | {"scores": scores}
     arms = read_arms(_chosen(options.arms, given.get("arms")), str(model), superfilter=superfilter, **named)
     seeds = _seeds(options.seeds if options.seeds is not None else given.get("seeds", 3))
     measures = read_measures({**given, **{key: value for key, value in vars(options).items() if value is not None}})

@@ -101,7 +101,8 @@ def _times(task: Task) -> pd.Series:
     """How often a run trained on each row, by its id as text; before it began anew does not count."""
     history = History.load(task.folder)
     restart = EpochKinds.from_settings(history.settings).restart or 0
-    epochs = [history.rows(record["epoch"]) for record in history.epochs if record["epoch"] >= restart]
+    numbers = dict.fromkeys(record["epoch"] for record in history.epochs if record["epoch"] >= restart)
+    epochs = [history.rows(epoch) for epoch in numbers]
     if not epochs:
         raise NotFoundError(f"The history in {history.folder} has no epochs.")
     rows = pd.concat([epoch[["row_id", "times"]] for epoch in epochs])

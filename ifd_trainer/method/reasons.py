@@ -41,6 +41,7 @@ BELOW_CUT = "below_cut"  # eligible, but the budget was spent on harder rows
 REDUNDANT = "redundant"  # among the candidates of a diverse selection, but others stand for it
 OTHER_TIER = "other_tier"  # among the rows of a curriculum, but not in this epoch's tiers
 OTHER_STAGE = "other_stage"  # with another value of a column than this epoch trains on
+EARLIER_PART = "earlier_part"  # of an epoch in parts: it trained on the row before
 NOT_IN_SAMPLE = "not_in_sample"  # in an epoch that trains on a sample drawn without scores: the brief experience
 NOT_DRAWN = "not_drawn"  # rows were drawn at random, and this one was not
 SHORTER_ANSWER = "shorter_answer"  # the budget was spent on longer answers
@@ -65,6 +66,7 @@ MEANINGS = {
     REDUNDANT: "dropped: other rows stand for it",
     OTHER_TIER: "not in this epoch's tiers",
     OTHER_STAGE: "not of this epoch's values",
+    EARLIER_PART: "trained on in an earlier part of the epoch",
     NOT_IN_SAMPLE: "not in the sample of the brief experience",
     ABOVE_LIMIT: "dropped: at or above the limit",
     MISMATCHED: "dropped: the answer fits other prompts as well",

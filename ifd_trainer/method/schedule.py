@@ -53,6 +53,7 @@ class EpochRows:
             `trained`, of `budget` rows together. Without tiers, the rows are the ones with the highest scores.
         selected_in: the epoch that selects these rows; an earlier one for the "same" rows.
         counted: that epoch as schedules and policies count: from the start anew, where there is one.
+        part: of an epoch in parts, which of them these rows are of, 1 for the first; see `method.parts`.
     """
 
     budget: int
@@ -61,6 +62,12 @@ class EpochRows:
     tiers: tuple[Tier, ...] = ()
     selected_in: int = 0
     counted: int = 0
+    part: int = 1
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """What tells draws for these rows from others with the same seed: the epoch, and a part after the first."""
+        return (self.selected_in,) if self.part == 1 else (self.selected_in, self.part)
 
     @property
     def ranked(self) -> int:
@@ -209,9 +216,13 @@ class Timing:
         warmup: the sample of the warm-up epochs; None for the whole pool.
         start_anew: training starts anew from the original weights after the warm-up epochs; the schedule, and the
             trainer's `num_train_epochs`, count epochs from there.
+        every_steps: within an epoch, score again after each so many optimizer updates the rows that are left, those
+            that it has not trained on, and choose the rows of the next so many among them. What an epoch trains on in
+            all, its steps and the learning rate schedule stay as they are. Epochs that score nothing (warm-up, those
+            from `freeze_after` on, the full ones of `Anneal`) are not divided. See `method.parts`.
 
     >>> Timing(every=2).rows_of(3, Constant(0.1), pool=200)
-    EpochRows(budget=20, source='same', scored=False, tiers=(), selected_in=2, counted=2)
+    EpochRows(budget=20, source='same', scored=False, tiers=(), selected_in=2, counted=2, part=1)
     """
 
     every: int = 1
@@ -219,6 +230,7 @@ class Timing:
     freeze_after: int | None = None
     warmup: Brief | None = None
     start_anew: bool = False
+    every_steps: int | None = None
 
     @classmethod
     def cherry(cls, brief: Brief | None, **others: Any) -> Timing:
@@ -236,6 +248,27 @@ class Timing:
             whole = isinstance(number, Integral) and not isinstance(number, bool)
             if not (whole and number >= least) and not (number is None and name == "freeze_after"):
                 raise UserError(f"{name} counts epochs: a whole number of at least {least}, got {number!r}.")
+        if self.every_steps is not None:
+            self._check_steps()
+
+    def _check_steps(self) -> None:
+        steps = self.every_steps
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+            raise UserError(f"every_steps counts optimizer updates: a whole number of at least 1, got {steps!r}.")
+        if self.every > 1:
+            raise UserError(
+                f"every={self.every} trains epochs on the rows of the one before, every_steps={steps} chooses anew "
+                "within each: leave one of them out."
+            )
+        if self.freeze_after is not None and self.freeze_after <= self.warmup_epochs:
+            raise UserError(
+                f"every_steps={steps} scores again within an epoch, and with freeze_after={self.freeze_after} rows are "
+                f"scored once, when epoch {self.warmup_epochs} begins: raise freeze_after, or leave one of them out."
+            )
+
+    def part_steps(self, rows: EpochRows) -> int | None:
+        """Updates of the parts of an epoch with these rows; None where it is not divided."""
+        return self.every_steps if rows.source == "selected" and rows.scored else None
 
     def rows_of(
         self,
@@ -338,11 +371,13 @@ class TrainingPlan:
 
     Attributes:
         restart: the epoch before which training starts anew, after the brief experience; None if it does not.
+        every_steps: of each epoch the updates of its parts, None for one that is not divided; empty if none is.
     """
 
     epochs: tuple[EpochPlan, ...]
     max_steps: int
     restart: int | None = None
+    every_steps: tuple[int | None, ...] = ()
 
     @property
     def phases(self) -> tuple[int, ...]:
@@ -371,7 +406,11 @@ class TrainingPlan:
         return len(self.epochs), step
 
     def __str__(self) -> str:
-        texts = [f"epoch {p.epoch}: {many(p.budget, 'row')}, {many(p.updates, 'update')}" for p in self.epochs]
+        steps = self.every_steps or [None] * len(self.epochs)
+        texts = [
+            f"epoch {p.epoch}: {many(p.budget, 'row')}, {many(p.updates, 'update')}{parts_text(p.updates, size)}"
+            for p, size in zip(self.epochs, steps, strict=True)
+        ]
         if self.restart is not None:
             texts[self.restart - 1] += "; then anew from the original weights"
         return f"{many(self.max_steps, 'update')} ({'; '.join(texts)})"
@@ -406,6 +445,18 @@ def plan_training(
         # 2.1 - 2 is a little more than 0.1: without rounding, a tenth of ten updates would be two.
         total += math.ceil(round((num_train_epochs - whole) * epochs[whole].updates, 6))
     return TrainingPlan(tuple(epochs), total, restart)
+
+
+def parts_text(updates: int, every_steps: int | None) -> str:
+    """How an epoch of so many updates is divided, behind their number; "" where it is not.
+
+    >>> parts_text(500, 100), parts_text(550, 100), parts_text(80, 100)
+    (' in 5 parts of 100', ' in 6 parts of 100, the last of 50', '')
+    """
+    if every_steps is None or updates <= every_steps:
+        return ""
+    count, last = -(-updates // every_steps), updates % every_steps
+    return f" in {many(count, 'part')} of {every_steps:,}" + (f", the last of {last:,}" if last else "")
 
 
 def _check(keep: float | int) -> None:

@@ -60,6 +60,7 @@ from .score_frames import (
     merged,
     number_text,
     percent_text,
+    record_name,
     rows_text,
 )
 from .summary import cuts, quantiles, select_command, summary_of
@@ -203,7 +204,7 @@ def _observations(data: ReportData) -> list[str]:
             ways = [f"{rows_text(relaxed)} at or above the limit"] if relaxed else []
             ways += [many(budget - kept, "repeat")] if budget > kept else []
             notes.append(
-                f"Epoch {record['epoch']}: {many(budget, 'row was', 'rows were')} planned, "
+                f"{record_name(record).capitalize()}: {many(budget, 'row was', 'rows were')} planned, "
                 f"{many(budget - shortfall, 'was', 'were')} eligible; the rest was filled with "
                 f"{' and '.join(ways) or 'other rows'}."
             )
@@ -252,9 +253,13 @@ def _reason_cells(data: ReportData) -> tuple[list[str], list[list[str]]]:
     """Counts by reason, one column for each epoch; of a data set without reasons, counts by status."""
     if data.history is not None:
         name = data.kinds.name
-        counts = {name(record["epoch"]): record.get("reasons") or {} for record in data.history.epochs}
+        counts = {
+            record_name(record) if record.get("part") else name(record["epoch"]): record.get("reasons") or {}
+            for record in data.history.epochs
+        }
         for epoch, rows in data.epochs.items():
-            counts[name(epoch)] = counts[name(epoch)] or _reason_counts(rows)
+            if counts.get(name(epoch)) == {}:
+                counts[name(epoch)] = _reason_counts(rows)
     else:
         counts = {"rows": _reason_counts(data.last)}
     words = {Status.OK.value: "has a score"} | MEANINGS

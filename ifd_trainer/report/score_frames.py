@@ -154,16 +154,17 @@ def merged(epochs: Mapping[Any, pd.DataFrame], columns: Sequence[str]) -> dict[A
 
 
 def read_epochs(history: History) -> tuple[dict[int, pd.DataFrame], list[str]]:
-    """Rows of each epoch that can be read, and a note on each that cannot."""
+    """Rows of each epoch that can be read, and a note on each that cannot; of an epoch in parts see `History.rows`."""
     epochs, notes = {}, []
-    for record in history.epochs:
-        epoch = record["epoch"]
+    for epoch, record in {record["epoch"]: record for record in history.epochs}.items():
+        path = history.rows_path(epoch, record.get("part"))
+        named = f"Epoch {epoch}: {path.name}{' or one before' if record.get('part') else ''}"
         try:
             rows = normalised(history.rows(epoch))
         except FileNotFoundError:
-            notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} is missing; plots and rows leave it out.")
+            notes.append(f"{named} is missing; plots and rows leave it out.")
         except (OSError, ValueError):
-            notes.append(f"Epoch {epoch}: {history.rows_path(epoch).name} cannot be read; plots and rows leave it out.")
+            notes.append(f"{named} cannot be read; plots and rows leave it out.")
         else:
             epochs[epoch] = rows.assign(key=rows["row_id"].map(str))
             epochs[epoch].attrs[LIMIT] = record.get("limit")
@@ -177,7 +178,7 @@ def held_out_losses(history: History) -> pd.DataFrame:
     """
     restart = history.settings.get("warmup_epochs") if history.settings.get("start_anew") else 0
     lines = {"before": (history.epochs[0].get("before_training") or {}) if history.epochs else {}}
-    lines |= {epoch_name(record["epoch"]): record for record in history.epochs if record["epoch"] >= (restart or 0)}
+    lines |= {record_name(record): record for record in history.epochs if record["epoch"] >= (restart or 0)}
     losses = {
         name: {"held-out loss": record.get("eval_loss"), **(record.get("eval_losses") or {})}
         for name, record in lines.items()
@@ -195,6 +196,15 @@ def _agree(one: pd.DataFrame, other: pd.DataFrame, columns: Sequence[str]) -> bo
 def epoch_name(epoch: Any, alone: str = "") -> str:
     """`epoch 3`, `epochs 1-3`, or `alone` for rows that belong to no epoch."""
     return alone if epoch is None else f"epoch{'s' if isinstance(epoch, str) else ''} {epoch}"
+
+
+def record_name(record: Mapping[str, Any]) -> str:
+    """What a record of a history is called: an epoch, or a part of one.
+
+    >>> record_name({"epoch": 0}), record_name({"epoch": 0, "part": 2, "parts": 5})
+    ('epoch 0', 'epoch 0, part 2')
+    """
+    return epoch_name(record["epoch"]) + (f", part {record['part']}" if record.get("part") else "")
 
 
 def cut_of(rows: pd.DataFrame, score: str) -> float | None:

@@ -23,6 +23,7 @@ from .score_frames import (
     how_kept,
     number_text,
     percent_text,
+    record_name,
     rows_text,
 )
 from .wording import frozen_since, guards_of, scored_at
@@ -63,8 +64,9 @@ def _of_run(data: ReportData) -> Summary:
     loss, rose = _loss_point(data)
     worries = _worries(data, by_score, rose)
     planned = len(settings.get("plan") or records)
-    if len(records) < planned:
-        fine, verdict = None, f"The run is not at its end: {len(records)} of {planned} epochs are recorded."
+    recorded = len({record["epoch"] for record in records})
+    if recorded < planned:
+        fine, verdict = None, f"The run is not at its end: {recorded} of {planned} epochs are recorded."
     elif worries:
         fine, verdict = False, f"Look closer before you use this model: {listed(worries)}."
     else:
@@ -83,7 +85,7 @@ def _worries(data: ReportData, by_score: list[dict[str, Any]], rose: bool) -> li
     last = data.last[data.score].dropna() if data.last is not None else pd.Series(dtype=float)
     if data.score in SCORE_EQUATIONS and len(last) and (last >= 1).mean() > 0.5:
         found.append("for most rows the prompt does not help")
-    short = [str(record["epoch"]) for record in data.history.epochs if record.get("shortfall")]
+    short = list(dict.fromkeys(str(record["epoch"]) for record in data.history.epochs if record.get("shortfall")))
     if short:
         found.append(f"too few rows were eligible in epoch{'s' if len(short) > 1 else ''} {listed(short)}")
     if by_score and "guard" in data.history.settings and not guards_of(data.history.settings):
@@ -96,16 +98,21 @@ def _worries(data: ReportData, by_score: list[dict[str, Any]], rose: bool) -> li
 def _rows_point(data: ReportData) -> str:
     records = [record for record in data.history.epochs if not data.kinds.is_brief(record["epoch"])]
     counts, pool = [record.get("kept") for record in records], data.history.settings.get("pool")
+    if None not in counts:  # an epoch in parts has a record for each
+        by_epoch = {record["epoch"]: 0 for record in records}
+        for record in records:
+            by_epoch[record["epoch"]] += record["kept"]
+        counts = list(by_epoch.values())
     pool = pool or (records[0].get("pool") if records else None)
     if not records or None in counts or not pool:
         return ""
     rows = "examples" if data.history.settings.get("packed_rows") else "rows"
     if len(set(counts)) == 1:
-        epochs = "One epoch" if len(records) == 1 else f"Each of {len(records)} epochs"
+        epochs = "One epoch" if len(counts) == 1 else f"Each of {len(counts)} epochs"
         text = f"{epochs} trained on {counts[0]:,} of {pool:,} {rows} ({percent_text(counts[0] / pool)})"
     else:
         shown = listed([f"{count:,}" for count in counts]) if len(counts) < 7 else f"{counts[0]:,} to {counts[-1]:,}"
-        text = f"{len(records)} epochs trained on {shown} of {pool:,} {rows}"
+        text = f"{len(counts)} epochs trained on {shown} of {pool:,} {rows}"
     frames = [rows for epoch, rows in data.epochs.items() if not data.kinds.is_brief(epoch) and "kept" in rows]
     if len(frames) > 1:
         different = set().union(*(frame.loc[frame["kept"], "key"] for frame in frames))
@@ -126,7 +133,7 @@ def _guard_points(data: ReportData, by_score: list[dict[str, Any]]) -> list[str]
     named = [counted_noise(reason, count) for reason, count in counts.items()]
     if not named:
         return []
-    text = f"In epoch {last['epoch']}, guards kept out {rows_text(sum(counts.values()))}: {listed(named)}"
+    text = f"In {record_name(last)}, guards kept out {rows_text(sum(counts.values()))}: {listed(named)}"
     if (replaced := last.get("kept_only_without_guards")) is not None:
         text += f". Without them {replaced:,} of these would have been trained on, by the same scores"
     return [text + "."]
@@ -151,7 +158,7 @@ def _score_point(by_score: list[dict[str, Any]], records: list[dict[str, Any]]) 
         return "Whether the scores still carry information was not measured; the guard limit does that."
     good = separated is None or separated >= Freeze().separation
     return (
-        f"The scores of epoch {last['epoch']} {'carry' if good else 'hardly carry'} information: {' and '.join(parts)}."
+        f"The scores of {record_name(last)} {'carry' if good else 'hardly carry'} information: {' and '.join(parts)}."
     )
 
 

@@ -28,6 +28,7 @@ from .score_frames import (
     number_text,
     percent_text,
     read_epochs,
+    record_name,
 )
 from .wording import EpochKinds, column_words, frozen_since, guards_of, scored_at, scoring_sentence
 
@@ -41,8 +42,10 @@ def epoch_table(history: History) -> Table:
     older than their epoch, and not all of one), mean score of the kept and of the dropped rows, share of the kept rows
     that the epoch before kept too (not for the sample of a brief experience), the lowest score kept, the limit (where
     it is calibrated), seconds, held-out loss of each evaluation set; "-" where a number is not known. A line "start"
-    has the held-out loss before training, where it was measured. Epochs of the brief experience are called that; a line
-    "anew" stands where training starts anew. Below the table stands what its columns mean, and which model scored.
+    has the held-out loss before training, where it was measured. An epoch in parts has a line for each, "0, part 2",
+    with the numbers of the part and, as its pool, the rows that the parts before had left. Epochs of the brief
+    experience are called that; a line "anew" stands where training starts anew. Below the table stands what its columns
+    mean, and which model scored.
 
     >>> from rich import print
     >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
@@ -100,7 +103,7 @@ def guard_cells(history: History) -> tuple[list[str], list[list[str]]] | None:
     headers = ["epoch", *(reason.replace("_", " ") for reason in reasons), *(n.replace("_", " ") for n in watched)]
     headers += ["replaced"] if without else []
     rows = [
-        [str(record["epoch"]), *(count_text(int((record.get("reasons") or {}).get(r, 0))) for r in reasons)]
+        [_place(record), *(count_text(int((record.get("reasons") or {}).get(r, 0))) for r in reasons)]
         + [number_text(record.get(name), 2) for name in watched]
         + ([count_text(record.get("kept_only_without_guards"))] if without else [])
         for record in records
@@ -209,7 +212,7 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
         extra += [count_text(made.get(epoch))] if scored else []
         overlap = None if kinds.is_brief(epoch - 1) else record.get("overlap")  # a sample was not selected
         rows.append(
-            [str(epoch), count_text(record.get("pool")), count_text(kept), *extra]
+            [_place(record), count_text(record.get("left", record.get("pool"))), count_text(kept), *extra]
             + [number_text(record.get("mean_kept")), number_text(record.get("mean_dropped"))]
             + [percent_text(overlap), number_text(record.get("cut"), below=record.get("limit") or max_ifd)]
             + ([number_text(record.get("limit"))] if limits else [])
@@ -218,6 +221,10 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
             + [number_text((record.get("eval_losses") or {}).get(name), 4) for name in sets]
         )
     return headers, rows
+
+
+def _place(record: Mapping[str, Any]) -> str:
+    return record_name(record).removeprefix("epoch ")
 
 
 def _left_out(record: dict[str, Any]) -> bool:

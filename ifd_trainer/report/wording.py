@@ -146,6 +146,11 @@ def scoring_sentence(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, 
         return f"The scores are those of another model, {scorer}, and do not change from epoch to epoch."
     kinds = EpochKinds.from_settings(settings)
     before = f" (of epoch {kinds.restart}, before training starts anew)" if kinds.restart in times else ""
+    if any(record.get("part") for record in epochs):
+        again = " and again by each of its parts, on the rows that are left,"
+        last = settings.get("freeze_after")
+        until = "" if last is None or last >= len(made) else f"; from epoch {last} on the last scores of all rows stand"
+        return f"All rows are scored when an epoch begins{again} by the model as it is then{before}{until}."
     if all(epoch == at for epoch, at in made.items()) and (len(made) > 1 or settings.get("freeze_after") is None):
         return f"Each epoch is scored with the model as it is when the epoch begins{before}."
     if len(times) == 1:
@@ -220,7 +225,12 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
         facts.append(("Schedule", as_text(settings["schedule"])))
     if settings.get("max_steps"):
         facts.append(("Optimizer updates", _updates_in_words(settings["max_steps"], plan, kinds)))
-    facts.append(("Epochs", f"{len(epochs)} recorded" + (f" of {len(plan)} planned" if plan else "")))
+    if settings.get("every_steps") and any(record.get("part") for record in epochs):
+        facts.append(
+            ("Parts of an epoch", f"{settings['every_steps']:,} updates each, whose rows were chosen when they began")
+        )
+    recorded = len({record["epoch"] for record in epochs})
+    facts.append(("Epochs", f"{recorded} recorded" + (f" of {len(plan)} planned" if plan else "")))
     if settings.get("order"):
         facts.append(("Order of rows", _ORDERS.get(settings["order"], settings["order"])))
     if settings.get("direct_prefix"):

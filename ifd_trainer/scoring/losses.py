@@ -123,6 +123,21 @@ class Scores:
         """Arrays by column name, the further ones last."""
         return {name: getattr(self, name) for name in IFD_COLUMNS} | dict(self.further)
 
+    def placed(self, rows: np.ndarray, tokens: np.ndarray, status: str) -> Scores:
+        """These scores of the rows at m positions as those of n rows; the others have none.
+
+        Args:
+            rows: (m,) positions.
+            tokens: (n,) answer tokens of all rows.
+            status: of the others.
+        """
+        placed, known = {}, {"answer_tokens": tokens, "ifd_status": status}
+        for name, values in self.columns().items():
+            others = known.get(name, np.nan if values.dtype.kind == "f" else 0)
+            placed[name] = np.full(len(tokens), others, dtype=values.dtype)
+            placed[name][rows] = values
+        return Scores.of(placed)
+
     @classmethod
     def unscored(cls, rows: int, status: str, further: Iterable[str] = ()) -> Scores:
         """No scores at all, for one reason."""

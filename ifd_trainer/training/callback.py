@@ -27,7 +27,7 @@ from ..data.distinct_prompts import Prompts
 from ..data.encoding import Encoder
 from ..data.response_header import response_prefix
 from ..data.token_decoding import Decoder
-from ..errors import UserError
+from ..errors import RunError, UserError
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import BriefRows, Order, TurnRule
@@ -35,6 +35,7 @@ from ..method.columns import SCORES
 from ..method.facility_location import Diverse
 from ..method.further_scores import SCORED_BY_MODEL
 from ..method.guard import Guard
+from ..method.parts import Part, divide, scored_rows
 from ..method.plain_data import to_data
 from ..method.reasons import NOT_SCORED, Status
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule, unlike_epochs
@@ -46,7 +47,7 @@ from .checkpoint_state import MUST_MATCH, VERSION, check_resumable, load_selecti
 from .console import end_line, epoch_line, say
 from .first_scoring import FirstScoring
 from .held_out_loss import evaluates_later, losses_before, losses_of
-from .history import FOLDER, History, epoch_record, epoch_rows
+from .history import FOLDER, History, epoch_record, epoch_rows, place_of
 from .image_pool import ImagePool
 from .image_pool_scorer import check_image_run, guard_of_images, pool_scorer_of
 from .initial_weights import FOLDER as ORIGINAL
@@ -56,6 +57,7 @@ from .options import (
     asked_scores,
     check_options,
     check_order,
+    check_parts,
     groups_of,
     guard_of,
     needs_answers,
@@ -130,7 +132,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             your own, see `Policy`. `score=`, `on_shortfall=` and `diverse=0.2` (for `Diverse(0.2)`) are short for it.
             `score="ira"` ranks by a further score, highest first; `policy=LowestScores("rifd")` keeps the lowest.
         timing: when rows are scored and selected, and what is trained on before; see `Timing`. Its fields may be given
-            by name: `every=2, warmup_epochs=1, freeze_after=3`.
+            by name: `every=2, warmup_epochs=1, freeze_after=3`; `every_steps=100` scores again within an epoch.
         scoring: how rows are scored; see `Scoring`. Its fields may be given by name: `min_answer_tokens=4`,
             `scores=("ira", "loss_change")`.
         scorer: None to score with the model in training; a name, a path or a loaded model to score with that one, whose
@@ -182,6 +184,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.reads_scores = reads_scores(self.policy, self.schedule, self.guard, scorer, order, self.further)
         self.run = SelectionRun()
         check_timing(trainer, self.timing)
+        check_parts(self.policy, self.timing, self.schedule, scorer)
         if isinstance(self.policy, Diverse) and trainer.selection_pool.packed:
             raise UserError(
                 "diverse= chooses examples that stand for others, whatever their length: how many of them fill a "
@@ -291,6 +294,27 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     def selects(self, epoch: int) -> bool:
         return self._rows_of(epoch).source in ("selected", "same")
 
+    def part_steps(self, epoch: int) -> int | None:
+        return self.timing.part_steps(self._rows_of(epoch)) if self.reads_scores else None
+
+    def rows_scored(self, epoch: int) -> int:
+        """Training rows that are scored for an epoch, as planned: all when it begins, what is left by each part."""
+        wanted = self._rows_of(epoch)
+        if not (self.reads_scores and wanted.scored):
+            return 0
+        return scored_rows(self._parts_of(epoch, True), self.pool.training_rows)
+
+    def begin_part(self, part: Part) -> None:
+        """Choose the rows of another part of the epoch that runs, by the model as it is."""
+        self._end_part()
+        self._select(self._epoch, self.run.parts, part.number - 1)
+        self._training_since = time.perf_counter()
+
+    def _parts_of(self, epoch: int, divided: bool) -> tuple[Part, ...]:
+        """The parts of an epoch, as its plan has them; one where it is not, or no longer, divided."""
+        steps = self.part_steps(epoch) if divided else None
+        return divide(self.plan.epochs[epoch], steps, self.run.accumulation, self.run.batch)
+
     def position(self, state: transformers.TrainerState) -> tuple[int, int]:
         saved = self._kept_in(state)
         if not state.global_step or saved is None or "first_step" not in saved:
@@ -326,6 +350,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             logger.warning(odd)
         logger.info("Selection plan: %s", self.plan)
         logger.info("Guards: %s", ", ".join(self.guard.names) if self.guard else "none")
+        if self.timing.every_steps is not None and not self.reads_scores:
+            logger.warning(
+                "every_steps=%d has no effect: nothing in this run reads a score, so the rows of each epoch are chosen "
+                "when it begins.",
+                self.timing.every_steps,
+            )
         if self.restart is not None and epoch <= self.restart:
             logger.info(
                 "The original weights take %.2f GB in %s until training ends.",
@@ -358,21 +388,35 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        if self._restored is not None and self._restored["epoch"] == epoch:
-            self.run.select(self._restored_order())  # inside an epoch nothing is scored again
+        if (saved := self._restored) is not None and saved["epoch"] == epoch:
+            part = saved.get("part")  # of an epoch in parts; earlier releases had none
+            self.run.begin(self._parts_of(epoch, part is not None), part or 0)
+            self.run.select(self._restored_order())  # inside an epoch, or a part of one, nothing is scored again
         else:
-            self._select(epoch)
+            self._select(epoch, self._parts_of(epoch, self.chooser.frozen is None))
         self._epoch, self._ended, self._training_since = epoch, False, time.perf_counter()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ended = not control.should_training_stop  # a run that is stopped may go on inside this epoch
-        trained = self.run.trained(state.global_step)  # raises where these are not the selected ones
-        self.chooser.note_trained(self._times(trained))
+        self._end_part()
+        left = self.run.next_part
+        if left is not None and not (control.should_training_stop or control.should_epoch_stop):
+            raise RunError(
+                f"Epoch {self._epoch} has ended after part {left.number - 1} of {left.of}: the trainer takes its "
+                "batches in another way than transformers' own loop, from get_batch_samples. Leave every_steps out."
+            )
+
+    def _end_part(self) -> None:
+        """Say what the epoch that runs, or its part that does, has trained on."""
+        state = self.trainer.state
+        of_epoch, first = self.run.trained(state.global_step), self.run.this_part.first_row  # raises if not as selected
+        self.chooser.note_trained(self._times(of_epoch))
+        trained, planned = of_epoch[first:], len(self.run.order) - first
         record = self.history.record(self._epoch) or {}
         said = record.get("trained")  # by a run that stopped inside this epoch, and was resumed
         self._note(trained=len(trained), seconds_training=time.perf_counter() - self._training_since)
-        if record and len(trained) != (len(self.run.order) if said is None else said) and state.is_world_process_zero:
-            self.history.correct(self._epoch, self._times(trained))
+        if record and len(trained) != (planned if said is None else said) and state.is_world_process_zero:
+            self.history.correct(self._epoch, self._times(trained), record.get("part"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.restart is not None and state.global_step >= self.plan.max_steps:
@@ -446,10 +490,20 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             self._of_stages = self.pool, coded(self.pool.column(self.policy.by))
         return lambda epoch: self.policy.rows(epoch, *self._of_stages[1])
 
-    def _select(self, epoch: int) -> None:
-        """Score the pool if this epoch does, choose and order its rows, log and record them."""
+    def _select(self, epoch: int, parts: tuple[Part, ...], number: int = 0) -> None:
+        """Score the pool if this epoch does, choose and order its rows, log and record them.
+
+        Of an epoch in parts those of one part, among the rows that the parts before have not trained on.
+        """
         wanted, began, step = self._rows_of(epoch), time.perf_counter(), self.trainer.state.global_step
-        ids = self.pool.ids(self.id_column)
+        part, share = parts[number], wanted.budget / self.pool.training_rows
+        earlier = self.run.trained(step) if number else []
+        self.run.begin(parts, number)
+        if part.of > 1:
+            wanted = replace(wanted, budget=part.rows, part=part.number)
+        self.chooser.begin(earlier)
+        ids, left = self.pool.ids(self.id_column), np.flatnonzero(~self.chooser.used)
+        name = f"epoch {epoch}" + (f", part {part.number} of {part.of}" if part.of > 1 else "")
         scored, noted = wanted.scored and self.chooser.frozen is None, {}
         if scored and not self.reads_scores:
             self.chooser.take_unscored(self.pool_scorer.not_run(self._prefix), epoch)
@@ -457,27 +511,29 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             first = self._first_scoring(begun=step > 0) if self.chooser.last is None else None
             if first is not None:
                 first.try_out()
-            scores = self.score_pool(f"IFD, epoch {epoch}")
+            scores = self.score_pool(f"IFD, {name}", *([left] if number else []))
             if first is not None:
-                noted = first.look_at(scores, wanted.budget / self.pool.training_rows)
+                noted = first.look_at(scores, share)
             self.chooser.take(scores, epoch, ids, self._prefix, self.seed)
         selection = self.chooser.choose(wanted, ids, self.seed, step > 0, self._prefix)
         self.pool_scorer.release()
         seconds = time.perf_counter() - began if scored or wanted.source == "brief" else 0.0
         scores = self._recorded(wanted.source)
-        if epoch == self.restart:
+        if epoch == self.restart and not number:
             start_anew(self.trainer, self._original)
             self.chooser.trained[:] = False  # the weights know no row of the brief experience
-        self.run.select(self._agree(selection, epoch))
+        order = self._agree(selection, wanted, epoch)
+        self.run.select([*earlier, *order])
         if self.trainer.state.is_world_process_zero:
-            self.chooser.warn(selection, epoch)
+            self.chooser.warn(selection, name)
         values = self.chooser.values(scores)
         record = {
             **epoch_record(values, selection),
             "epoch": epoch,
             "step": step,
             "seed": self.seed,
-            "packed_rows": len(self.run.order) if self.pool.packed else None,
+            **({"part": part.number, "parts": part.of, "left": len(left)} if part.of > 1 else {}),
+            "packed_rows": len(order) if self.pool.packed else None,
             "scored_at": self.scored_at if np.isfinite(values).any() else None,
             **(self._watched() if np.isfinite(values).any() else dict.fromkeys(_WATCHED)),
             "frozen": self.chooser.frozen,
@@ -536,19 +592,21 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             **(last.health or dict.fromkeys(WATCHED)),
         }
 
-    def score_pool(self, description: str = "IFD") -> Scores:
-        """Scores of all pool rows with the model as it is now, or with the other `scorer`."""
-        return self.pool_scorer.scores(self._prefix, description)
+    def score_pool(self, description: str = "IFD", rows: np.ndarray | None = None) -> Scores:
+        """Scores of all pool rows, or of some and of no others, with the model as it is now, or the other `scorer`."""
+        scores = self.pool_scorer.scores(self._prefix, description, rows)
+        return scores if rows is None else scores.placed(rows, self.scores.answer_tokens, NOT_SCORED)
 
-    def _agree(self, selection: Selection, epoch: int) -> list[TrainingRow]:
-        """This epoch's order, the same on every process."""
-        wanted = self._rows_of(epoch)
+    def _agree(self, selection: Selection, wanted: EpochRows, epoch: int) -> list[TrainingRow]:
+        """The order of this epoch, or of this part of one, the same on every process."""
         parts = [(selection.kept, wanted.budget)]
         if wanted.tiers:
             parts = [(selection.parts[tier.number], tier.rows) for tier in wanted.tiers if tier.trained]
-        rows = [row for part, budget in parts for row in self.pool.arrange(part, budget)]
+        rows = self.chooser.again
+        if rows is None:
+            rows = [row for part, budget in parts for row in self.pool.arrange(part, budget)]
         lengths = self.pool.lengths(selection.kept)
-        seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([self.seed, epoch, *wanted.seeds[1:]]).generate_state(1)[0])
         order = batch_order(self.trainer, rows, lengths, self.order, seed)
         if self.trainer.accelerator.num_processes > 1:
             shared = [order]
@@ -634,12 +692,14 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         following = self._epoch + 1
         more = following < len(self.plan.epochs)
         unscored = more and (not self._rows_of(following).scored or self.chooser.frozen is not None)
+        unscored = unscored or (self.run.next_part is not None and self.chooser.frozen is not None)
         arrays |= self.chooser.to_arrays(read_again=unscored)
         self._saved = {
             "version": VERSION,
             "epoch": self._epoch,
             "first_step": self.run.first_step,
             "ended": self._ended,
+            **({"part": self.run.part} if len(self.run.parts) > 1 else {}),
             **self.chooser.to_state(),
             **save_selection(checkpoint, arrays, self.scores),
             **{key: self.history.settings[key] for key in (*MUST_MATCH, "plan", "max_steps")},
@@ -673,7 +733,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.chooser.from_state(saved, scores)
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs
-            self.history.epochs = [record for record in epochs if record["epoch"] <= saved["epoch"]]
+            last = (saved["epoch"], saved.get("part", 0) + 1)
+            self.history.epochs = [record for record in epochs if place_of(record) <= last]
 
 
 _WATCHED = ("limit", "unfinished", *WATCHED)

@@ -42,11 +42,7 @@ def save_selection(folder: Path, order: Mapping[str, np.ndarray], scores: Scores
     """
     arrays = {_ORDER + name: _narrow(array) for name, array in order.items()}
     if scores is not None:
-        columns, codes = scores.columns(), {}
-        status = [codes.setdefault(text, len(codes)) for text in columns["ifd_status"].tolist()]  # whatever text it is
-        columns["ifd_status"] = np.array(status, dtype=np.int64)
-        arrays |= {_SCORES + name: _narrow(array) for name, array in columns.items()}
-        arrays[_STATUSES] = np.frombuffer(json.dumps(list(codes)).encode(), dtype=np.uint8)
+        arrays |= {name: _narrow(array) for name, array in arrays_of(scores, _SCORES, _STATUSES).items()}
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
@@ -89,15 +85,33 @@ def load_selection(folder: Path, saved: Mapping[str, Any], rows: int) -> tuple[d
             f"trainer_state.json beside it. {advice}"
         )
     order = {name.removeprefix(_ORDER): array for name, array in arrays.items() if name.startswith(_ORDER)}
+    return order, scores_of(arrays, _SCORES, _STATUSES)
+
+
+def arrays_of(scores: Scores, prefix: str, statuses: str | None = None) -> dict[str, np.ndarray]:
+    """Scores as arrays of numbers, by their columns' names behind a prefix; the texts of statuses in one more."""
+    columns, codes = scores.columns(), {}
+    status = [codes.setdefault(text, len(codes)) for text in columns["ifd_status"].tolist()]  # whatever text it is
+    columns["ifd_status"] = np.array(status, dtype=np.int64)
+    texts = np.frombuffer(json.dumps(list(codes)).encode(), dtype=np.uint8)
+    return {prefix + name: array for name, array in columns.items()} | {statuses or f"{prefix}{_STATUSES}": texts}
+
+
+def scores_of(arrays: Mapping[str, np.ndarray], prefix: str, statuses: str | None = None) -> Scores | None:
+    """Scores that `arrays_of` has made arrays of; None where there are none."""
+    statuses = statuses or f"{prefix}{_STATUSES}"
+    names = [name for name in arrays if name.startswith(prefix) and name != statuses]
+    columns = {name.removeprefix(prefix): arrays[name] for name in names}
     if not columns:
-        return order, None
-    texts = np.array(json.loads(arrays[_STATUSES].astype(np.uint8).tobytes()), dtype=object)
+        return None
+    texts = np.array(json.loads(arrays[statuses].astype(np.uint8).tobytes()), dtype=object)
     columns["ifd_status"] = texts[columns["ifd_status"]]
-    return order, Scores.of(columns)
+    return Scores.of(columns)
 
 
 # What the rows of the epochs to come depend on.
 MUST_MATCH = ("policy", "schedule", "every", "warmup_epochs", "freeze_after", "warmup", "start_anew", "scorer", "order")
+MUST_MATCH += ("every_steps",)
 MUST_MATCH += ("targets",)  # a digest of their tokens: a file may hold others now
 MUST_MATCH += ("guard", "score", "on_shortfall", "limit")  # of a policy of one's own, which need not say them otherwise
 MUST_MATCH += ("further_scores", "guess", "turns", "without")

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a line for each epoch, and at its end where the history is.
+"""What a run says while it trains: a line for each epoch, or each part of one, and at its end where the history is.
 
 Lines go where the trainer's own numbers go, to standard output past the progress bar, and are silent where these are.
 """
@@ -46,8 +46,11 @@ def epoch_line(record: Mapping[str, Any], source: str, guards: Sequence[str] = (
     >>> epoch_line(record | {"reasons": {"kept": 35, "unfinished": 22}}, "selected", ["unfinished", "duplicate"])
     'IFD, epoch 1: 35 of 292 rows kept, cut at 0.8740; 60 % of them were kept in epoch 0 too; guards held back 22 (22 \
 unfinished, 0 duplicates)'
+    >>> epoch_line(record | {"part": 2, "parts": 5, "left": 257, "overlap": None}, "selected")
+    'IFD, epoch 1, part 2 of 5: 35 of the 257 rows that are left kept, cut at 0.8740'
     """
     epoch, pool, kept = record["epoch"], record["pool"], record["kept"]
+    name = f"epoch {epoch}" + (f", part {record['part']} of {record['parts']}" if record.get("part") else "")
     packed = record.get("packed_rows")
     rows = "examples" if packed else "row" if pool == 1 else "rows"
     if source == "all":
@@ -59,6 +62,8 @@ unfinished, 0 duplicates)'
         again = f" and {many(repeats, 'repeat')}" if repeats > 0 else ""
         at = f", cut at {rounded_below(cut, record.get('limit') or 1.0, 4)}" if cut is not None else ""
         said = [f"{kept:,} of {pool:,} {rows} kept{again}{at}"]
+        if record.get("left", pool) < pool:
+            said = [f"{kept:,} of the {record['left']:,} {rows} that are left kept{again}{at}"]
         if record.get("overlap") is not None:
             said.append(f"{100 * record['overlap']:.0f} % of them were kept in epoch {epoch - 1} too")
         if guards:
@@ -72,7 +77,7 @@ unfinished, 0 duplicates)'
     if losses:
         named = ", ".join(f"{loss:.4f}{f' on {name}' if name else ''}" for name, loss in losses.items())
         said.append(f"held-out loss before training {named}")
-    return f"IFD, epoch {epoch}: {'; '.join(said)}"
+    return f"IFD, {name}: {'; '.join(said)}"
 
 
 def end_line(history: Path, output: Path) -> str:

@@ -1,11 +1,14 @@
 """What a run selected, epoch by epoch, on disk beside its checkpoints.
 
-    history.json          settings, and one record for each epoch (counts, means, seconds, held-out loss)
+    history.json          settings, and one record for each epoch (counts, means, seconds, held-out loss); of an epoch
+                          in parts (`every_steps`) one for each part, with `part` (1 for the first), `parts` (how many
+                          there are) and `left` (rows that the parts before had not trained on)
     epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on; with a
                           curriculum its tier (0 is the one that the curriculum begins with); with guards, whether
                           the same scores would have kept it without them, and its p-value in the pairing test; where
                           rows have several answers, `last_cas`, `last_das` and `last_answer_tokens` of the last one,
                           which guards judge
+    epoch-000-part-01.parquet   the same for each part of an epoch in parts, in the place of that file
     pool.parquet          the pool's texts and its columns other than token ids, for reports; a resume, or another run
                           on the same training set, leaves it as it is
 
@@ -75,19 +78,22 @@ class History:
         return cls(folder, without_reprs(content["settings"]), content["epochs"])
 
     def record(self, epoch: int) -> dict[str, Any] | None:
-        """The record of an epoch, or None."""
-        return next((record for record in self.epochs if record["epoch"] == epoch), None)
+        """The record of an epoch, of its last part if it has several; or None."""
+        return next((record for record in reversed(self.epochs) if record["epoch"] == epoch), None)
 
     def add(self, record: dict[str, Any], rows: pd.DataFrame) -> None:
-        """Write an epoch's record and rows; records of this and later epochs (of a run cut short) give way."""
-        self.epochs = [old for old in self.epochs if old["epoch"] < record["epoch"]] + [record]
-        write_atomically(self.rows_path(record["epoch"]), lambda path: rows.to_parquet(path, index=False))
+        """Write the record and the rows of an epoch, or of a part of one; this and later ones (of a run cut short) give
+        way."""
+        self.epochs = [old for old in self.epochs if place_of(old) < place_of(record)] + [record]
+        path = self.rows_path(record["epoch"], record.get("part"))
+        write_atomically(path, lambda path: rows.to_parquet(path, index=False))
         self.save()
 
-    def correct(self, epoch: int, times: np.ndarray) -> None:
-        """Say how often each row was trained on in an epoch that did not train on all that was planned."""
-        rows = self.rows(epoch).assign(times=times)
-        write_atomically(self.rows_path(epoch), lambda path: rows.to_parquet(path, index=False))
+    def correct(self, epoch: int, times: np.ndarray, part: int | None = None) -> None:
+        """Say how often each row was trained on in an epoch, or a part of one, that did not train on all planned."""
+        path = self.rows_path(epoch, part)
+        rows = pd.read_parquet(path).assign(times=times)
+        write_atomically(path, lambda path: rows.to_parquet(path, index=False))
 
     def save(self) -> None:
         """Write `history.json`."""
@@ -96,13 +102,13 @@ class History:
 
     def discard_other_epochs(self) -> None:
         """Delete the rows of epochs without a record: an earlier run in this folder left them."""
-        known = {self.rows_path(record["epoch"]) for record in self.epochs}
+        known = {self.rows_path(record["epoch"], record.get("part")) for record in self.epochs}
         for path in set(self.folder.glob("epoch-*.parquet")) - known:
             path.unlink()
 
     def overlap(self, epoch: int, selection: Selection) -> float | None:
         """Share of the rows kept in an epoch that the epoch before kept too; None if that is not known."""
-        if self.record(epoch - 1) is None or not self.rows_path(epoch - 1).exists():
+        if self.record(epoch - 1) is None or not all(path.exists() for path in self._paths(epoch - 1)):
             return None
         before = self.rows(epoch - 1)["times"].to_numpy() > 0
         return float(before[selection.rows].mean())
@@ -133,20 +139,43 @@ class History:
         write_atomically(path, write)
         return True
 
-    def rows_path(self, epoch: int) -> Path:
-        return self.folder / f"epoch-{epoch:03d}.parquet"
+    def rows_path(self, epoch: int, part: int | None = None) -> Path:
+        return self.folder / f"epoch-{epoch:03d}{'' if part is None else f'-part-{part:02d}'}.parquet"
 
-    def rows(self, epoch: int) -> pd.DataFrame:
+    def _paths(self, epoch: int) -> list[Path]:
+        parts = [record.get("part") for record in self.epochs if record["epoch"] == epoch]
+        return [self.rows_path(epoch, part) for part in parts] or [self.rows_path(epoch)]
+
+    def rows(self, epoch: int, part: int | None = None) -> pd.DataFrame:
         """Row id, scores, status, reason and `times` (how often trained on) of every pool row in an epoch.
 
         With a curriculum also `tier`: 0, 1, ... in the order of the stages, null for rows that were not chosen.
+
+        Of an epoch in parts, the rows of one part (1 for the first), or what became of each row in the epoch: its line
+        of the `part` that trained on it first, with `times` of all parts, or of the last one where none did.
         """
-        return pd.read_parquet(self.rows_path(epoch))
+        if part is not None:
+            return pd.read_parquet(self.rows_path(epoch, part))
+        *before, rows = [pd.read_parquet(path) for path in self._paths(epoch)]
+        if not before:
+            return rows
+        times = np.stack([each["times"].to_numpy() for each in (*before, rows)])
+        first = np.where(times.any(axis=0), times.astype(bool).argmax(axis=0), len(before))
+        lines = pd.concat([each.assign(part=number) for number, each in enumerate((*before, rows), 1)])
+        lines = lines.iloc[first * len(rows) + np.arange(len(rows))].reset_index(drop=True)
+        lines["part"] = pd.array(np.where(times.any(axis=0), lines["part"], -1), dtype="Int64")
+        lines.loc[lines["part"] < 0, "part"] = pd.NA
+        return lines.assign(times=times.sum(axis=0))
 
     def pool(self) -> pd.DataFrame | None:
         """Row ids with the pool's texts and columns, if they were written."""
         path = self.folder / "pool.parquet"
         return pd.read_parquet(path) if path.exists() else None
+
+
+def place_of(record: Mapping[str, Any]) -> tuple[int, int]:
+    """Where a record stands: its epoch and, of an epoch in parts, its part."""
+    return record["epoch"], record.get("part") or 1
 
 
 def epoch_record(score: np.ndarray, selection: Selection) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -23,8 +23,9 @@ from ..method.choices import ORDERS, WITHOUT, TurnRule, Without
 from ..method.facility_location import Diverse
 from ..method.further_scores import FURTHER, LOSS_CHANGE, further_names
 from ..method.guard import Guard
-from ..method.schedule import Curriculum, Schedule, Timing
+from ..method.schedule import Anneal, Curriculum, Schedule, Timing
 from ..method.selection import Cherry, Policy, eligibility
+from ..method.stratified import Mixture, Stratified
 from ..method.target_set import TargetSet
 from ..method.turns import check_turns
 from ..scoring.transform import IFDScorer
@@ -127,6 +128,33 @@ def reads_scores(
         scorer = None
     ranked = isinstance(schedule, Curriculum) or (order != "shuffle" and not isinstance(policy, TargetSet))
     return getattr(policy, "reads_scores", True) or bool(guard or tuple(further)) or scorer is not None or ranked
+
+
+def check_parts(policy: Policy, timing: Timing, schedule: Schedule, scorer: Any) -> None:
+    """Raise for what has no meaning where the rows of an epoch are chosen part by part (`every_steps`)."""
+    problem = None
+    if timing.every_steps is None:
+        return
+    if scorer is not None:
+        problem = f"the scores of scorer={scorer!r} stay as they are: each part would be the next best rows by them"
+    elif isinstance(schedule.schedule if isinstance(schedule, Anneal) else schedule, Curriculum):
+        problem = "a Curriculum divides the rows of a whole epoch into tiers when it begins"
+    elif isinstance(policy, TargetSet):
+        problem = "a TargetSet holds rows against its targets when an epoch begins"
+    elif isinstance(policy, (Stratified, Mixture)) and _has_counts(policy):
+        problem = f"the numbers of rows that {type(policy).__name__} has are of whole epochs: give fractions"
+    if problem is not None:
+        raise UserError(
+            f"every_steps={timing.every_steps} chooses the rows of an epoch part by part, and {problem}. Leave one of "
+            "them out."
+        )
+
+
+def _has_counts(policy: Stratified | Mixture) -> bool:
+    """Whether some of a policy's amounts are numbers of rows, and not fractions of those that are kept."""
+    given = policy.shares if isinstance(policy, Mixture) else (policy.shares, policy.at_least, policy.at_most)
+    amounts = [amount for each in given if isinstance(each, Mapping) for amount in each.values()]
+    return any(isinstance(amount, Integral) and amount > 0 for amount in amounts)
 
 
 def of_whole_rows(guard: Guard | None) -> Guard | None:

@@ -39,10 +39,17 @@ def planned(run: Run) -> str:
     """What will be trained on: budgets and steps, the rows that are there, and the disk that it needs."""
     trainer, callback = run.trainer, selection_of(run.trainer)
     pool = pool_line(trainer, callback.pool, callback.rows_before, callback.turns)
-    lines = [str(training_plan(trainer)), pool, _batch_line(trainer)]
+    plan = training_plan(trainer)
+    lines = [str(plan), pool, _batch_line(trainer)]
     lines.append(f"guards: {', '.join(callback.guard.names) if callback.guard else 'none'}")
     if not callback.reads_scores:
         lines.append("scoring: none, since nothing reads a score")
+    elif any(plan.every_steps):
+        scored = sum(callback.rows_scored(epoch.epoch) for epoch in plan.epochs)
+        lines.append(
+            f"scoring: each part of an epoch scores the rows that are left, {scored:,} in all, "
+            f"{scored / plan.rows:.1f} for each one that is trained on"
+        )
     if callback.chooser.targets is not None:
         targets = callback.chooser.targets.targets
         bare = f", {targets.without_answer:,} without an answer" if targets.without_answer else ""

@@ -39,7 +39,7 @@ from ..method.stratified import Mixture, Stages, Stratified
 from ..method.target_set import TargetSet
 from ..method.unfinished import Unfinished
 from .callback import IFDSelectionCallback
-from .options import Scoring, asked_scores, guard_of, reads_scores
+from .options import Scoring, asked_scores, check_parts, guard_of, reads_scores
 from .recipe_selection_keys import SelectionKeys
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class SelectionConfig(SelectionKeys):
         check_positive(min_answer_tokens=self.min_answer_tokens, token_budget=self.token_budget, tiers=self.tiers)
         # What these refuse is told before a model is loaded.
         self.schedule(), self.chosen_policy(), self.timing(), self.scoring(), self.guard(), self.further()
+        check_parts(self.chosen_policy(), self.timing(), self.schedule(), self.scorer)
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
         for needed, keys in self.idle_keys().items():
@@ -301,9 +302,11 @@ class SelectionConfig(SelectionKeys):
         """When rows are scored, and what is trained on before; with the method cherry, the brief experience."""
         given = {
             key: getattr(self, key)
-            for key in ("every", "warmup_epochs", "freeze_after")
+            for key in ("every", "every_steps", "warmup_epochs", "freeze_after")
             if getattr(self, key) != getattr(SelectionKeys, key)
         }
+        if self.every_steps == 0:
+            del given["every_steps"]
         if self.method != "cherry":
             return Timing(**given)
         brief = None if self.brief == "none" else Brief(self.brief, self.brief_clusters, self.brief_per_cluster)

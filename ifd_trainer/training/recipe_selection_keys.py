@@ -123,6 +123,14 @@ class SelectionKeys:
         default=1,
         metadata={"help": "Select in each so many epochs; between, train on the same rows.", "metavar": "K"},
     )
+    every_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Within an epoch, score again after each so many updates the rows that are left, and choose the "
+            "next ones among them; 0 for whole epochs.",
+            "metavar": "N",
+        },
+    )
     warmup_epochs: int = field(
         default=0, metadata={"help": "Train on all rows for so many epochs first.", "metavar": "N"}
     )

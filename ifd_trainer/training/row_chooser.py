@@ -28,8 +28,9 @@ from ..method.further_scores import FURTHER, LOSS_CHANGE
 from ..method.guard import GUARD_REASONS, Guard
 from ..method.iterit import ANSWER_TEXT
 from ..method.number_words import many
+from ..method.parts import repeated
 from ..method.plain_data import to_data
-from ..method.reasons import ABOVE_LIMIT, NOT_IN_SAMPLE, Status
+from ..method.reasons import ABOVE_LIMIT, EARLIER_PART, KEPT, NOT_IN_SAMPLE, Status
 from ..method.schedule import EpochRows
 from ..method.scoring_health import Health, health
 from ..method.selection import (
@@ -46,7 +47,8 @@ from ..method.selection import (
 )
 from ..method.target_set import SIMILARITIES, TargetSet
 from ..scoring.losses import Scores
-from .pool import Pool
+from .checkpoint_state import arrays_of, scores_of
+from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
 from .run_guards import PASSED, Measured, RunGuards
 from .target_similarities import TargetSimilarities
@@ -91,6 +93,9 @@ class RowChooser:
         guards: which rows are held back from the policy.
         targets: how alike rows are to the targets of a `TargetSet`; None with another policy.
         frozen: why rows are scored no more, if they are not; see `method.scoring_health.Freeze`.
+        earlier: what the epoch has trained on in its parts before the one that is chosen.
+        used: (n,) whether each row is among them.
+        again: the training rows of a part for which no row was left, so that some of those are repeated; else None.
 
     Raises:
         UserError: for a limit that is measured, without a model that scores.
@@ -164,6 +169,11 @@ class RowChooser:
         self.frozen: str | None = None
         self.first_health: Health | None = None
         self.first_cas: np.ndarray | None = None
+        # Of an epoch in parts: the scores that its first part was chosen by, which are of all rows, and whether some
+        # row was eligible by them. Those of later parts lack the rows that the epoch has trained on.
+        self._of_all: tuple[Scored, bool] | None = None
+        self.earlier: list[TrainingRow] = []
+        self.used, self.again = np.zeros(len(self.pool), dtype=bool), None
         self._embedded: tuple[Scores | None, np.ndarray] = None, np.empty((0, 0), dtype=np.float32)
         if self.targets is not None:
             self.targets.forget()
@@ -175,6 +185,22 @@ class RowChooser:
         """Raise for a pool that is too small for what the policy asks for, before anything is trained."""
         if self.calibrated is not None and len(self.pool) < least_measured(self.calibrated.alpha):
             self.calibrated.limit(np.ones(len(self.pool) if len(self.pool) > 1 else 0))  # says what it takes
+
+    def begin(self, earlier: list[TrainingRow]) -> None:
+        """The rows of an epoch are to be chosen, or those of a part of one.
+
+        Args:
+            earlier: what the epoch has trained on in the parts before.
+        """
+        self.earlier, self.again = earlier, None
+        self.used = np.zeros(len(self.pool), dtype=bool)
+        if earlier:
+            self.used[np.concatenate([np.ravel(row) for row in earlier])] = True
+            if self._of_all is None and self.last is not None:
+                self._of_all = self.last, self.eligible is not None
+        elif self._of_all is not None:
+            (self.last, eligible), self._of_all = self._of_all, None
+            self.eligible = self.last if eligible else None
 
     def take(self, scores: Scores, epoch: int, ids: np.ndarray, prefix: Sequence[int], seed: int) -> None:
         """Take new scores: measure their limits, and judge the rows that were not trained on.
@@ -268,6 +294,7 @@ class RowChooser:
         arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, "first_cas": self.first_cas}
         arrays |= self.guards.to_arrays()
         arrays |= {} if self.targets is None else self.targets.to_arrays()
+        arrays |= {} if self._of_all is None else arrays_of(self._of_all[0].scores, _OF_ALL)
         of_scores, known = self._embedded
         if read_again and known.shape[1] and self.last is not None and of_scores is self.last.scores:
             rows = np.flatnonzero(~np.isnan(known[:, 0]))
@@ -286,18 +313,18 @@ class RowChooser:
         self.guards.from_arrays(arrays)
         if self.targets is not None:
             self.targets.from_arrays(arrays)
+        of_all = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_OF_ALL)}
+        self._scores_of_all = scores_of(of_all, _OF_ALL)
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint keeps as JSON."""
-        last = self.last
+        of_all = {} if self._of_all is None else {"of_all": {**_said(self._of_all[0]), "eligible": self._of_all[1]}}
         return {
-            "scored_at": None if last is None else last.epoch,
-            "measured_limit": None if last is None else last.limit,
-            "unfinished": None if last is None else to_data(last.measured.unfinished),
-            "health": None if last is None else last.health,
+            **_said(self.last),
             "first_health": self.first_health,
             "frozen": self.frozen,
             "eligible": self.eligible is not None,
+            **of_all,
         }
 
     def from_state(self, saved: Mapping[str, Any], scores: Scores | None) -> None:
@@ -305,10 +332,9 @@ class RowChooser:
         self.frozen, self.first_health = saved.get("frozen"), saved.get("first_health")
         if scores is None:
             return
-        scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
-        unfinished = saved.get("unfinished")
-        measured = Measured(saved.get("measured_limit"), None, None if unfinished is None else float(unfinished))
-        self.last = Scored(scores, scored_at, measured, saved.get("health"))
+        self.last = _as_said(scores, saved)
+        if (of_all := saved.get("of_all")) is not None:
+            self._of_all = _as_said(self._scores_of_all, of_all), of_all["eligible"]
         self.eligible = self.last if saved.get("eligible", True) else None
         self._embedded = scores, self._embedded[1]
 
@@ -339,6 +365,43 @@ class RowChooser:
             return Selection.whole_pool(len(ids))
         if wanted.source == "brief":
             return self._sampled(ids, seed)
+        if not self.earlier:
+            return self._chosen(wanted, ids, seed, begun, prefix)
+        rng = np.random.default_rng([seed, *wanted.seeds])
+        try:
+            selection = self._chosen(wanted, ids, seed, begun, prefix)
+        except ShortfallError as error:
+            if self.on_shortfall == "error":
+                raise
+            logger.warning("%s Rows of the epoch's parts before are repeated.", error)
+            return self._earlier_again(wanted.budget, rng)
+        return self._repeated_evenly(selection, rng)
+
+    def _earlier_again(self, budget: int, rng: np.random.Generator) -> Selection:
+        """Training rows of the epoch's parts before, where no other row is left to be chosen."""
+        self.again = repeated(self.earlier, budget, rng)
+        kept = np.concatenate([np.ravel(row) for row in self.again])
+        status = self.last.scores.ifd_status
+        reasons = np.where(self.used, EARLIER_PART, np.where(status == Status.OK.value, ABOVE_LIMIT, status))
+        reasons[kept] = KEPT
+        return Selection(kept, reasons, float("nan"), 0, budget)
+
+    def _repeated_evenly(self, selection: Selection, rng: np.random.Generator) -> Selection:
+        """The same rows; what is repeated is so from the whole epoch, no row twice before all of them once.
+
+        Packed rows are filled with repeats as whole epochs are, and so are shares of a column's values.
+        """
+        rows = selection.rows
+        missing = len(selection.kept) - len(rows)
+        if not missing or self.pool.packed or base(self.policy) is not self.policy:
+            return selection
+        more = np.array(repeated([*self.earlier, *rows.tolist()], missing, rng), dtype=np.int64)
+        reasons = selection.reasons.copy()
+        reasons[more] = np.where(reasons[more] == EARLIER_PART, KEPT, reasons[more])
+        return replace(selection, kept=np.concatenate([rows, more]), reasons=reasons)
+
+    def _chosen(self, wanted: EpochRows, ids: np.ndarray, seed: int, begun: bool, prefix: Sequence[int]) -> Selection:
+        """What `choose` says, among the rows that are left of an epoch."""
         try:
             selection = self._tested(self.policy, wanted, ids, seed, prefix)
         except ShortfallError as error:
@@ -370,12 +433,12 @@ class RowChooser:
         self.last = self.eligible
         logger.warning("%s The rows are selected by the scores of epoch %d again.", error, self.last.epoch)
 
-    def warn(self, selection: Selection, epoch: int) -> None:
-        """Say what is odd about the rows of an epoch."""
+    def warn(self, selection: Selection, name: str) -> None:
+        """Say what is odd about the rows of an epoch, or of a part of one, with this name."""
         if selection.shortfall:
             logger.warning(
-                "Epoch %d: %s planned, %s eligible; %s filled (on_shortfall=%r).",
-                epoch,
+                "%s: %s planned, %s eligible; %s filled (on_shortfall=%r).",
+                name.capitalize(),
                 many(len(selection.kept), "row is", "rows are"),
                 many(selection.eligible, "is", "are"),
                 many(selection.shortfall, "was", "were"),
@@ -389,7 +452,7 @@ class RowChooser:
         while True:
             selection = self._by_scores(policy, wanted, ids, seed)
             every = selection.kept if not wanted.tiers else np.flatnonzero(selection.tier >= 0)
-            draw = int(np.random.SeedSequence([seed, wanted.selected_in]).generate_state(1)[0])
+            draw = int(np.random.SeedSequence([seed, *wanted.seeds]).generate_state(1)[0])
             if not self.guards.test_pairs(every, self.last.scores, ids, self.unseen, prefix, draw):
                 return selection
 
@@ -421,12 +484,13 @@ class RowChooser:
         if guarded:
             most = self._most(policy)
             below = score_values(columns, self.score) < most if np.isfinite(most) else np.ones(len(ids), dtype=bool)
-            held_back = self.guards.held_back(self.last.scores, ids, self.trained, limited, below)
+            held_back = self.guards.held_back(self.last.scores, ids, self.trained, limited, below, self.used)
             verdicts, limit = self.guards.verdicts.get(ABOVE_LIMIT), self.last.limit
             if limited and verdicts is not None:
                 # Of rows that failed, those that have come below the limit since are the last to be taken all the same.
                 limit = -np.inf if limit is None else np.where(columns[self.ranked_by] < limit, -np.inf, limit)
                 columns[ROW_LIMIT] = np.where(verdicts == PASSED, most, np.minimum(limit, most))
+        held_back[self.used] = EARLIER_PART
         rows = np.flatnonzero(held_back == "")
         columns = columns.of(rows)
         if isinstance(policy, Diverse):
@@ -436,14 +500,20 @@ class RowChooser:
             columns[SIMILARITIES] = known if len(rows) == len(ids) else known[rows]
 
         def choose(budget: int) -> Selection:
-            rng = np.random.default_rng([seed, wanted.selected_in])
+            rng = np.random.default_rng([seed, *wanted.seeds])
             try:
                 chosen = _checked(policy(columns, budget, ids=ids[rows], rng=rng), budget, len(rows), policy)
             except UserError as error:
                 if len(rows) == len(ids):
                     raise
-                held = ", ".join(f"{count} {reason}" for reason, count in counted(held_back).items() if reason)
-                raise type(error)(f"{error} Guards hold back {len(ids) - len(rows)} more: {held}.") from error
+                counts = counted(held_back[held_back != ""])
+                used = counts.pop(EARLIER_PART, 0)
+                held = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+                guarded = f" Guards hold back {sum(counts.values())} more: {held}." if held else ""
+                before = f" The epoch has trained on {used} more in its parts before." if used else ""
+                # What has chosen an epoch's first rows can refuse later ones only because too many are gone.
+                kind = ShortfallError if used else type(error)
+                raise kind(f"{error}{guarded}{before}") from error
             reasons = held_back.copy()
             reasons[rows] = chosen.reasons
             return replace(chosen, kept=rows[chosen.kept], reasons=reasons)
@@ -490,6 +560,27 @@ class RowChooser:
                 embeddings, perplexity = self.pool_scorer.features(description="Prompts, brief experience")
             self.brief = self.sample(embeddings, perplexity, ids=ids, seed=seed)
         return Selection.without_scores(self.brief, len(self.pool), NOT_IN_SAMPLE)
+
+
+_OF_ALL = "of_all/"  # in the names of arrays in a checkpoint
+
+
+def _said(scored: Scored | None) -> dict[str, Any]:
+    """What a checkpoint keeps of a scoring as JSON."""
+    return {
+        "scored_at": None if scored is None else scored.epoch,
+        "measured_limit": None if scored is None else scored.limit,
+        "unfinished": None if scored is None else to_data(scored.measured.unfinished),
+        "health": None if scored is None else scored.health,
+    }
+
+
+def _as_said(scores: Scores, saved: Mapping[str, Any]) -> Scored:
+    """The scoring of which a checkpoint keeps that; earlier releases lack parts of it."""
+    scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
+    unfinished = saved.get("unfinished")
+    measured = Measured(saved.get("measured_limit"), None, None if unfinished is None else float(unfinished))
+    return Scored(scores, scored_at, measured, saved.get("health"))
 
 
 class _Columns(dict):

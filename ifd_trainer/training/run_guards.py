@@ -156,7 +156,7 @@ class RunGuards:
     # ---- which rows are held back -------------------------------------------------------------------------------
 
     def held_back(
-        self, scores: Scores, ids: np.ndarray, trained: np.ndarray, limited: bool, below: np.ndarray
+        self, scores: Scores, ids: np.ndarray, trained: np.ndarray, limited: bool, below: np.ndarray, used: np.ndarray
     ) -> np.ndarray:
         """Why a policy is not to see a row, (n,) texts, "" for those that it sees.
 
@@ -164,6 +164,8 @@ class RunGuards:
             trained: (n,) rows that were trained on.
             limited: whether the policy minds the limits of single rows itself.
             below: (n,) rows below the policy's limit; of duplicates one of these is left, if there is any.
+            used: (n,) rows that the epoch has trained on in its parts before, instead of which none of their
+                duplicates is.
         """
         ok = scores.ifd_status == Status.OK.value
         reasons = np.full(len(ids), "", dtype=object)
@@ -174,7 +176,10 @@ class RunGuards:
             above = self.verdicts.get(ABOVE_LIMIT)
             preferred = below if above is None else below & (above != FAILED)
             usable = ok & (reasons == "")
-            reasons[surplus(self._duplicate_groups(), ids, usable, trained, preferred)] = DUPLICATE
+            groups = self._duplicate_groups()
+            reasons[surplus(groups, ids, usable, trained, preferred)] = DUPLICATE
+            if used.any():
+                reasons[usable & ~used & np.isin(groups, groups[used])] = DUPLICATE
         return reasons
 
     def _duplicate_groups(self) -> np.ndarray:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import has_length
 from ..data.chat_template import common_prefix_length
 from ..errors import RunError
 from ..method.number_words import many
+from ..method.parts import Part
 from ..method.schedule import TrainingPlan
 from .pool import Pool, TrainingRow
 
@@ -29,7 +30,10 @@ class SelectionRun:
     Attributes:
         folder: where the run's output goes: `output_dir`, or in a hyperparameter search the trial's folder in it.
         plan: the steps of all epochs.
-        order: the training rows of the epoch that runs, in the order in which they are trained on.
+        order: the training rows of the epoch that runs, in the order in which they are trained on; of an epoch in
+            parts, those up to the end of the part that runs.
+        parts: of the epoch that runs; one, if it is not divided.
+        part: which of them runs, counted from 0.
         strategy: how the trainer orders rows by itself, see `trainer_checks.sampling_strategy`.
         sampler: the one whose rows the epoch that runs is trained on; of several, that of the loop's own loader.
         epoch: the epoch that runs.
@@ -45,6 +49,8 @@ class SelectionRun:
     folder: Path = Path()
     plan: TrainingPlan | None = None
     order: list[TrainingRow] = field(default_factory=list, repr=False)
+    parts: tuple[Part, ...] = ()
+    part: int = 0
     strategy: str = "random"
     sampler: SelectionSampler | None = None
     epoch: int = 0
@@ -58,8 +64,25 @@ class SelectionRun:
     _samplers: weakref.WeakSet[SelectionSampler] = field(default_factory=weakref.WeakSet, repr=False)
 
     def select(self, order: list[TrainingRow]) -> None:
-        """The rows of the epoch that begins, in their order; kept twice, since others can reach `order`."""
+        """The rows of the epoch that begins, in their order; kept twice, since others can reach `order`.
+
+        When another part of an epoch begins, the rows of the parts before stand before its own.
+        """
         self.order, self._selected, self.coming = order, list(order), None
+
+    def begin(self, parts: tuple[Part, ...], part: int = 0) -> None:
+        """An epoch with these parts begins, or goes on in one of them."""
+        self.parts, self.part = parts, part
+
+    @property
+    def this_part(self) -> Part:
+        """The part that runs: the whole epoch, if it is not divided."""
+        return self.parts[self.part]
+
+    @property
+    def next_part(self) -> Part | None:
+        """The part after the one that runs; None at an epoch's end."""
+        return self.parts[self.part + 1] if self.part + 1 < len(self.parts) else None
 
     def new_sampler(self, pool: Pool) -> SelectionSampler:
         """A sampler for a loader over the rows of a pool."""
@@ -101,7 +124,8 @@ class SelectionSampler(Sampler[TrainingRow]):
 
     Attributes:
         pool: what its loader's rows are.
-        drawn: what it has yielded in its first pass since `watch` was called: the loop's own.
+        drawn: what it has yielded in its first pass since `watch` was called, the loop's own, behind the rows of the
+            epoch's parts before.
     """
 
     def __init__(self, run: SelectionRun, pool: Pool) -> None:
@@ -120,12 +144,12 @@ class SelectionSampler(Sampler[TrainingRow]):
         self.run.order = rows
 
     def watch(self) -> None:
-        """The next pass is the loop's; those that others make beside it are not kept."""
-        self.drawn, self._watching = [], True
+        """The next pass is the loop's, over the part that runs; those that others make beside it are not kept."""
+        self.drawn, self._watching = self.order[: self.run.this_part.first_row], True
 
     def __iter__(self) -> Iterator[TrainingRow]:
         drawn, self._watching = self.drawn if self._watching else [], False
-        return self._draw(list(self.order), drawn)  # a copy: workers go on while the next epoch is selected
+        return self._draw(self.order[len(drawn) :], drawn)  # a copy: workers go on while the next epoch is selected
 
     @staticmethod
     def _draw(order: list[TrainingRow], drawn: list[TrainingRow]) -> Iterator[TrainingRow]:
@@ -134,7 +158,8 @@ class SelectionSampler(Sampler[TrainingRow]):
             yield row
 
     def __len__(self) -> int:
-        told = (self._planned, self.run.coming)
+        divided = self.run.parts[-1] if len(self.run.parts) > 1 else None
+        told = (self._planned, self.run.coming, divided and divided.first_row + divided.rows)
         return next((rows for rows in told if rows is not None), len(self.order))
 
     def batches(self, dataloader: Any, rows: int) -> int:

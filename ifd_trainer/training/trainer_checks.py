@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import transformers
 from torch.utils.data import IterableDataset, RandomSampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,7 +22,7 @@ from ..scoring.engine import check_causal_lm
 from .collated_labels import fills_labels
 from .image_pool import collates_images
 from .row_tokens import flat
-from .trainer_version import HOOKS
+from .trainer_version import HOOKS, OLDEST, ONE_LOOP
 
 # What trainers of TRL other than the SFTTrainer train on, by a part of their names; the first that fits.
 _TRAINED_ON = {
@@ -207,10 +208,31 @@ def check_timing(trainer: Trainer, timing: Timing) -> None:
             "Training cannot start anew from the original weights under DeepSpeed, which keeps copies of them in its "
             "optimizer. Use DDP or FSDP, or go without the brief experience (brief=None)."
         )
+    if timing.every_steps is not None:
+        _check_steps(trainer)
     if timing.warmup is not None and getattr(trainer.args, "packing", False):
         raise UserError(
             "The brief experience is a sample of examples, whose number of packed rows is not known before training. "
             "Set packing=False, or go without the brief experience (brief=None)."
+        )
+
+
+def _check_steps(trainer: Trainer) -> None:
+    """Raise where the rows of an epoch cannot be chosen part by part."""
+    if ONE_LOOP:
+        raise UserError(
+            f"every_steps needs transformers {OLDEST} or later; this is {transformers.__version__}. Leave it out to "
+            "choose the rows of each epoch when it begins."
+        )
+    if not hasattr(Trainer, "get_batch_samples") or "get_batch_samples" in vars(trainer):
+        raise UserError(
+            "every_steps takes the batches of each update from get_batch_samples, which this trainer has replaced on "
+            "the instance, or does not have. Define it in a subclass, or leave every_steps out."
+        )
+    if trainer.args.ignore_data_skip:
+        raise UserError(
+            "ignore_data_skip=True lets a resumed epoch begin again, and with every_steps the rows that it has trained "
+            "on would be chosen a second time. Set ignore_data_skip=False, or leave every_steps out."
         )
 
 

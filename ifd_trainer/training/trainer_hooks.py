@@ -11,6 +11,7 @@ epoch. `attach` gives a trainer small overrides with which each epoch may train 
 - `create_scheduler` begins the learning rate schedule anew where training starts anew, after the brief experience;
 - `_init_training_state` finds epoch and step of a checkpoint in that plan;
 - `_run_epoch` runs the planned number of steps of its epoch, on the loader that was made for this pool;
+- `get_batch_samples` and `_load_rng_state` go from one part of an epoch to the next (see `epoch_parts`);
 - `_save_checkpoint` writes the selection's order and scores beside `trainer_state.json`, before it;
 - `train` refuses a checkpoint that was cut off while it was written, and a callback that was never added;
 - `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer;
@@ -26,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -45,9 +47,11 @@ from ..data.chat_template import last_answer
 from ..data.paths import check_checkpoint
 from ..errors import RunError, UserError
 from ..method.number_words import many
+from ..method.parts import Part
 from ..method.schedule import EpochPlan, TrainingPlan, plan_epoch, plan_training
 from ..scoring.model_parts import lm_head
 from .collated_labels import check_collated, trained_tokens
+from .epoch_parts import InParts
 from .history import FOLDER as HISTORY
 from .image_pool import ImagePool, collates_images
 from .initial_weights import FOLDER as ORIGINAL
@@ -96,6 +100,14 @@ class EpochSelector(TrainerCallback):
         """Whether the rows of an epoch are chosen by a score, now or in an epoch before."""
         raise NotImplementedError
 
+    def part_steps(self, epoch: int) -> int | None:
+        """Updates of each part of an epoch, but perhaps the last; None where it is not divided."""
+        return None
+
+    def begin_part(self, part: Part) -> None:
+        """Choose the rows of another part of the epoch that runs; `run.order` has them behind those before."""
+        raise NotImplementedError
+
     def position(self, state: transformers.TrainerState) -> tuple[int, int]:
         """Epoch and updates done in it where a run is that starts, or resumes, with this state."""
         return self.plan.position(state.global_step)
@@ -109,7 +121,7 @@ class EpochSelector(TrainerCallback):
         raise NotImplementedError
 
 
-class SelectiveTrainer:
+class SelectiveTrainer(InParts):
     """Overrides, mixed in before the trainer's own class by `attach`."""
 
     _header: str | None = None  # the text that begins an answer, where a user knows it
@@ -202,6 +214,7 @@ class SelectiveTrainer:
     def _plan(self, selector: EpochSelector, args: Any, dataloader: Any) -> TrainingPlan:
         """The plan of a run on this loader, which its selector and this trainer share from now on."""
         run = selector.run
+        run.begin(())
         run.sampler = sampler = run.sampler_of(dataloader)
         if sampler is None:
             raise UserError(
@@ -221,7 +234,9 @@ class SelectiveTrainer:
             return plan_epoch(epoch, budget, batches, args.gradient_accumulation_steps)
 
         before = selector.restart or 0
-        run.plan = plan = plan_training(of_epoch, before + args.num_train_epochs, args.max_steps, selector.restart)
+        plan = plan_training(of_epoch, before + args.num_train_epochs, args.max_steps, selector.restart)
+        steps = tuple(selector.part_steps(epoch.epoch) for epoch in plan.epochs)
+        run.plan = plan = replace(plan, every_steps=steps) if any(steps) else plan
         run.batch = getattr(dataloader, "total_batch_size", args.train_batch_size * args.world_size)
         run.accumulation = args.gradient_accumulation_steps
         run.folder = Path(self._get_output_dir(getattr(self, "_trial", None)))
@@ -318,10 +333,14 @@ class SelectiveTrainer:
             resumed = kwargs["epoch"] == kwargs["epochs_trained"] and kwargs["resume_from_checkpoint"] is not None
             done = kwargs["steps_trained_in_current_epoch"] // self._selector.run.accumulation if resumed else 0
             plan = self.begin_epoch(kwargs["epoch"], kwargs["train_dataloader"], done)
+            self.begin_parts(kwargs["train_dataloader"], kwargs["resume_from_checkpoint"] if done else None)
             kwargs["steps_in_epoch"], kwargs["num_update_steps_per_epoch"] = plan.batches, plan.updates
             if self._selector.run.starts_anew:
                 kwargs["resume_from_checkpoint"] = None
-        return super()._run_epoch(**kwargs)
+        try:
+            return super()._run_epoch(**kwargs)
+        finally:
+            self.end_parts()
 
     def begin_epoch(self, epoch: int, loader: Any, done: int) -> EpochPlan:
         """What is planned for an epoch whose rows are selected, and of which `done` updates were made before.
@@ -334,12 +353,7 @@ class SelectiveTrainer:
         run.epoch, run.sampler = plan.epoch, run.sampler_of(loader)
         run.first_step = self.state.global_step - done
         run.starts_anew = plan.epoch == self._selector.restart and not done
-        batches = run.sampler.batches(loader, len(run.order)) if run.sampler is not None else None
-        if batches != plan.batches:
-            raise RunError(
-                f"Epoch {plan.epoch} has {many(batches, 'batch', 'batches')}, but {plan.batches} were planned. The "
-                "train data loader was changed after training began; with a selection callback it has to stay."
-            )
+        self.check_batches(loader)
         if run.sampler.pool is not self.selection_pool:
             raise RunError(
                 f"trainer.train_dataset was exchanged before epoch {plan.epoch}, but the train data loader reads the "
@@ -347,6 +361,17 @@ class SelectiveTrainer:
             )
         run.sampler.watch()
         return plan
+
+    def check_batches(self, loader: Any) -> None:
+        """Raise where a loader has other batches for the rows of the part that begins than were planned."""
+        run = self._selector.run
+        planned, rows = run.this_part.batches, len(run.order) - run.this_part.first_row
+        batches = run.sampler.batches(loader, rows) if run.sampler is not None else None
+        if batches != planned:
+            raise RunError(
+                f"Epoch {run.epoch} has {many(batches, 'batch', 'batches')}, but {planned} were planned. The "
+                "train data loader was changed after training began; with a selection callback it has to stay."
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as before; the first entry of a run has what was held back for it."""

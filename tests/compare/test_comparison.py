@@ -278,6 +278,13 @@ def test_arms_that_score_once_go_without_how_losses_change_and_the_plan_says_so(
     assert found["static"] == ["rifd", "rcas", "rdas"]
 
 
+def test_arms_whose_scores_stay_within_an_epoch_are_not_divided():
+    given = {"static": None, "cherry": None, "dynamic": None, "mine": {"scorer": "gpt2"}, "halves": {"every_steps": 4}}
+    found = {arm.name: arm.keys.get("every_steps") for arm in read_arms(given, "m", every_steps=8)}
+    assert found == {"random": None, "static": 0, "cherry": 0, "dynamic": None, "mine": 0, "halves": 4}
+    assert all("every_steps" not in arm.keys for arm in read_arms(["static", "cherry"], "m"))
+
+
 def show_bars(monkeypatch) -> None:
     """Let `datasets` show its bars, which tests go without."""
     bars = sys.modules["datasets.utils.tqdm"]

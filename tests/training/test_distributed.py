@@ -41,6 +41,7 @@ UPDATES = {
     "calibrated": [2, 2],
     "guarded": [2, 2],
     "targets": [2, 2],
+    "parts": [4, 2],
     "one_row": [1],
     "cherry": [2, 2, 2],
 }
@@ -222,6 +223,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(ranks, kind):
 def test_only_the_main_process_writes_the_history(launched, ranks):
     folder = launched("ddp")
     for case, epochs in UPDATES.items():
+        if case == "parts":
+            continue
         files = {f"epoch-{epoch:03d}.parquet" for epoch in range(len(epochs))} | {"history.json", "pool.parquet"}
         assert set(ranks[0][case]["written"]) == files
         assert ranks[1][case]["written"] == []
@@ -237,6 +240,19 @@ def test_only_the_main_process_writes_the_history(launched, ranks):
                 assert rows["ifd"].isna().all()
             else:
                 assert rows["ifd"].tolist() == ranks[0][case]["ifd"][epoch - (case == "cherry")]
+
+
+def test_both_processes_choose_the_rows_of_each_part(launched, ranks):
+    history = History.load(launched("ddp") / "parts")
+    assert [(record["epoch"], record.get("part")) for record in history.epochs] == [(0, 1), (0, 2), (1, None)]
+    trained = [row for rank in ranks for update in rank["parts"]["batches"][0][2:] for row in chain(*update)]
+    second = history.rows(0, 2)
+    assert sorted(trained) == sorted(second.loc[second["times"] > 0, "row_id"])
+    assert (second["reason"] == "earlier_part").sum() == 8
+    scored = np.array(ranks[0]["parts"]["ifd"][1], dtype=float)  # of the second part
+    assert np.isnan(scored).sum() == 8
+    best = second.loc[np.argsort(-np.nan_to_num(scored, nan=-np.inf))[:8], "row_id"]
+    assert sorted(best) == sorted(trained)
 
 
 @pytest.fixture(scope="module")

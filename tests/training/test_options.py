@@ -98,6 +98,8 @@ def test_an_unknown_name_is_refused_as_python_does_with_the_nearest_one(tmp_path
         ({}, (Cherry(), Constant(0.1), Timing())),
         ({"keep": ["4"], "curriculum": "easy_to_hard", "tiers": 2}, (Cherry(), Curriculum(4, 2), Timing())),
         ({"diverse": "0.3", "anneal_share": 0.5}, (Diverse(0.3), Anneal(0.1, 0.5), Timing())),
+        ({"every_steps": 9, "freeze_after": 2}, (Cherry(), Constant(0.1), Timing(freeze_after=2, every_steps=9))),
+        ({"every_steps": 0, "scorer": "gpt2"}, (Cherry(), Constant(0.1), Timing())),
         ({"method": "cherry"}, (Cherry(), Constant(0.1), Timing(1, 1, 0, Brief(), True))),
         ({"method": "cherry", "brief": "none", "freeze_after": 2}, (Cherry(), Constant(0.1), Timing(1, 0, 2))),
     ],
@@ -117,6 +119,11 @@ def test_the_cherry_method_is_a_timing(tmp_path):
     assert callback.timing == Timing(2, 1, 0, BRIEF, True)
     assert (callback.policy, callback.schedule) == (Cherry(score="ifd_ppl"), Constant(2))
     assert IFDSelectionCallback.cherry(sft_trainer(tmp_path, 8), scorer="columns").timing == Timing(freeze_after=0)
+
+
+def test_a_recipe_whose_scores_stay_has_no_parts():
+    with pytest.raises(ValueError, match="every_steps=5 chooses the rows of an epoch part by part, and the scores of"):
+        SelectionConfig(every_steps=5, scorer="gpt2")
 
 
 def test_a_recipe_says_how_a_limit_is_measured():

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import (
     BFD_SPLIT,
+    FIVE,
     INF,
     TOKENIZER,
     Stop,
@@ -372,6 +373,29 @@ def test_each_epoch_trains_the_examples_that_fill_its_bins(usual):
         assert history["row_id"].tolist() == list(range(24))
         assert sorted(history["row_id"][history["times"] > 0]) == sorted(expected)
     assert len({frozenset(rows) for rows in seen.epochs()}) == 3
+
+
+@pytest.mark.skipif(not FIVE, reason="every_steps needs transformers 5")
+def test_parts_of_an_epoch_are_so_many_packed_rows_of_the_examples_that_are_left(tmp_path):
+    trainer = packed_trainer(tmp_path, num_train_epochs=1, save_strategy="steps", save_steps=3)
+    callback = select(trainer, keep=4, max_ifd=INF, every_steps=2)
+    seen = watched(trainer)
+    assert seen.updates_per_epoch() == [4]
+    first, second = ([row for update in seen.updates[at : at + 2] for row in update.rows] for at in (0, 2))
+    assert sorted(first) == sorted(reference_choice(trainer, seen.weights[0], 2))
+    assert len(set(first) | set(second)) == len(first) + len(second)
+    rows = callback.history.rows(0, 2)
+    left = rows[rows["reason"] != "earlier_part"].sort_values("ifd", ascending=False)["row_id"].tolist()
+    assert sorted(left) == sorted(set(range(24)) - set(first))
+    lengths = [len(ids) for ids, _ in packed_examples(trainer)]
+    count = next(n for n in range(1, 25) if slow_bins([lengths[row] for row in left[: n + 1]], CAPACITY) > 2)
+    assert sorted(second) == sorted(left[:count])
+    assert [record["packed_rows"] for record in callback.history.epochs] == [2, 2]
+    again = packed_trainer(tmp_path, num_train_epochs=1)
+    select(again, keep=4, max_ifd=INF, every_steps=2)
+    resumed = watched(again, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [update.rows for update in resumed.updates] == [update.rows for update in seen.updates[3:]]
+    assert difference(weights_of(again.model), weights_of(trainer.model)) == 0.0
 
 
 def test_planned_bins_are_trained_bins(usual):

@@ -101,6 +101,7 @@ def small(recipe: str, model: str, data: str, folder: Path, *more: str) -> list[
     words += ["--scorer", model] if "scorer" in settings else []
     words += ["--diverse", "15", "--embedder", "", "--keep", "6"] if "diverse" in settings else []
     words += ["--eval_dataset", data] if "eval_dataset" in settings else []
+    words += ["--every_steps", "3"] if "every_steps" in settings else []
     return [*words, *more]
 
 
@@ -128,6 +129,7 @@ def test_all_recipes_are_there():
         "alpaca_superfiltering",
         "alpaca_superfiltering_diverse",
         "alpaca_dynamic",
+        "alpaca_one_epoch",
         "alpaca_curriculum",
         "wizardlm_dynamic",
         "curriculum_by_column",
@@ -179,6 +181,7 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
         "iterit": 0.05,
         "alpaca_curriculum": 0.3 / 3,
         "alpaca_cherry_5pct": 0.05,
+        "alpaca_one_epoch": 0.2,
         "alpaca_superfiltering": 0.05,
         "demo": 0.12,
     }
@@ -189,6 +192,10 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
         assert "then anew from the original weights; epoch 1:" in plan
         assert "original weights: 0.00 GB in" in plan
     epochs = range(1, 4) if recipe in (*CHERRY, CHERRY_LORA) else range(3)
+    if recipe == "alpaca_one_epoch":
+        assert "(epoch 0: 8 rows, 4 updates in 2 parts of 3, the last of 1)" in plan
+        assert "each part of an epoch scores the rows that are left, 74 in all, 9.2 for each one" in plan
+        return
     if recipe == "curriculum_by_column":
         assert [f"epoch {epoch}: {rows} rows" in plan for epoch, rows in enumerate((10, 10, 20))] == [True] * 3
         return
@@ -212,7 +219,11 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     scored = [record for record in history.epochs if record["scored_at"] is not None]
     assert bool(scored) == (recipe not in UNSCORED)
     of_value = [{100 + i: value for i, value in enumerate(values)} for values in (SOURCES, LEVELS)]  # by row ids
-    kept = [epoch["row_id"][epoch["times"] > 0].tolist() for epoch in map(history.rows, range(len(history.epochs)))]
+    epochs = sorted({record["epoch"] for record in history.epochs})
+    kept = [rows["row_id"][rows["times"] > 0].tolist() for rows in map(history.rows, epochs)]
+    if recipe == "alpaca_one_epoch":
+        assert [(record["part"], record["kept"]) for record in history.epochs] == [(1, 6), (2, 2)]
+        assert len(kept[0]) == 8
     if recipe == "multiturn_tools":
         assert history.settings["turns"] == "tokens"
         assert (history.rows(0)["answer_tokens"] > history.rows(0)["last_answer_tokens"]).all()
