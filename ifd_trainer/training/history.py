@@ -2,7 +2,9 @@
 
     history.json          settings, and one record for each epoch (counts, means, seconds, held-out loss)
     epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on; with a
-                          curriculum its tier (0 is the one that the curriculum begins with); with guards, whether
+                          curriculum its tier (0 is the one that the curriculum begins with); where rows weigh
+                          differently in the loss their weight; with train_losses, `train_loss`, the mean loss of
+                          rows in the forwards that trained on them, once the epoch has ended; with guards, whether
                           the same scores would have kept it without them, and its p-value in the pairing test; where
                           rows have several answers, `last_cas`, `last_das` and `last_answer_tokens` of the last one,
                           which guards judge
@@ -86,7 +88,11 @@ class History:
 
     def correct(self, epoch: int, times: np.ndarray) -> None:
         """Say how often each row was trained on in an epoch that did not train on all that was planned."""
-        rows = self.rows(epoch).assign(times=times)
+        self.add_column(epoch, "times", times)
+
+    def add_column(self, epoch: int, name: str, values: np.ndarray) -> None:
+        """Write a column of the rows of an epoch, one value for each pool row, in the place of one of that name."""
+        rows = self.rows(epoch).assign(**{name: values})
         write_atomically(self.rows_path(epoch), lambda path: rows.to_parquet(path, index=False))
 
     def save(self) -> None:
@@ -184,6 +190,9 @@ def epoch_rows(ids: np.ndarray, columns: Mapping[str, np.ndarray], selection: Se
     if selection.tier is not None:
         rows["tier"] = pd.array(selection.tier, dtype="Int64")
         rows.loc[selection.tier < 0, "tier"] = pd.NA
+    if selection.weights is not None:
+        rows["weight"] = np.nan
+        rows.loc[selection.kept, "weight"] = np.asarray(selection.weights, dtype=np.float64)
     return rows
 
 

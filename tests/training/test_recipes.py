@@ -131,6 +131,7 @@ def test_all_recipes_are_there():
         "alpaca_curriculum",
         "wizardlm_dynamic",
         "curriculum_by_column",
+        "infobatch",
         "iterit",
         "knowledge_detection",
         "mixture_by_epoch",
@@ -192,6 +193,9 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
     if recipe == "curriculum_by_column":
         assert [f"epoch {epoch}: {rows} rows" in plan for epoch, rows in enumerate((10, 10, 20))] == [True] * 3
         return
+    if recipe == "infobatch":
+        assert [f"epoch {epoch}: {rows} rows" in plan for epoch, rows in enumerate((27, 27, ROWS))] == [True] * 3
+        return
     for epoch in epochs:
         assert f"epoch {epoch}: {rows} rows, {updates} update" in plan
     assert not (tmp_path / "ifd_history").exists()
@@ -221,6 +225,12 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
         assert all(sum(of_value[0][row] == "chat" for row in rows) <= 2 for rows in kept)
     if recipe == "mixture_by_epoch":
         assert [sum(of_value[0][row] == "chat" for row in rows) for rows in kept] == [2, 1]
+    if recipe == "infobatch":
+        rows = history.rows(0)
+        above = rows["cas"] >= rows["cas"].mean()
+        assert (rows["weight"][above] == 1).all()
+        assert rows["weight"].sum() == pytest.approx(ROWS)
+        assert rows["train_loss"].notna().sum() == 8  # four steps of two rows
     if recipe == "curriculum_by_column":
         assert {of_value[1][row] for row in kept[0]} == {"easy"}
     if recipe == "target_set":
