@@ -204,6 +204,7 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
 @pytest.mark.parametrize("recipe", TEXTS)
 def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, monkeypatch):
     words = small(recipe, model, data, tmp_path, "--max_steps", "4", "--save_strategy", "no")
+    words += ["--anneal_share", "0"] if recipe == "infobatch" else []  # which needs to know the number of epochs
     with monkeypatch.context() as patch:
         forbid(patch)
         assert main([*words, "--plan"]) == 0

@@ -110,8 +110,8 @@ def test_each_step_is_that_of_the_weighted_losses_of_its_rows(tmp_path, kind, co
 def test_a_run_with_weights_of_one_is_bit_for_bit_the_run_without(tmp_path, kind):
     runs = []
     for number, policy in enumerate((Fixed(None), Fixed((1.0,) * ROWS), Fixed(None))):
-        trainer = TRAINERS[kind](tmp_path / str(number), num_train_epochs=2, gradient_accumulation_steps=2)
-        select(trainer, keep=0.5, policy=policy, train_losses=number == 2)
+        trainer = TRAINERS[kind](tmp_path / str(number), num_train_epochs=1, gradient_accumulation_steps=2)
+        select(trainer, keep=0.75, policy=policy, train_losses=number == 2)
         trainer.train()
         runs.append((weights_of(trainer.model), [log["loss"] for log in training_logs(trainer)]))
     for weights, losses in runs[1:]:
@@ -225,7 +225,7 @@ def test_a_column_weighs_the_rows_of_a_policy_and_those_of_epochs_on_all_rows(tm
     assert callback.history.settings["row_weights"] == "trust"
     assert callback.history.settings["policy"]["type"] == "Stages"
     page = write_report(tmp_path).read_text()
-    for words in ("the column trust", "Weight: what the row's loss is multiplied by", "Train loss: mean loss"):
+    for words in ("the column trust", "Weight: what the row", "Train loss: mean loss"):
         assert words in page
 
 
