@@ -33,18 +33,21 @@ def losses_of(model, row) -> torch.Tensor:
     return -logits[trained].gather(1, labels[0, 1:][trained, None])[:, 0]
 
 
-def descended(start, rows, updates, weights) -> dict[str, torch.Tensor]:
+def descended(start, rows, updates, weights, items=None) -> dict[str, torch.Tensor]:
     """The weights after these updates (positions of rows).
 
     Args:
-        weights: what rows weigh, by position; or one such for each update.
+        weights: what rows weigh, by position.
+        items: N of each update, where it is not the number of trained tokens: older transformers count the first one of
+            a row, which no other predicts.
     """
     model = model_with(start)
     model.train()
     for number, update in enumerate(updates):
-        of = weights[number] if np.ndim(weights[0]) else weights
         losses = [losses_of(model, rows[row]) for row in update]
-        loss = sum(of[row] * loss.sum() for row, loss in zip(update, losses, strict=True)) / sum(map(len, losses))
+        count = sum(map(len, losses)) if items is None else items[number]
+        assert 0 <= count - sum(map(len, losses)) <= len(update)
+        loss = sum(weights[row] * loss.sum() for row, loss in zip(update, losses, strict=True)) / count
         model.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -53,12 +56,32 @@ def descended(start, rows, updates, weights) -> dict[str, torch.Tensor]:
     return weights_of(model)
 
 
-def watched(trainer, callback, **options) -> list[list[int]]:
-    """Train; the positions of the rows of each update."""
-    witness = Witness(trainer)
+class Counting(Witness):
+    """Sees what the trainer divides losses by, too."""
+
+    items = 0
+
+    def on_train_begin(self, *arguments, **options):
+        super().on_train_begin(*arguments, **options)
+        self.counts = []
+
+    def _training_step(self, model, inputs, *rest):
+        self.items = int(rest[0])
+        return super()._training_step(model, inputs, *rest)
+
+    def _stepped(self, *arguments):
+        super()._stepped(*arguments)
+        self.counts.append(self.items)
+
+
+def watched(trainer, callback, items=None, **options) -> list[list[int]]:
+    """Train; the positions of the rows of each update. A list `items` is filled with the N of each."""
+    witness = Counting(trainer)
     witness.row_of = {tuple(ids): place for place, (ids, _) in enumerate(callback.pool.tokens())}
     try:
         trainer.train(**options)
     finally:
         witness.leave()
+    if items is not None:
+        items[:] = witness.counts
     return [update.rows for update in witness.updates]

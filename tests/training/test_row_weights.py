@@ -97,11 +97,11 @@ TRAINERS = {
 def test_each_step_is_that_of_the_weighted_losses_of_its_rows(tmp_path, kind, config):
     trainer = TRAINERS[kind](tmp_path, num_train_epochs=2 if len(config) > 1 else 1, **DESCENT, **config)
     start = weights_of(trainer.model)
-    callback = select(trainer, keep=1.0, policy=Fixed())
-    updates = watched(trainer, callback)
+    callback, items = select(trainer, keep=1.0, policy=Fixed()), []
+    updates = watched(trainer, callback, items)
     rows = rows_of(callback)
     assert len({row for update in updates for row in update}) > 9
-    expected = descended(start, rows, updates, TRUST)
+    expected = descended(start, rows, updates, TRUST, items)
     assert difference(weights_of(trainer.model), expected) < 2e-5
     assert difference(descended(start, rows, updates, np.ones(ROWS)), expected) > 1e-2
 
