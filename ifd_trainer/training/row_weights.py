@@ -38,7 +38,7 @@ from .pool import Pool, TrainingRow
 
 _HELD = 64  # batches whose losses are kept where they were computed
 _CHUNK = 4096  # tokens whose logits are read at once, where nothing is trained by it
-_TOLERANCE = 0.02  # of the loss that a trainer makes of the weighted one: models compute in bfloat16
+_TOLERANCE = 0.02  # of a loss that a trainer makes of the weighted ones: models compute in bfloat16
 _TOLD_APART = 0.1  # from which difference on, a weighted loss is told from one without weights
 
 
@@ -243,8 +243,8 @@ class RowLosses:
             return
         loss = loss[0] if isinstance(loss, tuple) else loss
         share = float(loss.detach()) * (float(torch.as_tensor(items).sum()) if items is not None else hook.count)
-        scales = {1, trainer.accelerator.num_processes}
-        if not any(abs(share / scale - weighted) <= _TOLERANCE * abs(weighted) for scale in scales):
+        rounding = _TOLERANCE * max(abs(plain), abs(weighted))
+        if not any(abs(share / scale - weighted) <= rounding for scale in (1, trainer.accelerator.num_processes)):
             raise UserError(
                 f"The loss that {type(trainer).__name__} computes is not that of the model's tokens, of which rows "
                 f"could be weighted: it is {share:.6g} in sum, where weighted rows have {weighted:.6g} and rows "

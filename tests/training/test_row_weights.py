@@ -433,6 +433,15 @@ def test_a_trainer_that_only_looks_is_not_in_the_way(tmp_path):
     assert len(trainer.seen) == 6
 
 
+@pytest.mark.parametrize("kind", ["sft", "plain"])
+def test_rows_without_weight_teach_nothing(tmp_path, kind):
+    trainer = TRAINERS[kind](tmp_path, num_train_epochs=1, **DESCENT)
+    start = weights_of(trainer.model)
+    select(trainer, keep=4, policy=Fixed((0.0,) * ROWS))
+    trainer.train()
+    assert difference(weights_of(trainer.model), start) < 1e-7
+
+
 def test_a_step_that_goes_another_way_is_refused(tmp_path):
     trainer = sft_trainer(tmp_path, ROWS)
     trainer.training_step = trainer.training_step  # bound to the class as it was before
