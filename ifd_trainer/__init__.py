@@ -20,7 +20,9 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.facility_location import Diverse
     from .method.guard import Guard
     from .method.hierarchical import Hierarchical
+    from .method.infobatch import InfoBatch
     from .method.iterit import IterIT
+    from .method.kakurenbo import Kakurenbo
     from .method.knowledge import hard_or_wrong, wilson_interval
     from .method.pairing_test import PairingTest
     from .method.ranking import Ranking
@@ -31,6 +33,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.stratified import Mixture, Stages, Stratified
     from .method.target_set import TargetSet
     from .method.unfinished import Unfinished
+    from .method.weighted import Weighted
     from .report.page import write_report
     from .scoring.image_scorer import ImageIFDScorer
     from .scoring.knowledge import KnowledgeScorer
@@ -57,7 +60,9 @@ _HOME = {
         "method.facility_location": ("Diverse",),
         "method.guard": ("Guard",),
         "method.hierarchical": ("Hierarchical",),
+        "method.infobatch": ("InfoBatch",),
         "method.iterit": ("IterIT",),
+        "method.kakurenbo": ("Kakurenbo",),
         "method.knowledge": ("hard_or_wrong", "wilson_interval"),
         "method.pairing_test": ("PairingTest",),
         "method.ranking": ("Ranking",),
@@ -68,6 +73,7 @@ _HOME = {
         "method.stratified": ("Mixture", "Stages", "Stratified"),
         "method.target_set": ("TargetSet",),
         "method.unfinished": ("Unfinished",),
+        "method.weighted": ("Weighted",),
         "report.page": ("write_report",),
         "scoring.image_scorer": ("ImageIFDScorer",),
         "scoring.knowledge": ("KnowledgeScorer",),

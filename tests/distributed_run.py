@@ -38,9 +38,10 @@ from tiny_runs import (
     weights_of,
 )
 from transformers import Trainer, TrainerCallback
+from weighted_steps import DESCENT, watched
 
 import ifd_trainer.training.pool_scorer as pool_scorer_module
-from ifd_trainer import Brief, Guard, IFDSelectionCallback, PairingTest, TargetSet, Unfinished
+from ifd_trainer import Brief, Guard, IFDSelectionCallback, InfoBatch, PairingTest, TargetSet, Unfinished
 from ifd_trainer.data.encoding import token_count
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.scoring.processes import run_shares
@@ -82,6 +83,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"keep": 6, "warmup_epochs": 1, "warmup": Brief(clusters=4, per_cluster=2, max_share=0.4), "start_anew": True},
         {"num_train_epochs": 2},
     ),
+}
+
+# Rows that weigh differently, and losses of rows, under DDP; of these the weights are written down too.
+WEIGHTED: dict[str, dict[str, Any]] = {
+    "weighted": {"gradient_accumulation_steps": 2},
+    "weighted_packed": {"packing": True, "max_length": 96, "per_device_train_batch_size": 1},
 }
 
 # Cases that run with sharded weights too; in the last one the processes have unequal numbers of batches.
@@ -231,6 +238,16 @@ def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> d
     }
 
 
+def weighted(case: str, folder: Path) -> list[list[int]]:
+    """Train on rows that weigh differently; the positions of the rows of each update on this process."""
+    trainer = sft_trainer(folder, ROWS, num_train_epochs=1, **DESCENT, **WEIGHTED[case])
+    callback = select(trainer, keep=0.75, policy=InfoBatch(), train_losses=True)
+    updates = watched(trainer, callback)
+    if trainer.is_world_process_zero():
+        torch.save(weights_of(trainer.model), folder / "weights.pt")
+    return updates
+
+
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The trained weights, gathered where each process holds a part of them."""
     if not trainer.is_deepspeed_enabled:
@@ -262,6 +279,8 @@ def main(folder: Path, cases: Iterable[str] = tuple(CASES), kind: dict[str, Any]
         found[name] = {**run(case, folder / case, **options), "written": sorted(set(written))}
         faulthandler.cancel_dump_traceback_later()
         written.clear()
+    if kind is None:
+        found["weighted"] = {case: weighted(case, folder / case) for case in WEIGHTED}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 

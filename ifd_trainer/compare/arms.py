@@ -10,7 +10,7 @@ from typing import Any
 from ..data.paths import folder_name
 from ..errors import UserError
 from ..evaluation.measured import BASELINE
-from ..method.further_scores import LOSS_CHANGE, further_names
+from ..method.further_scores import OF_A_RUN, further_names
 
 # What an arm's own keys stand on. The column of "balanced" is named for all arms, and of no use to the others.
 _PLAIN = {"method": "dynamic", "guards": "none", "policy": "cherry", "balance_by": ""}
@@ -89,7 +89,8 @@ def read_arms(
         balance_by: the column whose values "balanced" draws evenly.
         superfilter: the model that scores for "superfiltering".
         target_set: the examples that rows are held against for "target".
-        scores: further scores of the recipe. An arm that scores once, before training, goes without `loss_change`.
+        scores: further scores of the recipe. An arm that scores once, before training, goes without those that
+            compare the scorings of a run.
         every_steps: of the recipe. An arm whose scores do not change within an epoch goes without it.
 
     Raises:
@@ -133,9 +134,9 @@ def read_arms(
             if not keys["scorer"]:
                 raise UserError("arms: superfiltering scores with a small model: name it with superfilter: gpt2.")
         keys |= own
-        if LOSS_CHANGE in scores and keys.get("scorer") and "scores" not in own:
+        if {*OF_A_RUN} & {*scores} and keys.get("scorer") and "scores" not in own:
             # Without another one a score that is always there: a key of a command line needs a value.
-            keys["scores"] = [each for each in scores if each != LOSS_CHANGE] or ["ifd"]
+            keys["scores"] = [each for each in scores if each not in OF_A_RUN] or ["ifd"]
         if every_steps and "every_steps" not in own and _scores_by_epoch(keys):
             keys["every_steps"] = 0
         arms.append(arm_of(str(name), keys))
@@ -163,12 +164,13 @@ def arm_of(name: str, keys: Mapping[str, Any]) -> Arm:
 
 def left_out_of_arms(arms: Iterable[Arm], scores: str | Sequence[str] | None) -> str:
     """What to say of a recipe's further scores that some arms go without; "" where all have them."""
-    without = [arm.name for arm in arms if arm.keys.get("scorer") and LOSS_CHANGE not in (arm.keys.get("scores") or ())]
-    if LOSS_CHANGE not in further_names(scores, in_training=True) or not without:
+    asked = [name for name in further_names(scores, in_training=True) if name in OF_A_RUN]
+    without = [arm.name for arm in arms if arm.keys.get("scorer") and not {*asked} & {*(arm.keys.get("scores") or ())}]
+    if not asked or not without:
         return ""
     return (
-        f"scores: {LOSS_CHANGE} is how the losses of the model in training change; rows are scored once, before it, in "
-        f"the arms {_names(without)}, which go without."
+        f"scores: {' and '.join(asked)} is how the losses of the model in training change; rows are scored once, "
+        f"before it, in the arms {_names(without)}, which go without."
     )
 
 

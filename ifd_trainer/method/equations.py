@@ -89,14 +89,14 @@ def rifd(rcas: ArrayLike, rdas: ArrayLike) -> np.ndarray:
     return ifd(rcas, rdas)
 
 
-def loss_change(cas: ArrayLike, first: ArrayLike) -> np.ndarray:
-    """How a conditioned answer score has changed since the first scoring, cas - first, nats per token.
+def loss_change(cas: ArrayLike, earlier: ArrayLike) -> np.ndarray:
+    """How a conditioned answer score has changed since an earlier scoring, cas - earlier, nats per token.
 
     >>> float(loss_change(1.5, 2.0))
     -0.5
     """
-    cas, first = _pair(cas, first)
-    return _finite(cas) - _finite(first)
+    cas, earlier = _pair(cas, earlier)
+    return _finite(cas) - _finite(earlier)
 
 
 def mean_loss(loss: ArrayLike) -> np.ndarray:

@@ -24,6 +24,7 @@ from .columns import IFD_COLUMNS
 
 PROMPT, REVERSED, REVERSED_DIRECT = "prompt", "rcas", "rdas"  # losses that are measured for further scores alone
 LOSS_CHANGE = "loss_change"
+RECENT_CHANGE = "recent_loss_change"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,12 @@ FURTHER = {
         "cas less the cas of the row's first scoring in the run, nats per token: below 0 the answer became easier; in "
         "training alone"
     ),
+    RECENT_CHANGE: FurtherScore(
+        "cas less the cas of the run's scoring before, nats per token: above 0 the answer became harder; in training "
+        "alone"
+    ),
 }
+OF_A_RUN = (LOSS_CHANGE, RECENT_CHANGE)  # which compare the scorings of a run
 SCORED_BY_MODEL = tuple(name for name, score in FURTHER.items() if score.of)  # all that a single scoring can give
 
 
@@ -85,7 +91,7 @@ def further_names(scores: str | Iterable[str] | None, in_training: bool = False)
     for name in names:
         if name in known or name in IFD_COLUMNS:
             continue
-        if name == LOSS_CHANGE:
+        if name in OF_A_RUN:
             raise UserError(f"scores: {name} compares the scorings of a run, so it is one of the callback's alone.")
         near = difflib.get_close_matches(str(name), [*known, *IFD_COLUMNS], n=1)
         hint = f", did you mean {near[0]!r}?" if near else "."

@@ -48,6 +48,7 @@ SHORTER_ANSWER = "shorter_answer"  # the budget was spent on longer answers
 HIGHER_SCORE = "higher_score"  # the budget was spent on easier rows
 UNSTABLE = "unstable"  # among the candidates, but other scores change less when rows are disturbed
 LESS_ALIKE = "less_like_targets"  # the budget was spent on rows that are more like the examples of a target set
+HIDDEN = "hidden"  # of a policy that trains on all rows but the learnt ones: this one is
 LESS_PREFERRED = "less_preferred"  # of a cascade: other rows have higher values in the column that comes first
 OUTSIDE_BAND = "outside_band"  # score outside the percentiles that were asked for, or the budget was spent
 UNFINISHED = "unfinished"  # of a guard: the answer stops before its end
@@ -75,6 +76,7 @@ MEANINGS = {
     NOT_DRAWN: "not drawn",
     SHORTER_ANSWER: "dropped: other answers are longer",
     HIGHER_SCORE: "dropped: other rows have lower scores",
+    HIDDEN: "hidden: its loss is low, and others are not learnt yet",
     UNSTABLE: "dropped: the scores of other candidates change less among their neighbours",
     OUTSIDE_BAND: "dropped: outside the band of scores",
     LESS_ALIKE: "dropped: other rows are more like the targets",

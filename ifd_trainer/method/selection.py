@@ -31,7 +31,9 @@ class Policy(Protocol):
     What it has of these attributes is used: `score`, the column that it ranks by ("ifd" without it), `max_ifd` (a
     limit, or a `CalibratedLimit` to measure one), `on_shortfall` ("error": too few rows end the run), `reads_scores`
     (False: it needs statuses, answer lengths and columns of the data set alone, and the pool is not scored for it),
-    `in_epoch(epoch)` (the policy of that epoch, where they differ).
+    `reads` (names of further scores that it needs), `gives_weights` (True: its rows may weigh differently in the loss,
+    so that a trainer in which they cannot is refused at once), `in_epoch(epoch)` (the policy of that epoch, where they
+    differ).
 
     >>> def hardest(columns, budget, *, ids=None, rng=None):
     ...     kept = np.argsort(-np.nan_to_num(columns["cas"], nan=-np.inf), kind="stable")[:budget]
@@ -84,6 +86,8 @@ class Selection:
         shortfall: budget minus eligible, 0 if there were enough.
         tier: (n,) the number of each row's tier in a curriculum, -1 for a row in none; None without a curriculum.
         parts: of a curriculum, `kept` by the number of the tier, the one with the highest scores first.
+        weights: (budget,) what the loss of each kept row is multiplied by in training, at least 0, the same for all
+            repeats of a row; None where all are 1. See `training.row_weights`.
     """
 
     kept: np.ndarray
@@ -93,6 +97,7 @@ class Selection:
     shortfall: int
     tier: np.ndarray | None = None
     parts: Mapping[int, np.ndarray] = field(default_factory=dict)
+    weights: np.ndarray | None = None
 
     @classmethod
     def whole_pool(cls, rows: int) -> Selection:
@@ -123,13 +128,25 @@ class Selection:
         reasons[np.setdiff1d(chosen, kept)] = OTHER_TIER
         for number in sorted(tiers, key=lambda number: (number in trained, -number)):  # the last one stands
             tier[tiers[number]] = number
-        return replace(self, kept=kept, reasons=reasons, cut=float(score[kept].min()), tier=tier, parts=parts)
+        by_row = self.row_weights
+        weights = None if by_row is None else by_row[kept]
+        cut = float(score[kept].min())
+        return replace(self, kept=kept, reasons=reasons, cut=cut, tier=tier, parts=parts, weights=weights)
 
     @property
     def rows(self) -> np.ndarray:
         """Positions kept, each once, highest score first."""
         _, first = np.unique(self.kept, return_index=True)
         return self.kept[np.sort(first)]
+
+    @property
+    def row_weights(self) -> np.ndarray | None:
+        """(n,) what the loss of each row is multiplied by, NaN for rows that are not kept; None where all are 1."""
+        if self.weights is None or (np.asarray(self.weights) == 1).all():
+            return None
+        weights = np.full(len(self.reasons), np.nan)
+        weights[self.kept] = self.weights
+        return weights
 
 
 @dataclass(frozen=True)

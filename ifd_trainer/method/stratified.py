@@ -61,6 +61,7 @@ class _Within:
         if not (isinstance(self.by, str) and self.by):
             raise UserError(f"by is the name of a column, such as 'source', got {self.by!r}.")
         weighs_others = isinstance(self.policy, (type, _Within, Diverse, Hierarchical, IterIT, TargetSet))
+        weighs_others = weighs_others or getattr(self.policy, "gives_weights", False)  # of rows that it draws itself
         if not callable(self.policy) or weighs_others:
             raise UserError(
                 "policy is one that ranks each row by itself, such as Cherry(), RandomRows() or LongestAnswers(); got "

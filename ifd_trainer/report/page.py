@@ -414,6 +414,8 @@ def _length_caption(epochs: Mapping[Any, pd.DataFrame], score: str) -> str:
 
 _ROW_COLUMNS = {
     "times": "Times: how often the epoch trains on the row.",
+    "weight": "Weight: what the row's loss is multiplied by in training.",
+    "train loss": "Train loss: mean loss of the row's trained tokens, nats, in the forwards that trained on it.",
     "p value": "P value: of the pairing test, high where the answer fits other prompts as well as its own.",
     "eot loss": "Eot loss: of the end-of-turn token behind the answer, in nats; high where it comes unexpected.",
     "duplicate of": "Duplicate of: the row that says the same and stands for this one.",
@@ -527,9 +529,11 @@ def _row_table(
     of_guard = _OF_REASON.get(part["reason"].iloc[0]) if "reason" in part and part["reason"].nunique() == 1 else None
     of_guard = of_guard if of_guard in part else None
     repeated = "times" in part and (part["times"] > 1).any()
+    of_training = [name for name in ("weight", "train_loss") if name in part and part[name].notna().any()]
     headers = ["row", *(["why"] if reason else []), *(SCORE_NAMES.get(name, name) for name in values)]
     headers += [*([of_guard.replace("_", " ")] if of_guard else [])]
     headers += [*(["tokens"] if counted else []), *(["times"] if repeated else [])]
+    headers += [name.replace("_", " ") for name in of_training]
     headers += [str(data.labels.name)] if data.labels is not None else []
     lines = []
     for row in shown.to_dict("records"):
@@ -539,6 +543,7 @@ def _row_table(
         cells += [_shown(row[of_guard])] if of_guard else []
         cells += [number_text(row["answer_tokens"], 0)] if counted else []
         cells += [str(row["times"])] if repeated else []
+        cells += [number_text(row[name], 3) for name in of_training]
         cells += [str(data.labels.get(row["key"], "(none)"))] if data.labels is not None else []
         lines.append({"cells": cells, "texts": texts_of(data.details, row["key"])})
     words = " ".join(_ROW_COLUMNS[header] for header in headers if header in _ROW_COLUMNS)

@@ -22,6 +22,7 @@ from ..method.number_words import many, rounded_below
 from ..method.reasons import (
     ABOVE_LIMIT,
     BELOW_CUT,
+    HIDDEN,
     HIGHER_SCORE,
     KEPT,
     LESS_ALIKE,
@@ -39,10 +40,12 @@ from ..training.history import History
 MISSING = "-"
 WITHOUT_GUARDS = ", without guards"  # behind the name of an epoch: what its scores would have kept
 _OF_GUARDS = ("kept_without_guards", "p_value", "duplicate_of")
+_OF_TRAINING = ("weight", "train_loss")  # of a run: what a row weighed in the loss, and what its loss was
 _OF_LIKENESS = "target_status"
 _BESIDE = (*_OF_GUARDS, "ifd_rank")  # columns that are taken over as they are
 _PASSED_OVER = (
     BELOW_CUT,
+    HIDDEN,
     HIGHER_SCORE,
     LESS_ALIKE,
     NOT_DRAWN,
@@ -109,7 +112,8 @@ def _with_choice(rows: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
             counted = name == "reason" and "times" in frame  # beside `ifd_reason`, it is a column of the data set's own
             rows["times"] = np.nan_to_num(_floats(frame["times"])).astype(int) if counted else kept.astype(int)
             rows["kept"] = rows["times"] > 0
-            rows = rows.assign(**{column: frame[column].to_numpy() for column in _BESIDE if column in frame})
+            beside = (*_BESIDE, *(_OF_TRAINING if counted else ()))
+            rows = rows.assign(**{column: frame[column].to_numpy() for column in beside if column in frame})
             break
     return rows
 

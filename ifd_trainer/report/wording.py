@@ -209,6 +209,8 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
     if shortfall := policy.get("on_shortfall"):
         facts.append(("With too few such rows", _SHORTFALL.get(shortfall, str(shortfall))))
     facts.append(("Policy", as_text(policy) if policy else "not recorded"))
+    if settings.get("row_weights"):
+        facts.append(("Weights in the loss", f"the column {settings['row_weights']}"))
     if "guard" in settings:
         facts.append(("Guards", _guards_in_words(guards_of(settings)) or "none"))
     if kinds.brief:
@@ -262,6 +264,16 @@ def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
         share, below = policy["share"], f", of those below {limit}" if limit else ""
         left = f"{share:,} rows" if isinstance(share, int) else f"{100 * share:g} % of the rows"
         return f"of the {left} with the highest {policy['by']}, those with the highest {score}{below}"
+    if policy.get("type") == "InfoBatch":
+        return (
+            f"all rows with at least the mean {score}, and some of the others, drawn, whose losses weigh so much more "
+            "that all of them count"
+        )
+    if policy.get("type") == "Kakurenbo":
+        return (
+            f"all rows but those with the lowest {score}: hidden first are rows whose answers have a probability of "
+            f"{policy.get('tau')} by token, and whose loss did not rise"
+        )
     if policy.get("type") == "Diverse":
         share = policy.get("share")
         of = f"{share:,} " if isinstance(share, int) else f"{100 * share:g} % of the " if share else ""

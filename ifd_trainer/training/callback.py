@@ -63,10 +63,12 @@ from .options import (
     needs_answers,
     of_whole_rows,
     reads_scores,
+    without_weights,
 )
 from .pool import Pool, TrainingRow
 from .pool_line import RowsBefore, pool_line, rows_before, save_left_out
 from .row_chooser import RowChooser
+from .row_weights import TrainLosses, check_weighable
 from .selection_run import SelectionRun
 from .trackers import log_histograms
 from .trainer_checks import check_timing, sampling_strategy
@@ -168,6 +170,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
     ) -> None:
         check_options(scorer, seed, order)
         self.policy, self.timing, self.scoring = groups_of(policy, timing, scoring, max_ifd, more)
+        self.policy, self.weighted = without_weights(self.policy)
         self.schedule = as_schedule(keep if schedule is None else schedule)
         self.restart = self.timing.restart
         self.guard = guard_of(guard, self.policy, self.timing, scorer, max_ifd is not None)
@@ -185,6 +188,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.run = SelectionRun()
         check_timing(trainer, self.timing)
         check_parts(self.policy, self.timing, self.schedule, scorer)
+        if self.weighted is not None or getattr(self.policy, "gives_weights", False):
+            check_weighable(trainer, f"policy={self.weighted or self.policy!r}")
+        if self.scoring.train_losses:
+            check_weighable(trainer, "train_losses=True")
+        if self.weighted is not None:
+            trainer.selection_pool.column(self.weighted.by)  # if there is none, this is the time to say so
         if isinstance(self.policy, Diverse) and trainer.selection_pool.packed:
             raise UserError(
                 "diverse= chooses examples that stand for others, whatever their length: how many of them fill a "
@@ -388,13 +397,19 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        losses = self.run.losses.harvested = TrainLosses(len(self.pool)) if self.scoring.train_losses else None
         if (saved := self._restored) is not None and saved["epoch"] == epoch:
             part = saved.get("part")  # of an epoch in parts; earlier releases had none
             self.run.begin(self._parts_of(epoch, part is not None), part or 0)
-            self.run.select(self._restored_order())  # inside an epoch, or a part of one, nothing is scored again
+            self.run.select(*self._restored_order())  # inside an epoch, or a part of one, nothing is scored again
+            if losses is not None:
+                losses.from_arrays(self._restored_arrays)
         else:
             self._select(epoch, self._parts_of(epoch, self.chooser.frozen is None))
         self._epoch, self._ended, self._training_since = epoch, False, time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.losses.check_seen(self.trainer)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ended = not control.should_training_stop  # a run that is stopped may go on inside this epoch
@@ -415,8 +430,13 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         record = self.history.record(self._epoch) or {}
         said = record.get("trained")  # by a run that stopped inside this epoch, and was resumed
         self._note(trained=len(trained), seconds_training=time.perf_counter() - self._training_since)
+        times = self._times(trained)
         if record and len(trained) != (planned if said is None else said) and state.is_world_process_zero:
-            self.history.correct(self._epoch, self._times(trained), record.get("part"))
+            self.history.add_column(self._epoch, "times", times, record.get("part"))
+        self.gather()
+        if (losses := self.run.losses.harvested) is not None and record and state.is_world_process_zero:
+            means = np.where(times > 0, losses.means(), np.nan)
+            self.history.add_column(self._epoch, "train_loss", means, record.get("part"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.restart is not None and state.global_step >= self.plan.max_steps:
@@ -516,14 +536,18 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 noted = first.look_at(scores, share)
             self.chooser.take(scores, epoch, ids, self._prefix, self.seed)
         selection = self.chooser.choose(wanted, ids, self.seed, step > 0, self._prefix)
+        if self.weighted is not None:
+            selection = self.weighted.weigh(selection, self.pool.column(self.weighted.by), ids)
+        if selection.row_weights is not None:
+            check_weighable(self.trainer, f"A policy with weights ({self.policy!r})")
         self.pool_scorer.release()
         seconds = time.perf_counter() - began if scored or wanted.source == "brief" else 0.0
         scores = self._recorded(wanted.source)
         if epoch == self.restart and not number:
             start_anew(self.trainer, self._original)
             self.chooser.trained[:] = False  # the weights know no row of the brief experience
-        order = self._agree(selection, wanted, epoch)
-        self.run.select([*earlier, *order])
+        order, weights = self._agree(selection, wanted, epoch)
+        self.run.select([*earlier, *order], weights)
         if self.trainer.state.is_world_process_zero:
             self.chooser.warn(selection, name)
         values = self.chooser.values(scores)
@@ -597,8 +621,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         scores = self.pool_scorer.scores(self._prefix, description, rows)
         return scores if rows is None else scores.placed(rows, self.scores.answer_tokens, NOT_SCORED)
 
-    def _agree(self, selection: Selection, wanted: EpochRows, epoch: int) -> list[TrainingRow]:
-        """The order of this epoch, or of this part of one, the same on every process."""
+    def _agree(
+        self, selection: Selection, wanted: EpochRows, epoch: int
+    ) -> tuple[list[TrainingRow], np.ndarray | None]:
+        """The order of this epoch, or of this part of one, and what its rows weigh (n,), the same on every process."""
         parts = [(selection.kept, wanted.budget)]
         if wanted.tiers:
             parts = [(selection.parts[tier.number], tier.rows) for tier in wanted.tiers if tier.trained]
@@ -607,12 +633,12 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             rows = [row for part, budget in parts for row in self.pool.arrange(part, budget)]
         lengths = self.pool.lengths(selection.kept)
         seed = int(np.random.SeedSequence([self.seed, epoch, *wanted.seeds[1:]]).generate_state(1)[0])
-        order = batch_order(self.trainer, rows, lengths, self.order, seed)
+        order, weights = batch_order(self.trainer, rows, lengths, self.order, seed), selection.row_weights
         if self.trainer.accelerator.num_processes > 1:
-            shared = [order]
+            shared = [order, weights]
             torch.distributed.broadcast_object_list(shared, src=0)
-            order = shared[0]
-        return order
+            order, weights = shared
+        return order, weights
 
     # ---- records ------------------------------------------------------------------------------------------------
 
@@ -621,6 +647,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         limit = self.chooser.max_ifd
         return {
             "policy": self.policy,
+            "row_weights": None if self.weighted is None else self.weighted.by,
             "schedule": self.schedule,
             **vars(self.timing),
             "scorer": self.pool_scorer.name,
@@ -689,6 +716,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if not self._ended:  # a checkpoint of an epoch's last step comes before its end
             self.chooser.note_trained(self._times(self.run.trained(self.trainer.state.global_step)))
         arrays = self.pool.to_arrays(self.run.order)
+        losses = self.run.losses
+        arrays |= {} if losses.weights is None else {"weights": losses.weights[arrays["positions"]]}
+        arrays |= {} if losses.harvested is None or self._ended else losses.harvested.to_arrays()
         following = self._epoch + 1
         more = following < len(self.plan.epochs)
         unscored = more and (not self._rows_of(following).scored or self.chooser.frozen is not None)
@@ -705,12 +735,21 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             **{key: self.history.settings[key] for key in (*MUST_MATCH, "plan", "max_steps")},
         }
 
+    def gather(self) -> None:
+        if self.run.losses.harvested is not None:
+            self.run.losses.harvested.gather()
+
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` keeps: the epoch, what it depends on, and the digest of the file beside it."""
         return {"args": {}, "attributes": {} if self._saved is None else {"selection": self._saved}}
 
-    def _restored_order(self) -> list[TrainingRow]:
-        return self.pool.from_arrays(self._restored_arrays)
+    def _restored_order(self) -> tuple[list[TrainingRow], np.ndarray | None]:
+        """The order of an epoch that a checkpoint was written in, and what its rows weigh, (n,)."""
+        weights = None
+        if "weights" in self._restored_arrays:
+            weights = np.full(len(self.pool), np.nan)
+            weights[self._restored_arrays["positions"]] = self._restored_arrays["weights"]
+        return self.pool.from_arrays(self._restored_arrays), weights
 
     def _restore(self, state: transformers.TrainerState, checkpoint: Path) -> None:
         saved = check_resumable(self._kept_in(state), self._settings())
@@ -722,7 +761,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         sample = self.timing.warmup if self._rows_of(saved["epoch"]).source == "brief" else None
         if self.chooser.brief is None and sample is not None and sample.method != "random":
             # An earlier release kept the order alone; random rows are drawn again, the same ones.
-            self.chooser.brief = np.unique(np.concatenate([np.ravel(row) for row in self._restored_order()]))
+            self.chooser.brief = np.unique(np.concatenate([np.ravel(row) for row in self._restored_order()[0]]))
         if self.restart is not None and state.global_step <= self.plan.phases[0] and not self._original.complete:
             raise UserError(
                 f"The run stopped before training had started anew, but the original weights are not in "

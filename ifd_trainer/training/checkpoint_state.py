@@ -114,7 +114,7 @@ MUST_MATCH = ("policy", "schedule", "every", "warmup_epochs", "freeze_after", "w
 MUST_MATCH += ("every_steps",)
 MUST_MATCH += ("targets",)  # a digest of their tokens: a file may hold others now
 MUST_MATCH += ("guard", "score", "on_shortfall", "limit")  # of a policy of one's own, which need not say them otherwise
-MUST_MATCH += ("further_scores", "guess", "turns", "without")
+MUST_MATCH += ("further_scores", "guess", "turns", "without", "row_weights")
 MUST_MATCH += ("train_sampling_strategy", "seed", "id_column", "min_answer_tokens", "direct_prefix", "fingerprint")
 
 

@@ -59,6 +59,7 @@ class InParts:
                 run.sampler.drawn = list(run.order)  # by the run that wrote the checkpoint
             self._selector.begin_part(run.next_part)
             self.check_batches(self._part_loader)
+            run.losses.begin(self._part_loader, run.this_part.first_batch, self.selection_pool)
             run.sampler.watch()
             self._part_batches = iter(self._part_loader)
         elif self._part_batches is None and checkpoint is None:

@@ -4,7 +4,9 @@
                           in parts (`every_steps`) one for each part, with `part` (1 for the first), `parts` (how many
                           there are) and `left` (rows that the parts before had not trained on)
     epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on; with a
-                          curriculum its tier (0 is the one that the curriculum begins with); with guards, whether
+                          curriculum its tier (0 is the one that the curriculum begins with); where rows weigh
+                          differently in the loss their weight; with train_losses, `train_loss`, the mean loss of
+                          rows in the forwards that trained on them, once the epoch has ended; with guards, whether
                           the same scores would have kept it without them, and its p-value in the pairing test; where
                           rows have several answers, `last_cas`, `last_das` and `last_answer_tokens` of the last one,
                           which guards judge
@@ -89,10 +91,13 @@ class History:
         write_atomically(path, lambda path: rows.to_parquet(path, index=False))
         self.save()
 
-    def correct(self, epoch: int, times: np.ndarray, part: int | None = None) -> None:
-        """Say how often each row was trained on in an epoch, or a part of one, that did not train on all planned."""
+    def add_column(self, epoch: int, name: str, values: np.ndarray, part: int | None = None) -> None:
+        """Write a column of the rows of an epoch, or a part of one, in the place of one of that name.
+
+        `values`, (n,), has one for each pool row.
+        """
         path = self.rows_path(epoch, part)
-        rows = pd.read_parquet(path).assign(times=times)
+        rows = pd.read_parquet(path).assign(**{name: values})
         write_atomically(path, lambda path: rows.to_parquet(path, index=False))
 
     def save(self) -> None:
@@ -213,6 +218,9 @@ def epoch_rows(ids: np.ndarray, columns: Mapping[str, np.ndarray], selection: Se
     if selection.tier is not None:
         rows["tier"] = pd.array(selection.tier, dtype="Int64")
         rows.loc[selection.tier < 0, "tier"] = pd.NA
+    if selection.weights is not None:
+        rows["weight"] = np.nan
+        rows.loc[selection.kept, "weight"] = np.asarray(selection.weights, dtype=np.float64)
     return rows
 
 

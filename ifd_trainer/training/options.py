@@ -21,13 +21,14 @@ from ..errors import UserError
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import ORDERS, WITHOUT, TurnRule, Without
 from ..method.facility_location import Diverse
-from ..method.further_scores import FURTHER, LOSS_CHANGE, further_names
+from ..method.further_scores import FURTHER, OF_A_RUN, further_names
 from ..method.guard import Guard
 from ..method.schedule import Anneal, Curriculum, Schedule, Timing
 from ..method.selection import Cherry, Policy, eligibility
 from ..method.stratified import Mixture, Stratified
 from ..method.target_set import TargetSet
 from ..method.turns import check_turns
+from ..method.weighted import Weighted
 from ..scoring.transform import IFDScorer
 
 _Group = TypeVar("_Group")
@@ -53,6 +54,9 @@ class Scoring:
             the loss that is trained on, "mean", "min" or "max"; see `method.turns`. "last" scores the last answer of
             each row alone. Guards judge the last answer in any case.
         without: of rows with images, what the direct score leaves out: "both", image and question, or "image" alone.
+        train_losses: whether the history is to have the mean loss of each row in the forwards that trained on it, nats
+            per trained token (the end of a turn among them), as `train_loss`: NaN for rows that were not trained on. It
+            costs no forward, and is no score: weights change from step to step while these losses are made.
     """
 
     header: str | None = None
@@ -65,6 +69,7 @@ class Scoring:
     guess: str | None = None
     turns: TurnRule = "tokens"
     without: Without = "both"
+    train_losses: bool = False
 
     def __post_init__(self) -> None:
         check_turns(self.turns, none=False)
@@ -83,19 +88,25 @@ class Scoring:
 
 
 def asked_scores(policy: Policy, scoring: Scoring, scorer: Any) -> tuple[str, ...]:
-    """The further scores of a run: what its policy ranks by, and what was asked for besides.
+    """The further scores of a run: what its policy ranks by and reads, and what was asked for besides.
 
     Raises:
         UserError: for how losses change where the model that scores is not trained.
     """
     ranked_by = getattr(policy, "score", None)
     ranked_by = [ranked_by] if isinstance(ranked_by, str) and ranked_by in FURTHER else []
-    names = further_names([*ranked_by, *scoring.scores], in_training=True)
-    if LOSS_CHANGE in names and scorer is not None:
+    names = further_names([*ranked_by, *getattr(policy, "reads", ()), *scoring.scores], in_training=True)
+    of_a_run = [name for name in OF_A_RUN if name in names]
+    if of_a_run and scorer is not None:
         raise UserError(
-            f"{LOSS_CHANGE} is how the model in training changes, and scorer={scorer!r} is not trained: leave one out."
+            f"{of_a_run[0]} is how the model in training changes, and scorer={scorer!r} is not trained: leave one out."
         )
     return names
+
+
+def without_weights(policy: Policy) -> tuple[Policy, Weighted | None]:
+    """What chooses the rows, and what weighs the chosen ones by a column, if a policy does."""
+    return (policy.policy, policy) if isinstance(policy, Weighted) else (policy, None)
 
 
 def needs_answers(

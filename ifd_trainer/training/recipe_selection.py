@@ -23,11 +23,13 @@ from ..method import controls
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.cascade import Cascade
-from ..method.choices import CASCADE, CONTROLS, GUARDS, MEASURING_GUARDS, TARGET
+from ..method.choices import BY_LOSS, CASCADE, CONTROLS, GUARDS, MEASURING_GUARDS, TARGET
 from ..method.duplicates import Duplicates
 from ..method.facility_location import Diverse
 from ..method.further_scores import further_names
 from ..method.guard import Guard
+from ..method.infobatch import InfoBatch
+from ..method.kakurenbo import Kakurenbo
 from ..method.pairing_test import PairingTest
 from ..method.quotas import REST, parse_amounts
 from ..method.ranking import Ranking
@@ -38,6 +40,7 @@ from ..method.soft_sampling import SoftSampling
 from ..method.stratified import Mixture, Stages, Stratified
 from ..method.target_set import TargetSet
 from ..method.unfinished import Unfinished
+from ..method.weighted import Weighted
 from .callback import IFDSelectionCallback
 from .options import Scoring, asked_scores, check_parts, guard_of, reads_scores
 from .recipe_selection_keys import SelectionKeys
@@ -141,7 +144,8 @@ class SelectionConfig(SelectionKeys):
         idle |= self._idle_guards()
         by_score = getattr(self.chosen_policy(), "reads_scores", True) and self.policy != TARGET
         limited = self.policy in (TARGET, CASCADE)
-        limits = (() if limited else ("max_ifd", "on_shortfall")) + (() if by_score else ("score",))
+        limits = () if limited else ("max_ifd", "on_shortfall")
+        limits += ("score",) if not by_score or self.policy in BY_LOSS else ()
         idle |= {"policy: balanced": ("balance_by",)} if self.policy != "balanced" else {}
         idle |= {f"policy: {TARGET}": ("target_set",)} if self.policy != TARGET else {}
         idle |= {"policy: cherry": (*limits, "temperature")} if self.policy != "cherry" else {}
@@ -273,6 +277,8 @@ class SelectionConfig(SelectionKeys):
             limit = self._limit() if self.max_ifd == CALIBRATED else self.max_ifd
             share = _share("cascade_share", self.cascade_share)
             return Cascade(self.cascade_by, share, limit, self._score(), self.on_shortfall)
+        if self.policy in BY_LOSS:
+            return {"infobatch": InfoBatch, "kakurenbo": Kakurenbo}[self.policy]()
         if self.policy in CONTROLS:
             control = getattr(controls, CONTROLS[self.policy])
             if self.policy == "balanced":
@@ -315,6 +321,7 @@ class SelectionConfig(SelectionKeys):
     def scoring(self, embedder: Any = None) -> Scoring:
         """How the rows are scored; prompts are embedded by `embedder`, unless the recipe names another."""
         given = {"scores": tuple(self.scores), "guess": self.guess, "turns": self.turns, "without": self.without}
+        given["train_losses"] = self.train_losses
         return Scoring(None, self.min_answer_tokens, self.token_budget, self.embedder or embedder, **given)
 
     def further(self) -> tuple[str, ...]:
@@ -359,10 +366,11 @@ class SelectionConfig(SelectionKeys):
                 f"definition={self.definition!r}) before they go to the trainer, and pass that as scorer=."
             )
         scored = self.scorer if scorer is None else None if self.only_embeds else "columns"
+        policy = self.chosen_policy() if policy is None else policy
         return IFDSelectionCallback(
             trainer,
             schedule=self.schedule(),
-            policy=self.chosen_policy() if policy is None else policy,
+            policy=Weighted(self.row_weights, policy) if self.row_weights else policy,
             timing=self.timing(),
             guard=self.guard(),
             scoring=self.scoring(embedder=scorer),
@@ -422,7 +430,7 @@ def _imported(key: str, path: str) -> Any:
 def _own_policy(path: str) -> Policy:
     """The policy with a dotted path: what the name stands for, or, of a class, one made without arguments."""
     if "." not in path:
-        known = ", ".join(("cherry", TARGET, *CONTROLS))
+        known = ", ".join(("cherry", TARGET, *BY_LOSS, *CONTROLS))
         raise UserError(f"policy: {path!r} is none of {known}; one of your own is written as module.Name.")
     policy = _imported("policy", path)
     if isinstance(policy, type):

@@ -239,8 +239,10 @@ class SelectionKeys:
         default="cherry",
         metadata={
             "help": f"Which rows are kept: cherry (the highest scores under the limit), {TARGET} (those most like "
-            f"target_set), {CASCADE} (the highest scores among the rows that cascade_by ranks first), one of the "
-            f"controls {', '.join(CONTROLS)}, or a policy of your own as module.Name (of a module beside the recipe).",
+            f"target_set), {CASCADE} (the highest scores among the rows that cascade_by ranks first), infobatch (rows "
+            "below the mean loss are drawn, and count for the others), kakurenbo (all but the rows with the lowest "
+            f"loss that are learnt), one of the controls {', '.join(CONTROLS)}, or a policy of your own as module.Name "
+            "(of a module beside the recipe).",
             "metavar": "NAME",
         },
     )
@@ -332,6 +334,13 @@ class SelectionKeys:
         default="0.5",
         metadata={"help": "How much of the pool it leaves: a fraction, or a number of rows.", "metavar": "X"},
     )
+    row_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "A column of numbers of at least 0 that the loss of each row is multiplied by in training.",
+            "metavar": "COLUMN",
+        },
+    )
     on_shortfall: str = field(
         default="repeat",
         metadata={
@@ -406,6 +415,13 @@ class SelectionKeys:
         default=1, metadata={"help": "Rows with shorter answers are not scored.", "metavar": "N"}
     )
     token_budget: int | None = field(default=None, metadata={"help": "Tokens of a scoring batch.", "metavar": "N"})
+    train_losses: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the history have the loss of each row in the forwards that train on it.",
+            "metavar": "true",
+        },
+    )
     label: str | None = field(
         default=None,
         metadata={

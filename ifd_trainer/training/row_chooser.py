@@ -24,7 +24,7 @@ from ..method.duplicates import representatives
 from ..method.equations import loss_change
 from ..method.error_rate import least_measured
 from ..method.facility_location import EMBEDDING, Diverse
-from ..method.further_scores import FURTHER, LOSS_CHANGE
+from ..method.further_scores import FURTHER, LOSS_CHANGE, RECENT_CHANGE
 from ..method.guard import GUARD_REASONS, Guard
 from ..method.iterit import ANSWER_TEXT
 from ..method.number_words import many
@@ -243,12 +243,16 @@ class RowChooser:
         self.last = Scored(scores, epoch, measured, found)
 
     def _compared(self, scores: Scores) -> Scores:
-        """Scores with how losses have changed since each row's first scoring, where that was asked for."""
-        if LOSS_CHANGE not in self.further:
-            return scores
-        first = scores.cas if self.first_cas is None else self.first_cas
-        self.first_cas = np.where(np.isfinite(first), first, scores.cas)
-        return replace(scores, further={**scores.further, LOSS_CHANGE: loss_change(scores.cas, self.first_cas)})
+        """Scores with how losses have changed, since each row's first scoring and since the one before, as asked."""
+        changes = {}
+        if LOSS_CHANGE in self.further:
+            first = scores.cas if self.first_cas is None else self.first_cas
+            self.first_cas = np.where(np.isfinite(first), first, scores.cas)
+            changes[LOSS_CHANGE] = loss_change(scores.cas, self.first_cas)
+        if RECENT_CHANGE in self.further:
+            before = np.full(len(scores), np.nan) if self.last is None else self.last.scores.cas
+            changes[RECENT_CHANGE] = loss_change(scores.cas, before)
+        return replace(scores, further={**scores.further, **changes}) if changes else scores
 
     def take_unscored(self, rows: Scores, epoch: int) -> None:
         """Take what is known of rows that are not scored, since nothing reads their scores."""
@@ -389,11 +393,12 @@ class RowChooser:
     def _repeated_evenly(self, selection: Selection, rng: np.random.Generator) -> Selection:
         """The same rows; what is repeated is so from the whole epoch, no row twice before all of them once.
 
-        Packed rows are filled with repeats as whole epochs are, and so are shares of a column's values.
+        Packed rows are filled with repeats as whole epochs are, and so are shares of a column's values, and rows whose
+        weights say how often they are repeated.
         """
         rows = selection.rows
         missing = len(selection.kept) - len(rows)
-        if not missing or self.pool.packed or base(self.policy) is not self.policy:
+        if not missing or self.pool.packed or base(self.policy) is not self.policy or selection.weights is not None:
             return selection
         more = np.array(repeated([*self.earlier, *rows.tolist()], missing, rng), dtype=np.int64)
         reasons = selection.reasons.copy()
@@ -621,9 +626,26 @@ def _checked(selection: Any, budget: int, rows: int, policy: Policy) -> Selectio
         )
     if reasons.shape != (rows,):
         raise UserError(f"A Selection has a reason for each of {rows} rows, but {policy!r} gave {reasons.shape}.")
+    _check_weights(selection, kept, policy)
     if len(kept) != budget:
         raise UserError(
             f"The budget is {budget} rows, but {policy!r} kept {len(kept)}. A policy keeps exactly as many, some of "
             "them more than once if it has to, or raises."
         )
     return replace(selection, kept=kept, reasons=reasons)
+
+
+def _check_weights(selection: Selection, kept: np.ndarray, policy: Policy) -> None:
+    if selection.weights is None:
+        return
+    weights = np.asarray(selection.weights)
+    wanted = "A weight of a Selection is a number of at least 0 for each kept row"
+    if weights.shape != kept.shape or weights.dtype.kind not in "biuf":
+        raise UserError(f"{wanted}, but {policy!r} gave {weights.dtype} {weights.shape} for {len(kept)} rows.")
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise UserError(f"{wanted}, but {policy!r} gave {weights[~(np.isfinite(weights) & (weights >= 0))][0]}.")
+    _, place = np.unique(kept, return_inverse=True)
+    last = np.empty(place.max(initial=-1) + 1)
+    last[place] = weights
+    if (last[place] != weights).any():
+        raise UserError(f"All repeats of a row have one weight, but {policy!r} gave some rows several.")

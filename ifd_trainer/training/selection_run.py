@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Sampler
 from transformers.trainer_utils import has_length
 
@@ -21,6 +22,7 @@ from ..method.number_words import many
 from ..method.parts import Part
 from ..method.schedule import TrainingPlan
 from .pool import Pool, TrainingRow
+from .row_weights import RowLosses
 
 
 @dataclass
@@ -44,6 +46,7 @@ class SelectionRun:
         coming: rows of the epoch that is about to begin, where the loop asks for its length before they are selected.
         called: whether `train` has just been called: auto_find_batch_size begins a run again, with the weights as they
             then are.
+        losses: what rows weigh in the loss, and what their losses were in training.
     """
 
     folder: Path = Path()
@@ -60,15 +63,19 @@ class SelectionRun:
     starts_anew: bool = False
     coming: int | None = None
     called: bool = False
+    losses: RowLosses = field(default_factory=RowLosses, repr=False)
     _selected: list[TrainingRow] = field(default_factory=list, repr=False)
     _samplers: weakref.WeakSet[SelectionSampler] = field(default_factory=weakref.WeakSet, repr=False)
 
-    def select(self, order: list[TrainingRow]) -> None:
+    def select(self, order: list[TrainingRow], weights: np.ndarray | None = None) -> None:
         """The rows of the epoch that begins, in their order; kept twice, since others can reach `order`.
 
         When another part of an epoch begins, the rows of the parts before stand before its own.
+
+        `weights`, (n,), are what pool rows weigh in the loss, those of the part; None where all weigh 1.
         """
         self.order, self._selected, self.coming = order, list(order), None
+        self.losses.weights = weights
 
     def begin(self, parts: tuple[Part, ...], part: int = 0) -> None:
         """An epoch with these parts begins, or goes on in one of them."""

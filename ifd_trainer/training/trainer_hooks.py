@@ -12,6 +12,7 @@ epoch. `attach` gives a trainer small overrides with which each epoch may train 
 - `_init_training_state` finds epoch and step of a checkpoint in that plan;
 - `_run_epoch` runs the planned number of steps of its epoch, on the loader that was made for this pool;
 - `get_batch_samples` and `_load_rng_state` go from one part of an epoch to the next (see `epoch_parts`);
+- `training_step` weighs the losses of rows and keeps them, where that is asked for; `compute_loss` makes sure of it;
 - `_save_checkpoint` writes the selection's order and scores beside `trainer_state.json`, before it;
 - `train` refuses a checkpoint that was cut off while it was written, and a callback that was never added;
 - `_load_callback_state` keeps `restore_callback_states_from_checkpoint` from rebuilding a callback without its trainer;
@@ -111,6 +112,9 @@ class EpochSelector(TrainerCallback):
     def position(self, state: transformers.TrainerState) -> tuple[int, int]:
         """Epoch and updates done in it where a run is that starts, or resumes, with this state."""
         return self.plan.position(state.global_step)
+
+    def gather(self) -> None:
+        """Bring together what the processes hold of an epoch, before a checkpoint; all of them call it."""
 
     def start(self, epoch: int, state: transformers.TrainerState, checkpoint: str | None = None) -> None:
         """Training starts (or resumes) at `epoch`; `state` is the trainer's, from the checkpoint on a resume."""
@@ -313,8 +317,22 @@ class SelectiveTrainer(InParts):
         self.state.stateful_callbacks.setdefault(type(selector).__name__, selector.state())
         return position
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (selector := self._selector) is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with selector.run.losses.of_batch(self, model, inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if (selector := self._selector) is not None:
+            selector.run.losses.check(loss, self, kwargs.get("num_items_in_batch"))
+        return loss
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         selector = self._selector
+        if selector is not None:
+            selector.gather()
         if selector is not None and self.args.should_save:  # before trainer_state.json, which holds its digest
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             selector.save(folder)
@@ -359,6 +377,7 @@ class SelectiveTrainer(InParts):
                 f"trainer.train_dataset was exchanged before epoch {plan.epoch}, but the train data loader reads the "
                 "one that was there when training began. With a selection callback it has to stay."
             )
+        run.losses.begin(loader, done * run.accumulation, self.selection_pool)
         run.sampler.watch()
         return plan
 

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from distributed_run import CASES, RESUME_FROM, RESUMES, SHARDED
+from distributed_run import CASES, RESUME_FROM, RESUMES, ROWS, SHARDED, WEIGHTED
 from launching import WORLD, launch
-from tiny_runs import PEAK, select, sft_trainer
+from tiny_runs import PEAK, difference, model_with, select, sft_trainer, weights_of
 from trl import SFTConfig
+from weighted_steps import descended, losses_of, rows_of
 
 from ifd_trainer.training.history import History
 
@@ -253,6 +254,24 @@ def test_both_processes_choose_the_rows_of_each_part(launched, ranks):
     assert np.isnan(scored).sum() == 8
     best = second.loc[np.argsort(-np.nan_to_num(scored, nan=-np.inf))[:8], "row_id"]
     assert sorted(best) == sorted(trained)
+
+
+@pytest.mark.parametrize("case", WEIGHTED)
+def test_rows_weigh_as_in_a_single_process(ranks, launched, tmp_path, case):
+    updates = [[*one, *other] for one, other in zip(*(found["weighted"][case] for found in ranks), strict=True)]
+    alone = sft_trainer(tmp_path, ROWS, **WEIGHTED[case])
+    rows, start = rows_of(select(alone)), weights_of(alone.model)
+    history = History.load(launched("ddp") / case).rows(0)
+    weights = history["weight"].to_numpy()
+    assert history["weight"].nunique() == 2
+    assert sorted({row for update in updates for row in update}) == np.flatnonzero(history["times"]).tolist()
+    found = torch.load(launched("ddp") / case / "weights.pt")
+    assert difference(found, descended(start, rows, updates, weights)) < 2e-5
+    assert difference(found, descended(start, rows, updates, np.ones(ROWS))) > 1e-3
+    assert (history["train_loss"].notna() == (history["times"] > 0)).all()
+    first = model_with(start)
+    for row in set(updates[0]) - {row for update in updates[1:] for row in update}:  # before anything was trained
+        assert history["train_loss"][row] == pytest.approx(losses_of(first, rows[row]).mean().item(), rel=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,7 @@ def test_all_recipes_are_there():
         "alpaca_curriculum",
         "wizardlm_dynamic",
         "curriculum_by_column",
+        "infobatch",
         "iterit",
         "knowledge_detection",
         "mixture_by_epoch",
@@ -199,6 +200,9 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
     if recipe == "curriculum_by_column":
         assert [f"epoch {epoch}: {rows} rows" in plan for epoch, rows in enumerate((10, 10, 20))] == [True] * 3
         return
+    if recipe == "infobatch":
+        assert [f"epoch {epoch}: {rows} rows" in plan for epoch, rows in enumerate((27, 27, ROWS))] == [True] * 3
+        return
     for epoch in epochs:
         assert f"epoch {epoch}: {rows} rows, {updates} update" in plan
     assert not (tmp_path / "ifd_history").exists()
@@ -207,6 +211,7 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
 @pytest.mark.parametrize("recipe", TEXTS)
 def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, monkeypatch):
     words = small(recipe, model, data, tmp_path, "--max_steps", "4", "--save_strategy", "no")
+    words += ["--anneal_share", "0"] if recipe == "infobatch" else []  # which needs to know the number of epochs
     with monkeypatch.context() as patch:
         forbid(patch)
         assert main([*words, "--plan"]) == 0
@@ -232,6 +237,12 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
         assert all(sum(of_value[0][row] == "chat" for row in rows) <= 2 for rows in kept)
     if recipe == "mixture_by_epoch":
         assert [sum(of_value[0][row] == "chat" for row in rows) for rows in kept] == [2, 1]
+    if recipe == "infobatch":
+        rows = history.rows(0)
+        above = rows["cas"] >= rows["cas"].mean()
+        assert (rows["weight"][above] == 1).all()
+        assert rows["weight"].sum() == pytest.approx(ROWS)
+        assert rows["train_loss"].notna().sum() == 8  # four steps of two rows
     if recipe == "curriculum_by_column":
         assert {of_value[1][row] for row in kept[0]} == {"easy"}
     if recipe == "target_set":
