@@ -16,8 +16,9 @@ import numpy as np
 
 from ..errors import UserError
 from .brief_experience import Brief
-from .choices import DIRECTIONS, TIER_MODES, Direction, TierMode
+from .choices import DIRECTIONS, RESCORES, TIER_MODES, Direction, Rescore, TierMode
 from .number_words import many
+from .rescoring import check_budget
 
 
 class Schedule(Protocol):
@@ -209,6 +210,9 @@ class Timing:
         warmup: the sample of the warm-up epochs; None for the whole pool.
         start_anew: training starts anew from the original weights after the warm-up epochs; the schedule, and the
             trainer's `num_train_epochs`, count epochs from there.
+        rescore: which rows are scored anew once there are scores: "all", or "candidates" for as many as
+            `rescore_budget` pays for; see `training.candidate_scoring`.
+        rescore_budget: of candidates, the share of what training on the epoch's rows costs that scoring them may cost.
 
     >>> Timing(every=2).rows_of(3, Constant(0.1), pool=200)
     EpochRows(budget=20, source='same', scored=False, tiers=(), selected_in=2, counted=2)
@@ -219,6 +223,8 @@ class Timing:
     freeze_after: int | None = None
     warmup: Brief | None = None
     start_anew: bool = False
+    rescore: Rescore = "all"
+    rescore_budget: float = 0.10
 
     @classmethod
     def cherry(cls, brief: Brief | None, **others: Any) -> Timing:
@@ -236,6 +242,9 @@ class Timing:
             whole = isinstance(number, Integral) and not isinstance(number, bool)
             if not (whole and number >= least) and not (number is None and name == "freeze_after"):
                 raise UserError(f"{name} counts epochs: a whole number of at least {least}, got {number!r}.")
+        if self.rescore not in RESCORES:
+            raise UserError(f"rescore must be 'all' or 'candidates', got {self.rescore!r}.")
+        check_budget(self.rescore_budget)
 
     def rows_of(
         self,
