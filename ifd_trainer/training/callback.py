@@ -483,6 +483,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.trainer.state.is_world_process_zero:
             self.chooser.warn(selection, epoch)
         values = self.chooser.values(scores)
+        known = np.isfinite(values)
+        ages = self.chooser.ages.record(known, selection.kept, epoch) if known.any() else {}
         record = {
             **epoch_record(values, selection),
             "epoch": epoch,
@@ -491,11 +493,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "packed_rows": len(self.run.order) if self.pool.packed else None,
             "scored_at": self.scored_at if np.isfinite(values).any() else None,
             **(self._watched() if np.isfinite(values).any() else dict.fromkeys(_WATCHED)),
-            **(
-                self.chooser.ages.record(np.isfinite(values), selection.kept, epoch)
-                if np.isfinite(values).any()
-                else {}
-            ),
+            **ages,
             "frozen": self.chooser.frozen,
             **noted,
             "before_training": self._losses_before() if step == 0 else None,
@@ -510,7 +508,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         logged |= {f"ifd/eval_{name}_loss_before": loss for name, loss in before.get("eval_losses", {}).items()}
         self.trainer.log_selection(logged)
         kept = values[selection.rows]
-        scored = {"ifd/scores": values[np.isfinite(values)], "ifd/kept_scores": kept[np.isfinite(kept)]}
+        scored = {"ifd/scores": values[known], "ifd/kept_scores": kept[np.isfinite(kept)]}
         log_histograms(self.trainer, scored)
         say(self.trainer, epoch_line(record, wanted.source, self.chooser.guard_reasons))
         if self.trainer.state.is_world_process_zero:

@@ -141,6 +141,7 @@ class SelectionConfig(SelectionKeys):
         by_score = getattr(self.chosen_policy(), "reads_scores", True) and self.policy != TARGET
         limited = self.policy in (TARGET, CASCADE)
         limits = (() if limited else ("max_ifd", "on_shortfall")) + (() if by_score else ("score",))
+        idle |= {"rescore: candidates": ("rescore_budget",)} if self.rescore != "candidates" else {}
         idle |= {"policy: balanced": ("balance_by",)} if self.policy != "balanced" else {}
         idle |= {f"policy: {TARGET}": ("target_set",)} if self.policy != TARGET else {}
         idle |= {"policy: cherry": (*limits, "temperature")} if self.policy != "cherry" else {}
@@ -299,7 +300,7 @@ class SelectionConfig(SelectionKeys):
         """When rows are scored, and what is trained on before; with the method cherry, the brief experience."""
         given = {
             key: getattr(self, key)
-            for key in ("every", "warmup_epochs", "freeze_after")
+            for key in ("every", "warmup_epochs", "freeze_after", "rescore", "rescore_budget")
             if getattr(self, key) != getattr(SelectionKeys, key)
         }
         if self.method != "cherry":
