@@ -124,16 +124,23 @@ def drift(old: np.ndarray, new: np.ndarray, trained: np.ndarray, of_rows: np.nda
     return factors
 
 
-def nearest(values: np.ndarray, among: np.ndarray, kept: int, ids: np.ndarray) -> np.ndarray:
-    """Positions of the rows `among` (n,) bool, nearest to the cut first: to the `kept`-th highest of them.
+def nearest(values: np.ndarray, able: np.ndarray, kept: int, known: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Positions of the rows nearest to the cut first, above and below it, ties by id.
 
-    >>> nearest(np.array([0.9, 0.1, 0.5, 0.6]), np.full(4, True), kept=2, ids=np.arange(4)).tolist()
+    Args:
+        values: (n,) what rows are ranked by.
+        able: (n,) bool, rows that may be kept; the `kept`-th highest of them is at the cut.
+        known: (n,) bool, rows that are left out, since their values are exact.
+        ids: (n,) by which rows are known.
+
+    >>> everything, nothing = np.full(4, True), np.full(4, False)
+    >>> nearest(np.array([0.9, 0.1, 0.5, 0.6]), everything, kept=2, known=nothing, ids=np.arange(4)).tolist()
     [3, 2, 0, 1]
     """
-    rows = np.flatnonzero(among)
+    rows = np.flatnonzero(able & ~known)
     if not len(rows):
         return rows
-    cut = np.sort(values[rows])[-min(kept, len(rows))]
+    cut = np.sort(values[able])[-min(kept, int(able.sum()))]
     return rows[np.lexsort((np.asarray(ids)[rows], np.abs(values[rows] - cut)))]
 
 

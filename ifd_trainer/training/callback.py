@@ -208,7 +208,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.timing.rescore == "candidates":
             pool = trainer.selection_pool
             check_candidates(self.policy, scorer, self.further, isinstance(pool, ImagePool), pool.whole)
-            candidates = Candidates(self.pool_scorer, Rescoring(self.timing.rescore_budget))
+            limits = (getattr(self.policy, "max_ifd", None), self.guard and self.guard.limit)
+            pairs = next((limit.pairs for limit in limits if isinstance(limit, CalibratedLimit)), 0)
+            candidates = Candidates(self.pool_scorer, Rescoring(self.timing.rescore_budget), pairs)
         self.chooser = RowChooser(
             self.pool_scorer, self.policy, self.timing.warmup, self.guard, self.further, candidates
         )

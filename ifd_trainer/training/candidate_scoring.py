@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from ..errors import UserError
@@ -31,6 +32,8 @@ from ..method.schedule import EpochRows
 from ..method.selection import Cherry, Policy
 from ..scoring.losses import Scores
 from .pool_scorer import PoolScorer
+
+logger = get_logger(__name__)  # speaks in the main process alone
 
 
 class Ages(NamedTuple):
@@ -91,10 +94,11 @@ class Candidates:
     Args:
         pool_scorer: the pool, and the model in training.
         rule: the budget, and what it is for.
+        pairs: answers that are scored under wrong prompts in each scoring, for a calibrated limit, beside the budget.
     """
 
-    def __init__(self, pool_scorer: PoolScorer, rule: Rescoring) -> None:
-        self.pool_scorer, self.rule = pool_scorer, rule
+    def __init__(self, pool_scorer: PoolScorer, rule: Rescoring, pairs: int = 0) -> None:
+        self.pool_scorer, self.rule, self._pairs = pool_scorer, rule, pairs
 
     def check(self) -> None:
         """Raise for rows of several answers, once the pool was read."""
@@ -136,6 +140,7 @@ class Candidates:
         lengths = pool.lengths(rows)
         trained_tokens = wanted.budget / pool.training_rows * lengths.sum()  # of rows of mean length
         allowance, both = self.rule.allowance(trained_tokens), lengths + len(prefix) + ends - starts
+        self._tell_of_limit(min(self._pairs, len(pool)) * lengths.mean() / self.rule.of_training(trained_tokens))
         drawn, stale = self._agreed(self.rule.drawn(ok, ages.scored_at, both, allowance, ids, [seed, epoch]))
         fully = np.sort(np.concatenate([drawn, stale]))
         fresh = self.pool_scorer.scores(prefix, f"IFD of some, epoch {epoch}", fully)
@@ -148,14 +153,31 @@ class Candidates:
         moved = self._scores(known, cas, das, eot)
         measured = np.isin(rows, fully)
         kept = max(round(wanted.ranked / pool.training_rows * len(pool)), 1)
-        order = nearest(values(moved), able & ~measured & np.isfinite(values(moved)), kept, ids)
+        ranked = values(moved)
+        order = nearest(ranked, able & np.isfinite(ranked), kept, measured, ids)
         near = np.sort(self._agreed(self.rule.near(order, lengths, allowance - both[fully].sum())))
         cas[near], eot[near] = self.pool_scorer.conditioned_losses(near, prefix, f"Candidates, epoch {epoch}")
         measured[near] = True
+        if not measured.any():
+            logger.warning(
+                "Epoch %d: rescore_budget=%s pays for no row, %.0f tokens of forwards, so the last scores stand.",
+                *(epoch, self.rule.budget, allowance),
+            )
         cost = (both[fully].sum() + lengths[near].sum()) / self.rule.of_training(trained_tokens)
         shift = np.where(measured, 0.0, ages.shift + cas - known.cas)
         drawn = np.isin(rows, drawn)
         return self._scores(known, cas, das, eot), Ages(np.where(measured, epoch, ages.scored_at), shift, drawn, cost)
+
+    def _tell_of_limit(self, cost: float) -> None:
+        """Say, once, that measuring a calibrated limit costs more than the budget, as a share of training."""
+        if cost > self.rule.budget:
+            logger.warning(
+                "The calibrated limit is measured in each scoring, from %d answers under wrong prompts: %.0f %% of what "
+                "training on the epoch's rows costs, beside the %.0f %% of rescore_budget. A limit that is a number "
+                "(max_ifd=1.0) costs nothing, one with fewer pairs less, and of a larger pool it is a smaller share.",
+                *(self._pairs, 100 * cost, 100 * self.rule.budget),
+            )
+            self._pairs = 0
 
     def _scores(self, known: Scores, cas: np.ndarray, das: np.ndarray, eot_loss: np.ndarray) -> Scores:
         names = [name for name in known.further if name != LOSS_CHANGE]
