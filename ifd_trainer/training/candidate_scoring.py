@@ -172,9 +172,9 @@ class Candidates:
         """Say, once, that measuring a calibrated limit costs more than the budget, as a share of training."""
         if cost > self.rule.budget:
             logger.warning(
-                "The calibrated limit is measured in each scoring, from %d answers under wrong prompts: %.0f %% of what "
-                "training on the epoch's rows costs, beside the %.0f %% of rescore_budget. A limit that is a number "
-                "(max_ifd=1.0) costs nothing, one with fewer pairs less, and of a larger pool it is a smaller share.",
+                "The calibrated limit is measured in each scoring, from %d answers under wrong prompts: %.0f %% of "
+                "what training on the epoch's rows costs, beside the %.0f %% of rescore_budget. A limit that is a "
+                "number (max_ifd=1.0) costs nothing, and of a larger pool it is a smaller share.",
                 *(self._pairs, 100 * cost, 100 * self.rule.budget),
             )
             self._pairs = 0
