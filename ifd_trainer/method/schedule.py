@@ -245,6 +245,12 @@ class Timing:
         if self.rescore not in RESCORES:
             raise UserError(f"rescore must be 'all' or 'candidates', got {self.rescore!r}.")
         check_budget(self.rescore_budget)
+        once = self.freeze_after is not None and self.freeze_after <= self.warmup_epochs + 1
+        if self.rescore == "candidates" and once:
+            raise UserError(
+                f"With freeze_after={self.freeze_after} rows are scored once, so that none are scored anew: leave "
+                "rescore='candidates' out, or set a later epoch."
+            )
 
     def rows_of(
         self,

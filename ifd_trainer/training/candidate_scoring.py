@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..errors import UserError
 from ..method.equations import further_scores
-from ..method.further_scores import FURTHER, LOSS_CHANGE, losses_read
+from ..method.further_scores import LOSS_CHANGE, losses_read
 from ..method.reasons import Status
 from ..method.rescoring import Rescoring, drift, nearest
 from ..method.schedule import EpochRows
@@ -190,7 +190,9 @@ class Candidates:
         return broadcast_object_list(shared)[0] if self.pool_scorer.world_size > 1 else chosen
 
 
-def check_candidates(policy: Policy, scorer: Any, further: Sequence[str], images: bool, whole: bool) -> None:
+def check_candidates(
+    policy: Policy, scorer: Any, further: Sequence[str], images: bool = False, whole: bool = False
+) -> None:
     """Raise for runs in which `rescore="candidates"` has no meaning, or would not be what it says.
 
     Args:
@@ -205,7 +207,7 @@ def check_candidates(policy: Policy, scorer: Any, further: Sequence[str], images
         problem = f"the scores of scorer={scorer!r} do not change with training: freeze_after=0 makes them once"
     elif not isinstance(policy, Cherry):
         problem = f"looks for the rows near the cut of a Cherry, and the policy is a {type(policy).__name__}"
-    elif lacking := [name for name in further if losses_read([name]) and name in FURTHER]:
+    elif lacking := [name for name in further if losses_read([name])]:
         problem = f"measures cas and das alone, and {', '.join(lacking)} follows from other losses"
     elif images:
         problem = "reads text, and the rows have images"

@@ -39,6 +39,7 @@ from ..method.stratified import Mixture, Stages, Stratified
 from ..method.target_set import TargetSet
 from ..method.unfinished import Unfinished
 from .callback import IFDSelectionCallback
+from .candidate_scoring import check_candidates
 from .options import Scoring, asked_scores, guard_of, reads_scores
 from .recipe_selection_keys import SelectionKeys
 
@@ -107,6 +108,8 @@ class SelectionConfig(SelectionKeys):
         check_positive(min_answer_tokens=self.min_answer_tokens, token_budget=self.token_budget, tiers=self.tiers)
         # What these refuse is told before a model is loaded.
         self.schedule(), self.chosen_policy(), self.timing(), self.scoring(), self.guard(), self.further()
+        if self.rescore == "candidates":
+            check_candidates(self.chosen_policy(), self.scorer, self.further())
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
         for needed, keys in self.idle_keys().items():
