@@ -16,6 +16,7 @@ from ifd_trainer import (
     IFDSelectionCallback,
     RandomRows,
 )
+from ifd_trainer.errors import UserError
 from ifd_trainer.method.schedule import Constant, Timing
 from ifd_trainer.training.options import Scoring, reads_scores
 from ifd_trainer.training.recipe_run import selection_of
