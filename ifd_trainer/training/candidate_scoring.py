@@ -141,8 +141,8 @@ class Candidates:
         trained_tokens = wanted.budget / pool.training_rows * lengths.sum()  # of rows of mean length
         allowance, both = self.rule.allowance(trained_tokens), lengths + len(prefix) + ends - starts
         self._tell_of_limit(min(self._pairs, len(pool)) * lengths.mean() / self.rule.of_training(trained_tokens))
-        drawn, stale = self._agreed(self.rule.drawn(ok, ages.scored_at, both, allowance, ids, [seed, epoch]))
-        fully = np.sort(np.concatenate([drawn, stale]))
+        parts = self._agreed(self.rule.drawn(ok, ages.scored_at, both, allowance, ids, [seed, epoch]))
+        drawn, fully = np.sort(parts[0]), np.sort(np.concatenate(parts))
         fresh = self.pool_scorer.scores(prefix, f"IFD of some, epoch {epoch}", fully)
         cas, das, eot = known.cas.copy(), known.das.copy(), known.eot_loss.copy()
         at_random = np.isin(fully, drawn)
