@@ -10,7 +10,7 @@ Where there are scores already, an epoch scores anew
 and all other rows keep their last measured losses, moved as far as those that were drawn at random have moved (see
 `method.rescoring`): otherwise each row that is scored anew, whose loss has fallen like all others', would lose its
 place to rows that are not. The history says of each row when it was scored (`scored_at`), and how far its loss was
-moved since (`cas_shift`, nats per token).
+moved since (`cas_shift`, nats per token). With a curriculum, the cut is that of all its tiers together.
 """
 
 from __future__ import annotations

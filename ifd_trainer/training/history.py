@@ -1,7 +1,9 @@
 """What a run selected, epoch by epoch, on disk beside its checkpoints.
 
     history.json          settings, and one record for each epoch (counts, means, seconds, held-out loss)
-    epoch-000.parquet     one row for each pool row: id, scores, status, reason, how often it is trained on; with a
+    epoch-000.parquet     one row for each pool row: id, scores, the epoch at whose start it was scored (`scored_at`; and
+                          where rows are scored anew under a budget, by how many nats `cas` was moved since,
+                          `cas_shift`), status, reason, how often it is trained on; with a
                           curriculum its tier (0 is the one that the curriculum begins with); with guards, whether
                           the same scores would have kept it without them, and its p-value in the pairing test; where
                           rows have several answers, `last_cas`, `last_das` and `last_answer_tokens` of the last one,
