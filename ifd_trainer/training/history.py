@@ -1,13 +1,12 @@
 """What a run selected, epoch by epoch, on disk beside its checkpoints.
 
     history.json          settings, and one record for each epoch (counts, means, seconds, held-out loss)
-    epoch-000.parquet     one row for each pool row: id, scores, the epoch at whose start it was scored (`scored_at`; and
-                          where rows are scored anew under a budget, by how many nats `cas` was moved since,
-                          `cas_shift`), status, reason, how often it is trained on; with a
-                          curriculum its tier (0 is the one that the curriculum begins with); with guards, whether
-                          the same scores would have kept it without them, and its p-value in the pairing test; where
-                          rows have several answers, `last_cas`, `last_das` and `last_answer_tokens` of the last one,
-                          which guards judge
+    epoch-000.parquet     one row for each pool row: id, scores, the epoch at whose start it was scored (`scored_at`),
+                          and where some rows are scored anew under a budget by how many nats its `cas` was moved since
+                          (`cas_shift`); status, reason, how often it is trained on; with a curriculum its tier (0 is
+                          the one that the curriculum begins with); with guards, whether the same scores would have kept
+                          it without them, and its p-value in the pairing test; where rows have several answers,
+                          `last_cas`, `last_das` and `last_answer_tokens` of the last one, which guards judge
     pool.parquet          the pool's texts and its columns other than token ids, for reports; a resume, or another run
                           on the same training set, leaves it as it is
 
