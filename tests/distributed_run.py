@@ -73,6 +73,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "in_step": ({"keep": [12, 8], "token_budget": 64}, {"num_train_epochs": 2}),
     "calibrated": ({"keep": [6, 5], "max_ifd": CalibratedLimit(alpha=0.5, pairs=13)}, {"num_train_epochs": 2}),
     "guarded": ({"keep": [6, 5], "guard": GUARD}, {"num_train_epochs": 2}),
+    "candidates": ({"keep": [6, 5], "rescore": "candidates", "rescore_budget": 1.0}, {"num_train_epochs": 2}),
     "targets": (
         {"keep": [6, 5], "policy": TargetSet(raw_rows(3, seed=7), max_ifd=50.0), "max_ifd": None},
         {"num_train_epochs": 2},
@@ -92,7 +93,7 @@ WEIGHTED: dict[str, dict[str, Any]] = {
 }
 
 # Cases that run with sharded weights too; in the last one the processes have unequal numbers of batches.
-SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated", "guarded", "targets")
+SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated", "guarded", "candidates", "targets")
 FSDP = {
     "fsdp": True if FIVE else "full_shard auto_wrap",
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},

@@ -520,3 +520,56 @@ def test_a_dry_run_of_the_benchmark_of_a_scorer_that_is_trained_too_long(
     for run in runs:
         assert all(0 <= run[name] <= 1 for name in ("separation", "area", "noise_below_limit", "at_or_above_1"))
     assert "learning rate 0.01" in capsys.readouterr().out
+
+
+# ---- rescoring --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rescoring(beside_each_other) -> ModuleType:
+    import rescoring
+
+    return rescoring
+
+
+def test_a_dry_run_of_the_benchmark_of_rescoring(rescoring, saved_model, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in noise_rows(50)))
+    options = ["--rows", "40", "--epochs", "2", "--lr", "1e-2", "--seeds", "2", "--answer-tokens", "400"]
+    rescoring.main(["--model", saved_model, "--data", str(path), *options, "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "rescoring.json").read_text())
+    assert (found["rows"], found["kept"], found["steps"]) == (40, 4, [0, 2, 4])
+    assert found["ways"].keys() == rescoring.ways().keys()
+    assert found["ways"]["all"]["overlap"] == [1.0, 1.0]
+    for name, way in rescoring.ways().items():
+        if way.budget is not None:
+            assert found["ways"][name]["cost"] <= way.budget
+    assert "candidates, 10 %" in capsys.readouterr().out
+    rescoring.main(["--losses", str(tmp_path / "rescoring.npz"), "--seeds", "2", "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "rescoring.json").read_text()) == found
+
+
+def test_the_benchmark_of_rescoring_counts_overlap_and_cost_by_hand(rescoring):
+    """Ten rows with answers of two tokens; by the second scoring the best one is row 1, and it was row 0."""
+    cas, das = np.full((2, 10, 2), 0.2), np.full((2, 10, 2), 1.0)
+    cas[0, :2], cas[1, :2] = [[0.8, 1.0], [0.4, 0.6]], [[0.1, 0.3], [0.7, 0.5]]
+    run = rescoring.Recorded(
+        np.tile([3, 3, 1], (10, 1)),
+        np.full(10, 2),
+        cas.reshape(2, 20),
+        das.reshape(2, 20),
+        np.array([[0]]),
+        np.array([0, 1]),
+        np.ones(3),
+    )
+    assert run.means(run.cas)[0, :3].tolist() == pytest.approx([0.9, 0.5, 0.2])
+    assert run.means(run.cas, first=1)[1, :2].tolist() == pytest.approx([0.1, 0.7])
+    training = 3 * 6  # an epoch on one row of six tokens
+    way = rescoring.Way
+    assert rescoring.played(run, way(None, direct="all", top=1.0), 0) == [(1.0, 10 * (6 + 3) / training)]
+    assert rescoring.played(run, way(None, top=0.0), 0) == [(0.0, 0.0)]
+    assert rescoring.played(run, way(None, top=0.2), 0) == [(1.0, 2 * 6 / training)]
+    # Two rows nearest to the cut, which is row 0: that row and the next.
+    near = way(budget=2 * 6 / training, drawn=0.0, stale=0.0, direct="none")
+    assert rescoring.played(run, near, 0) == [(1.0, pytest.approx(2 * 6 / training))]
+    assert rescoring.played(run, way(budget=0.5 * 6 / training, direct="none"), 0) == [(0.0, 0.0)]

@@ -767,6 +767,8 @@ WRONG_OF_TRAIN = {
     "--every": ["", "0", "-1", "1.5", "nan", "text"],
     "--warmup_epochs": ["-1", "1.5", "text"],
     "--freeze_after": ["-1", "1.5", "text"],
+    "--rescore": ["", "text"],
+    "--rescore_budget": ["0", "-1", "nan", "text"],
     "--method": ["", "text"],
     "--brief": ["", "text"],
     "--brief_clusters": ["0", "-1", "1.5"],

@@ -17,6 +17,7 @@ Order = Literal["shuffle", "descending", "ascending"]  # of the kept rows within
 Spread = Literal["facility_location", "k_center"]  # how a diverse selection chooses among its candidates
 BriefRows = Literal["kmeans", "random"]  # which rows give the brief experience
 Direction = Literal["easy_to_hard", "hard_to_easy"]  # of a curriculum
+Rescore = Literal["all", "candidates"]  # which rows are scored anew where there are scores already
 TierMode = Literal["tiers", "growing", "shrinking"]  # which of its tiers are trained on together
 
 CONTROLS = {  # policies by the names that recipes have for them
@@ -51,4 +52,5 @@ ORDERS = get_args(Order)
 SPREADS = get_args(Spread)
 BRIEF_ROWS = get_args(BriefRows)
 DIRECTIONS = get_args(Direction)
+RESCORES = get_args(Rescore)
 TIER_MODES = get_args(TierMode)

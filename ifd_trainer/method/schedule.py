@@ -16,8 +16,9 @@ import numpy as np
 
 from ..errors import UserError
 from .brief_experience import Brief
-from .choices import DIRECTIONS, TIER_MODES, Direction, TierMode
+from .choices import DIRECTIONS, RESCORES, TIER_MODES, Direction, Rescore, TierMode
 from .number_words import many
+from .rescoring import check_budget
 
 
 class Schedule(Protocol):
@@ -220,6 +221,9 @@ class Timing:
             that it has not trained on, and choose the rows of the next so many among them. What an epoch trains on in
             all, its steps and the learning rate schedule stay as they are. Epochs that score nothing (warm-up, those
             from `freeze_after` on, the full ones of `Anneal`) are not divided. See `method.parts`.
+        rescore: which rows are scored anew once there are scores: "all", or "candidates" for as many as
+            `rescore_budget` pays for; see `training.candidate_scoring`.
+        rescore_budget: of candidates, the share of what training on the epoch's rows costs that scoring them may cost.
 
     >>> Timing(every=2).rows_of(3, Constant(0.1), pool=200)
     EpochRows(budget=20, source='same', scored=False, tiers=(), selected_in=2, counted=2, part=1)
@@ -231,6 +235,8 @@ class Timing:
     warmup: Brief | None = None
     start_anew: bool = False
     every_steps: int | None = None
+    rescore: Rescore = "all"
+    rescore_budget: float = 0.10
 
     @classmethod
     def cherry(cls, brief: Brief | None, **others: Any) -> Timing:
@@ -250,6 +256,11 @@ class Timing:
                 raise UserError(f"{name} counts epochs: a whole number of at least {least}, got {number!r}.")
         if self.every_steps is not None:
             self._check_steps()
+        if self.rescore not in RESCORES:
+            raise UserError(f"rescore must be 'all' or 'candidates', got {self.rescore!r}.")
+        check_budget(self.rescore_budget)
+        if self.rescore == "candidates":
+            self._check_candidates()
 
     def _check_steps(self) -> None:
         steps = self.every_steps
@@ -264,6 +275,18 @@ class Timing:
             raise UserError(
                 f"every_steps={steps} scores again within an epoch, and with freeze_after={self.freeze_after} rows are "
                 f"scored once, when epoch {self.warmup_epochs} begins: raise freeze_after, or leave one of them out."
+            )
+
+    def _check_candidates(self) -> None:
+        if self.freeze_after is not None and self.freeze_after <= self.warmup_epochs + 1:
+            raise UserError(
+                f"With freeze_after={self.freeze_after} rows are scored once, so that none are scored anew: leave "
+                "rescore='candidates' out, or set a later epoch."
+            )
+        if self.every_steps is not None:
+            raise UserError(
+                f"rescore='candidates' goes by the scores of epochs before, and every_steps={self.every_steps} scores "
+                "all rows that are left by each part of an epoch: leave one of them out."
             )
 
     def part_steps(self, rows: EpochRows) -> int | None:

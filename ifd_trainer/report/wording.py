@@ -40,6 +40,8 @@ _COLUMNS = {
     "trained": "rows that the epoch came to; packed rows with packing",
     "tiers": "tiers of the curriculum that were trained on, 0 the first",
     "scored in": "the epoch at whose start the scores were made",
+    "fresh": "share of the scores that were made when the epoch began; the others were moved as these have",
+    "oldest": "the epoch at whose start the oldest score was made",
     "overlap": "share of the kept rows that the epoch before kept too",
     "cut": "the lowest score kept",
     "limit": "rows with a score at or above it are dropped",
@@ -151,6 +153,12 @@ def scoring_sentence(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, 
         last = settings.get("freeze_after")
         until = "" if last is None or last >= len(made) else f"; from epoch {last} on the last scores of all rows stand"
         return f"All rows are scored when an epoch begins{again} by the model as it is then{before}{until}."
+    if settings.get("rescore") == "candidates" and len(times) > 1:
+        return (
+            f"All rows are scored before epoch {times[0]}{before}; before epochs "
+            f"{', '.join(map(str, times[1:]))} some are anew, by the model as it then is, and the losses of all others "
+            "are moved as those of rows drawn at random have moved."
+        )
     if all(epoch == at for epoch, at in made.items()) and (len(made) > 1 or settings.get("freeze_after") is None):
         return f"Each epoch is scored with the model as it is when the epoch begins{before}."
     if len(times) == 1:

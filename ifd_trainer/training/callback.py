@@ -38,11 +38,13 @@ from ..method.guard import Guard
 from ..method.parts import Part, divide, scored_rows
 from ..method.plain_data import to_data
 from ..method.reasons import NOT_SCORED, Status
+from ..method.rescoring import Rescoring
 from ..method.schedule import EpochRows, Schedule, Timing, as_schedule, unlike_epochs
 from ..method.scoring_health import WATCHED
 from ..method.selection import Policy, Selection, coded
 from ..method.stratified import Stages
 from ..scoring.losses import Scores
+from .candidate_scoring import Candidates, check_candidates
 from .checkpoint_state import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
 from .console import end_line, epoch_line, say
 from .first_scoring import FirstScoring
@@ -214,7 +216,16 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             *(trainer, scoring.without, encoder, scorer, scoring.embedder),
             *(scoring.token_budget, self.further, scoring.guess, scoring.turns),
         )
-        self.chooser = RowChooser(self.pool_scorer, self.policy, self.timing.warmup, self.guard, self.further)
+        candidates = None
+        if self.timing.rescore == "candidates":
+            pool = trainer.selection_pool
+            check_candidates(self.policy, scorer, self.further, isinstance(pool, ImagePool), pool.whole)
+            limits = (getattr(self.policy, "max_ifd", None), self.guard and self.guard.limit)
+            pairs = next((limit.pairs for limit in limits if isinstance(limit, CalibratedLimit)), 0)
+            candidates = Candidates(self.pool_scorer, Rescoring(self.timing.rescore_budget), pairs)
+        self.chooser = RowChooser(
+            self.pool_scorer, self.policy, self.timing.warmup, self.guard, self.further, candidates
+        )
         self.history: History | None = None
         self._prefix: list[int] | None = None
         self._fingerprint: str | None = None
@@ -527,6 +538,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         scored, noted = wanted.scored and self.chooser.frozen is None, {}
         if scored and not self.reads_scores:
             self.chooser.take_unscored(self.pool_scorer.not_run(self._prefix), epoch)
+        elif scored and self.chooser.candidates is not None and self.chooser.last is not None:
+            self.chooser.rescore(wanted, epoch, ids, self._prefix, self.seed)
         elif scored:
             first = self._first_scoring(begun=step > 0) if self.chooser.last is None else None
             if first is not None:
@@ -551,6 +564,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.trainer.state.is_world_process_zero:
             self.chooser.warn(selection, name)
         values = self.chooser.values(scores)
+        known = np.isfinite(values)
+        ages = self.chooser.ages.record(known, selection.kept, epoch) if known.any() else {}
         record = {
             **epoch_record(values, selection),
             "epoch": epoch,
@@ -560,20 +575,22 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "packed_rows": len(order) if self.pool.packed else None,
             "scored_at": self.scored_at if np.isfinite(values).any() else None,
             **(self._watched() if np.isfinite(values).any() else dict.fromkeys(_WATCHED)),
+            **ages,
             "frozen": self.chooser.frozen,
             **noted,
             "before_training": self._losses_before() if step == 0 else None,
             "overlap": self.history.overlap(epoch, selection),
             "seconds_scoring": seconds,
         }
-        logged = {f"ifd/{key}": record[key] for key in _LOGGED if record.get(key) is not None}
+        logged = _LOGGED if self.chooser.candidates is None else (*_LOGGED, *_LOGGED_AGES)
+        logged = {f"ifd/{key}": record[key] for key in logged if record.get(key) is not None}
         logged |= {f"ifd/dropped_{reason}": record["reasons"].get(reason, 0) for reason in self.chooser.guard_reasons}
         before = record["before_training"] or {}
         logged |= {"ifd/eval_loss_before": before["eval_loss"]} if "eval_loss" in before else {}
         logged |= {f"ifd/eval_{name}_loss_before": loss for name, loss in before.get("eval_losses", {}).items()}
         self.trainer.log_selection(logged)
         kept = values[selection.rows]
-        scored = {"ifd/scores": values[np.isfinite(values)], "ifd/kept_scores": kept[np.isfinite(kept)]}
+        scored = {"ifd/scores": values[known], "ifd/kept_scores": kept[np.isfinite(kept)]}
         log_histograms(self.trainer, scored)
         say(self.trainer, epoch_line(record, wanted.source, self.chooser.guard_reasons))
         if self.trainer.state.is_world_process_zero:
@@ -778,6 +795,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
 _WATCHED = ("limit", "unfinished", *WATCHED)
 _LOGGED = ("pool", "eligible", "kept", "packed_rows", *_WATCHED, "cut", "mean_kept", "mean_dropped", "overlap")
+_LOGGED_AGES = ("fresh", "kept_fresh", "oldest_scored_at", "rescore_cost")
 _LOGGED += ("shortfall", "proxy_rank_correlation", "proxy_overlap", "seconds_scoring")
 
 

@@ -111,7 +111,7 @@ def scores_of(arrays: Mapping[str, np.ndarray], prefix: str, statuses: str | Non
 
 # What the rows of the epochs to come depend on.
 MUST_MATCH = ("policy", "schedule", "every", "warmup_epochs", "freeze_after", "warmup", "start_anew", "scorer", "order")
-MUST_MATCH += ("every_steps",)
+MUST_MATCH += ("every_steps", "rescore", "rescore_budget")
 MUST_MATCH += ("targets",)  # a digest of their tokens: a file may hold others now
 MUST_MATCH += ("guard", "score", "on_shortfall", "limit")  # of a policy of one's own, which need not say them otherwise
 MUST_MATCH += ("further_scores", "guess", "turns", "without", "row_weights")
@@ -135,7 +135,7 @@ def check_resumable(saved: Mapping[str, Any] | None, settings: Mapping[str, Any]
             "The checkpoint holds no selection state: it was written without this callback, or by another version "
             "of it. Start training anew, or resume without IFDSelectionCallback."
         )
-    saved = {"guard": None, "turns": None, **without_reprs(saved)}  # earlier releases had none
+    saved = {"guard": None, "turns": None, "rescore": "all", **without_reprs(saved)}  # earlier releases had none
     differs = [
         f"{key.replace('fingerprint', 'training set')}: {as_text(saved[key])} in the checkpoint, "
         f"{as_text(to_data(settings[key]))} now"

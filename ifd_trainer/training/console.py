@@ -66,6 +66,11 @@ unfinished, 0 duplicates)'
             said = [f"{kept:,} of the {record['left']:,} {rows} that are left kept{again}{at}"]
         if record.get("overlap") is not None:
             said.append(f"{100 * record['overlap']:.0f} % of them were kept in epoch {epoch - 1} too")
+        if record.get("rescore_cost") is not None:
+            said.append(
+                f"{_percent(record['fresh'])} of the scores are fresh, {_percent(record['kept_fresh'])} of those kept, "
+                f"for {_percent(record['rescore_cost'])} of what training on them costs"
+            )
         if guards:
             counts = {reason: int(record["reasons"].get(reason, 0)) for reason in guards}
             kinds = ", ".join(counted_noise(reason, count) for reason, count in counts.items())
@@ -78,6 +83,10 @@ unfinished, 0 duplicates)'
         named = ", ".join(f"{loss:.4f}{f' on {name}' if name else ''}" for name, loss in losses.items())
         said.append(f"held-out loss before training {named}")
     return f"IFD, {name}: {'; '.join(said)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def end_line(history: Path, output: Path) -> str:

@@ -42,6 +42,7 @@ from ..method.target_set import TargetSet
 from ..method.unfinished import Unfinished
 from ..method.weighted import Weighted
 from .callback import IFDSelectionCallback
+from .candidate_scoring import check_candidates
 from .options import Scoring, asked_scores, check_parts, guard_of, reads_scores
 from .recipe_selection_keys import SelectionKeys
 
@@ -111,6 +112,8 @@ class SelectionConfig(SelectionKeys):
         # What these refuse is told before a model is loaded.
         self.schedule(), self.chosen_policy(), self.timing(), self.scoring(), self.guard(), self.further()
         check_parts(self.chosen_policy(), self.timing(), self.schedule(), self.scorer)
+        if self.rescore == "candidates":
+            check_candidates(self.chosen_policy(), self.scorer, self.further())
         if self.brief != "none":
             Brief(self.brief, self.brief_clusters, self.brief_per_cluster)
         for needed, keys in self.idle_keys().items():
@@ -146,6 +149,7 @@ class SelectionConfig(SelectionKeys):
         limited = self.policy in (TARGET, CASCADE)
         limits = () if limited else ("max_ifd", "on_shortfall")
         limits += ("score",) if not by_score or self.policy in BY_LOSS else ()
+        idle |= {"rescore: candidates": ("rescore_budget",)} if self.rescore != "candidates" else {}
         idle |= {"policy: balanced": ("balance_by",)} if self.policy != "balanced" else {}
         idle |= {f"policy: {TARGET}": ("target_set",)} if self.policy != TARGET else {}
         idle |= {"policy: cherry": (*limits, "temperature")} if self.policy != "cherry" else {}
@@ -308,7 +312,7 @@ class SelectionConfig(SelectionKeys):
         """When rows are scored, and what is trained on before; with the method cherry, the brief experience."""
         given = {
             key: getattr(self, key)
-            for key in ("every", "every_steps", "warmup_epochs", "freeze_after")
+            for key in ("every", "every_steps", "warmup_epochs", "freeze_after", "rescore", "rescore_budget")
             if getattr(self, key) != getattr(SelectionKeys, key)
         }
         if self.every_steps == 0:

@@ -20,6 +20,7 @@ from ..method.choices import (
     MISALIGNED,
     ORDERS,
     RANKED_BY,
+    RESCORES,
     SHORTFALLS,
     SIMILARITY,
     SPREADS,
@@ -136,6 +137,21 @@ class SelectionKeys:
     )
     freeze_after: int | None = field(
         default=None, metadata={"help": "From this epoch on, score nothing again.", "metavar": "N"}
+    )
+    rescore: str = field(
+        default="all",
+        metadata={
+            "help": "Which rows are scored anew once there are scores: all, or candidates, those near the cut and some "
+            "others that rescore_budget pays for.",
+            "choices": list(RESCORES),
+        },
+    )
+    rescore_budget: float = field(
+        default=0.1,
+        metadata={
+            "help": "Of rescore: candidates, what scoring them may cost, as a share of training on the epoch's rows.",
+            "metavar": "X",
+        },
     )
     anneal_share: float = field(
         default=0.0, metadata={"help": "Train on all rows for this last share of the epochs.", "metavar": "X"}

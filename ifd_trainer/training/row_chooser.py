@@ -47,6 +47,7 @@ from ..method.selection import (
 )
 from ..method.target_set import SIMILARITIES, TargetSet
 from ..scoring.losses import Scores
+from .candidate_scoring import Ages, Candidates
 from .checkpoint_state import arrays_of, scores_of
 from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
@@ -59,13 +60,14 @@ logger = get_logger(__name__)  # speaks in the main process alone
 class Scored(NamedTuple):
     """Scores of a pool, the epoch at whose start they were made, what was measured with them, and what they are worth.
 
-    `health` is that of `method.scoring_health`.
+    `health` is that of `method.scoring_health`, `ages` says when single rows were scored, where that was not at once.
     """
 
     scores: Scores
     epoch: int
     measured: Measured = Measured()
     health: Health | None = None
+    ages: Ages | None = None
 
     @property
     def limit(self) -> float | None:
@@ -83,12 +85,14 @@ class RowChooser:
         sample: of the brief experience, if there is one.
         guard: what keeps noise out.
         further: names of the run's further scores.
+        candidates: scores some rows anew, in the place of all.
 
     Attributes:
         last: the last scores; None before there are any.
         eligible: the last ones by which a row was eligible.
         brief: the rows of the brief experience, once they are drawn.
         trained: (n,) whether each row has been trained on.
+        since: (n,) whether it has been since the last scores were made.
         first_cas: (n,) of the first scoring in the run that gave a row one, where losses are compared with it.
         guards: which rows are held back from the policy.
         targets: how alike rows are to the targets of a `TargetSet`; None with another policy.
@@ -108,6 +112,7 @@ class RowChooser:
         sample: Brief | None,
         guard: Guard | None = None,
         further: Sequence[str] = (),
+        candidates: Candidates | None = None,
     ) -> None:
         # A policy of a user's own need not have these.
         self.score = getattr(policy, "score", "das" if pool_scorer.pool.whole else RANKED_BY[0])
@@ -132,6 +137,7 @@ class RowChooser:
                 f"{'Set these to None in Guard(...).' if measured else 'Set a number: max_ifd=1.0.'}"
             )
         self.pool_scorer, self.policy, self.sample, self.further = pool_scorer, policy, sample, tuple(further)
+        self.candidates = candidates
         limit = self.calibrated or (guard.limit if guard else None)
         self.guards = RunGuards(guard, limit, self.ranked_by, pool_scorer)
         self.targets = TargetSimilarities(policy, pool_scorer) if isinstance(policy, TargetSet) else None
@@ -174,6 +180,8 @@ class RowChooser:
         self._of_all: tuple[Scored, bool] | None = None
         self.earlier: list[TrainingRow] = []
         self.used, self.again = np.zeros(len(self.pool), dtype=bool), None
+        self.since = np.zeros(len(self.pool), dtype=bool)
+        self._ages: Ages | None = None
         self._embedded: tuple[Scores | None, np.ndarray] = None, np.empty((0, 0), dtype=np.float32)
         if self.targets is not None:
             self.targets.forget()
@@ -185,6 +193,8 @@ class RowChooser:
         """Raise for a pool that is too small for what the policy asks for, before anything is trained."""
         if self.calibrated is not None and len(self.pool) < least_measured(self.calibrated.alpha):
             self.calibrated.limit(np.ones(len(self.pool) if len(self.pool) > 1 else 0))  # says what it takes
+        if self.candidates is not None:
+            self.candidates.check()
 
     def begin(self, earlier: list[TrainingRow]) -> None:
         """The rows of an epoch are to be chosen, or those of a part of one.
@@ -202,7 +212,37 @@ class RowChooser:
             (self.last, eligible), self._of_all = self._of_all, None
             self.eligible = self.last if eligible else None
 
-    def take(self, scores: Scores, epoch: int, ids: np.ndarray, prefix: Sequence[int], seed: int) -> None:
+    def rescore(self, wanted: EpochRows, epoch: int, ids: np.ndarray, prefix: Sequence[int], seed: int) -> None:
+        """Score the candidates anew, and take the scores of all rows as they then are; see `take`."""
+        known = self.last.scores
+        below = self._below_limit(self.policy, _Columns(known.columns(), self.pool_scorer))
+        held_back = self.guards.held_back(known, ids, self.trained, False, below)
+        scores, ages = self.candidates(
+            *(known, self.ages, wanted, epoch, ids),
+            trained=self.since,
+            values=self.values,
+            able=below & (held_back == ""),
+            prefix=prefix,
+            seed=seed,
+        )
+        self.take(scores, epoch, ids, prefix, seed, ages)
+
+    @property
+    def ages(self) -> Ages | None:
+        """When the rows were scored; None before they were."""
+        if self.last is None:
+            return None
+        return self.last.ages or Ages.of_all(len(self.pool), self.last.epoch)
+
+    def take(
+        self,
+        scores: Scores,
+        epoch: int,
+        ids: np.ndarray,
+        prefix: Sequence[int],
+        seed: int,
+        ages: Ages | None = None,
+    ) -> None:
         """Take new scores: measure their limits, and judge the rows that were not trained on.
 
         Where a policy's limit cannot be measured, the last scores by which a row was eligible stand; where the scores
@@ -210,13 +250,18 @@ class RowChooser:
 
         Args:
             prefix: tokens before a direct answer.
+            ages: when each row was scored, where that was not now. Only what is fresh is judged, and what the scores
+                are worth is told by the rows that were drawn at random: those near the cut are not like all others.
+                How answers end is not measured again: the verdicts on that stand.
 
         Raises:
             UserError: where no limit can be measured, and there are no such scores, or too few rows are to be an error.
         """
         unseen, scores = self.unseen, self._compared(scores)
+        judged = unseen if ages is None else unseen & (ages.scored_at == epoch)
+        watched = unseen if ages is None else unseen & ages.drawn
         try:
-            measured = self.guards.measure(scores, ids, unseen, prefix, seed, epoch)
+            measured = self.guards.measure(scores, ids, unseen, prefix, seed, epoch, ends=ages is None)
         except UserError as error:
             if self.eligible is None or self.on_shortfall == "error":
                 raise
@@ -225,7 +270,7 @@ class RowChooser:
         # As wrong pairs are: of one answer each.
         values = scores.of_last_answers.columns()[self.ranked_by]
         before = None if self.last is None else self.last.scores.of_last_answers.columns()[self.ranked_by]
-        found = health(values, before, measured.wrong, unseen)
+        found = health(values, before, measured.wrong, watched)
         freeze = self.guards.guard.freeze
         if freeze is not None and self.first_health is not None:
             self.frozen = freeze.reason(found, self.first_health)
@@ -239,8 +284,11 @@ class RowChooser:
                 )
                 return
         self.first_health = self.first_health or found
-        self.guards.judge(scores, measured, unseen)
-        self.last = Scored(scores, epoch, measured, found)
+        self.guards.judge(scores, measured, judged)
+        if ages is not None:
+            measured = measured._replace(unfinished=self.last.measured.unfinished)
+        self.last = Scored(scores, epoch, measured, found, ages)
+        self.since[:] = False
 
     def _compared(self, scores: Scores) -> Scores:
         """Scores with how losses have changed, since each row's first scoring and since the one before, as asked."""
@@ -272,6 +320,8 @@ class RowChooser:
         `values`, (n,), are what they were ranked by.
         """
         columns, rows = {}, self.without_guards(wanted, ids, seed)
+        if np.isfinite(values).any():
+            columns |= self.ages.row_columns(np.isfinite(values), self.candidates is not None)
         if self.score not in (*SCORES, *FURTHER) and wanted.source not in ("all", "brief"):
             columns["own_score"] = values
         if rows is not None:
@@ -297,6 +347,9 @@ class RowChooser:
         """
         arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, "first_cas": self.first_cas}
         arrays |= self.guards.to_arrays()
+        if self.candidates is not None:
+            arrays |= {"since": self.since.astype(np.int8)}
+            arrays |= {} if self.last is None or self.last.ages is None else self.last.ages.to_arrays()
         arrays |= {} if self.targets is None else self.targets.to_arrays()
         arrays |= {} if self._of_all is None else arrays_of(self._of_all[0].scores, _OF_ALL)
         of_scores, known = self._embedded
@@ -309,8 +362,10 @@ class RowChooser:
         """Take that out of the arrays of a checkpoint."""
         self.brief, self.first_cas = arrays.pop("brief", None), arrays.pop("first_cas", None)
         self.trained = arrays.pop("trained", np.zeros(len(self.pool))).astype(bool)  # earlier releases lack it
+        self.since = arrays.pop("since", np.zeros(len(self.pool))).astype(bool)
+        self._ages = Ages.from_arrays(arrays)  # of the scores that `from_state` takes
         rows, embeddings = arrays.pop("embedded", None), arrays.pop("embeddings", None)
-        if rows is not None:  # of the scores that `from_state` takes
+        if rows is not None:  # of the same scores
             known = np.full((len(self.pool), embeddings.shape[1]), np.nan, dtype=np.float32)
             known[rows] = embeddings
             self._embedded = None, known
@@ -336,7 +391,7 @@ class RowChooser:
         self.frozen, self.first_health = saved.get("frozen"), saved.get("first_health")
         if scores is None:
             return
-        self.last = _as_said(scores, saved)
+        self.last = _as_said(scores, saved, self._ages)
         if (of_all := saved.get("of_all")) is not None:
             self._of_all = _as_said(self._scores_of_all, of_all), of_all["eligible"]
         self.eligible = self.last if saved.get("eligible", True) else None
@@ -423,6 +478,7 @@ class RowChooser:
     def note_trained(self, times: np.ndarray) -> None:
         """An epoch has trained on each row so many times, (n,)."""
         self.trained |= times > 0
+        self.since |= times > 0
 
     def _relaxed(self, wanted: EpochRows, ids: np.ndarray, seed: int, prefix: Sequence[int]) -> Selection:
         """The rows nearest to the limit, and without guards if these leave none."""
@@ -487,8 +543,7 @@ class RowChooser:
         limited = eligibility(policy) is not None and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:
-            most = self._most(policy)
-            below = score_values(columns, self.score) < most if np.isfinite(most) else np.ones(len(ids), dtype=bool)
+            most, below = self._most(policy), self._below_limit(policy, columns)
             held_back = self.guards.held_back(self.last.scores, ids, self.trained, limited, below, self.used)
             verdicts, limit = self.guards.verdicts.get(ABOVE_LIMIT), self.last.limit
             if limited and verdicts is not None:
@@ -531,6 +586,11 @@ class RowChooser:
         parts = self.pool.divide(ranked, [tier.rows for tier in wanted.tiers])
         tiers = {tier.number: part for tier, part in zip(wanted.tiers, parts, strict=True)}
         return selection.in_tiers(score, tiers, {tier.number for tier in wanted.tiers if tier.trained})
+
+    def _below_limit(self, policy: Policy, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(n,) rows below the number that a policy's limit is, as far as it is one."""
+        most = self._most(policy)
+        return score_values(columns, self.score) < most if np.isfinite(most) else np.ones(len(self.pool), dtype=bool)
 
     def _most(self, policy: Policy) -> float:
         """What scores have to be below, as far as it is a number."""
@@ -580,12 +640,12 @@ def _said(scored: Scored | None) -> dict[str, Any]:
     }
 
 
-def _as_said(scores: Scores, saved: Mapping[str, Any]) -> Scored:
+def _as_said(scores: Scores, saved: Mapping[str, Any], ages: Ages | None = None) -> Scored:
     """The scoring of which a checkpoint keeps that; earlier releases lack parts of it."""
     scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
     unfinished = saved.get("unfinished")
     measured = Measured(saved.get("measured_limit"), None, None if unfinished is None else float(unfinished))
-    return Scored(scores, scored_at, measured, saved.get("health"))
+    return Scored(scores, scored_at, measured, saved.get("health"), ages)
 
 
 class _Columns(dict):

@@ -72,20 +72,28 @@ class RunGuards:
     # ---- what is measured with each scoring ---------------------------------------------------------------------
 
     def measure(
-        self, scores: Scores, ids: np.ndarray, unseen: np.ndarray, prefix: Sequence[int], seed: int, epoch: int
+        self,
+        scores: Scores,
+        ids: np.ndarray,
+        unseen: np.ndarray,
+        prefix: Sequence[int],
+        seed: int,
+        epoch: int,
+        ends: bool = True,
     ) -> Measured:
         """The limits of a scoring.
 
         Args:
             unseen: (n,) rows that the model has not been trained on; what it says of others is memory.
             prefix: tokens before a direct answer.
+            ends: whether to measure how answers end, too: of all rows, which have to be scored for it.
 
         Raises:
             UserError: where a limit that the policy asks for cannot be measured.
         """
         scores = scores.of_last_answers
         limit, wrong = self._measured_limit(scores, ids, unseen, prefix, seed, epoch)
-        return Measured(limit, wrong, self._measured_end(scores, ids, unseen, prefix, seed, epoch))
+        return Measured(limit, wrong, self._measured_end(scores, ids, unseen, prefix, seed, epoch) if ends else None)
 
     def _measured_limit(
         self, scores: Scores, ids: np.ndarray, unseen: np.ndarray, prefix: Sequence[int], seed: int, epoch: int

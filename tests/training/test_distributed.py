@@ -41,6 +41,7 @@ UPDATES = {
     "in_step": [3, 2],
     "calibrated": [2, 2],
     "guarded": [2, 2],
+    "candidates": [2, 2],
     "targets": [2, 2],
     "parts": [4, 2],
     "one_row": [1],
@@ -239,6 +240,8 @@ def test_only_the_main_process_writes_the_history(launched, ranks):
             assert set(rows.loc[rows["times"] > 0, "row_id"]) == trained
             if case == "cherry" and not epoch:
                 assert rows["ifd"].isna().all()
+            elif case == "candidates" and epoch:  # some of its rows alone
+                assert 0 < history.record(epoch)["fresh"] == (rows["scored_at"] == epoch).mean() < 1
             else:
                 assert rows["ifd"].tolist() == ranks[0][case]["ifd"][epoch - (case == "cherry")]
 

@@ -16,6 +16,7 @@ from ifd_trainer import (
     IFDSelectionCallback,
     RandomRows,
 )
+from ifd_trainer.errors import UserError
 from ifd_trainer.method.schedule import Constant, Timing
 from ifd_trainer.training.options import Scoring, reads_scores
 from ifd_trainer.training.recipe_run import selection_of
@@ -100,6 +101,10 @@ def test_an_unknown_name_is_refused_as_python_does_with_the_nearest_one(tmp_path
         ({"diverse": "0.3", "anneal_share": 0.5}, (Diverse(0.3), Anneal(0.1, 0.5), Timing())),
         ({"every_steps": 9, "freeze_after": 2}, (Cherry(), Constant(0.1), Timing(freeze_after=2, every_steps=9))),
         ({"every_steps": 0, "scorer": "gpt2"}, (Cherry(), Constant(0.1), Timing())),
+        (
+            {"rescore": "candidates", "rescore_budget": 0.3},
+            (Cherry(), Constant(0.1), Timing(rescore="candidates", rescore_budget=0.3)),
+        ),
         ({"method": "cherry"}, (Cherry(), Constant(0.1), Timing(1, 1, 0, Brief(), True))),
         ({"method": "cherry", "brief": "none", "freeze_after": 2}, (Cherry(), Constant(0.1), Timing(1, 0, 2))),
     ],
@@ -110,6 +115,18 @@ def test_a_recipe_says_the_same_groups(keys, expected):
     assert (config.chosen_policy(), config.schedule(), config.timing()) == expected
     assert config.scoring() == Scoring()
     assert config.scoring(embedder="e").embedder == "e"
+
+
+def test_what_a_recipe_cannot_score_anew_is_told_at_once():
+    assert SelectionConfig(rescore_budget=0.3).idle_keys() == {"rescore: candidates": ["rescore_budget"]}
+    for keys, words in (
+        ({"scorer": "gpt2"}, "the scores of scorer='gpt2' do not change with training"),
+        ({"policy": "random"}, "the policy is a RandomRows"),
+        ({"method": "cherry"}, "With freeze_after=0 rows are scored once"),
+        ({"warmup_epochs": 2, "freeze_after": 3}, "With freeze_after=3 rows are scored once"),
+    ):
+        with pytest.raises(UserError, match=words):
+            SelectionConfig(rescore="candidates", **keys)
 
 
 def test_the_cherry_method_is_a_timing(tmp_path):

@@ -1,0 +1,92 @@
+"""Which rows are scored anew under a budget, and how far the losses of the others are moved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ifd_trainer.errors import UserError
+from ifd_trainer.method.rescoring import Rescoring, affordable, drift, nearest
+from ifd_trainer.method.schedule import Timing
+
+SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+
+
+@given(SIZES, st.floats(0, 2000), st.floats(0.01, 3), st.integers(0, 10**6), st.randoms(use_true_random=False))
+def test_the_rows_cost_no_more_than_the_budget_and_no_further_one_would_fit(sizes, tokens, budget, seed, random):
+    cost, rows = np.array(sizes, dtype=float), len(sizes)
+    able = np.array([random.random() < 0.8 for _ in sizes])
+    ages = np.array([random.randint(0, 3) for _ in sizes])
+    values = np.array([random.random() for _ in sizes])
+    rule, ids = Rescoring(budget), np.arange(rows)
+    allowance = rule.allowance(tokens)
+    assert allowance == pytest.approx(3 * budget * tokens)
+    drawn, stale = rule.drawn(able, ages, cost, allowance, ids, seed)
+    again = rule.drawn(able, ages, cost, allowance, ids, seed)
+    assert [part.tolist() for part in again] == [drawn.tolist(), stale.tolist()]
+    fully = np.concatenate([drawn, stale])
+    order = nearest(values, able, 5, np.isin(ids, fully), ids)
+    left = allowance - cost[fully].sum()
+    near = rule.near(order, cost, left)
+    chosen = np.concatenate([fully, near])
+    assert len(set(chosen.tolist())) == len(chosen)
+    assert able[chosen].all()
+    assert cost[drawn].sum() <= rule.explored * allowance + 1e-9
+    assert cost[stale].sum() <= rule.stale * allowance + 1e-9
+    assert cost[chosen].sum() <= allowance + 1e-9
+    others = [row for row in order.tolist() if row not in near and cost[row] <= left]
+    assert not others or cost[near].sum() + cost[others[0]] > left
+    # The stale ones are the oldest of those that were not drawn, as far as each of them fits.
+    left_out = np.flatnonzero(able & ~np.isin(ids, fully) & (cost <= rule.stale * allowance))
+    assert not len(stale) or not len(left_out) or ages[stale].max() <= ages[left_out].min()
+
+
+@given(SIZES, st.integers(0, 10**6))
+def test_rows_are_drawn_by_their_ids_wherever_they_stand(sizes, seed):
+    cost, ids = np.array(sizes, dtype=float), np.arange(len(sizes)) + 100
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    rule, same = Rescoring(), np.zeros(len(sizes), dtype=int)
+    here = rule.drawn(np.full(len(ids), True), same, cost, 2 * cost.sum(), ids, seed)
+    there = rule.drawn(np.full(len(ids), True), same, cost[order], 2 * cost.sum(), ids[order], seed)
+    for one, other in zip(here, there, strict=True):
+        assert ids[one].tolist() == ids[order][other].tolist()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.integers(1, 25))
+def test_the_nearest_rows_are_those_at_the_cut_first(scores, kept):
+    values, able, ids = np.array(scores), np.arange(len(scores)) % 3 != 2, np.arange(len(scores))
+    cut = sorted(values[able])[-min(kept, able.sum())]
+    for known in (ids < 0, ids % 2 == 1):
+        order = nearest(values, able, kept, known, ids)
+        assert sorted(order.tolist()) == np.flatnonzero(able & ~known).tolist()
+        assert (np.diff(np.abs(values[order] - cut)) >= 0).all()
+
+
+def test_a_row_that_alone_costs_more_is_passed_over():
+    assert affordable(np.array([0, 1, 2]), np.array([9.0, 2.0, 2.0]), 4.0).tolist() == [1, 2]
+    assert affordable(np.array([0, 1, 2]), np.array([9.0, 2.0, 2.0]), 1.9).tolist() == []
+    assert affordable(np.array([], dtype=int), np.array([9.0]), 10.0).tolist() == []
+
+
+def test_losses_are_moved_by_the_mean_factor_of_rows_of_their_kind():
+    old, new = np.full(12, 2.0), np.array([1.0] * 5 + [4.0] * 5 + [np.nan, 2.0])
+    trained = np.array([True] * 5 + [False] * 7)
+    known = np.array([4.0] * 5 + [2.0])  # of rows that were not trained on: five fell by half less, one stood
+    of_rows = np.array([True, False])
+    expected = [0.5, float(np.exp(np.log(known / 2).mean()))]
+    assert drift(old, new, trained, of_rows) == pytest.approx(expected)
+    # Of fewer than five of a kind nothing is told: all go by all.
+    few = drift(old[:7], new[:7], trained[:7], of_rows)
+    assert few == pytest.approx([0.5, np.exp((5 * np.log(0.5) + 2 * np.log(2.0)) / 7)])
+    assert drift(np.array([]), np.array([]), np.array([], dtype=bool), of_rows).tolist() == [1.0, 1.0]
+    assert drift(np.array([0.0, 1.0]), np.array([1.0, np.nan]), trained[:2], of_rows).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, float("inf"), float("nan"), True, "much"])
+def test_a_budget_is_a_share_above_0(budget):
+    with pytest.raises(UserError, match="rescore_budget is a share of what training costs, above 0"):
+        Timing(rescore="candidates", rescore_budget=budget)
+    with pytest.raises(UserError, match="rescore must be 'all' or 'candidates', got 'some'"):
+        Timing(rescore="some")
