@@ -39,6 +39,8 @@ SIMILARITY = 0.85  # from which share of common shingles on texts are duplicates
 
 TOKEN_SHARE = 0.5  # of all tokens that S-IFD is made of, where no other is given; the paper takes 0.5 to 0.75
 
+ROWS_TOGETHER = 10  # of a bin of a histogram that a site shows, where no other number is given
+
 RANKED_BY = get_args(Score)
 SHORTFALLS = get_args(Shortfall)
 MISALIGNED = get_args(Misaligned)
