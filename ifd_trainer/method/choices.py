@@ -17,7 +17,7 @@ Order = Literal["shuffle", "descending", "ascending"]  # of the kept rows within
 Spread = Literal["facility_location", "k_center"]  # how a diverse selection chooses among its candidates
 BriefRows = Literal["kmeans", "random"]  # which rows give the brief experience
 Direction = Literal["easy_to_hard", "hard_to_easy"]  # of a curriculum
-TierMode = Literal["tiers", "growing", "shrinking"]  # which of its tiers are trained on together
+TierMode = Literal["tiers", "growing", "shrinking", "remaining"]  # which of its tiers are trained on together
 
 CONTROLS = {  # policies by the names that recipes have for them
     "random": "RandomRows",

@@ -462,6 +462,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
                 noted = first.look_at(scores, wanted.budget / self.pool.training_rows)
             self.chooser.take(scores, epoch, ids, self._prefix, self.seed)
         selection = self.chooser.choose(wanted, ids, self.seed, step > 0, self._prefix)
+        self.chooser.note_tiers(wanted, selection)
         self.pool_scorer.release()
         seconds = time.perf_counter() - began if scored or wanted.source == "brief" else 0.0
         scores = self._recorded(wanted.source)

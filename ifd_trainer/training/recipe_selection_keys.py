@@ -110,6 +110,15 @@ class SelectionKeys:
             "metavar": "true",
         },
     )
+    threshold: str | None = field(
+        default=None,
+        metadata={
+            "help": "Leave rows out of the pool whose score is below this: the file that `ifd-trainer threshold` wrote "
+            "for several sites, or a number, of the column that score names. It is the score that the rows have "
+            "(`ifd-trainer score`), not one of the run; keep is of the rows that are left.",
+            "metavar": "FILE_OR_X",
+        },
+    )
     keep: list[str] = field(
         default_factory=lambda: ["0.1"],
         metadata={
@@ -139,7 +148,8 @@ class SelectionKeys:
     tier_mode: str = field(
         default="tiers",
         metadata={
-            "help": "One tier at a time, growing from the first, or shrinking to the last.",
+            "help": "One tier at a time, growing from the first, shrinking to the last, or remaining: one at a time, "
+            "of the rows that no tier before had.",
             "choices": list(TIER_MODES),
         },
     )

@@ -29,7 +29,7 @@ from ..method.guard import GUARD_REASONS, Guard
 from ..method.iterit import ANSWER_TEXT
 from ..method.number_words import many
 from ..method.plain_data import to_data
-from ..method.reasons import ABOVE_LIMIT, NOT_IN_SAMPLE, Status
+from ..method.reasons import ABOVE_LIMIT, NOT_IN_SAMPLE, OTHER_TIER, Status
 from ..method.schedule import EpochRows
 from ..method.scoring_health import Health, health
 from ..method.selection import (
@@ -88,6 +88,7 @@ class RowChooser:
         brief: the rows of the brief experience, once they are drawn.
         trained: (n,) whether each row has been trained on.
         first_cas: (n,) of the first scoring in the run that gave a row one, where losses are compared with it.
+        tier_of: (n,) the tier of a curriculum that trained on each row last, -1 for none; None without a curriculum.
         guards: which rows are held back from the policy.
         targets: how alike rows are to the targets of a `TargetSet`; None with another policy.
         frozen: why rows are scored no more, if they are not; see `method.scoring_health.Freeze`.
@@ -164,6 +165,7 @@ class RowChooser:
         self.frozen: str | None = None
         self.first_health: Health | None = None
         self.first_cas: np.ndarray | None = None
+        self.tier_of: np.ndarray | None = None
         self._embedded: tuple[Scores | None, np.ndarray] = None, np.empty((0, 0), dtype=np.float32)
         if self.targets is not None:
             self.targets.forget()
@@ -266,6 +268,7 @@ class RowChooser:
         had given with them, (candidates, d), which a model that has trained on does not give again.
         """
         arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, "first_cas": self.first_cas}
+        arrays["tier_of"] = self.tier_of
         arrays |= self.guards.to_arrays()
         arrays |= {} if self.targets is None else self.targets.to_arrays()
         of_scores, known = self._embedded
@@ -277,6 +280,7 @@ class RowChooser:
     def from_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Take that out of the arrays of a checkpoint."""
         self.brief, self.first_cas = arrays.pop("brief", None), arrays.pop("first_cas", None)
+        self.tier_of = arrays.pop("tier_of", None)
         self.trained = arrays.pop("trained", np.zeros(len(self.pool))).astype(bool)  # earlier releases lack it
         rows, embeddings = arrays.pop("embedded", None), arrays.pop("embeddings", None)
         if rows is not None:  # of the scores that `from_state` takes
@@ -356,6 +360,19 @@ class RowChooser:
         """An epoch has trained on each row so many times, (n,)."""
         self.trained |= times > 0
 
+    def note_tiers(self, wanted: EpochRows, selection: Selection) -> None:
+        """Remember which rows an epoch takes for its tiers: those of the rows that remain come later without them."""
+        if wanted.tiers:
+            self.tier_of = np.full(len(self.pool), -1, dtype=np.int16) if self.tier_of is None else self.tier_of
+            for number, rows in selection.parts.items():
+                self.tier_of[rows] = number
+
+    def _gone(self, wanted: EpochRows) -> np.ndarray:
+        """Which rows a tier has had that is none of an epoch's, (n,)."""
+        if not wanted.tiers or self.tier_of is None:
+            return np.zeros(len(self.pool), dtype=bool)
+        return (self.tier_of >= 0) & ~np.isin(self.tier_of, [tier.number for tier in wanted.tiers])
+
     def _relaxed(self, wanted: EpochRows, ids: np.ndarray, seed: int, prefix: Sequence[int]) -> Selection:
         """The rows nearest to the limit, and without guards if these leave none."""
         policy = Cherry(self.max_ifd or math.inf, self.score, on_shortfall="relax")
@@ -427,6 +444,8 @@ class RowChooser:
                 # Of rows that failed, those that have come below the limit since are the last to be taken all the same.
                 limit = -np.inf if limit is None else np.where(columns[self.ranked_by] < limit, -np.inf, limit)
                 columns[ROW_LIMIT] = np.where(verdicts == PASSED, most, np.minimum(limit, most))
+        gone = self._gone(wanted)
+        held_back[gone] = OTHER_TIER
         rows = np.flatnonzero(held_back == "")
         columns = columns.of(rows)
         if isinstance(policy, Diverse):
@@ -443,7 +462,8 @@ class RowChooser:
                 if len(rows) == len(ids):
                     raise
                 held = ", ".join(f"{count} {reason}" for reason, count in counted(held_back).items() if reason)
-                raise type(error)(f"{error} Guards hold back {len(ids) - len(rows)} more: {held}.") from error
+                who = "Guards and tiers" if gone.any() else "Guards"
+                raise type(error)(f"{error} {who} hold back {len(ids) - len(rows)} more: {held}.") from error
             reasons = held_back.copy()
             reasons[rows] = chosen.reasons
             return replace(chosen, kept=rows[chosen.kept], reasons=reasons)
