@@ -1128,6 +1128,7 @@ def _train(arguments: list[str]) -> int:
     from rich.console import Console
 
     from .report.page import write_report
+    from .report.share_table import share_table
     from .report.tables import epoch_table, guard_table, label_rich_table
     from .training.recipe import parse_recipe
     from .training.recipe_plan import only_the_plan, planned
@@ -1153,6 +1154,8 @@ def _train(arguments: list[str]) -> int:
         console.print(epoch_table(history))
         if (guarded := guard_table(history)) is not None:
             console.print(guarded)
+        if (shares := share_table(history)) is not None:
+            console.print(shares)
         if parsed.selection.label:
             console.print(label_rich_table(history, parsed.selection.label))
         path = write_report(history, parsed.sft.output_dir, label=parsed.selection.label)

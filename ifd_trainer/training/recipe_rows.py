@@ -36,6 +36,7 @@ from ..method.choices import RANKED_BY
 from ..method.number_words import many
 from ..method.reasons import Status
 from ..method.score_histogram import Threshold
+from ..method.selection import coded
 from .row_tokens import TOKEN_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -207,6 +208,18 @@ def without_refusals(rows: Dataset) -> Dataset:
         f"{len(kept):,}",
     )
     return kept
+
+
+def by_value(rows: Dataset, column: str) -> dict[str, Dataset]:
+    """Held-out rows as a set for each value of a column, by the value as a text.
+
+    Raises:
+        UserError: for rows without that column.
+    """
+    if column not in rows.column_names:
+        raise UserError(f"eval_by: the held-out rows have no column {column!r}; they have {sorted(rows.column_names)}.")
+    texts, codes = coded(rows.select_columns([column]).to_pandas()[column])
+    return {text: rows.select(np.flatnonzero(codes == place)) for place, text in enumerate(texts.tolist())}
 
 
 def at_or_above(rows: Dataset, threshold: Threshold, score: str) -> Dataset:

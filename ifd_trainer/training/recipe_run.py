@@ -50,7 +50,7 @@ from .recipe import Recipe, translated
 from .recipe_file import beside
 from .recipe_images import prepare_images, sees_images
 from .recipe_machine import PlanConfig, installed, lacking_for, outline
-from .recipe_rows import at_or_above, prepare, with_answer_masks, without_refusals
+from .recipe_rows import at_or_above, by_value, prepare, with_answer_masks, without_refusals
 from .recipe_selection import SelectionConfig
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,8 @@ def build_run(recipe: Recipe) -> Run:
         held_out, _ = prepared(held_out, format if there else selection.rows_format())
         if finds_answers and "messages" in held_out.column_names:
             held_out = with_answer_masks(held_out, tokenizer())
+        if (column := selection.eval_by or (selection.per if selection.bad_cases else None)) is not None:
+            held_out = by_value(held_out, column)
     with translated("The trainer cannot be made"):
         trainer = _trainer(config, model, sft, train, held_out)
     if not len(trainer.train_dataset):
@@ -237,7 +239,11 @@ def _model_config(model: ModelConfig, sft: SFTConfig) -> PretrainedConfig:
 
 
 def _trainer(
-    config: PretrainedConfig, model: ModelConfig, sft: SFTConfig, train: Dataset, held_out: Dataset | None
+    config: PretrainedConfig,
+    model: ModelConfig,
+    sft: SFTConfig,
+    train: Dataset,
+    held_out: Dataset | dict[str, Dataset] | None,
 ) -> SFTTrainer:
     """TRL's trainer; of a plan, one whose model has shapes but no weights."""
     plan = isinstance(sft, PlanConfig)

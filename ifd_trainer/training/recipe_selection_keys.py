@@ -96,6 +96,14 @@ class SelectionKeys:
             "metavar": "FILE_OR_NAME",
         },
     )
+    eval_by: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column whose values the held-out rows are parted by: each is an evaluation set of its own, with a "
+            "loss of its own. With bad_cases it is the column of per by default.",
+            "metavar": "COLUMN",
+        },
+    )
     split_seed: int | None = field(
         default=None,
         metadata={
@@ -264,7 +272,7 @@ class SelectionKeys:
         default=None,
         metadata={
             "help": "A column, such as a source, whose values have the shares, floors and caps that follow, a mixture "
-            "by epoch, or stages.",
+            "by epoch, stages, or shares that follow its held-out losses.",
             "metavar": "COLUMN",
         },
     )
@@ -312,6 +320,25 @@ class SelectionKeys:
     )
     growing: bool = field(
         default=False, metadata={"help": "Each stage keeps the values of those before it.", "metavar": "true"}
+    )
+    bad_cases: bool = field(
+        default=False,
+        metadata={
+            "help": "Shares that follow the held-out loss of each value, measured anew whenever rows are selected: "
+            "more rows of what the model is bad at.",
+            "metavar": "true",
+        },
+    )
+    bad_cases_floor: float = field(
+        default=0.0,
+        metadata={"help": "Fraction of the kept rows that each value with held-out rows has at least.", "metavar": "X"},
+    )
+    bad_cases_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Shares by a softmax of losses over this, in nats; in proportion to the losses by default.",
+            "metavar": "X",
+        },
     )
     cascade_by: str | None = field(
         default=None,

@@ -16,6 +16,7 @@ import numpy as np
 from accelerate.logging import get_logger
 
 from ..errors import UserError
+from ..method.bad_cases import BadCases
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.choices import RANKED_BY
@@ -88,6 +89,7 @@ class RowChooser:
         brief: the rows of the brief experience, once they are drawn.
         trained: (n,) whether each row has been trained on.
         first_cas: (n,) of the first scoring in the run that gave a row one, where losses are compared with it.
+        shares: of the values of a column, for a `BadCases`; None before they are known.
         tier_of: (n,) the tier of a curriculum that trained on each row last, -1 for none; None without a curriculum.
         guards: which rows are held back from the policy.
         targets: how alike rows are to the targets of a `TargetSet`; None with another policy.
@@ -166,6 +168,7 @@ class RowChooser:
         self.first_health: Health | None = None
         self.first_cas: np.ndarray | None = None
         self.tier_of: np.ndarray | None = None
+        self.shares: Mapping[str, float] | None = None
         self._embedded: tuple[Scores | None, np.ndarray] = None, np.empty((0, 0), dtype=np.float32)
         if self.targets is not None:
             self.targets.forget()
@@ -433,6 +436,7 @@ class RowChooser:
         """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
         every = columns = _Columns(self.last.scores.columns(), self.pool_scorer)
         policy = policy.in_epoch(wanted.counted) if hasattr(policy, "in_epoch") else policy
+        policy = policy.given(self.shares) if isinstance(policy, BadCases) and self.shares is not None else policy
         limited = eligibility(policy) is not None and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:

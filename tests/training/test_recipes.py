@@ -143,6 +143,7 @@ def test_all_recipes_are_there():
         "superfiltering_tshirt",
         "federated_scores",
         "feddqc_tiers",
+        "bad_cases",
         "vlm_ifd",
         "demo",
     } == set(RECIPES)
@@ -227,6 +228,13 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     if recipe == "quotas":
         assert all(sum(of_value[0][row] == "code" for row in rows) >= 1 for rows in kept)
         assert all(sum(of_value[0][row] == "chat" for row in rows) <= 2 for rows in kept)
+    if recipe == "bad_cases":
+        for record, rows in zip(history.epochs, kept, strict=True):
+            told = record["bad_cases"]
+            assert told["rows"] == {name: sum(of_value[0][row] == name for row in rows) for name in set(SOURCES)}
+            free = (1 - 3 * 0.05) / sum(told["losses"].values())
+            assert told["shares"] == pytest.approx({name: 0.05 + free * x for name, x in told["losses"].items()})
+        assert "Shares by source" in (tmp_path / "report.html").read_text()
     if recipe == "mixture_by_epoch":
         assert [sum(of_value[0][row] == "chat" for row in rows) for rows in kept] == [2, 1]
     if recipe == "curriculum_by_column":
@@ -330,7 +338,9 @@ def test_a_recipe_for_gpus_is_planned_as_it_is_on_any_machine(recipe, model, lar
     monkeypatch.chdir(tmp_path)
     forbid(monkeypatch)
     words = ["train", str(FOLDER / f"{recipe}.yaml"), "--plan", "--model", model, "--dataset", rows_for(recipe, large)]
-    assert main([*words, *(["--threshold", "1"] if recipe == "feddqc_tiers" else [])]) == 0
+    words += ["--threshold", "1"] if recipe == "feddqc_tiers" else []
+    words += ["--eval_dataset", large] if recipe == "bad_cases" else []
+    assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     lines = lines[lines.index(next(line for line in lines if line.startswith("Plan: "))) :]
     several = "; 1,100 of them have several answers, all of which are scored (turns='tokens')"
