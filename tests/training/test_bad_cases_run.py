@@ -203,10 +203,8 @@ def test_held_out_rows_of_a_recipe_are_parted_by_a_column(tmp_path, capsys, by, 
     TOKENIZER.save_pretrained(tmp_path / "model")
     for name, rows in (("rows", rows_of(24, 0)), ("held_out", rows_of(12, 5, first=500))):
         half = len(rows) // 2
-        lines = [
-            row | {"source": "code" if i < half else "web", "level": ["easy", "hard"][i % 2]}
-            for i, row in enumerate(rows)
-        ]
+        for i, row in enumerate(rows):
+            row |= {"source": "code" if i < half else "web", "level": ["easy", "hard"][i % 2]}
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": "rows.jsonl", "keep": 0.25, "max_ifd": "inf"}
     keys |= {"eval_dataset": "held_out.jsonl", "eval_strategy": "epoch", "output_dir": str(tmp_path / "run")}
