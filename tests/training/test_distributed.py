@@ -41,6 +41,7 @@ UPDATES = {
     "calibrated": [2, 2],
     "guarded": [2, 2],
     "targets": [2, 2],
+    "bad_cases": [2, 2],
     "one_row": [1],
     "cherry": [2, 2, 2],
 }
@@ -120,6 +121,7 @@ def test_both_processes_take_the_same_steps_in_the_same_order(ranks, kind, case)
         "orders",
         "ifd",
         "limits",
+        "shares",
         "global_step",
         "max_steps",
         "epoch",
