@@ -128,6 +128,8 @@ def build_run(recipe: Recipe) -> Run:
             held_out = with_answer_masks(held_out, tokenizer())
         if (column := selection.eval_by or (selection.per if selection.bad_cases else None)) is not None:
             held_out = by_value(held_out, column)
+    elif selection.eval_by is not None:
+        raise UserError("eval_by parts held-out rows, and there are none: name some with eval_dataset.")
     with translated("The trainer cannot be made"):
         trainer = _trainer(config, model, sft, train, held_out)
     if not len(trainer.train_dataset):

@@ -88,7 +88,8 @@ def test_sites_keep_the_agreed_share_of_all_their_rows(sites, capsys):
     kept = 0
     for site, frame in zip(found.sites, sites.values(), strict=True):
         name = site.name[len("site_")]
-        assert main(["select", f"{name}.jsonl", "--threshold", "threshold.json", "--output", f"kept_{name}.jsonl"]) == 0
+        words = ["select", f"{name}.jsonl", "--threshold", "threshold.json", "--no-card"]
+        assert main([*words, "--output", f"kept_{name}.jsonl"]) == 0
         ids = [row["id"] for row in load_rows(f"kept_{name}.jsonl")]
         high = frame[frame["ira"] >= found.value].sort_values("ira", ascending=False, kind="stable")
         assert sorted(ids) == sorted(high["id"])
@@ -119,7 +120,7 @@ def test_a_threshold_of_ifd_goes_with_its_limit(sites):
         assert main(["histogram", "a.jsonl", "--score", "ifd", *words, "--output", "ifd.json"]) == 0
         assert sum(read_histogram(Path("ifd.json")).counts) == (frame["ifd"] < limit).sum()
         assert main(["threshold", "ifd.json", "--keep", "50", "--output", "t.json"]) == 0
-        assert main(["select", "a.jsonl", "--threshold", "t.json", "--output", "k.jsonl"]) == 0
+        assert main(["select", "a.jsonl", "--threshold", "t.json", "--no-card", "--output", "k.jsonl"]) == 0
         kept = frame[(frame["ifd"] < limit) & (frame["ifd"] >= threshold_of("t.json").value)]
         assert sorted(row["id"] for row in load_rows("k.jsonl")) == sorted(kept["id"])
 
@@ -127,7 +128,7 @@ def test_a_threshold_of_ifd_goes_with_its_limit(sites):
 def test_scores_of_another_model_are_warned_of(sites, capsys):
     assert main(["threshold", "site_a.json", "--keep", "20", "--output", "t.json"]) == 0
     write_provenance("b.jsonl", Provenance("paper", "org/other", weights="5678"), sites["b"])
-    assert main(["select", "b.jsonl", "--threshold", "t.json", "--output", "k.jsonl"]) == 0
+    assert main(["select", "b.jsonl", "--threshold", "t.json", "--no-card", "--output", "k.jsonl"]) == 0
     assert "agreed on for scores by the weights 1234, and those of b.jsonl were made by 5678" in capsys.readouterr().err
 
 
@@ -168,7 +169,8 @@ def test_a_threshold_of_one_score_ranks_by_no_other(sites, capsys):
     assert main(["threshold", "site_a.json", "--keep", "20", "--output", "t.json"]) == 0
     words = ["select", "a.jsonl", "--threshold", "t.json", "--output", "x.jsonl"]
     assert "is one of ira, and --score ifd ranks by another" in told(capsys, *words, "--score", "ifd")
-    assert main([*words, "--score", "ira"]) == 0
+    assert main([*words, "--score", "ira"]) == 0  # with a card
+    assert "| kept | " in Path("x.md").read_text()
 
 
 @pytest.mark.parametrize(

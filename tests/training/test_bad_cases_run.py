@@ -24,8 +24,9 @@ from tiny_runs import (
     text_rows,
     train,
 )
+from trl import SFTTrainer
 
-from ifd_trainer import BadCases, Cherry, RandomRows, write_report
+from ifd_trainer import BadCases, Cherry, RandomRows
 from ifd_trainer.cli import main
 from ifd_trainer.errors import UserError
 from ifd_trainer.report.share_table import share_cells, share_table
@@ -94,9 +95,6 @@ def test_the_share_of_what_stays_hard_rises_and_its_rows_are_those_of_the_losses
     assert [entry["ifd/share_code"] for entry in logged] == [
         record["bad_cases"]["shares"]["code"] for record in callback.history.epochs
     ]
-    page = write_report(tmp_path).read_text()
-    assert "Shares by source" in page
-    assert "in shares of the values of source that follow their held-out losses" in page
     headers, lines = share_cells(callback.history)
     assert headers == ["epoch", "code", "web"]
     first = callback.history.epochs[0]["bad_cases"]
@@ -106,16 +104,16 @@ def test_the_share_of_what_stays_hard_rises_and_its_rows_are_those_of_the_losses
     assert share_table(callback.history).row_count == 4
 
 
-@pytest.mark.parametrize("strategy", ["no", "steps"])
-def test_losses_are_measured_where_the_trainer_has_not_just_evaluated(tmp_path, strategy):
-    config = {"eval_dataset": SETS, "seed": 3, "num_train_epochs": 3}
-    often = sft_trainer(tmp_path / "often", POOL, eval_strategy="epoch", **config)
-    seldom = sft_trainer(tmp_path / "seldom", POOL, eval_strategy=strategy, eval_steps=5, **config)
-    policy = BadCases("source", at_least=0.1, temperature=0.5, policy=Cherry(INF))
-    callbacks = [select(trainer, keep=8, policy=policy) for trainer in (often, seldom)]
-    assert train(often).order() == train(seldom).order()
-    told = [[record["bad_cases"] for record in callback.history.epochs] for callback in callbacks]
-    assert told[0] == told[1]
+def test_losses_are_measured_where_the_trainer_has_not_just_evaluated(tmp_path):
+    found = []
+    for strategy in ("epoch", "steps", "no"):
+        config = {"eval_dataset": SETS, "eval_strategy": strategy, "eval_steps": 5, "num_train_epochs": 2}
+        trainer = sft_trainer(tmp_path / strategy, POOL, **config)
+        policy = BadCases("source", at_least=0.1, temperature=0.5, policy=Cherry(INF))
+        callback = select(trainer, keep=8, policy=policy)
+        order = train(trainer).order()
+        found.append((order, [record["bad_cases"] for record in callback.history.epochs]))
+    assert found[0] == found[1] == found[2]
 
 
 def resumable(folder: Path, **config):
@@ -124,7 +122,7 @@ def resumable(folder: Path, **config):
     return trainer, select(trainer, keep=8, every=2, policy=BadCases("source", policy=Cherry(INF)))
 
 
-@pytest.mark.parametrize("step", [4, 6, 8])  # of four updates an epoch: before an evaluation, inside an epoch, between
+@pytest.mark.parametrize("step", [6, 8])  # of four updates an epoch: inside the second, and before its evaluation
 def test_a_resumed_run_has_the_same_shares(tmp_path, step):
     trainer, whole = resumable(tmp_path / "whole")
     expected = train(trainer)
@@ -196,30 +194,55 @@ def test_the_keys_of_a_recipe_make_the_policy(caplog):
         SelectionConfig(per="source", bad_cases=True, stages=["a"])
 
 
-@RECIPES
-@pytest.mark.parametrize(("by", "sets"), [(None, {"code", "web"}), ("level", {"easy", "hard"})])
-def test_held_out_rows_of_a_recipe_are_parted_by_a_column(tmp_path, capsys, by, sets):
-    build_model(len(TOKENIZER)).save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> dict:
+    """What a recipe says of rows with two columns, in the working directory, where the rows are too."""
+    monkeypatch.chdir(tmp_path)
+    build_model(len(TOKENIZER)).save_pretrained("model")
+    TOKENIZER.save_pretrained("model")
     for name, rows in (("rows", rows_of(24, 0)), ("held_out", rows_of(12, 5, first=500))):
         half = len(rows) // 2
         for i, row in enumerate(rows):
-            row |= {"source": "code" if i < half else "web", "level": ["easy", "hard"][i % 2]}
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    keys = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": "rows.jsonl", "keep": 0.25, "max_ifd": "inf"}
-    keys |= {"eval_dataset": "held_out.jsonl", "eval_strategy": "epoch", "output_dir": str(tmp_path / "run")}
-    keys |= {"per": "source", "bad_cases": True} if by is None else {"eval_by": by}
-    keys |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "num_train_epochs": 2, "guards": "none"}
-    keys |= {"gradient_checkpointing": False, "bf16": False, "disable_tqdm": True, "per_device_train_batch_size": 2}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(keys))
-    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
-    out = capsys.readouterr().out
-    history = History.load(tmp_path / "run")
-    assert all(record["eval_losses"].keys() == sets for record in history.epochs)
-    assert all(record["budget"] == 6 for record in history.epochs)
-    assert ("Shares by source" in out) == (by is None)
-    if by is None:
-        assert all(sum(record["bad_cases"]["rows"].values()) == 6 for record in history.epochs)
-    words = ["train", str(tmp_path / "recipe.yaml"), "--plan", "--eval_by", "colour"]
-    assert main(words) == 2
+            row |= {"source": "code" if i < half else "web", "level": ["easy", "hard", "hard"][i % 3]}
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"model_name_or_path": "model", "dataset_name": "rows.jsonl", "keep": 0.25, "max_ifd": "inf"}
+    keys |= {"eval_dataset": "held_out.jsonl", "eval_strategy": "epoch", "output_dir": "run", "guards": "none"}
+    keys |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "num_train_epochs": 1, "bf16": False}
+    return keys | {"gradient_checkpointing": False, "disable_tqdm": True, "per_device_train_batch_size": 2}
+
+
+@RECIPES
+def test_held_out_rows_of_a_recipe_are_parted_by_the_column_of_its_shares(recipe, capsys):
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe | {"per": "source", "bad_cases": True}))
+    assert main(["train", "recipe.yaml"]) == 0
+    record = History.load("run").epochs[0]
+    assert record["eval_losses"].keys() == record["bad_cases"]["losses"].keys() == {"code", "web"}
+    assert sum(record["bad_cases"]["rows"].values()) == 6
+    assert "Shares by source" in capsys.readouterr().out
+    page = Path("run/report.html").read_text()
+    assert "Shares by source" in page
+    assert "in shares of the values of source that follow their held-out losses" in page
+
+
+@RECIPES
+def test_held_out_rows_are_parted_by_any_column(recipe, capsys, monkeypatch):
+    given, init = {}, SFTTrainer.__init__
+
+    def noted(self, *args, eval_dataset=None, **options):
+        given.update({name: len(rows) for name, rows in eval_dataset.items()})
+        init(self, *args, eval_dataset=eval_dataset, **options)
+
+    folder = Path.cwd()
+    monkeypatch.setattr(SFTTrainer, "__init__", noted)
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe | {"eval_by": "level"}))
+    assert main(["train", "recipe.yaml", "--plan"]) == 0
+    assert given == {"easy": 4, "hard": 8}
+    assert main(["train", "recipe.yaml", "--plan", "--eval_by", "colour"]) == 2
     assert "eval_by: the held-out rows have no column 'colour'" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    Path("recipe.yaml").write_text(yaml.safe_dump({**recipe, "eval_dataset": None, "eval_strategy": "no"}))
+    assert main(["train", "recipe.yaml", "--plan", "--eval_by", "source"]) == 2
+    assert "eval_by parts held-out rows, and there are none: name some with eval_dataset" in capsys.readouterr().err
+    assert main(["train", "recipe.yaml", "--plan", "--per", "source", "--bad_cases", "true"]) == 2
+    assert "in a recipe eval_dataset: FILE_OR_NAME" in capsys.readouterr().err
