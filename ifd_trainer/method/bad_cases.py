@@ -79,7 +79,7 @@ class BadCases(Within):
                 f"at_least={self.at_least:g} for each of {len(known)} values of {self.by!r} is more than all rows"
                 f"{beside}: lower it to at most {left / max(len(known), 1):.4g}."
             )
-        weights = dict(zip(known, self._weights(list(known.values())).tolist(), strict=True))
+        weights = dict(zip(known, self._shared_out(list(known.values())).tolist(), strict=True))
         free = max(left - len(known) * self.at_least, 0.0)
         return {value: others[value] if value in others else self.at_least + free * weights[value] for value in pool}
 
@@ -87,7 +87,7 @@ class BadCases(Within):
         """The policy with these shares."""
         return _Shares(self.by, dict(shares), policy=self.policy)
 
-    def _weights(self, losses: Sequence[float]) -> np.ndarray:
+    def _shared_out(self, losses: Sequence[float]) -> np.ndarray:
         """How what is beyond the floors is shared out, (k,), together 1."""
         values = np.asarray(losses, dtype=np.float64)
         if self.temperature is not None:

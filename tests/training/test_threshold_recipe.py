@@ -55,7 +55,7 @@ def test_a_site_trains_on_the_rows_above_the_threshold_each_once(model, tmp_path
     trained = [row for epoch in epochs for row in epoch["row_id"][epoch["times"] > 0]]
     assert sorted(trained) == sorted(above)
     assert {record["scored_at"] for record in history.epochs} == {0, 1, 2}  # anew for each tier
-    left_out = [json.loads(line) for line in (Path("run") / "ifd_history" / "left_out.jsonl").open()]
+    left_out = [json.loads(line) for line in Path("run/ifd_history/left_out.jsonl").read_text().splitlines()]
     assert sorted(each["row_id"] for each in left_out) == sorted({row["row_id"] for row in rows} - set(above))
     assert {each["reason"] for each in left_out} == {"its score is not at or above the threshold"}
 
