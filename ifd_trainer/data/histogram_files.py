@@ -82,12 +82,15 @@ def threshold_of(text: str | float) -> Threshold:
     >>> threshold_of("0.25").value
     0.25
     """
+    wanted = "threshold wants a number, or the file that `ifd-trainer threshold` wrote"
     try:
         value = float(text)
-    except ValueError:
+    except ValueError as error:
+        if not Path(text).is_file():
+            raise NotFoundError(f"{wanted}; {text!r} is no number, and there is no such file.") from error
         return read_threshold(Path(text))
     if not math.isfinite(value):
-        raise UserError(f"threshold wants a number, or the file that `ifd-trainer threshold` wrote, got {text!r}.")
+        raise UserError(f"{wanted}, got {text!r}.")
     return Threshold(value)
 
 

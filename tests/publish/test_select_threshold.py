@@ -149,7 +149,10 @@ def test_scores_of_another_model_are_warned_of(sites, capsys):
         (["threshold", "a.jsonl", "--keep", "9", "--output", "x.json"], "a.jsonl is no JSON"),
         (["threshold", "site_a.json", "--keep", "9", "--output", "site_a.json"], "a histogram that this command reads"),
         (["select", "a.jsonl", "--threshold", "site_a.json", "--output", "x.jsonl"], "is no score threshold, which"),
-        (["select", "a.jsonl", "--threshold", "none.json", "--output", "x.jsonl"], "No such file: none.json"),
+        (
+            ["select", "a.jsonl", "--threshold", "none.json", "--output", "x.jsonl"],
+            "'none.json' is no number, and there is no such file",
+        ),
         (["select", "a.jsonl", "--threshold", "nan", "--output", "x.jsonl"], "threshold wants a number"),
         (
             ["select", "a.jsonl", "--threshold", "1", "--keep", "9", "--output", "x.jsonl"],

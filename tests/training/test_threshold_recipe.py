@@ -64,7 +64,7 @@ def test_a_site_trains_on_the_rows_above_the_threshold_each_once(model, tmp_path
     ("threshold", "said"),
     [
         ("0.5", "threshold is one of ira, which is no column of the rows: ['completion', 'prompt', 'row_id']"),
-        ("none.json", "No such file: none.json"),
+        ("none.json", "'none.json' is no number, and there is no such file"),
         ("inf", "threshold wants a number"),
     ],
 )
