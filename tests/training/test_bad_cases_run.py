@@ -30,7 +30,6 @@ from ifd_trainer import BadCases, Cherry, RandomRows
 from ifd_trainer.cli import main
 from ifd_trainer.errors import UserError
 from ifd_trainer.report.share_table import share_cells, share_table
-from ifd_trainer.training.history import History
 from ifd_trainer.training.recipe_selection import SelectionConfig
 
 SOURCES = ["code"] * 12 + ["web"] * 12
@@ -71,7 +70,7 @@ def logged_losses(trainer) -> list[dict[str, float]]:
 
 
 def test_the_share_of_what_stays_hard_rises_and_its_rows_are_those_of_the_losses(tmp_path):
-    trainer = sft_trainer(tmp_path, POOL, eval_dataset=SETS, eval_strategy="epoch", num_train_epochs=4)
+    trainer = sft_trainer(tmp_path, POOL, eval_dataset=SETS, eval_strategy="epoch", num_train_epochs=3)
     callback = select(trainer, keep=8, policy=BadCases("source", policy=Cherry(INF)))
     seen = train(trainer)
     losses, shares_of_code = logged_losses(trainer), []
@@ -101,7 +100,7 @@ def test_the_share_of_what_stays_hard_rises_and_its_rows_are_those_of_the_losses
     assert lines[0][1] == (
         f"{100 * first['shares']['code']:.0f} % ({first['rows']['code']}), loss {first['losses']['code']:.3f}"
     )
-    assert share_table(callback.history).row_count == 4
+    assert share_table(callback.history).row_count == 3
 
 
 def test_losses_are_measured_where_the_trainer_has_not_just_evaluated(tmp_path):
@@ -118,7 +117,7 @@ def test_losses_are_measured_where_the_trainer_has_not_just_evaluated(tmp_path):
 
 def resumable(folder: Path, **config):
     settings = {"eval_dataset": SETS, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 2}
-    trainer = sft_trainer(folder, POOL, **{**settings, "num_train_epochs": 4, **config})
+    trainer = sft_trainer(folder, POOL, **{**settings, "num_train_epochs": 3, **config})
     return trainer, select(trainer, keep=8, every=2, policy=BadCases("source", policy=Cherry(INF)))
 
 
@@ -212,19 +211,6 @@ def recipe(tmp_path, monkeypatch) -> dict:
 
 
 @RECIPES
-def test_held_out_rows_of_a_recipe_are_parted_by_the_column_of_its_shares(recipe, capsys):
-    Path("recipe.yaml").write_text(yaml.safe_dump(recipe | {"per": "source", "bad_cases": True}))
-    assert main(["train", "recipe.yaml"]) == 0
-    record = History.load("run").epochs[0]
-    assert record["eval_losses"].keys() == record["bad_cases"]["losses"].keys() == {"code", "web"}
-    assert sum(record["bad_cases"]["rows"].values()) == 6
-    assert "Shares by source" in capsys.readouterr().out
-    page = Path("run/report.html").read_text()
-    assert "Shares by source" in page
-    assert "in shares of the values of source that follow their held-out losses" in page
-
-
-@RECIPES
 def test_held_out_rows_are_parted_by_any_column(recipe, capsys, monkeypatch):
     given, init = {}, SFTTrainer.__init__
 
@@ -237,6 +223,10 @@ def test_held_out_rows_are_parted_by_any_column(recipe, capsys, monkeypatch):
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe | {"eval_by": "level"}))
     assert main(["train", "recipe.yaml", "--plan"]) == 0
     assert given == {"easy": 4, "hard": 8}
+    given.clear()
+    words = ["train", "recipe.yaml", "--plan", "--per", "source", "--bad_cases", "true"]
+    assert main([*words, "--eval_by", "source"]) == 0
+    assert given == {"code": 6, "web": 6}
     assert main(["train", "recipe.yaml", "--plan", "--eval_by", "colour"]) == 2
     assert "eval_by: the held-out rows have no column 'colour'" in capsys.readouterr().err
     monkeypatch.undo()

@@ -214,7 +214,8 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
         assert main([*words, "--plan"]) == 0
     plan = plan_of(capsys.readouterr().out)
     assert main(words) == 0
-    assert plan_of(capsys.readouterr().out) == plan
+    out = capsys.readouterr().out
+    assert plan_of(out) == plan
     history = History.load(tmp_path)
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / ("adapter_model.safetensors" if recipe in LORA else "model.safetensors")).is_file()
@@ -231,10 +232,14 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     if recipe == "bad_cases":
         for record, rows in zip(history.epochs, kept, strict=True):
             told = record["bad_cases"]
+            assert told["losses"].keys() == set(SOURCES)
             assert told["rows"] == {name: sum(of_value[0][row] == name for row in rows) for name in set(SOURCES)}
             free = (1 - 3 * 0.05) / sum(told["losses"].values())
             assert told["shares"] == pytest.approx({name: 0.05 + free * x for name, x in told["losses"].items()})
-        assert "Shares by source" in (tmp_path / "report.html").read_text()
+        page = (tmp_path / "report.html").read_text()
+        assert "in shares of the values of source that follow their held-out losses" in page
+        assert "Shares by source" in page
+        assert "Shares by source" in out
     if recipe == "mixture_by_epoch":
         assert [sum(of_value[0][row] == "chat" for row in rows) for rows in kept] == [2, 1]
     if recipe == "curriculum_by_column":

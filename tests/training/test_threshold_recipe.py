@@ -16,6 +16,9 @@ from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows
 from ifd_trainer.data.histogram_files import read_threshold
 from ifd_trainer.training.history import History
+from ifd_trainer.training.recipe import parse_recipe
+from ifd_trainer.training.recipe_plan import planned
+from ifd_trainer.training.recipe_run import build_run
 
 pytestmark = RECIPES
 
@@ -30,9 +33,9 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_a_site_trains_on_the_rows_above_the_threshold_each_once(model, tmp_path, monkeypatch, capsys):
+def test_a_site_trains_on_the_rows_above_the_threshold_each_once(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = raw_rows(40)
+    rows = raw_rows(24)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     header = RECIPE.read_text().split("\n\n")[0].replace("\\\n#", "")
     commands = [shlex.split(line) for line in re.findall(r"^# +ifd-trainer (.*)$", header, re.MULTILINE)]
@@ -43,13 +46,13 @@ def test_a_site_trains_on_the_rows_above_the_threshold_each_once(model, tmp_path
     threshold, scored = read_threshold(Path("threshold.json")), load_rows("scored.jsonl").to_pandas()
     above = scored["row_id"][scored["ira"] >= threshold.value].tolist()
     assert threshold.sites[0].fewest <= len(above) <= threshold.sites[0].most
-    words = ["train", str(RECIPE), "--model", model, "--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true"]
-    words += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
+    words = ["--model_name_or_path", model, "--use_cpu", "true", "--bf16", "false", "--disable_tqdm", "true"]
+    words += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
     words += ["--gradient_checkpointing", "false", "--output_dir", "run"]
-    capsys.readouterr()
-    assert main(words) == 0
-    said = f"pool: {len(above)} of 40 rows, {40 - len(above)} not at or above the threshold, named in"
-    assert said in capsys.readouterr().out
+    prepared = build_run(parse_recipe(str(RECIPE), words))
+    said = f"pool: {len(above)} of 24 rows, {24 - len(above)} not at or above the threshold, named in"
+    assert said in planned(prepared)
+    prepared.trainer.train()
     history = History.load("run")
     epochs = [history.rows(epoch) for epoch in range(3)]
     trained = [row for epoch in epochs for row in epoch["row_id"][epoch["times"] > 0]]
