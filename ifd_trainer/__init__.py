@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .data.format_choice import FormatOptions
     from .data.formats import ALPACA, WIZARDLM, TemplateFormat
+    from .method.bad_cases import BadCases
     from .method.brief_experience import Brief
     from .method.calibrated_limit import CalibratedLimit
     from .method.cascade import Cascade
@@ -51,6 +52,7 @@ _HOME = {
     for module, names in {
         "data.format_choice": ("FormatOptions",),
         "data.formats": ("ALPACA", "WIZARDLM", "TemplateFormat"),
+        "method.bad_cases": ("BadCases",),
         "method.brief_experience": ("Brief",),
         "method.calibrated_limit": ("CalibratedLimit",),
         "method.cascade": ("Cascade",),

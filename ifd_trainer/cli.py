@@ -1,4 +1,4 @@
-"""The command line: `ifd-trainer score | select | train | report | recipes`.
+"""The command line: `ifd-trainer score | select | histogram | threshold | train | report | recipes`.
 
 Heavy imports wait until a command runs, so that `--help` answers at once, and until the paths it is given are there.
 Exit codes: 0 done; 1 `score` is done, but no row has a score (a warning on standard error), or a fault of this program
@@ -30,7 +30,7 @@ from .data.format_choice import FormatOptions, columns_read, resolve_format
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
-from .method.choices import CALIBRATED, RANKED_BY, SIMILARITY, TOKEN_SHARE, TURN_RULES, WITHOUT
+from .method.choices import CALIBRATED, RANKED_BY, ROWS_TOGETHER, SIMILARITY, TOKEN_SHARE, TURN_RULES, WITHOUT
 from .method.columns import (
     EOT_LOSS,
     IFD_COLUMNS,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .method.duplicates import Duplicates
     from .method.quotas import Quotas
     from .method.ranking import Ranking
+    from .method.score_histogram import Threshold
     from .publish.select import PoolSelection
     from .report.report_data import Origin
     from .scoring.knowledge import KnowledgeScorer
@@ -226,10 +227,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ifd_trainer {__version__}")
     commands = parser.add_subparsers(
-        title="commands", required=True, metavar="score | select | train | compare | report | recipes"
+        title="commands",
+        required=True,
+        metavar="score | select | histogram | threshold | train | compare | report | recipes",
     )
     _add_score(commands)
     _add_select(commands)
+    _add_histogram(commands)
+    _add_threshold(commands)
     commands.add_parser("train", help="fine-tune with selection inside the loop (see: ifd-trainer train --help)")
     commands.add_parser("compare", help="train several ways to choose rows, and say what their differences are worth")
     _add_report(commands)
@@ -463,6 +468,12 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         metavar="[VALUE=]N",
         help="keep at least so many rows of each value, or of this one; --keep says how many in all",
     )
+    add(
+        "--threshold",
+        metavar="FILE",
+        help="keep the rows with the score at or above this: a number, or the file that `ifd-trainer threshold` wrote, "
+        "which names the score too. How many that are is counted; it takes the place of --keep",
+    )
     add("--id-column", help="column that breaks ties (default: row_id or id if its values are unique, else position)")
     add("--drop-refusals", action="store_true", help="drop rows whose answer looks like a refusal (English phrases)")
     add(
@@ -492,6 +503,56 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
     add("--push-to-hub", metavar="USER/NAME", help="push rows and card to this data set")
     add("--private", action="store_true", help="make the pushed data set private if it is new")
     parser.set_defaults(run=_select)
+
+
+def _add_histogram(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "histogram",
+        help="what a site may show of its scores: counts between fixed edges",
+        description="Count scored rows between edges that are the same for every site, and write the counts: no id, no "
+        "text and no score of a row. A bin that would hold fewer than --least rows is merged with its neighbours. "
+        "`ifd-trainer threshold` adds the files of all sites up.",
+        epilog="Example: ifd-trainer histogram scored.jsonl --score ira --output site_a.json",
+    )
+    add = parser.add_argument
+    add("data", help="scored rows, as `ifd-trainer score` wrote them")
+    add("--output", required=True, metavar="FILE", help="file to write (JSON)")
+    add("--score", default="ira", metavar="COLUMN", help="column of numbers that is counted (default ira)")
+    add(
+        "--least",
+        type=_positive,
+        default=ROWS_TOGETHER,
+        metavar="N",
+        help=f"rows of a bin that is shown (default {ROWS_TOGETHER})",
+    )
+    add(
+        "--edges",
+        nargs=3,
+        type=_number,
+        metavar=("LOW", "HIGH", "BINS"),
+        help="lowest edge, highest one and number of bins, the same for all sites (default: usual ones of ifd, ifd_ppl "
+        "and ira)",
+    )
+    add("--max-ifd", type=_number, metavar="X", help="leave out rows with an IFD of X or more (default: 1 of an IFD)")
+    add("--split", default="train", help="split of a folder or a hub data set (default train)")
+    parser.set_defaults(run=_histogram)
+
+
+def _add_threshold(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "threshold",
+        help="the score at which sites keep a share of all their rows, from their histograms",
+        description="Agree on a threshold: the score at or above which a share of the rows of all sites lies, by "
+        "their histograms alone. It is exact to the bin that it lies in, which the file tells, and how many rows it "
+        "keeps at each site, about and at least and at most.",
+        epilog="Example: ifd-trainer threshold site_*.json --keep 0.2 --output threshold.json; then at each site "
+        "ifd-trainer select scored.jsonl --threshold threshold.json --output kept.jsonl",
+    )
+    add = parser.add_argument
+    add("sites", nargs="+", metavar="FILE", help="histograms, one of each site")
+    add("--keep", required=True, help="a fraction of the rows of all sites (0.2), or a number (1000)")
+    add("--output", required=True, metavar="FILE", help="file to write (JSON)")
+    parser.set_defaults(run=_threshold)
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
@@ -716,6 +777,55 @@ def _knowledge(options: argparse.Namespace, scorer: IFDScorer) -> KnowledgeScore
     return KnowledgeScorer(scorer, samples=options.known, **given)
 
 
+def _histogram(options: argparse.Namespace) -> int:
+    check_rows(options.data)
+    output = _json_file(options.output)
+
+    from .data.histogram_files import write_histogram
+    from .publish.histograms import site_histogram
+
+    told = {name: getattr(options, name) for name in ("split", "edges", "least", "max_ifd")}
+    histogram = site_histogram(options.data, options.score, **told)
+    write_histogram(output, histogram)
+    filled = sum(count > 0 for count in histogram.counts)
+    print(
+        f"{many(sum(histogram.counts), 'row')} of {many(histogram.rows, 'row')} counted by {histogram.score} in "
+        f"{many(filled, 'bin')} of at least {many(histogram.least, 'row')}. Written to {output}."
+    )
+    return 0
+
+
+def _threshold(options: argparse.Namespace) -> int:
+    output, paths = _json_file(options.output), [Path(site) for site in options.sites]
+    for path in paths:
+        check_readable(path)
+        if output.exists() and output.samefile(path):
+            raise UserError(f"--output {output} is a histogram that this command reads. Write to another file.")
+
+    from .data.histogram_files import agreed, write_threshold
+    from .method.schedule import Constant, parse_keep
+
+    found = agreed(paths, Constant(parse_keep(options.keep)).keep)
+    write_threshold(output, found)
+    low, high = found.between
+    print(
+        f"{found.score} >= {found.value:.6g} keeps about {many(found.budget, 'row')} of {many(found.rows, 'row')} at "
+        f"{many(len(found.sites), 'site')}; exactly so many are kept from somewhere in {low:.6g} to {high:.6g} on. "
+        f"Written to {output}."
+    )
+    for site in found.sites:
+        print(f"  {site.name}: about {site.expected:,.1f} of {many(site.rows, 'row')} ({site.fewest} to {site.most})")
+    return 0
+
+
+def _json_file(path: str) -> Path:
+    """Where a histogram or a threshold is written."""
+    if Path(path).suffix.lower() not in (".json", ".jsonl"):
+        raise UserError(f"--output {path}: a histogram and a threshold are JSON. Name a file that ends in .json.")
+    check_writable(path)
+    return Path(path)
+
+
 def _select(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         return _select_rows(options, stack)
@@ -729,6 +839,7 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
             raise NotFoundError(f"No such file of scores: {options.scores}.")
         check_readable(Path(options.scores))
     alpha, duplicates = _guards(options)
+    threshold = _at_or_above(options)
     ranking, quotas = _ranking(options), _quotas(options)
     by_sifd = _by_sifd(options, ranking)
     if options.targets is not None:
@@ -749,7 +860,7 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
     from .publish.guards import dropped_rows, measured_limit, unfinished_rows
     from .publish.hub import check_repository, push_files
     from .publish.provenance import READ_COLUMNS, find_scores
-    from .publish.select import choose, no_scores, numbers_of, texts_of, tie_ids
+    from .publish.select import choose, choose_above, no_scores, numbers_of, texts_of, tie_ids
     from .scoring.selective_columns import selective_column
 
     data, in_folder = output_file(options.output)
@@ -781,6 +892,12 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
             table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
         )
         del table
+    agreed = None if threshold is None else threshold.weights
+    if None not in (agreed, provenance.weights) and agreed != provenance.weights:
+        _say(
+            f"warning: the threshold was agreed on for scores by the weights {agreed}, and those of {options.data} "
+            f"were made by {provenance.weights}."
+        )
     definition = KNOWN_DEFINITIONS.get(provenance.definition)
     usual = definition.ranked_by if definition else "ifd"
     ranking = ranking or Ranking({usual: 1.0})
@@ -841,7 +958,10 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
     keep = None if quotas is not None and REST in quotas.quotas else parse_keep(options.keep or "0.1")
 
     def choose_from(dropped: dict[str, np.ndarray]) -> PoolSelection:
-        return choose(values, status, keep, dropped=dropped, **choice)
+        if threshold is None:
+            return choose(values, status, keep, dropped=dropped, **choice)
+        # As many as there are: a row that is dropped later on has none below the threshold take its place.
+        return choose_above(threshold.value, values, status, dropped, **choice)
 
     chosen = mismatched.choose(choose_from, dropped) if mismatched else choose_from(dropped)
     if like is not None:
@@ -876,6 +996,28 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
         files = {data.name: data, "README.md": card, image.name: image}
         print(f"Pushed to {push_files(options.push_to_hub, files, options.private)}.")
     return 0
+
+
+def _at_or_above(options: argparse.Namespace) -> Threshold | None:
+    """The threshold that rows have to reach, and what it says of the score and its limit, as options; None without."""
+    if options.threshold is None:
+        return None
+    if given := [name for name in ("keep", "per", "targets", "quota", "floor") if getattr(options, name)]:
+        raise UserError(f"--threshold says how many rows are kept, and so does --{given[0]}: leave one out.")
+
+    from .data.histogram_files import threshold_of
+
+    found = threshold_of(options.threshold)
+    if found.score is not None:
+        if options.score and options.score != [found.score]:
+            raise UserError(
+                f"--threshold {options.threshold} is one of {found.score}, and --score {' '.join(options.score)} ranks "
+                "by another: leave --score out."
+            )
+        options.score = [found.score]
+        limit = float("inf") if found.max_ifd is None and found.score in RANKED_BY else found.max_ifd
+        options.max_ifd = limit if options.max_ifd is None else options.max_ifd
+    return found
 
 
 def _guards(options: argparse.Namespace) -> tuple[float | None, Duplicates | None]:
@@ -989,6 +1131,7 @@ def _train(arguments: list[str]) -> int:
     from rich.console import Console
 
     from .report.page import write_report
+    from .report.share_table import share_table
     from .report.tables import epoch_table, guard_table, label_rich_table
     from .training.recipe import parse_recipe
     from .training.recipe_plan import only_the_plan, planned
@@ -1014,6 +1157,8 @@ def _train(arguments: list[str]) -> int:
         console.print(epoch_table(history))
         if (guarded := guard_table(history)) is not None:
             console.print(guarded)
+        if (shares := share_table(history)) is not None:
+            console.print(shares)
         if parsed.selection.label:
             console.print(label_rich_table(history, parsed.selection.label))
         path = write_report(history, parsed.sft.output_dir, label=parsed.selection.label)

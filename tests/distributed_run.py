@@ -41,7 +41,17 @@ from transformers import Trainer, TrainerCallback
 from weighted_steps import DESCENT, watched
 
 import ifd_trainer.training.pool_scorer as pool_scorer_module
-from ifd_trainer import Brief, Guard, IFDSelectionCallback, InfoBatch, PairingTest, TargetSet, Unfinished
+from ifd_trainer import (
+    BadCases,
+    Brief,
+    Cherry,
+    Guard,
+    IFDSelectionCallback,
+    InfoBatch,
+    PairingTest,
+    TargetSet,
+    Unfinished,
+)
 from ifd_trainer.data.encoding import token_count
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.scoring.processes import run_shares
@@ -79,6 +89,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"num_train_epochs": 2},
     ),
     "parts": ({"keep": [16, 8], "every_steps": 2}, {"num_train_epochs": 2}),
+    "bad_cases": (
+        {"keep": [8, 6], "policy": BadCases("half", policy=Cherry(INF)), "max_ifd": None},
+        {
+            "num_train_epochs": 2,
+            "eval_dataset": {half: text_rows(raw_rows(3, seed=9 + i)) for i, half in enumerate(("first", "second"))},
+            "eval_strategy": "epoch",
+            "per_device_eval_batch_size": 1,  # so that the mean of means is the same for any number of processes
+        },
+    ),
     "one_row": ({"keep": 1.0}, {"num_train_epochs": 1}),
     "cherry": (
         {"keep": 6, "warmup_epochs": 1, "warmup": Brief(clusters=4, per_cluster=2, max_share=0.4), "start_anew": True},
@@ -140,9 +159,12 @@ def build(case: str, folder: Path, **config: Any) -> tuple[Trainer, IFDSelection
     """The trainer of a case with its callback; the same rows, weights and seeds in every process."""
     options, settings = CASES[case]
     dropout = 0.1 if case == "base" else 0.0
+    rows = text_rows(raw_rows(1 if case == "one_row" else ROWS))
+    if case == "bad_cases":
+        rows = rows.add_column("half", ["first", "second"] * (ROWS // 2))
     trainer = sft_trainer(
         folder,
-        text_rows(raw_rows(1 if case == "one_row" else ROWS)),
+        rows,
         model=build_model(len(TOKENIZER), attention_dropout=dropout),
         **{**settings, **config},
     )
@@ -227,6 +249,7 @@ def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> d
         "longest": watch.longest,
         "ifd": watch.ifd,
         "limits": watch.limits,
+        "shares": callback.chooser.shares,
         # For each epoch, each update, each batch: the row ids that were in it.
         "batches": [[update.batches for update in seen.updates if update.epoch == epoch] for epoch in epochs],
         "leftovers": seen.leftovers,

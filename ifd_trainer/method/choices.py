@@ -18,7 +18,7 @@ Spread = Literal["facility_location", "k_center"]  # how a diverse selection cho
 BriefRows = Literal["kmeans", "random"]  # which rows give the brief experience
 Direction = Literal["easy_to_hard", "hard_to_easy"]  # of a curriculum
 Rescore = Literal["all", "candidates"]  # which rows are scored anew where there are scores already
-TierMode = Literal["tiers", "growing", "shrinking"]  # which of its tiers are trained on together
+TierMode = Literal["tiers", "growing", "shrinking", "remaining"]  # which of its tiers are trained on together
 
 CONTROLS = {  # policies by the names that recipes have for them
     "random": "RandomRows",
@@ -41,6 +41,8 @@ WRONG_PAIRS = 256  # of which a limit is made, where no other number is given
 SIMILARITY = 0.85  # from which share of common shingles on texts are duplicates, where no other is given
 
 TOKEN_SHARE = 0.5  # of all tokens that S-IFD is made of, where no other is given; the paper takes 0.5 to 0.75
+
+ROWS_TOGETHER = 10  # of a bin of a histogram that a site shows, where no other number is given
 
 RANKED_BY = get_args(Score)
 SHORTFALLS = get_args(Shortfall)

@@ -124,6 +124,7 @@ class Curriculum:
         mode "tiers":      tier s alone
         mode "growing":    tiers 0 to s
         mode "shrinking":  tiers s to the last
+        mode "remaining":  tier s alone, of the rows that no tier before it had
 
     where tier 0 is the easiest ("easy_to_hard") or the hardest ("hard_to_easy").
 
@@ -131,6 +132,10 @@ class Curriculum:
     rows, and no packed row holds examples of two tiers. As each tier is packed by itself, a few examples with the
     lowest scores, which would fit if all `keep` rows were packed together, are left out ("below_cut"): 0.02 to 0.7 %
     of the tokens in trials with 2,000 to 52,000 log-normal lengths in 3 to 5 tiers. See `PackedPool.divide`.
+
+    In the first three modes an epoch divides all rows by its own scores, so that where rows are scored anew one may be
+    in two tiers, and another in none. In mode "remaining" an epoch divides the rows that are left into the tiers that
+    are left: no row is trained on twice, and with keep=1.0 each is once (the hierarchies of FedDQC, arXiv 2410.11540).
 
     >>> curriculum = Curriculum(keep=30, tiers=3, mode="growing")
     >>> [curriculum.budget(epoch, pool=100) for epoch in range(4)]
@@ -148,11 +153,13 @@ class Curriculum:
         if self.direction not in DIRECTIONS:
             raise UserError(f"direction must be 'easy_to_hard' or 'hard_to_easy', got {self.direction!r}.")
         if self.mode not in TIER_MODES:
-            raise UserError(f"mode must be 'tiers', 'growing' or 'shrinking', got {self.mode!r}.")
+            raise UserError(f"mode must be {', '.join(map(repr, TIER_MODES))}, got {self.mode!r}.")
         if self.tiers < 1 or self.epochs_per_tier < 1:
             raise UserError(
                 f"tiers and epochs_per_tier must be at least 1, got {self.tiers} and {self.epochs_per_tier}."
             )
+        if self.mode == "remaining" and self.epochs_per_tier > 1:
+            raise UserError("In mode 'remaining' each tier takes one epoch: leave epochs_per_tier at 1.")
 
     def budget(self, epoch: int, pool: int) -> int:
         return sum(tier.rows for tier in self.divide(epoch, pool) if tier.trained)
@@ -170,6 +177,8 @@ class Curriculum:
         tiers = []
         for rank in range(self.tiers):  # 0 has the highest scores
             number = self.tiers - 1 - rank if self.direction == "easy_to_hard" else rank
+            if self.mode == "remaining" and number < stage:
+                continue  # its rows were trained on
             rows = (rank + 1) * ranked // self.tiers - rank * ranked // self.tiers
             tiers.append(Tier(number, rows, first <= number <= last))
         return tuple(tiers)
@@ -321,6 +330,8 @@ class Timing:
         if epoch < self.warmup_epochs:
             sample = self.warmup is not None
             return EpochRows(self.warmup.rows(pool) if sample else pool, "brief" if sample else "all", scored=False)
+        if self.every > 1 and getattr(schedule, "mode", None) == "remaining":
+            raise UserError("A curriculum of the rows that remain selects in each epoch: leave `every` at 1.")
         since = (epoch - self.warmup_epochs) % self.every
         selected_in = epoch - since
         counted = selected_in - (self.restart or 0)

@@ -32,8 +32,12 @@ Shares = Mapping[str, float | int]  # by value, a fraction of the rows that are 
 
 
 @dataclass(frozen=True)
-class _Within:
-    """What a policy has that takes the order of another one."""
+class Within:
+    """What a policy has that takes the order of another one.
+
+    Args:
+        by: the column within whose values it chooses.
+    """
 
     by: str
 
@@ -60,7 +64,7 @@ class _Within:
     def _check(self) -> None:
         if not (isinstance(self.by, str) and self.by):
             raise UserError(f"by is the name of a column, such as 'source', got {self.by!r}.")
-        weighs_others = isinstance(self.policy, (type, _Within, Diverse, Hierarchical, IterIT, TargetSet))
+        weighs_others = isinstance(self.policy, (type, Within, Diverse, Hierarchical, IterIT, TargetSet))
         weighs_others = weighs_others or getattr(self.policy, "gives_weights", False)  # of rows that it draws itself
         if not callable(self.policy) or weighs_others:
             raise UserError(
@@ -75,7 +79,7 @@ class _Within:
 
 
 @dataclass(frozen=True)
-class Stratified(_Within):
+class Stratified(Within):
     """So many rows of each value of a column, in the order of another policy.
 
     Of n kept rows a value with a share s has round(s * n) of them, neither more nor fewer; with a floor at least as
@@ -212,7 +216,7 @@ class Stratified(_Within):
 
 
 @dataclass(frozen=True)
-class Mixture(_Within):
+class Mixture(Within):
     """Shares of the values of a column that change from epoch to epoch: a `Stratified` for each.
 
     Args:
@@ -251,7 +255,7 @@ class Mixture(_Within):
 
 
 @dataclass(frozen=True)
-class Stages(_Within):
+class Stages(Within):
     """Rows of one value of a column after those of another, in one run: a curriculum by a column of one's own.
 
     `keep` of the callback is of the rows of a stage: 1.0 trains on all that are eligible.
@@ -316,7 +320,7 @@ class Stages(_Within):
 
 
 @dataclass(frozen=True)
-class OneOf(_Within):
+class OneOf(Within):
     """Rows with some values of a column, as another policy chooses among them; the others wait for their stage.
 
     >>> columns = {"ifd": np.array([0.9, 0.8]), "ifd_status": np.full(2, "ok"), "level": np.array(["hard", "easy"])}

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -254,6 +255,35 @@ def choose(
     if not len(kept) or (strict and chosen.warning):
         raise ShortfallError(chosen.warning or f"No row is kept by the quotas of {quotas.column!r}.")
     return chosen
+
+
+def choose_above(
+    threshold: float,
+    score: np.ndarray,
+    status: np.ndarray | pd.Series,
+    dropped: Mapping[str, np.ndarray],
+    **choice: Any,
+) -> PoolSelection:
+    """Keep all rows with a score at or above a threshold that nothing else drops; `choice` is that of `choose`.
+
+    Raises:
+        ShortfallError: when there is none.
+
+    >>> choose_above(0.9, np.array([0.2, 0.9, 0.95, np.nan]), np.array(["ok", "ok", "ok", "too_short"]), {}).counts
+    {'kept': 2, 'below_cut': 1, 'too_short': 1}
+    """
+    below = score < threshold
+    _, limited = choice.get("limited") or ("", score)
+    free = np.asarray(np.asarray(status) == Status.OK.value) & (score >= threshold)
+    free &= ~(limited >= choice.get("max_ifd", 1.0))
+    for rows in dropped.values():
+        free &= ~rows
+    if not free.any():
+        raise ShortfallError(
+            f"No row that may be kept has a score at or above {threshold:g}: this site has none to train on. Leave it "
+            "out, or agree on another threshold."
+        )
+    return choose(score, status, int(free.sum()), dropped={**dropped, BELOW_CUT: below}, **choice)
 
 
 def _categorical(names: np.ndarray, codes: np.ndarray) -> pd.Categorical:

@@ -63,6 +63,7 @@ from .score_frames import (
     record_name,
     rows_text,
 )
+from .share_table import SHARES, share_cells, shares_by
 from .summary import cuts, quantiles, select_command, summary_of
 from .tables import before_cells, epoch_cells, epoch_notes, guard_cells, label_cells, label_shares, restart_line
 from .wording import EpochKinds, column_words, frozen_since, settings_in_words
@@ -141,6 +142,9 @@ def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
         "of_history": history is not None,
         "reasons": _reason_cells(data),
         "guards": guard_cells(history) if history is not None else None,
+        "shares": share_cells(history) if history is not None else None,
+        "shares_by": shares_by(history) if history is not None else "",
+        "shares_words": SHARES,
         "plots": {plot.name: plot for plot in plots},
         "label": data.labels.name if data.labels is not None else None,
         "labels": _label_lines(data),

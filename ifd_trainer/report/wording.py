@@ -25,6 +25,7 @@ _WITHIN = {  # how many of each value of a column
     "Stratified": "so many of each value of {by} as the policy says",
     "Mixture": "in shares of the values of {by} that change by epoch",
     "Stages": "of one value of {by} after another",
+    "BadCases": "in shares of the values of {by} that follow their held-out losses",
 }
 _TURNS = {
     "tokens": "that of all their tokens",

@@ -28,6 +28,7 @@ from ..data.encoding import Encoder
 from ..data.response_header import response_prefix
 from ..data.token_decoding import Decoder
 from ..errors import RunError, UserError
+from ..method.bad_cases import BadCases
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import BriefRows, Order, TurnRule
@@ -44,6 +45,7 @@ from ..method.scoring_health import WATCHED
 from ..method.selection import Policy, Selection, coded
 from ..method.stratified import Stages
 from ..scoring.losses import Scores
+from .bad_case_losses import BadCaseLosses
 from .candidate_scoring import Candidates, check_candidates
 from .checkpoint_state import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
 from .console import end_line, epoch_line, say
@@ -226,6 +228,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.chooser = RowChooser(
             self.pool_scorer, self.policy, self.timing.warmup, self.guard, self.further, candidates
         )
+        self.bad_cases = BadCaseLosses(trainer, self.policy) if isinstance(self.policy, BadCases) else None
         self.history: History | None = None
         self._prefix: list[int] | None = None
         self._fingerprint: str | None = None
@@ -356,6 +359,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         # A second call of `train`, or auto_find_batch_size, goes on with weights that know the rows of the first.
         self.chooser.forget(trained=before != self._fingerprint or self.trainer.model_init is not None)
         self.chooser.check_pool()
+        if self.bad_cases is not None:
+            self.bad_cases.forget()
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
         self._prefix = [] if self.pool.whole else self._response_prefix(prompts)
         self.history = History(self.run.folder / FOLDER, to_data(self._settings()))
@@ -459,6 +464,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if not self.trainer.is_in_train or not metrics:
             return
         losses = losses_of(metrics, self.trainer.eval_dataset)
+        if self.bad_cases is not None:
+            self.bad_cases.note(state.global_step, losses)
         if self._epoch is None:  # eval_on_start
             if state.global_step == 0:
                 self._before = _joined(losses, self._before or {})
@@ -548,7 +555,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             if first is not None:
                 noted = first.look_at(scores, share)
             self.chooser.take(scores, epoch, ids, self._prefix, self.seed)
+        if self.bad_cases is not None and wanted.source == "selected":
+            self.bad_cases.note(step, (self._losses_before() if step == 0 else None) or {})
+            self.chooser.shares = self.bad_cases.measure(step)
         selection = self.chooser.choose(wanted, ids, self.seed, step > 0, self._prefix)
+        self.chooser.note_tiers(wanted, selection)
         if self.weighted is not None:
             selection = self.weighted.weigh(selection, self.pool.column(self.weighted.by), ids)
         if selection.row_weights is not None:
@@ -585,6 +596,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         logged = _LOGGED if self.chooser.candidates is None else (*_LOGGED, *_LOGGED_AGES)
         logged = {f"ifd/{key}": record[key] for key in logged if record.get(key) is not None}
         logged |= {f"ifd/dropped_{reason}": record["reasons"].get(reason, 0) for reason in self.chooser.guard_reasons}
+        if self.bad_cases is not None and wanted.source in ("selected", "same"):
+            record["bad_cases"] = self.bad_cases.record(selection.kept)
+            logged |= {f"ifd/share_{value}": share for value, share in record["bad_cases"]["shares"].items()}
         before = record["before_training"] or {}
         logged |= {"ifd/eval_loss_before": before["eval_loss"]} if "eval_loss" in before else {}
         logged |= {f"ifd/eval_{name}_loss_before": loss for name, loss in before.get("eval_losses", {}).items()}
@@ -748,6 +762,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "ended": self._ended,
             **({"part": self.run.part} if len(self.run.parts) > 1 else {}),
             **self.chooser.to_state(),
+            "bad_cases": None if self.bad_cases is None else self.bad_cases.to_state(),
             **save_selection(checkpoint, arrays, self.scores),
             **{key: self.history.settings[key] for key in (*MUST_MATCH, "plan", "max_steps")},
         }
@@ -787,6 +802,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if scores is not None and saved["version"] == 2 and self.pool_scorer.other == "columns":
             scores = self.score_pool()  # only cas and das were kept
         self.chooser.from_state(saved, scores)
+        if self.bad_cases is not None:
+            self.bad_cases.from_state(saved.get("bad_cases"))
+            self.chooser.shares = self.bad_cases.shares
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs
             last = (saved["epoch"], saved.get("part", 0) + 1)

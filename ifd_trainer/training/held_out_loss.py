@@ -46,8 +46,10 @@ def losses_of(metrics: Mapping[str, Any], sets: Any) -> dict[str, Any]:
     return found | ({"eval_losses": {n: float(metrics[f"{_PREFIX}_{n}_loss"]) for n in names}} if names else {})
 
 
-def losses_before(trainer: Trainer) -> dict[str, Any]:
+def losses_before(trainer: Trainer, when: str = "before training") -> dict[str, Any]:
     """The losses of the evaluation sets with the model as it is, as `losses_of` gives them; on every process.
+
+    `when`: how the bar and an error call that time.
 
     Raises:
         RunError: without memory for it, where the trainer would lower the batch size of training for that.
@@ -59,17 +61,17 @@ def losses_before(trainer: Trainer) -> dict[str, Any]:
             prefix = _PREFIX if name is None else f"{_PREFIX}_{name}"
             with _unnoticed(trainer):
                 loader = trainer.get_eval_dataloader(name)
-                with _progress(trainer, loader):
+                with _progress(trainer, loader, f"Held-out loss {when}"):
                     output = trainer.evaluation_loop(
-                        loader, "Held-out loss before training", prediction_loss_only=True, metric_key_prefix=prefix
+                        loader, f"Held-out loss {when}", prediction_loss_only=True, metric_key_prefix=prefix
                     )
             found |= output.metrics
     except RuntimeError as error:
         if not trainer.args.auto_find_batch_size or not should_reduce_batch_size(error):
             raise
         raise RunError(
-            "The held-out loss before training found too little memory. auto_find_batch_size changes the batch size "
-            "of training alone: lower per_device_eval_batch_size."
+            f"The held-out loss {when} found too little memory. auto_find_batch_size changes the batch size of "
+            "training alone: lower per_device_eval_batch_size."
         ) from error
     return losses_of(found, sets)
 
@@ -91,11 +93,11 @@ def _unnoticed(trainer: Trainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(trainer: Trainer, loader: Any) -> Iterator[None]:
+def _progress(trainer: Trainer, loader: Any, words: str) -> Iterator[None]:
     """Show the batches in a bar of their own, in the place of what callbacks make of them."""
     show = trainer.is_local_process_zero() and not trainer.args.disable_tqdm
     total = len(loader) if has_length(loader) else None
-    with tqdm(total=total, desc="Held-out loss before training", disable=not show, leave=False) as bar:
+    with tqdm(total=total, desc=words, disable=not show, leave=False) as bar:
 
         def noted(args: Any, state: Any, control: Any) -> Any:
             bar.update()

@@ -29,12 +29,14 @@ class RowsBefore:
         unread: what is wrong with those of them that could not be rendered, by their ids.
         refusals: the ids of those that were left out as refusals.
         cut: the ids of those of which max_length has left no token to train on; empty where rows have no ids.
+        below: the ids of those that were left out for a score below a threshold, or for none.
     """
 
     rows: int
     unread: Mapping[Any, str] = field(default_factory=dict)
     refusals: Sequence[Any] = ()
     cut: Sequence[Any] = ()
+    below: Sequence[Any] = ()
 
 
 def rows_before(trainer: Trainer, pool: Pool, id_column: str | None) -> RowsBefore:
@@ -74,6 +76,7 @@ def column_of(rows: Dataset) -> Callable[[str], pa.ChunkedArray]:
 def save_left_out(folder: Path, before: RowsBefore, max_length: int | None) -> None:
     """Name the rows that were left out, with the reason, in a file of the history; an older one goes."""
     reasons = [*before.unread.items(), *((each, "its answer looks like a refusal") for each in before.refusals)]
+    reasons += [(each, "its score is not at or above the threshold") for each in before.below]
     reasons += [(each, f"no token of its answer is within max_length={max_length}") for each in before.cut]
     path = folder / LEFT_OUT
     if not reasons:
@@ -93,9 +96,11 @@ def pool_line(trainer: Trainer, pool: Pool, before: RowsBefore, turns: str | Non
         text += f", {len(before.unread):,} that cannot be rendered"
     if before.refusals:
         text += f", {len(before.refusals):,} left out as refusals"
-    if lost := before.rows - len(before.unread) - len(before.refusals) - len(pool):
+    if before.below:
+        text += f", {len(before.below):,} not at or above the threshold"
+    if lost := before.rows - len(before.unread) - len(before.refusals) - len(before.below) - len(pool):
         text += f", {lost:,} lost to max_length={trainer.args.max_length} (no token of their answers is left)"
-    if before.unread or before.refusals or before.cut:
+    if before.unread or before.refusals or before.below or before.cut:
         text += f", named in {FOLDER}/{LEFT_OUT}"
     if pool.packed:
         text += f", in {many(pool.training_rows, 'packed row')}"

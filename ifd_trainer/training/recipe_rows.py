@@ -32,7 +32,11 @@ from ..data.json_feature import Json
 from ..data.refused_answers import looks_like_refusal
 from ..data.row_ids import find_ids
 from ..errors import UserError
+from ..method.choices import RANKED_BY
 from ..method.number_words import many
+from ..method.reasons import Status
+from ..method.score_histogram import Threshold
+from ..method.selection import coded
 from .row_tokens import TOKEN_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -204,3 +208,59 @@ def without_refusals(rows: Dataset) -> Dataset:
         f"{len(kept):,}",
     )
     return kept
+
+
+def by_value(rows: Dataset, column: str) -> dict[str, Dataset]:
+    """Held-out rows as a set for each value of a column, by the value as a text.
+
+    Raises:
+        UserError: for rows without that column.
+    """
+    if column not in rows.column_names:
+        raise UserError(f"eval_by: the held-out rows have no column {column!r}; they have {sorted(rows.column_names)}.")
+    texts, codes = coded(rows.select_columns([column]).to_pandas()[column])
+    return {text: rows.select(np.flatnonzero(codes == place)) for place, text in enumerate(texts.tolist())}
+
+
+def at_or_above(rows: Dataset, threshold: Threshold, score: str) -> Dataset:
+    """Rows with a score at or above a threshold, by the column that they came with; says how many were left out.
+
+    Their number is known before a step is planned, so that budgets stay exact: `keep` is of these rows.
+
+    Args:
+        rows: that were scored.
+        threshold: with the name of its score, or without one.
+        score: that name, where the threshold has none.
+
+    Raises:
+        UserError: for rows without that column, and where none is left.
+    """
+    name = threshold.score or score
+    if name not in rows.column_names:
+        raise UserError(
+            f"threshold is one of {name}, which is no column of the rows: {sorted(rows.column_names)}. Score them with "
+            f"`ifd-trainer score --scores {name}` first, by the model that the threshold was agreed on for."
+        )
+
+    def numbers(name: str) -> np.ndarray:
+        return rows.select_columns([name]).to_pandas()[name].to_numpy(dtype=np.float64, na_value=np.nan)
+
+    kept = numbers(name) >= threshold.value
+    if "ifd_status" in rows.column_names:
+        kept &= np.array([status == Status.OK.value for status in rows["ifd_status"]])
+    limited = name if name in RANKED_BY else RANKED_BY[0]
+    if threshold.max_ifd is not None and limited in rows.column_names:
+        kept &= ~(numbers(limited) >= threshold.max_ifd)
+    if not kept.any():
+        raise UserError(
+            f"No row has {name} >= {threshold.value:g}: this site has none to train on. Leave it out, or agree on "
+            "another threshold."
+        )
+    logger.warning(
+        "threshold: %s with %s >= %g; the other %s left out of the pool.",
+        many(int(kept.sum()), "row"),
+        name,
+        threshold.value,
+        many(int((~kept).sum()), "is", "are"),
+    )
+    return rows.select(np.flatnonzero(kept))

@@ -31,6 +31,7 @@ from trl.chat_template_utils import get_training_chat_template
 from ..data.files import load_rows
 from ..data.format_choice import resolve_format
 from ..data.formats import PromptFormat
+from ..data.histogram_files import threshold_of
 from ..data.image_rows import hold_images
 from ..data.message_trees import as_chats
 from ..data.paths import check_model, check_rows, data_ending
@@ -49,7 +50,7 @@ from .recipe import Recipe, translated
 from .recipe_file import beside
 from .recipe_images import prepare_images, sees_images
 from .recipe_machine import PlanConfig, installed, lacking_for, outline
-from .recipe_rows import prepare, with_answer_masks, without_refusals
+from .recipe_rows import at_or_above, by_value, prepare, with_answer_masks, without_refusals
 from .recipe_selection import SelectionConfig
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,9 @@ def build_run(recipe: Recipe) -> Run:
         readable = train
         if selection.drop_refusals:
             train = without_refusals(train)
+        answered = train
+        if selection.threshold is not None:
+            train = at_or_above(train, threshold_of(beside(selection.threshold, recipe.folder)), selection.score)
     if not len(train):
         raise UserError(
             f"No row of {source} is left of {many(count, 'row')}. Set drop_refusals: false, or look at the rows."
@@ -122,6 +126,10 @@ def build_run(recipe: Recipe) -> Run:
         held_out, _ = prepared(held_out, format if there else selection.rows_format())
         if finds_answers and "messages" in held_out.column_names:
             held_out = with_answer_masks(held_out, tokenizer())
+        if (column := selection.eval_by or (selection.per if selection.bad_cases else None)) is not None:
+            held_out = by_value(held_out, column)
+    elif selection.eval_by is not None:
+        raise UserError("eval_by parts held-out rows, and there are none: name some with eval_dataset.")
     with translated("The trainer cannot be made"):
         trainer = _trainer(config, model, sft, train, held_out)
     if not len(trainer.train_dataset):
@@ -139,7 +147,10 @@ def build_run(recipe: Recipe) -> Run:
     trainer.add_callback(callback)
     name = callback.pool.id_name(callback.id_column)
     cut = [] if callback.pool.packed else ids_lost(column_of(train), trainer.train_dataset, name)
-    callback.rows_before = RowsBefore(count, unread, ids_lost(column_of(readable), train, name), cut)
+    refused, below = (
+        ids_lost(column_of(before), after, name) for before, after in ((readable, answered), (answered, train))
+    )
+    callback.rows_before = RowsBefore(count, unread, refused, cut, below)
     return Run(trainer, lacking, format, read, seconds)
 
 
@@ -230,7 +241,11 @@ def _model_config(model: ModelConfig, sft: SFTConfig) -> PretrainedConfig:
 
 
 def _trainer(
-    config: PretrainedConfig, model: ModelConfig, sft: SFTConfig, train: Dataset, held_out: Dataset | None
+    config: PretrainedConfig,
+    model: ModelConfig,
+    sft: SFTConfig,
+    train: Dataset,
+    held_out: Dataset | dict[str, Dataset] | None,
 ) -> SFTTrainer:
     """TRL's trainer; of a plan, one whose model has shapes but no weights."""
     plan = isinstance(sft, PlanConfig)

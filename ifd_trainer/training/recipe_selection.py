@@ -20,6 +20,7 @@ from ..data.format_choice import FormatOptions
 from ..data.reversed_rows import request
 from ..errors import UserError, one_line
 from ..method import controls
+from ..method.bad_cases import BadCases
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.cascade import Cascade
@@ -154,6 +155,7 @@ class SelectionConfig(SelectionKeys):
         idle |= {f"policy: {TARGET}": ("target_set",)} if self.policy != TARGET else {}
         idle |= {"policy: cherry": (*limits, "temperature")} if self.policy != "cherry" else {}
         idle |= {"stages": ("stage_epochs", "growing")} if not self.stages else {}
+        idle |= {"bad_cases": ("bad_cases_floor", "bad_cases_temperature")} if not self.bad_cases else {}
         idle |= {"shares, floors or caps": ("buckets",)} if not (self.shares or self.floors or self.caps) else {}
         of_diverse = ("diverse_by",) if self.policy == TARGET else ("diverse_by", "embedder")
         idle |= {"diverse": of_diverse} if self.diverse is None else {}
@@ -236,6 +238,7 @@ class SelectionConfig(SelectionKeys):
     def _within(self, policy: Policy) -> Policy:
         """A policy within the values of a column, where the recipe names one."""
         kinds = {
+            "bad_cases": self.bad_cases,
             "stages": bool(self.stages),
             "mixture": bool(self.mixture),
             "shares, floors or caps": bool(self.shares or self.floors or self.caps),
@@ -249,6 +252,8 @@ class SelectionConfig(SelectionKeys):
             raise UserError(
                 f"per: {self.per} goes with one of {', '.join(kinds)}; given were {' and '.join(given) or 'none'}."
             )
+        if self.bad_cases:
+            return BadCases(self.per, self.bad_cases_floor, self.bad_cases_temperature, policy)
         if self.stages:
             epochs = self.stage_epochs if len(self.stage_epochs) > 1 else self.stage_epochs[0]
             return Stages(self.per, self.stages, epochs, self.growing, policy)

@@ -98,6 +98,14 @@ class SelectionKeys:
             "metavar": "FILE_OR_NAME",
         },
     )
+    eval_by: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column whose values the held-out rows are parted by: each is an evaluation set of its own, with a "
+            "loss of its own. With bad_cases it is the column of per by default.",
+            "metavar": "COLUMN",
+        },
+    )
     split_seed: int | None = field(
         default=None,
         metadata={
@@ -110,6 +118,15 @@ class SelectionKeys:
         metadata={
             "help": "Leave rows out of the pool whose answer looks like a refusal (English).",
             "metavar": "true",
+        },
+    )
+    threshold: str | None = field(
+        default=None,
+        metadata={
+            "help": "Leave rows out of the pool whose score is below this: the file that `ifd-trainer threshold` wrote "
+            "for several sites, or a number, of the column that score names. It is the score that the rows have "
+            "(`ifd-trainer score`), not one of the run; keep is of the rows that are left.",
+            "metavar": "FILE_OR_X",
         },
     )
     keep: list[str] = field(
@@ -164,7 +181,8 @@ class SelectionKeys:
     tier_mode: str = field(
         default="tiers",
         metadata={
-            "help": "One tier at a time, growing from the first, or shrinking to the last.",
+            "help": "One tier at a time, growing from the first, shrinking to the last, or remaining: one at a time, "
+            "of the rows that no tier before had.",
             "choices": list(TIER_MODES),
         },
     )
@@ -289,7 +307,7 @@ class SelectionKeys:
         default=None,
         metadata={
             "help": "A column, such as a source, whose values have the shares, floors and caps that follow, a mixture "
-            "by epoch, or stages.",
+            "by epoch, stages, or shares that follow its held-out losses.",
             "metavar": "COLUMN",
         },
     )
@@ -337,6 +355,25 @@ class SelectionKeys:
     )
     growing: bool = field(
         default=False, metadata={"help": "Each stage keeps the values of those before it.", "metavar": "true"}
+    )
+    bad_cases: bool = field(
+        default=False,
+        metadata={
+            "help": "Shares that follow the held-out loss of each value, measured anew whenever rows are selected: "
+            "more rows of what the model is bad at.",
+            "metavar": "true",
+        },
+    )
+    bad_cases_floor: float = field(
+        default=0.0,
+        metadata={"help": "Fraction of the kept rows that each value with held-out rows has at least.", "metavar": "X"},
+    )
+    bad_cases_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Shares by a softmax of losses over this, in nats; in proportion to the losses by default.",
+            "metavar": "X",
+        },
     )
     cascade_by: str | None = field(
         default=None,

@@ -16,6 +16,7 @@ import numpy as np
 from accelerate.logging import get_logger
 
 from ..errors import UserError
+from ..method.bad_cases import BadCases
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CALIBRATED, CalibratedLimit
 from ..method.choices import RANKED_BY
@@ -30,7 +31,7 @@ from ..method.iterit import ANSWER_TEXT
 from ..method.number_words import many
 from ..method.parts import repeated
 from ..method.plain_data import to_data
-from ..method.reasons import ABOVE_LIMIT, EARLIER_PART, KEPT, NOT_IN_SAMPLE, Status
+from ..method.reasons import ABOVE_LIMIT, EARLIER_PART, KEPT, NOT_IN_SAMPLE, OTHER_TIER, Status
 from ..method.schedule import EpochRows
 from ..method.scoring_health import Health, health
 from ..method.selection import (
@@ -94,6 +95,8 @@ class RowChooser:
         trained: (n,) whether each row has been trained on.
         since: (n,) whether it has been since the last scores were made.
         first_cas: (n,) of the first scoring in the run that gave a row one, where losses are compared with it.
+        shares: of the values of a column, for a `BadCases`; None before they are known.
+        tier_of: (n,) the tier of a curriculum that trained on each row last, -1 for none; None without a curriculum.
         guards: which rows are held back from the policy.
         targets: how alike rows are to the targets of a `TargetSet`; None with another policy.
         frozen: why rows are scored no more, if they are not; see `method.scoring_health.Freeze`.
@@ -182,6 +185,8 @@ class RowChooser:
         self.used, self.again = np.zeros(len(self.pool), dtype=bool), None
         self.since = np.zeros(len(self.pool), dtype=bool)
         self._ages: Ages | None = None
+        self.tier_of: np.ndarray | None = None
+        self.shares: Mapping[str, float] | None = None
         self._embedded: tuple[Scores | None, np.ndarray] = None, np.empty((0, 0), dtype=np.float32)
         if self.targets is not None:
             self.targets.forget()
@@ -346,6 +351,7 @@ class RowChooser:
         had given with them, (candidates, d), which a model that has trained on does not give again.
         """
         arrays = {"trained": self.trained.astype(np.int8), "brief": self.brief, "first_cas": self.first_cas}
+        arrays["tier_of"] = self.tier_of
         arrays |= self.guards.to_arrays()
         if self.candidates is not None:
             arrays |= {"since": self.since.astype(np.int8)}
@@ -361,6 +367,7 @@ class RowChooser:
     def from_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Take that out of the arrays of a checkpoint."""
         self.brief, self.first_cas = arrays.pop("brief", None), arrays.pop("first_cas", None)
+        self.tier_of = arrays.pop("tier_of", None)
         self.trained = arrays.pop("trained", np.zeros(len(self.pool))).astype(bool)  # earlier releases lack it
         self.since = arrays.pop("since", np.zeros(len(self.pool))).astype(bool)
         self._ages = Ages.from_arrays(arrays)  # of the scores that `from_state` takes
@@ -480,6 +487,19 @@ class RowChooser:
         self.trained |= times > 0
         self.since |= times > 0
 
+    def note_tiers(self, wanted: EpochRows, selection: Selection) -> None:
+        """Remember which rows an epoch takes for its tiers: those of the rows that remain come later without them."""
+        if wanted.tiers:
+            self.tier_of = np.full(len(self.pool), -1, dtype=np.int16) if self.tier_of is None else self.tier_of
+            for number, rows in selection.parts.items():
+                self.tier_of[rows] = number
+
+    def _gone(self, wanted: EpochRows) -> np.ndarray:
+        """Which rows a tier has had that is none of an epoch's, (n,)."""
+        if not wanted.tiers or self.tier_of is None:
+            return np.zeros(len(self.pool), dtype=bool)
+        return (self.tier_of >= 0) & ~np.isin(self.tier_of, [tier.number for tier in wanted.tiers])
+
     def _relaxed(self, wanted: EpochRows, ids: np.ndarray, seed: int, prefix: Sequence[int]) -> Selection:
         """The rows nearest to the limit, and without guards if these leave none."""
         policy = Cherry(self.max_ifd or math.inf, self.score, on_shortfall="relax")
@@ -540,6 +560,7 @@ class RowChooser:
         """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
         every = columns = _Columns(self.last.scores.columns(), self.pool_scorer)
         policy = policy.in_epoch(wanted.counted) if hasattr(policy, "in_epoch") else policy
+        policy = policy.given(self.shares) if isinstance(policy, BadCases) and self.shares is not None else policy
         limited = eligibility(policy) is not None and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:
@@ -551,6 +572,7 @@ class RowChooser:
                 limit = -np.inf if limit is None else np.where(columns[self.ranked_by] < limit, -np.inf, limit)
                 columns[ROW_LIMIT] = np.where(verdicts == PASSED, most, np.minimum(limit, most))
         held_back[self.used] = EARLIER_PART
+        held_back[self._gone(wanted)] = OTHER_TIER
         rows = np.flatnonzero(held_back == "")
         columns = columns.of(rows)
         if isinstance(policy, Diverse):
@@ -567,10 +589,11 @@ class RowChooser:
                 if len(rows) == len(ids):
                     raise
                 counts = counted(held_back[held_back != ""])
-                used = counts.pop(EARLIER_PART, 0)
+                used, tiers = counts.pop(EARLIER_PART, 0), counts.pop(OTHER_TIER, 0)
                 held = ", ".join(f"{count} {reason}" for reason, count in counts.items())
                 guarded = f" Guards hold back {sum(counts.values())} more: {held}." if held else ""
                 before = f" The epoch has trained on {used} more in its parts before." if used else ""
+                before += f" Other tiers have had {tiers} more." if tiers else ""
                 # What has chosen an epoch's first rows can refuse later ones only because too many are gone.
                 kind = ShortfallError if used else type(error)
                 raise kind(f"{error}{guarded}{before}") from error

@@ -44,6 +44,7 @@ UPDATES = {
     "candidates": [2, 2],
     "targets": [2, 2],
     "parts": [4, 2],
+    "bad_cases": [2, 2],
     "one_row": [1],
     "cherry": [2, 2, 2],
 }
@@ -123,6 +124,7 @@ def test_both_processes_take_the_same_steps_in_the_same_order(ranks, kind, case)
         "orders",
         "ifd",
         "limits",
+        "shares",
         "global_step",
         "max_steps",
         "epoch",

@@ -178,7 +178,7 @@ def test_the_keys_of_a_recipe_make_these_policies(keys, policy, caplog):
     ("keys", "said"),
     [
         ({"floors": ["code=0.1"]}, "name it with per"),
-        ({"per": "source"}, "goes with one of stages, mixture, shares, floors or caps; given were none"),
+        ({"per": "source"}, "goes with one of bad_cases, stages, mixture, shares, floors or caps; given were none"),
         ({"per": "source", "stages": ["a"], "mixture": ["a=1.0"]}, "given were stages and mixture"),
         ({"per": "source", "floors": ["0.1"]}, "floors wants VALUE=NUMBER"),
         ({"per": "source", "floors": ["code=many"]}, "wants a number or VALUE=NUMBER"),

@@ -36,10 +36,11 @@ ROWS = 40
 SOURCES = [["web", "chat", "code", "web"][i % 4] for i in range(ROWS)]
 LEVELS = [["easy", "middle", "hard", "hard"][i % 4] for i in range(ROWS)]
 ASKED = [None if i == 5 else (i * 7 % ROWS) / ROWS for i in range(ROWS)]  # what `score --known` attached to the rows
+ALIGNED = [(i * 3 % ROWS) / ROWS for i in range(ROWS)]  # what `score --scores ira` attached
 STEADY = [0.3 + (i * 3 % ROWS) / ROWS / 2 for i in range(ROWS)]  # what `score --neighbours` did
 CHOSEN_BEFORE = ("selective_reflection",)  # recipes that train on all rows that they are given
 UNSCORED = ("target_set", "curriculum_by_column", "superfiltering_tshirt", *CHOSEN_BEFORE)
-LORA = (CHERRY_LORA, "federated_scores")
+LORA = (CHERRY_LORA, "federated_scores", "feddqc_tiers")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def data(tmp_path_factory) -> str:
     rows = [
         row
         | {"quality": "good", "known_agreement": ASKED[i], "sifd_mean": STEADY[i], "sifd_std": i % 7 / 10}
-        | {"source": SOURCES[i], "level": LEVELS[i]}
+        | {"source": SOURCES[i], "level": LEVELS[i], "ira": ALIGNED[i]}
         for i, row in enumerate(raw_rows(ROWS, with_input=True))
     ]
     rows[3]["output"] = "As an AI language model, I cannot say which park is red."
@@ -100,6 +101,7 @@ def small(recipe: str, model: str, data: str, folder: Path, *more: str) -> list[
     settings = yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())
     words += ["--scorer", model] if "scorer" in settings else []
     words += ["--diverse", "15", "--embedder", "", "--keep", "6"] if "diverse" in settings else []
+    words += ["--threshold", "0.1"] if "threshold" in settings else []
     words += ["--eval_dataset", data] if "eval_dataset" in settings else []
     words += ["--every_steps", "3"] if "every_steps" in settings else []
     return [*words, *more]
@@ -143,6 +145,8 @@ def test_all_recipes_are_there():
         "selective_reflection",
         "superfiltering_tshirt",
         "federated_scores",
+        "feddqc_tiers",
+        "bad_cases",
         "vlm_ifd",
         "demo",
     } == set(RECIPES)
@@ -177,7 +181,7 @@ def test_the_hyperparameters_are_the_papers(recipe):
 def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
     assert main(small(recipe, model, data, tmp_path, "--plan")) == 0
     plan = capsys.readouterr().out
-    pool = 38 if recipe.startswith("wizardlm") else ROWS
+    pool = pool_of(recipe)
     keep = {
         "iterit": 0.05,
         "alpaca_curriculum": 0.3 / 3,
@@ -186,7 +190,12 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
         "alpaca_superfiltering": 0.05,
         "demo": 0.12,
     }
-    keep |= {"superfiltering_tshirt": 0.05, "federated_scores": 0.9 / 3, **dict.fromkeys(CHOSEN_BEFORE, 1.0)}
+    keep |= {
+        "superfiltering_tshirt": 0.05,
+        "federated_scores": 0.9 / 3,
+        "feddqc_tiers": 1 / 3,
+        **dict.fromkeys(CHOSEN_BEFORE, 1.0),
+    }
     rows = 6 if recipe.endswith("diverse") else round(keep.get(recipe, 0.1) * pool)
     updates = -(-rows // 2)
     if recipe in (*CHERRY, CHERRY_LORA):
@@ -217,7 +226,8 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
         assert main([*words, "--plan"]) == 0
     plan = plan_of(capsys.readouterr().out)
     assert main(words) == 0
-    assert plan_of(capsys.readouterr().out) == plan
+    out = capsys.readouterr().out
+    assert plan_of(out) == plan
     history = History.load(tmp_path)
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / ("adapter_model.safetensors" if recipe in LORA else "model.safetensors")).is_file()
@@ -235,6 +245,17 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     if recipe == "quotas":
         assert all(sum(of_value[0][row] == "code" for row in rows) >= 1 for rows in kept)
         assert all(sum(of_value[0][row] == "chat" for row in rows) <= 2 for rows in kept)
+    if recipe == "bad_cases":
+        for record, rows in zip(history.epochs, kept, strict=True):
+            told = record["bad_cases"]
+            assert told["losses"].keys() == set(SOURCES)
+            assert told["rows"] == {name: sum(of_value[0][row] == name for row in rows) for name in set(SOURCES)}
+            free = (1 - 3 * 0.05) / sum(told["losses"].values())
+            assert told["shares"] == pytest.approx({name: 0.05 + free * x for name, x in told["losses"].items()})
+        page = (tmp_path / "report.html").read_text()
+        assert "in shares of the values of source that follow their held-out losses" in page
+        assert "Shares by source" in page
+        assert "Shares by source" in out
     if recipe == "mixture_by_epoch":
         assert [sum(of_value[0][row] == "chat" for row in rows) for rows in kept] == [2, 1]
     if recipe == "infobatch":
@@ -249,7 +270,7 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
         assert history.epochs[0]["reasons"] == {"kept": 4, "less_like_targets": 36}
         assert history.settings["policy"]["targets"].endswith("data/code_targets.jsonl")
         assert history.rows(0)["times"].equals(history.rows(1)["times"])  # embedded once
-    assert {record["pool"] for record in history.epochs} == {38 if recipe.startswith("wizardlm") else ROWS}
+    assert {record["pool"] for record in history.epochs} == {pool_of(recipe)}
     if recipe in (*CHERRY, CHERRY_LORA):
         sample = 3 if recipe.startswith("wizardlm") else 4  # a tenth of the pool
         assert history.epochs[0]["reasons"] == {"kept": sample, "not_in_sample": history.epochs[0]["pool"] - sample}
@@ -267,12 +288,20 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
     if recipe == "federated_scores":
         rows = history.rows(0)
         assert kept_places(history) == set(rows["ira"].sort_values(ascending=False).index[:12])  # the first of 3 tiers
+    if recipe == "feddqc_tiers":
+        assert all(ALIGNED[row - 100] >= 0.1 for row in history.rows(0)["row_id"])
+        assert kept_places(history) == set(history.rows(0)["ira"].sort_values(ascending=False).index[:12])
     if recipe == "knowledge_detection":
         rows = history.rows(0)
         free = rows.loc[rows["reason"].isin(["kept", "higher_score"]), "row_id"] - rows["row_id"].min()  # of guards
         lowest = sorted(free, key=lambda place: 2 if ASKED[place] is None else ASKED[place])[:4]
         assert set(rows.loc[rows["reason"] == "kept", "row_id"] - rows["row_id"].min()) == set(lowest)
         assert (rows["reason"] == "above_limit").any()
+
+
+def pool_of(recipe: str) -> int:
+    """How many of the rows a recipe selects from: no refusals, or no rows below its threshold."""
+    return {"feddqc_tiers": sum(value >= 0.1 for value in ALIGNED)}.get(recipe, 38 if "wizardlm" in recipe else ROWS)
 
 
 def kept_places(history: History) -> set[int]:
@@ -324,7 +353,7 @@ def test_the_commands_in_a_header_make_the_rows_of_the_recipe(recipe, model, dat
 def large(tmp_path_factory) -> str:
     """As many rows as the largest count in a recipe wants."""
     path = tmp_path_factory.mktemp("large") / "rows.jsonl"
-    own = {"known_agreement": 0.5, "sifd_mean": 0.5, "sifd_std": 0.1}
+    own = {"ira": 1.0, "known_agreement": 0.5, "sifd_mean": 0.5, "sifd_std": 0.1}
     rows = [
         row | own | {"source": SOURCES[i % ROWS], "level": LEVELS[i % ROWS]} for i, row in enumerate(raw_rows(1100))
     ]
@@ -335,12 +364,10 @@ def large(tmp_path_factory) -> str:
 def test_a_recipe_for_gpus_is_planned_as_it_is_on_any_machine(recipe, model, large, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     forbid(monkeypatch)
-    assert (
-        main(
-            ["train", str(FOLDER / f"{recipe}.yaml"), "--plan", "--model", model, "--dataset", rows_for(recipe, large)]
-        )
-        == 0
-    )
+    words = ["train", str(FOLDER / f"{recipe}.yaml"), "--plan", "--model", model, "--dataset", rows_for(recipe, large)]
+    words += ["--threshold", "1"] if recipe == "feddqc_tiers" else []
+    words += ["--eval_dataset", large] if recipe == "bad_cases" else []
+    assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     lines = lines[lines.index(next(line for line in lines if line.startswith("Plan: "))) :]
     several = "; 1,100 of them have several answers, all of which are scored (turns='tokens')"

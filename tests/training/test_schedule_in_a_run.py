@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_runs import model_with, reference_scores, reference_top, select, sft_trainer, train
+from tiny_runs import Stop, model_with, reference_scores, reference_top, select, sft_trainer, train
 
 from ifd_trainer.cli import main
 from ifd_trainer.method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
@@ -88,6 +88,43 @@ def test_a_curriculum_trains_on_its_tiers_of_the_scores_of_the_moment(tmp_path, 
     assert seen.final_learning_rate == 0
 
 
+@pytest.mark.parametrize("direction", ["easy_to_hard", "hard_to_easy"])
+def test_the_tiers_that_remain_are_of_the_rows_that_none_before_had(tmp_path, direction):
+    trainer, callback, seen, scored = run(tmp_path, epochs=4, schedule=Curriculum(1.0, 3, direction, "remaining"))
+    assert scored == [0, 1, 2, 3]
+    trained = []
+    for epoch, rows in enumerate(seen.epochs()[:3]):
+        left = [row for row in ranking(trainer, seen, epoch) if row not in trained]
+        assert sorted(rows) == sorted(left[:8] if direction == "hard_to_easy" else left[-8:])
+        history = callback.history.rows(epoch).set_index("row_id")
+        assert set(history.index[history["tier"] == epoch]) == set(rows)
+        assert history["tier"][trained].isna().all()
+        assert set(history["reason"][history.index.difference(rows)]) == {"other_tier"}
+        trained += rows
+    assert sorted(trained) == sorted(trainer.train_dataset["row_id"])  # each row once
+    assert sorted(seen.epochs()[3]) == sorted(seen.epochs()[2])  # the last tier takes all epochs that remain
+    assert trainer.state.global_step == 16
+    assert seen.final_learning_rate == 0
+
+
+@pytest.mark.parametrize("step", [4, 6])  # at the end of the first epoch, and inside the second
+def test_what_the_tiers_had_survives_a_resume(tmp_path, step):
+    options = {"schedule": Curriculum(1.0, 3, "hard_to_easy", "remaining")}
+    whole = train(_resumable(tmp_path / "whole", **options)[0])
+    cut = _resumable(tmp_path / "cut", **options)[0]
+    cut.add_callback(Stop(step))
+    cut.train()
+    resumed, _ = _resumable(tmp_path / "cut", **options)
+    assert train(resumed, resume_from_checkpoint=True).order() == whole.order()[2 * step :]
+
+
+def test_the_rows_that_remain_are_selected_in_each_epoch(tmp_path):
+    trainer = sft_trainer(tmp_path, POOL)
+    select(trainer, schedule=Curriculum(1.0, 3, mode="remaining"), every=2)
+    with pytest.raises(ValueError, match="leave `every` at 1"):
+        trainer.train()
+
+
 def test_annealing_ends_on_the_whole_pool(tmp_path):
     trainer, _, seen, scored = run(tmp_path, schedule=Anneal(6, share=0.34))
     assert scored == [0, 1]
@@ -128,7 +165,7 @@ def test_scores_of_an_earlier_epoch_survive_a_resume(tmp_path, options, step):
 
 def _resumable(folder, **options):
     trainer = sft_trainer(folder, POOL, save_strategy="steps", save_steps=1)
-    return trainer, select(trainer, keep=6, max_ifd=INF, **options)
+    return trainer, select(trainer, **{"keep": 6, "max_ifd": INF, **options})
 
 
 # ---- as a user writes it ----------------------------------------------------------------------------------------
