@@ -141,6 +141,8 @@ class PoolSelection:
         why = ", ".join(f"{count:,} {reason}" for reason, count in dropped) or "none is dropped"
         share = f"{100 * self.keep:g} % of all " if isinstance(self.keep, float) else "of "
         of_values = f"; by {self.column}: {short}" if short else ""
+        if self.keep is None and self.column is None:
+            return f"None of {many(self.pool_rows, 'row')} in the pool may be kept ({why}). {_way_out(self)}"
         return (
             f"{many(self.asked_rows, 'row')} asked for ({share}{many(self.pool_rows, 'row')} in the pool), only "
             f"{many(self.selection.eligible, 'is', 'are')} eligible ({why}{of_values}). {_way_out(self)}"

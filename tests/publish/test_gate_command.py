@@ -90,7 +90,9 @@ def test_where_all_rows_are_dropped_the_option_is_named(tmp_path, capsys):
     source = write(tmp_path / "scored.jsonl", [TEXTS[3]], **columns)
     words = ["select", source, "--gates", "noise", "--keep", "all", "--output", str(tmp_path / "out.parquet")]
     assert main(words) == 2
-    assert "No row that may be kept has a score: leave out --gates, or look at the data." in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "None of 1 row in the pool may be kept (1 boilerplate). No row that may be kept has a score" in error
+    assert "leave out --gates, or look at the data." in error
 
 
 def test_other_columns_and_ids(tmp_path, command):
