@@ -37,8 +37,8 @@ model: $(DEMO)  ## unpack the 135M model of demo, tests and benchmarks, unless i
 demo: $(if $(MODEL),$(DEMO),model)  ## fine-tune a 135M model with selection inside the loop; MODEL=name or path for another
 	$(BIN)/ifd-trainer train recipes/demo.yaml --model "$(or $(MODEL),$(SMOLLM))" $(ARGS)
 
-compare: $(if $(MODEL),$(DEMO),model)  ## hold selection, plain and guarded, against random rows on the demo's rows, three seeds each
-	$(BIN)/ifd-trainer compare recipes/compare_demo.yaml --model "$(or $(MODEL),$(SMOLLM))" $(ARGS)
+compare: $(if $(MODEL),$(DEMO),model)  ## hold selection against random rows on the demo's rows, three seeds each
+	$(BIN)/ifd-trainer compare recipes/compare_demo.yaml --model "$(or $(MODEL),$(SMOLLM))" --workers 2 $(ARGS)
 
 test: $(TEST) model quality  ## style checks and the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)

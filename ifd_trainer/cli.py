@@ -771,7 +771,10 @@ def _score(options: argparse.Namespace) -> int:
         scores = join_parts(rows, worker, parts, size)
         rows = with_columns(rows.remove_columns([name for name in rows.column_names if name in replaced]), scores)
         if options.sifd is not None or options.neighbours is not None:
-            rows = attach_selective_ifd(rows, options.sifd or TOKEN_SHARE)
+            share = options.sifd or TOKEN_SHARE
+            rows = attach_selective_ifd(rows, share)
+            chosen = {"share": share} if options.neighbours is None else worker.settings
+            origin = origin and replace(origin, sifd=chosen)
         if options.calibrate:
             calibration = scorer.calibrate(rows)
             origin = calibrated(origin, calibration)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from conftest import ROUNDING, build_model
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -174,7 +175,12 @@ def test_sifd_and_its_neighbours_are_those_of_the_library(tmp_path, data, model_
         np.testing.assert_allclose(numbers(found, name), numbers(expected, name), rtol=1e-3, atol=1e-6)
     assert np.isfinite(numbers(found, "sifd_std")).any()
     assert found.remove_columns(["sifd", "sifd_mean", "sifd_std"]).to_dict() == rows.remove_columns("sifd").to_dict()
-    records = [Path(f"{path}.ifd.yaml").read_text(encoding="utf-8") for path in (scored, steady)]
+    records = [yaml.safe_load(Path(f"{path}.ifd.yaml").read_text(encoding="utf-8")) for path in (scored, steady)]
+    assert [record.pop("sifd") for record in records] == [
+        {"share": 0.4},
+        {"share": 0.4, "neighbours": 2, "alpha": 5.0, "seed": 0},
+    ]
+    assert all(record.pop("checksum") for record in records)
     assert records[0] == records[1]  # the scores are those of before, and so is what is known of them
     assert not list(tmp_path.glob("*.parts"))
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import UserError
 from .choices import CALIBRATED as CALIBRATED  # a name of this module too
-from .choices import WrongPrompts
+from .choices import WRONG_PAIRS, WrongPrompts
 from .error_rate import check_error_rate, check_prompts, least_measured, rank_of
 
 _ROUNDS = 4  # of pairs that are tried, until as many as are wanted can be scored
@@ -44,7 +44,7 @@ class CalibratedLimit:
     """
 
     alpha: float = 0.05
-    pairs: int = 256
+    pairs: int = WRONG_PAIRS
     prompts: WrongPrompts = "random"
 
     def __post_init__(self) -> None:

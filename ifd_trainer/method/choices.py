@@ -37,6 +37,7 @@ GATES = ("length", "noise", "copies", "matched")  # for synthetic rows, by the n
 CALIBRATED = "calibrated"  # in the place of a number, a limit that is measured: `CalibratedLimit` by default
 MEASURING_GUARDS = ("limit", "pairing", "unfinished")  # those for which a model has to measure something
 
+WRONG_PAIRS = 256  # of which a limit is made, where no other number is given
 SIMILARITY = 0.85  # from which share of common shingles on texts are duplicates, where no other is given
 
 TOKEN_SHARE = 0.5  # of all tokens that S-IFD is made of, where no other is given; the paper takes 0.5 to 0.75

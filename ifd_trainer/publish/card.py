@@ -197,6 +197,7 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         "answers of a conversation": provenance.turns,
         "request to guess the instruction": provenance.guess,
         "dtype": provenance.dtype,
+        **{f"S-IFD, {name}": value for name, value in (provenance.sifd or {}).items()},
     }
     listed = ", ".join(f"{key}: {value}" for key, value in options.items() if value is not None)
     facts = [

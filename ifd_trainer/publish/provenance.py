@@ -58,6 +58,7 @@ class Provenance:
         known: how the model was asked for what it knows (`KnowledgeScorer.settings`).
         spin: how it was asked for answers of its own (`OwnAnswerScorer.settings`).
         reflected: of rows of which a version was chosen, where rewritten texts came from, and the limit.
+        sifd: the share of tokens that S-IFD is of and, where there are neighbours, their number, noise and seed.
     """
 
     definition: str | None = None
@@ -79,6 +80,7 @@ class Provenance:
     known: dict[str, Any] | None = None
     spin: dict[str, Any] | None = None
     reflected: dict[str, Any] | None = None
+    sifd: dict[str, Any] | None = None
 
     def rows_format(self, columns: Collection[str]) -> PromptFormat | None:
         """The format in which rows with these columns were scored; None where that is not known, or cannot be."""

@@ -157,7 +157,7 @@ class SelectionConfig(SelectionKeys):
         guard = self.guard()
         on = () if guard is None else guard.names
         measured = [name for name in ("limit", "pairing") if name in on]
-        idle = {} if "limit" in on or self.max_ifd == CALIBRATED else {"a calibrated limit": ("alpha",)}
+        idle = {} if "limit" in on or self.max_ifd == CALIBRATED else {"a calibrated limit": ("alpha", "wrong_pairs")}
         idle |= {} if "pairing" in on else {"the guard pairing": ("anchors",)}
         idle |= {} if "duplicates" in on else {"the guard duplicates": ("similarity",)}
         idle |= {} if measured or self.max_ifd == CALIBRATED else {"the guards limit or pairing": ("wrong_prompts",)}
@@ -208,7 +208,9 @@ class SelectionConfig(SelectionKeys):
         return PairingTest(max(PairingTest.alpha, 1 / (self.anchors + 1)), self.anchors, prompts=self.wrong_prompts)
 
     def _limit(self) -> CalibratedLimit:
-        return replace(CalibratedLimit.of(self.alpha), prompts=self.wrong_prompts)
+        usual = CalibratedLimit.of(self.alpha)
+        pairs = usual.pairs if self.wrong_pairs is None else self.wrong_pairs
+        return replace(usual, pairs=pairs, prompts=self.wrong_prompts)
 
     def chosen_policy(self) -> Policy:
         """Which rows are kept; the same object each time, since one of a user's own may be costly to make.

@@ -27,6 +27,7 @@ from ..method.choices import (
     TIER_MODES,
     TURN_RULES,
     WITHOUT,
+    WRONG_PAIRS,
     WRONG_PROMPTS,
 )
 from ..method.further_scores import FURTHER
@@ -201,6 +202,14 @@ class SelectionKeys:
             "help": "Of the calibrated limit and the pairing test: the prompts that answers are held against, random "
             "ones or those most like their own.",
             "choices": list(WRONG_PROMPTS),
+        },
+    )
+    wrong_pairs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of the calibrated limit: answers that are scored under a wrong prompt in each scoring (default "
+            f"{WRONG_PAIRS}, or as many as alpha needs).",
+            "metavar": "N",
         },
     )
     anchors: int = field(

@@ -401,7 +401,7 @@ def test_the_recipes_of_comparisons_say_what_they_are_and_can_be_planned(folder,
     assert main(["compare", "here.yaml", "--model", str(folder / "model"), "--use_cpu", "true", "--plan"]) == 0
     named = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "about" in line and "update" in line]
     assert named == (
-        ["random", "longest", "static", "guarded"]
+        ["random", "guarded"]
         if name == "compare_demo"
         else ["random", "full", "longest", "static", "superfiltering", "cherry", "dynamic", "guarded"]
     )

@@ -21,6 +21,7 @@ from tiny_runs import (
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ifd_trainer import Brief, Selection
+from ifd_trainer.errors import UserError
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.method.pairing_test import PairingTest
 from ifd_trainer.method.schedule import Timing
@@ -330,3 +331,11 @@ def test_another_model_is_loaded_once_for_a_scoring(tmp_path, monkeypatch):
     select(trainer, keep=5, max_ifd=INF, guard=guard, scorer=str(tmp_path / "scorer"))
     train(trainer)
     assert len(loads) == 1
+
+
+def test_a_recipe_says_how_many_wrong_pairs_a_limit_is_made_of():
+    assert SelectionConfig(wrong_pairs=64).guard().limit == CalibratedLimit(pairs=64)
+    assert SelectionConfig(alpha=0.001).guard().limit == CalibratedLimit(0.001, pairs=999)
+    assert SelectionConfig(max_ifd="calibrated", wrong_pairs=30).chosen_policy().max_ifd.pairs == 30
+    with pytest.raises(UserError, match=r"pairs must be a whole number, and at least 99 with alpha=0.01, got 64"):
+        SelectionConfig(alpha=0.01, wrong_pairs=64).guard()
