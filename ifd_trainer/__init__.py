@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .data.format_choice import FormatOptions
     from .data.formats import ALPACA, WIZARDLM, TemplateFormat
+    from .data.gate_measures import gate_rows
     from .method.bad_cases import BadCases
     from .method.brief_experience import Brief
     from .method.calibrated_limit import CalibratedLimit
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.controls import BalancedRandom, LongestAnswers, LowestScores, MiddleBand, RandomRows
     from .method.duplicates import Duplicates
     from .method.facility_location import Diverse
+    from .method.gates import CopyGate, LengthGate, NoiseGate
     from .method.guard import Guard
     from .method.hierarchical import Hierarchical
     from .method.infobatch import InfoBatch
@@ -27,10 +29,12 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.knowledge import hard_or_wrong, wilson_interval
     from .method.pairing_test import PairingTest
     from .method.ranking import Ranking
+    from .method.reflection import choose_rewritten
     from .method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
     from .method.scoring_health import Freeze
     from .method.selection import Cherry, Policy, Selection
     from .method.soft_sampling import SoftSampling
+    from .method.spin import MatchedGate
     from .method.stratified import Mixture, Stages, Stratified
     from .method.target_set import TargetSet
     from .method.unfinished import Unfinished
@@ -38,6 +42,8 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .report.page import write_report
     from .scoring.image_scorer import ImageIFDScorer
     from .scoring.knowledge import KnowledgeScorer
+    from .scoring.own_answers import OwnAnswerScorer
+    from .scoring.reflection import ReflectionScorer
     from .scoring.selective_columns import attach_selective_ifd
     from .scoring.target_scorer import TargetScorer
     from .scoring.transform import IFDScorer
@@ -52,6 +58,7 @@ _HOME = {
     for module, names in {
         "data.format_choice": ("FormatOptions",),
         "data.formats": ("ALPACA", "WIZARDLM", "TemplateFormat"),
+        "data.gate_measures": ("gate_rows",),
         "method.bad_cases": ("BadCases",),
         "method.brief_experience": ("Brief",),
         "method.calibrated_limit": ("CalibratedLimit",),
@@ -60,6 +67,7 @@ _HOME = {
         "method.controls": ("BalancedRandom", "LongestAnswers", "LowestScores", "MiddleBand", "RandomRows"),
         "method.duplicates": ("Duplicates",),
         "method.facility_location": ("Diverse",),
+        "method.gates": ("CopyGate", "LengthGate", "NoiseGate"),
         "method.guard": ("Guard",),
         "method.hierarchical": ("Hierarchical",),
         "method.infobatch": ("InfoBatch",),
@@ -68,10 +76,12 @@ _HOME = {
         "method.knowledge": ("hard_or_wrong", "wilson_interval"),
         "method.pairing_test": ("PairingTest",),
         "method.ranking": ("Ranking",),
+        "method.reflection": ("choose_rewritten",),
         "method.schedule": ("Anneal", "Constant", "Curriculum", "PerEpoch", "Timing"),
         "method.scoring_health": ("Freeze",),
         "method.selection": ("Cherry", "Policy", "Selection"),
         "method.soft_sampling": ("SoftSampling",),
+        "method.spin": ("MatchedGate",),
         "method.stratified": ("Mixture", "Stages", "Stratified"),
         "method.target_set": ("TargetSet",),
         "method.unfinished": ("Unfinished",),
@@ -79,6 +89,8 @@ _HOME = {
         "report.page": ("write_report",),
         "scoring.image_scorer": ("ImageIFDScorer",),
         "scoring.knowledge": ("KnowledgeScorer",),
+        "scoring.own_answers": ("OwnAnswerScorer",),
+        "scoring.reflection": ("ReflectionScorer",),
         "scoring.selective_columns": ("attach_selective_ifd",),
         "scoring.target_scorer": ("TargetScorer",),
         "scoring.transform": ("IFDScorer",),

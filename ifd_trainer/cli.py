@@ -1,4 +1,4 @@
-"""The command line: `ifd-trainer score | select | histogram | threshold | train | report | recipes`.
+"""The command line: `ifd-trainer score | select | histogram | threshold | reflect | gate | train | report | recipes`.
 
 Heavy imports wait until a command runs, so that `--help` answers at once, and until the paths it is given are there.
 Exit codes: 0 done; 1 `score` is done, but no row has a score (a warning on standard error), or a fault of this program
@@ -14,13 +14,13 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from packaging.version import Version
 
@@ -30,15 +30,26 @@ from .data.format_choice import FormatOptions, columns_read, resolve_format
 from .data.formats import FORMATS
 from .data.paths import check_folder, check_model, check_readable, check_rows, check_writable
 from .errors import NotFoundError, NotInstalledError, RunError, UserError, one_line
-from .method.choices import CALIBRATED, RANKED_BY, ROWS_TOGETHER, SIMILARITY, TOKEN_SHARE, TURN_RULES, WITHOUT
+from .method.choices import (
+    CALIBRATED,
+    GATES,
+    RANKED_BY,
+    ROWS_TOGETHER,
+    SIMILARITY,
+    TOKEN_SHARE,
+    TURN_RULES,
+    WITHOUT,
+)
 from .method.columns import (
     EOT_LOSS,
     IFD_COLUMNS,
     IMAGE_COLUMNS,
     KNOWN_COLUMNS,
     OWN_COLUMNS,
+    REFLECTED_COLUMNS,
     SELECTIVE_COLUMNS,
     SIFD,
+    SPIN_COLUMNS,
 )
 from .method.further_scores import FURTHER, SCORED_BY_MODEL, further_names, replaced_columns
 from .method.number_words import many
@@ -52,15 +63,19 @@ if TYPE_CHECKING:
 
     from .data.table_reader import TableReader
     from .method.duplicates import Duplicates
+    from .method.gates import Gate
     from .method.quotas import Quotas
     from .method.ranking import Ranking
     from .method.score_histogram import Threshold
     from .publish.select import PoolSelection
     from .report.report_data import Origin
     from .scoring.knowledge import KnowledgeScorer
+    from .scoring.own_answers import OwnAnswerScorer
     from .scoring.transform import IFDScorer
 
 _TRL = "1.8"  # the first one that recipes were run with
+ALL = "all"  # of --keep
+GREEDY = "greedy"  # of --spin
 _CHECKED_ROWS = 64  # to find out whether rows, format, definition and tokenizer go together
 # Options of `score` that are the transform's by the same names.
 _OF_SCORER = (
@@ -77,6 +92,11 @@ _OF_KNOWLEDGE = {
     "seed": "known_seed",
     "token_budget": "token_budget",
 }
+# Options of `reflect` that are the transform's by the same names.
+_OF_REFLECTION = ("max_length", "score_truncated", "dtype", "token_budget", "revision", "trust_remote_code", "guess")
+_TAKEN = ("rewritten_instruction", "rewritten_answer")
+# Options of `score --spin`, likewise.
+_OF_SPIN = {name: f"spin_{name}" for name in ("max_new_tokens", "agreement", "temperature", "top_p", "seed")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,6 +178,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _answers(text: str) -> int | str:
+    """The type of how many answers are sampled, or that the greedy one is taken."""
+    return text if text == GREEDY else _positive(text)
+
+
 def _whole(text: str) -> int:
     """The type of a seed."""
     if not text.strip().isdecimal():
@@ -189,6 +214,14 @@ def _above_zero(text: str) -> float:
     value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"wants a number above 0, got {text!r}")
+    return value
+
+
+def _above_zero_or_inf(text: str) -> float:
+    """The type of a limit that may be switched off."""
+    value = _number(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"wants a number above 0, or inf, got {text!r}")
     return value
 
 
@@ -229,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands",
         required=True,
-        metavar="score | select | histogram | threshold | train | compare | report | recipes",
+        metavar="score | select | histogram | threshold | reflect | gate | train | compare | report | recipes",
     )
     _add_score(commands)
     _add_select(commands)
@@ -237,6 +270,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_threshold(commands)
     commands.add_parser("train", help="fine-tune with selection inside the loop (see: ifd-trainer train --help)")
     commands.add_parser("compare", help="train several ways to choose rows, and say what their differences are worth")
+    _add_reflect(commands)
+    _add_gate(commands)
     _add_report(commands)
     _add_recipes(commands)
     return parser
@@ -259,28 +294,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     add("--revision", help="branch, tag or commit of a hub name (default: its main branch)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
-    add("--format", help=f"prompt format: {', '.join(FORMATS)}; told from the columns by default")
-    add("--prompt-column", metavar="NAME", help="column of instructions or questions, where its name does not tell")
-    add("--input-column", metavar="NAME", help="column of what an instruction is about: a context, a document")
-    add("--answer-column", metavar="NAME", help="column of answers")
-    add(
-        "--system-column",
-        metavar="NAME",
-        help="column of system prompts: a system turn before a chat without one, {system} in a template",
-    )
-    add("--messages-column", metavar="NAME", help="column of chats")
-    add(
-        "--template",
-        metavar="TEXT",
-        help="prompt of a row, with {instruction} for the text of the prompt column, and perhaps {input} and {system}; "
-        "\\n is a line break",
-    )
-    add("--template-with-input", metavar="TEXT", help="prompt of a row with an input (default: the template)")
-    add(
-        "--response-header",
-        metavar="TEXT",
-        help="what stands before an answer that is scored alone (default: the template's last line)",
-    )
+    _add_format(add)
     meanings = "; ".join(f"{name}: {each.meaning}" for name, each in DEFINITIONS.items())
     add("--definition", default="paper", choices=DEFINITIONS, help=f"{meanings} (default: paper)")
     limits = " and ".join(f"{name} {most}" for name, most in DEFAULT_MAX_LENGTH.items())
@@ -382,7 +396,48 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     add("--known-temperature", type=_above_zero, metavar="X", help="of sampling, above 0 (default 0.7)")
     add("--known-top-p", type=_share, metavar="X", help="probability of the likeliest tokens sampled from (default 1)")
     add("--known-seed", type=_whole, metavar="N", help="of sampling (default 0)")
+    add(
+        "--spin",
+        type=_answers,
+        nargs="?",
+        const=GREEDY,
+        metavar="N",
+        help="let the model answer each prompt, greedily or, with N, N times by sampling, and say how much more the "
+        f"row's answer surprises it than its own (SPIN, arXiv 2401.01335): the columns {', '.join(SPIN_COLUMNS)}, for "
+        "`--gates matched` of select. Saves fewer rows at a time, as --known does",
+    )
+    add("--spin-max-new-tokens", type=_positive, metavar="N", help="most tokens of such an answer (default 128)")
+    add("--spin-agreement", choices=AGREEMENTS, help="how texts agree (default f1)")
+    add("--spin-temperature", type=_above_zero, metavar="X", help="of sampling, above 0 (default 1)")
+    add("--spin-top-p", type=_share, metavar="X", help="probability of the likeliest tokens sampled from (default 1)")
+    add("--spin-seed", type=_whole, metavar="N", help="of sampling (default 0)")
     parser.set_defaults(run=_score)
+
+
+def _add_format(add: Callable[..., Any]) -> None:
+    """The options that say how rows are read."""
+    add("--format", help=f"prompt format: {', '.join(FORMATS)}; told from the columns by default")
+    add("--prompt-column", metavar="NAME", help="column of instructions or questions, where its name does not tell")
+    add("--input-column", metavar="NAME", help="column of what an instruction is about: a context, a document")
+    add("--answer-column", metavar="NAME", help="column of answers")
+    add(
+        "--system-column",
+        metavar="NAME",
+        help="column of system prompts: a system turn before a chat without one, {system} in a template",
+    )
+    add("--messages-column", metavar="NAME", help="column of chats")
+    add(
+        "--template",
+        metavar="TEXT",
+        help="prompt of a row, with {instruction} for the text of the prompt column, and perhaps {input} and {system}; "
+        "\\n is a line break",
+    )
+    add("--template-with-input", metavar="TEXT", help="prompt of a row with an input (default: the template)")
+    add(
+        "--response-header",
+        metavar="TEXT",
+        help="what stands before an answer that is scored alone (default: the template's last line)",
+    )
 
 
 def _add_select(commands: argparse._SubParsersAction) -> None:
@@ -416,7 +471,11 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
     add("--scored-by", metavar="MODEL", help="model that gave the scores, for the card and for --drop-mismatched")
     add("--trust-remote-code", action="store_true", help="run code that comes with that model")
     add("--split", default="train", help="split of a folder or a hub data set (default train)")
-    add("--keep", help="a fraction of all rows, scored or not (0.1, the default), or a number (1000)")
+    add(
+        "--keep",
+        help=f"a fraction of all rows, scored or not (0.1, the default), a number (1000), or {ALL}: every row that is "
+        "not dropped",
+    )
     add(
         "--max-ifd",
         type=_limit,
@@ -497,6 +556,7 @@ def _add_select(commands: argparse._SubParsersAction) -> None:
         help="drop rows whose answer fits one of 9 other prompts at least as well as its own, by the model that gave "
         "the scores; of the rows that would be kept alone, which takes about 9 forwards of each",
     )
+    _add_gates(add)
     add("--all", action="store_true", help="write all rows, the dropped ones with their reason")
     add("--strict", action="store_true", help="fail when fewer rows are eligible than asked for")
     add("--card", action=argparse.BooleanOptionalAction, default=True, help="write a data card (default)")
@@ -553,6 +613,95 @@ def _add_threshold(commands: argparse._SubParsersAction) -> None:
     add("--keep", required=True, help="a fraction of the rows of all sites (0.2), or a number (1000)")
     add("--output", required=True, metavar="FILE", help="file to write (JSON)")
     parser.set_defaults(run=_threshold)
+
+
+def _add_gates(add: Callable[..., Any], required: bool = False) -> None:
+    """The options of gates for synthetic rows."""
+    add(
+        "--gates",
+        nargs="+",
+        required=required,
+        metavar="NAME[:NUMBER]",
+        help=f"hold back synthetic rows ({', '.join(GATES)}), in this order: answers whose length in characters is "
+        "further from the mean of the examples' than so many standard deviations (length:2); that are no answers, by "
+        "rules and English phrases (noise); rows that say what an example or another row says (copies:0.85); rows "
+        "whose spin_gap, which `score --spin` attached, is at most so many nats per token (matched:0.1)",
+    )
+    add(
+        "--gate-examples",
+        metavar="FILE",
+        help="rows that the data was generated from, for the gates length and copies (default: the data's own lengths)",
+    )
+
+
+def _add_reflect(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "reflect",
+        help="take rewritten instructions and answers where they are worth more to a model",
+        description="Of each row and its rewritten version, take the rewritten instruction where its IFD rises, else "
+        "the rewritten answer where its r-IFD falls, both below a limit, else the row as it is (Selective "
+        "Reflection-Tuning, arXiv 2402.10110). Writes the texts that are taken, their scores, those of the versions, "
+        "and reflect_reason. Can be interrupted, and shares rows over processes, as `score` does.",
+        epilog="Examples: ifd-trainer reflect alpaca.jsonl --rewritten rewritten.jsonl --model ... --output "
+        "reflected.jsonl; ifd-trainer reflect both.jsonl --rewritten-column output=better --model ... --output "
+        "reflected.jsonl",
+    )
+    add = parser.add_argument
+    add("data", help="rows: a .json, .jsonl, .csv or .parquet file, or a hub name")
+    add("--rewritten", metavar="FILE", help="rewritten rows, with the ids (row_id, id or --id-column) of DATA's")
+    add(
+        "--rewritten-column",
+        action="append",
+        metavar="NAME=COLUMN",
+        help="without --rewritten: the column of DATA with rewritten texts for its column NAME (default: those called "
+        "rewritten_NAME)",
+    )
+    add(
+        "--id-column",
+        metavar="NAME",
+        help="column by which rewritten rows are found (default: row_id or id, else none)",
+    )
+    add("--model", required=True, help="model that is to be trained, which scores: a hub name or a local path")
+    add("--revision", help="branch, tag or commit of a hub name (default: its main branch)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
+    _add_format(add)
+    add(
+        "--limit",
+        type=_above_zero_or_inf,
+        default=1.0,
+        metavar="X",
+        help="IFD and r-IFD of what is taken are below it (default 1; inf: no limit)",
+    )
+    add("--guess", metavar="TEXT", help="what r-IFD asks a model that is shown an answer, with {answer} for that")
+    add("--max-length", type=_positive, help="most tokens of prompt and answer (default: the model's window)")
+    add("--score-truncated", action="store_true", help="score the part of a too long answer that fits")
+    add("--split", default="train", help="split of a hub data set (default train)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else the model's)")
+    add("--token-budget", type=_positive, help="tokens of a batch (default: as for `score`)")
+    add("--part-rows", type=_positive, help="rows saved at a time (default 64 on a CPU, else 2048)")
+    parser.set_defaults(run=_reflect)
+
+
+def _add_gate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "gate",
+        help="hold back synthetic rows by their texts, before they are scored",
+        description="Write the rows that pass all gates, or with --all all rows, each with its gate_reason "
+        "(SELF-GUIDE, arXiv 2407.12874). No model runs. `select --gates` does the same among scored rows.",
+        epilog="Example: ifd-trainer gate synthetic.jsonl --gates noise length copies --gate-examples seeds.jsonl "
+        "--output clean.jsonl",
+    )
+    add = parser.add_argument
+    add("data", help="rows: a .json, .jsonl, .csv or .parquet file, a folder, or a hub name")
+    add("--output", required=True, help="file to write: .json, .jsonl, .csv or .parquet")
+    _add_gates(add, required=True)
+    _add_format(add)
+    add("--split", default="train", help="split of a folder or a hub data set (default train)")
+    add("--id-column", help="of rows that say the same, the lowest id stays (default: row_id or id, else position)")
+    add("--all", action="store_true", help="write all rows, the dropped ones with their reason")
+    parser.set_defaults(run=_gate)
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
@@ -633,7 +782,7 @@ def _score(options: argparse.Namespace) -> int:
     scorer = _scorer(options, process.local_rank, further)
     if options.calibrate:
         scorer.check_single("--calibrate")
-    knowledge = _knowledge(options, scorer)
+    knowledge, own = _knowledge(options, scorer), _own_answers(options, scorer)
     # What is read is cached on disk: the other processes find it there.
     source = process.main_first("rows", lambda: load_rows(options.data, options.split))
     rows = as_chats(source, process.main)
@@ -656,13 +805,18 @@ def _score(options: argparse.Namespace) -> int:
     # Scored again: what was chosen by older scores goes with them.
     worker, replaced = scorer, [*OWN_COLUMNS, *replaced_columns(rows.column_names, scorer.further_columns)]
     more = {}
-    if knowledge is not None or options.neighbours is not None:
+    if knowledge is not None or own is not None or options.neighbours is not None:
         size = options.part_rows or (8 if settings["device"] == "cpu" else 256)
     if knowledge is not None:
         knowledge.check()
         worker, replaced = ScoredAndAsked(knowledge), [*replaced, *KNOWN_COLUMNS]
         origin = replace(origin, known=knowledge.settings())
         more = {f"known_{name}": value for name, value in knowledge.settings().items()}
+    if own is not None:
+        own.check()
+        worker, replaced = ScoredAndAsked(own), [*replaced, *SPIN_COLUMNS]
+        origin = replace(origin, spin=own.settings())
+        more = {f"spin_{name}": value for name, value in own.settings().items()}
     if options.neighbours is not None:
         origin = scored_before(options.data, rows, options.model, weights)
         noise = {"neighbours": options.neighbours, "alpha": options.noise, "seed": options.noise_seed}
@@ -722,7 +876,7 @@ def _check_neighbours(options: argparse.Namespace) -> None:
             raise UserError(f"--{idle[0].replace('_', '-')} goes with --neighbours N.")
         options.token_losses |= options.sifd is not None
         return
-    of_scoring = [name for name in ("scores", "guess", "turns", "calibrate", "known") if getattr(options, name)]
+    of_scoring = [name for name in ("scores", "guess", "turns", "calibrate", "known", "spin") if getattr(options, name)]
     of_scoring += ["token_losses"] if options.token_losses else []
     if of_scoring:
         raise UserError(
@@ -746,7 +900,7 @@ def _image_scorer(options: argparse.Namespace, local_rank: int, further: Sequenc
     from .scoring.image_scorer import ImageIFDScorer
 
     texts = {"turns": None, "token_losses": False, "score_truncated": False, "guess": None, "known": None}
-    texts |= {"calibrate": False, "definition": "paper"}
+    texts |= {"calibrate": False, "definition": "paper", "spin": None}
     if idle := [name for name, usual in texts.items() if getattr(options, name) != usual]:
         raise UserError(f"--{idle[0].replace('_', '-')} is of rows of text, and the rows have images: leave it out.")
     names = ("max_length", "min_answer_tokens", "max_images", "dtype", "token_budget", "revision", "trust_remote_code")
@@ -826,6 +980,153 @@ def _json_file(path: str) -> Path:
     return Path(path)
 
 
+def _own_answers(options: argparse.Namespace, scorer: IFDScorer) -> OwnAnswerScorer | None:
+    """What compares rows' answers with the model's own, beside what scores; None where it is not asked for."""
+    from .scoring.own_answers import OwnAnswerScorer
+
+    given = {name: getattr(options, option) for name, option in _OF_SPIN.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.spin is None:
+        if given:
+            raise UserError(f"--{_OF_SPIN[min(given)].replace('_', '-')} goes with --spin.")
+        return None
+    if options.known is not None:
+        raise UserError("--known and --spin are two jobs: score with one of them, and then that file with the other.")
+    of_sampling = sorted(given.keys() & {"temperature", "top_p", "seed"})
+    if options.spin == GREEDY and of_sampling:
+        raise UserError(f"--{_OF_SPIN[of_sampling[0]].replace('_', '-')} goes with --spin N, which samples N answers.")
+    given |= {} if options.token_budget is None else {"token_budget": options.token_budget}
+    return OwnAnswerScorer(scorer, samples=None if options.spin == GREEDY else options.spin, **given)
+
+
+def _reflect(options: argparse.Namespace) -> int:
+    options.guess = options.guess and options.guess.replace("\\n", "\n")
+    columns = _rewritten_columns(options)
+    check_writable(options.output)
+    check_model(options.model)
+    sources = [options.data, *filter(None, [options.rewritten])]
+    for source in sources:
+        check_rows(source)
+
+    import pyarrow.compute as pc
+
+    from .data.files import check_apart, check_features, load_rows, source_digest, with_columns, write_rows
+    from .publish.provenance import provenance_of, write_provenance
+    from .publish.reflect import joined, with_taken_texts
+    from .scoring.job_parts import Parts, kept
+    from .scoring.processes import Process
+    from .scoring.reflection import ReflectionScorer
+    from .scoring.scoring_job import join_parts, score_parts
+    from .scoring.transform import SCORES_VERSION, IFDScorer
+
+    for source in sources:
+        check_apart(options.output, source, options.split)
+    process = Process.from_environment()
+    if (status := process.finished()) is not None:
+        return status if process.main else 0
+    format = FormatOptions(**{field.name: getattr(options, field.name) for field in fields(FormatOptions)})
+    given = {name: getattr(options, name) for name in _OF_REFLECTION}
+    scorer = IFDScorer(options.model, device=_device(options, process.local_rank), scores="rifd", **given)
+    rows = source = process.main_first("rows", lambda: load_rows(options.data, options.split))
+    if not len(rows):
+        raise UserError(f"{options.data} has no rows to compare.")
+    beside, other, missing = [], None, 0
+    if options.rewritten is not None:
+        other = process.main_first("rewritten rows", lambda: load_rows(options.rewritten))
+        found = joined(rows, other, format, options.id_column)
+        rows, beside, missing = found.rows, [*found.columns.values()], found.missing
+        columns = found.columns
+    reflection = ReflectionScorer(scorer, rewritten=columns, limit=options.limit)
+    scorer.format = resolve_format(format, source.column_names, warn=process.main)
+    process.main_first("check", lambda: reflection.check(rows[:_CHECKED_ROWS]))  # no folder and no weights before that
+    check_features(rows.features, options.output)
+    settings, weights = reflection.settings(rows.column_names), scorer.digest()
+    size = options.part_rows or (64 if settings["device"] == "cpu" else 2048)
+    reflected = {"rewritten": options.rewritten or settings["rewritten"], "limit": settings["limit"]}
+    origin = replace(provenance_of(settings, options.model, weights, options.data), reflected=reflected)
+    job = {"data": source_digest(options.data, source), "rows": len(rows), "part_rows": size}
+    job |= {"rewritten_data": None if other is None else source_digest(options.rewritten, other)}
+    job |= {"weights": weights, **settings, "scores_version": SCORES_VERSION}
+    del job["token_budget"]  # as for `score`
+    with closing(process.main_first("parts", lambda: Parts(options.output, job, process.main))) as parts:
+        try:
+            score_parts(rows, reflection, parts, size, process, doing="Comparing")
+        except RunError:  # the parts are gone
+            if process.finished() is None:
+                raise
+        if not process.main:
+            if process.finished() is not None:
+                parts.remove()
+            return 0
+        scores = join_parts(rows, reflection, parts, size)
+        # What was found out about the texts as they were.
+        replaced = {*OWN_COLUMNS, *KNOWN_COLUMNS, *SPIN_COLUMNS, *REFLECTED_COLUMNS}
+        replaced |= {*replaced_columns(rows.column_names, scorer.further_columns)}
+        rows = with_columns(rows.remove_columns([name for name in rows.column_names if name in replaced]), scores)
+        rows = with_taken_texts(rows, reflection).remove_columns(beside)
+        with kept():
+            write_rows(rows, options.output, parts.folder)
+            write_provenance(options.output, origin, rows)
+        counted = sorted(pc.value_counts(rows.data["reflect_reason"]).to_pylist(), key=lambda each: -each["counts"])
+        parts.check_joined()
+        process.finish(0)
+        parts.remove()
+    shown = ", ".join(f"{each['counts']:,} {each['values']}" for each in counted)
+    without = f" ({many(missing, 'row')} without a rewritten one)" if missing else ""
+    print(f"{many(len(rows), 'row')}: {shown}{without}. Written to {options.output}.")
+    if not any(each["values"] in ("kept_original", *_TAKEN) for each in counted):
+        _say(f"warning: no row of {options.data} could be compared: `reflect_reason` says why for each.")
+    return 0
+
+
+def _rewritten_columns(options: argparse.Namespace) -> dict[str, str] | None:
+    """The column of rewritten texts for each column of the rows' format, where they are named."""
+    pairs = [word.partition("=") for word in options.rewritten_column or ()]
+    if options.rewritten is not None and pairs:
+        raise UserError("--rewritten names a second data set, --rewritten-column columns of the first: leave one out.")
+    if options.rewritten is None and options.id_column is not None:
+        raise UserError("--id-column goes with --rewritten FILE, whose rows it finds.")
+    if wrong := [name + equals + column for name, equals, column in pairs if not (name and column)]:
+        raise UserError(f"--rewritten-column wants NAME=COLUMN, got {wrong[0]!r}.")
+    return {name: column for name, _, column in pairs} or None
+
+
+def _gate(options: argparse.Namespace) -> int:
+    gates = _gates(options)
+    check_writable(options.output)
+    check_rows(options.data)
+
+    import numpy as np
+    import pandas as pd
+
+    from .data.files import check_apart, check_features, write_tables
+    from .data.table_reader import TableReader, selected_tables
+    from .method.reasons import KEPT
+    from .publish.gates import gated_rows
+    from .publish.select import tie_ids
+
+    check_apart(options.output, options.data, options.split)
+    rows = TableReader(options.data, options.split)
+    check_features(rows.features, Path(options.output))
+    if not len(rows):
+        raise UserError(f"{options.data} has no rows.")
+    format = FormatOptions(**{field.name: getattr(options, field.name) for field in fields(FormatOptions)})
+    format = resolve_format(format, rows.column_names)
+    _, ids = tie_ids(rows, options.id_column)
+    held = gated_rows(rows, gates, np.ones(len(rows), dtype=bool), ids, options.gate_examples, format)
+    reasons = np.full(len(rows), KEPT, dtype=object)
+    for reason, which in held.items():
+        reasons[which] = reason
+    added = pd.DataFrame({"gate_reason": pd.Categorical(reasons)})
+    kept = reasons == KEPT
+    tables, features = selected_tables(rows, added, kept | options.all)
+    write_tables(tables, features, options.output)
+    counts = sorted(((int(which.sum()), reason) for reason, which in held.items()), reverse=True)
+    shown = ", ".join(f"{count:,} {reason}" for count, reason in counts) or "none"
+    print(f"{int(kept.sum()):,} of {many(len(rows), 'row')} kept. Not kept: {shown}. Written to {options.output}.")
+    return 0
+
+
 def _select(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         return _select_rows(options, stack)
@@ -842,6 +1143,9 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
     threshold = _at_or_above(options)
     ranking, quotas = _ranking(options), _quotas(options)
     by_sifd = _by_sifd(options, ranking)
+    gates = _gates(options)
+    if options.keep == ALL and (quotas is not None or options.targets is not None):
+        raise UserError(f"--keep {ALL} keeps every row that is not dropped: leave out --per and --targets.")
     if options.targets is not None:
         check_rows(options.targets)
         if options.embedder is not None:
@@ -857,6 +1161,7 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
     from .method.schedule import parse_keep
     from .method.target_set import TargetSet
     from .publish.card import card_paths, check_card, public_name, write_card
+    from .publish.gates import gated_rows
     from .publish.guards import dropped_rows, measured_limit, unfinished_rows
     from .publish.hub import check_repository, push_files
     from .publish.provenance import READ_COLUMNS, find_scores
@@ -943,6 +1248,10 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
     refusals = refused_rows(rows, format) if options.drop_refusals else None
     usable = (np.isfinite(values) | (like is not None)) & ~(of_limit >= limit)
     dropped = dropped_rows(rows, usable, status, ids, refusals, unfinished, duplicates, format)
+    if gates:
+        left = usable & (status == "ok").to_numpy() & ~np.logical_or.reduce([np.zeros_like(usable), *dropped.values()])
+        for reason, held in gated_rows(rows, gates, left, ids, options.gate_examples, format).items():
+            dropped[reason] = dropped.get(reason, False) | held
     if like is not None:
         usable &= ~np.logical_or.reduce([np.zeros(len(rows), dtype=bool), *dropped.values()])
         similarities, status = like.similarities(usable, status)
@@ -955,7 +1264,8 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
         choice["targets"] = TargetSet(options.targets, on_shortfall="error"), similarities
     if quotas is not None:
         choice["groups"] = texts_of(quotas.column, rows)
-    keep = None if quotas is not None and REST in quotas.quotas else parse_keep(options.keep or "0.1")
+    without = options.keep == ALL or (quotas is not None and REST in quotas.quotas)
+    keep = None if without else parse_keep(options.keep or "0.1")
 
     def choose_from(dropped: dict[str, np.ndarray]) -> PoolSelection:
         if threshold is None:
@@ -1059,6 +1369,22 @@ def _by_sifd(options: argparse.Namespace, ranking: Ranking | None) -> bool:
         if not ranked:
             raise UserError(f"--token-share goes with --score {SIFD}, which is made of that share of the tokens.")
     return ranked
+
+
+def _gates(options: argparse.Namespace) -> list[Gate]:
+    """The gates for synthetic rows, in their order."""
+    from .method.gate_names import parse_gates
+
+    if options.gates is None:
+        if options.gate_examples is not None:
+            raise UserError("--gate-examples goes with --gates, which compare rows with them.")
+        return []
+    if options.gate_examples is not None:
+        check_rows(options.gate_examples)
+    try:
+        return parse_gates(options.gates)
+    except UserError as error:
+        raise UserError(f"--gates: {error}") from error
 
 
 def _quotas(options: argparse.Namespace) -> Quotas | None:

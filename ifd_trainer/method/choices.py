@@ -34,6 +34,8 @@ BY_LOSS = {"infobatch": "InfoBatch", "kakurenbo": "Kakurenbo"}  # policies that 
 
 GUARDS = ("limit", "pairing", "unfinished", "duplicates", "freeze")  # the fields of a `Guard` that can be on or off
 
+GATES = ("length", "noise", "copies", "matched")  # for synthetic rows, by the names that `select` has for them
+
 CALIBRATED = "calibrated"  # in the place of a number, a limit that is measured: `CalibratedLimit` by default
 MEASURING_GUARDS = ("limit", "pairing", "unfinished")  # those for which a model has to measure something
 

@@ -36,6 +36,23 @@ _KNOWN = {
     "known_samples": "how many were sampled; 0 for a row that was not asked",
     "known_status": "`ok`, or why the row was not asked",
 }
+SPIN_GAP, OWN_AGREEMENT = "spin_gap", "own_agreement"
+_OWN_ANSWER = {
+    SPIN_GAP: "cas - own_cas, how much more the row's answer surprises the model than its own, nats per token",
+    "own_cas": "cas of the model's own answer, the mean of several, nats per token",
+    OWN_AGREEMENT: "how far its own answer agrees with the row's, between 0 and 1",
+    "own_answer": "what the model answers, the first of several",
+    "spin_status": "`ok`, or why there is no gap",
+}
+_REFLECTED = {
+    "original_ifd": "ifd of the row as it was",
+    "original_rifd": "rifd of the row as it was",
+    "instruction_ifd": "ifd of the version with the rewritten instruction and the answer that came with it",
+    "instruction_rifd": "rifd of it",
+    "answer_ifd": "ifd of the version with the row's instruction and the rewritten answer; null where not asked for",
+    "answer_rifd": "rifd of it",
+    "reflect_reason": "`rewritten_instruction`, `rewritten_answer`, `kept_original`, or why there was no choice",
+}
 _SELECTED = {
     "ifd_definition": "how the scores are defined; those of two definitions cannot be compared",
     "ifd_rank": "1 is the highest score kept",
@@ -59,6 +76,10 @@ SELECTION_COLUMNS = tuple(_SELECTED)  # what `ifd-trainer select` adds
 TOKEN_COLUMNS = tuple(_OF_TOKENS)  # lists, of a data set scored with its tokens
 SELECTIVE_COLUMNS = tuple(_SELECTIVE)  # what is made of those
 KNOWN_COLUMNS = tuple(_KNOWN)  # of rows whose prompts a model has answered
+SPIN_COLUMNS = tuple(_OWN_ANSWER)  # of rows whose answers were held against the model's own
+OWN_ANSWER_MEANINGS = _OWN_ANSWER
+REFLECTED_COLUMNS = tuple(_REFLECTED)  # of rows of which a version was chosen
+REFLECTED_MEANINGS = _REFLECTED
 # Replaced when rows are scored again; what a model has answered stays.
 OWN_COLUMNS = tuple(name for name in COLUMN_MEANINGS if name not in KNOWN_COLUMNS)
 IMAGE_MEANINGS = {

@@ -57,6 +57,14 @@ MISMATCHED = "mismatched"  # of a guard: the answer fits other prompts as well a
 OVER_QUOTA = "over_quota"  # eligible, but other rows with the same value fill its quota
 NO_VALUE = "no_value"  # a column that rows are ranked by holds no number in this row
 REFUSAL = "refusal"  # the answer looks like a refusal
+LENGTH = "length_outlier"  # of a gate: far from the lengths of the examples
+NEAR_EMPTY = "near_empty"  # of a gate: the answer has no letter and no digit
+BOILERPLATE = "boilerplate"  # of a gate: a greeting, a refusal, or a piece of a prompt's template
+REPETITIVE = "repetitive"  # of a gate: the answer repeats itself
+ECHO = "echoes_prompt"  # of a gate: the answer is the prompt again
+COPY = "copy_of_example"  # of a gate: an example that rows were generated from says the same
+MATCHED = "matched"  # of a gate: the model scores the answer as its own
+GATE_REASONS = (LENGTH, NEAR_EMPTY, BOILERPLATE, REPETITIVE, ECHO, COPY, MATCHED)  # and DUPLICATE
 
 # In the order in which tables and plots show them.
 MEANINGS = {
@@ -82,6 +90,13 @@ MEANINGS = {
     LESS_ALIKE: "dropped: other rows are more like the targets",
     LESS_PREFERRED: "dropped: other rows have higher values in the column that comes first",
     REFUSAL: "dropped: the answer looks like a refusal",
+    LENGTH: "dropped: its length is far from that of the examples",
+    NEAR_EMPTY: "dropped: the answer is next to empty",
+    BOILERPLATE: "dropped: the answer is a greeting, a refusal, or holds a piece of a template",
+    REPETITIVE: "dropped: the answer repeats itself",
+    ECHO: "dropped: the answer is the prompt again",
+    COPY: "dropped: an example says the same",
+    MATCHED: "dropped: the model scores the answer as its own",
     Status.EMPTY_ANSWER.value: "no score: the answer has no token",
     Status.NO_HEADER.value: "no score: nothing in the row says where an answer begins",
     Status.EMPTY_PROMPT.value: "no score: nothing is asked, the prompt is blank",

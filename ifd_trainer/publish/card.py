@@ -24,7 +24,13 @@ from ..data.atomic import write_atomically
 from ..data.definitions import KNOWN_DEFINITIONS
 from ..errors import UserError
 from ..method.choices import RANKED_BY
-from ..method.columns import COLUMN_MEANINGS, IMAGE_MEANINGS, TARGET_MEANINGS
+from ..method.columns import (
+    COLUMN_MEANINGS,
+    IMAGE_MEANINGS,
+    OWN_ANSWER_MEANINGS,
+    REFLECTED_MEANINGS,
+    TARGET_MEANINGS,
+)
 from ..method.further_scores import FURTHER, turn_column
 from ..method.number_words import many
 from ..method.reasons import MEANINGS, Status
@@ -92,7 +98,7 @@ def write_card(
     what = f"{'all rows, marked ' if everything else ''}the {rows_text(chosen.kept_rows)} {_which(chosen)}"
     title = f"{' '.join(name.split())}: {what}"
     meanings = COLUMN_MEANINGS | {name: further.meaning for name, further in FURTHER.items()}
-    meanings |= TARGET_MEANINGS | IMAGE_MEANINGS
+    meanings |= TARGET_MEANINGS | IMAGE_MEANINGS | OWN_ANSWER_MEANINGS | REFLECTED_MEANINGS
     meanings |= {turn_column(name): f"{name} of each answer of a conversation" for name in FURTHER}
     content = {
         "marker": MARKER,

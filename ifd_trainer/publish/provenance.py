@@ -56,6 +56,8 @@ class Provenance:
         wrong_ifd, wrong_ifd_ppl: scores of answers under the prompts of other rows, of which a limit is made.
         cut_eot_loss: losses of an end of turn behind answers that were cut off, in nats.
         known: how the model was asked for what it knows (`KnowledgeScorer.settings`).
+        spin: how it was asked for answers of its own (`OwnAnswerScorer.settings`).
+        reflected: of rows of which a version was chosen, where rewritten texts came from, and the limit.
         sifd: the share of tokens that S-IFD is of and, where there are neighbours, their number, noise and seed.
     """
 
@@ -76,6 +78,8 @@ class Provenance:
     wrong_ifd_ppl: list[float] | None = None
     cut_eot_loss: list[float] | None = None
     known: dict[str, Any] | None = None
+    spin: dict[str, Any] | None = None
+    reflected: dict[str, Any] | None = None
     sifd: dict[str, Any] | None = None
 
     def rows_format(self, columns: Collection[str]) -> PromptFormat | None:

@@ -28,6 +28,7 @@ from ..method.reasons import (
     ABOVE_LIMIT,
     BELOW_CUT,
     DUPLICATE,
+    GATE_REASONS,
     KEPT,
     LESS_ALIKE,
     MISMATCHED,
@@ -48,6 +49,7 @@ _DROPPED_BY = {
     UNFINISHED: "--drop-unfinished",
     DUPLICATE: "--drop-duplicates",
     MISMATCHED: "--drop-mismatched",
+    **dict.fromkeys(GATE_REASONS, "--gates"),
 }
 
 
@@ -60,7 +62,8 @@ class PoolSelection:
         ranking: what was ranked by.
         limit: scores of `limited` at or above it were dropped; infinity for no limit.
         limited: the name of an IFD.
-        keep: the budget as it was given, a fraction of the pool or a number of rows; None for that of quotas.
+        keep: the budget as it was given, a fraction of the pool or a number of rows; None for that of quotas, and for
+            all rows that may be kept.
         alpha: of a limit that was measured; see `CalibratedLimit`.
         column: whose values have quotas or floors, if any do.
         values: what became of the rows with each of its values.
@@ -139,6 +142,8 @@ class PoolSelection:
         why = ", ".join(f"{count:,} {reason}" for reason, count in dropped) or "none is dropped"
         share = f"{100 * self.keep:g} % of all " if isinstance(self.keep, float) else "of "
         of_values = f"; by {self.column}: {short}" if short else ""
+        if self.keep is None and self.column is None:
+            return f"None of {many(self.pool_rows, 'row')} in the pool may be kept ({why}). {_way_out(self)}"
         return (
             f"{many(self.asked_rows, 'row')} asked for ({share}{many(self.pool_rows, 'row')} in the pool), only "
             f"{many(self.selection.eligible, 'is', 'are')} eligible ({why}{of_values}). {_way_out(self)}"
@@ -166,7 +171,8 @@ def choose(
     Args:
         score: (n,) what to rank by, NaN where there is none.
         status: (n,) `ifd_status`.
-        keep: a fraction of the n rows, or a number of rows; None for what the quotas of all values add up to.
+        keep: a fraction of the n rows, or a number of rows; None for what the quotas of all values add up to, and
+            without quotas for all rows that may be kept.
         ranking: what `score` is; the column `ifd` by default.
         max_ifd: rows with an IFD of this or more are dropped.
         limited: name and values (n,) of that IFD, where it is not what is ranked by.
@@ -211,7 +217,10 @@ def choose(
         group_names, of_rows = coded(groups)
         quotas.check_values(group_names.tolist())
         least, exact = quotas.budgets(group_names.tolist(), np.bincount(of_rows, minlength=len(group_names)))
-    asked = int(least.sum()) if keep is None else as_schedule(keep).budget(0, len(score))
+    if keep is None:
+        asked = max(count, 1) if quotas is None else int(least.sum())
+    else:
+        asked = as_schedule(keep).budget(0, len(score))
     if count == 0 or (strict and quotas is None and count < asked):
         reasons = np.where(ok & np.isfinite(score), ABOVE_LIMIT, names[codes])
         reasons[eligible] = BELOW_CUT
@@ -324,7 +333,7 @@ def _way_out(chosen: PoolSelection) -> str:
     if ways:
         text = ", or ".join(ways)
         return f"{text[0].upper()}{text[1:]}."
-    if by := [option for reason, option in _DROPPED_BY.items() if chosen.counts.get(reason)]:
+    if by := dict.fromkeys(option for reason, option in _DROPPED_BY.items() if chosen.counts.get(reason)):
         return f"No row that may be kept has a score: leave out {' or '.join(by)}, or look at the data."
     if chosen.counts.get(NO_VALUE):
         return f"No row with a score has a number to rank by ({chosen.ranking.label}): name other columns with --score."

@@ -57,6 +57,7 @@ def greedy_answers(
     max_new_tokens: int,
     stop: Collection[int] | None = None,
     token_budget: int = TOKENS,
+    progress: Callable[[int], Any] | None = None,
 ) -> list[Answer]:
     """The most likely token after each prompt, and so on, until the turn ends.
 
@@ -72,6 +73,7 @@ def greedy_answers(
         stop: ids of the tokens that end a turn; by default those of `stop_tokens`.
         token_budget: most tokens of a batch, padding and max_new_tokens for each of its prompts among them. A batch
             that does not fit in memory is done in halves.
+        progress: called with the number of tokens done after each batch, max_new_tokens counted whole.
 
     Returns:
         An answer for each prompt, in their order.
@@ -86,7 +88,7 @@ def greedy_answers(
     >>> greedy_answers(model, tokenizer, tokenizer(["2 + 2 ="]).input_ids, 3)                       # doctest: +SKIP
     [Answer(text=' 4', tokens=2, cut_off=False)]
     """
-    return _answers(model, tokenizer, prompts, max_new_tokens, stop, token_budget)
+    return _answers(model, tokenizer, prompts, max_new_tokens, stop, token_budget, progress=progress)
 
 
 def sampled_answers(

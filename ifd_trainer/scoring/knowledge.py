@@ -1,42 +1,35 @@
 """Does the model know it? The transform that samples answers to rows' prompts and holds them against the rows' own.
 
-What the numbers mean, and what they do not, is in `method.knowledge`; how answers are sampled, in `generation`. The
-model, its tokenizer, its device and the format of the rows are those of an `IFDScorer`, which a `KnowledgeScorer` holds
-or is given; like its pickle, that of this transform holds a digest of the weights and the options (see `transform`).
+What the numbers mean, and what they do not, is in `method.knowledge`; how answers are sampled, in `generation`; whose
+model, tokenizer and format they are, in `asking`.
 
 Asking costs far more than scoring: n generations of a row, each token of which is a forward.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.encoding import check_positive
 from ..data.format_choice import FormatOptions
 from ..data.formats import PromptFormat
 from ..data.table_reader import Lists
-from ..errors import UserError
 from ..method.columns import KNOWN_COLUMNS
 from ..method.knowledge import check_share, compared, known_share
-from ..method.number_words import many
 from ..method.reasons import Status
 from ..method.text_agreement import Agreement, as_agreement
-from .generation import TOKENS, Answer, check_sampling, sampled_answers, stop_tokens
-from .questions import Question, check_window, ended, questions, turn_ends
-from .transform import IFDScorer, mapped_columns, need_batch, shows_progress, table_with
+from .asking import AskingScorer
+from .generation import TOKENS, Answer, check_sampling, sampled_answers
+from .questions import Question, answered
+from .transform import IFDScorer
 from .turns import EncodedTurns
-
-logger = logging.getLogger(__name__)
 
 KNOWLEDGE_VERSION = 1  # raised when the same weights and options would give other answers or shares
 
@@ -59,7 +52,7 @@ class Knowledge:
         return {name: getattr(self, name) for name in KNOWN_COLUMNS}
 
 
-class KnowledgeScorer:
+class KnowledgeScorer(AskingScorer):
     """Attach to each row how many of the model's own answers agree with its answer: `ds.map(scorer, batched=True)`.
 
     With `samples` answers y_i that the model samples to the row's prompt, an agreement a in [0, 1], and the answer r:
@@ -102,6 +95,9 @@ class KnowledgeScorer:
     array(['hard', 'unclear', 'doubtful', ...], dtype=object)
     """
 
+    attached: ClassVar[tuple[str, ...]] = KNOWN_COLUMNS
+    version: ClassVar[int] = KNOWLEDGE_VERSION
+
     def __init__(
         self,
         model: str | os.PathLike | PreTrainedModel | IFDScorer,
@@ -123,59 +119,24 @@ class KnowledgeScorer:
     ) -> None:
         check_sampling(samples, temperature, top_p, seed)
         check_share(threshold=threshold)
-        check_positive(max_new_tokens=max_new_tokens, token_budget=token_budget)
         as_agreement(agreement)
         self.sampling = {"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
         self.sampling |= {"temperature": float(temperature), "top_p": float(top_p)}
-        self.agreement, self.threshold, self.token_budget = agreement, float(threshold), token_budget
+        self.agreement, self.threshold = agreement, float(threshold)
         options = {"format": format, "device": device, "dtype": dtype, "revision": revision}
         options |= {"trust_remote_code": trust_remote_code}
-        if isinstance(model, IFDScorer):
-            given = [name for name, value in {"tokenizer": tokenizer, **options}.items() if value not in (None, False)]
-            if given:
-                raise UserError(f"An IFDScorer was given, which has its own {', '.join(given)}: leave out what it has.")
-            self.scorer = model
-        else:
-            self.scorer = IFDScorer(model, tokenizer, **options)
+        super().__init__(model, tokenizer, max_new_tokens, token_budget, options)
 
-    def __call__(
-        self, batch: Mapping[str, list] | pa.Table, rank: int | None = None, *more: Any
-    ) -> dict[str, list] | pa.Table:
-        """Columns for a batch of rows, as `datasets.map(batched=True)` passes and takes them.
+    @property
+    def answers(self) -> int:
+        """How many answers each row gets."""
+        return self.sampling["samples"]
 
-        An Arrow table, as Ray passes it with `batch_format="pyarrow"`, comes back whole, with the columns at its end.
-        """
-        if isinstance(batch, pa.Table):
-            asked = self.ask(batch.to_pydict(), rank) if batch.num_rows else []
-            return table_with(batch, self.answer(asked).columns(), KNOWN_COLUMNS)
-        need_batch("KnowledgeScorer", batch, rank, *more)
-        asked = self.ask(batch, rank)
-        if asked and all(question.status is Status.MALFORMED for question in asked):
-            logger.warning(
-                "None of %s can be rendered in their format, and so none is asked: check the columns, or pass another "
-                "format.",
-                many(len(asked), "row"),
-            )
-        total, hidden = sum(map(self.tokens, asked)), not shows_progress()
-        with tqdm(total=total, desc="Sampling", unit="tok", unit_scale=True, disable=hidden, leave=False) as bar:
-            return mapped_columns(self.answer(asked, bar.update).columns())
-
-    def ask(self, batch: Mapping[str, list], rank: int | None = None) -> list[Question]:
-        """What the model is asked for each row; loads it on first use."""
-        self.check()
-        asked = self._questions(batch)
-        self.scorer.check_tokens(question.prompt for question in asked)
-        self.scorer.load(rank)
-        return asked
-
-    def check(self) -> None:
-        """Raise now, from the config alone, where max_new_tokens leaves no token of the window for a prompt."""
-        check_window(self.scorer.encoder.window, self.sampling["max_new_tokens"])
-
-    def tokens(self, question: Question) -> int:
-        """Tokens that asking takes, those of all samples, each counted whole."""
-        each = len(question.prompt) + self.sampling["max_new_tokens"]
-        return self.sampling["samples"] * each if question.status is Status.OK else 0
+    def columns_of(
+        self, asked: Sequence[Question], progress: Callable[[int], Any] | None = None
+    ) -> dict[str, np.ndarray]:
+        """`answer` as columns."""
+        return self.answer(asked, progress).columns()
 
     def answer(self, asked: Sequence[Question], progress: Callable[[int], Any] | None = None) -> Knowledge:
         """Ask, and hold the answers against the rows'; `progress` gets the number of tokens done after each batch."""
@@ -188,7 +149,7 @@ class KnowledgeScorer:
                 status[row] = Status.NONFINITE.value
                 continue
             said = [answer.text for answer in answers]
-            agreements, among = compared(said, self._cut(asked[row].reference), self.agreement)
+            agreements, among = compared(said, self.cut(asked[row].reference), self.agreement)
             numbers["known"][row] = known_share(agreements, self.threshold)
             numbers["known_agreement"][row] = agreements.mean()
             numbers["known_consistency"][row] = np.nanmean(among) if len(said) > 1 else np.nan
@@ -200,46 +161,15 @@ class KnowledgeScorer:
     ) -> dict[int, list[Answer | None]]:
         """The sampled answers to the questions that can be asked, by their places."""
         model, tokenizer = self.scorer.model, self.scorer.encoder.tokenizer
-        places = [place for place, question in enumerate(asked) if question.status is Status.OK]
-        ends = turn_ends([asked[place].example for place in places], tokenizer)
-        usual = stop_tokens(model, tokenizer)
-        # What ends the turn of one row, such as a token that its answer alone ends with, ends no other's.
-        groups: dict[frozenset[int], list[int]] = {}
-        for place, end in zip(places, ends, strict=True):
-            groups.setdefault(frozenset(usual | end), []).append(place)
-        found: dict[int, list[Answer | None]] = {}
-        for stop, group in groups.items():
-            prompts = [asked[place].prompt for place in group]
-            more = {"stop": stop, "token_budget": self.token_budget, "progress": progress}
-            for place, answers in zip(
-                group, sampled_answers(model, tokenizer, prompts, **self.sampling, **more), strict=True
-            ):
-                end = asked[place].example.end
-                found[place] = [None if answer is None else ended(answer, end) for answer in answers]
-        return {place: found[place] for place in places}
+        more = {**self.sampling, "token_budget": self.token_budget, "progress": progress}
+        return answered(
+            asked, model, tokenizer, lambda prompts, stop: sampled_answers(model, tokenizer, prompts, stop=stop, **more)
+        )
 
     def settings(self) -> dict[str, Any]:
         """The options that answers and shares depend on, beside those of the `IFDScorer`; of a function its name."""
         name = self.agreement if isinstance(self.agreement, str) else getattr(self.agreement, "__qualname__", "own")
         return self.sampling | {"agreement": name, "threshold": self.threshold, "version": KNOWLEDGE_VERSION}
-
-    def _questions(self, batch: Mapping[str, list]) -> list[Question]:
-        encoder, most = self.scorer.encoder, self.sampling["max_new_tokens"]
-        return questions(self.scorer.examples(batch), encoder.tokenizer, most, encoder.window)
-
-    def _cut(self, reference: str) -> str:
-        """As much of a row's answer as a sample may have."""
-        tokenizer, most = self.scorer.encoder.tokenizer, self.sampling["max_new_tokens"]
-        ids = tokenizer(reference, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) <= most:
-            return reference
-        return tokenizer.decode(ids[:most], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_version": KNOWLEDGE_VERSION}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: value for name, value in state.items() if name != "_version"})
 
     def __repr__(self) -> str:
         options = {**self.sampling, "agreement": self.agreement, "threshold": self.threshold}
@@ -265,18 +195,18 @@ class AskedRows:
 
 
 class ScoredAndAsked:
-    """IFD and knowledge of the same rows by the same model, for a long job (see `scoring_job`).
+    """IFD, and what a transform makes of answers, of the same rows by the same model, for a long job (`scoring_job`).
 
     >>> score_parts(rows, ScoredAndAsked(KnowledgeScorer(scorer)), parts, 8, process)               # doctest: +SKIP
     """
 
-    def __init__(self, knowledge: KnowledgeScorer) -> None:
-        self.knowledge = knowledge
+    def __init__(self, asking: AskingScorer) -> None:
+        self.asking = asking
 
     def encode_rows(self, batch: Mapping[str, list]) -> AskedRows:
         """Rows to score and to ask."""
-        scored, asked = self.knowledge.scorer.encode_rows(batch), self.knowledge.ask(batch)
-        asking = map(self.knowledge.tokens, asked)
+        scored, asked = self.asking.scorer.encode_rows(batch), self.asking.ask(batch)
+        asking = map(self.asking.tokens, asked)
         return AskedRows(scored, asked, [read + more for read, more in zip(scored.tokens, asking, strict=True)])
 
     def score_rows(
@@ -286,5 +216,5 @@ class ScoredAndAsked:
 
         Rows are asked first: that takes nearly all of the time, which a job tells from its first batches.
         """
-        knowledge = self.knowledge.answer(rows.questions, progress)
-        return self.knowledge.scorer.score_rows(rows.scored, progress) | knowledge.columns()
+        said = self.asking.columns_of(rows.questions, progress)
+        return self.asking.scorer.score_rows(rows.scored, progress) | said

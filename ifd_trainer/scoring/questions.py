@@ -7,16 +7,18 @@ at its end.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from ..data.chat_template import MalformedRow
 from ..data.encoding import Encoder, check_positive
 from ..data.formats import Example, PromptFormat
 from ..errors import UserError
 from ..method.reasons import Status
-from .generation import Answer
+from .generation import Answer, stop_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,35 @@ def turn_ends(examples: Sequence[Example], tokenizer: Any) -> list[set[int]]:
     special = set(tokenizer.all_special_ids)
     pairs = Encoder(tokenizer)(examples)
     return [{pair.ending[-1]} & special if pair.ending else set() for pair in pairs]
+
+
+def answered(
+    asked: Sequence[Question],
+    model: nn.Module,
+    tokenizer: Any,
+    generate: Callable[[list[tuple[int, ...]], frozenset[int]], list[list[Answer | None]]],
+) -> dict[int, list[Answer | None]]:
+    """A model's answers to the questions that can be asked, by their places.
+
+    Args:
+        asked: the questions.
+        model, tokenizer: whose answers they are.
+        generate: gives the answers to prompts, for tokens that end a turn.
+    """
+    places = [place for place, question in enumerate(asked) if question.status is Status.OK]
+    ends = turn_ends([asked[place].example for place in places], tokenizer)
+    usual = stop_tokens(model, tokenizer)
+    # What ends the turn of one row, such as a token that its answer alone ends with, ends no other's.
+    groups: dict[frozenset[int], list[int]] = {}
+    for place, end in zip(places, ends, strict=True):
+        groups.setdefault(frozenset(usual | end), []).append(place)
+    found: dict[int, list[Answer | None]] = {}
+    for stop, group in groups.items():
+        said = generate([asked[place].prompt for place in group], stop)
+        for place, answers in zip(group, said, strict=True):
+            end = asked[place].example.end
+            found[place] = [None if answer is None else ended(answer, end) for answer in answers]
+    return {place: found[place] for place in places}
 
 
 def ended(answer: Answer, end: str) -> Answer:

@@ -234,9 +234,9 @@ class IFDScorer:
         rows = self.encode_rows(batch, rank)
         with token_progress(rows.pairs, "Scoring a batch", shows_progress()) as bar:
             columns = mapped_columns(self.score_rows(rows, bar.update))
-        return self._outdated(batch) | columns
+        return self.outdated(batch) | columns
 
-    def _outdated(self, batch: Mapping[str, list]) -> dict[str, list]:
+    def outdated(self, batch: Mapping[str, list]) -> dict[str, list]:
         """Columns of older scores, for rows that are scored anew: `map` can replace a column, not drop it."""
         rows = len(next(iter(batch.values()), []))
         values = {"ifd_definition": self.options["definition"]}

@@ -38,7 +38,9 @@ LEVELS = [["easy", "middle", "hard", "hard"][i % 4] for i in range(ROWS)]
 ASKED = [None if i == 5 else (i * 7 % ROWS) / ROWS for i in range(ROWS)]  # what `score --known` attached to the rows
 ALIGNED = [(i * 3 % ROWS) / ROWS for i in range(ROWS)]  # what `score --scores ira` attached
 STEADY = [0.3 + (i * 3 % ROWS) / ROWS / 2 for i in range(ROWS)]  # what `score --neighbours` did
-CHOSEN_BEFORE = ("selective_reflection",)  # recipes that train on all rows that they are given
+GAPS = [(i * 11 % ROWS) / ROWS for i in range(ROWS)]  # what `score --spin` did
+TAKEN = ("rewritten_instruction", "rewritten_answer")
+CHOSEN_BEFORE = ("reflection_compare", "selective_reflection")  # recipes that train on all rows that they are given
 UNSCORED = ("target_set", "curriculum_by_column", "superfiltering_tshirt", *CHOSEN_BEFORE)
 LORA = (CHERRY_LORA, "federated_scores", "feddqc_tiers")
 
@@ -83,7 +85,7 @@ def data(tmp_path_factory) -> str:
     rows = [
         row
         | {"quality": "good", "known_agreement": ASKED[i], "sifd_mean": STEADY[i], "sifd_std": i % 7 / 10}
-        | {"source": SOURCES[i], "level": LEVELS[i], "ira": ALIGNED[i]}
+        | {"source": SOURCES[i], "level": LEVELS[i], "ira": ALIGNED[i], "spin_gap": GAPS[i]}
         for i, row in enumerate(raw_rows(ROWS, with_input=True))
     ]
     rows[3]["output"] = "As an AI language model, I cannot say which park is red."
@@ -140,6 +142,8 @@ def test_all_recipes_are_there():
         "knowledge_detection",
         "mixture_by_epoch",
         "quotas",
+        "reflection_compare",
+        "spin_gate",
         "target_set",
         "multiturn_tools",
         "selective_reflection",
@@ -194,6 +198,7 @@ def test_the_plan_of_every_recipe(recipe, model, data, tmp_path, capsys):
         "superfiltering_tshirt": 0.05,
         "federated_scores": 0.9 / 3,
         "feddqc_tiers": 1 / 3,
+        "spin_gate": 0.5,
         **dict.fromkeys(CHOSEN_BEFORE, 1.0),
     }
     rows = 6 if recipe.endswith("diverse") else round(keep.get(recipe, 0.1) * pool)
@@ -297,6 +302,10 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
         lowest = sorted(free, key=lambda place: 2 if ASKED[place] is None else ASKED[place])[:4]
         assert set(rows.loc[rows["reason"] == "kept", "row_id"] - rows["row_id"].min()) == set(lowest)
         assert (rows["reason"] == "above_limit").any()
+    if recipe == "spin_gate":
+        free = [place for place, why in enumerate(history.rows(0)["reason"]) if why in ("kept", "below_cut")]
+        most = sorted(free, key=lambda place: -GAPS[place])[:20]
+        assert kept_places(history) == set(most)
 
 
 def pool_of(recipe: str) -> int:
@@ -315,17 +324,21 @@ def commands_of(recipe: str) -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(r"^# +ifd-trainer (.*)$", header, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("recipe", ["selective_reflection", "superfiltering_tshirt"])
+@pytest.mark.parametrize("recipe", ["selective_reflection", "reflection_compare", "spin_gate", "superfiltering_tshirt"])
 def test_the_commands_in_a_header_make_the_rows_of_the_recipe(recipe, model, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pairs = [row | {"pair": i // 2} for i, row in enumerate(raw_rows(12))]
-    for name in ("instructions.jsonl", "responses.jsonl"):
+    for name in ("instructions.jsonl", "responses.jsonl", "original.jsonl"):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    for name, changed in (("rewritten.jsonl", ("instruction", "output")), ("answers.jsonl", ("output",))):
+        new = [row | {column: pairs[-1 - i][column] for column in changed} for i, row in enumerate(pairs[:10])]
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in new))
     for words in commands_of(recipe):
-        if words[0] == "score":
+        if words[0] in ("score", "reflect"):
             words[words.index("--model") + 1] = model
             words[1] = words[1] if Path(words[1]).is_file() else rows_for(recipe, data)
             words = [word if word != "2048" else "512" for word in words] + ["--device", "cpu"]
+            words += ["--spin-max-new-tokens", "8"] if "--spin" in words else []
         assert main(words) == 0
     rows = load_rows(yaml.safe_load((FOLDER / f"{recipe}.yaml").read_text())["dataset_name"])
     if recipe == "selective_reflection":
@@ -334,6 +347,12 @@ def test_the_commands_in_a_header_make_the_rows_of_the_recipe(recipe, model, dat
         assert sorted(rows["row_id"]) == sorted(lowest)
         chosen, scored = load_rows("chosen_instructions.jsonl"), load_rows("instructions.parquet").to_pandas()
         assert sorted(chosen["row_id"]) == sorted(scored.loc[scored.groupby("pair")["ifd"].idxmax(), "row_id"])
+    if recipe == "reflection_compare":
+        assert rows["row_id"][:] == [row["row_id"] for row in pairs]
+        assert set(rows["reflect_reason"]) <= {*TAKEN, "kept_original", "not_rewritten"}
+    if recipe == "spin_gate":
+        scored = load_rows("alpaca_spin.parquet").to_pandas()
+        assert sorted(rows["row_id"]) == sorted(scored.loc[scored["spin_gap"] > 0.1, "row_id"])
     words = [
         "train",
         str(FOLDER / f"{recipe}.yaml"),
@@ -353,7 +372,7 @@ def test_the_commands_in_a_header_make_the_rows_of_the_recipe(recipe, model, dat
 def large(tmp_path_factory) -> str:
     """As many rows as the largest count in a recipe wants."""
     path = tmp_path_factory.mktemp("large") / "rows.jsonl"
-    own = {"ira": 1.0, "known_agreement": 0.5, "sifd_mean": 0.5, "sifd_std": 0.1}
+    own = {"ira": 1.0, "known_agreement": 0.5, "sifd_mean": 0.5, "sifd_std": 0.1, "spin_gap": 0.5}
     rows = [
         row | own | {"source": SOURCES[i % ROWS], "level": LEVELS[i % ROWS]} for i, row in enumerate(raw_rows(1100))
     ]
