@@ -1159,6 +1159,7 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
     from .method.quotas import REST
     from .method.ranking import Ranking
     from .method.schedule import parse_keep
+    from .method.score_histogram import of_other_models
     from .method.target_set import TargetSet
     from .publish.card import card_paths, check_card, public_name, write_card
     from .publish.gates import gated_rows
@@ -1197,11 +1198,10 @@ def _select_rows(options: argparse.Namespace, stack: ExitStack) -> int:
             table, options.data, options.scores, kind=options.scores_format, model=options.scored_by
         )
         del table
-    agreed = None if threshold is None else threshold.weights
-    if None not in (agreed, provenance.weights) and agreed != provenance.weights:
+    if threshold is not None and of_other_models(threshold.weights, provenance.weights):
         _say(
-            f"warning: the threshold was agreed on for scores by the weights {agreed}, and those of {options.data} "
-            f"were made by {provenance.weights}."
+            f"warning: the threshold was agreed on for scores by the weights {threshold.weights}, and those of "
+            f"{options.data} were made by {provenance.weights}."
         )
     definition = KNOWN_DEFINITIONS.get(provenance.definition)
     usual = definition.ranked_by if definition else "ifd"

@@ -248,6 +248,17 @@ def agreed_threshold(sites: Mapping[str, ScoreHistogram], budget: int, keep: flo
     )
 
 
+def of_other_models(one: str | None, other: str | None) -> bool:
+    """Whether two weights are known not to be the same.
+
+    Where one is the commit of a hub name and the other a digest of files, they say nothing of each other.
+
+    >>> of_other_models("12ab", "34cd"), of_other_models("12ab", "org/model@34cd"), of_other_models("12ab", None)
+    (True, False, False)
+    """
+    return None not in (one, other) and ("@" in one) == ("@" in other) and one != other
+
+
 def _check_alike(sites: Mapping[str, ScoreHistogram]) -> None:
     """Raise for histograms whose counts mean different things."""
     if not sites:
@@ -269,8 +280,7 @@ def _check_alike(sites: Mapping[str, ScoreHistogram]) -> None:
                 )
     known = [(name, histogram.weights) for name, histogram in sites.items() if histogram.weights is not None]
     for (one, before), (other, after) in combinations(known, 2):
-        # Where one is a commit of a hub and the other a digest of files, they say nothing of each other.
-        if ("@" in before) == ("@" in after) and before != after:
+        if of_other_models(before, after):
             raise UserError(
                 f"{one} was scored by the weights {before} and {other} by {after}: scores of different models have no "
                 "common threshold. Score the rows of all sites with one model."

@@ -281,9 +281,9 @@ def choose_above(
     >>> choose_above(0.9, np.array([0.2, 0.9, 0.95, np.nan]), np.array(["ok", "ok", "ok", "too_short"]), {}).counts
     {'kept': 2, 'below_cut': 1, 'too_short': 1}
     """
-    below = score < threshold
+    names, codes = coded(status)
     _, limited = choice.get("limited") or ("", score)
-    free = np.asarray(np.asarray(status) == Status.OK.value) & (score >= threshold)
+    free = (names == Status.OK.value)[codes] & (score >= threshold)
     free &= ~(limited >= choice.get("max_ifd", 1.0))
     for rows in dropped.values():
         free &= ~rows
@@ -292,7 +292,7 @@ def choose_above(
             f"No row that may be kept has a score at or above {threshold:g}: this site has none to train on. Leave it "
             "out, or agree on another threshold."
         )
-    return choose(score, status, int(free.sum()), dropped={**dropped, BELOW_CUT: below}, **choice)
+    return choose(score, status, int(free.sum()), dropped={**dropped, BELOW_CUT: score < threshold}, **choice)
 
 
 def _categorical(names: np.ndarray, codes: np.ndarray) -> pd.Categorical:

@@ -243,7 +243,11 @@ def at_or_above(rows: Dataset, threshold: Threshold, score: str) -> Dataset:
         )
 
     def numbers(name: str) -> np.ndarray:
-        return rows.select_columns([name]).to_pandas()[name].to_numpy(dtype=np.float64, na_value=np.nan)
+        values = rows.select_columns([name]).to_pandas()[name]
+        try:
+            return values.to_numpy(dtype=np.float64, na_value=np.nan)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"threshold: the column {name} holds no numbers.") from error
 
     kept = numbers(name) >= threshold.value
     if "ifd_status" in rows.column_names:

@@ -87,6 +87,9 @@ def test_rows_without_a_score_and_above_the_limit_are_not_trained_on(model, tmp_
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     agreed = {"value": 0.5, "score": "ifd", "max_ifd": 1.0, "between": [0.5, 0.6], "sites": []}
     Path("t.json").write_text(json.dumps({"kind": "score threshold", "version": 1} | agreed))
+    words = ["train", "--model", model, "--dataset", "rows.jsonl", "--threshold", "0.1", "--score", "ifd_status"]
+    assert main([*words, "--plan", "--use_cpu", "true", "--bf16", "false"]) == 2
+    assert "threshold: the column ifd_status holds no numbers" in capsys.readouterr().err
     words = ["train", "--model", model, "--dataset", "rows.jsonl", "--threshold", "t.json", "--keep", "1.0", "--plan"]
     assert main([*words, "--use_cpu", "true", "--bf16", "false"]) == 0
     assert "epoch 0: 2 rows" in capsys.readouterr().out
