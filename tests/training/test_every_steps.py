@@ -33,6 +33,8 @@ from ifd_trainer import Cherry, Diverse, Guard, RandomRows, Stratified, TargetSe
 from ifd_trainer.method.duplicates import Duplicates
 from ifd_trainer.method.schedule import Anneal, Curriculum
 from ifd_trainer.method.selection import Selection
+from ifd_trainer.report.page import page_html
+from ifd_trainer.report.report_data import read_report_data
 from ifd_trainer.report.tables import epoch_cells
 from ifd_trainer.report.wording import settings_in_words
 from ifd_trainer.training.history import History
@@ -242,14 +244,14 @@ def test_frozen_epochs_go_by_the_last_scores_of_all_rows(tmp_path):
 
 def test_a_warm_up_and_full_epochs_are_not_divided(tmp_path):
     options = {"schedule": Anneal(8, 0.3), "warmup_epochs": 1}
-    found = run(tmp_path, options=options, num_train_epochs=3)
+    found = run(tmp_path, rows=10, options=options, num_train_epochs=3)
     assert [(record["epoch"], record.get("part")) for record in found.callback.history.epochs] == [
         (0, None),
         (1, 1),
         (1, 2),
         (2, None),
     ]
-    assert found.seen.updates_per_epoch() == [10, 4, 10]
+    assert found.seen.updates_per_epoch() == [5, 4, 5]
 
 
 def test_shares_of_a_column_hold_in_each_part(tmp_path):
@@ -450,6 +452,10 @@ def test_plan_console_and_report_speak_of_parts(tmp_path, capsys):
         ["0, part 2", "16", "4"],
         ["0, part 3", "12", "4"],
     ]
+    page = page_html(read_report_data(tmp_path, None, None), [], 3)
+    assert "One epoch trained on 12 of 20 rows (60 %)" in page
+    assert "All rows are scored when an epoch begins and again by each of its parts, on the rows that are left" in page
+    assert all(f"epoch 0, part {part}" in page for part in (1, 2, 3))
     facts = dict(settings_in_words(callback.history.settings, callback.history.epochs))
     assert facts["Epochs"] == "1 recorded of 1 planned"
     assert facts["Parts of an epoch"] == "2 updates each, whose rows were chosen when they began"
