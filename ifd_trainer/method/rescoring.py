@@ -1,12 +1,13 @@
 """Which rows of a pool are scored anew under a budget, and what is thought of the others until they are.
 
-To score all rows anew costs several times as much as an epoch on a tenth of them. Scores of one training state cannot
+To score all rows anew costs several times as much as an epoch on a tenth of them. Losses of one training state cannot
 be held against those of another, though: losses given the prompt fall with training, so that a row that is scored anew
 would lose its place to rows that were not. So some rows are drawn at random, scored, and tell how far losses have
 moved; the others' last losses are moved as far, and what is left of the budget goes to the rows nearest to the cut.
+Rows that were trained on in between move several times as far as others, and are drawn and moved by themselves.
 
-What a forward over t tokens costs is t, a backward is as dear as two forwards: training on t tokens costs 3 t, a
-conditioned loss the tokens of prompt and answer, a direct one those of the answer and of what precedes it.
+What a forward over t tokens costs is t, a backward is as dear as two forwards: training on t tokens costs 3 t, a loss
+given the prompt the t tokens of prompt and answer. Direct losses move least, and are not measured anew.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from ..errors import UserError
 
 TRAINED = 3  # forwards that a token costs in training: one, and a backward
-_FEWEST = 5  # rows that tell how far losses of rows of their kind have moved
+_FEWEST = 2  # rows that tell how far losses of rows of their kind have moved
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Rescoring:
 
     Args:
         budget: share of what training on the epoch's rows costs, above 0.
-        explored: share of the budget for rows drawn at random.
+        explored: share of the budget for rows drawn at random, half of it for rows that were trained on.
         stale: share of the budget for the rows whose scores are the oldest; the rest is for rows near the cut.
 
     >>> Rescoring(0.2, explored=0.5, stale=0.5)
@@ -36,7 +37,7 @@ class Rescoring:
 
     budget: float = 0.10
     explored: float = 0.25
-    stale: float = 0.25
+    stale: float = 0.10
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -57,6 +58,7 @@ class Rescoring:
     def drawn(
         self,
         able: np.ndarray,
+        trained: np.ndarray,
         scored_at: np.ndarray,
         cost: np.ndarray,
         allowance: float,
@@ -67,7 +69,8 @@ class Rescoring:
 
         Args:
             able: (n,) bool, rows that have a score.
-            scored_at: (n,) when that was made.
+            trained: (n,) bool, rows that were trained on since scores were made.
+            scored_at: (n,) when each row's was made.
             cost: (n,) tokens to make it anew.
             allowance: tokens of the whole budget.
             ids: (n,) by which rows are known, wherever they stand.
@@ -76,7 +79,10 @@ class Rescoring:
         rows = np.flatnonzero(able)
         rows = rows[np.argsort(np.asarray(ids)[rows], kind="stable")]
         rows = rows[np.random.default_rng(seed).permutation(len(rows))]
-        explored = affordable(rows, cost, self.explored * allowance)
+        share = self.explored * allowance
+        explored = affordable(rows[trained[rows]], cost, share / 2)
+        others = affordable(rows[~trained[rows]], cost, share - cost[explored].sum())
+        explored = np.concatenate([explored, others])
         rest = rows[~np.isin(rows, explored)]
         rest = rest[np.argsort(scored_at[rest], kind="stable")]
         return explored, affordable(rest, cost, self.stale * allowance)
@@ -96,31 +102,29 @@ def affordable(rows: np.ndarray, cost: np.ndarray, allowance: float) -> np.ndarr
     return rows[: int(np.searchsorted(np.cumsum(cost[rows]), allowance, side="right"))]
 
 
-def drift(old: np.ndarray, new: np.ndarray, trained: np.ndarray, of_rows: np.ndarray) -> np.ndarray:
+def drift(old: np.ndarray, new: np.ndarray, rows: np.ndarray, trained: np.ndarray) -> np.ndarray:
     """By what factor losses have moved, (n,): the geometric mean over m rows that were scored twice.
 
         factor = exp(mean_i log(new_i / old_i))
 
-    One for rows that were trained on in between and one for the others, as long as there are 5 of a kind.
+    One for rows that were trained on in between and one for the others, as long as there are two of a kind.
 
     Args:
         old, new: (m,) losses; pairs that are not both finite and above 0 do not count.
-        trained: (m,) bool.
-        of_rows: (n,) bool.
+        rows: (m,) their positions.
+        trained: (n,) bool, of all rows.
 
-    >>> drift(np.full(5, 2.0), np.full(5, 1.0), np.zeros(5, dtype=bool), np.array([False, True])).tolist()
-    [0.5, 0.5]
+    >>> drift(np.full(2, 2.0), np.full(2, 1.0), np.array([0, 2]), np.array([False, True, False])).tolist()
+    [0.5, 0.5, 0.5]
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         moved = np.log(new / old)
     known = np.isfinite(moved)
-    factors = np.ones(len(of_rows))
-    if known.any():
-        factors[:] = np.exp(moved[known].mean())
+    factors = np.full(len(trained), np.exp(moved[known].mean()) if known.any() else 1.0)
     for kind in (False, True):
-        of_kind = known & (trained == kind)
+        of_kind = known & (trained[rows] == kind)
         if of_kind.sum() >= _FEWEST:
-            factors[of_rows == kind] = np.exp(moved[of_kind].mean())
+            factors[trained == kind] = np.exp(moved[of_kind].mean())
     return factors
 
 

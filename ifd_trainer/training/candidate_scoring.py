@@ -1,16 +1,16 @@
 """Some rows scored anew under a budget, in the place of all: `Timing(rescore="candidates")`.
 
-Where there are scores already, an epoch scores anew
+Where there are scores already, an epoch measures the losses given the prompt anew, of
 
-    some rows at random    both passes: they tell how far the losses of all rows have moved since
-    the most stale rows    both passes
-    the rows nearest to the cut, above and below, for the rest of the budget: the pass with the prompt alone, since
-                           direct losses hardly move
+    some rows at random    they tell how far losses have moved since; half of them were trained on in between
+    the most stale rows    those that were scored the longest ago
+    rows near the cut      the nearest to it, above and below, for the rest of the budget
 
-and all other rows keep their last measured losses, moved as far as those that were drawn at random have moved (see
+All other rows keep their last measured losses, moved as far as those that were measured twice have moved (see
 `method.rescoring`): otherwise each row that is scored anew, whose loss has fallen like all others', would lose its
-place to rows that are not. The history says of each row when it was scored (`scored_at`), and how far its loss was
-moved since (`cas_shift`, nats per token). With a curriculum, the cut is that of all its tiers together.
+place to rows that are not. Direct losses, which move least, stay those of the scoring of all rows. The history says of
+each row when it was scored (`scored_at`), and how far its loss was moved since (`cas_shift`, nats per token). With a
+curriculum, the cut is that of all its tiers together.
 """
 
 from __future__ import annotations
@@ -135,38 +135,36 @@ class Candidates:
             seed: of the rows that are drawn.
         """
         pool, ok = self.pool_scorer.pool, known.ifd_status == Status.OK.value
-        rows = np.arange(len(pool))
-        starts, ends = pool.spans(rows).T
-        lengths = pool.lengths(rows)
+        lengths = pool.lengths(np.arange(len(pool)))
         trained_tokens = wanted.budget / pool.training_rows * lengths.sum()  # of rows of mean length
-        allowance, both = self.rule.allowance(trained_tokens), lengths + len(prefix) + ends - starts
+        allowance = self.rule.allowance(trained_tokens)
         self._tell_of_limit(min(self._pairs, len(pool)) * lengths.mean() / self.rule.of_training(trained_tokens))
-        parts = self._agreed(self.rule.drawn(ok, ages.scored_at, both, allowance, ids, [seed, epoch]))
-        drawn, fully = np.sort(parts[0]), np.sort(np.concatenate(parts))
-        fresh = self.pool_scorer.scores(prefix, f"IFD of some, epoch {epoch}", fully)
-        cas, das, eot = known.cas.copy(), known.das.copy(), known.eot_loss.copy()
-        at_random = np.isin(fully, drawn)
-        for old, new in ((cas, fresh.cas), (das, fresh.das)):
-            old[:] = old * drift(old[drawn], new[at_random], trained[drawn], trained)
-            old[fully] = new
-        eot[fully] = fresh.eot_loss
-        moved = self._scores(known, cas, das, eot)
-        measured = np.isin(rows, fully)
+        parts = self._agreed(self.rule.drawn(ok, trained, ages.scored_at, lengths, allowance, ids, [seed, epoch]))
+        cas, eot, measured = known.cas.copy(), known.eot_loss.copy(), np.zeros(len(pool), dtype=bool)
+
+        def measure(rows: np.ndarray, description: str) -> np.ndarray:
+            """Measure some rows anew; losses of all rows, as they have moved."""
+            rows = np.sort(rows)
+            cas[rows], eot[rows] = self.pool_scorer.conditioned_losses(rows, prefix, f"{description}, epoch {epoch}")
+            measured[rows] = True
+            twice = np.flatnonzero(measured)
+            factors = drift(known.cas[twice], cas[twice], twice, trained)
+            return np.where(measured, cas, known.cas * factors)
+
+        moved = measure(np.concatenate(parts), "Rows at random")
+        ranked = values(self._scores(known, moved, eot))
         kept = max(round(wanted.ranked / pool.training_rows * len(pool)), 1)
-        ranked = values(moved)
         order = nearest(ranked, able & np.isfinite(ranked), kept, measured, ids)
-        near = np.sort(self._agreed(self.rule.near(order, lengths, allowance - both[fully].sum())))
-        cas[near], eot[near] = self.pool_scorer.conditioned_losses(near, prefix, f"Candidates, epoch {epoch}")
-        measured[near] = True
+        moved = measure(self._agreed(self.rule.near(order, lengths, allowance - lengths[measured].sum())), "Candidates")
         if not measured.any():
             logger.warning(
                 "Epoch %d: rescore_budget=%s pays for no row, %.0f tokens of forwards, so the last scores stand.",
                 *(epoch, self.rule.budget, allowance),
             )
-        cost = (both[fully].sum() + lengths[near].sum()) / self.rule.of_training(trained_tokens)
-        shift = np.where(measured, 0.0, ages.shift + cas - known.cas)
-        drawn = np.isin(rows, drawn)
-        return self._scores(known, cas, das, eot), Ages(np.where(measured, epoch, ages.scored_at), shift, drawn, cost)
+        cost = lengths[measured].sum() / self.rule.of_training(trained_tokens)
+        shift = np.where(measured, 0.0, ages.shift + moved - known.cas)
+        scored_at, drawn = np.where(measured, epoch, ages.scored_at), np.isin(np.arange(len(pool)), parts[0])
+        return self._scores(known, moved, eot), Ages(scored_at, shift, drawn, float(cost))
 
     def _tell_of_limit(self, cost: float) -> None:
         """Say, once, that measuring a calibrated limit costs more than the budget, as a share of training."""
@@ -179,10 +177,10 @@ class Candidates:
             )
             self._pairs = 0
 
-    def _scores(self, known: Scores, cas: np.ndarray, das: np.ndarray, eot_loss: np.ndarray) -> Scores:
+    def _scores(self, known: Scores, cas: np.ndarray, eot_loss: np.ndarray) -> Scores:
         names = [name for name in known.further if name not in OF_A_RUN]
-        further = further_scores(names, {"cas": cas, "das": das})
-        return Scores.from_nll(cas, das, known.answer_tokens, known.ifd_status, eot_loss, further)
+        further = further_scores(names, {"cas": cas, "das": known.das})
+        return Scores.from_nll(cas, known.das, known.answer_tokens, known.ifd_status, eot_loss, further)
 
     def _agreed(self, chosen: Any) -> Any:
         """What the main process chose: machines may round differently, and all of them score the same rows."""
@@ -208,7 +206,7 @@ def check_candidates(
     elif not isinstance(policy, Cherry):
         problem = f"looks for the rows near the cut of a Cherry, and the policy is a {type(policy).__name__}"
     elif lacking := [name for name in further if losses_read([name])]:
-        problem = f"measures cas and das alone, and {', '.join(lacking)} follows from other losses"
+        problem = f"measures cas alone, and {', '.join(lacking)} follows from losses other than cas and das"
     elif images:
         problem = "reads text, and the rows have images"
     elif whole:

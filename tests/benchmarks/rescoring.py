@@ -90,18 +90,18 @@ class Way:
     Args:
         budget: share of the cost of training; None for a way without one.
         drawn, stale: shares of the budget for rows drawn at random, and for those whose scores are the oldest.
-        moved: whether the losses of the other rows are moved.
-        direct: whether direct losses are measured anew: of the rows drawn and the oldest ("drawn"), of all that are
-            scored anew ("all"), or of none ("none").
+        moved: how the losses of the other rows are moved: by a factor of rows trained on and one of the others
+            ("by kind"), by one for all ("as one"), or not ("not").
+        direct: whether direct losses are measured too, of each row that is scored anew.
         first: tokens of answers, from the first, that the rows near the cut are scored on; None for all.
         top: without a budget, the share of the rows, by known scores, that are scored anew.
     """
 
     budget: float | None = 0.1
-    drawn: float = 0.25
-    stale: float = 0.25
-    moved: bool = True
-    direct: str = "drawn"
+    drawn: float = Rescoring.explored
+    stale: float = Rescoring.stale
+    moved: str = "by kind"
+    direct: bool = False
     first: int | None = None
     top: float | None = None
 
@@ -111,17 +111,18 @@ BUDGETS = (0.1, 0.2, 0.3, 0.5, 1.0)
 
 def ways() -> dict[str, Way]:
     """All that are compared, by name."""
-    found = {"all": Way(None, direct="all", top=1.0), "nothing": Way(None, top=0.0), "top 30 %": Way(None, top=0.3)}
-    found["top 30 %, both passes"] = Way(None, direct="all", top=0.3)
+    found = {"all": Way(None, direct=True, top=1.0), "all, with the prompt alone": Way(None, top=1.0)}
+    found |= {"nothing": Way(None, top=0.0), "top 30 %": Way(None, top=0.3)}
+    found["top 30 %, both passes"] = Way(None, direct=True, top=0.3)
     for budget in BUDGETS:
         whole, name = Way(budget), f"candidates, {100 * budget:.0f} %"
         found[name] = whole
         if budget in (0.1, 0.3, 1.0):
-            found[f"{name}, not moved"] = replace(whole, moved=False)
+            found[f"{name}, not moved"] = replace(whole, moved="not")
+            found[f"{name}, moved as one"] = replace(whole, moved="as one")
             found[f"{name}, near the cut alone"] = replace(whole, drawn=0.0, stale=0.0)
-            found[f"{name}, none of the oldest"] = replace(whole, stale=0.0)
-            found[f"{name}, both passes of all"] = replace(whole, direct="all")
-            found[f"{name}, direct never"] = replace(whole, direct="none")
+            found[f"{name}, all drawn"] = replace(whole, drawn=1.0, stale=0.0)
+            found[f"{name}, both passes"] = replace(whole, direct=True)
             found[f"{name}, first 16 tokens"] = replace(whole, first=16)
     return found
 
@@ -203,50 +204,43 @@ def played(run: Recorded, way: Way, seed: int) -> list[tuple[float, float]]:
     first_cas = run.means(run.cas, way.first)
     rows, everything = np.arange(len(run.tokens)), np.full(len(run.tokens), True)
     training = Rescoring.of_training(kept * run.given.mean())
-    cas, das, known_first = exact_cas[0], exact_das[0], first_cas[0]
+    cas, das, first = exact_cas[0], exact_das[0], first_cas[0]
     scored_at, found = np.zeros(len(rows), dtype=int), []
     for epoch in range(1, len(exact_cas)):
-        new_cas, new_das, among = exact_cas[epoch], exact_das[epoch], everything
-        fresh = np.zeros(len(rows), dtype=bool)
+        new_cas, new_das, trained = exact_cas[epoch], exact_das[epoch], np.isin(rows, run.kept[epoch - 1])
+        cost = run.given + (run.alone if way.direct else 0)
         if way.budget is None:
-            scores = ifd(cas, das)
-            fresh[np.argsort(-scores, kind="stable")[: round(way.top * len(rows))]] = True
-            cost = run.given[fresh].sum() + (run.alone[fresh].sum() if way.direct == "all" else 0)
-            cas = np.where(fresh, new_cas, cas)
-            das = np.where(fresh, new_das, das) if way.direct == "all" else das
+            fresh = np.isin(rows, np.argsort(-ifd(cas, das), kind="stable")[: round(way.top * len(rows))])
             among = fresh if fresh.any() else everything
+            cas, das = np.where(fresh, new_cas, cas), np.where(fresh & way.direct, new_das, das)
+            spent = cost[fresh].sum()
         else:
-            rule = Rescoring(way.budget, way.drawn, way.stale)
-            both = run.given + (run.alone if way.direct != "none" else 0)
-            allowance = way.budget * training
-            drawn, stale = rule.drawn(everything, scored_at, both, allowance, rows, [seed, epoch])
-            fully, trained = np.concatenate([drawn, stale]), np.isin(rows, run.kept[epoch - 1])
-            fitted, before = cas, cas.copy()
-            if way.moved:
-                fitted = cas * drift(cas[drawn], new_cas[drawn], trained[drawn], trained)
-                if way.direct != "none":
-                    das = das * drift(das[drawn], new_das[drawn], trained[drawn], trained)
-            cas = fitted.copy()
-            cas[fully] = new_cas[fully]
-            das = das.copy()
-            if way.direct != "none":
-                das[fully] = new_das[fully]
-            fresh[fully] = True
+            rule, allowance = Rescoring(way.budget, way.drawn, way.stale), way.budget * training
+            among, known = everything, cas
+            parts = rule.drawn(everything, trained, scored_at, cost, allowance, rows, [seed, epoch])
+            fresh = np.isin(rows, np.concatenate(parts))
+            spent = cost[fresh].sum()
+            cas, das = _known(way, known, new_cas, fresh, trained), np.where(fresh & way.direct, new_das, das)
             order = nearest(ifd(cas, das), ifd(cas, das) < 1, kept, fresh, rows)
-            counted = run.lengths[:, 1] if way.first is None else np.minimum(run.lengths[:, 1], way.first)
-            dear = run.lengths[:, 0] + counted + (run.alone if way.direct == "all" else 0)
-            near = rule.near(order, dear, allowance - both[fully].sum())
+            if way.first is not None:
+                cost = run.lengths[:, 0] + np.minimum(run.lengths[:, 1], way.first)
+            near = np.isin(rows, rule.near(order, cost, allowance - spent))
+            spent += cost[near].sum()
             # The loss of a part of an answer moves as that of the whole, about.
-            cas[near] = new_cas[near] if way.first is None else (before * first_cas[epoch] / known_first)[near]
-            if way.direct == "all":
-                das[near] = new_das[near]
-            fresh[near] = True
-            cost = both[fully].sum() + dear[near].sum()
-        known_first = np.where(fresh, first_cas[epoch], known_first)
-        scored_at = np.where(fresh, epoch, scored_at)
+            told = new_cas if way.first is None else np.where(fresh, new_cas, known * first_cas[epoch] / first)
+            fresh = fresh | near
+            cas, das = _known(way, known, told, fresh, trained), np.where(fresh & way.direct, new_das, das)
+        first, scored_at = np.where(fresh, first_cas[epoch], first), np.where(fresh, epoch, scored_at)
         overlap = len(best(cas, das, among, kept) & best(new_cas, new_das, everything, kept)) / kept
-        found.append((overlap, float(cost / training)))
+        found.append((overlap, float(spent / training)))
     return found
+
+
+def _known(way: Way, known: np.ndarray, new: np.ndarray, fresh: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """Losses of all rows, (n,): the new ones of the fresh rows, the others as far as they have moved."""
+    rows = np.flatnonzero(fresh)
+    factors = drift(known[rows], new[rows], rows, trained & (way.moved == "by kind"))
+    return np.where(fresh, new, known * (1.0 if way.moved == "not" else factors))
 
 
 def compared(run: Recorded, seeds: int) -> dict[str, Any]:

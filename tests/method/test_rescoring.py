@@ -19,12 +19,12 @@ def test_the_rows_cost_no_more_than_the_budget_and_no_further_one_would_fit(size
     cost, rows = np.array(sizes, dtype=float), len(sizes)
     able = np.array([random.random() < 0.8 for _ in sizes])
     ages = np.array([random.randint(0, 3) for _ in sizes])
-    values = np.array([random.random() for _ in sizes])
+    values, trained = np.array([random.random() for _ in sizes]), np.array([random.random() < 0.3 for _ in sizes])
     rule, ids = Rescoring(budget), np.arange(rows)
     allowance = rule.allowance(tokens)
     assert allowance == pytest.approx(3 * budget * tokens)
-    drawn, stale = rule.drawn(able, ages, cost, allowance, ids, seed)
-    again = rule.drawn(able, ages, cost, allowance, ids, seed)
+    drawn, stale = rule.drawn(able, trained, ages, cost, allowance, ids, seed)
+    again = rule.drawn(able, trained, ages, cost, allowance, ids, seed)
     assert [part.tolist() for part in again] == [drawn.tolist(), stale.tolist()]
     fully = np.concatenate([drawn, stale])
     order = nearest(values, able, 5, np.isin(ids, fully), ids)
@@ -34,6 +34,7 @@ def test_the_rows_cost_no_more_than_the_budget_and_no_further_one_would_fit(size
     assert len(set(chosen.tolist())) == len(chosen)
     assert able[chosen].all()
     assert cost[drawn].sum() <= rule.explored * allowance + 1e-9
+    assert cost[drawn[trained[drawn]]].sum() <= rule.explored * allowance / 2 + 1e-9
     assert cost[stale].sum() <= rule.stale * allowance + 1e-9
     assert cost[chosen].sum() <= allowance + 1e-9
     others = [row for row in order.tolist() if row not in near and cost[row] <= left]
@@ -47,9 +48,9 @@ def test_the_rows_cost_no_more_than_the_budget_and_no_further_one_would_fit(size
 def test_rows_are_drawn_by_their_ids_wherever_they_stand(sizes, seed):
     cost, ids = np.array(sizes, dtype=float), np.arange(len(sizes)) + 100
     order = np.random.default_rng(seed).permutation(len(sizes))
-    rule, same = Rescoring(), np.zeros(len(sizes), dtype=int)
-    here = rule.drawn(np.full(len(ids), True), same, cost, 2 * cost.sum(), ids, seed)
-    there = rule.drawn(np.full(len(ids), True), same, cost[order], 2 * cost.sum(), ids[order], seed)
+    rule, same, everything, trained = Rescoring(), np.zeros(len(ids), dtype=int), np.full(len(ids), True), ids % 3 == 0
+    here = rule.drawn(everything, trained, same, cost, 2 * cost.sum(), ids, seed)
+    there = rule.drawn(everything, trained[order], same, cost[order], 2 * cost.sum(), ids[order], seed)
     for one, other in zip(here, there, strict=True):
         assert ids[one].tolist() == ids[order][other].tolist()
 
@@ -71,17 +72,18 @@ def test_a_row_that_alone_costs_more_is_passed_over():
 
 
 def test_losses_are_moved_by_the_mean_factor_of_rows_of_their_kind():
-    old, new = np.full(12, 2.0), np.array([1.0] * 5 + [4.0] * 5 + [np.nan, 2.0])
-    trained = np.array([True] * 5 + [False] * 7)
-    known = np.array([4.0] * 5 + [2.0])  # of rows that were not trained on: five fell by half less, one stood
-    of_rows = np.array([True, False])
-    expected = [0.5, float(np.exp(np.log(known / 2).mean()))]
-    assert drift(old, new, trained, of_rows) == pytest.approx(expected)
-    # Of fewer than five of a kind nothing is told: all go by all.
-    few = drift(old[:7], new[:7], trained[:7], of_rows)
-    assert few == pytest.approx([0.5, np.exp((5 * np.log(0.5) + 2 * np.log(2.0)) / 7)])
-    assert drift(np.array([]), np.array([]), np.array([], dtype=bool), of_rows).tolist() == [1.0, 1.0]
-    assert drift(np.array([0.0, 1.0]), np.array([1.0, np.nan]), trained[:2], of_rows).tolist() == [1.0, 1.0]
+    trained = np.array([True, True, True, False, False, False, False])
+    rows, old = np.array([0, 1, 3, 4, 5]), np.full(5, 2.0)
+    new = np.array([1.0, 0.25, 4.0, 1.0, np.nan])
+    expected = np.where(trained, np.sqrt(1.0 * 0.25) / 2, np.sqrt(4.0 * 1.0) / 2)
+    assert drift(old, new, rows, trained) == pytest.approx(expected)
+    # One of a kind tells nothing of it: all go by all.
+    few = drift(old[1:], new[1:], rows[1:], trained)
+    all_of_them = np.exp(np.log([0.25 / 2, 4.0 / 2, 1.0 / 2]).mean())
+    assert few == pytest.approx(np.where(trained, all_of_them, 1.0))
+    nothing = np.array([], dtype=int)
+    assert drift(old[:0], new[:0], nothing, trained).tolist() == [1.0] * 7
+    assert drift(np.array([0.0, 1.0]), np.array([1.0, np.nan]), rows[:2], trained).tolist() == [1.0] * 7
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, float("inf"), float("nan"), True, "much"])

@@ -46,42 +46,38 @@ class Expected:
             for found in (reference_scores(trainer, model_with(seen.weights[epoch])) for epoch in sorted(seen.weights))
         ]  # (n, 2) for each epoch
         self.kept = [np.isin(self.ids, rows) for rows in seen.epochs()]
-        hashes = trainer.processing_class.convert_tokens_to_ids("###")
-        self.given, self.both = np.empty(len(self.ids)), np.empty(len(self.ids))
-        for row, (tokens, labels) in enumerate(zip(self.rows["input_ids"], self.rows["labels"], strict=True)):
-            start = next(i for i, label in enumerate(labels) if label != -100)
-            header = start - tokens[:start].index(hashes)
-            self.given[row], self.both[row] = len(tokens), len(tokens) + header + len(tokens) - start
-        self.allowance = BUDGET * 3 * KEEP / len(self.ids) * self.given.sum()
+        self.cost = np.array([len(tokens) for tokens in self.rows["input_ids"]])
+        self.allowance = BUDGET * 3 * KEEP / len(self.ids) * self.cost.sum()
 
     def epoch(self, epoch, losses, scored_at):
         """Losses (n, 2) of all rows, and when they were scored, after an epoch has scored its candidates anew."""
-        exact, trained = self.exact[epoch], self.kept[epoch - 1]
-        order = np.random.default_rng([SEED, epoch]).permutation(len(self.ids))
-        drawn = self.take(order, self.both, self.allowance / 4)
-        rest = sorted((row for row in order.tolist() if row not in drawn), key=lambda row: scored_at[row])
-        stale = self.take(rest, self.both, self.allowance / 4)
-        moved = losses.copy()
-        for column in (0, 1):
-            ratios = np.log(exact[drawn, column] / losses[drawn, column])
-            for kind in (True, False):
-                of_kind = ratios[trained[drawn] == kind]
-                of_kind = of_kind if len(of_kind) >= 5 else ratios
-                moved[trained == kind, column] *= np.exp(of_kind.mean())
-        moved[drawn + stale] = exact[drawn + stale]
-        ifd = moved[:, 0] / moved[:, 1]
-        cut = sorted(ifd)[-KEEP]
-        near = sorted(set(range(len(self.ids))) - set(drawn + stale), key=lambda row: abs(ifd[row] - cut))
-        near = self.take(near, self.given, self.allowance - self.both[drawn + stale].sum())
-        moved[near, 0] = exact[near, 0]
-        fresh = drawn + stale + near
-        return moved, np.where(np.isin(np.arange(len(self.ids)), fresh), epoch, scored_at), drawn
+        exact, trained = self.exact[epoch][:, 0], self.kept[epoch - 1]
+        order = np.random.default_rng([SEED, epoch]).permutation(len(self.ids)).tolist()
+        drawn = self.take([row for row in order if trained[row]], self.allowance / 8)
+        drawn += self.take([row for row in order if not trained[row]], self.allowance / 4 - self.cost[drawn].sum())
+        rest = sorted((row for row in order if row not in drawn), key=lambda row: scored_at[row])
+        drawn += self.take(rest, self.allowance / 10)
+        ifd = self.moved(losses[:, 0], exact, drawn, trained) / losses[:, 1]
+        near = sorted(set(range(len(self.ids))) - set(drawn), key=lambda row: abs(ifd[row] - sorted(ifd)[-KEEP]))
+        fresh = drawn + self.take(near, self.allowance - self.cost[drawn].sum())
+        cas = self.moved(losses[:, 0], exact, fresh, trained)
+        at = np.where(np.isin(np.arange(len(self.ids)), fresh), epoch, scored_at)
+        return np.stack([cas, losses[:, 1]], axis=1), at
 
     @staticmethod
-    def take(order, cost, allowance):
+    def moved(known, exact, fresh, trained):
+        moved = known.copy()
+        for kind in (True, False):
+            of_kind = [row for row in fresh if trained[row] == kind]
+            assert len(of_kind) >= 2
+            moved[trained == kind] *= np.exp(np.log(exact[of_kind] / known[of_kind]).mean())
+        moved[fresh] = exact[fresh]
+        return moved
+
+    def take(self, order, allowance):
         taken, spent = [], 0.0
-        for row in (row for row in order if cost[row] <= allowance):
-            spent += cost[row]
+        for row in (row for row in order if self.cost[row] <= allowance):
+            spent += self.cost[row]
             if spent > allowance:
                 break
             taken.append(int(row))
@@ -112,7 +108,7 @@ def test_candidates_are_scored_anew_and_the_others_are_moved(whole):
     shares = []
     for epoch in range(3):
         if epoch:
-            losses, scored_at, _ = expected.epoch(epoch, losses, scored_at)
+            losses, scored_at = expected.epoch(epoch, losses, scored_at)
             measured = np.where(scored_at[:, None] == epoch, losses, measured)
         found = rows_of(callback, epoch)
         assert found["row_id"].tolist() == sorted(expected.ids)
@@ -244,7 +240,7 @@ def test_scores_that_follow_from_both_losses_go_along(tmp_path):
         ({"policy": LowestScores(), "max_ifd": None}, "the policy is a LowestScores"),
         ({"policy": TargetSet(raw_rows(2, seed=7)), "max_ifd": None}, "the policy is a TargetSet"),
         ({"diverse": 0.5}, "the policy is a Diverse"),
-        ({"scores": ("rifd", "prompt_ppl")}, "prompt_ppl, rifd, rcas, rdas follows from other losses"),
+        ({"scores": ("rifd", "prompt_ppl")}, "prompt_ppl, rifd, rcas, rdas follows from losses other"),
     ],
 )
 def test_what_has_no_candidates_is_refused(tmp_path, options, problem):
