@@ -189,7 +189,7 @@ class NoiseGate:
 
     name: ClassVar[str] = "noise"
     least: int = 1
-    repetition: float = 0.5
+    repetition: float = 0.6
     echo: float = 0.8
     greetings: tuple[str, ...] = GREETINGS
     leaks: tuple[str, ...] = LEAKS

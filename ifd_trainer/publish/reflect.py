@@ -61,8 +61,7 @@ def joined(
             f"{sorted(rewritten.column_names)}. Give them the same names."
         )
     places = _places(original, rewritten, id_column)
-    texts = rewritten.with_format(None).select_columns(there).flatten_indices().data.table
-    taken = texts.take(pa.array(places, pa.int64()))
+    taken = _columns(rewritten, there).take(pa.array(places, pa.int64()))
     schema = original.with_format(None).select_columns(there).features.arrow_schema
     try:
         taken = table_cast(taken, schema)
@@ -79,8 +78,8 @@ def joined(
 def _places(original: Dataset, rewritten: Dataset, id_column: str | None) -> list[int | None]:
     """For each row the position of its rewritten one, or None."""
     found = [
-        find_ids(rows.column_names, lambda name, rows=rows: rows.data.table[name], id_column, "--id-column")
-        for rows in (original.flatten_indices(), rewritten.flatten_indices())
+        find_ids(rows.column_names, lambda name, rows=rows: _columns(rows, [name])[name], id_column, "--id-column")
+        for rows in (original, rewritten)
     ]
     (name, own), (other, theirs) = found
     if name != other:
@@ -105,6 +104,11 @@ def _places(original: Dataset, rewritten: Dataset, id_column: str | None) -> lis
             f"{first!r}: the two data sets do not belong together."
         )
     return places
+
+
+def _columns(rows: Dataset, names: list[str]) -> pa.Table:
+    """Columns in memory, in the order of the rows."""
+    return rows.select_columns(names).with_format("arrow")[:]
 
 
 class Taken:

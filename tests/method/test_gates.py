@@ -59,7 +59,7 @@ def test_noise_has_a_reason_each_and_the_first_one_counts():
         [9] * 6,
         letters=[0, 9, 9, 9, 1, 9],
         boilerplate=[True, True, False, False, False, False],
-        repetition=[0.9, 0.9, 0.5, 0.4, 0.0, 0.0],
+        repetition=[0.9, 0.9, 0.6, 0.5, 0.0, 0.0],
         echo=[1.0, 1.0, 1.0, 0.8, 0.0, 0.7],
     )
     found = ["near_empty", "boilerplate", "repetitive", "echoes_prompt", "kept", "kept"]
