@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_runs import (
+    FIVE,
     INF,
     RECIPES,
     Stop,
@@ -522,3 +523,38 @@ def test_the_keys_of_recipes(tmp_path):
     assert SelectionConfig(policy="infobatch", score="das").idle_keys() == {"policy: cherry": ["score"]}
     with pytest.raises(UserError, match="recent_loss_change is how the model in training changes"):
         SelectionConfig(policy="kakurenbo", scorer="gpt2")
+
+
+# ---- with epochs in parts ---------------------------------------------------------------------------------------
+
+
+def in_parts(folder, **config):
+    """A trainer of one epoch of six updates in parts of two, whose rows have weights of their own."""
+    trainer = plain_trainer(folder, tokenised(sft_trainer(folder, ROWS)), num_train_epochs=1, **DESCENT, **config)
+    policy = Weighted("trust", Cherry(INF))
+    trainer.train_dataset = trainer.train_dataset.add_column("trust", TRUST)
+    options = {"keep": 1.0, "policy": policy, "max_ifd": None, "every_steps": 2, "train_losses": True, "guard": None}
+    return trainer, select(trainer, **options)
+
+
+@pytest.mark.skipif(not FIVE, reason="every_steps needs transformers 5")
+def test_rows_of_each_part_have_their_own_weights_and_losses(tmp_path):
+    trainer, callback = in_parts(tmp_path / "through", save_steps=3, save_strategy="steps")
+    start = weights_of(trainer.model)
+    updates = watched(trainer, callback)
+    assert sorted(chain(*updates)) == list(range(ROWS))
+    assert difference(weights_of(trainer.model), descended(start, rows_of(callback), updates, TRUST)) < 2e-5
+    for part in (1, 2, 3):
+        rows = callback.history.rows(0, part)
+        trained = sorted(chain(*updates[2 * part - 2 : 2 * part]))
+        assert np.flatnonzero(rows["times"]).tolist() == trained
+        assert np.flatnonzero(rows["train_loss"].notna()).tolist() == trained
+        assert rows["weight"][trained].tolist() == [TRUST[row] for row in trained]
+
+    before = [callback.history.rows(0, part)["train_loss"] for part in (2, 3)]
+    other, resumed = in_parts(tmp_path / "through", save_strategy="no")
+    more = watched(other, resumed, resume_from_checkpoint=str(tmp_path / "through" / "checkpoint-3"))
+    assert more == updates[3:]
+    assert difference(weights_of(other.model), weights_of(trainer.model)) == 0.0
+    for part, losses in zip((2, 3), before, strict=True):
+        np.testing.assert_array_equal(resumed.history.rows(0, part)["train_loss"], losses)
