@@ -221,12 +221,12 @@ class RowChooser:
         """Score the candidates anew, and take the scores of all rows as they then are; see `take`."""
         known = self.last.scores
         below = self._below_limit(self.policy, _Columns(known.columns(), self.pool_scorer))
-        held_back = self.guards.held_back(known, ids, self.trained, False, below)
+        held_back = self.guards.held_back(known, ids, self.trained, False, below, self.used)
         scores, ages = self.candidates(
             *(known, self.ages, wanted, epoch, ids),
             trained=self.since,
             values=self.values,
-            able=below & (held_back == ""),
+            able=below & (held_back == "") & ~self._gone(wanted),
             prefix=prefix,
             seed=seed,
         )
