@@ -85,7 +85,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 # Cases that run with sharded weights too; in the last one the processes have unequal numbers of batches.
-SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated", "guarded", "targets")
+SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated", "guarded", "targets", "parts")
 FSDP = {
     "fsdp": True if FIVE else "full_shard auto_wrap",
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
