@@ -112,7 +112,7 @@ WEIGHTED: dict[str, dict[str, Any]] = {
 }
 
 # Cases that run with sharded weights too; in the last one the processes have unequal numbers of batches.
-SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated", "guarded", "candidates", "targets")
+SHARDED = ("base", "uneven", "accumulation", "in_step", "calibrated", "guarded", "candidates", "targets", "parts")
 FSDP = {
     "fsdp": True if FIVE else "full_shard auto_wrap",
     "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},

@@ -442,11 +442,13 @@ def test_a_parquet_file_of_each_epoch_says_what_was_measured_and_decided(finishe
     for epoch, rows in enumerate(seen.epochs()):
         table = history.rows(epoch)
         assert table.columns.tolist() == [
-            "row_id", "cas", "das", "ifd", "ifd_ppl", "eot_loss", "answer_tokens", "ifd_status", "reason", "times",
+            "row_id", "cas", "das", "ifd", "ifd_ppl", "eot_loss", "answer_tokens", "ifd_status", "scored_at", "reason",
+            "times",
         ]  # fmt: skip
         assert table["row_id"].tolist() == trainer.train_dataset["row_id"][:]
         assert trained_times(table) == dict.fromkeys(rows, 1)
         ok = table[table["ifd_status"] == "ok"]
+        assert (ok["scored_at"] == epoch).all()
         assert ok["ifd"].to_numpy() == pytest.approx((ok["cas"] / ok["das"]).to_numpy())
         assert ok["ifd_ppl"].to_numpy() == pytest.approx(np.exp(ok["cas"] - ok["das"]).to_numpy())
         assert (table["reason"][table["ifd"] >= 1] == "above_limit").all()
