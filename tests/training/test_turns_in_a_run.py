@@ -303,3 +303,15 @@ def options_of(folder):
         *("--eval_dataset", str(folder / "chats.jsonl"), "--eval_strategy", "epoch"),
         *("--output_dir", str(folder / "run"), "--max_length", "512", "--report_to", "none"),
     ]
+
+
+def test_candidates_are_rows_of_one_answer(tmp_path):
+    options = {"keep": 6, "max_ifd": INF, "rescore": "candidates", "rescore_budget": 0.5}
+    trainer = chat_trainer(tmp_path / "all", num_train_epochs=2)
+    select(trainer, **options)
+    with pytest.raises(UserError, match=r"rows of the training set have several: set turns='last', or rescore='all'"):
+        trainer.train()
+    trainer = chat_trainer(tmp_path / "last", num_train_epochs=2)
+    callback = select(trainer, turns="last", **options)
+    trainer.train()
+    assert 0 < callback.history.record(1)["fresh"] < 1
