@@ -75,7 +75,8 @@ class ReflectionScorer:
     IFD and r-IFD of what is taken are below the limit. A rewritten instruction is judged with the answer that came with
     it, as in the paper (arXiv 2402.10110): an old answer to a new instruction has a high IFD because it does not belong
     there. The paper's teacher then writes a better answer to the instruction that was chosen: a second pass, over
-    these rows and those answers.
+    these rows and those answers. Of a chat the last answer is scored, and a version is taken whole, (x, y') only where
+    x' is x.
 
     The texts that are taken replace the row's; the rewritten ones stay where they are. Columns are added for the
     version that is taken, those of an `IFDScorer` with `rifd`, `rcas` and `rdas`, and beside them `original_ifd`,
