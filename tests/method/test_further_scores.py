@@ -14,7 +14,7 @@ from ifd_trainer.method.columns import OWN_COLUMNS
 from ifd_trainer.method.equations import OF_LOSSES, further_scores, ifd_ppl, ira, loss_change, perplexity, rifd
 from ifd_trainer.method.further_scores import (
     FURTHER,
-    LOSS_CHANGE,
+    OF_A_RUN,
     SCORED_BY_MODEL,
     further_names,
     losses_read,
@@ -25,7 +25,7 @@ NAN, INF = math.nan, math.inf
 
 
 def test_each_score_of_a_scoring_has_an_equation_and_no_column_is_named_twice():
-    assert OF_LOSSES.keys() == set(SCORED_BY_MODEL) == set(FURTHER) - {LOSS_CHANGE}
+    assert OF_LOSSES.keys() == set(SCORED_BY_MODEL) == set(FURTHER) - set(OF_A_RUN)
     assert set(FURTHER) & set(OWN_COLUMNS) == set()
     assert {other for score in FURTHER.values() for other in score.brings} <= set(FURTHER)
 
