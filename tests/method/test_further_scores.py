@@ -25,7 +25,7 @@ NAN, INF = math.nan, math.inf
 
 
 def test_each_score_of_a_scoring_has_an_equation_and_no_column_is_named_twice():
-    assert OF_LOSSES.keys() == set(SCORED_BY_MODEL) == set(FURTHER) - {*OF_A_RUN}
+    assert OF_LOSSES.keys() == set(SCORED_BY_MODEL) == set(FURTHER) - set(OF_A_RUN)
     assert set(FURTHER) & set(OWN_COLUMNS) == set()
     assert {other for score in FURTHER.values() for other in score.brings} <= set(FURTHER)
 
