@@ -195,9 +195,8 @@ def test_parts_as_long_as_the_epoch_are_the_run_without_them(tmp_path):
         ({"gradient_accumulation_steps": 2}, {"keep": 13}, [4, 4, 4, 1], [[8], [5]]),
         ({"dataloader_drop_last": True}, {"keep": 11}, [2, 2, 2, 2, 2], [[4], [4], [2]]),
         ({"max_steps": 5}, {"keep": [8, 6]}, [2, 2, 2, 2, 2], [[4], [4], [2]]),
-        ({"train_sampling_strategy": "group_by_length"}, {"keep": 8}, [2] * 4, [[4], [4]]),
     ],
-    ids=["accumulation", "drop_last", "max_steps", "by_length"],
+    ids=["accumulation", "drop_last", "max_steps"],
 )
 def test_other_settings_keep_their_meaning(tmp_path, config, options, updates, rows):
     found = run(tmp_path, options=options, **config)
@@ -297,19 +296,25 @@ def test_a_duplicate_of_a_row_that_was_trained_on_waits_for_the_next_epoch(tmp_p
 # ---- too few rows -----------------------------------------------------------------------------------------------
 
 
-def limited(folder, eligible, **options):
-    """A run on 20 rows of which so many are below the limit at first; a rate of 0 keeps the scores as they are."""
-    probe = sft_trainer(folder, POOL)
-    ratios = sorted(pair[0] / pair[1] for pair in reference_scores(probe, probe.model).values())
-    limit = (ratios[eligible - 1] + ratios[eligible]) / 2
-    return run(folder, learning_rate=0.0, options={"max_ifd": limit, **options}), limit
+@pytest.fixture(scope="module")
+def limited(two_epochs):
+    """Runs on 20 rows of which so many are below the limit: a rate of 0 keeps the scores as they are."""
+    scores = reference_scores(two_epochs.trainer, model_with(two_epochs.weights[0]))
+    ranked = sorted((pair[0] / pair[1], row) for row, pair in scores.items())
+
+    def with_limit(folder, eligible, **options):
+        limit = (ranked[eligible - 1][0] + ranked[eligible][0]) / 2
+        found = run(folder, learning_rate=0.0, options={"max_ifd": limit, **options})
+        return found, {row for _, row in ranked[:eligible]}
+
+    return with_limit
 
 
 @pytest.mark.parametrize(("eligible", "budget"), [(6, 12), (3, 16)])
-def test_after_a_shortfall_rows_of_the_epoch_are_repeated_evenly(tmp_path, eligible, budget):
-    found, limit = limited(tmp_path, eligible, keep=budget)
+def test_after_a_shortfall_rows_of_the_epoch_are_repeated_evenly(tmp_path, limited, eligible, budget):
+    found, rows = limited(tmp_path, eligible, keep=budget)
     times = np.unique(found.seen.order(), return_counts=True)
-    assert set(times[0]) == chosen(found, 0, set(), POOL, limit)
+    assert set(times[0].tolist()) == rows
     assert times[1].sum() == budget
     assert times[1].max() - times[1].min() <= 1
     history = found.callback.history
@@ -318,13 +323,13 @@ def test_after_a_shortfall_rows_of_the_epoch_are_repeated_evenly(tmp_path, eligi
     assert set(history.rows(0).loc[history.rows(0)["times"] > 0, "reason"]) == {"kept"}
 
 
-def test_relaxed_parts_take_the_nearest_rows_above_the_limit(tmp_path):
+def test_relaxed_parts_take_the_nearest_rows_above_the_limit(tmp_path, limited):
     found, _ = limited(tmp_path, 6, keep=12, policy=None, on_shortfall="relax")
     assert len(set(found.seen.order())) == 12
     assert found.callback.history.rows(0)["reason"].value_counts()["kept_above_limit"] == 6
 
 
-def test_a_shortfall_ends_the_run_where_the_user_wants_it(tmp_path):
+def test_a_shortfall_ends_the_run_where_the_user_wants_it(tmp_path, limited):
     with pytest.raises(ValueError, match=r"4 rows are to be kept, but only 2 .* trained on 4 more in its parts before"):
         limited(tmp_path, 6, keep=12, on_shortfall="error")
 
@@ -367,11 +372,11 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path, saved, st
 @pytest.mark.parametrize(
     ("step", "config", "options"),
     [
-        (3, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}, {"keep": 8}),
+        (3, {"dataloader_num_workers": 1, "train_sampling_strategy": "group_by_length"}, {"keep": 8}),
         (5, {"num_train_epochs": 2}, {"freeze_after": 1, "policy": Diverse(0.9, INF), "max_ifd": None, "keep": [6, 8]}),
         (2, {}, {"guard": DUPLICATES, "scores": ("loss_change",), "keep": 8}),
     ],
-    ids=["persistent_workers", "diverse_and_frozen", "guarded"],
+    ids=["workers_by_length", "diverse_and_frozen", "guarded"],
 )
 def test_a_resume_is_exact_in_other_settings_too(tmp_path, step, config, options):
     whole = run(tmp_path, model=dropping(), options=options, save_strategy="steps", save_steps=step, **config)

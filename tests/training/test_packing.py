@@ -398,6 +398,19 @@ def test_parts_of_an_epoch_are_so_many_packed_rows_of_the_examples_that_are_left
     assert difference(weights_of(again.model), weights_of(trainer.model)) == 0.0
 
 
+@pytest.mark.skipif(not FIVE, reason="every_steps needs transformers 5")
+def test_parts_for_which_no_example_is_left_repeat_packed_rows_of_the_epoch(tmp_path):
+    trainer = packed_trainer(tmp_path, num_train_epochs=1, learning_rate=0.0)
+    callback = select(trainer, keep=1.0, max_ifd=1.0, every_steps=2)
+    seen = watched(trainer)
+    assert len(seen.updates) == seen.planned == callback.pool.training_rows
+    rows = callback.history.rows(0)
+    scores = callback.history.rows(0, 1)
+    assert set(seen.order()) == set(scores["row_id"][scores["ifd"] < 1])
+    assert np.bincount(seen.order(), minlength=24).tolist() == rows["times"].tolist()
+    assert callback.history.epochs[-1]["eligible"] == 0
+
+
 def test_planned_bins_are_trained_bins(usual):
     trainer, callback, seen = usual
     lengths = [len(ids) for ids, _ in packed_examples(trainer)]
