@@ -72,7 +72,7 @@ def by_hand(scorer: IFDScorer, row: dict, new: dict) -> tuple[str, dict, dict]:
 
 def test_versions_are_chosen_as_by_hand(model, tokenizer):
     """On many pairs of the rows, so that each reason comes about."""
-    pairs = [(row, NEW[(i + shift) % len(NEW)]) for shift in range(len(NEW)) for i, row in enumerate(ROWS)]
+    pairs = [(row, NEW[(i + shift) % len(NEW)]) for shift in range(4) for i, row in enumerate(ROWS)]
     rows = table([row for row, _ in pairs], [new for _, new in pairs])
     found = rows.map(ReflectionScorer(model, tokenizer, format="alpaca"), batched=True, batch_size=20)
     reasons = {"rewritten_instruction", "rewritten_answer", "kept_original", "not_rewritten"}
