@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
+from ..method.number_types import is_whole
 from ..method.reasons import Status
 from .chat_template import Frame, common_prefix_length
 from .definitions import DEFAULT_MAX_LENGTH, DEFINITIONS
@@ -306,7 +306,7 @@ def check_positive(**numbers: int | None) -> None:
     >>> check_positive(max_length=512, token_budget=None)
     """
     for name, number in numbers.items():
-        whole = isinstance(number, Integral) and not isinstance(number, bool)
+        whole = is_whole(number)
         if number is not None and not (whole and number >= 1):
             raise UserError(f"{name} must be a whole number of at least 1, got {number!r}.")
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 
 import numpy as np
 
 from ..errors import UserError
+from .number_types import is_number
 from .selection import Cherry, Policy, Selection, ShortfallError, coded
 from .stratified import Columns, Stratified, Within
 
@@ -54,9 +54,9 @@ class BadCases(Within):
 
     def __post_init__(self) -> None:
         self._check()
-        if not (_is_number(self.at_least) and 0 <= self.at_least <= 1):
+        if not (is_number(self.at_least) and 0 <= self.at_least <= 1):
             raise UserError(f"at_least is a fraction of the kept rows, from 0 to 1, got {self.at_least!r}.")
-        if self.temperature is not None and not (_is_number(self.temperature) and 0 < self.temperature < math.inf):
+        if self.temperature is not None and not (is_number(self.temperature) and 0 < self.temperature < math.inf):
             raise UserError(f"temperature is a positive number of nats, or None, got {self.temperature!r}.")
 
     def shares(self, losses: Mapping[str, float], pool: Mapping[str, int]) -> dict[str, float]:
@@ -110,7 +110,3 @@ class _Shares(Stratified):
         if missing := sorted(set(self.shares) - set(values)):
             raise ShortfallError(f"No row with {self.by} {missing[0]!r} is left to choose from.")
         return super()._bounds(values, there, budget)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall
+from .number_types import is_whole
 from .reasons import LESS_PREFERRED, NO_VALUE, Status
 from .selection import AmongCandidates, OwnScore, Selection, best_rows
 
@@ -49,7 +50,7 @@ class Cascade(AmongCandidates):
     def __post_init__(self) -> None:
         if not isinstance(self.by, str) or not self.by:
             raise UserError(f"by must be the name of a column, got {self.by!r}.")
-        whole = isinstance(self.share, Integral) and not isinstance(self.share, bool)
+        whole = is_whole(self.share)
         part = isinstance(self.share, Real) and not whole and not isinstance(self.share, bool)
         if not (whole and self.share >= 1) and not (part and 0 < self.share <= 1):
             raise UserError(f"share must be a fraction in (0, 1] or a number of rows, got {self.share!r}.")

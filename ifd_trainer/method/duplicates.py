@@ -7,12 +7,12 @@ epoch and in every run on these rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 
 from ..errors import UserError
 from .choices import SIMILARITY
+from .number_types import is_number
 from .reasons import ABOVE_LIMIT, DUPLICATE, MISMATCHED, UNFINISHED, Status
 
 # Reasons for which a row cannot stand for others.
@@ -31,7 +31,7 @@ class Duplicates:
     similarity: float | None = SIMILARITY
 
     def __post_init__(self) -> None:
-        number = isinstance(self.similarity, Real) and not isinstance(self.similarity, bool)
+        number = is_number(self.similarity)
         if self.similarity is not None and not (number and 0.5 <= self.similarity <= 1):
             raise UserError(
                 f"similarity must be a share from 0.5 to 1, or None for equal texts, got {self.similarity!r}."

@@ -8,10 +8,10 @@ argument of split conformal prediction (Vovk, Gammerman and Shafer, 2005).
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
 
 from ..errors import UserError
 from .choices import WRONG_PROMPTS
+from .number_types import is_number, is_whole
 
 
 def rank_of(alpha: float, measured: int) -> int:
@@ -34,9 +34,9 @@ def least_measured(alpha: float) -> int:
 
 def check_error_rate(alpha: float, measured: int, name: str) -> None:
     """Raise for an alpha that is no share, or a number of values (called `name`) of which none can be told."""
-    if not (isinstance(alpha, Real) and not isinstance(alpha, bool) and 0 < alpha < 1):
+    if not (is_number(alpha) and 0 < alpha < 1):
         raise UserError(f"alpha must be a share in (0, 1), got {alpha!r}.")
-    whole = isinstance(measured, Integral) and not isinstance(measured, bool)
+    whole = is_whole(measured)
     if not (whole and measured >= least_measured(alpha)):
         raise UserError(
             f"{name} must be a whole number, and at least {least_measured(alpha)} with alpha={alpha}, got {measured!r}."

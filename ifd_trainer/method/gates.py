@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import ClassVar, Literal, Protocol, get_args
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from ..errors import UserError
 from .choices import SIMILARITY
 from .duplicates import Duplicates, surplus
+from .number_types import is_number, is_whole
 from .reasons import BOILERPLATE, COPY, DUPLICATE, ECHO, KEPT, LENGTH, NEAR_EMPTY, REPETITIVE
 
 Part = Literal["answer", "prompt", "both"]  # which texts' lengths count
@@ -196,7 +196,7 @@ class NoiseGate:
     refusals: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.least, Integral) or isinstance(self.least, bool) or self.least < 0:
+        if not is_whole(self.least) or self.least < 0:
             raise UserError(f"least must be a whole number of at least 0, got {self.least!r}.")
         _check_number("repetition", self.repetition, above=0.0)
         _check_number("echo", self.echo, above=0.0)
@@ -247,7 +247,7 @@ class CopyGate:
 
 
 def _check_number(name: str, value: object, above: float) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
+    number = is_number(value)
     if not (number and value > above and np.isfinite(value)):
         raise UserError(f"{name} must be a number above {above:g}, got {value!r}.")
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import ClassVar
 
 import numpy as np
 
 from ..errors import UserError
 from .choices import Shortfall
+from .number_types import is_number
 from .number_words import many
 from .reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, NO_VALUE, UNSTABLE, Status
 from .selection import Selection, ShortfallError, repeats
@@ -58,11 +58,11 @@ class Hierarchical:
     max_ifd: float = 1.0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.gamma) or not 1 <= self.gamma < math.inf:
+        if not is_number(self.gamma) or not 1 <= self.gamma < math.inf:
             raise UserError(
                 f"gamma is how many candidates there are for each kept row, at least 1, got {self.gamma!r}."
             )
-        if not _is_number(self.max_ifd) or not self.max_ifd > 0:
+        if not is_number(self.max_ifd) or not self.max_ifd > 0:
             raise UserError(f"max_ifd must be a positive number, inf for no limit, got {self.max_ifd!r}.")
 
     def __call__(
@@ -111,7 +111,3 @@ class Hierarchical:
             f"{self.score} or {self.spread}, and {many(int(scored.sum()), 'has', 'have')} {self.score} >= "
             f"{self.max_ifd}. Raise max_ifd (float('inf') switches the limit off), or look at the prompt format."
         )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

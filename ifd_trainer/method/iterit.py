@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 
 from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall
+from .number_types import is_number
 from .reasons import REDUNDANT
 from .selection import AmongCandidates, OwnScore, Selection, score_values
 
@@ -54,7 +54,7 @@ class IterIT(AmongCandidates):
     def __post_init__(self) -> None:
         for name, low, high in (("candidates_per_row", 1, np.inf), ("decay", 0, 1)):
             number = getattr(self, name)
-            if not (isinstance(number, Real) and not isinstance(number, bool) and low <= number <= high):
+            if not (is_number(number) and low <= number <= high):
                 raise UserError(f"{name} must be a number from {low} to {high}, got {number!r}.")
         self.check_candidates()
 

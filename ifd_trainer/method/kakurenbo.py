@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import ClassVar
 
 import numpy as np
 
 from ..errors import UserError
 from .further_scores import RECENT_CHANGE
+from .number_types import is_number
 from .number_words import many
 from .reasons import HIDDEN, KEPT, Status
 from .selection import Selection, ShortfallError, repeats
@@ -49,7 +49,7 @@ class Kakurenbo:
     tau: float = 0.7
 
     def __post_init__(self) -> None:
-        number = isinstance(self.tau, Real) and not isinstance(self.tau, bool)
+        number = is_number(self.tau)
         if not (number and 0 <= self.tau <= 1):
             raise UserError(f"tau must be a probability from 0 to 1, got {self.tau!r}.")
 

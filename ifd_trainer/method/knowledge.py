@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import UserError
+from .number_types import is_number
 from .text_agreement import Agreement, as_agreement
 
 KNOWN = "known"  # the model's answers agree with the row's
@@ -41,7 +42,7 @@ def check_share(**shares: float) -> None:
     >>> check_share(threshold=0.5)
     """
     for name, share in shares.items():
-        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        number = is_number(share)
         if not (number and 0 < share <= 1):
             raise UserError(f"{name} must be a number above 0 and at most 1, got {share!r}.")
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -28,6 +27,7 @@ import pandas as pd
 from ..errors import UserError
 from .choices import WrongPrompts
 from .error_rate import check_error_rate, check_prompts, least_measured
+from .number_types import is_whole
 
 _SHARING = 32  # rows that have the same anchors
 _AMONG = 256  # at least so many prompts, if there are as many, that the near ones of some rows are looked for among
@@ -61,7 +61,7 @@ class PairingTest:
     def __post_init__(self) -> None:
         check_error_rate(self.alpha, self.anchors, "anchors")
         check_prompts(self.prompts)
-        if not (isinstance(self.tokens, Integral) and not isinstance(self.tokens, bool) and self.tokens >= 1):
+        if not (is_whole(self.tokens) and self.tokens >= 1):
             raise UserError(f"tokens must be a whole number of at least 1, got {self.tokens!r}.")
 
     def draw(

@@ -20,12 +20,12 @@ instruction is judged with the answer that was written for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import UserError
+from .number_types import is_number
 
 # Versions of a row, by what of them is rewritten.
 ORIGINAL, INSTRUCTION, ANSWER, BOTH = "original", "instruction", "answer", "both"
@@ -61,7 +61,7 @@ def choose_rewritten(scores: Mapping[str, tuple[ArrayLike, ArrayLike]], limit: f
     >>> choose_rewritten(of | {"answer": ([0.5, 0.6, 0.6], [0.7, 0.7, 0.9])}).tolist()
     ['instruction', 'answer', 'original']
     """
-    if not (isinstance(limit, Real) and not isinstance(limit, bool) and limit > 0):
+    if not (is_number(limit) and limit > 0):
         raise UserError(f"limit must be a number above 0, got {limit!r}; infinity for none.")
     if ORIGINAL not in scores or not set(scores) <= set(VERSIONS):
         raise UserError(f"scores are of {ORIGINAL!r} and of any of {', '.join(VERSIONS[1:])}; got {sorted(scores)}.")

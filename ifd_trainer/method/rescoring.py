@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
+from .number_types import is_number
 
 TRAINED = 3  # forwards that a token costs in training: one, and a backward
 _FEWEST = 2  # rows that tell how far losses of rows of their kind have moved
@@ -150,6 +151,6 @@ def nearest(values: np.ndarray, able: np.ndarray, kept: int, known: np.ndarray, 
 
 def check_budget(budget: float) -> None:
     """Raise for what is no share of the cost of training."""
-    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    number = is_number(budget)
     if not number or not 0 < budget < float("inf"):
         raise UserError(f"rescore_budget is a share of what training costs, above 0, such as 0.1, got {budget!r}.")

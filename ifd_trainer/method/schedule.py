@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from ..errors import UserError
 from .brief_experience import Brief
 from .choices import DIRECTIONS, RESCORES, TIER_MODES, Direction, Rescore, TierMode
+from .number_types import is_whole
 from .number_words import many
 from .rescoring import check_budget
 
@@ -260,7 +260,7 @@ class Timing:
             raise UserError("warmup and start_anew say what the warm-up epochs do: set warmup_epochs=1 or more.")
         for name, least in (("every", 1), ("warmup_epochs", 0), ("freeze_after", 0)):
             number = getattr(self, name)
-            whole = isinstance(number, Integral) and not isinstance(number, bool)
+            whole = is_whole(number)
             if not (whole and number >= least) and not (number is None and name == "freeze_after"):
                 raise UserError(f"{name} counts epochs: a whole number of at least {least}, got {number!r}.")
         if self.every_steps is not None:
@@ -273,7 +273,7 @@ class Timing:
 
     def _check_steps(self) -> None:
         steps = self.every_steps
-        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+        if not is_whole(steps) or steps < 1:
             raise UserError(f"every_steps counts optimizer updates: a whole number of at least 1, got {steps!r}.")
         if self.every > 1:
             raise UserError(

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UserError
+from .number_types import is_number
 
 Health = Mapping[str, float | None]
 WATCHED = ("separation", "rank_correlation", "spread", "at_or_above_1")
@@ -101,7 +102,7 @@ class Freeze:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1):
+            if not (is_number(value) and 0 <= value < 1):
                 raise UserError(f"{name} must be a number in [0, 1), got {value!r}; 0 switches it off.")
 
     def reason(self, now: Health, first: Health) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ import pandas as pd
 from ..errors import UserError
 from .calibrated_limit import CALIBRATED, CalibratedLimit
 from .choices import RANKED_BY, SHORTFALLS, Score, Shortfall
+from .number_types import is_number
 from .number_words import many
 from .reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, OTHER_TIER, RELAXED, Status
 
@@ -178,7 +178,7 @@ class Cherry:
     def __post_init__(self) -> None:
         if self.max_ifd == CALIBRATED:
             object.__setattr__(self, "max_ifd", CalibratedLimit())
-        number = isinstance(self.max_ifd, Real) and not isinstance(self.max_ifd, bool)
+        number = is_number(self.max_ifd)
         if not isinstance(self.max_ifd, CalibratedLimit) and not (number and self.max_ifd > 0):
             raise UserError(
                 f"max_ifd must be positive, got {self.max_ifd!r}; for no limit give infinity, inf, for one that is "

@@ -22,13 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import UserError
 from .choices import TOKEN_SHARE as SHARE
+from .number_types import is_number
 
 _LOW = 16  # bits that the second pass counts
 _HIGH = 15  # bits that the first one counts: of the 32, the sign is always 0
@@ -39,7 +39,7 @@ def check_share(share: float, name: str = "share") -> None:
 
     >>> check_share(0.5)
     """
-    if not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1:
+    if not is_number(share) or not 0 < share <= 1:
         raise UserError(
             f"{name} is a share of all tokens, above 0 and at most 1, got {share!r}. Papers take 0.5 to 0.75."
         )

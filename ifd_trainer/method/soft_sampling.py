@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 
 from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall
+from .number_types import is_number
 from .reasons import BELOW_CUT, KEPT, NOT_DRAWN
 from .selection import AmongCandidates, OwnScore, Selection, score_values
 
@@ -43,7 +43,7 @@ class SoftSampling(AmongCandidates):
     on_shortfall: Shortfall = "repeat"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.temperature, Real) and not isinstance(self.temperature, bool)
+        number = is_number(self.temperature)
         if not (number and self.temperature > 0):
             raise UserError(f"temperature must be a positive number, inf for random rows, got {self.temperature!r}.")
         self.check_candidates()

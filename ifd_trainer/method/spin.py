@@ -19,7 +19,6 @@ with a way of answering, and is chosen by a look at the gaps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import ClassVar
 
 import numpy as np
@@ -28,6 +27,7 @@ from numpy.typing import ArrayLike
 from ..errors import UserError
 from .columns import OWN_AGREEMENT, SPIN_GAP
 from .gates import GateMeasures
+from .number_types import is_number
 from .reasons import MATCHED
 
 OWN_EMPTY = "own_answer_empty"  # status: the model says nothing, which has no loss to compare with
@@ -69,9 +69,9 @@ class MatchedGate:
     agreement: float | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.margin, Real) and not isinstance(self.margin, bool) and np.isfinite(self.margin)):
+        if not (is_number(self.margin) and np.isfinite(self.margin)):
             raise UserError(f"margin must be a number of nats per token, got {self.margin!r}.")
-        share = isinstance(self.agreement, Real) and not isinstance(self.agreement, bool)
+        share = is_number(self.agreement)
         if self.agreement is not None and not (share and 0 < self.agreement <= 1):
             raise UserError(f"agreement must be a number above 0 and at most 1, or None, got {self.agreement!r}.")
 

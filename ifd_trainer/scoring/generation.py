@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from ..data.encoding import check_positive, token_budget_batches
 from ..errors import UserError
 from ..method.knowledge import check_share
+from ..method.number_types import is_number, is_whole
 from .engine import model_device
 from .eval_guard import eval_mode
 from .model_parts import text_config, unwrapped
@@ -155,9 +155,9 @@ def check_sampling(samples: int, temperature: float, top_p: float, seed: int) ->
     """
     check_positive(samples=samples)
     check_share(top_p=top_p)
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
+    if not is_whole(seed) or seed < 0:
         raise UserError(f"seed must be a whole number of at least 0, got {seed!r}.")
-    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    number = is_number(temperature)
     if not (number and 0 < temperature < float("inf")):
         raise UserError(
             f"temperature must be a number above 0, got {temperature!r}: at 0 all samples would be the same answer."

@@ -23,6 +23,7 @@ from ..method.choices import ORDERS, WITHOUT, TurnRule, Without
 from ..method.facility_location import Diverse
 from ..method.further_scores import FURTHER, OF_A_RUN, further_names
 from ..method.guard import Guard
+from ..method.number_types import is_whole
 from ..method.schedule import Anneal, Curriculum, Schedule, Timing
 from ..method.selection import Cherry, Policy, eligibility
 from ..method.stratified import Mixture, Stratified
@@ -277,5 +278,5 @@ def check_options(scorer: Any, seed: Any, order: Any) -> None:
     model = isinstance(scorer, torch.nn.Module) and hasattr(scorer, "config")
     if not (scorer is None or isinstance(scorer, str) or model):
         raise UserError(f"scorer must be a model's name or path, a loaded model, 'columns' or None, got {scorer!r}.")
-    if not (seed is None or (isinstance(seed, Integral) and not isinstance(seed, bool) and seed >= 0)):
+    if not (seed is None or (is_whole(seed) and seed >= 0)):
         raise UserError(f"seed must be a whole number of at least 0, or None for the trainer's, got {seed!r}.")

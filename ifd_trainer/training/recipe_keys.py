@@ -18,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 from ..method.calibrated_limit import CALIBRATED
+from ..method.number_types import is_number
 from .recipe_file import ALIASES, FILES
 
 # Keys that TRL's parser or this program reads in another way than their type says.
@@ -108,7 +109,7 @@ def check_ranges(settings: Iterable[Any]) -> None:
         for field in dataclasses.fields(values):
             value = getattr(values, field.name)
             least, most = _LEAST.get(field.name, -math.inf), _MOST.get(field.name, math.inf)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = is_number(value)
             if number and not least <= value <= most:  # false of nan too
                 wanted = "a number" if least == -math.inf else f"at least {least:g}"
                 wanted += f" and at most {most}" if field.name in _MOST else ""
