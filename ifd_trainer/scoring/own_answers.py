@@ -1,7 +1,8 @@
 """Does the model's own answer score as the row's does? The transform that compares their losses (SPIN).
 
 What the gap means, and the rule that goes by it, is in `method.spin`; whose model, tokenizer and format they are, in
-`asking`. The row's answer and the model's own are tokenised and scored in the same way, behind the same prompt.
+`asking`. The row's answer and the model's own are tokenised and scored in the same way, behind the same prompt and the
+same white space.
 """
 
 from __future__ import annotations
@@ -170,6 +171,9 @@ class OwnAnswerScorer(AskingScorer):
 
 
 def _with_answer(example: Example, text: str) -> Example:
-    """The example with an answer of the model's own; a space at its prompt's end was left to that answer."""
-    spaces = len(example.prompt) - len(example.prompt.rstrip(" "))
-    return dataclasses.replace(example, answer=text.removeprefix(" " * spaces) + example.end)
+    """The example with an answer of the model's own, behind the white space that the row's answer begins with.
+
+    A model that begins with a line break where the data has none would else seem not to know what it says itself.
+    """
+    blank = example.answer[: len(example.answer) - len(example.answer.lstrip())]
+    return dataclasses.replace(example, answer=blank + text.lstrip() + example.end)

@@ -72,7 +72,7 @@ def test_the_columns_are_those_of_answers_and_losses_by_hand(model, tokenizer, s
         prompt = ALPACA.render(row, tokenizer).prompt
         answers = [said_by_hand(model, tokenizer, prompt, each) for each in ([None] if samples is None else range(3))]
         assert values["own_answer"] == answers[0]
-        own = [loss_by_hand(model, tokenizer, prompt, answer) for answer in answers if answer.strip()]
+        own = [loss_by_hand(model, tokenizer, prompt, answer.lstrip()) for answer in answers if answer.strip()]
         assert values["own_cas"] == pytest.approx(np.mean(own), rel=ROUNDING)
         cas = loss_by_hand(model, tokenizer, prompt, row["output"])
         assert values["spin_gap"] == pytest.approx(cas - np.mean(own), rel=1e-4)
@@ -93,6 +93,14 @@ def test_an_answer_of_the_models_own_has_no_gap_and_is_matched(model, tokenizer)
     margin = sorted(first["spin_gap"])[1]
     expected = ["matched" if gap <= margin else "kept" for gap in first["spin_gap"]]
     assert gate_rows(first, [MatchedGate(margin)]).tolist() == expected
+
+
+def test_white_space_before_an_answer_is_no_gap(model, tokenizer):
+    scorer = OwnAnswerScorer(model, tokenizer, max_new_tokens=NEW)
+    said = scorer(GOOD)["own_answer"]
+    for blank in ("", "\n"):
+        found = scorer(GOOD | {"output": [blank + text.lstrip() for text in said]})
+        assert found["spin_gap"] == pytest.approx([0.0] * 4, abs=1e-4)
 
 
 def test_a_policy_ranks_by_the_gap_as_by_any_column(model, tokenizer):
