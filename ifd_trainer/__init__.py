@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.iterit import IterIT
     from .method.kakurenbo import Kakurenbo
     from .method.knowledge import hard_or_wrong, wilson_interval
+    from .method.lead import Lead
     from .method.pairing_test import PairingTest
     from .method.ranking import Ranking
     from .method.reflection import choose_rewritten
@@ -73,6 +74,7 @@ _HOME = {
         "method.infobatch": ("InfoBatch",),
         "method.iterit": ("IterIT",),
         "method.kakurenbo": ("Kakurenbo",),
+        "method.lead": ("Lead",),
         "method.knowledge": ("hard_or_wrong", "wilson_interval"),
         "method.pairing_test": ("PairingTest",),
         "method.ranking": ("Ranking",),

@@ -30,7 +30,11 @@ CONTROLS = {  # policies by the names that recipes have for them
 
 TARGET = "target"  # the policy `TargetSet` in recipes
 CASCADE = "cascade"  # the policy `Cascade` in recipes
-BY_LOSS = {"infobatch": "InfoBatch", "kakurenbo": "Kakurenbo"}  # policies that go by cas alone, in recipes
+BY_LOSS = {
+    "infobatch": "InfoBatch",
+    "kakurenbo": "Kakurenbo",
+    "lead": "Lead",
+}  # policies that go by losses, in recipes
 
 GUARDS = ("limit", "pairing", "unfinished", "duplicates", "freeze")  # the fields of a `Guard` that can be on or off
 

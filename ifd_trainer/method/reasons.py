@@ -48,6 +48,8 @@ SHORTER_ANSWER = "shorter_answer"  # the budget was spent on longer answers
 HIGHER_SCORE = "higher_score"  # the budget was spent on easier rows
 UNSTABLE = "unstable"  # among the candidates, but other scores change less when rows are disturbed
 LESS_ALIKE = "less_like_targets"  # the budget was spent on rows that are more like the examples of a target set
+OTHER_GROUP = "other_group"  # of a bandit over groups of rows: this one was not drawn
+TRAINED_ENOUGH = "trained_enough"  # trained on as often as a policy wants before others are
 HIDDEN = "hidden"  # of a policy that trains on all rows but the learnt ones: this one is
 LESS_PREFERRED = "less_preferred"  # of a cascade: other rows have higher values in the column that comes first
 OUTSIDE_BAND = "outside_band"  # score outside the percentiles that were asked for, or the budget was spent
@@ -84,6 +86,8 @@ MEANINGS = {
     NOT_DRAWN: "not drawn",
     SHORTER_ANSWER: "dropped: other answers are longer",
     HIGHER_SCORE: "dropped: other rows have lower scores",
+    OTHER_GROUP: "of a group of rows that was not drawn",
+    TRAINED_ENOUGH: "trained on often enough, and others are not",
     HIDDEN: "hidden: its loss is low, and others are not learnt yet",
     UNSTABLE: "dropped: the scores of other candidates change less among their neighbours",
     OUTSIDE_BAND: "dropped: outside the band of scores",

@@ -283,6 +283,11 @@ def _rule(policy: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
             f"all rows but those with the lowest {score}: hidden first are rows whose answers have a probability of "
             f"{policy.get('tau')} by token, and whose loss did not rise"
         )
+    if policy.get("type") == "Lead":
+        by, parts = policy.get("by"), policy.get("groups")
+        of = f"with one value of {by}" if by else f"in one of {parts} parts by IFD"
+        most = "those with the highest loss, as far as it is known"
+        return f"of the rows {of}, which a bandit draws for each epoch, {most}"
     if policy.get("type") == "Diverse":
         share = policy.get("share")
         of = f"{share:,} " if isinstance(share, int) else f"{100 * share:g} % of the " if share else ""

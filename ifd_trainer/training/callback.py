@@ -36,6 +36,7 @@ from ..method.columns import SCORES
 from ..method.facility_location import Diverse
 from ..method.further_scores import SCORED_BY_MODEL
 from ..method.guard import Guard
+from ..method.lead import Lead
 from ..method.parts import Part, divide, scored_rows
 from ..method.plain_data import to_data
 from ..method.reasons import NOT_SCORED, Status
@@ -56,6 +57,7 @@ from .image_pool import ImagePool
 from .image_pool_scorer import check_image_run, guard_of_images, pool_scorer_of
 from .initial_weights import FOLDER as ORIGINAL
 from .initial_weights import Snapshot
+from .lead_state import check_lead
 from .options import (
     Scoring,
     asked_scores,
@@ -192,6 +194,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.run = SelectionRun()
         check_timing(trainer, self.timing)
         check_parts(self.policy, self.timing, self.schedule, scorer)
+        if isinstance(self.policy, Lead):
+            check_lead(self.policy, self.timing, scorer, trainer.selection_pool.packed)
+            self.scoring = replace(self.scoring, train_losses=True)
         if self.weighted is not None or getattr(self.policy, "gives_weights", False):
             check_weighable(trainer, f"policy={self.weighted or self.policy!r}")
         if self.scoring.train_losses:
@@ -450,6 +455,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if record and len(trained) != (planned if said is None else said) and state.is_world_process_zero:
             self.history.add_column(self._epoch, "times", times, record.get("part"))
         self.gather()
+        if self.chooser.lead is not None:
+            self.chooser.lead.pending = self.run.losses.harvested.means()
         if (losses := self.run.losses.harvested) is not None and record and state.is_world_process_zero:
             means = np.where(times > 0, losses.means(), np.nan)
             self.history.add_column(self._epoch, "train_loss", means, record.get("part"))
@@ -558,6 +565,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.bad_cases is not None and wanted.source == "selected":
             self.bad_cases.note(step, (self._losses_before() if step == 0 else None) or {})
             self.chooser.shares = self.bad_cases.measure(step)
+        if self.chooser.lead is not None and wanted.source == "selected":
+            self.chooser.lead.follow(self.scores, self.pool)
         selection = self.chooser.choose(wanted, ids, self.seed, step > 0, self._prefix)
         self.chooser.note_tiers(wanted, selection)
         if self.weighted is not None:
@@ -599,6 +608,8 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if self.bad_cases is not None and wanted.source in ("selected", "same"):
             record["bad_cases"] = self.bad_cases.record(selection.kept)
             logged |= {f"ifd/share_{value}": share for value, share in record["bad_cases"]["shares"].items()}
+        if self.chooser.lead is not None and wanted.source == "selected":
+            record["lead"] = self.chooser.lead.record(selection.kept)
         before = record["before_training"] or {}
         logged |= {"ifd/eval_loss_before": before["eval_loss"]} if "eval_loss" in before else {}
         logged |= {f"ifd/eval_{name}_loss_before": loss for name, loss in before.get("eval_losses", {}).items()}
@@ -802,6 +813,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if scores is not None and saved["version"] == 2 and self.pool_scorer.other == "columns":
             scores = self.score_pool()  # only cas and das were kept
         self.chooser.from_state(saved, scores)
+        if self.chooser.lead is not None and not saved["ended"]:  # and perhaps at the epoch's last step
+            losses = TrainLosses(len(self.pool))
+            losses.from_arrays(dict(self._restored_arrays))
+            self.chooser.lead.pending = losses.means()
         if self.bad_cases is not None:
             self.bad_cases.from_state(saved.get("bad_cases"))
             self.chooser.shares = self.bad_cases.shares

@@ -31,6 +31,7 @@ from ..method.further_scores import further_names
 from ..method.guard import Guard
 from ..method.infobatch import InfoBatch
 from ..method.kakurenbo import Kakurenbo
+from ..method.lead import Lead
 from ..method.pairing_test import PairingTest
 from ..method.quotas import REST, parse_amounts
 from ..method.ranking import Ranking
@@ -152,6 +153,8 @@ class SelectionConfig(SelectionKeys):
         limits += ("score",) if not by_score or self.policy in BY_LOSS else ()
         idle |= {"rescore: candidates": ("rescore_budget",)} if self.rescore != "candidates" else {}
         idle |= {"policy: balanced": ("balance_by",)} if self.policy != "balanced" else {}
+        idle |= {"policy: lead": ("lead_by", "lead_groups")} if self.policy != "lead" else {}
+        idle |= {"policy: lead without lead_by": ("lead_groups",)} if self.lead_by else {}
         idle |= {f"policy: {TARGET}": ("target_set",)} if self.policy != TARGET else {}
         idle |= {"policy: cherry": (*limits, "temperature")} if self.policy != "cherry" else {}
         idle |= {"stages": ("stage_epochs", "growing")} if not self.stages else {}
@@ -287,6 +290,8 @@ class SelectionConfig(SelectionKeys):
             share = _share("cascade_share", self.cascade_share)
             return Cascade(self.cascade_by, share, limit, self._score(), self.on_shortfall)
         if self.policy in BY_LOSS:
+            if self.policy == "lead":
+                return Lead(self.lead_by, self.lead_groups)
             return {"infobatch": InfoBatch, "kakurenbo": Kakurenbo}[self.policy]()
         if self.policy in CONTROLS:
             control = getattr(controls, CONTROLS[self.policy])

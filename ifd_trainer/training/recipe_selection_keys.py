@@ -275,8 +275,8 @@ class SelectionKeys:
             "help": f"Which rows are kept: cherry (the highest scores under the limit), {TARGET} (those most like "
             f"target_set), {CASCADE} (the highest scores among the rows that cascade_by ranks first), infobatch (rows "
             "below the mean loss are drawn, and count for the others), kakurenbo (all but the rows with the lowest "
-            f"loss that are learnt), one of the controls {', '.join(CONTROLS)}, or a policy of your own as module.Name "
-            "(of a module beside the recipe).",
+            "loss that are learnt), lead (rows of a group that a bandit draws, by losses of training), one of the "
+            f"controls {', '.join(CONTROLS)}, or a policy of your own as module.Name (of a module beside the recipe).",
             "metavar": "NAME",
         },
     )
@@ -286,6 +286,16 @@ class SelectionKeys:
             "help": "Of policy: balanced, the column of whose values as many rows each are drawn.",
             "metavar": "COLUMN",
         },
+    )
+    lead_by: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of policy: lead, the column whose values are the groups (default: groups by IFD).",
+            "metavar": "COLUMN",
+        },
+    )
+    lead_groups: int = field(
+        default=7, metadata={"help": "Of policy: lead, how many groups by IFD there are.", "metavar": "N"}
     )
     target_set: str | None = field(
         default=None,

@@ -28,6 +28,7 @@ from ..method.facility_location import EMBEDDING, Diverse
 from ..method.further_scores import FURTHER, LOSS_CHANGE, RECENT_CHANGE
 from ..method.guard import GUARD_REASONS, Guard
 from ..method.iterit import ANSWER_TEXT
+from ..method.lead import Lead
 from ..method.number_words import many
 from ..method.parts import repeated
 from ..method.plain_data import to_data
@@ -50,6 +51,7 @@ from ..method.target_set import SIMILARITIES, TargetSet
 from ..scoring.losses import Scores
 from .candidate_scoring import Ages, Candidates
 from .checkpoint_state import arrays_of, scores_of
+from .lead_state import LeadState
 from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
 from .run_guards import PASSED, Measured, RunGuards
@@ -99,6 +101,7 @@ class RowChooser:
         tier_of: (n,) the tier of a curriculum that trained on each row last, -1 for none; None without a curriculum.
         guards: which rows are held back from the policy.
         targets: how alike rows are to the targets of a `TargetSet`; None with another policy.
+        lead: what a `Lead` has learned; None with another policy.
         frozen: why rows are scored no more, if they are not; see `method.scoring_health.Freeze`.
         earlier: what the epoch has trained on in its parts before the one that is chosen.
         used: (n,) whether each row is among them.
@@ -144,6 +147,7 @@ class RowChooser:
         limit = self.calibrated or (guard.limit if guard else None)
         self.guards = RunGuards(guard, limit, self.ranked_by, pool_scorer)
         self.targets = TargetSimilarities(policy, pool_scorer) if isinstance(policy, TargetSet) else None
+        self.lead = LeadState(policy) if isinstance(policy, Lead) else None
         self.forget(trained=True)
 
     @property
@@ -190,6 +194,8 @@ class RowChooser:
         self._embedded: tuple[Scores | None, np.ndarray] = None, np.empty((0, 0), dtype=np.float32)
         if self.targets is not None:
             self.targets.forget()
+        if self.lead is not None:
+            self.lead.forget()
         if trained or len(self.trained) != len(self.pool):
             self.trained = np.zeros(len(self.pool), dtype=bool)
             self.guards.forget()
@@ -333,6 +339,8 @@ class RowChooser:
             columns["kept_without_guards"] = np.isin(np.arange(len(ids)), rows)
         if self.targets is not None and wanted.source not in ("all", "brief"):
             columns |= self.targets.row_columns()
+        if self.lead is not None and wanted.source not in ("all", "brief"):
+            columns |= self.lead.row_columns()
         if self.guards.p_values is not None:
             columns["p_value"] = self.guards.p_values.copy()
         if self.guards.groups is not None:
@@ -357,6 +365,7 @@ class RowChooser:
             arrays |= {"since": self.since.astype(np.int8)}
             arrays |= {} if self.last is None or self.last.ages is None else self.last.ages.to_arrays()
         arrays |= {} if self.targets is None else self.targets.to_arrays()
+        arrays |= {} if self.lead is None else self.lead.to_arrays()
         arrays |= {} if self._of_all is None else arrays_of(self._of_all[0].scores, _OF_ALL)
         of_scores, known = self._embedded
         if read_again and known.shape[1] and self.last is not None and of_scores is self.last.scores:
@@ -379,6 +388,8 @@ class RowChooser:
         self.guards.from_arrays(arrays)
         if self.targets is not None:
             self.targets.from_arrays(arrays)
+        if self.lead is not None:
+            self.lead.from_arrays(arrays)
         of_all = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_OF_ALL)}
         self._scores_of_all = scores_of(of_all, _OF_ALL)
 
@@ -403,6 +414,8 @@ class RowChooser:
             self._of_all = _as_said(self._scores_of_all, of_all), of_all["eligible"]
         self.eligible = self.last if saved.get("eligible", True) else None
         self._embedded = scores, self._embedded[1]
+        if self.lead is not None:
+            self.lead.restore(scores, self.pool)
 
     @property
     def pool(self) -> Pool:
@@ -561,6 +574,9 @@ class RowChooser:
         every = columns = _Columns(self.last.scores.columns(), self.pool_scorer)
         policy = policy.in_epoch(wanted.counted) if hasattr(policy, "in_epoch") else policy
         policy = policy.given(self.shares) if isinstance(policy, BadCases) and self.shares is not None else policy
+        if isinstance(policy, Lead):
+            policy = self.lead.policy
+            columns |= self.lead.columns()
         limited = eligibility(policy) is not None and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:

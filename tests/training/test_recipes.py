@@ -105,6 +105,7 @@ def small(recipe: str, model: str, data: str, folder: Path, *more: str) -> list[
     words += ["--diverse", "15", "--embedder", "", "--keep", "6"] if "diverse" in settings else []
     words += ["--threshold", "0.1"] if "threshold" in settings else []
     words += ["--eval_dataset", data] if "eval_dataset" in settings else []
+    words += ["--keep", "0.1"] if recipe == "lead" else []
     words += ["--every_steps", "3"] if "every_steps" in settings else []
     return [*words, *more]
 
@@ -139,6 +140,7 @@ def test_all_recipes_are_there():
         "curriculum_by_column",
         "infobatch",
         "iterit",
+        "lead",
         "knowledge_detection",
         "mixture_by_epoch",
         "quotas",
@@ -263,6 +265,10 @@ def test_every_recipe_runs_as_planned(recipe, model, data, tmp_path, capsys, mon
         assert "Shares by source" in out
     if recipe == "mixture_by_epoch":
         assert [sum(of_value[0][row] == "chat" for row in rows) for rows in kept] == [2, 1]
+    if recipe == "lead":
+        assert [record["scored_at"] for record in history.epochs] == [0, 0]
+        assert [sum(of["rows"] for of in record["lead"].values()) for record in history.epochs] == [4, 4]
+        assert history.rows(0)["train_loss"].notna().sum() == 4
     if recipe == "infobatch":
         rows = history.rows(0)
         above = rows["cas"] >= rows["cas"].mean()
