@@ -14,7 +14,7 @@ from datasets import Dataset
 from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows
 from ifd_trainer.method.columns import IFD_COLUMNS
-from ifd_trainer.method.further_scores import FURTHER, LOSS_CHANGE
+from ifd_trainer.method.further_scores import FURTHER, OF_A_RUN
 from ifd_trainer.scoring.transform import IFDScorer
 
 ROWS = [
@@ -148,7 +148,7 @@ def test_the_help_names_every_further_score_with_its_meaning(capsys: pytest.Capt
         main(["score", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for name, further in FURTHER.items():
-        assert (f"{name}: {further.meaning}" in shown) == (name != LOSS_CHANGE)
+        assert (f"{name}: {further.meaning}" in shown) == (name not in OF_A_RUN)
 
 
 def test_a_report_shows_them_in_its_tables_and_plots(tmp_path: Path, data: Path, model_path: str) -> None:
