@@ -354,7 +354,7 @@ def test_a_policy_beside_the_recipe_is_found(tmp_path, monkeypatch):
     [
         (
             {"policy": "best"},
-            "policy: 'best' is none of cherry, target, infobatch, kakurenbo, lead, random, balanced, longest, lowest, middle",
+            "policy: 'best' is none of cherry, target, infobatch, kakurenbo, lead, random, balanced, longest, lowest",
         ),
         ({"policy": "no_module.Mine"}, "policy: 'no_module.Mine' cannot be imported: No module named 'no_module'"),
         ({"policy": "ifd_trainer.Mine"}, "policy: 'ifd_trainer.Mine' cannot be imported"),
