@@ -94,7 +94,6 @@ _OF_KNOWLEDGE = {
 }
 # Options of `reflect` that are the transform's by the same names.
 _OF_REFLECTION = ("max_length", "score_truncated", "dtype", "token_budget", "revision", "trust_remote_code", "guess")
-_TAKEN = ("rewritten_instruction", "rewritten_answer")
 # Options of `score --spin`, likewise.
 _OF_SPIN = {name: f"spin_{name}" for name in ("max_new_tokens", "agreement", "temperature", "top_p", "seed")}
 
@@ -1011,6 +1010,7 @@ def _reflect(options: argparse.Namespace) -> int:
     import pyarrow.compute as pc
 
     from .data.files import check_apart, check_features, load_rows, source_digest, with_columns, write_rows
+    from .method.reflection import KEPT_ORIGINAL, REWRITTEN_ANSWER, REWRITTEN_INSTRUCTION
     from .publish.provenance import provenance_of, write_provenance
     from .publish.reflect import joined, with_taken_texts
     from .scoring.job_parts import Parts, kept
@@ -1074,7 +1074,7 @@ def _reflect(options: argparse.Namespace) -> int:
     shown = ", ".join(f"{each['counts']:,} {each['values']}" for each in counted)
     without = f" ({many(missing, 'row')} without a rewritten one)" if missing else ""
     print(f"{many(len(rows), 'row')}: {shown}{without}. Written to {options.output}.")
-    if not any(each["values"] in ("kept_original", *_TAKEN) for each in counted):
+    if not any(each["values"] in (KEPT_ORIGINAL, REWRITTEN_INSTRUCTION, REWRITTEN_ANSWER) for each in counted):
         _say(f"warning: no row of {options.data} could be compared: `reflect_reason` says why for each.")
     return 0
 

@@ -247,8 +247,7 @@ class CopyGate:
 
 
 def _check_number(name: str, value: object, above: float) -> None:
-    number = is_number(value)
-    if not (number and value > above and np.isfinite(value)):
+    if not (is_number(value) and value > above and np.isfinite(value)):
         raise UserError(f"{name} must be a number above {above:g}, got {value!r}.")
 
 

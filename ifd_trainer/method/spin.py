@@ -69,8 +69,7 @@ class MatchedGate:
     def __post_init__(self) -> None:
         if not (is_number(self.margin) and np.isfinite(self.margin)):
             raise UserError(f"margin must be a number of nats per token, got {self.margin!r}.")
-        share = is_number(self.agreement)
-        if self.agreement is not None and not (share and 0 < self.agreement <= 1):
+        if self.agreement is not None and not (is_number(self.agreement) and 0 < self.agreement <= 1):
             raise UserError(f"agreement must be a number above 0 and at most 1, or None, got {self.agreement!r}.")
 
     @property
