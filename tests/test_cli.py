@@ -1111,7 +1111,10 @@ def test_rows_and_scores_of_two_files_are_tested_too(tmp_path: Path, many: Path,
 
 
 def test_a_reader_that_has_seen_enough_is_no_fault_of_the_program():
-    program = "import sys; from ifd_trainer import cli; cli.train_help = lambda: 'x\\n' * 10**6; sys.exit(cli.main())"
+    program = (
+        "import sys; from ifd_trainer import cli; from ifd_trainer.commands import train; "
+        "train.train_help = lambda: 'x\\n' * 10**6; sys.exit(cli.main())"
+    )
     started = [sys.executable, "-c", program, "train", "--help"]
     with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
         assert done.stdout.readline() == "x\n"

@@ -11,7 +11,10 @@ from transformers import Trainer
 
 PACKAGE = ROOT / "ifd_trainer"
 # A room imports from itself and from the rooms before it; `errors` is everybody's, the top may import all.
-ROOMS = ["method", "data", "scoring", "training", "frameworks", "report", "publish", "evaluation", "judge", "compare"]
+ROOMS = [
+    *("method", "data", "scoring", "training", "frameworks", "report", "publish", "evaluation", "judge", "compare"),
+    "commands",
+]
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
 
 

@@ -104,8 +104,8 @@ def test_the_recipe_runner_says_how_trl_is_installed(place, words):
 
 
 def test_the_recipe_runner_names_a_trl_that_is_too_old(monkeypatch, capsys):
-    monkeypatch.setattr("ifd_trainer.cli.find_spec", lambda name: name)
-    monkeypatch.setattr("ifd_trainer.cli.version", lambda name: "0.24.0")
+    monkeypatch.setattr("ifd_trainer.commands.train.find_spec", lambda name: name)
+    monkeypatch.setattr("ifd_trainer.commands.train.version", lambda name: "0.24.0")
     assert main(["train", "recipe.yaml"]) == 2
     assert "fine-tunes with trl 1.8 or later, and 0.24.0 is installed: pip install" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -119,6 +119,17 @@ class Comparison:
             for arm in self.arms
         ]
 
+    def in_order(self, workers: int, cost: Mapping[str, float] | None = None) -> list[Task]:
+        """All runs as they begin, `workers` at a time: seed by seed, and of the last seeds the longest first, so that
+        none of these is left to run alone at the end.
+
+        Args:
+            cost: of a run of each arm, in any unit.
+        """
+        tasks, cost = self.tasks(), cost or {}
+        last = self.seeds[-workers:] if workers > 1 else []
+        return sorted(tasks, key=lambda task: (task.seed in last, -cost.get(task.arm.name, 0.0) * (task.seed in last)))
+
     def save(self) -> None:
         """Write what is compared; a comparison that is there has to be the same one.
 
@@ -160,10 +171,12 @@ class Comparison:
         devices: Sequence[str] = (),
         say: Callable[[str], None] = print,
         launch: Callable[[Path, str | None], None] | None = None,
+        cost: Mapping[str, float] | None = None,
     ) -> None:
         """Train all that is left, `workers` runs at a time.
 
         Args:
+            cost: see `in_order`.
             devices: of CUDA, which runs take in turn; none to leave them as they are.
             say: tells what has begun and ended, and what is left.
             launch: trains what a folder's `run.json` says, on a device; by default in a process of its own.
@@ -171,7 +184,7 @@ class Comparison:
         Raises:
             RunError: for a run that failed; the others that were going end first.
         """
-        every = self.tasks()
+        every = self.in_order(workers, cost)
         left = [task for task in every if not task.done]
         began, done, launch = time.perf_counter(), 0, launch or partial(in_a_process, workers=workers)
         going: dict[Future[None], Task] = {}

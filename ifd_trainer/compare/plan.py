@@ -89,9 +89,9 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
     ends = np.cumsum([epoch.updates for epoch in plan.epochs])
     length = float(np.mean(pool.lengths(np.arange(len(pool)))))
     tokens = int(plan.rows * length)
-    passes = _scorings(arm, len(plan.epochs), callback.timing.every) if callback.reads_scores else 0
-    if any(plan.every_steps):
-        passes = sum(callback.rows_scored(epoch.epoch) for epoch in plan.epochs) / pool.training_rows
+    passes = sum(callback.rows_scored(epoch.epoch) for epoch in plan.epochs) / pool.training_rows
+    if callback.reads_scores and arm.keys.get("scorer"):
+        passes = 1  # another model's scores do not change
     scored = int(2 * passes * len(pool) * length)  # with the prompt, and without it
     if callback.chooser.targets is not None:  # each row once more, to be embedded
         scored += int(_scorings(arm, len(plan.epochs), callback.timing.every) * len(pool) * length)

@@ -25,7 +25,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ifd_trainer.compare import command
+from ifd_trainer.commands import compare as command
 from ifd_trainer.compare.arm_run import main as arm_run
 from ifd_trainer.compare.comparison import Comparison
 from ifd_trainer.compare.results import read_results

@@ -210,6 +210,28 @@ def test_what_has_ended_is_not_done_again(folder, compared, capsys):
     assert page.read_text() == written
 
 
+def test_no_long_run_is_left_to_run_alone(folder):
+    """Two at a time, seed by seed, but of the last two seeds the longest first."""
+    comparison, cost = prepared(folder, "ordered", "--arms", "static", "longest"), {"static": 5.0, "longest": 2.0}
+    comparison.seeds = [0, 1, 2]
+
+    def order(workers, **options):
+        begun = []
+
+        def say(text):
+            if ": begins" in text:
+                begun.append(text.partition(":")[0])
+
+        comparison.run(workers, say=say, launch=lambda place, device: None, **options)
+        return begun
+
+    arms = ("random", "static", "longest")
+    by_seed = [f"{arm}, seed {seed}" for seed in range(3) for arm in arms]
+    assert order(1, cost=cost) == order(2) == by_seed
+    longest = [f"{arm}, seed {seed}" for arm in ("static", "longest", "random") for seed in (1, 2)]
+    assert order(2, cost=cost) == by_seed[:3] + longest
+
+
 def test_a_comparison_that_stopped_goes_on_where_it_was(folder, compared):
     """One run fails in its second epoch: those before it have ended, and it goes on from its checkpoint."""
     comparison = prepared(folder, "stopped")

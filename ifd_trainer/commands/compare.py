@@ -9,18 +9,19 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from ..compare.arms import DEFAULT, KNOWN, left_out_of_arms, read_arms
 from ..errors import NotFoundError, UserError
 from ..evaluation.measures import Measures, read_measures
 from ..method.number_words import many
 from ..training.recipe_file import check_recipe, overrides, read_recipe
-from .arms import DEFAULT, KNOWN, left_out_of_arms, read_arms
+from .arguments import OneLineParser
 
 if TYPE_CHECKING:
+    from ..compare.comparison import Comparison
+    from ..compare.judging import Judging
     from ..judge.pairs import Judge
-    from .comparison import Comparison
-    from .judging import Judging
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +30,10 @@ which of them end with another loss on held-out rows than random rows do, and ho
 page, compare.html, in output_dir."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See {self.prog} --help.")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command's own options; all others are keys of the recipe."""
     known = "".join(f"\n  {name:<15}{words}" for name, (words, _) in KNOWN.items())
-    made = _Parser(
+    made = OneLineParser(
         prog="ifd-trainer compare",
         usage="ifd-trainer compare RECIPE.yaml [--plan] [options] [--KEY VALUE ...]",
         description=_DESCRIPTION,
@@ -92,13 +88,21 @@ def compare(arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
+    from ..compare.comparison import Comparison
+    from ..compare.exports import write_numbers
+    from ..compare.page import write_page
+    from ..compare.plan import idle_lines, operations_per_second, planned_arm, planned_measures
+    from ..compare.results import read_curves, results_of
+    from ..compare.wording import (
+        cost_table,
+        further_tables,
+        headline,
+        plan_of_measures,
+        plan_text,
+        result_table,
+        unasked,
+    )
     from ..training.recipe_plan import only_the_plan
-    from .comparison import Comparison
-    from .exports import write_numbers
-    from .page import write_page
-    from .plan import idle_lines, operations_per_second, planned_arm, planned_measures
-    from .results import read_curves, results_of
-    from .wording import cost_table, further_tables, headline, plan_of_measures, plan_text, result_table, unasked
 
     with only_the_plan() if options.plan else nullcontext():
         planned = [planned_arm(options.recipe, words, arm) for arm in arms]
@@ -115,7 +119,8 @@ def compare(arguments: Sequence[str]) -> int:
     folder = Path(str(output or "runs/compare"))
     comparison = Comparison(folder, options.recipe, list(words), arms, seeds, planned[0].epochs, measures)
     comparison.save()
-    comparison.run(options.workers, options.devices or (), _say)
+    cost = {each.arm.name: each.operations for each in planned}
+    comparison.run(options.workers, options.devices or (), _say, cost=cost)
     curves = read_curves(comparison)
     results = results_of(curves)
     if judge is not None:
@@ -183,7 +188,7 @@ def _judge(options: argparse.Namespace, of_recipe: Any, measures: Measures) -> J
         given = {**(given or {}), "base_url": options.judge_url}
     if not given:
         return None
-    from .judging import judged_sets, read_judge
+    from ..compare.judging import judged_sets, read_judge
 
     judge = read_judge(given)
     judged_sets(measures)
@@ -194,7 +199,7 @@ def _judge(options: argparse.Namespace, of_recipe: Any, measures: Measures) -> J
 def _judged(comparison: Comparison, seeds: list[int], judge: Judge, again: bool) -> Judging:
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .judging import answer_pairs, judged, questions
+    from ..compare.judging import answer_pairs, judged, questions
 
     pairs = answer_pairs(comparison, seeds)
     count = questions(comparison, pairs, judge, again)
