@@ -18,7 +18,7 @@ from .choices import Shortfall
 from .number_types import is_number
 from .number_words import many
 from .reasons import ABOVE_LIMIT, BELOW_CUT, KEPT, NO_VALUE, UNSTABLE, Status
-from .selection import Selection, ShortfallError, repeats
+from .selection import Selection, ShortfallError, check_rows_wanted, repeats
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Hierarchical:
         rng: np.random.Generator | None = None,
     ) -> Selection:
         """Select `budget` of n rows; see `Policy`."""
-        if budget < 1:
-            raise UserError(f"The budget must be at least one row, got {budget}.")
+        check_rows_wanted(budget)
         score, spread = (self._column(columns, name) for name in (self.score, self.spread))
         status = np.asarray(columns["ifd_status"], dtype=object)
         ids = np.arange(len(score)) if ids is None else np.asarray(ids)

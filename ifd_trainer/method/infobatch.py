@@ -28,11 +28,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..errors import UserError
 from .choices import Score
-from .number_words import many
-from .reasons import KEPT, NOT_DRAWN, Status
-from .selection import OwnScore, Selection, ShortfallError, check_score, repeats, score_values
+from .reasons import NOT_DRAWN
+from .selection import OwnScore, Selection, check_score, reasons_of, repeats, rows_with_loss, score_values
 
 
 @dataclass(frozen=True)
@@ -79,16 +77,9 @@ class InfoBatch:
         Raises:
             ShortfallError: when no row is eligible.
         """
-        if budget < 1:
-            raise UserError(f"The budget must be at least one row, got {budget}.")
         rng = np.random.default_rng(0) if rng is None else rng
         status, score = np.asarray(columns["ifd_status"], dtype=object), score_values(columns, self.score)
-        scored = status == Status.OK.value
-        rows = np.flatnonzero(scored & np.isfinite(score))
-        if not len(rows):
-            raise ShortfallError(
-                f"{many(budget, 'row is', 'rows are')} to be kept, but none of {len(status)} has a loss."
-            )
+        rows = rows_with_loss(status, score, budget)
         rows = rows if ids is None else rows[np.argsort(np.asarray(ids)[rows], kind="stable")]
         above = score[rows] >= score[rows].mean()
         kept, weights = _drawn(rows, above, budget, rng)
@@ -99,10 +90,7 @@ class InfoBatch:
             times = np.bincount(np.concatenate([kept, again]), minlength=len(status))
             kept = np.concatenate([kept, again])
             weights = 1 / times[kept]
-        reasons = status.copy()
-        reasons[scored] = Status.NONFINITE.value
-        reasons[rows] = NOT_DRAWN
-        reasons[kept] = KEPT
+        reasons = reasons_of(status, rows, NOT_DRAWN, kept)
         return Selection(kept, reasons, float(score[kept].min()), len(rows), len(again), weights=weights)
 
 

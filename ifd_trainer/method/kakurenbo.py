@@ -24,9 +24,8 @@ import numpy as np
 from ..errors import UserError
 from .further_scores import RECENT_CHANGE
 from .number_types import is_number
-from .number_words import many
-from .reasons import HIDDEN, KEPT, Status
-from .selection import Selection, ShortfallError, repeats
+from .reasons import HIDDEN
+from .selection import Selection, reasons_of, repeats, rows_with_loss
 
 
 @dataclass(frozen=True)
@@ -74,15 +73,8 @@ class Kakurenbo:
         Raises:
             ShortfallError: when no row is eligible.
         """
-        if budget < 1:
-            raise UserError(f"The budget must be at least one row, got {budget}.")
         status, loss = np.asarray(columns["ifd_status"], dtype=object), np.asarray(columns["cas"], dtype=np.float64)
-        scored = status == Status.OK.value
-        rows = np.flatnonzero(scored & np.isfinite(loss))
-        if not len(rows):
-            raise ShortfallError(
-                f"{many(budget, 'row is', 'rows are')} to be kept, but none of {len(status)} has a loss."
-            )
+        rows = rows_with_loss(status, loss, budget)
         ids = np.arange(len(status)) if ids is None else np.asarray(ids)
         risen = np.asarray(columns[RECENT_CHANGE], dtype=np.float64)[rows] > 0
         ready = (np.exp(-loss[rows]) >= self.tau) & ~risen
@@ -90,8 +82,5 @@ class Kakurenbo:
         left = np.delete(rows, hidden)
         kept = left[np.lexsort((ids[left], -loss[left]))]
         again = repeats(kept, budget - len(kept), rng)
-        reasons = status.copy()
-        reasons[scored] = Status.NONFINITE.value
-        reasons[rows] = HIDDEN
-        reasons[kept] = KEPT
+        reasons = reasons_of(status, rows, HIDDEN, kept)
         return Selection(np.concatenate([kept, again]), reasons, float(loss[kept].min()), len(rows), len(again))

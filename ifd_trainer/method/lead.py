@@ -34,9 +34,8 @@ import numpy as np
 
 from ..errors import UserError
 from .number_types import is_number, is_whole
-from .number_words import many
-from .reasons import BELOW_CUT, KEPT, OTHER_GROUP, TRAINED_ENOUGH, Status
-from .selection import Selection, ShortfallError, coded, repeats
+from .reasons import BELOW_CUT, OTHER_GROUP, TRAINED_ENOUGH
+from .selection import Selection, coded, reasons_of, repeats, rows_with_loss
 
 UTILITY, GROUP, TIMES = "lead_utility", "lead_group", "lead_times"  # columns that a run gives the policy
 
@@ -126,33 +125,25 @@ class Lead:
         Raises:
             ShortfallError: when no row has a utility.
         """
-        if budget < 1:
-            raise UserError(f"The budget must be at least one row, got {budget}.")
         rng = np.random.default_rng(0) if rng is None else rng
         status = np.asarray(columns["ifd_status"], dtype=object)
         utility = np.asarray(columns.get(UTILITY, columns["cas"]), dtype=np.float64)
         group = np.asarray(columns.get(GROUP, np.zeros(len(status), dtype=np.int64)))
         times = np.asarray(columns.get(TIMES, np.zeros(len(status), dtype=np.int64)))
         ids = np.arange(len(status)) if ids is None else np.asarray(ids)
-        able = (status == Status.OK.value) & np.isfinite(utility) & (group >= 0)
-        if not able.any():
-            raise ShortfallError(
-                f"{many(budget, 'row is', 'rows are')} to be kept, but none of {len(status)} has a loss."
-            )
+        rows = rows_with_loss(status, np.where(group >= 0, utility, np.nan), budget)
         chances = self._chances(int(group.max()) + 1)
         turn = np.empty(len(chances), dtype=np.int64)  # when each group has its turn
         turn[rng.choice(len(chances), len(chances), replace=False, p=chances)] = np.arange(len(chances))
-        rows, enough = np.flatnonzero(able), times >= self.most
+        enough = times >= self.most
         # Rows that had their turns come after all others, those with the fewest first.
         late = np.where(enough, times, 0)[rows]
         order = rows[np.lexsort((ids[rows], -utility[rows], turn[group[rows]], late))]
         kept = order[:budget]
         again = repeats(kept, budget - len(kept), rng)
-        reasons = status.copy()
-        reasons[status == Status.OK.value] = Status.NONFINITE.value
         reached = np.isin(group, group[kept])
-        reasons[rows] = np.where(enough, TRAINED_ENOUGH, np.where(reached, BELOW_CUT, OTHER_GROUP))[rows]
-        reasons[kept] = KEPT
+        dropped = np.where(enough, TRAINED_ENOUGH, np.where(reached, BELOW_CUT, OTHER_GROUP))[rows]
+        reasons = reasons_of(status, rows, dropped, kept)
         cut = float(utility[kept].min())
         return Selection(np.concatenate([kept, again]), reasons, cut, len(rows), len(again))
 

@@ -287,15 +287,11 @@ class Timing:
             )
 
     def _check_candidates(self) -> None:
-        if self.freeze_after is not None and self.freeze_after <= self.warmup_epochs + 1:
+        once = self.warmup_epochs + (1 if self.every_steps is None else 0)  # in parts, the first epoch scores anew
+        if self.freeze_after is not None and self.freeze_after <= once:
             raise UserError(
                 f"With freeze_after={self.freeze_after} rows are scored once, so that none are scored anew: leave "
                 "rescore='candidates' out, or set a later epoch."
-            )
-        if self.every_steps is not None:
-            raise UserError(
-                f"rescore='candidates' goes by the scores of epochs before, and every_steps={self.every_steps} scores "
-                "all rows that are left by each part of an epoch: leave one of them out."
             )
 
     def part_steps(self, rows: EpochRows) -> int | None:

@@ -208,8 +208,7 @@ class Cherry:
         Raises:
             ShortfallError: when no row is eligible (with "relax": has a score), or on a shortfall with "error".
         """
-        if budget < 1:
-            raise UserError(f"The budget must be at least one row, got {budget}.")
+        check_rows_wanted(budget)
         score = score_values(columns, self.score)
         statuses, codes = coded(columns["ifd_status"])
         ids = np.arange(len(score)) if ids is None else np.asarray(ids)
@@ -347,6 +346,52 @@ def best_rows(score: np.ndarray, ids: np.ndarray, mask: np.ndarray, count: int) 
         cut = np.partition(score[positions], len(positions) - count)[len(positions) - count]
         positions = positions[score[positions] >= cut]
     return positions[np.lexsort((ids[positions], -score[positions]))][:count]
+
+
+def check_rows_wanted(budget: int) -> None:
+    """Raise for a budget of no rows."""
+    if budget < 1:
+        raise UserError(f"The budget must be at least one row, got {budget}.")
+
+
+def rows_with_loss(status: np.ndarray, loss: np.ndarray, budget: int) -> np.ndarray:
+    """Positions of the rows with a score and a finite loss, (m,), for a policy that minds no limit.
+
+    Args:
+        status: (n,) of each row.
+        loss: (n,) what it ranks by.
+        budget: rows that are to be kept, for the message.
+
+    Raises:
+        ShortfallError: without one.
+
+    >>> rows_with_loss(np.array(["ok", "ok", "too_long"]), np.array([1.0, np.nan, np.nan]), budget=1).tolist()
+    [0]
+    """
+    check_rows_wanted(budget)
+    rows = np.flatnonzero((status == Status.OK.value) & np.isfinite(loss))
+    if not len(rows):
+        raise ShortfallError(f"{many(budget, 'row is', 'rows are')} to be kept, but none of {len(status)} has a loss.")
+    return rows
+
+
+def reasons_of(status: np.ndarray, rows: np.ndarray, dropped: str | np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Why rows were kept or not, (n,) texts.
+
+    Args:
+        status: (n,) of each row.
+        rows: (m,) positions of those with a number to rank by; others with a score have the reason `nonfinite`.
+        dropped: the reason of those that are not kept, one for all or (m,).
+        kept: positions.
+
+    >>> reasons_of(np.array(["ok", "ok", "too_long"], dtype=object), np.array([0, 1]), "hidden", np.array([1])).tolist()
+    ['hidden', 'kept', 'too_long']
+    """
+    reasons = status.copy()
+    reasons[status == Status.OK.value] = Status.NONFINITE.value
+    reasons[rows] = dropped
+    reasons[kept] = KEPT
+    return reasons
 
 
 def repeats(rows: np.ndarray, missing: int, rng: np.random.Generator | None) -> np.ndarray:

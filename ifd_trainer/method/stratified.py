@@ -24,7 +24,7 @@ from .iterit import IterIT
 from .number_words import many
 from .quotas import within_bounds
 from .reasons import BELOW_CUT, KEPT, OTHER_STAGE, OVER_QUOTA, Status
-from .selection import Cherry, Policy, Selection, ShortfallError, coded, repeats, score_values
+from .selection import Cherry, Policy, Selection, ShortfallError, check_rows_wanted, coded, repeats, score_values
 from .target_set import TargetSet
 
 Columns = Mapping[str, np.ndarray]
@@ -138,8 +138,7 @@ class Stratified(Within):
         self, columns: Columns, budget: int, *, ids: np.ndarray | None = None, rng: np.random.Generator | None = None
     ) -> Selection:
         """Select `budget` of n rows; see `Policy`."""
-        if budget < 1:
-            raise UserError(f"The budget must be at least one row, got {budget}.")
+        check_rows_wanted(budget)
         values, groups = self._groups(columns)
         eligible = self.policy(columns, 1, ids=ids, rng=rng).eligible
         ranked = self.policy(columns, max(eligible, 1), ids=ids, rng=rng)

@@ -24,7 +24,7 @@ from .calibrated_limit import CalibratedLimit
 from .choices import Shortfall
 from .number_words import many
 from .reasons import KEPT, LESS_ALIKE, Status
-from .selection import ROW_LIMIT, Cherry, Selection, ShortfallError, best_rows, counted, repeats
+from .selection import ROW_LIMIT, Cherry, Selection, ShortfallError, best_rows, check_rows_wanted, counted, repeats
 
 SIMILARITIES = "target_similarities"  # the column of rows' cosines with all targets, (n, m)
 
@@ -123,8 +123,7 @@ def round_robin(similarities: np.ndarray, budget: int, ids: np.ndarray | None = 
     similarities = np.asarray(similarities)
     if similarities.ndim != 2 or not similarities.shape[1]:
         raise UserError(f"Similarities must be (rows, targets), with a target at least, got {similarities.shape}.")
-    if budget < 1:
-        raise UserError(f"The budget must be at least one row, got {budget}.")
+    check_rows_wanted(budget)
     rows, targets = similarities.shape
     ids = np.arange(rows) if ids is None else np.asarray(ids)
     left = np.isfinite(similarities).all(axis=1)
@@ -225,8 +224,7 @@ class TargetSet:
             ShortfallError: as for `Cherry`.
             ValueError: without similarities.
         """
-        if budget < 1:
-            raise UserError(f"The budget must be at least one row, got {budget}.")
+        check_rows_wanted(budget)
         similarities = self._similarities(columns)
         status = np.asarray(columns["ifd_status"], dtype=object).copy()
         ok = status == Status.OK.value
