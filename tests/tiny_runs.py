@@ -299,6 +299,17 @@ def train(trainer: Trainer, **options: Any) -> Witness:
     return witness
 
 
+class WeightsAt(TrainerCallback):
+    """Keeps the weights after each update, and before the first one."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.after = trainer, {0: weights_of(trainer.model)}
+        trainer.add_callback(self)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.after[state.global_step] = weights_of(self.trainer.model)
+
+
 class Stop(TrainerCallback):
     """Ends training once a checkpoint was written at a step, as if the machine went away."""
 

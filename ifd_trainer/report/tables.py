@@ -40,13 +40,13 @@ def epoch_table(history: History) -> Table:
     ended before all of them: the last batch dropped, the end of the run; packed rows with packing), with a curriculum
     the tiers trained on (0 is the one that it begins with), the epoch in which the scores were made (where some are
     older than their epoch, and not all of one), where rows were scored anew under a budget the share of rows with a
-    score that were (`fresh`) and the epoch of the oldest score (`oldest`), mean score of the kept and of the dropped
-    rows, share of the kept rows that the epoch before kept too (not for the sample of a brief experience), the lowest
-    score kept, the limit (where it is calibrated), seconds, held-out loss of each evaluation set; "-" where a number is
-    not known. A line "start" has the held-out loss before training, where it was measured. An epoch in parts has a line
-    for each, "0, part 2", with the numbers of the part and, as its pool, the rows that the parts before had left.
-    Epochs of the brief experience are called that; a line "anew" stands where training starts anew. Below the table
-    stands what its columns mean, and which model scored.
+    score that were (`fresh`) and the epoch of the oldest score (`oldest`; of epochs in parts the updates before it,
+    `oldest step`), mean score of the kept and of the dropped rows, share of the kept rows that the epoch before kept
+    too (not for the sample of a brief experience), the lowest score kept, the limit (where it is calibrated), seconds,
+    held-out loss of each evaluation set; "-" where a number is not known. A line "start" has the held-out loss before
+    training, where it was measured. An epoch in parts has a line for each, "0, part 2", with the numbers of the part
+    and, as its pool, the rows that the parts before had left. Epochs of the brief experience are called that; a line
+    "anew" stands where training starts anew. Below the table stands what its columns mean, and which model scored.
 
     >>> from rich import print
     >>> print(epoch_table(History.load("outputs/run")))  # doctest: +SKIP
@@ -197,7 +197,8 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
     headers = ["epoch", "pool", "kept", *(["repeats"] if repeats else [])]
     headers += [*(["trained"] if unfinished else []), *(["tiers"] if tiers else [])]
     aged = any(record.get("rescore_cost") is not None for record in history.epochs)
-    headers += [*(["scored in"] if scored else []), *(["fresh", "oldest"] if aged else [])]
+    oldest = "oldest" if not any(record.get("part") for record in history.epochs) else "oldest step"
+    headers += [*(["scored in"] if scored else []), *(["fresh", oldest] if aged else [])]
     headers += [f"{score} kept", f"{score} dropped", "overlap", "cut"]
     limits = any(record.get("limit") is not None for record in history.epochs)
     headers += ["limit"] if limits else []
@@ -213,7 +214,8 @@ def epoch_cells(history: History) -> tuple[list[str], list[list[str]]]:
         extra += [count_text(record.get("trained"))] if unfinished else []
         extra += [_tiers_text(record.get("tiers"))] if tiers else []
         extra += [count_text(made.get(epoch))] if scored else []
-        extra += [percent_text(record.get("fresh")), count_text(record.get("oldest_scored_at"))] if aged else []
+        age = record.get("oldest_scored_at" if oldest == "oldest" else "oldest_scored_step")
+        extra += [percent_text(record.get("fresh")), count_text(age)] if aged else []
         overlap = None if kinds.is_brief(epoch - 1) else record.get("overlap")  # a sample was not selected
         rows.append(
             [_place(record), count_text(record.get("left", record.get("pool"))), count_text(kept), *extra]

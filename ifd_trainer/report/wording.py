@@ -41,8 +41,9 @@ _COLUMNS = {
     "trained": "rows that the epoch came to; packed rows with packing",
     "tiers": "tiers of the curriculum that were trained on, 0 the first",
     "scored in": "the epoch at whose start the scores were made",
-    "fresh": "share of the scores that were made when the epoch began; the others were moved as these have",
+    "fresh": "share of the scores that were made for this line; the others were moved as these have",
     "oldest": "the epoch at whose start the oldest score was made",
+    "oldest step": "updates after which the oldest score was made",
     "overlap": "share of the kept rows that the epoch before kept too",
     "cut": "the lowest score kept",
     "limit": "rows with a score at or above it are dropped",
@@ -149,12 +150,19 @@ def scoring_sentence(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, 
         return f"The scores are those of another model, {scorer}, and do not change from epoch to epoch."
     kinds = EpochKinds.from_settings(settings)
     before = f" (of epoch {kinds.restart}, before training starts anew)" if kinds.restart in times else ""
-    if any(record.get("part") for record in epochs):
+    parts, candidates = any(record.get("part") for record in epochs), settings.get("rescore") == "candidates"
+    if parts and candidates:
+        return (
+            f"All rows are scored before epoch {times[0]}{before}; when its parts and later epochs begin, some of the "
+            "rows that are left are anew, by the model as it then is, and the losses of the others are moved as those "
+            "of rows drawn at random have moved."
+        )
+    if parts:
         again = " and again by each of its parts, on the rows that are left,"
         last = settings.get("freeze_after")
         until = "" if last is None or last >= len(made) else f"; from epoch {last} on the last scores of all rows stand"
         return f"All rows are scored when an epoch begins{again} by the model as it is then{before}{until}."
-    if settings.get("rescore") == "candidates" and len(times) > 1:
+    if candidates and len(times) > 1:
         return (
             f"All rows are scored before epoch {times[0]}{before}; before epochs "
             f"{', '.join(map(str, times[1:]))} some are anew, by the model as it then is, and the losses of all others "

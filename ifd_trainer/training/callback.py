@@ -326,11 +326,20 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return self.timing.part_steps(self._rows_of(epoch)) if self.reads_scores else None
 
     def rows_scored(self, epoch: int) -> int:
-        """Training rows that are scored for an epoch, as planned: all when it begins, what is left by each part."""
+        """Training rows that are scored for an epoch, as planned: all when it begins, what is left by each part; or of
+        mean length as many candidates as their budget pays for."""
         wanted = self._rows_of(epoch)
         if not (self.reads_scores and wanted.scored):
             return 0
-        return scored_rows(self._parts_of(epoch, True), self.pool.training_rows)
+        parts, candidates = self._parts_of(epoch, True), self.chooser.candidates
+        if candidates is None:
+            return scored_rows(parts, self.pool.training_rows)
+        whole = self.pool.training_rows if epoch == self.timing.warmup_epochs else 0
+        anew = parts[1:] if whole else parts
+        pays_for = (candidates.rule.allowance(part.rows) for part in anew)
+        return whole + sum(
+            int(min(rows, self.pool.training_rows - part.first_row)) for part, rows in zip(anew, pays_for, strict=True)
+        )
 
     def begin_part(self, part: Part) -> None:
         """Choose the rows of another part of the epoch that runs, by the model as it is."""
@@ -551,9 +560,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         name = f"epoch {epoch}" + (f", part {part.number} of {part.of}" if part.of > 1 else "")
         scored, noted = wanted.scored and self.chooser.frozen is None, {}
         if scored and not self.reads_scores:
-            self.chooser.take_unscored(self.pool_scorer.not_run(self._prefix), epoch)
+            self.chooser.take_unscored(self.pool_scorer.not_run(self._prefix), epoch, step)
         elif scored and self.chooser.candidates is not None and self.chooser.last is not None:
-            self.chooser.rescore(wanted, epoch, ids, self._prefix, self.seed)
+            self.chooser.rescore(wanted, epoch, step, ids, self._prefix, self.seed)
         elif scored:
             first = self._first_scoring(begun=step > 0) if self.chooser.last is None else None
             if first is not None:
@@ -561,7 +570,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             scores = self.score_pool(f"IFD, {name}", *([left] if number else []))
             if first is not None:
                 noted = first.look_at(scores, share)
-            self.chooser.take(scores, epoch, ids, self._prefix, self.seed)
+            self.chooser.take(scores, epoch, step, ids, self._prefix, self.seed)
         if self.bad_cases is not None and wanted.source == "selected":
             self.bad_cases.note(step, (self._losses_before() if step == 0 else None) or {})
             self.chooser.shares = self.bad_cases.measure(step)
@@ -585,7 +594,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             self.chooser.warn(selection, name)
         values = self.chooser.values(scores)
         known = np.isfinite(values)
-        ages = self.chooser.ages.record(known, selection.kept, epoch) if known.any() else {}
+        ages = self.chooser.ages.record(known, selection.kept, step) if known.any() else {}
         record = {
             **epoch_record(values, selection),
             "epoch": epoch,
@@ -828,7 +837,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
 
 _WATCHED = ("limit", "unfinished", *WATCHED)
 _LOGGED = ("pool", "eligible", "kept", "packed_rows", *_WATCHED, "cut", "mean_kept", "mean_dropped", "overlap")
-_LOGGED_AGES = ("fresh", "kept_fresh", "oldest_scored_at", "rescore_cost")
+_LOGGED_AGES = ("fresh", "kept_fresh", "oldest_scored_at", "oldest_scored_step", "rescore_cost")
 _LOGGED += ("shortfall", "proxy_rank_correlation", "proxy_overlap", "seconds_scoring")
 
 

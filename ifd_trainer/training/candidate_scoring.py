@@ -9,8 +9,12 @@ Where there are scores already, an epoch measures the losses given the prompt an
 All other rows keep their last measured losses, moved as far as those that were measured twice have moved (see
 `method.rescoring`): otherwise each row that is scored anew, whose loss has fallen like all others', would lose its
 place to rows that are not. Direct losses, which move least, stay those of the scoring of all rows. The history says of
-each row when it was scored (`scored_at`), and how far its loss was moved since (`cas_shift`, nats per token). With a
-curriculum, the cut is that of all its tiers together.
+each row when it was scored (`scored_at`, `scored_step`), and how far its loss was moved since (`cas_shift`, nats per
+token). With a curriculum, the cut is that of all its tiers together.
+
+Each part of an epoch in parts (`every_steps`) has a budget of its own, a share of what training on its rows costs. Rows
+that the epoch has trained on before are neither scored nor moved: no part can keep them. The next epoch moves them as
+rows that were trained on.
 """
 
 from __future__ import annotations
@@ -40,52 +44,71 @@ class Ages(NamedTuple):
     """When the scores of n rows were made.
 
     Attributes:
-        scored_at: (n,) the epoch at whose start each row was scored.
+        scored_at: (n,) the epoch in which each row was scored.
+        step: (n,) after how many updates of the run it was.
         shift: (n,) nats by which its loss given the prompt was moved since.
         drawn: (n,) whether it was drawn at random, the last time that rows were scored.
-        cost: tokens of the forwards of that scoring, over those of training on the epoch's rows.
+        cost: tokens of the forwards of that scoring, over those of training on the rows it chose.
     """
 
     scored_at: np.ndarray
+    step: np.ndarray
     shift: np.ndarray
     drawn: np.ndarray
     cost: float | None = None
 
     @classmethod
-    def of_all(cls, rows: int, epoch: int) -> Ages:
-        """All rows scored in one epoch."""
-        return cls(np.full(rows, epoch), np.zeros(rows), np.zeros(rows, dtype=bool))
+    def of_all(cls, rows: int, epoch: int, step: int) -> Ages:
+        """All rows scored in one epoch, after so many updates."""
+        return cls(np.full(rows, epoch), np.full(rows, step), np.zeros(rows), np.zeros(rows, dtype=bool))
 
     def row_columns(self, scored: np.ndarray, moved: bool) -> dict[str, Any]:
         """What the history shows of each row; nothing for rows that are not among the `scored` (n,).
 
         `moved`: whether losses are moved in this run.
         """
-        at = pd.array(np.where(scored, self.scored_at, -1), dtype="Int64")
-        at[~scored] = pd.NA
-        return {"scored_at": at} | ({"cas_shift": np.where(scored, self.shift, np.nan)} if moved else {})
+        columns = {"scored_at": _where(scored, self.scored_at)}
+        if moved:
+            columns |= {"scored_step": _where(scored, self.step), "cas_shift": np.where(scored, self.shift, np.nan)}
+        return columns
 
-    def record(self, scored: np.ndarray, kept: np.ndarray, epoch: int) -> dict[str, Any]:
-        """What the history says of an epoch: shares of the `scored` rows (n,), and of those at `kept` (k,)."""
-        fresh = self.scored_at == epoch
+    def record(self, scored: np.ndarray, kept: np.ndarray, step: int) -> dict[str, Any]:
+        """What the history says of rows that were chosen after `step` updates.
+
+        Args:
+            scored: (n,) rows with a score.
+            kept: (k,) positions.
+        """
+        fresh = self.step == step
         return {
             "fresh": float(fresh[scored].mean()),
             "kept_fresh": float(fresh[kept].mean()),
             "oldest_scored_at": int(self.scored_at[scored].min()),
+            "oldest_scored_step": int(self.step[scored].min()),
             "rescore_cost": self.cost if fresh.any() else None,
         }
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps."""
-        return {"rows_scored_at": self.scored_at, "cas_shift": self.shift, "rows_drawn": self.drawn.astype(np.int8)}
+        return {
+            "rows_scored_at": self.scored_at,
+            "rows_scored_step": self.step,
+            "cas_shift": self.shift,
+            "rows_drawn": self.drawn.astype(np.int8),
+        }
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Ages | None:
         """Take that out of the arrays of a checkpoint; None where all rows were scored at once."""
         if "rows_scored_at" not in arrays:
             return None
-        drawn = arrays.pop("rows_drawn").astype(bool)
-        return cls(arrays.pop("rows_scored_at"), arrays.pop("cas_shift"), drawn)
+        names = ("rows_scored_at", "rows_scored_step", "cas_shift")
+        return cls(*map(arrays.pop, names), arrays.pop("rows_drawn").astype(bool))
+
+
+def _where(known: np.ndarray, numbers: np.ndarray) -> pd.arrays.IntegerArray:
+    """Whole numbers (n,) of rows where they are known."""
+    return pd.array(pd.Series(numbers).where(known), dtype="Int64")
 
 
 class Candidates:
@@ -114,9 +137,11 @@ class Candidates:
         ages: Ages,
         wanted: EpochRows,
         epoch: int,
+        step: int,
         ids: np.ndarray,
         *,
         trained: np.ndarray,
+        used: np.ndarray,
         values: Callable[[Scores], np.ndarray],
         able: np.ndarray,
         prefix: Sequence[int],
@@ -126,20 +151,23 @@ class Candidates:
 
         Args:
             known: the last scores, and how old they are.
-            wanted: what the epoch trains on.
+            wanted: what the epoch, or the part of one that begins, trains on.
+            step: updates that were made.
             ids: (n,) of the rows.
             trained: (n,) whether a row was trained on since those scores were made.
+            used: (n,) whether the epoch has trained on it in its parts before.
             values: gives what rows are ranked by, (n,).
             able: (n,) rows that may be kept, by what is known of them.
             prefix: tokens before a direct answer.
             seed: of the rows that are drawn.
         """
-        pool, ok = self.pool_scorer.pool, known.ifd_status == Status.OK.value
+        pool, left = self.pool_scorer.pool, (known.ifd_status == Status.OK.value) & ~used
         lengths = pool.lengths(np.arange(len(pool)))
         trained_tokens = wanted.budget / pool.training_rows * lengths.sum()  # of rows of mean length
         allowance = self.rule.allowance(trained_tokens)
         self._tell_of_limit(min(self._pairs, len(pool)) * lengths.mean() / self.rule.of_training(trained_tokens))
-        parts = self._agreed(self.rule.drawn(ok, trained, ages.scored_at, lengths, allowance, ids, [seed, epoch]))
+        draw = self.rule.drawn(left, trained, ages.step, lengths, allowance, ids, [seed, *wanted.seeds])
+        parts = self._agreed(draw)
         cas, eot, measured = known.cas.copy(), known.eot_loss.copy(), np.zeros(len(pool), dtype=bool)
 
         def measure(rows: np.ndarray, description: str) -> np.ndarray:
@@ -148,13 +176,13 @@ class Candidates:
             cas[rows], eot[rows] = self.pool_scorer.conditioned_losses(rows, prefix, f"{description}, epoch {epoch}")
             measured[rows] = True
             twice = np.flatnonzero(measured)
-            factors = drift(known.cas[twice], cas[twice], twice, trained)
+            factors = np.where(left, drift(known.cas[twice], cas[twice], twice, trained), 1.0)
             return np.where(measured, cas, known.cas * factors)
 
         moved = measure(np.concatenate(parts), "Rows at random")
         ranked = values(self._scores(known, moved, eot))
         kept = max(round(wanted.ranked / pool.training_rows * len(pool)), 1)
-        order = nearest(ranked, able & np.isfinite(ranked), kept, measured, ids)
+        order = nearest(ranked, able & left & np.isfinite(ranked), kept, measured, ids)
         moved = measure(self._agreed(self.rule.near(order, lengths, allowance - lengths[measured].sum())), "Candidates")
         if not measured.any():
             logger.warning(
@@ -163,8 +191,9 @@ class Candidates:
             )
         cost = lengths[measured].sum() / self.rule.of_training(trained_tokens)
         shift = np.where(measured, 0.0, ages.shift + moved - known.cas)
-        scored_at, drawn = np.where(measured, epoch, ages.scored_at), np.isin(np.arange(len(pool)), parts[0])
-        return self._scores(known, moved, eot), Ages(scored_at, shift, drawn, float(cost))
+        times = np.where(measured, epoch, ages.scored_at), np.where(measured, step, ages.step)
+        drawn = np.isin(np.arange(len(pool)), parts[0])
+        return self._scores(known, moved, eot), Ages(*times, shift, drawn, float(cost))
 
     def _tell_of_limit(self, cost: float) -> None:
         """Say, once, that measuring a calibrated limit costs more than the budget, as a share of training."""

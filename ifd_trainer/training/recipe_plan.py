@@ -44,11 +44,16 @@ def planned(run: Run) -> str:
     lines.append(f"guards: {', '.join(callback.guard.names) if callback.guard else 'none'}")
     if not callback.reads_scores:
         lines.append("scoring: none, since nothing reads a score")
-    elif any(plan.every_steps):
+    elif any(plan.every_steps) or callback.chooser.candidates is not None:
         scored = sum(callback.rows_scored(epoch.epoch) for epoch in plan.epochs)
+        begins = "each part of an epoch" if any(plan.every_steps) else "each epoch"
+        which = "the rows that are left"
+        if callback.chooser.candidates is not None:
+            which = f"as many candidates as {100 * callback.timing.rescore_budget:g} % of its training pays for"
+            begins = f"all rows once, and {begins} after that"
         lines.append(
-            f"scoring: each part of an epoch scores the rows that are left, {scored:,} in all, "
-            f"{scored / plan.rows:.1f} for each one that is trained on"
+            f"scoring: {begins} scores {which}, {scored:,} in all, {scored / plan.rows:.1f} for each one that is "
+            "trained on"
         )
     if callback.chooser.targets is not None:
         targets = callback.chooser.targets.targets

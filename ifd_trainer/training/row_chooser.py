@@ -61,13 +61,15 @@ logger = get_logger(__name__)  # speaks in the main process alone
 
 
 class Scored(NamedTuple):
-    """Scores of a pool, the epoch at whose start they were made, what was measured with them, and what they are worth.
+    """Scores of a pool, when they were made, what was measured with them, and what they are worth.
 
-    `health` is that of `method.scoring_health`, `ages` says when single rows were scored, where that was not at once.
+    `epoch` is the one in which they were made, after `step` updates of the run; `health` is that of
+    `method.scoring_health`, `ages` says when single rows were scored, where that was not at once.
     """
 
     scores: Scores
     epoch: int
+    step: int
     measured: Measured = Measured()
     health: Health | None = None
     ages: Ages | None = None
@@ -183,7 +185,8 @@ class RowChooser:
         self.first_health: Health | None = None
         self.first_cas: np.ndarray | None = None
         # Of an epoch in parts: the scores that its first part was chosen by, which are of all rows, and whether some
-        # row was eligible by them. Those of later parts lack the rows that the epoch has trained on.
+        # row was eligible by them. Those of later parts lack the rows that the epoch has trained on, unless candidates
+        # are scored among all that are known.
         self._of_all: tuple[Scored, bool] | None = None
         self.earlier: list[TrainingRow] = []
         self.used, self.again = np.zeros(len(self.pool), dtype=bool), None
@@ -217,38 +220,42 @@ class RowChooser:
         self.used = np.zeros(len(self.pool), dtype=bool)
         if earlier:
             self.used[np.concatenate([np.ravel(row) for row in earlier])] = True
-            if self._of_all is None and self.last is not None:
+            if self._of_all is None and self.last is not None and self.candidates is None:
                 self._of_all = self.last, self.eligible is not None
         elif self._of_all is not None:
             (self.last, eligible), self._of_all = self._of_all, None
             self.eligible = self.last if eligible else None
 
-    def rescore(self, wanted: EpochRows, epoch: int, ids: np.ndarray, prefix: Sequence[int], seed: int) -> None:
+    def rescore(
+        self, wanted: EpochRows, epoch: int, step: int, ids: np.ndarray, prefix: Sequence[int], seed: int
+    ) -> None:
         """Score the candidates anew, and take the scores of all rows as they then are; see `take`."""
         known = self.last.scores
         below = self._below_limit(self.policy, _Columns(known.columns(), self.pool_scorer))
         held_back = self.guards.held_back(known, ids, self.trained, False, below, self.used)
         scores, ages = self.candidates(
-            *(known, self.ages, wanted, epoch, ids),
+            *(known, self.ages, wanted, epoch, step, ids),
             trained=self.since,
+            used=self.used,
             values=self.values,
             able=below & (held_back == "") & ~self._gone(wanted),
             prefix=prefix,
             seed=seed,
         )
-        self.take(scores, epoch, ids, prefix, seed, ages)
+        self.take(scores, epoch, step, ids, prefix, seed, ages)
 
     @property
     def ages(self) -> Ages | None:
         """When the rows were scored; None before they were."""
         if self.last is None:
             return None
-        return self.last.ages or Ages.of_all(len(self.pool), self.last.epoch)
+        return self.last.ages or Ages.of_all(len(self.pool), self.last.epoch, self.last.step)
 
     def take(
         self,
         scores: Scores,
         epoch: int,
+        step: int,
         ids: np.ndarray,
         prefix: Sequence[int],
         seed: int,
@@ -260,6 +267,7 @@ class RowChooser:
         carry no information any more, those before, from now on.
 
         Args:
+            step: updates that were made.
             prefix: tokens before a direct answer.
             ages: when each row was scored, where that was not now. Only what is fresh is judged, and what the scores
                 are worth is told by the rows that were drawn at random: those near the cut are not like all others.
@@ -269,7 +277,7 @@ class RowChooser:
             UserError: where no limit can be measured, and there are no such scores, or too few rows are to be an error.
         """
         unseen, scores = self.unseen, self._compared(scores)
-        judged = unseen if ages is None else unseen & (ages.scored_at == epoch)
+        judged = unseen if ages is None else unseen & (ages.step == step)
         watched = unseen if ages is None else unseen & ages.drawn
         try:
             measured = self.guards.measure(scores, ids, unseen, prefix, seed, epoch, ends=ages is None)
@@ -298,8 +306,8 @@ class RowChooser:
         self.guards.judge(scores, measured, judged)
         if ages is not None:
             measured = measured._replace(unfinished=self.last.measured.unfinished)
-        self.last = Scored(scores, epoch, measured, found, ages)
-        self.since[:] = False
+        self.last = Scored(scores, epoch, step, measured, found, ages)
+        self.since &= self.used  # what the epoch has trained on was not looked at
 
     def _compared(self, scores: Scores) -> Scores:
         """Scores with how losses have changed, since each row's first scoring and since the one before, as asked."""
@@ -313,9 +321,9 @@ class RowChooser:
             changes[RECENT_CHANGE] = loss_change(scores.cas, before)
         return replace(scores, further={**scores.further, **changes}) if changes else scores
 
-    def take_unscored(self, rows: Scores, epoch: int) -> None:
+    def take_unscored(self, rows: Scores, epoch: int, step: int) -> None:
         """Take what is known of rows that are not scored, since nothing reads their scores."""
-        self.last = Scored(rows, epoch)
+        self.last = Scored(rows, epoch, step)
 
     @property
     def guard_reasons(self) -> list[str]:
@@ -673,6 +681,7 @@ def _said(scored: Scored | None) -> dict[str, Any]:
     """What a checkpoint keeps of a scoring as JSON."""
     return {
         "scored_at": None if scored is None else scored.epoch,
+        "scored_step": None if scored is None else scored.step,
         "measured_limit": None if scored is None else scored.limit,
         "unfinished": None if scored is None else to_data(scored.measured.unfinished),
         "health": None if scored is None else scored.health,
@@ -684,7 +693,7 @@ def _as_said(scores: Scores, saved: Mapping[str, Any], ages: Ages | None = None)
     scored_at = saved["scored_at"] if "scored_at" in saved else saved["scores"]["epoch"]
     unfinished = saved.get("unfinished")
     measured = Measured(saved.get("measured_limit"), None, None if unfinished is None else float(unfinished))
-    return Scored(scores, scored_at, measured, saved.get("health"), ages)
+    return Scored(scores, scored_at, saved.get("scored_step", 0), measured, saved.get("health"), ages)
 
 
 class _Columns(dict):

@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from tiny_runs import (
+    FIVE,
     INF,
+    WeightsAt,
     difference,
     model_with,
     raw_rows,
@@ -29,6 +31,7 @@ from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.method.scoring_health import rank_correlation
 from ifd_trainer.method.unfinished import Unfinished
 from ifd_trainer.report.tables import epoch_cells
+from ifd_trainer.report.wording import scoring_sentence
 
 ROWS, KEEP, SEED = 40, 10, 42
 BUDGET = 1.2
@@ -38,39 +41,45 @@ CANDIDATES = {"rescore": "candidates", "rescore_budget": BUDGET}
 class Expected:
     """What a run does, computed row by row from the losses of `reference_scores` and the tokens of the rows."""
 
-    def __init__(self, trainer, seen):
-        self.rows = tokenised(trainer)
+    def __init__(self, trainer, weights):
+        self.trainer, self.weights, self.rows = trainer, weights, tokenised(trainer)
         self.ids = np.array(self.rows["row_id"])
-        self.exact = [
-            np.array([found[row] for row in self.ids.tolist()])
-            for found in (reference_scores(trainer, model_with(seen.weights[epoch])) for epoch in sorted(seen.weights))
-        ]  # (n, 2) for each epoch
-        self.kept = [np.isin(self.ids, rows) for rows in seen.epochs()]
         self.cost = np.array([len(tokens) for tokens in self.rows["input_ids"]])
-        self.allowance = BUDGET * 3 * KEEP / len(self.ids) * self.cost.sum()
 
-    def epoch(self, epoch, losses, scored_at):
-        """Losses (n, 2) of all rows, and when they were scored, after an epoch has scored its candidates anew."""
-        exact, trained = self.exact[epoch][:, 0], self.kept[epoch - 1]
-        order = np.random.default_rng([SEED, epoch]).permutation(len(self.ids)).tolist()
-        drawn = self.take([row for row in order if trained[row]], self.allowance / 8)
-        drawn += self.take([row for row in order if not trained[row]], self.allowance / 4 - self.cost[drawn].sum())
-        rest = sorted((row for row in order if row not in drawn), key=lambda row: scored_at[row])
-        drawn += self.take(rest, self.allowance / 10)
-        ifd = self.moved(losses[:, 0], exact, drawn, trained) / losses[:, 1]
-        near = sorted(set(range(len(self.ids))) - set(drawn), key=lambda row: abs(ifd[row] - sorted(ifd)[-KEEP]))
-        fresh = drawn + self.take(near, self.allowance - self.cost[drawn].sum())
-        cas = self.moved(losses[:, 0], exact, fresh, trained)
-        at = np.where(np.isin(np.arange(len(self.ids)), fresh), epoch, scored_at)
-        return np.stack([cas, losses[:, 1]], axis=1), at
+    def exact(self, step):
+        """Losses (n, 2) by the model after so many updates."""
+        found = reference_scores(self.trainer, model_with(self.weights[step]))
+        return np.array([found[row] for row in self.ids.tolist()])
+
+    def anew(self, step, draws, kept, losses, scored, trained, used):
+        """Losses (n, 2) of all rows, and after which updates they were scored, once candidates were scored anew.
+
+        `draws` are what seeds are made of beside the run's, `kept` the rows that are to be trained on, `losses` and
+        `scored` what was known, `trained` and `used` (n,) rows that were trained on since, and in this epoch.
+        """
+        exact, left = self.exact(step)[:, 0], [row for row in range(len(self.ids)) if not used[row]]
+        allowance = BUDGET * 3 * kept / len(self.ids) * self.cost.sum()
+        order = np.random.default_rng([SEED, *draws]).permutation(len(left))
+        order = [left[place] for place in order]
+        drawn = self.take([row for row in order if trained[row]], allowance / 8)
+        drawn += self.take([row for row in order if not trained[row]], allowance / 4 - self.cost[drawn].sum())
+        rest = sorted((row for row in order if row not in drawn), key=lambda row: scored[row])
+        drawn += self.take(rest, allowance / 10)
+        ifd = self.moved(losses[:, 0], exact, drawn, trained, used) / losses[:, 1]
+        cut = sorted(ifd[left])[-kept]
+        near = sorted(set(left) - set(drawn), key=lambda row: abs(ifd[row] - cut))
+        fresh = drawn + self.take(near, allowance - self.cost[drawn].sum())
+        cas = self.moved(losses[:, 0], exact, fresh, trained, used)
+        scored = np.where(np.isin(np.arange(len(self.ids)), fresh), step, scored)
+        return np.stack([cas, losses[:, 1]], axis=1), scored
 
     @staticmethod
-    def moved(known, exact, fresh, trained):
+    def moved(known, exact, fresh, trained, used):
         moved = known.copy()
-        for kind in (True, False):
+        for kind in {*trained[~used].tolist()}:
             of_kind = [row for row in fresh if trained[row] == kind]
-            assert len(of_kind) >= 2
-            moved[trained == kind] *= np.exp(np.log(exact[of_kind] / known[of_kind]).mean())
+            of_kind = of_kind if len(of_kind) >= 2 else fresh
+            moved[(trained == kind) & ~used] *= np.exp(np.log(exact[of_kind] / known[of_kind]).mean())
         moved[fresh] = exact[fresh]
         return moved
 
@@ -91,10 +100,11 @@ def run(folder, **options):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of three epochs, with a checkpoint at every second step."""
+    """A run of three epochs of five updates, with a checkpoint at every second step."""
     folder = tmp_path_factory.mktemp("whole")
     trainer, callback = run(folder, config={"save_strategy": "steps", "save_steps": 2})
-    return folder, trainer, callback, train(trainer)
+    weights = WeightsAt(trainer)
+    return folder, trainer, callback, train(trainer), weights.after
 
 
 def rows_of(callback, epoch):
@@ -102,42 +112,48 @@ def rows_of(callback, epoch):
 
 
 def test_candidates_are_scored_anew_and_the_others_are_moved(whole):
-    _, trainer, callback, seen = whole
-    expected = Expected(trainer, seen)
-    losses, measured, scored_at = expected.exact[0], expected.exact[0], np.zeros(ROWS, dtype=int)
+    _, trainer, callback, seen, weights = whole
+    expected = Expected(trainer, weights)
+    losses = measured = expected.exact(0)
+    scored, nothing = np.zeros(ROWS, dtype=int), np.zeros(ROWS, dtype=bool)
     shares = []
     for epoch in range(3):
+        step = 5 * epoch
         if epoch:
-            losses, scored_at = expected.epoch(epoch, losses, scored_at)
-            measured = np.where(scored_at[:, None] == epoch, losses, measured)
+            trained = np.isin(expected.ids, seen.epochs()[epoch - 1])
+            losses, scored = expected.anew(step, [epoch], KEEP, losses, scored, trained, used=nothing)
+            measured = np.where(scored[:, None] == step, losses, measured)
         found = rows_of(callback, epoch)
         assert found["row_id"].tolist() == sorted(expected.ids)
-        assert found["scored_at"].tolist() == scored_at.tolist()
+        assert found["scored_step"].tolist() == scored.tolist()
+        assert found["scored_at"].tolist() == (scored // 5).tolist()
         np.testing.assert_allclose(found["cas"], losses[:, 0], rtol=1e-4)
         np.testing.assert_allclose(found["das"], losses[:, 1], rtol=1e-4)
         np.testing.assert_allclose(found["cas"] - found["cas_shift"], measured[:, 0], rtol=1e-4)
         ifd = losses[:, 0] / losses[:, 1]
         best = expected.ids[np.argsort(-ifd, kind="stable")[:KEEP]]
         assert sorted(seen.epochs()[epoch]) == sorted(best.tolist())
-        shares.append(np.mean(scored_at == epoch))
+        shares.append(np.mean(scored == step))
     assert shares[0] == 1
     assert all(0.2 < share < 0.9 for share in shares[1:])
     records = callback.history.epochs
     assert [record["fresh"] for record in records] == pytest.approx(shares)
-    assert [record["oldest_scored_at"] for record in records] == [0, 0, int(scored_at.min())]
+    oldest = int(scored.min()) // 5
+    assert [record["oldest_scored_at"] for record in records] == [0, 0, oldest]
+    assert [record["oldest_scored_step"] for record in records] == [0, 0, 5 * oldest]
     assert records[0]["rescore_cost"] is None
     for record, log in zip(records[1:], selection_logs(trainer)[1:], strict=True):
         assert 0.8 * BUDGET < record["rescore_cost"] <= BUDGET
         assert log["ifd/rescore_cost"] == record["rescore_cost"]
         assert log["ifd/fresh"] == record["fresh"]
     headers, cells = epoch_cells(callback.history)
-    assert [row[headers.index("oldest")] for row in cells] == ["0", "0", str(int(scored_at.min()))]
+    assert [row[headers.index("oldest")] for row in cells] == ["0", "0", str(oldest)]
     assert [row[headers.index("fresh")] for row in cells] == [f"{100 * share:.0f} %" for share in shares]
 
 
 @pytest.mark.parametrize("step", [6, 10], ids=["inside an epoch", "between epochs"])
 def test_a_resumed_run_goes_on_with_the_same_ages_to_the_same_weights(whole, tmp_path, step):
-    folder, trainer, callback, seen = whole
+    folder, trainer, callback, seen, _ = whole
     checkpoint = shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     again, other = run(tmp_path, config={"save_strategy": "no"})
     resumed = train(again, resume_from_checkpoint=str(checkpoint))
@@ -153,6 +169,76 @@ def test_a_resume_under_another_budget_is_refused(whole, tmp_path):
         trainer, _ = run(tmp_path, **options)
         with pytest.raises(UserError, match=found):
             trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+
+
+# ---- in parts of an epoch ---------------------------------------------------------------------------------------
+
+PARTS = [4, 4, 4]  # rows of two updates each
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """Two epochs of six updates on 12 rows, in parts of two, with a checkpoint after each update."""
+    folder = tmp_path_factory.mktemp("divided")
+    trainer, callback = run_in_parts(folder, save_strategy="steps", save_steps=1)
+    weights = WeightsAt(trainer)
+    return folder, trainer, callback, train(trainer), weights.after
+
+
+def run_in_parts(folder, **config):
+    return run(folder, keep=sum(PARTS), every_steps=2, config={"num_train_epochs": 2, **config})
+
+
+@pytest.mark.skipif(not FIVE, reason="every_steps needs transformers 5")
+def test_each_part_scores_candidates_among_the_rows_that_are_left(divided):
+    _, trainer, callback, seen, weights = divided
+    expected = Expected(trainer, weights)
+    losses = measured = expected.exact(0)
+    scored, trained, records = np.zeros(ROWS, dtype=int), np.zeros(ROWS, dtype=bool), callback.history.epochs
+    for epoch in range(2):
+        used = np.zeros(ROWS, dtype=bool)
+        for number, size in enumerate(PARTS):
+            step, record = 6 * epoch + 2 * number, records[3 * epoch + number]
+            if step:
+                draws = [epoch, number + 1] if number else [epoch]
+                losses, scored = expected.anew(step, draws, size, losses, scored, trained, used)
+                measured = np.where(scored[:, None] == step, losses, measured)
+                assert 0.6 * BUDGET < record["rescore_cost"] <= BUDGET
+                assert record["fresh"] == np.mean(scored == step)
+                trained &= used
+            found = callback.history.rows(epoch, number + 1).sort_values("row_id").reset_index(drop=True)
+            assert found["scored_step"].tolist() == scored.tolist()
+            assert found["scored_at"].tolist() == (scored // 6).tolist()
+            np.testing.assert_allclose(found["cas"], losses[:, 0], rtol=1e-4)
+            np.testing.assert_allclose(found["cas"] - found["cas_shift"], measured[:, 0], rtol=1e-4)
+            ifd = np.where(used, -INF, losses[:, 0] / losses[:, 1])
+            best = set(expected.ids[np.argsort(-ifd, kind="stable")[:size]].tolist())
+            rows = [row for update in seen.updates[step : step + 2] for row in update.rows]
+            assert len(rows) == size
+            assert set(rows) == best
+            assert (record["oldest_scored_at"], record["oldest_scored_step"]) == (scored.min() // 6, scored.min())
+            used |= np.isin(expected.ids, rows)
+            trained |= used
+        assert used.sum() == sum(PARTS)
+    headers, cells = epoch_cells(callback.history)
+    oldest = [str(record["oldest_scored_step"]) for record in records]
+    assert [row[headers.index("oldest step")] for row in cells] == oldest
+    assert "some of the rows that are left are anew" in scoring_sentence(callback.history.settings, records)
+
+
+@pytest.mark.skipif(not FIVE, reason="every_steps needs transformers 5")
+@pytest.mark.parametrize("step", [1, 2, 5, 6, 9])
+def test_a_run_in_parts_resumes_with_the_same_candidates_to_the_same_weights(divided, tmp_path, step):
+    folder, trainer, callback, seen, _ = divided
+    checkpoint = shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    again, other = run_in_parts(tmp_path)
+    resumed = train(again, resume_from_checkpoint=str(checkpoint))
+    assert resumed.order() == seen.order()[2 * step :]
+    assert difference(weights_of(trainer.model), weights_of(again.model)) == 0
+    for record in other.history.epochs:
+        parts = record["epoch"], record["part"]
+        pd.testing.assert_frame_equal(callback.history.rows(*parts), other.history.rows(*parts))
+    assert other.history.epochs[-1]["rescore_cost"] == callback.history.epochs[-1]["rescore_cost"]
 
 
 class Verdicts(TrainerCallback):

@@ -14,6 +14,7 @@ from tiny_runs import (
     PEAK,
     TOKENIZER,
     Stop,
+    WeightsAt,
     difference,
     model_with,
     raw_rows,
@@ -44,11 +45,11 @@ POOL = 20
 DUPLICATES = Guard(None, None, None, Duplicates(), None, on_misaligned="warn")
 
 
-class WeightsAt(TrainerCallback):
-    """Keeps the weights after each update, and before the first one."""
+class Epochs(TrainerCallback):
+    """Keeps when epochs began and ended."""
 
     def __init__(self, trainer):
-        self.trainer, self.after, self.epochs = trainer, {0: weights_of(trainer.model)}, []
+        self.epochs = []
         trainer.add_callback(self)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -56,9 +57,6 @@ class WeightsAt(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.epochs.append(("end", state.epoch, state.global_step))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.after[state.global_step] = weights_of(self.trainer.model)
 
 
 def selecting(folder, rows=POOL, model=None, options=None, **config):
@@ -79,9 +77,9 @@ def selecting(folder, rows=POOL, model=None, options=None, **config):
 def run(folder, **given):
     """Train; all that was seen."""
     trainer, callback = selecting(folder, **given)
-    kept = WeightsAt(trainer)
+    weights, events = WeightsAt(trainer), Epochs(trainer)
     seen = train(trainer)
-    return SimpleNamespace(trainer=trainer, callback=callback, weights=kept.after, events=kept.epochs, seen=seen)
+    return SimpleNamespace(trainer=trainer, callback=callback, weights=weights.after, events=events.epochs, seen=seen)
 
 
 def rows_of(seen, first, last):
