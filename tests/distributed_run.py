@@ -249,7 +249,7 @@ def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> d
         "longest": watch.longest,
         "ifd": watch.ifd,
         "limits": watch.limits,
-        "shares": callback.chooser.shares,
+        "shares": callback.chooser.state.shares,
         # For each epoch, each update, each batch: the row ids that were in it.
         "batches": [[update.batches for update in seen.updates if update.epoch == epoch] for epoch in epochs],
         "leftovers": seen.leftovers,

@@ -93,7 +93,7 @@ def planned_arm(recipe: str, words: Sequence[str], arm: Arm) -> PlannedArm:
     if callback.reads_scores and arm.keys.get("scorer"):
         passes = 1  # another model's scores do not change
     scored = int(2 * passes * len(pool) * length)  # with the prompt, and without it
-    if callback.chooser.targets is not None:  # each row once more, to be embedded
+    if callback.targets is not None:  # each row once more, to be embedded
         scored += int(_scorings(arm, len(plan.epochs), callback.timing.every) * len(pool) * length)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     return PlannedArm(

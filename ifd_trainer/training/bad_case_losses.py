@@ -19,18 +19,20 @@ from ..errors import UserError
 from ..method.bad_cases import BadCases
 from ..method.number_words import listed
 from ..method.selection import coded
+from ..scoring.losses import Scores
 from .held_out_loss import losses_before
+from .policy_state import PolicyState
 from .pool import Pool
 
 logger = get_logger(__name__)  # speaks in the main process alone
 
 
-class BadCaseLosses:
+class BadCaseLosses(PolicyState):
     """The held-out losses of a column's values, and the shares that they give.
 
     Args:
-        trainer: with an evaluation set for each value, `eval_dataset={"code": ..., "chat": ...}`.
         policy: says how shares follow.
+        trainer: with an evaluation set for each value, `eval_dataset={"code": ..., "chat": ...}`.
 
     Attributes:
         shares: by value, of the last selection; None before there is one.
@@ -40,11 +42,12 @@ class BadCaseLosses:
         UserError: for a trainer without evaluation sets by name, or none of whose names is a value of the column.
     """
 
-    def __init__(self, trainer: Trainer, policy: BadCases) -> None:
-        self.trainer, self.policy = trainer, policy
-        self.shares: dict[str, float] | None = None
-        self.losses: dict[str, float] = {}
-        self._noted: tuple[int, dict[str, float]] = (-1, {})  # the step of the last evaluation, and its losses
+    reads_held_out = True
+
+    def __init__(self, policy: BadCases, trainer: Trainer) -> None:
+        super().__init__(policy)
+        self.trainer, self._given = trainer, policy
+        self.forget()
         self._of_pool: tuple[Pool | None, dict[str, int], np.ndarray] = (None, {}, np.empty(0, dtype=np.int64))
         self._check(trainer.eval_dataset)
 
@@ -86,15 +89,15 @@ class BadCaseLosses:
         """Rows of the pool by value."""
         return self._values()[0]
 
-    def note(self, step: int, losses: Mapping[str, Any]) -> None:
+    def evaluated(self, step: int, losses: Mapping[str, Any]) -> None:
         """An evaluation of the trainer's after so many steps; of several sets each is told by itself."""
         known = self._noted[1] if self._noted[0] == step else {}
         self._noted = step, {**known, **{str(name): loss for name, loss in (losses.get("eval_losses") or {}).items()}}
 
-    def measure(self, step: int) -> dict[str, float]:
-        """Set the shares anew, by the losses of the model as it is after so many steps; on every process."""
+    def prepare(self, scores: Scores, step: int) -> None:
+        """Set the shares anew, by the losses of the model as it is after so many steps."""
         if self._noted[0] != step or {*map(str, self.trainer.eval_dataset)} - self._noted[1].keys():
-            self.note(step, losses_before(self.trainer, f"after {step} steps"))
+            self.evaluated(step, losses_before(self.trainer, f"after {step} steps"))
         pool = self.pool_rows
         self.losses = {value: loss for value, loss in self._noted[1].items() if value in pool}
         if odd := [value for value, loss in self.losses.items() if not math.isfinite(loss)]:
@@ -103,34 +106,44 @@ class BadCaseLosses:
                 self.policy.by,
                 listed(odd),
             )
-        self.shares = self.policy.shares(self.losses, pool)
-        return self.shares
+        self._share(self._given.shares(self.losses, pool))
+
+    def _share(self, shares: dict[str, float] | None) -> None:
+        self.shares = shares
+        self.policy = self._given if shares is None else self._given.given(shares)
 
     def record(self, kept: np.ndarray) -> dict[str, Any]:
         """What a history tells of an epoch that trains on these positions: of each value, losses, shares and rows."""
         names, codes = self._values()
         rows = np.bincount(codes[kept], minlength=len(names)).tolist()
         losses = {value: loss if math.isfinite(loss) else None for value, loss in self.losses.items()}
-        return {
+        told = {
             "by": self.policy.by,
             "losses": losses,
             "shares": self.shares,
             "rows": dict(zip(names, rows, strict=True)),
         }
+        return {"bad_cases": told}
+
+    def logged(self) -> dict[str, float]:
+        """The shares."""
+        return {f"share_{value}": share for value, share in (self.shares or {}).items()}
 
     def to_state(self) -> dict[str, Any]:
         """What a checkpoint keeps: epochs that train on the same rows again have the same shares."""
         noted = {name: loss if math.isfinite(loss) else str(loss) for name, loss in self._noted[1].items()}
         losses = {name: loss if math.isfinite(loss) else str(loss) for name, loss in self.losses.items()}
-        return {"shares": self.shares, "losses": losses, "step": self._noted[0], "noted": noted}
+        return {"bad_cases": {"shares": self.shares, "losses": losses, "step": self._noted[0], "noted": noted}}
 
-    def from_state(self, saved: Mapping[str, Any] | None) -> None:
+    def from_state(self, saved: Mapping[str, Any], scores: Scores | None) -> None:
         """Take that out of a checkpoint."""
-        if saved is not None:
-            self.shares = saved["shares"]
+        if (saved := saved.get("bad_cases")) is not None:
+            self._share(saved["shares"])
             self.losses = {name: float(loss) for name, loss in saved["losses"].items()}
             self._noted = saved["step"], {name: float(loss) for name, loss in saved["noted"].items()}
 
     def forget(self) -> None:
         """Begin a run."""
-        self.shares, self.losses, self._noted = None, {}, (-1, {})
+        self._share(None)
+        self.losses: dict[str, float] = {}
+        self._noted: tuple[int, dict[str, float]] = (-1, {})  # the step of the last evaluation, and its losses

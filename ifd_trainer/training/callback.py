@@ -26,9 +26,9 @@ from transformers.trainer_callback import ExportableState
 from ..data.distinct_prompts import Prompts
 from ..data.encoding import Encoder
 from ..data.response_header import response_prefix
+from ..data.target_rows import EncodedTargets
 from ..data.token_decoding import Decoder
 from ..errors import RunError, UserError
-from ..method.bad_cases import BadCases
 from ..method.brief_experience import Brief
 from ..method.calibrated_limit import CalibratedLimit
 from ..method.choices import BriefRows, Order, TurnRule
@@ -46,7 +46,6 @@ from ..method.scoring_health import WATCHED
 from ..method.selection import Policy, Selection, coded
 from ..method.stratified import Stages
 from ..scoring.losses import Scores
-from .bad_case_losses import BadCaseLosses
 from .candidate_scoring import Candidates, check_candidates
 from .checkpoint_state import MUST_MATCH, VERSION, check_resumable, load_selection, save_selection
 from .console import end_line, epoch_line, say
@@ -233,7 +232,6 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         self.chooser = RowChooser(
             self.pool_scorer, self.policy, self.timing.warmup, self.guard, self.further, candidates
         )
-        self.bad_cases = BadCaseLosses(trainer, self.policy) if isinstance(self.policy, BadCases) else None
         self.history: History | None = None
         self._prefix: list[int] | None = None
         self._fingerprint: str | None = None
@@ -312,6 +310,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         return None if self.chooser.last is None else self.chooser.last.epoch
 
     @property
+    def targets(self) -> EncodedTargets | None:
+        """What rows are held against; None with another policy than a `TargetSet`."""
+        return getattr(self.chooser.state, "targets", None)
+
+    @property
     def turns(self) -> TurnRule | None:
         """How the scores of a row's answers become one; None where the run scores none."""
         return self.pool_scorer.rule if self.reads_scores and self.pool_scorer.other != "columns" else None
@@ -373,8 +376,6 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         # A second call of `train`, or auto_find_batch_size, goes on with weights that know the rows of the first.
         self.chooser.forget(trained=before != self._fingerprint or self.trainer.model_init is not None)
         self.chooser.check_pool()
-        if self.bad_cases is not None:
-            self.bad_cases.forget()
         self.pool.ids(self.id_column)  # if they are not unique, this is the time to say so, on every process
         self._prefix = [] if self.pool.whole else self._response_prefix(prompts)
         self.history = History(self.run.folder / FOLDER, to_data(self._settings()))
@@ -464,10 +465,11 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if record and len(trained) != (planned if said is None else said) and state.is_world_process_zero:
             self.history.add_column(self._epoch, "times", times, record.get("part"))
         self.gather()
-        if self.chooser.lead is not None:
-            self.chooser.lead.pending = self.run.losses.harvested.means()
-        if (losses := self.run.losses.harvested) is not None and record and state.is_world_process_zero:
-            means = np.where(times > 0, losses.means(), np.nan)
+        if (losses := self.run.losses.harvested) is None:
+            return
+        self.chooser.state.trained(means := losses.means())
+        if record and state.is_world_process_zero:
+            means = np.where(times > 0, means, np.nan)
             self.history.add_column(self._epoch, "train_loss", means, record.get("part"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -480,8 +482,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if not self.trainer.is_in_train or not metrics:
             return
         losses = losses_of(metrics, self.trainer.eval_dataset)
-        if self.bad_cases is not None:
-            self.bad_cases.note(state.global_step, losses)
+        self.chooser.state.evaluated(state.global_step, losses)
         if self._epoch is None:  # eval_on_start
             if state.global_step == 0:
                 self._before = _joined(losses, self._before or {})
@@ -571,11 +572,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             if first is not None:
                 noted = first.look_at(scores, share)
             self.chooser.take(scores, epoch, step, ids, self._prefix, self.seed)
-        if self.bad_cases is not None and wanted.source == "selected":
-            self.bad_cases.note(step, (self._losses_before() if step == 0 else None) or {})
-            self.chooser.shares = self.bad_cases.measure(step)
-        if self.chooser.lead is not None and wanted.source == "selected":
-            self.chooser.lead.follow(self.scores, self.pool)
+        if wanted.source == "selected":
+            if step == 0 and self.chooser.state.reads_held_out:
+                self.chooser.state.evaluated(step, self._losses_before() or {})
+            self.chooser.state.prepare(self.scores, step)
         selection = self.chooser.choose(wanted, ids, self.seed, step > 0, self._prefix)
         self.chooser.note_tiers(wanted, selection)
         if self.weighted is not None:
@@ -614,11 +614,9 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         logged = _LOGGED if self.chooser.candidates is None else (*_LOGGED, *_LOGGED_AGES)
         logged = {f"ifd/{key}": record[key] for key in logged if record.get(key) is not None}
         logged |= {f"ifd/dropped_{reason}": record["reasons"].get(reason, 0) for reason in self.chooser.guard_reasons}
-        if self.bad_cases is not None and wanted.source in ("selected", "same"):
-            record["bad_cases"] = self.bad_cases.record(selection.kept)
-            logged |= {f"ifd/share_{value}": share for value, share in record["bad_cases"]["shares"].items()}
-        if self.chooser.lead is not None and wanted.source == "selected":
-            record["lead"] = self.chooser.lead.record(selection.kept)
+        if wanted.source in ("selected", "same"):
+            record |= self.chooser.state.record(selection.kept)
+            logged |= {f"ifd/{name}": value for name, value in self.chooser.state.logged().items()}
         before = record["before_training"] or {}
         logged |= {"ifd/eval_loss_before": before["eval_loss"]} if "eval_loss" in before else {}
         logged |= {f"ifd/eval_{name}_loss_before": loss for name, loss in before.get("eval_losses", {}).items()}
@@ -715,7 +713,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "on_shortfall": self.chooser.on_shortfall,
             "limit": limit,
             "guard": self.guard,
-            "targets": None if self.chooser.targets is None else self.chooser.targets.targets.digest,
+            "targets": None if self.targets is None else self.targets.digest,
             "max_ifd": limit if isinstance(limit, Real) and np.isfinite(limit) else None,
             "direct_prefix": self.tokenizer.decode(self._prefix),
             "model": str(getattr(self.trainer.model.config, "name_or_path", "")),
@@ -782,7 +780,6 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             "ended": self._ended,
             **({"part": self.run.part} if len(self.run.parts) > 1 else {}),
             **self.chooser.to_state(),
-            "bad_cases": None if self.bad_cases is None else self.bad_cases.to_state(),
             **save_selection(checkpoint, arrays, self.scores),
             **{key: self.history.settings[key] for key in (*MUST_MATCH, "plan", "max_steps")},
         }
@@ -822,13 +819,10 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         if scores is not None and saved["version"] == 2 and self.pool_scorer.other == "columns":
             scores = self.score_pool()  # only cas and das were kept
         self.chooser.from_state(saved, scores)
-        if self.chooser.lead is not None and not saved["ended"]:  # and perhaps at the epoch's last step
+        if self.scoring.train_losses and not saved["ended"]:  # and perhaps at the epoch's last step
             losses = TrainLosses(len(self.pool))
             losses.from_arrays(dict(self._restored_arrays))
-            self.chooser.lead.pending = losses.means()
-        if self.bad_cases is not None:
-            self.bad_cases.from_state(saved.get("bad_cases"))
-            self.chooser.shares = self.bad_cases.shares
+            self.chooser.state.trained(losses.means())
         if (self.history.folder / "history.json").exists():
             epochs = History.load(self.history.folder).epochs
             last = (saved["epoch"], saved.get("part", 0) + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ from ..errors import UserError
 from ..method.lead import GROUP, TIMES, UTILITY, Lead, chances, learned, rewarded
 from ..method.schedule import Timing
 from ..scoring.losses import Scores
-from .pool import Pool
+from .policy_state import PolicyState
+from .pool_scorer import PoolScorer
 
 
 def check_lead(policy: Lead, timing: Timing, scorer: Any, packed: bool) -> None:
@@ -34,46 +36,48 @@ def check_lead(policy: Lead, timing: Timing, scorer: Any, packed: bool) -> None:
         raise UserError(f"A {type(policy).__name__} policy {problem}.")
 
 
-class LeadState:
-    """Utilities, times and weights of a run.
+class LeadState(PolicyState):
+    """Utilities, times and weights of a run; its policy has the chances that groups have now.
 
     Args:
         policy: how they follow from losses.
-
-    Attributes:
-        pending: (n,) losses of the last epoch's rows in the forwards that trained on them, not learned from yet; NaN
-            for other rows. None where there are none.
-        policy: the run's, with the chances that its groups have now.
+        pool_scorer: has the pool.
     """
 
-    def __init__(self, policy: Lead) -> None:
-        self._given = policy
+    def __init__(self, policy: Lead, pool_scorer: PoolScorer) -> None:
+        super().__init__(policy)
+        self._given, self._pool_scorer = policy, pool_scorer
         self.forget()
 
     def forget(self) -> None:
         """Begin a run."""
-        self.policy, self.pending = self._given, None
+        self.policy = self._given
+        self._pending: np.ndarray | None = None  # (n,) losses of the last epoch's rows, not learned from yet
         self._names: list[str] = []
         self._group = self._utility = self._times = self._weights = None
         self._range, self._rewards = (np.inf, -np.inf), None
         self._restored: dict[str, np.ndarray] = {}
 
-    def follow(self, scores: Scores, pool: Pool) -> None:
-        """Take the scores before training, or learn from the epoch that has ended since; the same on every process."""
+    def trained(self, losses: np.ndarray) -> None:
+        """Losses to learn from before rows are selected again."""
+        self._pending = losses
+
+    def prepare(self, scores: Scores, step: int) -> None:
+        """Take the scores before training, or learn from the epoch that has ended since."""
         if self._utility is None:
-            self._begin(scores, pool)
-        elif self.pending is not None:
-            self._learn(self.pending)
-        self.pending = None
+            self._begin(scores)
+        elif self._pending is not None:
+            self._learn(self._pending)
+        self._pending = None
         self.policy = self._with_chances()
 
-    def _begin(self, scores: Scores, pool: Pool) -> None:
-        self._divide(scores, pool)
-        self._utility, self._times = scores.cas.astype(np.float64), np.zeros(len(pool), dtype=np.int64)
+    def _begin(self, scores: Scores) -> None:
+        self._divide(scores)
+        self._utility, self._times = scores.cas.astype(np.float64), np.zeros(len(scores), dtype=np.int64)
         self._weights = np.ones(len(self._names))
 
-    def _divide(self, scores: Scores, pool: Pool) -> None:
-        by = self._given.by
+    def _divide(self, scores: Scores) -> None:
+        by, pool = self._given.by, self._pool_scorer.pool
         self._names, self._group = self._given.divided(scores.ifd, None if by is None else pool.column(by))
 
     def _learn(self, losses: np.ndarray) -> None:
@@ -98,12 +102,12 @@ class LeadState:
     def _with_chances(self) -> Lead:
         return replace(self._given, chances=tuple(self._chances().tolist()))
 
-    def columns(self) -> dict[str, np.ndarray]:
-        """What the policy reads of each row, (n,) by column."""
+    def columns(self, scores: Scores, scored_at: int) -> dict[str, np.ndarray]:
+        """Utility, group and times of each row."""
         return {UTILITY: self._utility, GROUP: self._group, TIMES: self._times}
 
     def row_columns(self) -> dict[str, np.ndarray]:
-        """What the history shows of each row, (n,) by column."""
+        """Utility and group of each row."""
         names = np.array([*self._names, ""], dtype=object)  # the last one of rows in no group
         return {"utility": self._utility, "group": names[self._group]}
 
@@ -114,7 +118,8 @@ class LeadState:
             [None] * len(rows) if self._rewards is None else [r if np.isfinite(r) else None for r in self._rewards]
         )
         told = zip(self._names, self._chances().tolist(), rewards, rows, strict=True)
-        return {name: {"chance": chance, "reward": reward, "rows": count} for name, chance, reward, count in told}
+        groups = {name: {"chance": chance, "reward": reward, "rows": count} for name, chance, reward, count in told}
+        return {"lead": groups}
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps."""
@@ -122,7 +127,7 @@ class LeadState:
             return {}
         arrays = {"utility": self._utility, "times": self._times, "weights": self._weights, "range": self._range}
         arrays |= {} if self._rewards is None else {"rewards": self._rewards}
-        arrays |= {} if self.pending is None else {"pending": self.pending}
+        arrays |= {} if self._pending is None else {"pending": self._pending}
         return {f"{_PREFIX}{name}": np.asarray(array) for name, array in arrays.items()}
 
     def from_arrays(self, arrays: dict[str, np.ndarray]) -> None:
@@ -130,14 +135,14 @@ class LeadState:
         names = [name for name in arrays if name.startswith(_PREFIX)]
         self._restored = {name.removeprefix(_PREFIX): arrays.pop(name) for name in names}
 
-    def restore(self, scores: Scores, pool: Pool) -> None:
+    def from_state(self, saved: Mapping[str, Any], scores: Scores | None) -> None:
         """Go on with what `from_arrays` took, and the scores before training."""
-        if not (found := self._restored):
+        if not (found := self._restored) or scores is None:
             return
-        self._divide(scores, pool)
+        self._divide(scores)
         self._utility, self._times, self._weights = found["utility"], found["times"], found["weights"]
         self._range, self._rewards = tuple(found["range"].tolist()), found.get("rewards")
-        self.pending = found.get("pending")
+        self._pending = found.get("pending")
         self.policy = self._with_chances()
 
 

@@ -55,8 +55,8 @@ def planned(run: Run) -> str:
             f"scoring: {begins} scores {which}, {scored:,} in all, {scored / plan.rows:.1f} for each one that is "
             "trained on"
         )
-    if callback.chooser.targets is not None:
-        targets = callback.chooser.targets.targets
+    if callback.targets is not None:
+        targets = callback.targets
         bare = f", {targets.without_answer:,} without an answer" if targets.without_answer else ""
         lines.append(f"targets: {len(targets):,}{bare}; rows and targets are embedded where rows would be scored")
     if callback.restart is not None:

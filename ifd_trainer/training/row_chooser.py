@@ -47,11 +47,13 @@ from ..method.selection import (
     eligibility,
     score_values,
 )
-from ..method.target_set import SIMILARITIES, TargetSet
+from ..method.target_set import TargetSet
 from ..scoring.losses import Scores
+from .bad_case_losses import BadCaseLosses
 from .candidate_scoring import Ages, Candidates
 from .checkpoint_state import arrays_of, scores_of
 from .lead_state import LeadState
+from .policy_state import PolicyState
 from .pool import Pool, TrainingRow
 from .pool_scorer import PoolScorer
 from .run_guards import PASSED, Measured, RunGuards
@@ -99,11 +101,9 @@ class RowChooser:
         trained: (n,) whether each row has been trained on.
         since: (n,) whether it has been since the last scores were made.
         first_cas: (n,) of the first scoring in the run that gave a row one, where losses are compared with it.
-        shares: of the values of a column, for a `BadCases`; None before they are known.
         tier_of: (n,) the tier of a curriculum that trained on each row last, -1 for none; None without a curriculum.
         guards: which rows are held back from the policy.
-        targets: how alike rows are to the targets of a `TargetSet`; None with another policy.
-        lead: what a `Lead` has learned; None with another policy.
+        state: what the policy knows of the run beside the scores.
         frozen: why rows are scored no more, if they are not; see `method.scoring_health.Freeze`.
         earlier: what the epoch has trained on in its parts before the one that is chosen.
         used: (n,) whether each row is among them.
@@ -148,8 +148,7 @@ class RowChooser:
         self.candidates = candidates
         limit = self.calibrated or (guard.limit if guard else None)
         self.guards = RunGuards(guard, limit, self.ranked_by, pool_scorer)
-        self.targets = TargetSimilarities(policy, pool_scorer) if isinstance(policy, TargetSet) else None
-        self.lead = LeadState(policy) if isinstance(policy, Lead) else None
+        self.state = _state_of(policy, pool_scorer)
         self.forget(trained=True)
 
     @property
@@ -193,12 +192,8 @@ class RowChooser:
         self.since = np.zeros(len(self.pool), dtype=bool)
         self._ages: Ages | None = None
         self.tier_of: np.ndarray | None = None
-        self.shares: Mapping[str, float] | None = None
         self._embedded: tuple[Scores | None, np.ndarray] = None, np.empty((0, 0), dtype=np.float32)
-        if self.targets is not None:
-            self.targets.forget()
-        if self.lead is not None:
-            self.lead.forget()
+        self.state.forget()
         if trained or len(self.trained) != len(self.pool):
             self.trained = np.zeros(len(self.pool), dtype=bool)
             self.guards.forget()
@@ -345,10 +340,8 @@ class RowChooser:
             columns["own_score"] = values
         if rows is not None:
             columns["kept_without_guards"] = np.isin(np.arange(len(ids)), rows)
-        if self.targets is not None and wanted.source not in ("all", "brief"):
-            columns |= self.targets.row_columns()
-        if self.lead is not None and wanted.source not in ("all", "brief"):
-            columns |= self.lead.row_columns()
+        if wanted.source not in ("all", "brief"):
+            columns |= self.state.row_columns()
         if self.guards.p_values is not None:
             columns["p_value"] = self.guards.p_values.copy()
         if self.guards.groups is not None:
@@ -372,8 +365,7 @@ class RowChooser:
         if self.candidates is not None:
             arrays |= {"since": self.since.astype(np.int8)}
             arrays |= {} if self.last is None or self.last.ages is None else self.last.ages.to_arrays()
-        arrays |= {} if self.targets is None else self.targets.to_arrays()
-        arrays |= {} if self.lead is None else self.lead.to_arrays()
+        arrays |= self.state.to_arrays()
         arrays |= {} if self._of_all is None else arrays_of(self._of_all[0].scores, _OF_ALL)
         of_scores, known = self._embedded
         if read_again and known.shape[1] and self.last is not None and of_scores is self.last.scores:
@@ -394,10 +386,7 @@ class RowChooser:
             known[rows] = embeddings
             self._embedded = None, known
         self.guards.from_arrays(arrays)
-        if self.targets is not None:
-            self.targets.from_arrays(arrays)
-        if self.lead is not None:
-            self.lead.from_arrays(arrays)
+        self.state.from_arrays(arrays)
         of_all = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_OF_ALL)}
         self._scores_of_all = scores_of(of_all, _OF_ALL)
 
@@ -410,11 +399,13 @@ class RowChooser:
             "frozen": self.frozen,
             "eligible": self.eligible is not None,
             **of_all,
+            **self.state.to_state(),
         }
 
     def from_state(self, saved: Mapping[str, Any], scores: Scores | None) -> None:
         """Take that out of a checkpoint, with the scores that it keeps; earlier releases lack parts of it."""
         self.frozen, self.first_health = saved.get("frozen"), saved.get("first_health")
+        self.state.from_state(saved, scores)
         if scores is None:
             return
         self.last = _as_said(scores, saved, self._ages)
@@ -422,8 +413,6 @@ class RowChooser:
             self._of_all = _as_said(self._scores_of_all, of_all), of_all["eligible"]
         self.eligible = self.last if saved.get("eligible", True) else None
         self._embedded = scores, self._embedded[1]
-        if self.lead is not None:
-            self.lead.restore(scores, self.pool)
 
     @property
     def pool(self) -> Pool:
@@ -580,11 +569,10 @@ class RowChooser:
     ) -> Selection:
         """The rows that a policy keeps of those that the guards leave it; the same scores give the same rows."""
         every = columns = _Columns(self.last.scores.columns(), self.pool_scorer)
+        if policy is self.policy:
+            policy = self.state.policy
+            columns |= self.state.columns(self.last.scores, self.last.epoch)
         policy = policy.in_epoch(wanted.counted) if hasattr(policy, "in_epoch") else policy
-        policy = policy.given(self.shares) if isinstance(policy, BadCases) and self.shares is not None else policy
-        if isinstance(policy, Lead):
-            policy = self.lead.policy
-            columns |= self.lead.columns()
         limited = eligibility(policy) is not None and self.score in RANKED_BY
         held_back = np.full(len(ids), "", dtype=object)
         if guarded:
@@ -601,9 +589,6 @@ class RowChooser:
         columns = columns.of(rows)
         if isinstance(policy, Diverse):
             columns[EMBEDDING] = self._embeddings(policy, columns, wanted.ranked, rows, ids)
-        elif isinstance(policy, TargetSet):
-            known = self.targets.of(self.last.epoch, self.last.scores.ifd_status)
-            columns[SIMILARITIES] = known if len(rows) == len(ids) else known[rows]
 
         def choose(budget: int) -> Selection:
             rng = np.random.default_rng([seed, *wanted.seeds])
@@ -672,6 +657,15 @@ class RowChooser:
                 embeddings, perplexity = self.pool_scorer.features(description="Prompts, brief experience")
             self.brief = self.sample(embeddings, perplexity, ids=ids, seed=seed)
         return Selection.without_scores(self.brief, len(self.pool), NOT_IN_SAMPLE)
+
+
+def _state_of(policy: Policy, pool_scorer: PoolScorer) -> PolicyState:
+    """What is kept for a policy of a run."""
+    if isinstance(policy, BadCases):
+        return BadCaseLosses(policy, pool_scorer.trainer)
+    kinds = {Lead: LeadState, TargetSet: TargetSimilarities}
+    made = next((made for kind, made in kinds.items() if isinstance(policy, kind)), None)
+    return PolicyState(policy) if made is None else made(policy, pool_scorer)
 
 
 _OF_ALL = "of_all/"  # in the names of arrays in a checkpoint

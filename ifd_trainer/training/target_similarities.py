@@ -11,13 +11,15 @@ from ..data.encoding import Encoder
 from ..data.target_rows import Targets
 from ..errors import UserError
 from ..method.reasons import Status
-from ..method.target_set import TargetSet, most_like
+from ..method.target_set import SIMILARITIES, TargetSet, most_like
+from ..scoring.losses import Scores
+from .policy_state import PolicyState
 from .pool_scorer import PoolScorer
 
 logger = logging.getLogger(__name__)
 
 
-class TargetSimilarities:
+class TargetSimilarities(PolicyState):
     """The cosines of a pool's rows with the targets of a policy; kept from one scoring to the next, and in checkpoints.
 
     Args:
@@ -32,6 +34,7 @@ class TargetSimilarities:
     """
 
     def __init__(self, policy: TargetSet, pool_scorer: PoolScorer) -> None:
+        super().__init__(policy)
         if isinstance(pool_scorer.embedder, str):
             raise UserError(
                 f"embedder={pool_scorer.embedder!r} is a sentence-transformers model, and a target set is compared by "
@@ -52,23 +55,20 @@ class TargetSimilarities:
         """Begin a run."""
         self._scored_at, self._known = -1, np.empty((0, len(self.targets)), dtype=np.float32)
 
-    def of(self, scored_at: int, status: np.ndarray) -> np.ndarray:
-        """Those of the n rows of the pool at the start of an epoch, (n, m) float32; NaN where the status is not `ok`.
+    def columns(self, scores: Scores, scored_at: int) -> dict[str, np.ndarray]:
+        """Cosines of the n rows of the pool when they were scored, (n, m) float32; NaN where the status is not `ok`.
 
-        Args:
-            scored_at: the epoch at whose start rows were scored last: those of one epoch are computed once, and those
-                of another model than the one in training once for all.
-            status: (n,) `ifd_status`.
+        Those of one epoch are computed once, and those of another model than the one in training once for all.
         """
-        scored_at = 0 if self._fixed else scored_at
+        scored_at, status = 0 if self._fixed else scored_at, scores.ifd_status
         if scored_at != self._scored_at:
-            rows = np.flatnonzero(np.asarray(status) == Status.OK.value)
+            rows = np.flatnonzero(status == Status.OK.value)
             self._known = np.full((len(status), len(self.targets)), np.nan, dtype=np.float32)
             self._known[rows] = self._pool_scorer.similarities(
                 self.targets.tokens, rows, f"Likeness to targets, epoch {scored_at}"
             )
             self._scored_at = scored_at
-        return self._known
+        return {SIMILARITIES: self._known}
 
     def row_columns(self) -> dict[str, np.ndarray]:
         """What the history shows of each row, (n,): how alike it is to the target most like it, and which that is."""

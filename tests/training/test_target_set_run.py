@@ -128,7 +128,8 @@ def test_packed_rows_are_filled_with_what_targets_take(tmp_path, monkeypatch):
     table = callback.history.rows(0)
     kept = table["row_id"][table["reason"] == "kept"]
     # Rows are known by their positions in what was packed: of these the targets took some first ones.
-    values = {row: callback.chooser.targets.of(0, table["ifd_status"])[row].tolist() for row in range(24)}
+    [known] = callback.chooser.state.columns(callback.scores, scored_at=0).values()
+    values = {row: known[row].tolist() for row in range(24)}
     assert sorted(map(max, values.values())) == pytest.approx(sorted(map(max, cosines.values())), abs=1e-5)
     assert sorted(kept) == sorted(in_turn(values, len(kept)))
     assert len(kept) > 2
@@ -141,8 +142,8 @@ def test_chats_are_held_against_targets_without_an_answer(tmp_path):
     question = rows[4]["prompt"]
     callback = select(trainer, keep=3, policy=TargetSet([{"messages": question}]))
     written = TOKENIZER.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    assert callback.chooser.targets.targets.tokens == [TOKENIZER(written)["input_ids"]]
-    assert callback.chooser.targets.targets.without_answer == 1
+    assert callback.targets.tokens == [TOKENIZER(written)["input_ids"]]
+    assert callback.targets.without_answer == 1
     model, target = build_model(len(TOKENIZER)), vector(build_model(len(TOKENIZER)), TOKENIZER(written)["input_ids"])
     end = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
     cosines = {}
