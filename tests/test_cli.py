@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +339,33 @@ def test_score_records_how_noise_scores_and_select_takes_its_limit(
     assert not {"wrong_ifd", "wrong_ifd_ppl", "cut_eot_loss"} & set(made(plain))
     assert main(["select", str(plain), *options, "--output", str(kept)]) == 2
     assert "score it with `ifd-trainer score --calibrate`" in capsys.readouterr().err
+
+
+def test_a_report_names_the_command_that_measures_noise_of_the_same_scores(many, model_path, tmp_path):
+    output = tmp_path / "scored.parquet"
+    options = ["--scores", "ira", "rifd", "--guess", "Which task?\\n{answer}", "--part-rows=7", "--token_losses"]
+    assert score(many, output, model_path, *options) == 0
+    assert main(["report", str(output), "--output", str(tmp_path)]) == 0
+    page = unescape((tmp_path / "report.html").read_text())
+    [line] = re.findall(r"ifd-trainer score [^<]*--calibrate", page)
+    words = shlex.split(line)[1:]
+    before, told = pd.read_parquet(output), made(output)
+    assert main(words) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(output), before)
+    assert "wrong_ifd" not in told
+    assert made(output)["wrong_ifd"]
+    assert made(output)["options"] == [*told["options"], "--calibrate"]
+
+
+def test_what_cannot_be_measured_of_several_answers_is_not_advised(tmp_path, model_path):
+    turns = [{"role": role, "content": f"the {role}"} for role in ("user", "assistant")] * 2
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    output = tmp_path / "scored.parquet"
+    assert score(tmp_path / "chats.jsonl", output, model_path, "--turns", "mean") == 0
+    assert main(["report", str(output), "--output", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "--calibrate" not in page
+    assert "the row's score; of several answers the mean of theirs" in page
 
 
 @pytest.mark.parametrize("method", ["calibrate", "nll_with_tails"])

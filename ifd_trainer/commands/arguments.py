@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -20,6 +20,28 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See {self.prog} --help.")
+
+    def words_of(self, options: argparse.Namespace, without: Collection[str] = ()) -> list[str]:
+        """The words that give these options, those that are not as they are by default.
+
+        Args:
+            without: options that are left out; positional ones always are.
+        """
+        words: list[str] = []
+        for action in self._actions:
+            value = getattr(options, action.dest, None)
+            if not action.option_strings or action.dest in without or value == action.default or value is None:
+                continue
+            name = action.option_strings[0]
+            if isinstance(action, argparse.BooleanOptionalAction):
+                words.append(action.option_strings[0 if value else 1])
+            elif action.nargs == 0:
+                words.append(name)
+            elif isinstance(value, list) and action.nargs is None:  # one that is given several times
+                words += [word for each in value for word in (name, str(each))]
+            else:
+                words += [name, *map(str, value if isinstance(value, list) else [value])]
+        return words
 
 
 def positive(text: str) -> int:

@@ -73,5 +73,5 @@ def _origin(file: str, rows: pd.DataFrame) -> Origin:
     known = read_provenance(file, rows) if {*RANKED_BY} <= {*rows} else None
     if known is None:
         return Origin(file)
-    names = ("source", "model", "definition", "format", "program")
+    names = ("source", "model", "definition", "format", "program", "turns", "options", "single")
     return Origin(file, **{name: getattr(known, name) for name in names}, measured=known.wrong_ifd is not None)

@@ -194,10 +194,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="probability of the likeliest tokens sampled from (default 1)",
     )
     add("--spin-seed", type=whole_number, metavar="N", help="of sampling (default 0)")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, parser=parser)
 
 
 def _run(options: argparse.Namespace) -> int:
+    words = options.parser.words_of(options, without=("model", "output"))
     further = further_names(" ".join(options.scores or ()))
     options.guess = options.guess and options.guess.replace("\\n", "\n")
     _check_neighbours(options)
@@ -253,6 +254,8 @@ def _run(options: argparse.Namespace) -> int:
         if options.calibrate:
             calibration = scorer.calibrate(rows)
             origin = calibrated(origin, calibration)
+        if origin is not None and options.neighbours is None:
+            origin = replace(origin, options=words)
         joined.write(rows, options.output, origin)
         counts = counts_of(rows.data["ifd_status"])
         joined.finish(status := 0 if "ok" in counts else 1)

@@ -59,6 +59,7 @@ class Provenance:
         spin: how it was asked for answers of its own (`OwnAnswerScorer.settings`).
         reflected: of rows of which a version was chosen, where rewritten texts came from, and the limit.
         sifd: the share of tokens that S-IFD is of and, where there are neighbours, their number, noise and seed.
+        options: words of the command line that scored the rows, beside these, the model and the output.
     """
 
     definition: str | None = None
@@ -81,6 +82,13 @@ class Provenance:
     spin: dict[str, Any] | None = None
     reflected: dict[str, Any] | None = None
     sifd: dict[str, Any] | None = None
+    options: list[str] | None = None
+
+    @property
+    def single(self) -> bool:
+        """Whether a score is of one answer to a text, so that noise can be measured when it is made once more."""
+        images, neighbours = self.without is not None, "neighbours" in (self.sifd or {})
+        return self.turns in (None, "last") and not images and not neighbours
 
     def rows_format(self, columns: Collection[str]) -> PromptFormat | None:
         """The format in which rows with these columns were scored; None where that is not known, or cannot be."""

@@ -66,7 +66,7 @@ from .score_frames import (
 from .share_table import SHARES, share_cells, shares_by
 from .summary import cuts, quantiles, select_command, summary_of
 from .tables import before_cells, epoch_cells, epoch_notes, guard_cells, label_cells, label_shares, restart_line
-from .wording import EpochKinds, column_words, frozen_since, settings_in_words
+from .wording import TURN_WORDS, EpochKinds, column_words, frozen_since, settings_in_words
 
 
 def write_report(
@@ -131,6 +131,7 @@ def page_html(data: ReportData, plots: Sequence[Plot], rows: int) -> str:
         "any_rows": any(len(rows) for rows in data.epochs.values()),
         "chosen": data.last is not None and "kept" in data.last,
         "score": SCORE_NAMES[data.score],
+        "turns": TURN_WORDS.get(data.origin.turns if data.history is None else data.history.settings.get("turns")),
         "limit": " below 1" if data.score in SCORE_EQUATIONS else "",
         "further": [(name, BESIDE_IFD[name]) for name in _listed(data.last)] if data.last is not None else [],
         "epochs": _epoch_grid(history) if history is not None and history.epochs else None,
@@ -182,6 +183,7 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
         ("Scored with", origin.model),
         ("Definition", f"{known.meaning} ({origin.definition})" if known else origin.definition),
         ("Prompt format", format),
+        ("Score of several answers", TURN_WORDS.get(origin.turns)),
         ("Program", origin.program),
     ]
     facts = [(name, text) for name, text in facts if text]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,10 @@ class Origin:
         file: the file that they are in, as a command line names it.
         source: the rows that were scored.
         model, definition, format, program: what scored them, and how.
+        turns: how the scores of a row's answers became one.
+        options: of the command that scored them, where they are known.
         measured: whether it was measured how noise scores (`ifd-trainer score --calibrate`).
+        single: whether it can be, with the same scores.
     """
 
     file: str | None = None
@@ -44,7 +48,10 @@ class Origin:
     definition: str | None = None
     format: str | None = None
     program: str | None = None
+    turns: str | None = None
+    options: Sequence[str] | None = None
     measured: bool = False
+    single: bool = True
 
 
 @dataclass

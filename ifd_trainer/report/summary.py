@@ -272,7 +272,7 @@ def _steps_of_scores(data: ReportData) -> list[tuple[str, str]]:
     limited = data.score in SCORE_EQUATIONS
     gathers = "the highest scores below 1, below: noise gathers there." if limited else "the highest scores, below."
     steps = [(f"Read the rows with {gathers}", "")]
-    if file and limited and not measured:
+    if file and limited and not measured and data.origin.single:
         steps.append(("Measure how noise scores, for a limit that keeps it out:", _score_again(data, file)))
     steps.append(
         (
@@ -287,8 +287,11 @@ def _score_again(data: ReportData, file: str) -> str:
     model = data.origin.model or "MODEL"
     source = data.origin.source or "ROWS"
     known = data.origin.definition if data.origin.definition in DEFINITIONS else "paper"
-    options = f"--model {shlex.quote(model)}" + ("" if known == "paper" else f" --definition {known}")
-    return f"ifd-trainer score {shlex.quote(source)} {options} --output {shlex.quote(file)} --calibrate"
+    options = data.origin.options
+    if options is None:
+        options = [] if known == "paper" else ["--definition", known]
+    words = ["ifd-trainer", "score", source, "--model", model, *options, "--output", file, "--calibrate"]
+    return shlex.join(words)
 
 
 def select_command(data: ReportData, share: float, guarded: bool = False) -> str:

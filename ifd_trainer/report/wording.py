@@ -27,7 +27,7 @@ _WITHIN = {  # how many of each value of a column
     "Stages": "of one value of {by} after another",
     "BadCases": "in shares of the values of {by} that follow their held-out losses",
 }
-_TURNS = {
+TURN_WORDS = {
     "tokens": "that of all their tokens",
     "mean": "the mean of theirs",
     "min": "that of the answer with the lowest IFD",
@@ -239,7 +239,7 @@ def settings_in_words(settings: Mapping[str, Any], epochs: Sequence[Mapping[str,
     if further := [name for name in settings.get("further_scores") or () if name in FURTHER]:
         facts.append(("Further scores", "; ".join(f"{name}: {FURTHER[name].meaning}" for name in further)))
     if rule := settings.get("turns"):
-        facts.append(("Score of several answers", f"{_TURNS.get(rule, rule)}; guards judge the last one"))
+        facts.append(("Score of several answers", f"{TURN_WORDS.get(rule, rule)}; guards judge the last one"))
     if settings.get("schedule"):
         facts.append(("Schedule", as_text(settings["schedule"])))
     if settings.get("max_steps"):
