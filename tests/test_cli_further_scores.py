@@ -140,7 +140,9 @@ def test_select_ranks_by_a_further_score_and_by_the_lowest(
         card = output.with_suffix(".md").read_text(encoding="utf-8")
         assert f"`{name}`" in card
         assert FURTHER[name].meaning.split(",")[0] in card
-    assert "3 rows kept" in capsys.readouterr().out
+        assert f"rows with the {'lowest' if ascending else 'highest'} `{name}`" in card
+        cut = rows.sort_values(name, ascending=ascending)[name].iloc[2]
+        assert f"{name} {'<=' if ascending else '>='} {cut:.4f}" in capsys.readouterr().out
 
 
 def test_the_help_names_every_further_score_with_its_meaning(capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""What rows are ranked by: a column, or the weighted ranks of several.
+"""What rows are ranked by: a column, highest or lowest first, or the weighted ranks of several.
 
 Scores of several columns have no common unit, so that their ranks are added: r = sum_c w_c rank_c / sum_c |w_c|, where
 rank_c is the share of the rows that have no higher value in c, in (0, 1], equal values at the mean of their ranks.
@@ -57,8 +57,20 @@ class Ranking:
         return next(iter(self.weights)) if list(self.weights.values()) == [1.0] else None
 
     @property
+    def lowest(self) -> str | None:
+        """The column, if it is one, and ranked lowest first.
+
+        >>> Ranking({"rifd": -1.0}).lowest
+        'rifd'
+        """
+        only, *others = self.weights.items()
+        return only[0] if not others and only[1] < 0 else None
+
+    @property
     def label(self) -> str:
         """What is ranked by, for a reader."""
+        if self.lowest is not None:
+            return f"-{self.lowest}"
         return self.plain or " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
 
     @property
@@ -85,6 +97,8 @@ class Ranking:
         """
         if self.plain is not None:
             return columns[self.plain]
+        if self.lowest is not None:
+            return -columns[self.lowest]
         whole = among & np.logical_and.reduce([np.isfinite(columns[name]) for name in self.weights])
         total, most = np.full(len(among), np.nan), sum(map(abs, self.weights.values()))
         total[whole] = sum(

@@ -218,6 +218,8 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         ("kept", f"{rows_text(chosen.kept_rows)}, {100 * chosen.kept_rows / chosen.pool_rows:.2f} {pool}"),
         ("lowest score kept", number_text(selection.cut, 4, below=limit)),
     ]
+    if chosen.ranking.lowest:
+        facts[-1] = ("highest score kept", number_text(-selection.cut, 4))
     short = f"{rows_text(selection.shortfall)}: only {many(selection.eligible, 'was', 'were')} eligible"
     facts.append(("shortfall", short if selection.shortfall else ""))
     return [(key, value) for key, value in facts if value]
@@ -227,6 +229,8 @@ def _which(chosen: PoolSelection, ifd: str = "IFD") -> str:
     """Which rows were kept, behind the word for them."""
     if chosen.targets:
         return "most like the examples of a target set"
+    if chosen.ranking.lowest:
+        return f"with the lowest {_code(chosen.ranking.lowest, cell=False)}"
     return f"with the highest {ifd if chosen.ranking.plain in RANKED_BY else _ranked(chosen)}"
 
 
@@ -241,6 +245,8 @@ def _by(chosen: PoolSelection) -> str:
     """What is ranked by, with its weights."""
     if chosen.ranking.plain:
         return _code(chosen.ranking.plain)
+    if chosen.ranking.lowest:
+        return f"{_code(chosen.ranking.lowest)}, the lowest first"
     ranks = " + ".join(f"{weight:g} x rank by {_code(name)}" for name, weight in chosen.ranking.weights.items())
     return f"{ranks}, each rank the share of the rows with a score that are not above the row"
 

@@ -124,10 +124,12 @@ class PoolSelection:
         by_ifd = self.limited == self.ranking.label
         of, below = ("", self.limit) if by_ifd else (f"{self.limited} ", None)
         limit = f" and {of}< {self.limit:.4f} (calibrated, alpha {self.alpha:g})" if self.alpha else ""
+        cut = f"{self.ranking.label} >= {rounded_below(self.selection.cut, below, 4)}"
+        if self.ranking.lowest is not None:
+            cut = f"{self.ranking.lowest} <= {-self.selection.cut:.4f}"
         return (
             f"{many(self.kept_rows, 'row')} kept, {share:.2f} % of all {many(self.pool_rows, 'row')} in the pool "
-            f"({self.asked_rows:,} asked for), {self.ranking.label} >= "
-            f"{rounded_below(self.selection.cut, below, 4)}{limit}. Not kept: {others}."
+            f"({self.asked_rows:,} asked for), {cut}{limit}. Not kept: {others}."
         )
 
     @property
