@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import trl
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import build_model
@@ -89,6 +90,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"num_train_epochs": 2},
     ),
     "parts": ({"keep": [16, 8], "every_steps": 2}, {"num_train_epochs": 2}),
+    "candidates_in_parts": (
+        {"keep": [16, 8], "every_steps": 2, "rescore": "candidates", "rescore_budget": 1.0},
+        {"num_train_epochs": 2},
+    ),
     "bad_cases": (
         {"keep": [8, 6], "policy": BadCases("half", policy=Cherry(INF)), "max_ifd": None},
         {
@@ -130,6 +135,8 @@ ZERO3 = {
     "dataloader_pin_memory": False,
 }
 
+
+SEES = Version(trl.__version__) >= Version("1.8")  # rows with images are collated as they are here
 
 # Before transformers 5.18 an optimizer's state is not loaded into several processes on CPUs, but for sharded ones.
 RESUMES = DEVICE != "cpu" or Version(transformers.__version__) >= Version("5.18")
@@ -249,7 +256,7 @@ def run(case: str, folder: Path, resume: Path | None = None, **config: Any) -> d
         "longest": watch.longest,
         "ifd": watch.ifd,
         "limits": watch.limits,
-        "shares": callback.chooser.state.shares,
+        "shares": callback.chooser.state.logged(),
         # For each epoch, each update, each batch: the row ids that were in it.
         "batches": [[update.batches for update in seen.updates if update.epoch == epoch] for epoch in epochs],
         "leftovers": seen.leftovers,
@@ -270,6 +277,21 @@ def weighted(case: str, folder: Path) -> list[list[int]]:
     if trainer.is_world_process_zero():
         torch.save(weights_of(trainer.model), folder / "weights.pt")
     return updates
+
+
+def seeing(folder: Path) -> list[list[int]]:
+    """Train a model that sees, on rows with images; the row ids of the updates of each epoch on this process."""
+    from vision_models import build as build_seeing  # needs a newer transformers than other runs
+    from vision_models import image_rows, stored_rows
+
+    model, processor = build_seeing("llava")
+    given = {"num_train_epochs": 2, "max_length": None, "per_device_train_batch_size": 1}
+    trainer = sft_trainer(folder, stored_rows(image_rows(9)), model=model, tokenizer=processor, **given)
+    select(trainer, keep=5, max_ifd=INF)
+    seen = train(trainer)
+    if trainer.is_world_process_zero():
+        torch.save(seen.weights[1], folder / "weights.pt")
+    return seen.epochs()
 
 
 def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -305,6 +327,7 @@ def main(folder: Path, cases: Iterable[str] = tuple(CASES), kind: dict[str, Any]
         written.clear()
     if kind is None:
         found["weighted"] = {case: weighted(case, folder / case) for case in WEIGHTED}
+        found["seeing"] = seeing(folder / "seeing") if SEES else []
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 

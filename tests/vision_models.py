@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from conftest import build_tokenizer
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -104,6 +107,19 @@ def image_rows(count: int, images: int = 1) -> list[dict[str, Any]]:
         }
         for i in range(count)
     ]
+
+
+def stored_rows(rows: list[dict[str, Any]]) -> Dataset:
+    """Rows whose images are PNG files in them, as `datasets` stores them; those that are stored already as they are."""
+
+    def stored(image: Any) -> dict[str, Any]:
+        if isinstance(image, dict):
+            return image
+        image.save(file := io.BytesIO(), format="PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    cells = [{**row, "images": [stored(image) for image in row["images"]]} for row in rows]
+    return Dataset.from_list(cells).cast_column("images", [ImageFeature()])
 
 
 def by_hand(model: PreTrainedModel, processor: Any, row: dict[str, Any], given: str) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from distributed_run import CASES, RESUME_FROM, RESUMES, ROWS, SHARDED, WEIGHTED
+from distributed_run import CASES, RESUME_FROM, RESUMES, ROWS, SEES, SHARDED, WEIGHTED
 from launching import WORLD, launch
 from tiny_runs import PEAK, difference, model_with, select, sft_trainer, weights_of
 from trl import SFTConfig
@@ -44,6 +44,7 @@ UPDATES = {
     "candidates": [2, 2],
     "targets": [2, 2],
     "parts": [4, 2],
+    "candidates_in_parts": [4, 2],
     "bad_cases": [2, 2],
     "one_row": [1],
     "cherry": [2, 2, 2],
@@ -227,7 +228,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(ranks, kind):
 def test_only_the_main_process_writes_the_history(launched, ranks):
     folder = launched("ddp")
     for case, epochs in UPDATES.items():
-        if case == "parts":
+        if "parts" in case:
             continue
         files = {f"epoch-{epoch:03d}.parquet" for epoch in range(len(epochs))} | {"history.json", "pool.parquet"}
         assert set(ranks[0][case]["written"]) == files
@@ -277,6 +278,26 @@ def test_rows_weigh_as_in_a_single_process(ranks, launched, tmp_path, case):
     first = model_with(start)
     for row in set(updates[0]) - {row for update in updates[1:] for row in update}:  # before anything was trained
         assert history["train_loss"][row] == pytest.approx(losses_of(first, rows[row]).mean().item(), rel=1e-4)
+
+
+@pytest.mark.skipif(not SEES, reason="rows with images are collated as they are here since trl 1.8")
+def test_rows_with_images_are_scored_and_trained_on_by_both(launched, ranks):
+    from vision_models import build, by_hand, image_rows
+
+    model, processor = build("llava")
+    rows, history = image_rows(9), History.load(launched("ddp") / "seeing")
+    for epoch in range(2):
+        if epoch:
+            model.load_state_dict(torch.load(launched("ddp") / "seeing" / "weights.pt"))
+        cas, das = (np.array([by_hand(model, processor, row, given) for row in rows]) for given in ("both", "nothing"))
+        found = history.rows(epoch).sort_values("row_id")
+        np.testing.assert_allclose(found["cas"], cas, rtol=1e-4)
+        np.testing.assert_allclose(found["das"], das, rtol=1e-4)
+        best = {rows[i]["row_id"] for i in np.argsort(-cas / das)[:5]}
+        one, other = (found["seeing"][epoch] for found in ranks)
+        assert len(one) == len(other) == 3
+        assert {*one, *other} == best
+        assert len({*one} & {*other}) <= 1  # of five rows on two processes, the first is trained on once more
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROUNDING
-from datasets import Dataset, Image
 from tiny_runs import INF, Stop, difference, sft_trainer, since_trl, train, weights_of
 from transformers import Trainer, TrainingArguments
-from vision_models import FAMILIES, build, by_hand, image_rows
+from vision_models import FAMILIES, build, by_hand, image_rows, stored_rows
 
 from ifd_trainer import Diverse, Guard, IFDSelectionCallback, ImageIFDScorer
 from ifd_trainer.errors import UserError
@@ -29,24 +26,10 @@ def as_prompts(rows: list[dict]) -> list[dict]:
     ]
 
 
-def stored(image) -> dict:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return {"bytes": file.getvalue(), "path": None}
-
-
-def dataset_of(rows: list[dict]) -> Dataset:
-    cells = [
-        {**row, "images": [image if isinstance(image, dict) else stored(image) for image in row["images"]]}
-        for row in rows
-    ]
-    return Dataset.from_list(cells).cast_column("images", [Image()])
-
-
 def trainer_of(folder, rows, family="llava", model=None, **config):
     built, processor = build(family)
     given = {"num_train_epochs": 2, "max_length": None, "model": model or built, "tokenizer": processor}
-    return sft_trainer(folder, dataset_of(rows), **{**given, **config})
+    return sft_trainer(folder, stored_rows(rows), **{**given, **config})
 
 
 def selecting(trainer, **options):
@@ -198,7 +181,7 @@ def test_a_collator_of_ones_own_is_scored_as_it_trains(tmp_path):
         use_cpu=True,
     )
     trainer = Trainer(
-        model=model, args=args, train_dataset=dataset_of(rows), data_collator=collate, processing_class=processor
+        model=model, args=args, train_dataset=stored_rows(rows), data_collator=collate, processing_class=processor
     )
     cas = [by_hand(model, processor, row, "both") for row in rows]
     callback = selecting(trainer, keep=2)
@@ -210,7 +193,7 @@ def test_a_collator_of_ones_own_is_scored_as_it_trains(tmp_path):
 def test_scores_that_were_attached_before_are_read(tmp_path):
     rows = as_prompts(image_rows(6))
     model, processor = build("llava")
-    scored = dataset_of(rows).map(ImageIFDScorer(model, processor, without="image"), batched=True)
+    scored = stored_rows(rows).map(ImageIFDScorer(model, processor, without="image"), batched=True)
     trainer = trainer_of(tmp_path, rows, num_train_epochs=1)
     trainer.train_dataset = scored
     callback = selecting(trainer, keep=2, scorer="columns", score="image_gain")
