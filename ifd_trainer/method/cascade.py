@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import numpy as np
 
 from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall
-from .number_types import is_whole
+from .number_types import check_rows_share, rows_of_share
 from .reasons import LESS_PREFERRED, NO_VALUE, Status
 from .selection import AmongCandidates, OwnScore, Selection, best_rows
 
@@ -50,10 +49,7 @@ class Cascade(AmongCandidates):
     def __post_init__(self) -> None:
         if not isinstance(self.by, str) or not self.by:
             raise UserError(f"by must be the name of a column, got {self.by!r}.")
-        whole = is_whole(self.share)
-        part = isinstance(self.share, Real) and not whole and not isinstance(self.share, bool)
-        if not (whole and self.share >= 1) and not (part and 0 < self.share <= 1):
-            raise UserError(f"share must be a fraction in (0, 1] or a number of rows, got {self.share!r}.")
+        check_rows_share("share", self.share)
         self.check_candidates()
 
     def __call__(
@@ -71,10 +67,9 @@ class Cascade(AmongCandidates):
         """
         values, status = _numbers(columns[self.by], self.by), np.asarray(columns["ifd_status"], dtype=object).copy()
         scored = status == Status.OK.value
-        left = self.share if isinstance(self.share, Integral) else round(self.share * len(status))
         known = np.isfinite(values)
         positions = np.arange(len(status)) if ids is None else np.asarray(ids)
-        best = best_rows(values, positions, known & scored, int(left))
+        best = best_rows(values, positions, known & scored, rows_of_share(self.share, len(status)))
         passed = np.zeros(len(status), dtype=bool)
         passed[best] = True
         status[scored & ~passed] = LESS_PREFERRED

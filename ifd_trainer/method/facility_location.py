@@ -25,6 +25,7 @@ import numpy as np
 from ..errors import UserError
 from .calibrated_limit import CalibratedLimit
 from .choices import Score, Shortfall, Spread
+from .number_types import check_rows_share, rows_of_share
 from .reasons import REDUNDANT
 from .selection import AmongCandidates, OwnScore, Selection, score_values
 
@@ -170,12 +171,7 @@ class Diverse(AmongCandidates):
     def __post_init__(self) -> None:
         if self.by not in _CHOOSERS:
             raise UserError(f"by must be {' or '.join(map(repr, _CHOOSERS))}, got {self.by!r}.")
-        count = isinstance(self.share, int) and not isinstance(self.share, bool) and self.share >= 1
-        if not count and not (isinstance(self.share, float) and 0 < self.share <= 1):
-            raise UserError(
-                "share must be a fraction in (0, 1] given as a float, or a number of rows given as an int, "
-                f"got {self.share!r}."
-            )
+        check_rows_share("share", self.share)
         self.check_candidates()
 
     def among(self, columns: Mapping[str, np.ndarray], budget: int, *, ids: np.ndarray | None = None) -> np.ndarray:
@@ -185,7 +181,7 @@ class Diverse(AmongCandidates):
             ShortfallError: when no row is eligible.
         """
         eligible = self.candidates(columns, 1, ids=ids).eligible
-        of = self.share if isinstance(self.share, int) else round(self.share * eligible)
+        of = rows_of_share(self.share, eligible)
         # By score, then id: so neither the result nor a tie depends on where rows stand.
         return self.candidates(columns, max(1, min(max(of, budget), eligible)), ids=ids).kept
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from numbers import Integral, Real
 
+from ..errors import UserError
+
 
 def is_number(value: object) -> bool:
     """Whether a value is a real number, of Python or of NumPy.
@@ -21,3 +23,23 @@ def is_whole(value: object) -> bool:
     [True, False, False]
     """
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_rows_share(name: str, value: object) -> None:
+    """Raise unless a value is a fraction of rows, or a number of them.
+
+    >>> check_rows_share("share", 0.5), check_rows_share("share", 100)
+    (None, None)
+    """
+    part = is_number(value) and not is_whole(value) and 0 < value <= 1
+    if not part and not (is_whole(value) and value >= 1):
+        raise UserError(f"{name} must be a fraction in (0, 1], such as 0.5, or a number of rows, got {value!r}.")
+
+
+def rows_of_share(value: float | int, rows: int) -> int:
+    """How many of these rows such a value is.
+
+    >>> rows_of_share(0.5, 7), rows_of_share(100, 7)
+    (4, 100)
+    """
+    return int(value) if is_whole(value) else round(value * rows)
