@@ -86,9 +86,10 @@ class Provenance:
 
     @property
     def single(self) -> bool:
-        """Whether a score is of one answer to a text, so that noise can be measured when it is made once more."""
-        images, neighbours = self.without is not None, "neighbours" in (self.sifd or {})
-        return self.turns in (None, "last") and not images and not neighbours
+        """Whether noise can be measured by scoring the source once more: not of scores of several answers and of
+        images, nor of rows that another command made of it."""
+        made = self.without is not None or self.reflected is not None or "neighbours" in (self.sifd or {})
+        return self.turns in (None, "last") and not made
 
     def rows_format(self, columns: Collection[str]) -> PromptFormat | None:
         """The format in which rows with these columns were scored; None where that is not known, or cannot be."""

@@ -84,6 +84,15 @@ def test_what_was_taken_is_selected_from_as_from_any_scored_file(tmp_path, comma
     assert "`kept_original`, or why there was no choice" in (tmp_path / "kept.md").read_text()
 
 
+def test_a_report_of_them_does_not_advise_to_score_the_original_rows_over_them(tmp_path, command):
+    output = tmp_path / "out.parquet"
+    assert main([*command, "--output", str(output)]) == 0
+    assert main(["report", str(output), "--output", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert f"ifd-trainer select {output}" in page
+    assert "--calibrate" not in page
+
+
 def test_a_job_that_is_interrupted_goes_on_where_it_was(tmp_path, command, monkeypatch):
     assert main([*command, "--output", str(tmp_path / "whole.jsonl")]) == 0
     command = [*command, "--part-rows", "2", "--output", str(tmp_path / "out.jsonl")]
