@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .method.target_set import TargetSet
     from .method.unfinished import Unfinished
     from .method.weighted import Weighted
+    from .recipe.selection import SelectionConfig
     from .report.page import write_report
     from .scoring.image_scorer import ImageIFDScorer
     from .scoring.knowledge import KnowledgeScorer
@@ -51,7 +52,6 @@ if TYPE_CHECKING:  # for editors, which do not see what is loaded on use
     from .training.callback import IFDSelectionCallback
     from .training.later import SelectLater
     from .training.options import Scoring
-    from .training.recipe_selection import SelectionConfig
 
 # Where each public name is.
 _HOME = {
@@ -99,7 +99,7 @@ _HOME = {
         "training.callback": ("IFDSelectionCallback",),
         "training.later": ("SelectLater",),
         "training.options": ("Scoring",),
-        "training.recipe_selection": ("SelectionConfig",),
+        "recipe.selection": ("SelectionConfig",),
     }.items()
     for name in names
 }

@@ -945,8 +945,8 @@ def test_what_is_wrong_in_a_recipe_is_told_in_one_line(
 def test_a_tracker_that_is_not_installed_is_told_before_the_rows_are_read(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("ifd_trainer.training.recipe_machine.get_available_reporting_integrations", list)
-    monkeypatch.setattr("ifd_trainer.training.recipe_run.load_rows", None)
+    monkeypatch.setattr("ifd_trainer.recipe.machine.get_available_reporting_integrations", list)
+    monkeypatch.setattr("ifd_trainer.recipe.run.load_rows", None)
     line = told(place, monkeypatch, capsys, *TRAIN, "--report_to", "wandb")
     assert line == "report_to: wandb is not installed. Install its package, or set report_to: none."
 
@@ -1016,7 +1016,7 @@ def test_a_run_that_a_full_disk_ended_is_resumed_by_one_option_more(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoint-5")
 
-    monkeypatch.setattr("ifd_trainer.training.recipe_run.build_run", fail)
+    monkeypatch.setattr("ifd_trainer.recipe.run.build_run", fail)
     line = told(place, monkeypatch, capsys, *TRAIN)
     assert "Make room; the same command will add --resume_from_checkpoint true to go on" in line
 

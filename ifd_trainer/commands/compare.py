@@ -15,7 +15,7 @@ from ..compare.arms import DEFAULT, KNOWN, left_out_of_arms, read_arms
 from ..errors import NotFoundError, UserError
 from ..evaluation.measures import Measures, read_measures
 from ..method.number_words import many
-from ..training.recipe_file import check_recipe, overrides, read_recipe
+from ..recipe.file import check_recipe, overrides, read_recipe
 from .arguments import OneLineParser
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def compare(arguments: Sequence[str]) -> int:
         result_table,
         unasked,
     )
-    from ..training.recipe_plan import only_the_plan
+    from ..recipe.plan import only_the_plan
 
     with only_the_plan() if options.plan else nullcontext():
         planned = [planned_arm(options.recipe, words, arm) for arm in arms]

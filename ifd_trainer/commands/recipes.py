@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..errors import UserError
-from ..training.recipe_file import COMPARED, copy_recipe, read_recipe, recipe_titles
+from ..recipe.file import COMPARED, copy_recipe, read_recipe, recipe_titles
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

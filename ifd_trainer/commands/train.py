@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from packaging.version import Version
 
 from ..errors import NotInstalledError, UserError
-from ..training.recipe_file import check_recipe
-from ..training.recipe_help import train_help
+from ..recipe.file import check_recipe
+from ..recipe.help import train_help
 
 _TRL = "1.8"  # the first one that recipes were run with
 
@@ -35,7 +35,7 @@ def train(arguments: list[str]) -> int:
     plan = "--plan" in arguments
     arguments = [word for word in arguments if word != "--plan"]
     if not {"--help-all", "--help_all"}.isdisjoint(arguments):
-        from ..training.recipe import make_parser
+        from ..recipe.parsing import make_parser
 
         make_parser().print_help()
         return 0
@@ -45,12 +45,12 @@ def train(arguments: list[str]) -> int:
 
     from rich.console import Console
 
+    from ..recipe.parsing import parse_recipe
+    from ..recipe.plan import only_the_plan, planned
+    from ..recipe.run import build_run, selection_of
     from ..report.page import write_report
     from ..report.share_table import share_table
     from ..report.tables import epoch_table, guard_table, label_rich_table
-    from ..training.recipe import parse_recipe
-    from ..training.recipe_plan import only_the_plan, planned
-    from ..training.recipe_run import build_run, selection_of
 
     with only_the_plan() if plan else nullcontext():
         parsed = parse_recipe(recipe, arguments, plan)

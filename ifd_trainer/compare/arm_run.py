@@ -53,9 +53,9 @@ def main(folder: Path) -> None:
     from ..evaluation.held_out_losses import HeldOutRows
     from ..evaluation.held_out_sets import read_prompts, read_sets
     from ..evaluation.measures import Measures
-    from ..training.recipe import parse_recipe
-    from ..training.recipe_plan import training_plan
-    from ..training.recipe_run import build_run, selection_of
+    from ..recipe.parsing import parse_recipe
+    from ..recipe.plan import training_plan
+    from ..recipe.run import build_run, selection_of
     from ..training.trainer_hooks import tokenizer_of
 
     todo = ArmRun(**json.loads((folder / RUN).read_text(encoding="utf-8")))

@@ -34,7 +34,7 @@ from ..data.paths import folder_name
 from ..errors import FileAccessError, NotFoundError, RunError, UserError, one_line
 from ..evaluation.held_out_losses import Point, read_points, rows_path
 from ..evaluation.measures import Measures
-from ..training.recipe_file import COMPARED, overrides, read_recipe
+from ..recipe.file import COMPARED, overrides, read_recipe
 from .arm_run import RESULT, ArmRun, write_run
 from .arms import Arm, arm_of
 

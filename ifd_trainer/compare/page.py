@@ -15,10 +15,10 @@ from ..errors import UserError
 from ..evaluation.measured import BASELINE
 from ..evaluation.statistics import POWER
 from ..method.number_words import listed, many
+from ..recipe.file import ALIASES
 from ..report.page_parts import Plot, RowTable, rendered, texts_of
 from ..report.score_frames import count_text, percent_text
 from ..report.tables import label_cells, labels_of
-from ..training.recipe_file import ALIASES
 from .arms import KNOWN, Arm
 from .comparison import Comparison, read_record
 from .exports import write_numbers

@@ -13,10 +13,10 @@ from ..evaluation.at_end import checked
 from ..evaluation.harness import PlannedTask
 from ..evaluation.held_out_sets import read_prompts, read_sets
 from ..evaluation.measures import Measures
-from ..training.recipe import Recipe, parse_recipe
-from ..training.recipe_plan import training_plan
-from ..training.recipe_run import build_run, selection_of
-from ..training.recipe_selection import SelectionConfig, idle_keys_unsaid
+from ..recipe.parsing import Recipe, parse_recipe
+from ..recipe.plan import training_plan
+from ..recipe.run import build_run, selection_of
+from ..recipe.selection import SelectionConfig, idle_keys_unsaid
 from ..training.trainer_hooks import tokenizer_of
 from .arms import Arm
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..data.atomic import write_atomically
 from ..data.chat_template import MalformedRow
 from ..data.paths import folder_name
-from ..training.recipe_file import beside
+from ..recipe.file import beside
 from .agreement import agreement
 from .answers import answers_to, window_for
 from .documents import joined, long_form

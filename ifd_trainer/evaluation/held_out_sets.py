@@ -17,8 +17,8 @@ from ..data.format_choice import FormatOptions, resolve_format
 from ..data.formats import ChatFormat, PromptCompletionFormat, PromptFormat, TemplateFormat
 from ..data.message_trees import as_chats
 from ..errors import UserError
+from ..recipe.file import beside
 from ..report.tables import labels_of
-from ..training.recipe_file import beside
 from .measures import MAIN, Measures
 
 _PROMPTS = ("prompt", "instruction", "Instruction", "question", "text")  # columns of prompts in public sets

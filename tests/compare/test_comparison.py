@@ -26,10 +26,10 @@ from ifd_trainer.compare.results import read_results
 from ifd_trainer.data.formats import ALPACA
 from ifd_trainer.errors import UserError
 from ifd_trainer.evaluation.held_out_losses import HeldOutRows
+from ifd_trainer.recipe.parsing import parse_recipe
+from ifd_trainer.recipe.plan import only_the_plan
+from ifd_trainer.recipe.run import build_run
 from ifd_trainer.training.history import History
-from ifd_trainer.training.recipe import parse_recipe
-from ifd_trainer.training.recipe_plan import only_the_plan
-from ifd_trainer.training.recipe_run import build_run
 
 pytestmark = RECIPES
 ARMS = "arms:\n  longest:\n  static:\n  full:\n  mine: {policy: lowest, score: ifd_ppl}\n"

@@ -28,7 +28,7 @@ from ifd_trainer.evaluation.held_out_sets import read_sets, rows_frame
 from ifd_trainer.evaluation.measured import measured_of, read_documents, write_documents
 from ifd_trainer.evaluation.measures import KEYS, MAIN, Measures
 from ifd_trainer.evaluation.statistics import difference
-from ifd_trainer.training.recipe_file import COMPARED
+from ifd_trainer.recipe.file import COMPARED
 
 
 def lines(path: Path, rows: list[dict]) -> Path:

@@ -11,7 +11,7 @@ from ifd_trainer.data.formats import FORMATS, answer_of
 from ifd_trainer.data.readable_text import answers_of, text_columns
 from ifd_trainer.data.refused_answers import refused_rows
 from ifd_trainer.data.table_reader import TableReader
-from ifd_trainer.training.recipe_rows import without_refusals
+from ifd_trainer.recipe.rows import without_refusals
 
 ASKED = {"role": "user", "content": "Ask."}
 SAID = [{"role": "assistant", "content": "As an AI language model, I wait."}, {"role": "assistant", "content": "Done."}]

@@ -29,8 +29,8 @@ from trl import SFTTrainer
 from ifd_trainer import BadCases, Cherry, RandomRows
 from ifd_trainer.cli import main
 from ifd_trainer.errors import UserError
+from ifd_trainer.recipe.selection import SelectionConfig
 from ifd_trainer.report.share_table import share_cells, share_table
-from ifd_trainer.training.recipe_selection import SelectionConfig
 
 SOURCES = ["code"] * 12 + ["web"] * 12
 

@@ -38,11 +38,11 @@ from ifd_trainer import (
 from ifd_trainer.data.formats import PROMPT_COMPLETION, WIZARDLM
 from ifd_trainer.errors import UserError
 from ifd_trainer.method.further_scores import FURTHER
+from ifd_trainer.recipe.parsing import parse_recipe
+from ifd_trainer.recipe.run import build_run
+from ifd_trainer.recipe.selection import SelectionConfig
 from ifd_trainer.report import plot_further_scores
 from ifd_trainer.training.history import History
-from ifd_trainer.training.recipe import parse_recipe
-from ifd_trainer.training.recipe_run import build_run
-from ifd_trainer.training.recipe_selection import SelectionConfig
 
 ALL = ("ira", "answer_ppl", "direct_ppl", "prompt_ppl", "rifd", "rcas", "rdas", "loss_change")
 

@@ -25,7 +25,7 @@ from ifd_trainer.errors import UserError
 from ifd_trainer.method.calibrated_limit import CalibratedLimit
 from ifd_trainer.method.pairing_test import PairingTest
 from ifd_trainer.method.schedule import Timing
-from ifd_trainer.training.recipe_selection import SelectionConfig
+from ifd_trainer.recipe.selection import SelectionConfig
 
 TEST = PairingTest(alpha=0.5, anchors=3, tokens=2)
 

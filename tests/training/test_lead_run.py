@@ -8,7 +8,7 @@ from tiny_runs import Stop, difference, raw_rows, select, sft_trainer, text_rows
 
 from ifd_trainer import Lead, write_report
 from ifd_trainer.errors import UserError
-from ifd_trainer.training.recipe_selection import SelectionConfig
+from ifd_trainer.recipe.selection import SelectionConfig
 
 ROWS, KEEP, EPOCHS = 24, 4, 6
 POLICY = Lead(groups=3, explore=0.3, most=2)

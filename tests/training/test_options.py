@@ -18,9 +18,9 @@ from ifd_trainer import (
 )
 from ifd_trainer.errors import UserError
 from ifd_trainer.method.schedule import Constant, Timing
+from ifd_trainer.recipe.run import selection_of
+from ifd_trainer.recipe.selection import SelectionConfig
 from ifd_trainer.training.options import Scoring, reads_scores
-from ifd_trainer.training.recipe_run import selection_of
-from ifd_trainer.training.recipe_selection import SelectionConfig
 
 BRIEF = Brief("random", clusters=2, per_cluster=2)
 

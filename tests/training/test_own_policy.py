@@ -26,8 +26,8 @@ from ifd_trainer import (
     write_report,
 )
 from ifd_trainer.method.columns import SCORES
-from ifd_trainer.training.recipe import parse_recipe
-from ifd_trainer.training.recipe_selection import SelectionConfig
+from ifd_trainer.recipe.parsing import parse_recipe
+from ifd_trainer.recipe.selection import SelectionConfig
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def test_a_policy_beside_the_recipe_is_found(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"instruction": "Say red.", "output": "red"}\n')
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model_name_or_path: none\ndataset_name: rows.jsonl\npolicy: policy_beside_a_recipe.Mine\n")
-    monkeypatch.setattr("ifd_trainer.training.recipe.check_recipe", lambda *_: None)  # looks for the model
+    monkeypatch.setattr("ifd_trainer.recipe.parsing.check_recipe", lambda *_: None)  # looks for the model
     path = list(sys.path)
     parsed = parse_recipe(str(recipe), ["--output_dir", str(tmp_path / "out")])
     assert type(parsed.selection.chosen_policy()).__name__ == "Mine"
@@ -439,7 +439,7 @@ def test_guards_hold_back_rows_also_where_another_score_ranks(tmp_path):
 def test_a_recipe_names_a_column_or_a_function_of_a_module_beside_it(tmp_path, monkeypatch):
     (tmp_path / "score_beside_a_recipe.py").write_text("def mine(columns):\n    return -columns['cas']\n")
     (tmp_path / "rows.jsonl").write_text('{"instruction": "Say red.", "output": "red"}\n')
-    monkeypatch.setattr("ifd_trainer.training.recipe.check_recipe", lambda *_: None)  # looks for the model
+    monkeypatch.setattr("ifd_trainer.recipe.parsing.check_recipe", lambda *_: None)  # looks for the model
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model_name_or_path: none\ndataset_name: rows.jsonl\nscore: score_beside_a_recipe.mine\n")
     policy = parse_recipe(str(recipe), ["--output_dir", str(tmp_path / "out")]).selection.chosen_policy()

@@ -22,7 +22,7 @@ from ifd_trainer import (
     write_report,
 )
 from ifd_trainer.errors import UserError
-from ifd_trainer.training.recipe_selection import SelectionConfig
+from ifd_trainer.recipe.selection import SelectionConfig
 
 SOURCES = np.array(["web"] * 12 + ["code"] * 8 + ["chat"] * 4)
 ROWS = text_rows(raw_rows(24)).add_column("source", SOURCES.tolist()).add_column("weight", list(range(24)))

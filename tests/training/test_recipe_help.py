@@ -12,9 +12,9 @@ import pytest
 from tiny_runs import RECIPES
 
 from ifd_trainer.cli import main
-from ifd_trainer.training.recipe import make_parser
-from ifd_trainer.training.recipe_selection import SelectionConfig
-from ifd_trainer.training.recipe_selection_keys import GROUPS
+from ifd_trainer.recipe.parsing import make_parser
+from ifd_trainer.recipe.selection import SelectionConfig
+from ifd_trainer.recipe.selection_keys import GROUPS
 
 KEYS = {key.name: key for key in dataclasses.fields(SelectionConfig)}
 HEAVY = {"torch", "transformers", "trl", "datasets", "pandas", "pyarrow", "numpy"}

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from ifd_trainer import IFDScorer
 from ifd_trainer.data.token_rows import TokenRows
 from ifd_trainer.errors import UserError
-from ifd_trainer.training.recipe_rows import prepare, without_refusals
+from ifd_trainer.recipe.rows import prepare, without_refusals
 
 pytestmark = RECIPES
 QWEN3 = pytest.importorskip("trl.chat_template_utils", reason=RECIPES.kwargs["reason"]).qwen3_chat_template

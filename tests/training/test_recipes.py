@@ -20,10 +20,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows
+from ifd_trainer.recipe.machine import PlanConfig
+from ifd_trainer.recipe.parsing import parse_recipe
 from ifd_trainer.scoring.transform import IFDScorer
 from ifd_trainer.training.history import History
-from ifd_trainer.training.recipe import parse_recipe
-from ifd_trainer.training.recipe_machine import PlanConfig
 
 pytestmark = RECIPES
 
@@ -421,10 +421,10 @@ def test_what_a_machine_lacks_is_noted_in_a_plan(options, lacking, model, data, 
     if torch.accelerator.is_available():
         pytest.skip("this machine has what others lack")
     monkeypatch.setattr(
-        "ifd_trainer.training.recipe_machine.installed",
+        "ifd_trainer.recipe.machine.installed",
         lambda package: package not in ("bitsandbytes", "liger_kernel", "wandb"),
     )
-    monkeypatch.setattr("ifd_trainer.training.recipe_machine.get_available_reporting_integrations", list)
+    monkeypatch.setattr("ifd_trainer.recipe.machine.get_available_reporting_integrations", list)
     monkeypatch.chdir(tmp_path)
     forbid(monkeypatch)
     Path("ds.json").write_text('{"zero_optimization": {"stage": 3}}')
@@ -444,8 +444,8 @@ def test_half_precision_that_is_set_aside_does_not_turn_the_other_one_on(tmp_pat
 
 
 def test_adapters_are_planned_without_their_package(model, data, tmp_path, capsys, monkeypatch):
-    for module in ("recipe_machine", "recipe_run"):
-        monkeypatch.setattr(f"ifd_trainer.training.{module}.installed", lambda package: package != "peft")
+    for module in ("machine", "run"):
+        monkeypatch.setattr(f"ifd_trainer.recipe.{module}.installed", lambda package: package != "peft")
     assert main(small(CHERRY_LORA, model, data, tmp_path, "--plan")) == 0
     lines = plan_of(capsys.readouterr().out)
     assert lines[-1] == f"original weights: those of the adapters, in {tmp_path} until training ends"

@@ -32,9 +32,9 @@ from weighted_steps import DESCENT, descended, losses_of, rows_of, watched
 
 from ifd_trainer import Anneal, Cherry, Diverse, InfoBatch, Kakurenbo, Selection, Stages, Weighted, write_report
 from ifd_trainer.errors import RunError, UserError
+from ifd_trainer.recipe.selection import SelectionConfig
 from ifd_trainer.report.wording import settings_in_words
 from ifd_trainer.training.history import History
-from ifd_trainer.training.recipe_selection import SelectionConfig
 from ifd_trainer.training.row_weights import BatchTokens, TrainLosses
 
 ROWS = 12

@@ -7,8 +7,8 @@ from tiny_runs import Stop, model_with, reference_scores, reference_top, select,
 
 from ifd_trainer.cli import main
 from ifd_trainer.method.schedule import Anneal, Constant, Curriculum, PerEpoch, Timing
+from ifd_trainer.recipe.selection import SelectionConfig
 from ifd_trainer.training.callback import IFDSelectionCallback
-from ifd_trainer.training.recipe_selection import SelectionConfig
 
 INF = float("inf")
 POOL = 24

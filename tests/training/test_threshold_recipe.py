@@ -15,10 +15,10 @@ from tiny_runs import RECIPES, TOKENIZER, raw_rows
 from ifd_trainer.cli import main
 from ifd_trainer.data.files import load_rows
 from ifd_trainer.data.histogram_files import read_threshold
+from ifd_trainer.recipe.parsing import parse_recipe
+from ifd_trainer.recipe.plan import planned
+from ifd_trainer.recipe.run import build_run
 from ifd_trainer.training.history import History
-from ifd_trainer.training.recipe import parse_recipe
-from ifd_trainer.training.recipe_plan import planned
-from ifd_trainer.training.recipe_run import build_run
 
 pytestmark = RECIPES
 

@@ -11,11 +11,11 @@ from tiny_runs import INF, RECIPES, Stop, difference, raw_rows, select, sft_trai
 from ifd_trainer import CalibratedLimit, Guard, IFDScorer, LongestAnswers, RandomRows
 from ifd_trainer.errors import UserError
 from ifd_trainer.method.unfinished import Unfinished
+from ifd_trainer.recipe.parsing import parse_recipe
+from ifd_trainer.recipe.rows import prepare, with_answer_masks, without_refusals
+from ifd_trainer.recipe.run import build_run
 from ifd_trainer.training.history import History
 from ifd_trainer.training.options import Scoring
-from ifd_trainer.training.recipe import parse_recipe
-from ifd_trainer.training.recipe_rows import prepare, with_answer_masks, without_refusals
-from ifd_trainer.training.recipe_run import build_run
 
 # A turn and its end of turn are inside the mark, the line break after it is not.
 MARKED = (

@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ..errors import UserError
 from ..method.calibrated_limit import CALIBRATED
 from ..method.number_types import is_number
-from .recipe_file import ALIASES, FILES
+from .file import ALIASES, FILES
 
 # Keys that TRL's parser or this program reads in another way than their type says.
 _FREE = ("env", "resume_from_checkpoint")

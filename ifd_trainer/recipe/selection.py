@@ -43,10 +43,10 @@ from ..method.stratified import Mixture, Stages, Stratified
 from ..method.target_set import TargetSet
 from ..method.unfinished import Unfinished
 from ..method.weighted import Weighted
-from .callback import IFDSelectionCallback
-from .candidate_scoring import check_candidates
-from .options import Scoring, asked_scores, check_parts, guard_of, reads_scores
-from .recipe_selection_keys import SelectionKeys
+from ..training.callback import IFDSelectionCallback
+from ..training.candidate_scoring import check_candidates
+from ..training.options import Scoring, asked_scores, check_parts, guard_of, reads_scores
+from .selection_keys import SelectionKeys
 
 if TYPE_CHECKING:
     from transformers import Trainer

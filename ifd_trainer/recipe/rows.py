@@ -37,7 +37,7 @@ from ..method.number_words import many
 from ..method.reasons import Status
 from ..method.score_histogram import Threshold
 from ..method.selection import coded
-from .row_tokens import TOKEN_COLUMNS
+from ..training.row_tokens import TOKEN_COLUMNS
 
 logger = logging.getLogger(__name__)
 

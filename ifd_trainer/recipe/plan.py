@@ -10,9 +10,9 @@ from datasets import are_progress_bars_disabled, disable_progress_bars, enable_p
 from trl import SFTTrainer
 
 from ..method.schedule import TrainingPlan
-from .initial_weights import Snapshot
-from .pool_line import pool_line
-from .recipe_run import Run, selection_of
+from ..training.initial_weights import Snapshot
+from ..training.pool_line import pool_line
+from .run import Run, selection_of
 
 
 @contextmanager

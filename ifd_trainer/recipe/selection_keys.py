@@ -2,7 +2,7 @@
 
 This is the only place where a key is described: the parser of recipes, `ifd-trainer train --help` and `--help-all` are
 all made from it. Nothing slow is imported, so that the help is there at once; what the values mean together, and which
-of them contradict each other, is in `recipe_selection`.
+of them contradict each other, is in `selection`.
 """
 
 from __future__ import annotations

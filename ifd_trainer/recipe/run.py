@@ -44,14 +44,14 @@ from ..scoring.engine import check_causal_config
 from ..scoring.image_forwards import need_image_processor, not_installed
 from ..scoring.image_scorer import ImageIFDScorer
 from ..scoring.transform import IFDScorer
-from .callback import IFDSelectionCallback
-from .pool_line import RowsBefore, column_of, ids_lost
-from .recipe import Recipe, translated
-from .recipe_file import beside
-from .recipe_images import prepare_images, sees_images
-from .recipe_machine import PlanConfig, installed, lacking_for, outline
-from .recipe_rows import at_or_above, by_value, prepare, with_answer_masks, without_refusals
-from .recipe_selection import SelectionConfig
+from ..training.callback import IFDSelectionCallback
+from ..training.pool_line import RowsBefore, column_of, ids_lost
+from .file import beside
+from .images import prepare_images, sees_images
+from .machine import PlanConfig, installed, lacking_for, outline
+from .parsing import Recipe, translated
+from .rows import at_or_above, by_value, prepare, with_answer_masks, without_refusals
+from .selection import SelectionConfig
 
 logger = logging.getLogger(__name__)
 _SCORED_AT_ONCE = 1000  # rows that `scorer` scores before they are put into the cache

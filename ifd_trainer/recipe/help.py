@@ -1,4 +1,4 @@
-"""The text of `ifd-trainer train --help`: the keys of `recipe_selection_keys` as they are described there, and some of
+"""The text of `ifd-trainer train --help`: the keys of `selection_keys` as they are described there, and some of
 TRL's.
 
 Made without TRL, whose import takes seconds: `--help-all` lists what TRL's own keys say.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 
-from .recipe_selection_keys import GROUPS, SelectionKeys
+from .selection_keys import GROUPS, SelectionKeys
 
 _WIDTH = 120
 _INDENT = 27  # of what is said about a key

@@ -23,11 +23,11 @@ from trl.scripts.utils import DatasetConfig
 
 from ..data.paths import check_checkpoint
 from ..errors import FileAccessError, NotInstalledError, UserError, one_line
-from .recipe_file import ALIASES, COMPARED, check_recipe, read_recipe
-from .recipe_file import overrides as words_of
-from .recipe_keys import check_keys, check_mappings, check_ranges, typed
-from .recipe_machine import PlanConfig, missing_trackers
-from .recipe_selection import SelectionConfig
+from .file import ALIASES, COMPARED, check_recipe, read_recipe
+from .file import overrides as words_of
+from .keys import check_keys, check_mappings, check_ranges, typed
+from .machine import PlanConfig, missing_trackers
+from .selection import SelectionConfig
 
 
 @dataclass

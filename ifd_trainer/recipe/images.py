@@ -22,7 +22,7 @@ from ..data.image_rows import IMAGE_CELLS, ImageRows, with_stored_images
 from ..data.json_feature import Json
 from ..errors import UserError
 from ..method.number_words import many
-from .recipe_rows import with_ids
+from .rows import with_ids
 
 logger = logging.getLogger(__name__)
 _TRLS = ("messages", "conversations", "text")  # other forms of a row, which TRL's collator would take first
