@@ -563,13 +563,13 @@ def test_the_benchmark_of_rescoring_counts_overlap_and_cost_by_hand(rescoring):
         np.ones(3),
     )
     assert run.means(run.cas)[0, :3].tolist() == pytest.approx([0.9, 0.5, 0.2])
-    assert run.means(run.cas, first=1)[1, :2].tolist() == pytest.approx([0.1, 0.7])
     training = 3 * 6  # an epoch on one row of six tokens
     way = rescoring.Way
-    assert rescoring.played(run, way(None, direct=True, top=1.0), 0) == [(1.0, 10 * (6 + 3) / training)]
-    assert rescoring.played(run, way(None, top=0.0), 0) == [(0.0, 0.0)]
-    assert rescoring.played(run, way(None, top=0.2), 0) == [(1.0, 2 * 6 / training)]
+    assert rescoring.played(run, way(None, top=1.0), 0) == [(1.0, 10 * (6 + 3) / training)]
+    assert rescoring.played(run, way(None, direct=False, top=0.0), 0) == [(0.0, 0.0)]
+    assert rescoring.played(run, way(None, direct=False, top=0.2), 0) == [(1.0, 2 * 6 / training)]
     # Two rows nearest to the cut, which is row 0: that row and the next.
-    near = way(budget=2 * 6 / training, drawn=0.0, stale=0.0)
-    assert rescoring.played(run, near, 0) == [(1.0, pytest.approx(2 * 6 / training))]
+    for direct, cost in ((False, 2 * 6), (True, 2 * (6 + 3))):
+        near = way(budget=cost / training, drawn=0.0, stale=0.0, direct=direct)
+        assert rescoring.played(run, near, 0) == [(1.0, pytest.approx(cost / training))]
     assert rescoring.played(run, way(budget=0.5 * 6 / training), 0) == [(0.0, 0.0)]

@@ -1,17 +1,19 @@
 """Which rows of a pool are scored anew under a budget, and what is thought of the others until they are.
 
 To score all rows anew costs several times as much as an epoch on a tenth of them. Losses of one training state cannot
-be held against those of another, though: losses given the prompt fall with training, so that a row that is scored anew
-would lose its place to rows that were not. So some rows are drawn at random, scored, and tell how far losses have
-moved; the others' last losses are moved as far, and what is left of the budget goes to the rows nearest to the cut.
-Rows that were trained on in between move several times as far as others, and are drawn and moved by themselves.
+be held against those of another, though: they fall with training, so that a row that is scored anew would lose its
+place to rows that were not. So some rows are drawn at random, scored, and tell how far losses have moved; the others'
+last losses are moved by what these tell, and what is left of the budget goes to the rows nearest to the cut. Rows that
+were trained on in between move several times as far as others; how far a loss moves depends on what it was, and on how
+long the answer is (see `moves`).
 
-What a forward over t tokens costs is t, a backward is as dear as two forwards: training on t tokens costs 3 t, a loss
-given the prompt the t tokens of prompt and answer. Direct losses move least, and are not measured anew.
+What a forward over t tokens costs is t, a backward is as dear as two forwards: training on t tokens costs 3 t, scoring
+a row the tokens of prompt and answer, and again those of the answer and what precedes it when it stands alone.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,7 @@ from .number_types import is_number
 
 TRAINED = 3  # forwards that a token costs in training: one, and a backward
 _FEWEST = 2  # rows that tell how far losses of rows of their kind have moved
+_PENALTY = 5.0  # of slopes: the best of 2, 5 and 20 in the runs of tests/benchmarks/README.md, by little
 
 
 @dataclass(frozen=True)
@@ -103,30 +106,47 @@ def affordable(rows: np.ndarray, cost: np.ndarray, allowance: float) -> np.ndarr
     return rows[: int(np.searchsorted(np.cumsum(cost[rows]), allowance, side="right"))]
 
 
-def drift(old: np.ndarray, new: np.ndarray, rows: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """By what factor losses have moved, (n,): the geometric mean over m rows that were scored twice.
+def moves(old: np.ndarray, new: np.ndarray, trained: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """How far losses have moved, the logarithm of a factor for each row, (n,), by the rows that were measured again.
 
-        factor = exp(mean_i log(new_i / old_i))
+        log(new_i / old_i)  =  a + b . x_i  +  what only a forward of row i tells
 
-    One for rows that were trained on in between and one for the others, as long as there are two of a kind.
+    a is one number for the rows that were trained on in between and one for the others, as long as two of a kind were
+    measured; b, the same for all rows, is by least squares with a penalty of `5 |b|^2`, so that a few rows say little.
 
     Args:
-        old, new: (m,) losses; pairs that are not both finite and above 0 do not count.
-        rows: (m,) their positions.
-        trained: (n,) bool, of all rows.
+        old: (n,) the last losses.
+        new: (n,) those measured again, NaN for the other rows; a pair that is not finite and above 0 does not count.
+        trained: (n,) bool.
+        features: (n, f) what is known of the rows; put on one scale here.
 
-    >>> drift(np.full(2, 2.0), np.full(2, 1.0), np.array([0, 2]), np.array([False, True, False])).tolist()
-    [0.5, 0.5, 0.5]
+    >>> nothing = np.empty((3, 0))
+    >>> moves(np.full(3, 2.0), np.array([1.0, np.nan, 1.0]), np.array([False, True, False]), nothing).round(3).tolist()
+    [-0.693, -0.693, -0.693]
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         moved = np.log(new / old)
     known = np.isfinite(moved)
-    factors = np.full(len(trained), np.exp(moved[known].mean()) if known.any() else 1.0)
+    if not known.any():
+        return np.zeros(len(old))
+    told = np.column_stack([moved, _on_one_scale(features)])
+    centre = np.empty_like(told)
     for kind in (False, True):
-        of_kind = known & (trained[rows] == kind)
-        if of_kind.sum() >= _FEWEST:
-            factors[trained == kind] = np.exp(moved[of_kind].mean())
-    return factors
+        of_kind = known & (trained == kind)
+        centre[trained == kind] = told[of_kind if of_kind.sum() >= _FEWEST else known].mean(axis=0)
+    apart = told - centre
+    x = apart[known, 1:]
+    slopes = np.linalg.solve(x.T @ x + _PENALTY * np.eye(x.shape[1]), x.T @ apart[known, 0])
+    return centre[:, 0] + apart[:, 1:] @ slopes
+
+
+def _on_one_scale(features: np.ndarray) -> np.ndarray:
+    """Features (n, f) with mean 0 and standard deviation 1 over the rows that have them; 0 for a row without."""
+    known = np.where(np.isfinite(features), features, np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a column without a number
+        scaled = (known - np.nanmean(known, axis=0)) / np.nanstd(known, axis=0)
+    return np.where(np.isfinite(scaled), scaled, 0.0)
 
 
 def nearest(values: np.ndarray, able: np.ndarray, kept: int, known: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -339,7 +339,7 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
             return scored_rows(parts, self.pool.training_rows)
         whole = self.pool.training_rows if epoch == self.timing.warmup_epochs else 0
         anew = parts[1:] if whole else parts
-        pays_for = (candidates.rule.allowance(part.rows) for part in anew)
+        pays_for = (candidates.pays_for(part.rows) for part in anew)
         return whole + sum(
             int(min(rows, self.pool.training_rows - part.first_row)) for part, rows in zip(anew, pays_for, strict=True)
         )

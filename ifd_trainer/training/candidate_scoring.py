@@ -1,16 +1,17 @@
 """Some rows scored anew under a budget, in the place of all: `Timing(rescore="candidates")`.
 
-Where there are scores already, an epoch measures the losses given the prompt anew, of
+Where there are scores already, an epoch measures the losses anew, given the prompt and direct, of
 
     some rows at random    they tell how far losses have moved since; half of them were trained on in between
     the most stale rows    those that were scored the longest ago
     rows near the cut      the nearest to it, above and below, for the rest of the budget
 
-All other rows keep their last measured losses, moved as far as those that were measured twice have moved (see
+All other rows keep their last measured losses, moved by what those that were measured twice tell of rows like them (see
 `method.rescoring`): otherwise each row that is scored anew, whose loss has fallen like all others', would lose its
-place to rows that are not. Direct losses, which move least, stay those of the scoring of all rows. The history says of
-each row when it was scored (`scored_at`, `scored_step`), and how far its loss was moved since (`cas_shift`, nats per
-token). With a curriculum, the cut is that of all its tiers together.
+place to rows that are not. Both losses are moved: that of an answer given its prompt falls with that of the answer
+alone, and their ratio moves less than either. The history says of each row when it was scored (`scored_at`,
+`scored_step`), and how far its losses were moved since (`cas_shift`, `das_shift`, nats per token). With a curriculum,
+the cut is that of all its tiers together.
 
 Each part of an epoch in parts (`every_steps`) has a budget of its own, a share of what training on its rows costs. Rows
 that the epoch has trained on before are neither scored nor moved: no part can keep them. The next epoch moves them as
@@ -31,7 +32,7 @@ from ..errors import UserError
 from ..method.equations import further_scores
 from ..method.further_scores import OF_A_RUN, losses_read
 from ..method.reasons import Status
-from ..method.rescoring import Rescoring, drift, nearest
+from ..method.rescoring import Rescoring, moves, nearest
 from ..method.schedule import EpochRows
 from ..method.selection import Cherry, Policy
 from ..scoring.losses import Scores
@@ -46,7 +47,7 @@ class Ages(NamedTuple):
     Attributes:
         scored_at: (n,) the epoch in which each row was scored.
         step: (n,) after how many updates of the run it was.
-        shift: (n,) nats by which its loss given the prompt was moved since.
+        shift: (n, 2) nats by which its losses, given the prompt and direct, were moved since.
         drawn: (n,) whether it was drawn at random, the last time that rows were scored.
         cost: tokens of the forwards of that scoring, over those of training on the rows it chose.
     """
@@ -60,7 +61,7 @@ class Ages(NamedTuple):
     @classmethod
     def of_all(cls, rows: int, epoch: int, step: int) -> Ages:
         """All rows scored in one epoch, after so many updates."""
-        return cls(np.full(rows, epoch), np.full(rows, step), np.zeros(rows), np.zeros(rows, dtype=bool))
+        return cls(np.full(rows, epoch), np.full(rows, step), np.zeros((rows, 2)), np.zeros(rows, dtype=bool))
 
     def row_columns(self, scored: np.ndarray, moved: bool) -> dict[str, Any]:
         """What the history shows of each row; nothing for rows that are not among the `scored` (n,).
@@ -69,7 +70,8 @@ class Ages(NamedTuple):
         """
         columns = {"scored_at": _where(scored, self.scored_at)}
         if moved:
-            columns |= {"scored_step": _where(scored, self.step), "cas_shift": np.where(scored, self.shift, np.nan)}
+            shift = np.where(scored[:, None], self.shift, np.nan)
+            columns |= {"scored_step": _where(scored, self.step), "cas_shift": shift[:, 0], "das_shift": shift[:, 1]}
         return columns
 
     def record(self, scored: np.ndarray, kept: np.ndarray, step: int) -> dict[str, Any]:
@@ -93,7 +95,7 @@ class Ages(NamedTuple):
         return {
             "rows_scored_at": self.scored_at,
             "rows_scored_step": self.step,
-            "cas_shift": self.shift,
+            "loss_shift": self.shift,
             "rows_drawn": self.drawn.astype(np.int8),
         }
 
@@ -102,7 +104,7 @@ class Ages(NamedTuple):
         """Take that out of the arrays of a checkpoint; None where all rows were scored at once."""
         if "rows_scored_at" not in arrays:
             return None
-        names = ("rows_scored_at", "rows_scored_step", "cas_shift")
+        names = ("rows_scored_at", "rows_scored_step", "loss_shift")
         return cls(*map(arrays.pop, names), arrays.pop("rows_drawn").astype(bool))
 
 
@@ -122,6 +124,13 @@ class Candidates:
 
     def __init__(self, pool_scorer: PoolScorer, rule: Rescoring, pairs: int = 0) -> None:
         self.pool_scorer, self.rule, self._pairs = pool_scorer, rule, pairs
+
+    def pays_for(self, training_rows: float) -> float:
+        """About how many rows of mean length may be scored where so many are trained on."""
+        pool = self.pool_scorer.pool
+        rows = np.arange(len(pool))
+        lengths, (starts, ends) = pool.lengths(rows), pool.spans(rows).T
+        return self.rule.allowance(training_rows) * lengths.mean() / (lengths + ends - starts).mean()
 
     def check(self) -> None:
         """Raise for rows of several answers, once the pool was read."""
@@ -163,34 +172,37 @@ class Candidates:
         """
         pool, left = self.pool_scorer.pool, (known.ifd_status == Status.OK.value) & ~used
         lengths = pool.lengths(np.arange(len(pool)))
+        costs = lengths + known.answer_tokens + len(prefix)  # of both passes
         trained_tokens = wanted.budget / pool.training_rows * lengths.sum()  # of rows of mean length
         allowance = self.rule.allowance(trained_tokens)
         self._tell_of_limit(min(self._pairs, len(pool)) * lengths.mean() / self.rule.of_training(trained_tokens))
-        draw = self.rule.drawn(left, trained, ages.step, lengths, allowance, ids, [seed, *wanted.seeds])
+        draw = self.rule.drawn(left, trained, ages.step, costs, allowance, ids, [seed, *wanted.seeds])
         parts = self._agreed(draw)
-        cas, eot, measured = known.cas.copy(), known.eot_loss.copy(), np.zeros(len(pool), dtype=bool)
+        last, eot = np.stack([known.cas, known.das], 1), known.eot_loss.copy()
+        new, measured = np.full_like(last, np.nan), np.zeros(len(pool), dtype=bool)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            features = np.log(np.column_stack([last, known.answer_tokens]))
 
         def measure(rows: np.ndarray, description: str) -> np.ndarray:
-            """Measure some rows anew; losses of all rows, as they have moved."""
+            """Measure some rows anew; both losses of all rows, (n, 2), as they have moved."""
             rows = np.sort(rows)
-            cas[rows], eot[rows] = self.pool_scorer.conditioned_losses(rows, prefix, f"{description}, epoch {epoch}")
-            measured[rows] = True
-            twice = np.flatnonzero(measured)
-            factors = np.where(left, drift(known.cas[twice], cas[twice], twice, trained), 1.0)
-            return np.where(measured, cas, known.cas * factors)
+            scores = self.pool_scorer.scores(prefix, f"{description}, epoch {epoch}", rows)
+            new[rows], eot[rows], measured[rows] = np.stack([scores.cas, scores.das], 1), scores.eot_loss, True
+            moved = np.stack([moves(last[:, i], new[:, i], trained, features) for i in range(2)], 1)
+            return np.where(measured[:, None], new, np.where(left[:, None], last * np.exp(moved), last))
 
         moved = measure(np.concatenate(parts), "Rows at random")
         ranked = values(self._scores(known, moved, eot))
         kept = max(round(wanted.ranked / pool.training_rows * len(pool)), 1)
         order = nearest(ranked, able & left & np.isfinite(ranked), kept, measured, ids)
-        moved = measure(self._agreed(self.rule.near(order, lengths, allowance - lengths[measured].sum())), "Candidates")
+        moved = measure(self._agreed(self.rule.near(order, costs, allowance - costs[measured].sum())), "Candidates")
         if not measured.any():
             logger.warning(
                 "Epoch %d: rescore_budget=%s pays for no row, %.0f tokens of forwards, so the last scores stand.",
                 *(epoch, self.rule.budget, allowance),
             )
-        cost = lengths[measured].sum() / self.rule.of_training(trained_tokens)
-        shift = np.where(measured, 0.0, ages.shift + moved - known.cas)
+        cost = costs[measured].sum() / self.rule.of_training(trained_tokens)
+        shift = np.where(measured[:, None], 0.0, ages.shift + moved - last)
         times = np.where(measured, epoch, ages.scored_at), np.where(measured, step, ages.step)
         drawn = np.isin(np.arange(len(pool)), parts[0])
         return self._scores(known, moved, eot), Ages(*times, shift, drawn, float(cost))
@@ -206,10 +218,11 @@ class Candidates:
             )
             self._pairs = 0
 
-    def _scores(self, known: Scores, cas: np.ndarray, eot_loss: np.ndarray) -> Scores:
+    def _scores(self, known: Scores, losses: np.ndarray, eot_loss: np.ndarray) -> Scores:
+        cas, das = losses.T
         names = [name for name in known.further if name not in OF_A_RUN]
-        further = further_scores(names, {"cas": cas, "das": known.das})
-        return Scores.from_nll(cas, known.das, known.answer_tokens, known.ifd_status, eot_loss, further)
+        further = further_scores(names, {"cas": cas, "das": das})
+        return Scores.from_nll(cas, das, known.answer_tokens, known.ifd_status, eot_loss, further)
 
     def _agreed(self, chosen: Any) -> Any:
         """What the main process chose: machines may round differently, and all of them score the same rows."""
@@ -235,7 +248,7 @@ def check_candidates(
     elif not isinstance(policy, Cherry):
         problem = f"looks for the rows near the cut of a Cherry, and the policy is a {type(policy).__name__}"
     elif lacking := [name for name in further if losses_read([name])]:
-        problem = f"measures cas alone, and {', '.join(lacking)} follows from losses other than cas and das"
+        problem = f"measures cas and das, and {', '.join(lacking)} follows from other losses"
     elif images:
         problem = "reads text, and the rows have images"
     elif whole:

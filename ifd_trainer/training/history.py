@@ -5,12 +5,12 @@
                           there are) and `left` (rows that the parts before had not trained on)
     epoch-000.parquet     one row for each pool row: id, scores, the epoch in which it was scored (`scored_at`), and
                           where some rows are scored anew under a budget after how many updates of the run that was
-                          (`scored_step`) and by how many nats its `cas` was moved since (`cas_shift`); status, reason,
-                          how often it is trained on; with a curriculum its tier (0 is the one that the curriculum
-                          begins with); where rows weigh differently in the loss their weight; with train_losses,
-                          `train_loss`, the mean loss of rows in the forwards that trained on them, once the epoch has
-                          ended; with guards, whether the same scores would have kept it without them, and its p-value
-                          in the pairing test; where rows have several answers, `last_cas`, `last_das` and
+                          (`scored_step`) and by how many nats its losses were moved since (`cas_shift`, `das_shift`);
+                          status, reason, how often it is trained on; with a curriculum its tier (0 is the one that the
+                          curriculum begins with); where rows weigh differently in the loss their weight; with
+                          train_losses, `train_loss`, the mean loss of rows in the forwards that trained on them, once
+                          the epoch has ended; with guards, whether the same scores would have kept it without them, and
+                          its p-value in the pairing test; where rows have several answers, `last_cas`, `last_das` and
                           `last_answer_tokens` of the last one, which guards judge
     epoch-000-part-01.parquet   the same for each part of an epoch in parts, in the place of that file
     pool.parquet          the pool's texts and its columns other than token ids, for reports; a resume, or another run

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
-from ..data.encoding import EncodedPair, Encoder, Segment, token_count, with_ending
+from ..data.encoding import EncodedPair, Encoder, Segment, token_count
 from ..data.formats import Example
 from ..data.further_segments import with_further
 from ..data.reversed_rows import GUESS, ReversedRows, request
@@ -181,25 +181,6 @@ class PoolScorer:
 
         rows = self._run_shares(self.pool.lengths(np.arange(len(self.pool))), read)
         return Scores.not_run(**rows, further=self.further)
-
-    def conditioned_losses(
-        self, rows: np.ndarray, prefix: Sequence[int], description: str = "Candidates"
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Losses of the answers of some rows given their prompts, (m,), in nats per token, and of the ends of their
-        turns, (m,), in nats: half of what `scores` runs.
-
-        Args:
-            rows: (m,) positions of rows that have a score, by one answer each.
-        """
-        reader = self._reader(prefix)
-
-        def run(part: np.ndarray) -> dict[str, np.ndarray]:
-            segments = [with_ending(pair) for pair in reader.encode(rows[part])]
-            cas, eot_loss = self._losses(reader, segments, description)
-            return {"cas": cas, "eot_loss": eot_loss}
-
-        found = self._run_shares(self.pool.lengths(rows), run)
-        return found["cas"], found["eot_loss"]
 
     def mismatched_scores(
         self,

@@ -6,7 +6,7 @@ each is played through afterwards, from epoch to epoch, with no more of the fres
 
     all             every row anew, both passes
     nothing         the scores of epoch 0 stand
-    top 30 %        the 30 % with the highest known scores anew, the pass with the prompt alone; the best of them
+    top 30 %        the 30 % with the highest known scores anew; the best of them
     candidates      what `Timing(rescore="candidates")` does, with a budget; and that without one of its parts
 
 Overlap is the share of the exactly best rows that a way keeps too. Cost is in tokens of forwards, over three times the
@@ -35,7 +35,7 @@ from ifd_trainer import Cherry
 from ifd_trainer.data.encoding import EncodedPair, Segment, with_ending
 from ifd_trainer.data.files import load_rows
 from ifd_trainer.method.equations import ifd
-from ifd_trainer.method.rescoring import Rescoring, drift, nearest
+from ifd_trainer.method.rescoring import Rescoring, moves, nearest
 from ifd_trainer.method.scoring_health import rank_correlation
 from ifd_trainer.scoring.losses import nll_with_tails
 from ifd_trainer.scoring.token_losses import score_with_tokens
@@ -75,12 +75,10 @@ class Recorded:
         """(n,) tokens of the direct pass."""
         return self.lengths[:, 2] + self.tokens
 
-    def means(self, losses: np.ndarray, first: int | None = None) -> np.ndarray:
-        """(E + 1, n) mean losses of answers, or of their first tokens."""
-        counts = self.tokens if first is None else np.minimum(self.tokens, first)
-        sums = np.cumsum(np.pad(losses.astype(np.float64), ((0, 0), (1, 0))), axis=1)
+    def means(self, losses: np.ndarray) -> np.ndarray:
+        """(E + 1, n) mean losses of answers."""
         starts = np.cumsum(self.tokens) - self.tokens
-        return (sums[:, starts + counts] - sums[:, starts]) / counts
+        return np.add.reduceat(losses.astype(np.float64), starts, axis=1) / self.tokens
 
 
 @dataclass(frozen=True)
@@ -90,19 +88,17 @@ class Way:
     Args:
         budget: share of the cost of training; None for a way without one.
         drawn, stale: shares of the budget for rows drawn at random, and for those whose scores are the oldest.
-        moved: how the losses of the other rows are moved: by a factor of rows trained on and one of the others
-            ("by kind"), by one for all ("as one"), or not ("not").
-        direct: whether direct losses are measured too, of each row that is scored anew.
-        first: tokens of answers, from the first, that the rows near the cut are scored on; None for all.
+        moved: how the losses of the other rows are moved: by what they were, and how long answers are ("by features"),
+            by a factor of rows trained on and one of the others ("by kind"), by one for all ("as one"), or not ("not").
+        direct: whether direct losses are measured and moved too.
         top: without a budget, the share of the rows, by known scores, that are scored anew.
     """
 
     budget: float | None = 0.1
     drawn: float = Rescoring.explored
     stale: float = Rescoring.stale
-    moved: str = "by kind"
-    direct: bool = False
-    first: int | None = None
+    moved: str = "by features"
+    direct: bool = True
     top: float | None = None
 
 
@@ -111,19 +107,20 @@ BUDGETS = (0.1, 0.2, 0.3, 0.5, 1.0)
 
 def ways() -> dict[str, Way]:
     """All that are compared, by name."""
-    found = {"all": Way(None, direct=True, top=1.0), "all, with the prompt alone": Way(None, top=1.0)}
+    found = {"all": Way(None, top=1.0), "all, with the prompt alone": Way(None, direct=False, top=1.0)}
     found |= {"nothing": Way(None, top=0.0), "top 30 %": Way(None, top=0.3)}
-    found["top 30 %, both passes"] = Way(None, direct=True, top=0.3)
+    found["top 30 %, with the prompt alone"] = Way(None, direct=False, top=0.3)
     for budget in BUDGETS:
         whole, name = Way(budget), f"candidates, {100 * budget:.0f} %"
         found[name] = whole
         if budget in (0.1, 0.3, 1.0):
             found[f"{name}, not moved"] = replace(whole, moved="not")
             found[f"{name}, moved as one"] = replace(whole, moved="as one")
+            found[f"{name}, moved by kind"] = replace(whole, moved="by kind")
             found[f"{name}, near the cut alone"] = replace(whole, drawn=0.0, stale=0.0)
             found[f"{name}, all drawn"] = replace(whole, drawn=1.0, stale=0.0)
-            found[f"{name}, both passes"] = replace(whole, direct=True)
-            found[f"{name}, first 16 tokens"] = replace(whole, first=16)
+            found[f"{name}, with the prompt alone"] = replace(whole, direct=False)
+            found[f"{name}, the prompt alone, by kind"] = replace(whole, direct=False, moved="by kind")
     return found
 
 
@@ -200,47 +197,43 @@ def best(cas: np.ndarray, das: np.ndarray, among: np.ndarray, kept: int) -> set[
 
 def played(run: Recorded, way: Way, seed: int) -> list[tuple[float, float]]:
     """Overlap and cost of a way before each epoch after the first, with no more than it has measured by then."""
-    exact_cas, exact_das, kept = run.means(run.cas), run.means(run.das), run.kept.shape[1]
-    first_cas = run.means(run.cas, way.first)
+    exact, kept = np.stack([run.means(run.cas), run.means(run.das)], axis=1), run.kept.shape[1]  # (E + 1, 2, n)
     rows, everything = np.arange(len(run.tokens)), np.full(len(run.tokens), True)
     training = Rescoring.of_training(kept * run.given.mean())
-    cas, das, first = exact_cas[0], exact_das[0], first_cas[0]
-    scored_at, found = np.zeros(len(rows), dtype=int), []
-    for epoch in range(1, len(exact_cas)):
-        new_cas, new_das, trained = exact_cas[epoch], exact_das[epoch], np.isin(rows, run.kept[epoch - 1])
-        cost = run.given + (run.alone if way.direct else 0)
+    cost = run.given + (run.alone if way.direct else 0)
+    known, scored_at, found = exact[0], np.zeros(len(rows), dtype=int), []
+    for epoch in range(1, len(exact)):
+        new, trained = exact[epoch], np.isin(rows, run.kept[epoch - 1])
         if way.budget is None:
-            fresh = np.isin(rows, np.argsort(-ifd(cas, das), kind="stable")[: round(way.top * len(rows))])
+            fresh = np.isin(rows, np.argsort(-ifd(*known), kind="stable")[: round(way.top * len(rows))])
             among = fresh if fresh.any() else everything
-            cas, das = np.where(fresh, new_cas, cas), np.where(fresh & way.direct, new_das, das)
-            spent = cost[fresh].sum()
+            known = np.where(fresh & np.array([[True], [way.direct]]), new, known)
         else:
-            rule, allowance = Rescoring(way.budget, way.drawn, way.stale), way.budget * training
-            among, known = everything, cas
+            rule, allowance, among = Rescoring(way.budget, way.drawn, way.stale), way.budget * training, everything
             parts = rule.drawn(everything, trained, scored_at, cost, allowance, rows, [seed, epoch])
             fresh = np.isin(rows, np.concatenate(parts))
-            spent = cost[fresh].sum()
-            cas, das = _known(way, known, new_cas, fresh, trained), np.where(fresh & way.direct, new_das, das)
-            order = nearest(ifd(cas, das), ifd(cas, das) < 1, kept, fresh, rows)
-            if way.first is not None:
-                cost = run.lengths[:, 0] + np.minimum(run.lengths[:, 1], way.first)
-            near = np.isin(rows, rule.near(order, cost, allowance - spent))
-            spent += cost[near].sum()
-            # The loss of a part of an answer moves as that of the whole, about.
-            told = new_cas if way.first is None else np.where(fresh, new_cas, known * first_cas[epoch] / first)
-            fresh = fresh | near
-            cas, das = _known(way, known, told, fresh, trained), np.where(fresh & way.direct, new_das, das)
-        first, scored_at = np.where(fresh, first_cas[epoch], first), np.where(fresh, epoch, scored_at)
-        overlap = len(best(cas, das, among, kept) & best(new_cas, new_das, everything, kept)) / kept
-        found.append((overlap, float(spent / training)))
+            scores = ifd(*_told(way, run, known, new, fresh, trained))
+            order = nearest(scores, scores < 1, kept, fresh, rows)
+            fresh |= np.isin(rows, rule.near(order, cost, allowance - cost[fresh].sum()))
+            known = _told(way, run, known, new, fresh, trained)
+        scored_at = np.where(fresh, epoch, scored_at)
+        overlap = len(best(*known, among, kept) & best(*new, everything, kept)) / kept
+        found.append((overlap, float(cost[fresh].sum() / training)))
     return found
 
 
-def _known(way: Way, known: np.ndarray, new: np.ndarray, fresh: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """Losses of all rows, (n,): the new ones of the fresh rows, the others as far as they have moved."""
-    rows = np.flatnonzero(fresh)
-    factors = drift(known[rows], new[rows], rows, trained & (way.moved == "by kind"))
-    return np.where(fresh, new, known * (1.0 if way.moved == "not" else factors))
+def _told(
+    way: Way, run: Recorded, known: np.ndarray, new: np.ndarray, fresh: np.ndarray, trained: np.ndarray
+) -> np.ndarray:
+    """Both losses of all rows, (2, n): the new ones of the fresh rows, the others as far as they have moved."""
+    features = np.log(np.column_stack([*known, run.tokens]))
+    features = features if way.moved == "by features" else features[:, :0]
+    told = known.copy()
+    for which in range(1 + way.direct):
+        last = known[which]
+        moved = moves(last, np.where(fresh, new[which], np.nan), trained & (way.moved != "as one"), features)
+        told[which] = np.where(fresh, new[which], last * (1.0 if way.moved == "not" else np.exp(moved)))
+    return told
 
 
 def compared(run: Recorded, seeds: int) -> dict[str, Any]:
@@ -257,7 +250,7 @@ def compared(run: Recorded, seeds: int) -> dict[str, Any]:
     return results
 
 
-def moves(run: Recorded) -> list[dict[str, float]]:
+def how_far(run: Recorded) -> list[dict[str, float]]:
     """How the losses have moved since epoch 0, before each epoch after it: rank correlations, and means of logs."""
     cas, das = run.means(run.cas), run.means(run.das)
     found = []
@@ -311,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
         "steps": run.steps.tolist(),
         "tokens": {"prompt": run.lengths[:, 0].mean(), "answer": run.tokens.mean(), "direct": run.alone.mean()},
         "seconds_of_a_token": dict(zip(("both passes", "conditioned", "training"), run.seconds.tolist(), strict=True)),
-        "moves": moves(run),
+        "moves": how_far(run),
         "ways": compared(run, options.seeds),
     }
     (options.output / "rescoring.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

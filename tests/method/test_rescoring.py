@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
 
 from ifd_trainer.errors import UserError
-from ifd_trainer.method.rescoring import Rescoring, affordable, drift, nearest
+from ifd_trainer.method.rescoring import Rescoring, affordable, moves, nearest
 from ifd_trainer.method.schedule import Timing
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -71,19 +73,42 @@ def test_a_row_that_alone_costs_more_is_passed_over():
     assert affordable(np.array([], dtype=int), np.array([9.0]), 10.0).tolist() == []
 
 
-def test_losses_are_moved_by_the_mean_factor_of_rows_of_their_kind():
+NOTHING = np.empty((7, 0))
+OLD, NONE = np.full(7, 2.0), np.nan
+
+
+def test_without_features_losses_are_moved_by_the_mean_factor_of_rows_of_their_kind():
     trained = np.array([True, True, True, False, False, False, False])
-    rows, old = np.array([0, 1, 3, 4, 5]), np.full(5, 2.0)
-    new = np.array([1.0, 0.25, 4.0, 1.0, np.nan])
+    new = np.array([1.0, 0.25, NONE, 4.0, 1.0, NONE, NONE])
     expected = np.where(trained, np.sqrt(1.0 * 0.25) / 2, np.sqrt(4.0 * 1.0) / 2)
-    assert drift(old, new, rows, trained) == pytest.approx(expected)
+    assert np.exp(moves(OLD, new, trained, NOTHING)) == pytest.approx(expected)
     # One of a kind tells nothing of it: all go by all.
-    few = drift(old[1:], new[1:], rows[1:], trained)
+    new[0] = NONE
     all_of_them = np.exp(np.log([0.25 / 2, 4.0 / 2, 1.0 / 2]).mean())
-    assert few == pytest.approx(np.where(trained, all_of_them, 1.0))
-    nothing = np.array([], dtype=int)
-    assert drift(old[:0], new[:0], nothing, trained).tolist() == [1.0] * 7
-    assert drift(np.array([0.0, 1.0]), np.array([1.0, np.nan]), rows[:2], trained).tolist() == [1.0] * 7
+    assert np.exp(moves(OLD, new, trained, NOTHING)) == pytest.approx(np.where(trained, all_of_them, 1.0))
+    assert moves(OLD, np.full(7, NONE), trained, NOTHING).tolist() == [0.0] * 7
+    odd = np.array([0.0, 1.0, *OLD[2:]]), np.array([1.0, 0.0, *[NONE] * 5])
+    assert moves(*odd, trained, NOTHING).tolist() == [0.0] * 7
+
+
+@given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 4))
+def test_rows_are_moved_as_a_ridge_regression_says(seed, measured, width):
+    rng, rows = np.random.default_rng(seed), 60
+    features, trained = rng.normal(3, 2, (rows, width)), rng.random(rows) < 0.3
+    features[rng.random(rows) < 0.1] = np.nan  # rows without a score
+    old, new = rng.uniform(0.5, 3, rows), rng.uniform(0.2, 3, rows)
+    new[rng.permutation(rows)[measured:]] = np.nan
+    known = np.isfinite(new)
+    x = np.nan_to_num(StandardScaler().fit_transform(features))
+    y = np.log(new / old)
+    x_mean, y_mean = np.empty_like(x), np.empty(rows)
+    for kind in (True, False):
+        of = known & (trained == kind)
+        of = of if of.sum() >= 2 else known
+        x_mean[trained == kind], y_mean[trained == kind] = x[of].mean(axis=0), y[of].mean()
+    model = Ridge(alpha=5.0, fit_intercept=False).fit((x - x_mean)[known], (y - y_mean)[known])
+    expected = y_mean + model.predict(x - x_mean)
+    np.testing.assert_allclose(moves(old, new, trained, features), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, float("inf"), float("nan"), True, "much"])

@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
 from tiny_runs import (
     FIVE,
     INF,
@@ -44,7 +46,14 @@ class Expected:
     def __init__(self, trainer, weights):
         self.trainer, self.weights, self.rows = trainer, weights, tokenised(trainer)
         self.ids = np.array(self.rows["row_id"])
-        self.cost = np.array([len(tokens) for tokens in self.rows["input_ids"]])
+        tokenizer = trainer.processing_class
+        hashes, end = tokenizer.convert_tokens_to_ids("###"), tokenizer.eos_token_id
+        self.lengths, self.answers, self.cost = (np.empty(len(self.ids), dtype=int) for _ in range(3))
+        for row, (ids, labels) in enumerate(zip(self.rows["input_ids"], self.rows["labels"], strict=True)):
+            start = next(place for place, label in enumerate(labels) if label != -100)
+            header = ids[:start][::-1].index(hashes) + 1
+            self.lengths[row], self.answers[row] = len(ids), len(ids) - start - (ids[-1] == end)
+            self.cost[row] = len(ids) + header + self.answers[row]
 
     def exact(self, step):
         """Losses (n, 2) by the model after so many updates."""
@@ -57,29 +66,33 @@ class Expected:
         `draws` are what seeds are made of beside the run's, `kept` the rows that are to be trained on, `losses` and
         `scored` what was known, `trained` and `used` (n,) rows that were trained on since, and in this epoch.
         """
-        exact, left = self.exact(step)[:, 0], [row for row in range(len(self.ids)) if not used[row]]
-        allowance = BUDGET * 3 * kept / len(self.ids) * self.cost.sum()
+        exact, left = self.exact(step), [row for row in range(len(self.ids)) if not used[row]]
+        allowance = BUDGET * 3 * kept / len(self.ids) * self.lengths.sum()
         order = np.random.default_rng([SEED, *draws]).permutation(len(left))
         order = [left[place] for place in order]
         drawn = self.take([row for row in order if trained[row]], allowance / 8)
         drawn += self.take([row for row in order if not trained[row]], allowance / 4 - self.cost[drawn].sum())
         rest = sorted((row for row in order if row not in drawn), key=lambda row: scored[row])
         drawn += self.take(rest, allowance / 10)
-        ifd = self.moved(losses[:, 0], exact, drawn, trained, used) / losses[:, 1]
+        cas, das = self.moved(losses, exact, drawn, trained, used).T
+        ifd = cas / das
         cut = sorted(ifd[left])[-kept]
         near = sorted(set(left) - set(drawn), key=lambda row: abs(ifd[row] - cut))
         fresh = drawn + self.take(near, allowance - self.cost[drawn].sum())
-        cas = self.moved(losses[:, 0], exact, fresh, trained, used)
         scored = np.where(np.isin(np.arange(len(self.ids)), fresh), step, scored)
-        return np.stack([cas, losses[:, 1]], axis=1), scored
+        return self.moved(losses, exact, fresh, trained, used), scored
 
-    @staticmethod
-    def moved(known, exact, fresh, trained, used):
-        moved = known.copy()
-        for kind in {*trained[~used].tolist()}:
+    def moved(self, known, exact, fresh, trained, used):
+        """By a ridge regression, with a mean for rows that were trained on and one for the others."""
+        x = StandardScaler().fit_transform(np.log(np.column_stack([known, self.answers])))
+        y, kinds = np.log(exact / known), np.empty((len(x), x.shape[1] + 2))
+        for kind in (True, False):
             of_kind = [row for row in fresh if trained[row] == kind]
             of_kind = of_kind if len(of_kind) >= 2 else fresh
-            moved[(trained == kind) & ~used] *= np.exp(np.log(exact[of_kind] / known[of_kind]).mean())
+            kinds[trained == kind] = np.column_stack([x, y])[of_kind].mean(axis=0)
+        x, mean = x - kinds[:, :-2], kinds[:, -2:]
+        model = Ridge(alpha=5.0, fit_intercept=False).fit(x[fresh], (y - mean)[fresh])
+        moved = np.where(used[:, None], known, known * np.exp(mean + model.predict(x)))
         moved[fresh] = exact[fresh]
         return moved
 
@@ -130,6 +143,7 @@ def test_candidates_are_scored_anew_and_the_others_are_moved(whole):
         np.testing.assert_allclose(found["cas"], losses[:, 0], rtol=1e-4)
         np.testing.assert_allclose(found["das"], losses[:, 1], rtol=1e-4)
         np.testing.assert_allclose(found["cas"] - found["cas_shift"], measured[:, 0], rtol=1e-4)
+        np.testing.assert_allclose(found["das"] - found["das_shift"], measured[:, 1], rtol=1e-4)
         ifd = losses[:, 0] / losses[:, 1]
         best = expected.ids[np.argsort(-ifd, kind="stable")[:KEEP]]
         assert sorted(seen.epochs()[epoch]) == sorted(best.tolist())
@@ -211,6 +225,7 @@ def test_each_part_scores_candidates_among_the_rows_that_are_left(divided):
             assert found["scored_at"].tolist() == (scored // 6).tolist()
             np.testing.assert_allclose(found["cas"], losses[:, 0], rtol=1e-4)
             np.testing.assert_allclose(found["cas"] - found["cas_shift"], measured[:, 0], rtol=1e-4)
+            np.testing.assert_allclose(found["das"], losses[:, 1], rtol=1e-4)
             ifd = np.where(used, -INF, losses[:, 0] / losses[:, 1])
             best = set(expected.ids[np.argsort(-ifd, kind="stable")[:size]].tolist())
             rows = [row for update in seen.updates[step : step + 2] for row in update.rows]
@@ -326,7 +341,7 @@ def test_scores_that_follow_from_both_losses_go_along(tmp_path):
         ({"policy": LowestScores(), "max_ifd": None}, "the policy is a LowestScores"),
         ({"policy": TargetSet(raw_rows(2, seed=7)), "max_ifd": None}, "the policy is a TargetSet"),
         ({"diverse": 0.5}, "the policy is a Diverse"),
-        ({"scores": ("rifd", "prompt_ppl")}, "prompt_ppl, rifd, rcas, rdas follows from losses other"),
+        ({"scores": ("rifd", "prompt_ppl")}, "prompt_ppl, rifd, rcas, rdas follows from other losses"),
     ],
 )
 def test_what_has_no_candidates_is_refused(tmp_path, options, problem):
