@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -159,21 +159,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         f"columns {', '.join(KNOWN_COLUMNS)}. Takes far longer than scoring; saves fewer rows at a time (8 on a CPU, "
         "else 256)",
     )
-    add("--known-max-new-tokens", type=positive, metavar="N", help="most tokens of such an answer (default 128)")
-    add(
-        "--known-agreement",
-        choices=AGREEMENTS,
-        help="how texts agree: F1 of their words (default), exact match, or ROUGE-L",
-    )
     add("--known-threshold", type=share_of_one, metavar="X", help="agreement from which an answer agrees (default 0.5)")
-    add("--known-temperature", type=above_zero, metavar="X", help="of sampling, above 0 (default 0.7)")
-    add(
-        "--known-top-p",
-        type=share_of_one,
-        metavar="X",
-        help="probability of the likeliest tokens sampled from (default 1)",
-    )
-    add("--known-seed", type=whole_number, metavar="N", help="of sampling (default 0)")
+    _add_answers(add, "known", temperature=0.7)
     add(
         "--spin",
         type=answer_count,
@@ -184,17 +171,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         f"row's answer surprises it than its own (SPIN, arXiv 2401.01335): the columns {', '.join(SPIN_COLUMNS)}, for "
         "`--gates matched` of select. Saves fewer rows at a time, as --known does",
     )
-    add("--spin-max-new-tokens", type=positive, metavar="N", help="most tokens of such an answer (default 128)")
-    add("--spin-agreement", choices=AGREEMENTS, help="how texts agree (default f1)")
-    add("--spin-temperature", type=above_zero, metavar="X", help="of sampling, above 0 (default 1)")
-    add(
-        "--spin-top-p",
-        type=share_of_one,
-        metavar="X",
-        help="probability of the likeliest tokens sampled from (default 1)",
-    )
-    add("--spin-seed", type=whole_number, metavar="N", help="of sampling (default 0)")
+    _add_answers(add, "spin", temperature=1)
     parser.set_defaults(run=_run, parser=parser)
+
+
+def _add_answers(add: Callable[..., Any], name: str, temperature: float) -> None:
+    """The options of answers that a model gives, for the option of that name."""
+    add(f"--{name}-max-new-tokens", type=positive, metavar="N", help="most tokens of such an answer (default 128)")
+    agreement = "how texts agree: F1 of their words (default), exact match, or ROUGE-L"
+    add(f"--{name}-agreement", choices=AGREEMENTS, help=agreement)
+    add(f"--{name}-temperature", type=above_zero, metavar="X", help=f"of sampling, above 0 (default {temperature:g})")
+    likeliest = "probability of the likeliest tokens sampled from (default 1)"
+    add(f"--{name}-top-p", type=share_of_one, metavar="X", help=likeliest)
+    add(f"--{name}-seed", type=whole_number, metavar="N", help="of sampling (default 0)")
 
 
 def _run(options: argparse.Namespace) -> int:
