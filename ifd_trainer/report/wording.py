@@ -41,7 +41,7 @@ _COLUMNS = {
     "trained": "rows that the epoch came to; packed rows with packing",
     "tiers": "tiers of the curriculum that were trained on, 0 the first",
     "scored in": "the epoch at whose start the scores were made",
-    "fresh": "share of the scores that were made for this line; the others were moved as these have",
+    "fresh": "share of the scores that were made for this line; the others were moved by what these tell",
     "oldest": "the epoch at whose start the oldest score was made",
     "oldest step": "updates after which the oldest score was made",
     "overlap": "share of the kept rows that the epoch before kept too",
@@ -154,8 +154,8 @@ def scoring_sentence(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, 
     if parts and candidates:
         return (
             f"All rows are scored before epoch {times[0]}{before}; when its parts and later epochs begin, some of the "
-            "rows that are left are anew, by the model as it then is, and the losses of the others are moved as those "
-            "of rows drawn at random have moved."
+            "rows that are left are anew, by the model as it then is, and the losses of the others are moved by what "
+            "these tell."
         )
     if parts:
         again = " and again by each of its parts, on the rows that are left,"
@@ -166,7 +166,7 @@ def scoring_sentence(settings: Mapping[str, Any], epochs: Sequence[Mapping[str, 
         return (
             f"All rows are scored before epoch {times[0]}{before}; before epochs "
             f"{', '.join(map(str, times[1:]))} some are anew, by the model as it then is, and the losses of all others "
-            "are moved as those of rows drawn at random have moved."
+            "are moved by what these tell."
         )
     if all(epoch == at for epoch, at in made.items()) and (len(made) > 1 or settings.get("freeze_after") is None):
         return f"Each epoch is scored with the model as it is when the epoch begins{before}."
