@@ -31,8 +31,8 @@ def device_of(options: argparse.Namespace, local_rank: int) -> str:
 
 def part_rows(options: argparse.Namespace, settings: Mapping[str, Any], asks: bool = False) -> int:
     """Rows of a part; fewer where a model is `asked` for answers, which takes far longer than scoring."""
-    on_cpu = (8, 64)[not asks]
-    return options.part_rows or (on_cpu if settings["device"] == "cpu" else 32 * on_cpu)
+    on_cpu, elsewhere = (8, 256) if asks else (64, 2048)
+    return options.part_rows or (on_cpu if settings["device"] == "cpu" else elsewhere)
 
 
 def job_of(rows: Dataset, size: int, sources: Mapping[str, str | None], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ _OF_SCORER = (
 _OF_KNOWLEDGE = {
     name: f"known_{name}" for name in ("max_new_tokens", "agreement", "threshold", "temperature", "top_p", "seed")
 }
+_OF_NOISE = {"alpha": "noise", "seed": "noise_seed"}  # and of `--neighbours`
 _OF_SPIN = {name: f"spin_{name}" for name in ("max_new_tokens", "agreement", "temperature", "top_p", "seed")}
 
 
@@ -290,8 +291,7 @@ def _work(
 
     settings, weights = scorer.settings(rows.column_names), scorer.digest()
     if options.neighbours is not None:
-        noise = {"alpha": options.noise, "seed": options.noise_seed}
-        noise = {name: value for name, value in noise.items() if value is not None}
+        noise = going_with(options, _OF_NOISE, None)
         worker = NeighbourScorer(scorer, rows, options.sifd or TOKEN_SHARE, neighbours=options.neighbours, **noise)
         settings |= {f"sifd_{name}": value for name, value in worker.settings.items()}
         origin = scored_before(options.data, rows, options.model, weights)
@@ -311,8 +311,7 @@ def _work(
 def _check_neighbours(options: argparse.Namespace) -> None:
     """Raise for what goes with neighbours alone, and for what does not go with them."""
     if options.neighbours is None:
-        if idle := [name for name in ("noise", "noise_seed") if getattr(options, name) is not None]:
-            raise UserError(f"--{idle[0].replace('_', '-')} goes with --neighbours N.")
+        going_with(options, _OF_NOISE, "--neighbours N")
         options.token_losses |= options.sifd is not None
         return
     of_scoring = [name for name in ("scores", "guess", "turns", "calibrate", "known", "spin") if getattr(options, name)]

@@ -127,8 +127,9 @@ class Comparison:
             cost: of a run of each arm, in any unit.
         """
         tasks, cost = self.tasks(), cost or {}
-        last = self.seeds[-workers:] if workers > 1 else []
-        return sorted(tasks, key=lambda task: (task.seed in last, -cost.get(task.arm.name, 0.0) * (task.seed in last)))
+        late = len(self.arms) * min(workers, len(self.seeds)) if workers > 1 else 0
+        before = len(tasks) - late
+        return tasks[:before] + sorted(tasks[before:], key=lambda task: -cost.get(task.arm.name, 0.0))
 
     def save(self) -> None:
         """Write what is compared; a comparison that is there has to be the same one.

@@ -63,8 +63,7 @@ class Ranking:
         >>> Ranking({"rifd": -1.0}).lowest
         'rifd'
         """
-        only, *others = self.weights.items()
-        return only[0] if not others and only[1] < 0 else None
+        return next((name for name, weight in self.weights.items() if weight < 0 and len(self.weights) == 1), None)
 
     @property
     def label(self) -> str:

@@ -13,7 +13,6 @@ a row the tokens of prompt and answer, and again those of the answer and what pr
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,8 +142,7 @@ def moves(old: np.ndarray, new: np.ndarray, trained: np.ndarray, features: np.nd
 def _on_one_scale(features: np.ndarray) -> np.ndarray:
     """Features (n, f) with mean 0 and standard deviation 1 over the rows that have them; 0 for a row without."""
     known = np.where(np.isfinite(features), features, np.nan)
-    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a column without a number
+    with np.errstate(invalid="ignore", divide="ignore"):
         scaled = (known - np.nanmean(known, axis=0)) / np.nanstd(known, axis=0)
     return np.where(np.isfinite(scaled), scaled, 0.0)
 

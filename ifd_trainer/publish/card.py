@@ -216,10 +216,10 @@ def _facts(chosen: PoolSelection, name: str, provenance: Provenance, id_column: 
         ),
         ("asked for", f"{fraction}{rows_text(chosen.asked_rows)}"),
         ("kept", f"{rows_text(chosen.kept_rows)}, {100 * chosen.kept_rows / chosen.pool_rows:.2f} {pool}"),
-        ("lowest score kept", number_text(selection.cut, 4, below=limit)),
+        ("highest score kept", number_text(-selection.cut, 4))
+        if chosen.ranking.lowest
+        else ("lowest score kept", number_text(selection.cut, 4, below=limit)),
     ]
-    if chosen.ranking.lowest:
-        facts[-1] = ("highest score kept", number_text(-selection.cut, 4))
     short = f"{rows_text(selection.shortfall)}: only {many(selection.eligible, 'was', 'were')} eligible"
     facts.append(("shortfall", short if selection.shortfall else ""))
     return [(key, value) for key, value in facts if value]

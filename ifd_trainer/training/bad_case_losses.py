@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from accelerate.logging import get_logger
-from transformers import Trainer
 
 from ..errors import UserError
 from ..method.bad_cases import BadCases
@@ -23,6 +22,7 @@ from ..scoring.losses import Scores
 from .held_out_loss import losses_before
 from .policy_state import PolicyState
 from .pool import Pool
+from .pool_scorer import PoolScorer
 
 logger = get_logger(__name__)  # speaks in the main process alone
 
@@ -31,8 +31,8 @@ class BadCaseLosses(PolicyState):
     """The held-out losses of a column's values, and the shares that they give.
 
     Args:
-        policy: says how shares follow.
-        trainer: with an evaluation set for each value, `eval_dataset={"code": ..., "chat": ...}`.
+        given: says how shares follow.
+        pool_scorer: its trainer has an evaluation set for each value, `eval_dataset={"code": ..., "chat": ...}`.
 
     Attributes:
         shares: by value, of the last selection; None before there is one.
@@ -44,12 +44,12 @@ class BadCaseLosses(PolicyState):
 
     reads_held_out = True
 
-    def __init__(self, policy: BadCases, trainer: Trainer) -> None:
-        super().__init__(policy)
-        self.trainer, self._given = trainer, policy
+    def __init__(self, given: BadCases, pool_scorer: PoolScorer) -> None:
+        super().__init__(given, pool_scorer)
+        self.trainer = pool_scorer.trainer
         self.forget()
         self._of_pool: tuple[Pool | None, dict[str, int], np.ndarray] = (None, {}, np.empty(0, dtype=np.int64))
-        self._check(trainer.eval_dataset)
+        self._check(self.trainer.eval_dataset)
 
     def _check(self, sets: Any) -> None:
         by = self.policy.by
@@ -106,11 +106,11 @@ class BadCaseLosses(PolicyState):
                 self.policy.by,
                 listed(odd),
             )
-        self._share(self._given.shares(self.losses, pool))
+        self._share(self.given.shares(self.losses, pool))
 
     def _share(self, shares: dict[str, float] | None) -> None:
         self.shares = shares
-        self.policy = self._given if shares is None else self._given.given(shares)
+        self.policy = self.given if shares is None else self.given.given(shares)
 
     def record(self, kept: np.ndarray) -> dict[str, Any]:
         """What a history tells of an epoch that trains on these positions: of each value, losses, shares and rows."""

@@ -334,15 +334,13 @@ class IFDSelectionCallback(EpochSelector, ExportableState):
         wanted = self._rows_of(epoch)
         if not (self.reads_scores and wanted.scored):
             return 0
-        parts, candidates = self._parts_of(epoch, True), self.chooser.candidates
-        if candidates is None:
-            return scored_rows(parts, self.pool.training_rows)
-        whole = self.pool.training_rows if epoch == self.timing.warmup_epochs else 0
-        anew = parts[1:] if whole else parts
-        pays_for = (candidates.pays_for(part.rows) for part in anew)
-        return whole + sum(
-            int(min(rows, self.pool.training_rows - part.first_row)) for part, rows in zip(anew, pays_for, strict=True)
-        )
+        parts, pool = self._parts_of(epoch, True), self.pool.training_rows
+        if self.chooser.candidates is None:
+            return scored_rows(parts, pool)
+        for_each = self.chooser.candidates.rows_for_each()
+        anew = [int(min(for_each * part.rows, pool - part.first_row)) for part in parts]
+        first = epoch == self.timing.warmup_epochs  # which scores all rows when it begins
+        return pool + sum(anew[1:]) if first else sum(anew)
 
     def begin_part(self, part: Part) -> None:
         """Choose the rows of another part of the epoch that runs, by the model as it is."""

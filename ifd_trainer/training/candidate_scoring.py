@@ -125,12 +125,12 @@ class Candidates:
     def __init__(self, pool_scorer: PoolScorer, rule: Rescoring, pairs: int = 0) -> None:
         self.pool_scorer, self.rule, self._pairs = pool_scorer, rule, pairs
 
-    def pays_for(self, training_rows: float) -> float:
-        """About how many rows of mean length may be scored where so many are trained on."""
+    def rows_for_each(self) -> float:
+        """About how many rows of mean length may be scored for each training row; reads the lengths of the pool."""
         pool = self.pool_scorer.pool
         rows = np.arange(len(pool))
         lengths, (starts, ends) = pool.lengths(rows), pool.spans(rows).T
-        return self.rule.allowance(training_rows) * lengths.mean() / (lengths + ends - starts).mean()
+        return self.rule.allowance(1) * lengths.mean() / (lengths + ends - starts).mean()
 
     def check(self) -> None:
         """Raise for rows of several answers, once the pool was read."""

@@ -40,18 +40,17 @@ class LeadState(PolicyState):
     """Utilities, times and weights of a run; its policy has the chances that groups have now.
 
     Args:
-        policy: how they follow from losses.
+        given: how they follow from losses.
         pool_scorer: has the pool.
     """
 
-    def __init__(self, policy: Lead, pool_scorer: PoolScorer) -> None:
-        super().__init__(policy)
-        self._given, self._pool_scorer = policy, pool_scorer
+    def __init__(self, given: Lead, pool_scorer: PoolScorer) -> None:
+        super().__init__(given, pool_scorer)
         self.forget()
 
     def forget(self) -> None:
         """Begin a run."""
-        self.policy = self._given
+        super().forget()
         self._pending: np.ndarray | None = None  # (n,) losses of the last epoch's rows, not learned from yet
         self._names: list[str] = []
         self._group = self._utility = self._times = self._weights = None
@@ -77,12 +76,12 @@ class LeadState(PolicyState):
         self._weights = np.ones(len(self._names))
 
     def _divide(self, scores: Scores) -> None:
-        by, pool = self._given.by, self._pool_scorer.pool
-        self._names, self._group = self._given.divided(scores.ifd, None if by is None else pool.column(by))
+        by, pool = self.given.by, self.pool_scorer.pool
+        self._names, self._group = self.given.divided(scores.ifd, None if by is None else pool.column(by))
 
     def _learn(self, losses: np.ndarray) -> None:
         before, trained = self._utility, np.isfinite(losses)
-        self._utility = learned(before, losses, self._given.smoothing)
+        self._utility = learned(before, losses, self.given.smoothing)
         self._times = self._times + trained
         gains = np.full(len(self._names), np.nan)
         for number in np.unique(self._group[trained & (self._group >= 0)]):
@@ -94,13 +93,13 @@ class LeadState(PolicyState):
         low, high = min(self._range[0], known.min()), max(self._range[1], known.max())
         self._range = float(low), float(high)
         self._rewards = 2 * (gains - low) / (high - low) - 1 if high > low else 0 * gains
-        self._weights = rewarded(self._weights, self._chances(), self._rewards, self._given.explore)
+        self._weights = rewarded(self._weights, self._chances(), self._rewards, self.given.explore)
 
     def _chances(self) -> np.ndarray:
-        return chances(self._weights, self._given.explore)
+        return chances(self._weights, self.given.explore)
 
     def _with_chances(self) -> Lead:
-        return replace(self._given, chances=tuple(self._chances().tolist()))
+        return replace(self.given, chances=tuple(self._chances().tolist()))
 
     def columns(self, scores: Scores, scored_at: int) -> dict[str, np.ndarray]:
         """Utility, group and times of each row."""

@@ -13,13 +13,15 @@ import numpy as np
 
 from ..method.selection import Policy
 from ..scoring.losses import Scores
+from .pool_scorer import PoolScorer
 
 
 class PolicyState:
     """What is known beside the scores: nothing.
 
     Args:
-        policy: as the user gave it.
+        given: the policy, as the user gave it.
+        pool_scorer: has the pool, and the trainer.
 
     Attributes:
         policy: as it is now, with what it has learned.
@@ -28,11 +30,13 @@ class PolicyState:
 
     reads_held_out: ClassVar[bool] = False
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, given: Policy, pool_scorer: PoolScorer) -> None:
+        self.given = self.policy = given
+        self.pool_scorer = pool_scorer
 
     def forget(self) -> None:
         """Begin a run."""
+        self.policy = self.given
 
     # ---- what happens in a run ----------------------------------------------------------------------------------
 

@@ -661,11 +661,9 @@ class RowChooser:
 
 def _state_of(policy: Policy, pool_scorer: PoolScorer) -> PolicyState:
     """What is kept for a policy of a run."""
-    if isinstance(policy, BadCases):
-        return BadCaseLosses(policy, pool_scorer.trainer)
-    kinds = {Lead: LeadState, TargetSet: TargetSimilarities}
-    made = next((made for kind, made in kinds.items() if isinstance(policy, kind)), None)
-    return PolicyState(policy) if made is None else made(policy, pool_scorer)
+    kinds = {BadCases: BadCaseLosses, Lead: LeadState, TargetSet: TargetSimilarities}
+    made = next((made for kind, made in kinds.items() if isinstance(policy, kind)), PolicyState)
+    return made(policy, pool_scorer)
 
 
 _OF_ALL = "of_all/"  # in the names of arrays in a checkpoint

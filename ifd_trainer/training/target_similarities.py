@@ -23,7 +23,7 @@ class TargetSimilarities(PolicyState):
     """The cosines of a pool's rows with the targets of a policy; kept from one scoring to the next, and in checkpoints.
 
     Args:
-        policy: names the targets.
+        given: names the targets.
         pool_scorer: embeds rows and targets.
 
     Attributes:
@@ -33,26 +33,26 @@ class TargetSimilarities(PolicyState):
         UserError: for targets that cannot be read, and for an embedder that gives no states of single tokens.
     """
 
-    def __init__(self, policy: TargetSet, pool_scorer: PoolScorer) -> None:
-        super().__init__(policy)
+    def __init__(self, given: TargetSet, pool_scorer: PoolScorer) -> None:
+        super().__init__(given, pool_scorer)
         if isinstance(pool_scorer.embedder, str):
             raise UserError(
                 f"embedder={pool_scorer.embedder!r} is a sentence-transformers model, and a target set is compared by "
                 "the states of single tokens: leave it out, or embed with a causal language model, "
                 "embedder=IFDScorer(...)."
             )
-        self._pool_scorer = pool_scorer
         # Another model than the one in training does not change: what it made of the rows once, it makes of them again.
         self._fixed = pool_scorer.embedder is not None or pool_scorer.other not in (None, "columns")
         longest = pool_scorer.longest_row
         longest = int(longest) if math.isfinite(longest) else None
         encoder = Encoder(pool_scorer.encoder.tokenizer, max_length=longest, score_truncated=True)
-        targets = Targets.read(policy.targets)
-        self.targets = targets.encoded(targets.format(policy.format), encoder)
+        targets = Targets.read(given.targets)
+        self.targets = targets.encoded(targets.format(given.format), encoder)
         self.forget()
 
     def forget(self) -> None:
         """Begin a run."""
+        super().forget()
         self._scored_at, self._known = -1, np.empty((0, len(self.targets)), dtype=np.float32)
 
     def columns(self, scores: Scores, scored_at: int) -> dict[str, np.ndarray]:
@@ -64,7 +64,7 @@ class TargetSimilarities(PolicyState):
         if scored_at != self._scored_at:
             rows = np.flatnonzero(status == Status.OK.value)
             self._known = np.full((len(status), len(self.targets)), np.nan, dtype=np.float32)
-            self._known[rows] = self._pool_scorer.similarities(
+            self._known[rows] = self.pool_scorer.similarities(
                 self.targets.tokens, rows, f"Likeness to targets, epoch {scored_at}"
             )
             self._scored_at = scored_at
